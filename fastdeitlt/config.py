@@ -1,0 +1,492 @@
+"""The configuration: one frozen schema, every field documented; YAML files, dotted overrides, near names for typos.
+
+A value comes, in rising order, from the schema's default, from the YAML file, from an override ``section.field=value``.
+``origins`` keeps which, so that ``fastdeitlt config show`` can say where each value came from.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from fastdeitlt.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Section(BaseModel):
+    """A frozen group of fields that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images."""
+
+    dataset: Literal[
+        "fashion_mnist_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18", "places_lt", "list", "folder"
+    ] = "fashion_mnist_lt"
+    """Data set. `fashion_mnist_lt` is embedded; `list` takes train_list/val_list/test_list; `folder` takes
+    root/{train,val,test}/<class>/<image>."""
+    root: str = ""
+    """Folder that holds the images; lists may not leave it. Empty: the embedded set."""
+    train_list: str = ""
+    """List file (txt, csv, json) of the training images. Empty: the data set's usual name under root."""
+    val_list: str = ""
+    """List file of the validation images. Empty: the usual name, or none if that does not exist."""
+    test_list: str = ""
+    """List file of the test images. Empty: the usual name, or none if that does not exist."""
+    imbalance_factor: float = Field(0.01, gt=0, le=1)
+    """CIFAR only: smallest over largest class size (0.01 is rho = 100). 1 = balanced."""
+    imbalance_kind: Literal["exp", "step"] = "exp"
+    """CIFAR only: exponential decay over classes, or half the classes cut."""
+    val_holdout: float = Field(0.0, ge=0, lt=0.5)
+    """Share of each class of the training list set aside for validation when there is no validation list. 0 = none."""
+    residency: Literal["auto", "stream", "host", "device"] = "auto"
+    """Where the training images live: decoded anew each time (stream), decoded once in host or device memory."""
+    stored_short_side: int = Field(0, ge=0)
+    """Resident sets: short side in pixels at which images are stored. 0 = full size."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An image that cannot be read in training: stop with its name, or replace it by one of its class and count it."""
+    num_threads: int = Field(0, ge=0)
+    """Decoding threads a rank. 0 = the cores divided by the local ranks."""
+
+
+class AugmentConfig(Section):
+    """Strong augmentation of one image (timm's DeiT recipe is the default; research: mission section 6)."""
+
+    recipe: Literal["deit", "pad_crop", "autoaugment_cutout", "crop_jitter", "none"] = "deit"
+    """deit: RandomResizedCrop, flip, RandAugment, erasing. pad_crop: pad, crop, flip (CIFAR CNNs). autoaugment_cutout:
+    pad_crop + AutoAugment + Cutout (PaCo). crop_jitter: RandomResizedCrop, flip, ColorJitter(.4). none: resize only."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """RandomResizedCrop: range of the crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """RandomResizedCrop: range of the crop's aspect ratio."""
+    pad: int = Field(4, ge=0)
+    """pad_crop: pixels padded on each side. 0 = no crop."""
+    flip_prob: float = Field(0.5, ge=0, le=1)
+    """Chance of a horizontal flip."""
+    rand_ops: int = Field(2, ge=0, le=2)
+    """RandAugment operations an image (rand-m9-mstd0.5-inc1). 0 = off."""
+    rand_prob: float = Field(0.5, ge=0, le=1)
+    """Chance that each drawn operation is applied."""
+    rand_magnitude: float = Field(9.0, ge=0, le=10)
+    """Mean level of an operation, 0..10."""
+    rand_std: float = Field(0.5, ge=0)
+    """Standard deviation of the level."""
+    erase_prob: float = Field(0.25, ge=0, le=1)
+    """Random erasing (per-pixel noise): chance. 0 = off."""
+    repeats: int = Field(3, ge=1)
+    """Repeated augmentation: copies of an image in an epoch. 1 = off."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Channel means that normalise the student's input (images in 0..1)."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Channel standard deviations that normalise the student's input."""
+
+
+class MixupConfig(Section):
+    """Mixup and CutMix of a batch with its mirror image (timm's batch mode)."""
+
+    mixup_alpha: float = Field(0.8, ge=0)
+    """Beta parameter of Mixup. 0 = no Mixup."""
+    cutmix_alpha: float = Field(1.0, ge=0)
+    """Beta parameter of CutMix. 0 = no CutMix."""
+    prob: float = Field(1.0, ge=0, le=1)
+    """Chance that a batch is mixed at all."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """Chance of CutMix rather than Mixup when both are on."""
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    """Label smoothing of the CLS target while mixing is on. 0 = off."""
+    off_in_drw: bool = False
+    """Turn mixing and smoothing off once re-weighting starts (the reference does so on CIFAR)."""
+
+    @property
+    def on(self) -> bool:
+        return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+class StudentConfig(Section):
+    """The distilled Vision Transformer."""
+
+    name: str = "deit_base_distilled_patch16_224"
+    """deit_{tiny,small,base,large}_distilled_patch{2,4,8,16}_<size>."""
+    img_size: int = Field(0, ge=0)
+    """Input height and width in pixels. 0 = the size in the name."""
+    depth: int = Field(0, ge=0)
+    """Number of blocks. 0 = the architecture's 12 (large: 24)."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block; earlier blocks rise linearly from 0. 0 = off."""
+
+
+class TeacherConfig(Section):
+    """The frozen CNN whose hard decisions the DIST token learns."""
+
+    path: str = ""
+    """Model folder or released checkpoint of the teacher. Empty: no distillation (a plain ViT)."""
+    arch: str = "resnet32"
+    """resnet<6n+2> (CIFAR, option A), resnet50, or any timm CNN name. A model folder's own wins."""
+    style: Literal["auto", "official_paco", "official_ldam", "timm", "fastdeitlt"] = "auto"
+    """Whose state-dict keys the checkpoint has."""
+    img_size: int = Field(0, ge=0)
+    """Input size of the teacher in pixels; the mixed student images are resized to it. 0 = the student's."""
+    normalise: Literal["student", "teacher"] = "student"
+    """Whose mean and std the teacher's input has. The official code leaves the student's, so that is parity."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Channel means the teacher was trained with (used by normalise=teacher)."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Channel standard deviations the teacher was trained with (used by normalise=teacher)."""
+    resize_antialias: bool = False
+    """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
+    map_classes: bool = False
+    """The teacher's class order is the data set's while the student's is by frequency (official --map-targets)."""
+
+
+class LossConfig(Section):
+    """L = (1 - alpha) CE(CLS, y) + alpha L_DRW(DIST, teacher) (paper section 3)."""
+
+    distillation: Literal["hard", "soft"] = "hard"
+    """The teacher's argmax, or its softened distribution."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Weight of the DIST term."""
+    tau: float = Field(1.0, gt=0)
+    """Temperature of soft distillation."""
+    base: Literal["ce", "bce", "balanced_softmax", "logit_adjustment"] = "ce"
+    """Loss of the CLS head."""
+    drw_epoch: int = Field(-1, ge=-1)
+    """First epoch (from 0) with effective-number weights on the DIST loss. -1 = never."""
+    drw_beta: float = Field(0.9999, ge=0, lt=1)
+    """Beta of the effective number of samples (Cui et al. 2019)."""
+    reweight_cls: bool = False
+    """Weight the CLS loss too once re-weighting starts (official --weighted-baseloss)."""
+    normalise: Literal["rank", "global"] = "rank"
+    """Weighted mean over the micro-batch of the rank (the reference), or over all ranks."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """Which implementation computes the loss."""
+
+
+class OptimConfig(Section):
+    """AdamW, cosine schedule, EMA."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Base learning rate for a batch of 512 images."""
+    lr_scale: Literal["official", "effective", "none"] = "official"
+    """official: lr * batch_size * ranks / 512 (ignores accumulation, as the reference). effective: with accumulation.
+    none: lr as it stands."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW momenta."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay of matrices; biases, norms, tokens and position embeddings have none."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Global gradient norm above which gradients are scaled down. 0 = off."""
+    backend: Literal["auto", "fastdeitlt", "torch", "apex", "deepspeed"] = "auto"
+    """Implementation of AdamW."""
+    warmup_epochs: float = Field(5, ge=0)
+    """Epochs of linear warm-up."""
+    warmup_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the start of warm-up (not scaled)."""
+    min_lr: float = Field(1e-5, ge=0)
+    """Learning rate at the end of the cosine (not scaled)."""
+    ema_decay: float = Field(0.99996, ge=0, lt=1)
+    """Decay of the exponential moving average of the weights, an optimizer step. 0 = no EMA."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: int = Field(1200, ge=1)
+    """Passes over the sampler's epoch (N images, about N / repeats distinct ones)."""
+    batch_size: int = Field(128, ge=1)
+    """Images in a micro-batch of one (virtual) rank."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches of a (virtual) rank in one optimizer step."""
+    virtual_ranks: int = Field(0, ge=0)
+    """Data-parallel ranks the recipe is written for; fewer real ones take their batches in turn and give the same
+    steps. 0 = the real number."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, augmentation, mixing and drop path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the step runs."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type of the step."""
+    compile: bool = True
+    """Compile student, teacher and loss as one graph."""
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"
+    """Backward, accumulation and step: plain at one rank, DeepSpeed at more."""
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between log lines; the only host syncs of the loop."""
+    save_every_epochs: int = Field(1, ge=0)
+    """Epochs between checkpoints. 0 = only at the end."""
+    save_every_steps: int = Field(0, ge=0)
+    """Optimizer steps between checkpoints within an epoch. 0 = off."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation and model selection."""
+
+    every: int = Field(10, ge=1)
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    batch_size: int = Field(256, ge=1)
+    """Images in an evaluation batch."""
+    crop_pct: float = Field(0.875, gt=0, le=1)
+    """Centre crop: input size over resized short side (224 / 256)."""
+    select_on: Literal["val", "last", "test"] = "val"
+    """Which set chooses the best checkpoint: validation; none (the last one); or test, as published numbers do."""
+    weights: Literal["model", "ema", "both"] = "both"
+    """Which weights are evaluated; the better on the selection set is reported when both."""
+
+
+class TeacherTrainingConfig(Section):
+    """`train-teacher`: the flat CNN and its SAM optimizer."""
+
+    arch: str = "resnet32"
+    """resnet<6n+2> (CIFAR, option A), resnet50, or any timm CNN name."""
+    img_size: int = Field(32, ge=8)
+    """Input height and width in pixels."""
+    loss: Literal["ce", "focal", "ldam", "vs", "balanced_softmax", "logit_adjustment", "paco"] = "ce"
+    """Loss."""
+    normed_head: bool = False
+    """Cosine classifier (LDAM)."""
+    ldam_max_margin: float = Field(0.5, ge=0)
+    """LDAM: largest margin."""
+    ldam_scale: float = Field(30.0, gt=0)
+    """LDAM: logit scale s."""
+    focal_gamma: float = Field(1.0, ge=0)
+    """Class-balanced focal loss: gamma."""
+    vs_tau: float = Field(1.0, ge=0)
+    """VS loss: additive adjustment."""
+    vs_gamma: float = Field(0.15, ge=0)
+    """VS loss: multiplicative adjustment."""
+    paco_alpha: float = Field(0.01, ge=0)
+    """PaCo: weight of same-class samples."""
+    paco_beta: float = Field(1.0, ge=0)
+    """PaCo: weight of the own class centre."""
+    paco_gamma: float = Field(1.0, ge=0)
+    """PaCo: weight of the supervised logits."""
+    paco_temperature: float = Field(0.05, gt=0)
+    """PaCo: temperature T."""
+    paco_queue: int = Field(1024, ge=1)
+    """PaCo: length of the queue K."""
+    paco_dim: int = Field(32, ge=1)
+    """PaCo: width of the projected features."""
+    paco_momentum: float = Field(0.999, ge=0, lt=1)
+    """PaCo: momentum of the key encoder."""
+    sam: Literal["off", "sam", "asam"] = "sam"
+    """Sharpness-aware minimisation: off, plain, adaptive."""
+    sam_rho: float = Field(0.05, ge=0)
+    """Radius of the perturbation."""
+    sam_schedule: Literal["constant", "linear", "step"] = "constant"
+    """How rho changes: constant; linear from 0 to sam_rho over training; step through sam_rho_steps."""
+    sam_rho_steps: tuple[tuple[int, float], ...] = ()
+    """step: (first epoch, rho) pairs."""
+    sam_bn_twice: bool = False
+    """Update batch-norm statistics in both passes, as the reference does."""
+    lr: float = Field(0.1, gt=0)
+    """Peak learning rate of SGD."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """SGD momentum."""
+    weight_decay: float = Field(2e-4, ge=0)
+    """L2 penalty of all weights."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Learning rate over epochs."""
+    lr_steps: tuple[tuple[int, float], ...] = ((160, 0.01), (180, 0.0001))
+    """step: (first epoch, factor on lr) pairs."""
+    warmup_epochs: int = Field(5, ge=0)
+    """Epochs of linear warm-up."""
+    drw_epoch: int = Field(-1, ge=-1)
+    """First epoch (from 0) with effective-number class weights. -1 = never."""
+    epochs: int = Field(200, ge=1)
+    """Passes over the training set."""
+    batch_size: int = Field(128, ge=1)
+    """Images in a batch."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Global gradient norm above which gradients are scaled down. 0 = off."""
+
+
+class Config(Section):
+    """A run: what is trained, on what, how."""
+
+    name: str = "run"
+    """Folder of the run under runs/."""
+    runs_dir: str = "runs"
+    """Folder that holds run folders."""
+    published: dict[str, float] = Field(default_factory=dict)
+    """Published accuracies in per cent to set beside ours in the report (all, head, mid, tail)."""
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mixup: MixupConfig = MixupConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    teacher_training: TeacherTrainingConfig = TeacherTrainingConfig()
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Dotted field name -> where its value came from (`default`, the file's name, `override`)."""
+        return self._origins
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.mixup.on and self.train.batch_size % 2:
+            raise ValueError(
+                f"train.batch_size: got {self.train.batch_size}, expected an even number because a mixed batch pairs "
+                f"images; use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0"
+            )
+        if self.loss.drw_epoch >= self.train.epochs:
+            raise ValueError(
+                f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}; "
+                "re-weighting would never start (use -1 to turn it off)"
+            )
+        return self
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            names += _field_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+FIELDS = tuple(_field_names(Config))
+
+
+def near(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The tail of an error message that offers the nearest known names, or nothing."""
+    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    found = difflib.get_close_matches(name, known, 2, 0.6)
+    found = found or [leaf[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 2, 0.6)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        is_section = name in Config.model_fields and any(f.startswith(f"{name}.") for f in FIELDS)
+        if is_section and isinstance(value, dict):
+            flat |= _flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: cannot be read ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise UserError(f"config file {path}: nested too deeply; a config has two levels") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {path}: got a {type(tree).__name__}, expected sections of 'name: value'")
+    return {str(key): value for key, value in tree.items()}
+
+
+def find(path: str) -> Path:
+    """A config file by path, or a shipped recipe by name (``quickstart``, ``teacher/cifar10_lt_r100``).
+
+    Raises:
+        UserError: neither exists; names the nearest recipe.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    shipped = Path(__file__).parent / "configs"
+    if not shipped.is_dir():
+        shipped = Path(__file__).parent.parent / "configs"
+    name = path.removesuffix(".yaml")
+    names = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
+    if name in names:
+        return shipped / f"{name}.yaml"
+    raise UserError(f"config {path}: no such file or recipe{near(name, names)}; recipes: {', '.join(names)}")
+
+
+def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, or a shipped recipe by name, and apply ``section.field=value`` overrides in order.
+
+    Raises:
+        UserError: no such file; not YAML; an unknown name (the nearest is named); a value of the wrong type or range.
+    """
+    file = find(path)
+    flat = _flatten(_read_yaml(file))
+    origins = dict.fromkeys(flat, file.name)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r}: expected section.field=value")
+        try:
+            flat[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        if isinstance(flat[name], str):
+            flat[name] = _number(flat[name])
+        origins[name] = "override"
+    return build(flat, origins)
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 5e-4 as a string; the user means a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config:
+    """A validated Config from dotted names.
+
+    Raises:
+        UserError: see ``load``.
+    """
+    origins = origins or {}
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        where = f" (in {origins[name]})" if origins.get(name, "override") != "override" else ""
+        if name not in FIELDS:
+            raise UserError(f"unknown config name {name!r}{where}{near(name, FIELDS)}")
+        section, _, field = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[field] = value
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        got = f"got {first['input']!r}; " if name else ""
+        raise UserError(f"{name}: {got}{message}" if name else message) from None
+    config._origins.update({name: origins.get(name, "default") for name in FIELDS})
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted field name -> value, in schema order."""
+    return _flatten(config.model_dump(mode="json"))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that ``load`` reads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe(name: str) -> str:
+    """The documentation of a dotted field name, on one line."""
+    section, _, field = name.rpartition(".")
+    model: Any = Config.model_fields[section].annotation if section else Config
+    return " ".join((model.model_fields[field].description or "").split())
