@@ -141,7 +141,7 @@ class TeacherConfig(Section):
     resize_antialias: bool = False
     """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
     map_classes: bool = False
-    """The teacher's class order is the data set's while the student's is by frequency (official --map-targets)."""
+    """The teacher's classes are ordered by falling class size, as in released LDAM teachers of ImageNet-LT and iNat."""
 
 
 class LossConfig(Section):
@@ -263,12 +263,14 @@ class TeacherTrainingConfig(Section):
     """VS loss: additive adjustment."""
     vs_gamma: float = Field(0.15, ge=0)
     """VS loss: multiplicative adjustment."""
+    adjustment_tau: float = Field(1.0, ge=0)
+    """Logit adjustment: tau."""
     paco_alpha: float = Field(0.01, ge=0)
     """PaCo: weight of same-class samples."""
-    paco_beta: float = Field(1.0, ge=0)
+    paco_beta: float = Field(1.0, gt=0)
     """PaCo: weight of the own class centre."""
     paco_gamma: float = Field(1.0, ge=0)
-    """PaCo: weight of the supervised logits."""
+    """PaCo: weight of the features in the denominator."""
     paco_temperature: float = Field(0.05, gt=0)
     """PaCo: temperature T."""
     paco_queue: int = Field(1024, ge=1)
@@ -277,12 +279,15 @@ class TeacherTrainingConfig(Section):
     """PaCo: width of the projected features."""
     paco_momentum: float = Field(0.999, ge=0, lt=1)
     """PaCo: momentum of the key encoder."""
+    paco_view: Literal["same", "simclr", "simclr_weak"] = "simclr"
+    """PaCo: augmentation of the keys. same: the queries'. simclr: RandomResizedCrop (.2 to 1), flip, colour jitter with
+    hue in 80 %, gray in 20 %, blur in 50 % (CIFAR). simclr_weak: jitter without hue in all, whole crop range (ImageNet)."""
     sam: Literal["off", "sam", "asam"] = "sam"
     """Sharpness-aware minimisation: off, plain, adaptive."""
     sam_rho: float = Field(0.05, ge=0)
     """Radius of the perturbation."""
     sam_schedule: Literal["constant", "linear", "step"] = "constant"
-    """How rho changes: constant; linear from 0 to sam_rho over training; step through sam_rho_steps."""
+    """How rho changes over epochs: constant; linear, rising evenly to sam_rho in the last; step through sam_rho_steps."""
     sam_rho_steps: tuple[tuple[int, float], ...] = ()
     """step: (first epoch, rho) pairs."""
     sam_bn_twice: bool = False
@@ -301,12 +306,30 @@ class TeacherTrainingConfig(Section):
     """Epochs of linear warm-up."""
     drw_epoch: int = Field(-1, ge=-1)
     """First epoch (from 0) with effective-number class weights. -1 = never."""
+    drw_beta: float = Field(0.9999, ge=0, lt=1)
+    """Beta of the effective number of samples (Cui et al. 2019)."""
     epochs: int = Field(200, ge=1)
     """Passes over the training set."""
     batch_size: int = Field(128, ge=1)
     """Images in a batch."""
     clip_norm: float = Field(0.0, ge=0)
     """Global gradient norm above which gradients are scaled down. 0 = off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherTrainingConfig":
+        if self.drw_epoch >= self.epochs:
+            raise ValueError(
+                f"drw_epoch {self.drw_epoch}: expected less than epochs={self.epochs}; re-weighting would never start "
+                "(use -1 to turn it off)"
+            )
+        if self.sam_schedule == "step" and not self.sam_rho_steps:
+            raise ValueError("sam_schedule=step: sam_rho_steps is empty; give (first epoch, rho) pairs")
+        if self.loss == "paco" and self.paco_queue % self.batch_size:
+            raise ValueError(
+                f"paco_queue {self.paco_queue}: expected a multiple of batch_size={self.batch_size}, because a batch "
+                "replaces a whole part of the queue"
+            )
+        return self
 
 
 class Config(Section):

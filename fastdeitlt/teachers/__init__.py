@@ -1,1 +1,21 @@
+"""The teacher: losses, sharpness-aware minimisation, training and diagnosis of the flat CNN."""
 
+from fastdeitlt.teachers.losses import (
+    balanced_softmax_loss,
+    cb_focal_loss,
+    ldam_loss,
+    logit_adjustment_loss,
+    paco_loss,
+    vs_loss,
+)
+from fastdeitlt.teachers.sam import SAM
+
+__all__ = [
+    "SAM",
+    "balanced_softmax_loss",
+    "cb_focal_loss",
+    "ldam_loss",
+    "logit_adjustment_loss",
+    "paco_loss",
+    "vs_loss",
+]

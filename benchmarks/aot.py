@@ -1,0 +1,191 @@
+"""The ahead-of-time gate: every shipped kernel configuration compiled for every architecture, without a GPU.
+
+    python -m benchmarks.aot [op ...] [--sm 80 90 100] [--json]
+
+Fails (exit code 1) when a configuration does not compile, uses local memory (register spills), exceeds the shared or
+tensor memory of the architecture, or lacks the tensor-core instructions it promises. No spills does not mean fast.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TENSOR_MEMORY_COLUMNS = 512
+MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
+LOCAL_MEMORY_OPCODES = ("LDL", "STL")
+
+
+@dataclass
+class Row:
+    """What became of one configuration on one architecture; ``problems`` is empty when it passes."""
+
+    op: str
+    kernel: str
+    sm: int
+    configuration: str
+    registers: int = -1
+    stack_bytes: int = -1
+    spill_instructions: int = -1
+    shared_bytes: int = -1
+    tensor_memory: int = 0
+    mma_opcodes: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def ops() -> list[str]:
+    """Modules of ``fastdeitlt.kernels`` that hold an op."""
+    import fastdeitlt.kernels
+
+    return [m.name for m in pkgutil.iter_modules(fastdeitlt.kernels.__path__) if not m.name.startswith("_")]
+
+
+def gate(names: list[str], architectures: list[int]) -> list[Row]:
+    """Compile the configurations of the named ops, in a process of its own where Triton is not interpreted.
+
+    Args:
+        names: ops of ``fastdeitlt.kernels``, or importable modules (with a dot) that offer ``aot_configs``.
+        architectures: compute capabilities; a configuration that does not ship for one is skipped on it.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment.pop("TRITON_INTERPRET", None)
+    sm = [str(architecture) for architecture in architectures]
+    command = [sys.executable, "-m", "benchmarks.aot", *names, "--json", "--sm", *sm]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise RuntimeError(f"benchmarks.aot ended with code {done.returncode}: {done.stderr[-2000:]}")
+    return [Row(**row) for row in json.loads(done.stdout)]
+
+
+def compile_op(name: str, architectures: list[int]) -> list[Row]:
+    """Rows of one op; a module without ``aot_configs`` is a failing row."""
+    module = importlib.import_module(name if "." in name else f"fastdeitlt.kernels.{name}")
+    if not hasattr(module, "aot_configs"):
+        return [Row(name, "-", 0, "-", problems=[f"{module.__name__} offers no aot_configs()"])]
+    configs = module.aot_configs()
+    return [compile_one(name, config, sm) for config in configs for sm in architectures if sm in config.architectures]
+
+
+def compile_one(op: str, config: Any, sm: int) -> Row:
+    """Compile one ``AotConfig`` for one architecture and read the machine code."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompilationError, compile
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    row = Row(op, config.kernel.__name__, sm, _describe(config))
+    try:
+        compiled = compile(_source(config), target=GPUTarget("cuda", sm, 32), options=options)
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+        row.problems.append(f"does not compile: {' '.join(str(error).split())[:300]}")
+        return row
+    usage, code = _machine_code(compiled.asm["cubin"])
+    row.registers, row.stack_bytes = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+    row.spill_instructions = sum(_count(code, opcode) for opcode in LOCAL_MEMORY_OPCODES)
+    row.mma_opcodes = {opcode: count for opcode in MMA_OPCODES if (count := _count(code, opcode))}
+    row.shared_bytes = compiled.metadata.shared
+    row.tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    row.problems += _problems(row, config)
+    return row
+
+
+def _problems(row: Row, config: Any) -> list[str]:
+    found = []
+    if row.stack_bytes or row.spill_instructions:
+        found.append(f"{row.spill_instructions} local-memory instructions, {row.stack_bytes} bytes of stack")
+    if row.shared_bytes > SHARED_BYTES[row.sm]:
+        found.append(f"{row.shared_bytes} bytes of shared memory, at most {SHARED_BYTES[row.sm]}")
+    if row.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        found.append(f"{row.tensor_memory} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
+    if config.mma and not row.mma_opcodes:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def _source(config: Any) -> Any:
+    from triton.compiler import ASTSource
+
+    names = config.kernel.arg_names
+    known = set(config.signature) | set(config.constexprs)
+    if known != set(names) or set(config.signature) & set(config.constexprs):
+        raise ValueError(f"aot_configs of {config.kernel.__name__}: got arguments {sorted(known)}, expected {names}")
+    kinds = {name: "constexpr" if name in config.constexprs else config.signature[name] for name in names}
+    aligned = [n for n in names if kinds[n].startswith("*") or n in config.divisible_by_16]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return ASTSource(fn=config.kernel, signature=kinds, constexprs=dict(config.constexprs), attrs=attributes)
+
+
+def _machine_code(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and disassembly, by the tools in Triton's wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True)
+        code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True)
+    return usage.stdout, code.stdout
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else -1
+
+
+def _count(code: str, opcode: str) -> int:
+    return len(re.findall(rf"\b{opcode}\b", code))
+
+
+def _describe(config: Any) -> str:
+    types = sorted({kind.removeprefix("*") for kind in config.signature.values() if kind.startswith("*")})
+    blocks = [f"{name}={value}" for name, value in config.constexprs.items() if value is not None]
+    return " ".join([config.note, *blocks, "/".join(types), f"w{config.num_warps}", f"s{config.num_stages}"]).strip()
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as text, one line each."""
+    lines = [f"{'op':14} {'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'smem':>6} {'tmem':>4} {'mma':16}"]
+    for row in rows:
+        mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
+        verdict = "; ".join(row.problems) or "ok"
+        lines.append(
+            f"{row.op:14} {row.kernel:28} {row.sm:3} {row.registers:4} {row.stack_bytes:5} {row.spill_instructions:5} "
+            f"{row.shared_bytes:6} {row.tensor_memory:4} {mma:16} {row.configuration}  {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help="ops of fastdeitlt.kernels, or dotted modules; default all")
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_BYTES))
+    parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set; unset it, interpreted kernels cannot be compiled")
+    rows = [row for name in arguments.ops or ops() for row in compile_op(name, arguments.sm)]
+    failed = sum(bool(row.problems) for row in rows)
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        print(table(rows))
+        print(f"{len(rows)} configurations, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

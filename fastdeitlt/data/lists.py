@@ -1,0 +1,302 @@
+"""List files (txt, csv, json) and class folders to image paths and labels; nothing is opened but the list itself.
+
+N images in the set, K classes, H height, W width, C channels.
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeitlt.errors import UserError
+
+MAX_CLASSES = 1_000_000
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
+PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "fpath")
+LABEL_COLUMNS = ("label", "class", "category", "category_id", "target")
+_UNSAFE = re.compile(r"^/|^[A-Za-z]:|\\|\0|(^|/)\.\.(/|$)")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class LongTailSet:
+    """Images of one split: where they are and what they show."""
+
+    paths: list[str] = field(repr=False)
+    """Image files relative to root (sets that come decoded: the image's name)."""
+    labels: np.ndarray = field(repr=False)
+    """Class of each image, int64 [N]."""
+    counts: list[int] = field(repr=False)
+    """Images of each class [K]; a class without images has 0."""
+    root: str = ""
+    """Folder the paths are relative to."""
+    class_names: list[str] | None = field(default=None, repr=False)
+    """Name of each class [K]."""
+    images_NHWC: np.ndarray | None = field(default=None, repr=False)
+    """Pixels, uint8 RGB, for sets that come decoded (CIFAR)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.counts)
+
+    def take(self, chosen: np.ndarray) -> "LongTailSet":
+        """The images with the indices ``chosen``, in that order; the same K classes."""
+        labels = self.labels[chosen]
+        return replace(
+            self,
+            paths=[self.paths[i] for i in chosen.tolist()],
+            labels=labels,
+            counts=class_counts(labels, self.num_classes),
+            images_NHWC=None if self.images_NHWC is None else self.images_NHWC[chosen],
+        )
+
+
+@dataclass
+class _Rows:
+    """What a list says, before it is checked. ``where`` numbers each row as the user would find it."""
+
+    paths: list[str]
+    labels: list[Any]
+    where: Sequence[int]
+    unit: str = "line"
+    names_allowed: bool = True
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+
+
+def class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
+    """Images of each class [K] of labels int64 [N]."""
+    return [int(n) for n in np.bincount(labels, minlength=num_classes)]
+
+
+def read_list(
+    path: str | Path, root: str | Path, num_classes: int | None = None, class_names: list[str] | None = None
+) -> LongTailSet:
+    """Read a list file; time and memory are linear in its lines.
+
+    txt: ``relpath label`` a line; names may hold spaces, the last field is the label.
+    csv: a header with a path column (path, image, file, filename, file_name, fpath) and a label column (label, class,
+    category, category_id, target). json: iNaturalist (images, annotations, categories), BagOfTricks / NCL
+    (annotations with fpath and category_id, num_classes), or a plain list of {path, label}.
+    In csv and json a label may be a class name; names are numbered in sorted order. UTF-8, with or without a byte
+    order mark, any line ends; blank lines are skipped. A class without images has count 0.
+
+    Args:
+        path: the list file.
+        root: folder the listed paths are relative to.
+        num_classes: K. None: the largest label + 1 (or what the json says).
+        class_names: the names of classes 0..K-1, so that a second list numbers its names as the first did.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8; a row without path or label; a label that is not a class
+            index; a path that leaves the root. Names the line.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".json": _read_json}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"list {path}: got the suffix {path.suffix!r}, expected .txt, .csv or .json")
+    rows = readers[path.suffix.lower()](path, _read_text(path))
+    if not rows.paths:
+        raise UserError(f"list {path}: it names no images; expected one image a line")
+    _check_paths(path, rows)
+    labels, names = _number_labels(path, rows, class_names or rows.class_names)
+    known = num_classes or (len(class_names) if class_names else rows.num_classes)
+    largest = max(labels)
+    if largest >= (known or MAX_CLASSES):
+        raise _bad(path, rows, labels.index(largest), f"label {largest}", f"a class index below {known or MAX_CLASSES}")
+    known = known or max(largest + 1, len(names or ()))
+    labels_N = np.array(labels, dtype=np.int64)
+    names = names if names and len(names) == known else None
+    return LongTailSet(rows.paths, labels_N, class_counts(labels_N, known), str(root), names)
+
+
+def read_folder(root: str | Path, split: str, class_names: list[str] | None = None) -> LongTailSet:
+    """Read root/split/<class>/<image>; classes are the sub-folders in sorted order, images may lie deeper.
+
+    Args:
+        class_names: classes of the training split; this one's must be among them. None: its own.
+
+    Raises:
+        UserError: no such folder, no class folders, no images, a class that the training split lacks.
+    """
+    folder = Path(root) / split
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder}: no such folder; expected {split}/<class>/<image> under {root}")
+    found = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    names = class_names or found
+    if unknown := sorted(set(found) - set(names)):
+        raise UserError(f"data folder {folder}: class {unknown[0]!r} is not in the training split; remove or rename it")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        images = []
+        for parent, folders, files in os.walk(folder / name):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            images += [
+                os.path.relpath(os.path.join(parent, f), root)
+                for f in sorted(files)
+                if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
+            ]
+        paths += images
+        labels += [label] * len(images)
+    if not paths:
+        raise UserError(f"data folder {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders")
+    rows = _Rows(paths, labels, range(1, len(paths) + 1), unit="image")
+    _check_paths(folder, rows)
+    labels_N = np.array(labels, dtype=np.int64)
+    return LongTailSet(paths, labels_N, class_counts(labels_N, len(names)), str(root), names)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"list {path}: cannot be read ({error.strerror}); give an existing list file") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"list {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the list as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _bad(path: Path, rows: _Rows, index: int, got: str, expected: str) -> UserError:
+    return UserError(f"list {path}, {rows.unit} {rows.where[index]}: got {got}, expected {expected}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_txt(path: Path, text: str) -> _Rows:
+    fields = [line.rsplit(None, 1) for line in text.split("\n")]
+    where = [number for number, row in enumerate(fields, 1) if row]
+    fields = [row for row in fields if row]
+    for number, row in zip(where, fields, strict=True):
+        if len(row) == 1:
+            raise UserError(f"list {path}, line {number}: got {_short(row[0])}, expected 'relpath label'")
+    return _Rows([row[0].lstrip() for row in fields], [row[1] for row in fields], where, names_allowed=False)
+
+
+def _column(path: Path, header: list[str], known: tuple[str, ...]) -> int:
+    for name in known:
+        if name in header:
+            return header.index(name)
+    raise UserError(f"list {path}, line 1: got the header {_short(header)}, expected a column {' or '.join(known)}")
+
+
+def _read_csv(path: Path, text: str) -> _Rows:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    paths, labels, where = [], [], []
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        path_column, label_column = _column(path, header, PATH_COLUMNS), _column(path, header, LABEL_COLUMNS)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"list {path}, line {reader.line_num}: got {len(row)} fields, expected {len(header)}; "
+                    "quote a field that holds a comma"
+                )
+            paths.append(row[path_column].strip())
+            labels.append(row[label_column].strip())
+            where.append(reader.line_num)
+    except csv.Error as error:
+        raise UserError(f"list {path}, line {reader.line_num}: not valid csv ({error})") from None
+    return _Rows(paths, labels, where)
+
+
+def _read_json(path: Path, text: str) -> _Rows:
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"list {path}: not valid json ({error})") from None
+    tree = {"annotations": tree} if isinstance(tree, list) else tree
+    records = tree.get("annotations") if isinstance(tree, dict) else None
+    if not isinstance(records, list):
+        raise UserError(f"list {path}: expected a list of {{path, label}} or an object with 'annotations'")
+    paths, labels = [], []
+    try:
+        files = {image["id"]: image["file_name"] for image in tree.get("images", ())}
+        for record in records:
+            paths.append(files[record["image_id"]] if files else _value(record, PATH_COLUMNS))
+            labels.append(_value(record, LABEL_COLUMNS))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"list {path}, annotation {len(labels)}: {type(error).__name__} {error}; expected image_id of an image with "
+            "id and file_name, or path (fpath), and label (category_id)"
+        ) from None
+    classes, names = tree.get("num_classes"), _category_names(tree.get("categories"))
+    classes = classes if type(classes) is int and 0 < classes <= MAX_CLASSES else None
+    return _Rows(paths, labels, range(len(paths)), "annotation", num_classes=classes, class_names=names)
+
+
+def _value(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        if key in record:
+            return record[key]
+    raise KeyError(" or ".join(keys))
+
+
+def _category_names(categories: object) -> list[str] | None:
+    """Names of json categories numbered 0..K-1, else None."""
+    if not isinstance(categories, list) or not all(isinstance(c, dict) for c in categories):
+        return None
+    names = {c.get("id"): str(c.get("name", c.get("id"))) for c in categories}
+    return [names[i] for i in range(len(names))] if set(names) == set(range(len(names))) else None
+
+
+def _check_paths(path: Path, rows: _Rows) -> None:
+    for index, name in enumerate(rows.paths):
+        if not isinstance(name, str) or not name:
+            raise _bad(path, rows, index, f"the path {_short(name)}", "the name of an image file")
+        suspect = name[0] == "/" or ".." in name or "\\" in name or ":" in name or "\0" in name
+        if suspect and _UNSAFE.search(name):
+            raise _bad(path, rows, index, f"the path {_short(name)}", "one under data.root with / and without '..'")
+    try:
+        "".join(rows.paths).encode()
+    except UnicodeEncodeError as error:
+        ends = itertools.accumulate(map(len, rows.paths))
+        index = next(i for i, end in enumerate(ends) if end > error.start)
+        raise _bad(path, rows, index, f"the path {_short(rows.paths[index])}", "a name that is valid UTF-8") from None
+
+
+def _is_index(label: object) -> bool:
+    if isinstance(label, str):
+        return label.isdigit() and label.isascii() and len(label) < 19
+    return type(label) is int and label >= 0
+
+
+def _number_labels(path: Path, rows: _Rows, names: list[str] | None) -> tuple[list[int], list[str] | None]:
+    """Labels as class indices, and the class names if there are any."""
+    is_index = [_is_index(label) for label in rows.labels]
+    if all(is_index):
+        return [int(label) for label in rows.labels], names
+    if not rows.names_allowed or any(is_index):
+        index = is_index.index(False)
+        raise _bad(path, rows, index, f"the label {_short(rows.labels[index])}", "a class index 0, 1, 2, ...")
+    for index, label in enumerate(rows.labels):
+        if not isinstance(label, str) or not label or _NUMBER.fullmatch(label):
+            raise _bad(path, rows, index, f"the label {_short(label)}", "a class index 0, 1, 2, ... or a class name")
+    names = names or sorted(set(rows.labels))
+    number = {name: i for i, name in enumerate(names)}
+    for index, label in enumerate(rows.labels):
+        if label not in number:
+            raise _bad(path, rows, index, f"the class {_short(label)}", "one of the training list's classes")
+    return [number[label] for label in rows.labels], names

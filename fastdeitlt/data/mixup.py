@@ -1,0 +1,82 @@
+"""Stage 3': Mixup and CutMix of a batch with its mirror image (timm's batch mode), without dense targets.
+
+Image i meets image B - 1 - i; one lambda a batch and virtual rank. The loss takes (partner labels, lambda, smoothing);
+``mixed_target`` is the dense reference.
+Source: timm.data.mixup (mode "batch", correct_lam); mixup arXiv 1710.09412, CutMix arXiv 1905.04899.
+"""
+
+# B batch, C channels, H height, W width, K classes
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fastdeitlt.config import MixupConfig
+from fastdeitlt.data import counter
+from fastdeitlt.errors import UserError
+
+
+@dataclass(frozen=True)
+class MixDraw:
+    """How a batch is mixed: ``lam`` is the share of the image itself, ``box`` (y0, y1, x0, x1) what CutMix pastes."""
+
+    lam: float = 1.0
+    box: tuple[int, int, int, int] | None = None
+
+
+def draw(seed: int, epoch: int, index: int, virtual_rank: int, cfg: MixupConfig, size: int) -> MixDraw:
+    """Draw how micro-batch ``index`` of a virtual rank is mixed; ``size`` is the image side in pixels.
+
+    Args:
+        seed, epoch, index, virtual_rank: key of the draw; nothing else influences it.
+        cfg: Beta parameters and chances.
+
+    Returns:
+        MixDraw with timm's laws; CutMix's lambda is the share of pixels that remain.
+    """
+    philox = np.random.Philox(key=counter.words(counter.keys(seed, epoch, index, virtual_rank), 0, 2)[0])
+    rng = np.random.Generator(philox)
+    if not cfg.on or rng.random() >= cfg.prob:
+        return MixDraw()
+    both = cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0
+    use_cutmix = rng.random() < cfg.switch_prob if both else cfg.cutmix_alpha > 0
+    alpha = cfg.cutmix_alpha if use_cutmix else cfg.mixup_alpha
+    lam = float(rng.beta(alpha, alpha))
+    if not use_cutmix:
+        return MixDraw(lam)
+    cut = int(size * np.sqrt(1.0 - lam))
+    centre_2 = rng.integers(0, size, 2)
+    y0, x0 = (centre_2 - cut // 2).clip(0).tolist()
+    y1, x1 = (centre_2 + (cut + 1) // 2).clip(None, size).tolist()
+    return MixDraw(1.0 - (y1 - y0) * (x1 - x0) / size**2, (y0, y1, x0, x1))
+
+
+def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
+    """The mixed batch, a new tensor of the same layout (the input itself when nothing is mixed).
+
+    Raises:
+        UserError: an odd batch, which has an image without partner.
+    """
+    if mix.lam == 1.0:
+        return images_BCHW
+    if len(images_BCHW) % 2:
+        raise UserError(f"mixup: got a batch of {len(images_BCHW)} images, expected an even number; drop or add one")
+    if mix.box is None:
+        return images_BCHW.mul(mix.lam).add_(images_BCHW.flip(0).mul_(1.0 - mix.lam))
+    y0, y1, x0, x1 = mix.box
+    mixed_BCHW = images_BCHW.clone()
+    mixed_BCHW[:, :, y0:y1, x0:x1] = images_BCHW[:, :, y0:y1, x0:x1].flip(0)
+    return mixed_BCHW
+
+
+def mixed_target(labels_B: Tensor, partner_B: Tensor, lam: float, classes: int, smoothing: float) -> Tensor:
+    """Dense target [B, K]: lam * smoothed(labels) + (1 - lam) * smoothed(partner labels).
+
+    A smoothed one-hot is smoothing / K everywhere and 1 - smoothing more at the label (timm's ``mixup_target``, where
+    the partner is ``labels_B.flip(0)``). The loss never builds this; tests do.
+    """
+    own_BK, other_BK = (one_hot(i_B, classes) * (1.0 - smoothing) + smoothing / classes for i_B in (labels_B, partner_B))
+    return own_BK * lam + other_BK * (1.0 - lam)

@@ -1,0 +1,180 @@
+"""Stage 1': which image when. Repeated augmentation, and micro-batches that do not depend on the number of GPUs.
+
+The recipe is written for R data-parallel ranks ("virtual ranks"). Each of W real ranks plays R / W of them, one after
+the other, so one GPU forms exactly the batches that R GPUs would.
+"""
+
+# N images in the set, B images in a micro-batch, R virtual ranks, W real ranks
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastdeitlt.errors import UserError
+
+
+class RepeatedAugmentationSampler:
+    """Indices of one rank for one epoch, each image ``repeats`` times across ranks.
+
+    The permutation is seeded by the epoch alone. Every rank takes each ``world_size``-th entry of the repeated
+    permutation and keeps the first floor(floor(N / 256) * 256 / world_size); sets of fewer than 256 images, for which
+    the reference yields nothing, keep floor(N / world_size).
+
+    Args:
+        n: images in the set.
+        world_size: ranks that share an epoch.
+        rank: this rank.
+        repeats: copies of an image in the repeated permutation. 1 = a plain distributed sampler.
+        seed_epoch: epoch to start with; ``set_epoch`` changes it.
+
+    Raises:
+        UserError: an argument out of range.
+
+    Source: DeiT samplers.py (RASampler), timm RepeatAugSampler.
+    """
+
+    def __init__(self, n: int, world_size: int, rank: int, repeats: int = 3, seed_epoch: int = 0) -> None:
+        if n < world_size or world_size < 1 or not 0 <= rank < world_size or repeats < 1:
+            raise UserError(
+                f"sampler: got n={n}, world_size={world_size}, rank={rank}, repeats={repeats}; "
+                "expected n >= world_size >= 1, 0 <= rank < world_size and repeats >= 1"
+            )
+        self.n, self.world_size, self.rank, self.repeats = n, world_size, rank, repeats
+        self.epoch = seed_epoch
+        self.cursor = 0
+        self.length = (n // 256 * 256 or n) // world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start another epoch from its first index."""
+        self.epoch, self.cursor = epoch, 0
+
+    def order(self) -> tuple[np.ndarray, np.ndarray]:
+        """(index of the image, number of the copy 0..repeats-1) of this rank's whole epoch, two int64 arrays."""
+        generator = torch.Generator().manual_seed(self.epoch)
+        permutation_N = torch.randperm(self.n, generator=generator).numpy()
+        total = -(-self.n * self.repeats // self.world_size) * self.world_size
+        position = np.arange(self.rank, total, self.world_size)[: self.length] % (self.n * self.repeats)
+        return permutation_N[position // self.repeats], position % self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        for index in self.order()[0][self.cursor :].tolist():
+            self.cursor += 1
+            yield index
+        self.cursor = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the epoch stands; ``load_state_dict`` continues with the next index."""
+        return {"epoch": self.epoch, "cursor": self.cursor, "n": self.n, "world_size": self.world_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises UserError when the state is of another set or number of ranks."""
+        if (state["n"], state["world_size"]) != (self.n, self.world_size):
+            raise UserError(
+                f"sampler state: got n={state['n']}, world_size={state['world_size']}, expected n={self.n}, "
+                f"world_size={self.world_size}; resume with the data set and train.virtual_ranks of the saved run"
+            )
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one (virtual) rank sees in one forward and backward."""
+
+    epoch: int
+    index: int
+    """Number of the micro-step in the epoch, the same for all virtual ranks."""
+    virtual_rank: int
+    sample_B: np.ndarray
+    """int64 indices into the set."""
+    copy_B: np.ndarray
+    """int64 copy numbers of repeated augmentation."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of this rank."""
+
+    clock: float
+    """Epochs from the start of training at which the learning rate is read."""
+    micro_batches: list[MicroBatch]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The micro-batches of a run and how they group into optimizer steps.
+
+    Raises:
+        UserError: real ranks do not divide virtual ranks, or an epoch holds no full micro-batch.
+    """
+
+    n: int
+    batch_size: int
+    accumulate: int
+    repeats: int
+    virtual_ranks: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.virtual_ranks % self.world:
+            raise UserError(
+                f"train.virtual_ranks: got {self.virtual_ranks} for {self.world} ranks; "
+                f"expected a multiple of {self.world}"
+            )
+        if self.micro_steps == 0:
+            raise UserError(
+                f"train.batch_size: got {self.batch_size} a rank on {self.virtual_ranks} ranks, but a rank's epoch has "
+                f"{len(self._sampler(0))} of the {self.n} images; use at most that many"
+            )
+
+    def _sampler(self, virtual_rank: int) -> RepeatedAugmentationSampler:
+        return RepeatedAugmentationSampler(self.n, self.virtual_ranks, virtual_rank, self.repeats)
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of a virtual rank in an epoch; an incomplete last batch is left out."""
+        return len(self._sampler(0)) // self.batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps in an epoch; the last one may have fewer micro-steps."""
+        return -(-self.micro_steps // self.accumulate)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches that this real rank computes for one full optimizer step."""
+        return self.accumulate * (self.virtual_ranks // self.world)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of all ranks in one full optimizer step (the effective batch)."""
+        return self.batch_size * self.accumulate * self.virtual_ranks
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        """The optimizer steps of an epoch from number ``start`` on.
+
+        The clock is that of the step's first micro-step, but of the epoch's very last micro-step for the last step:
+        the reference calls its schedule at both (engine.py).
+        """
+        per_rank = self.virtual_ranks // self.world
+        mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        orders = {}
+        for virtual_rank in mine:
+            sampler = self._sampler(virtual_rank)
+            sampler.set_epoch(epoch)
+            orders[virtual_rank] = sampler.order()
+        for number in range(start, self.optimizer_steps):
+            first = number * self.accumulate
+            last = min(first + self.accumulate, self.micro_steps)
+            clock = self.micro_steps - 1 if last == self.micro_steps else first
+            micro_batches = [self._cut(epoch, index, r, *orders[r]) for index in range(first, last) for r in mine]
+            yield Step(epoch + clock / self.micro_steps, micro_batches)
+
+    def _cut(self, epoch: int, index: int, virtual_rank: int, sample: np.ndarray, copy: np.ndarray) -> MicroBatch:
+        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return MicroBatch(epoch, index, virtual_rank, sample[part], copy[part])

@@ -1,0 +1,59 @@
+"""Threads of a source: parts of a batch in parallel, whole batches ahead of the consumer."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+DEPTH = 2
+"""Batches prepared ahead of the one in use."""
+
+
+def num_threads(configured: int = 0) -> int:
+    """Threads of one rank: ``configured``, or for 0 this process's cores divided by the ranks on this machine."""
+    return configured or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class Workers:
+    """``count`` threads for parts of a batch and one that puts batches together, in order, ahead of the consumer.
+
+    Only the one thread waits for the others, so they cannot block each other.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pool = ThreadPoolExecutor(count, "fastdeitlt-data")
+        self._assembler = ThreadPoolExecutor(1, "fastdeitlt-batch")
+
+    def split(self, work: Callable[[list[T]], R], items: list[T]) -> list[Future[R]]:
+        """Start ``work`` on up to ``count`` contiguous parts of ``items``; results in order."""
+        step = max(1, -(-len(items) // self.count))
+        return [self.pool.submit(work, items[start : start + step]) for start in range(0, len(items), step)]
+
+    def ahead(self, start: Callable[[T], Callable[[], R]], items: Iterable[T]) -> Iterator[R]:
+        """Results of the items in order, up to ``DEPTH`` prepared ahead.
+
+        ``start`` runs in the consumer's thread and may set off work in the pool; what it returns then runs in the
+        assembling thread. An exception is raised where its result would have been; leaving early cancels the rest.
+        """
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(self._assembler.submit(start(item)))
+                if len(pending) > DEPTH:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+
+    def close(self) -> None:
+        """Finish what runs, drop what waits, end all threads. May be called twice."""
+        self._assembler.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)

@@ -1,0 +1,142 @@
+"""Stages 6 and 7b: what is differentiated, and backward, accumulation and step around it."""
+
+# B images in a micro-batch, C channels, H height, W width, K classes
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt import checkpoint, optim
+from fastdeitlt.config import Config
+from fastdeitlt.data.batches import Batch
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.loss import JointLoss, joint_loss
+
+
+class JointForward(nn.Module):
+    """Student, teacher and joint loss as one module, so that one compiled graph holds all three.
+
+    The teacher is not registered: it is never trained, sharded or saved with the student.
+
+    Args:
+        student: maps images_BCHW to (cls_logits_BK, dist_logits_BK).
+        teacher: maps the same images to teacher_logits_BK and has ``class_map``; None trains both heads on the labels.
+        class_counts: training images of each class.
+        cfg: the run.
+        device: where the step runs.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, class_counts: list[int], cfg: Config, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.student = student
+        object.__setattr__(self, "teacher", teacher)
+        self.cfg = cfg
+        self.autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": cfg.train.precision == "bf16"}
+        self.counts = torch.tensor(class_counts, device=device) if cfg.loss.base not in ("ce", "bce") else None
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        partner_B: Tensor | None,
+        lam: Tensor | None,
+        dist_weights_K: Tensor,
+        cls_weights_K: Tensor | None,
+    ) -> JointLoss:
+        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device."""
+        c = self.cfg.loss
+        smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
+        with torch.autocast(**self.autocast):
+            cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
+            teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
+        return joint_loss(
+            cls_logits_BK,
+            dist_logits_BK,
+            labels_B,
+            teacher_logits_BK,
+            partner=partner_B,
+            lam=lam,
+            smoothing=smoothing,
+            weights=dist_weights_K,
+            cls_weights=cls_weights_K,
+            class_map=None if self.teacher is None else self.teacher.class_map,
+            distillation=c.distillation,
+            tau=c.tau,
+            alpha=c.alpha,
+            base=c.base,
+            counts=self.counts,
+            impl=c.impl,
+        )
+
+
+class Engine(Protocol):
+    """Backward, accumulation and step of one rank."""
+
+    def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
+        """The losses of a micro-batch; their graph is kept until ``backward``."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of loss / micro_batches_per_step."""
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update the weights, clear the gradients; the gradient norm before clipping, on the device."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's state dict."""
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state, flat."""
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Put weights and optimizer state back."""
+
+
+class PlainEngine:
+    """One rank, no sharding."""
+
+    def __init__(self, joint: JointForward, cfg: Config, micro_batches_per_step: int) -> None:
+        self.joint = joint
+        self._forward = torch.compile(joint, fullgraph=True) if cfg.train.compile else joint
+        self.optimizer = optim.build_optimizer(joint.student, cfg)
+        self.parameters = [p for p in joint.student.parameters() if p.requires_grad]
+        self.clip_norm = cfg.optim.clip_norm
+        self.micro_batches_per_step = micro_batches_per_step
+
+    def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
+        return self._forward(
+            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.micro_batches_per_step).backward()
+
+    def step(self, learning_rate: float) -> Tensor:
+        optim.set_learning_rate(self.optimizer, learning_rate)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.joint.student.state_dict()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return checkpoint.optimizer_tensors(self.joint.student, self.optimizer)
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        self.joint.student.load_state_dict(weights)
+        checkpoint.load_optimizer(self.joint.student, self.optimizer, optimizer)
+
+
+def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
+    """The engine that ``train.engine`` names; `auto` says what it chose.
+
+    Raises:
+        UserError: `plain` at more than one rank.
+    """
+    return PlainEngine(joint, cfg, plan.micro_batches_per_step)

@@ -1,0 +1,200 @@
+"""Figures of the report as inline SVG. Text stays text, names are drawn literally, no global matplotlib state."""
+
+# K classes
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastdeitlt.metrics import Result
+
+COLOURS = {"AVG": "#111827", "CLS": "#2563eb", "DIST": "#d97706", "TEACHER": "#6b7280"}
+INK, FAINT, GRID = "#374151", "#9ca3af", "#e5e7eb"
+RUN_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4b5563", "#be185d")
+SIZE_INCHES = (5.2, 3.1)
+MAX_POINTS = 400
+MAX_INTERVALS = 40
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["system-ui", "Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "text.parse_math": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.4,
+}
+
+Line = tuple[Sequence[float], Sequence[float]]  # x, y
+
+
+def curves(
+    lines: Mapping[str, Line],
+    ylabel: str,
+    colours: Mapping[str, str],
+    drw_epoch: int = -1,
+    percent: bool = False,
+    log: bool = False,
+) -> str:
+    """Lines over epochs with the start of re-weighting marked; long ones are thinned by local means.
+
+    Args:
+        lines: legend -> (epochs, values). A legend that ends in " tail" is dashed.
+        drw_epoch: first re-weighted epoch, -1 for none.
+        percent: fix the axis to 0..100.
+        log: logarithmic values.
+
+    Returns:
+        An <svg> element.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        for name, (x, y) in lines.items():
+            style = "--" if name.endswith(" tail") else "-"
+            marker = "o" if len(x) == 1 else None
+            axes.plot(*_thin(x, y), style, marker=marker, markersize=3, label=name, color=colours[name])
+        if percent:
+            axes.set_ylim(0, 100)
+        if log:
+            axes.set_yscale("log")
+        if drw_epoch >= 0:
+            axes.axvline(drw_epoch, color=FAINT, linewidth=1, linestyle=":")
+            axes.annotate(
+                "DRW",
+                (drw_epoch, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=INK,
+            )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(ylabel)
+        if len(lines) > 1:
+            axes.legend(loc="best", ncols=2 if len(lines) > 3 else 1)
+        return _svg(figure)
+
+
+def class_accuracy(result: Result) -> str:
+    """Accuracy of each class against its number of training images; AVG with 95 % Wilson intervals if classes are few.
+
+    Many classes become the mean of each of up to twelve equal groups of classes of similar size.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        counts_K = np.array(result.counts_K)
+        few = len(counts_K) <= MAX_INTERVALS
+        for name in result.heads:
+            x, y = _by_size(counts_K, result.class_accuracy(name), few)
+            axes.plot(
+                x, y, "o-", markersize=4, label=name, color=COLOURS.get(name, INK), zorder=3 if name == "AVG" else 2
+            )
+        first = next(iter(result.heads))
+        if few:
+            order = np.argsort(-counts_K, kind="stable")
+            low, high = result.class_interval(first)[order].T
+            axes.vlines(counts_K[order], low, high, color=COLOURS.get(first, INK), linewidth=3, alpha=0.15)
+        _shade_groups(axes, counts_K)
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("training images of the class (log scale, large classes left)")
+        axes.set_ylabel("accuracy in %")
+        axes.legend(loc="best", ncols=3)
+        return _svg(figure)
+
+
+def reliability(result: Result) -> str:
+    """Accuracy against confidence of each head in fifteen bins; on the diagonal, confidence means what it says."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1, linestyle=":")
+        for name, head in result.heads.items():
+            x = [100 * bar.confidence for bar in head.reliability]
+            y = [100 * bar.accuracy for bar in head.reliability]
+            size = [4 + 60 * bar.num_images / result.num_images for bar in head.reliability]
+            axes.plot(x, y, color=COLOURS.get(name, INK), label=name)
+            axes.scatter(x, y, s=size, color=COLOURS.get(name, INK))
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("confidence in %")
+        axes.set_ylabel("accuracy in %")
+        axes.legend(loc="upper left")
+        return _svg(figure)
+
+
+def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]]) -> str:
+    """Grouped bars in per cent: one group of bars a label, one colour a run."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        width = 0.8 / max(len(values), 1)
+        for index, (name, heights) in enumerate(values.items()):
+            x = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * width
+            axes.bar(x, np.nan_to_num(heights), width * 0.92, label=name, color=RUN_COLOURS[index % len(RUN_COLOURS)])
+        axes.set_xticks(range(len(groups)), groups)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("accuracy in %")
+        axes.legend(loc="upper right")
+        return _svg(figure)
+
+
+def _new() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    pieces = max(1, min(MAX_POINTS, len(x)))
+    means = [
+        np.array([piece.mean() for piece in np.array_split(np.asarray(column, dtype=float), pieces)])
+        for column in (x, y)
+    ]
+    return means[0], means[1]
+
+
+def _by_size(counts_K: np.ndarray, accuracy_K: np.ndarray, few: bool) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(-counts_K, kind="stable")
+    order = order[np.isfinite(accuracy_K[order])]
+    if few:
+        return counts_K[order], accuracy_K[order]
+    pieces = np.array_split(order, 12)
+    return np.array([counts_K[p].mean() for p in pieces]), np.array([accuracy_K[p].mean() for p in pieces])
+
+
+def _shade_groups(axes: Axes, counts_K: np.ndarray) -> None:
+    """Grey the middle group of the threshold split (20 to 100 images) and name the three."""
+    low, high = counts_K.min() / 1.3, counts_K.max() * 1.3
+    axes.set_xlim(low, high)
+    axes.axvspan(20, 100, color=GRID, alpha=0.5, linewidth=0)
+    for name, left, right in (("head", 100, high), ("mid", 20, 100), ("tail", low, 20)):
+        left, right = max(left, low), min(right, high)
+        if left < right:
+            centre = float(np.sqrt(left * right))
+            axes.annotate(
+                name, (centre, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8, color=INK
+            )
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,307 @@
+"""Stage 6: the joint loss of DeiT-LT. The CLS head learns the (mixed) labels, the DIST head the teacher's decisions.
+
+    loss     = (1 - alpha) cls_loss + alpha dist_loss
+    cls_loss = mean_b CE(cls_logits_b, lam y_b + (1 - lam) y'_b, smoothed)
+    dist_loss= sum_b w[t_b] CE(dist_logits_b, t_b) / sum_b w[t_b],   t_b = class_map[argmax teacher_logits_b]
+
+Source: DeiT-LT (arXiv 2404.02900) section 3; val-iisc/DeiT-LT losses.py, DistillationLoss.
+Shapes: B batch, K classes, J the teacher's classes.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdeitlt.errors import UserError
+
+Distillation = Literal["hard", "soft"]
+Base = Literal["ce", "bce", "balanced_softmax", "logit_adjustment"]
+Impl = Literal["auto", "torch", "triton"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+EMPTY_CLASS_PRIOR = 1e-9
+"""Prior of a class without training images, as in PaCo (losses.py): keeps its log finite."""
+
+
+class JointLoss(NamedTuple):
+    """Three 0-d float32 tensors, ``loss = (1 - alpha) * cls_loss + alpha * dist_loss``; the terms are plain means."""
+
+    loss: Tensor
+    cls_loss: Tensor
+    dist_loss: Tensor
+
+
+def joint_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    partner: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    class_map: Tensor | None = None,
+    distillation: Distillation = "hard",
+    tau: float = 1.0,
+    alpha: float = 0.5,
+    base: Base = "ce",
+    counts: Tensor | None = None,
+    cls_weights: Tensor | None = None,
+    normaliser: Tensor | None = None,
+    impl: Impl = "auto",
+) -> JointLoss:
+    """Joint loss of the two heads, in float32 whatever the logits' type; deterministic, without a host sync.
+
+    Args:
+        cls_logits, dist_logits: [B, K], float32, float16 or bfloat16.
+        labels: [B] int64 class of each image, 0..K-1. Out of range is not checked (it would sync the host).
+        teacher_logits: [B, J] the teacher's; J = K unless ``class_map`` says otherwise. No gradient flows to it.
+        partner: [B] int64 class of the image each one is mixed with (Mixup, CutMix). None = not mixed.
+        lam: share of ``labels`` in the target, 0..1; a float, or a 0-d tensor on the logits' device (then a changing
+            value never recompiles). Given exactly when ``partner`` is.
+        smoothing: label smoothing of the CLS target: ``1 - smoothing + smoothing / K`` on, ``smoothing / K`` off.
+        weights: [K] float32 DRW weights of the DIST loss, by the teacher's decision. None = all 1.
+        class_map: [J] int64, teacher class -> student class. None = the same order.
+        distillation: "hard" = the teacher's argmax; "soft" = its distribution at temperature ``tau``.
+        tau: temperature of soft distillation, > 0.
+        alpha: weight of the DIST term, 0..1.
+        base: loss of the CLS head. "bce" is the mean over images and classes; "balanced_softmax" and
+            "logit_adjustment" (at strength 1: the same function) add the log prior of ``counts`` to the logits.
+        counts: [K] training images per class, for the last two bases.
+        cls_weights: [K] float32 weights of the CLS loss by class. None = all 1.
+        normaliser: 0-d float32 that replaces ``sum_b w[t_b]`` (``decision_weight``, averaged over ranks, makes the
+            weighted mean global). None = this batch's own.
+        impl: "torch", "triton", or "auto" = triton on CUDA where it is installed.
+
+    Returns:
+        loss, cls_loss, dist_loss, all differentiable. With ``weights`` the DIST loss is the weighted mean over the
+        batch given; soft distillation is ``tau^2 KL(teacher || DIST) / (B K)``, and its weights tilt the teacher's
+        distribution, ``p_c w_c / sum p w``.
+
+    Raises:
+        UserError: shapes, types, devices or ranges do not fit.
+
+    Source: val-iisc/DeiT-LT losses.py (its soft loss with weights multiplies log-probabilities by the weights, which
+        gives no distribution; ours re-weights the probabilities); balanced softmax: Ren et al. 2020, eq. 4; logit
+        adjustment: Menon et al. 2021, eq. 10.
+    """
+    _check_options(smoothing, distillation, tau, alpha, base, counts, impl)
+    _check_logits(cls_logits, dist_logits, teacher_logits, class_map, distillation)
+    (batch, num_classes), device = cls_logits.shape, cls_logits.device
+    _check_mixing(partner, lam, device)
+    for name, vector, size in (
+        ("labels", labels, batch),
+        ("partner", partner, batch),
+        ("class_map", class_map, teacher_logits.size(1)),
+        ("weights", weights, num_classes),
+        ("cls_weights", cls_weights, num_classes),
+        ("counts", counts, num_classes),
+    ):
+        _check_vector(name, vector, size, device)
+    log_prior = None
+    if base in ("balanced_softmax", "logit_adjustment") and counts is not None:
+        log_prior = (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
+
+    run: Callable[..., JointLoss] = _triton_joint_loss() if _use_triton(impl, cls_logits) else reference
+    return run(
+        cls_logits,
+        dist_logits,
+        labels,
+        teacher_logits.detach(),
+        partner=partner,
+        lam=torch.full((), lam, device=device) if isinstance(lam, float | int) else lam,
+        smoothing=smoothing,
+        weights=weights,
+        class_map=class_map,
+        soft=distillation == "soft",
+        tau=tau,
+        alpha=alpha,
+        bce=base == "bce",
+        log_prior=log_prior,
+        cls_weights=cls_weights,
+        normaliser=normaliser,
+    )
+
+
+def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:
+    """Sum over the batch of the DRW weight of the teacher's decision, 0-d float32: what the DIST loss divides by.
+
+    Averaged over ranks and passed as ``normaliser``, it makes the weighted mean one over the global batch.
+    """
+    decision_B = _decision(teacher_logits, class_map)
+    ones_B = torch.ones_like(decision_B, dtype=torch.float32)
+    return (ones_B if weights is None else weights[decision_B]).sum()
+
+
+def reference(
+    cls_logits: Tensor,
+    dist_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    partner: Tensor | None = None,
+    lam: Tensor | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    class_map: Tensor | None = None,
+    soft: bool = False,
+    tau: float = 1.0,
+    alpha: float = 0.5,
+    bce: bool = False,
+    log_prior: Tensor | None = None,
+    cls_weights: Tensor | None = None,
+    normaliser: Tensor | None = None,
+) -> JointLoss:
+    """The loss in plain torch, float32 (float64 stays). Arguments as ``joint_loss``; ``lam`` a 0-d tensor,
+    ``log_prior`` [K] is added to the CLS logits. No dense target is built."""
+    cls_logits_BK, dist_logits_BK, teacher_logits_BJ = _full(cls_logits), _full(dist_logits), _full(teacher_logits)
+    if log_prior is not None:
+        cls_logits_BK = cls_logits_BK + log_prior
+    weight_K = cls_logits_BK.new_ones(cls_logits_BK.size(1)) if cls_weights is None else cls_weights
+
+    def mixed(values_BK: Tensor) -> Tensor:
+        """[B] value at the label, or at the two mixed labels by their shares."""
+        own_B = values_BK.gather(1, labels[:, None])[:, 0]
+        return (
+            own_B
+            if partner is None or lam is None
+            else lam * own_B + (1 - lam) * values_BK.gather(1, partner[:, None])[:, 0]
+        )
+
+    def target_sum(values_BK: Tensor) -> Tensor:
+        """[B] sum over classes of the smoothed, weighted target times the values."""
+        weighted_BK = values_BK * weight_K
+        return mixed(weighted_BK) * (1 - smoothing) + (weighted_BK.mean(1) * smoothing if smoothing else 0.0)
+
+    if bce:
+        cls_B = (F.softplus(cls_logits_BK) * weight_K).sum(1) - target_sum(cls_logits_BK)
+        cls_loss = cls_B.mean() / cls_logits_BK.size(1)
+    else:
+        cls_loss = -target_sum(cls_logits_BK.log_softmax(1)).sum() / mixed(weight_K.expand_as(cls_logits_BK)).sum()
+
+    if soft:
+        dist_loss = _soft_distillation(dist_logits_BK, teacher_logits_BJ, weights, class_map, tau)
+    else:
+        decision_B = _decision(teacher_logits_BJ, class_map)
+        dist_B = -dist_logits_BK.log_softmax(1).gather(1, decision_B[:, None])[:, 0]
+        weight_B = torch.ones_like(dist_B) if weights is None else weights[decision_B]
+        dist_loss = (weight_B * dist_B).sum() / (weight_B.sum() if normaliser is None else normaliser)
+    return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
+
+
+def _soft_distillation(
+    dist_logits_BK: Tensor, teacher_logits_BK: Tensor, weights: Tensor | None, class_map: Tensor | None, tau: float
+) -> Tensor:
+    """tau^2 KL(teacher || DIST) / (B K), the classes in the teacher's order."""
+    if class_map is not None:
+        dist_logits_BK = dist_logits_BK[:, class_map]
+    log_p_BK = (teacher_logits_BK / tau).log_softmax(1)
+    if weights is not None:
+        log_weights_K = (weights if class_map is None else weights[class_map]).log()
+        log_p_BK = (log_p_BK + log_weights_K).log_softmax(1)
+    p_BK = log_p_BK.exp()
+    cross_BK = p_BK * (log_p_BK - (dist_logits_BK / tau).log_softmax(1))
+    return torch.where(p_BK > 0, cross_BK, 0.0).sum() * (tau * tau / dist_logits_BK.numel())
+
+
+def _decision(teacher_logits_BJ: Tensor, class_map: Tensor | None) -> Tensor:
+    decision_B = teacher_logits_BJ.argmax(1)
+    return decision_B if class_map is None else class_map[decision_B]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_options(
+    smoothing: float, distillation: str, tau: float, alpha: float, base: str, counts: Tensor | None, impl: str
+) -> None:
+    for name, got, known in (
+        ("distillation", distillation, get_args(Distillation)),
+        ("base", base, get_args(Base)),
+        ("impl", impl, get_args(Impl)),
+    ):
+        if got not in known:
+            raise UserError(f"joint_loss: {name} is {got!r}, expected one of {', '.join(known)}")
+    if not 0 <= smoothing < 1:
+        raise UserError(f"joint_loss: smoothing is {smoothing}, expected 0 <= smoothing < 1")
+    if not 0 <= alpha <= 1:
+        raise UserError(f"joint_loss: alpha is {alpha}, expected 0 <= alpha <= 1")
+    if not tau > 0:
+        raise UserError(f"joint_loss: tau is {tau}, expected a temperature > 0")
+    if (counts is not None) != (base in ("balanced_softmax", "logit_adjustment")):
+        state = "missing" if counts is None else "given"
+        raise UserError(
+            f"joint_loss: counts is {state} with base={base}; balanced_softmax and logit_adjustment need the training "
+            "images per class, the other bases take none"
+        )
+
+
+def _check_logits(
+    cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, class_map: Tensor | None, distillation: str
+) -> None:
+    for name, logits in (("cls_logits", cls_logits), ("dist_logits", dist_logits), ("teacher_logits", teacher_logits)):
+        if logits.dim() != 2 or not logits.numel() or not logits.is_floating_point():
+            raise UserError(f"joint_loss: {name} is {_say(logits)}, expected floating (batch, classes), not empty")
+        if logits.device != cls_logits.device or logits.size(0) != cls_logits.size(0):
+            raise UserError(
+                f"joint_loss: {name} is {_say(logits)}, expected {cls_logits.size(0)} rows on {cls_logits.device} as "
+                "cls_logits has"
+            )
+    if cls_logits.shape != dist_logits.shape or cls_logits.dtype != dist_logits.dtype:
+        raise UserError(
+            f"joint_loss: cls_logits is {_say(cls_logits)} but dist_logits is {_say(dist_logits)}; the heads must agree"
+        )
+    if teacher_logits.size(1) != cls_logits.size(1) and (class_map is None or distillation == "soft"):
+        raise UserError(
+            f"joint_loss: the teacher has {teacher_logits.size(1)} classes and the student {cls_logits.size(1)}; "
+            "hard distillation with a class_map (teacher class -> student class) can bridge that"
+        )
+
+
+def _check_mixing(partner: Tensor | None, lam: float | Tensor | None, device: torch.device) -> None:
+    if (partner is None) != (lam is None):
+        given, missing = ("lam", "partner") if partner is None else ("partner", "lam")
+        raise UserError(
+            f"joint_loss: {given} is given without {missing}; a mixed batch needs both, a plain one neither"
+        )
+    if isinstance(lam, Tensor) and (lam.dim() or not lam.is_floating_point() or lam.device != device):
+        raise UserError(
+            f"joint_loss: lam is {_say(lam)}, expected a floating 0-d tensor on {device} (a copy would stall)"
+        )
+    if isinstance(lam, float | int) and not 0 <= lam <= 1:
+        raise UserError(f"joint_loss: lam is {lam}, expected 0 <= lam <= 1")
+
+
+def _check_vector(name: str, vector: Tensor | None, size: int, device: torch.device) -> None:
+    if vector is None:
+        return
+    expected = {"labels": torch.int64, "partner": torch.int64, "class_map": torch.int64, "counts": vector.dtype}
+    dtype = expected.get(name, torch.float32)
+    if vector.shape != (size,) or vector.dtype != dtype or vector.device != device:
+        raise UserError(f"joint_loss: {name} is {_say(vector)}, expected {dtype} ({size},) on {device}")
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _use_triton(impl: str, logits: Tensor) -> bool:
+    if impl == "triton" and not HAS_TRITON:
+        raise UserError(
+            "joint_loss: impl=triton, but triton is not installed; install a CUDA build of torch or use torch"
+        )
+    fits = HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64
+    return impl == "triton" or (impl == "auto" and fits)
+
+
+def _triton_joint_loss() -> Callable[..., JointLoss]:
+    from fastdeitlt.kernels.joint_loss import joint_loss as triton_joint_loss
+
+    return triton_joint_loss

@@ -1,0 +1,303 @@
+"""What a set of logits is worth: accuracy by head and by class size, per class, calibration.
+
+Accuracies are in per cent. "all" is over images; head, mid and tail are means of class accuracies, as in the official
+code (val-iisc/DeiT-LT engine.py, ``evaluate``) and OLTR's ``shot_acc``. A class or group without images is NaN, not 0.
+"""
+
+# N images in the set, K classes
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from rich.table import Table
+from torch import Tensor
+
+from fastdeitlt.config import near
+from fastdeitlt.data.longtail import shot_groups
+from fastdeitlt.errors import NonFiniteError, UserError
+
+GROUPS = ("all", "head", "mid", "tail")
+NUM_BINS = 15
+NUM_CONFUSIONS = 10
+WILSON_Z = 1.959963984540054  # two-sided 95 %
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
+Grouped = dict[str, dict[str, Number]]  # split -> group -> value
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Images of class ``label`` taken for class ``predicted``."""
+
+    label: int
+    predicted: int
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of a reliability diagram: mean confidence (0..1) and accuracy (0..1) of the images that fall in it."""
+
+    confidence: float
+    accuracy: float
+    num_images: int
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """Scores of one set of logits. ``top1``, ``top5``, ``balanced_accuracy``, ``macro_f1`` and ``ece`` are per cent."""
+
+    top1: Grouped
+    top5: Grouped
+    ece: Grouped
+    nll: Grouped
+    brier: Grouped
+    balanced_accuracy: Number
+    macro_f1: Number
+    correct_K: list[int]
+    confusions: list[Confusion]
+    reliability: list[Bin]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of a model on a set. ``heads`` has AVG, CLS and DIST for a student, TEACHER for a flat model."""
+
+    heads: dict[str, HeadResult]
+    counts_K: list[int]
+    """Training images of each class: what head, mid and tail mean."""
+    support_K: list[int]
+    """Images of each class in the scored set."""
+    num_classes: dict[str, dict[str, int]]
+    """split -> group -> number of classes."""
+
+    @property
+    def num_images(self) -> int:
+        """Images scored."""
+        return sum(self.support_K)
+
+    def accuracy(self, head: str = "AVG", group: str = "all", split: str = "threshold") -> float:
+        """Top-1 accuracy in per cent, NaN where the group has no images.
+
+        Raises:
+            UserError: no such head, split or group; the nearest is named.
+        """
+        value: Any = {name: scores.top1 for name, scores in self.heads.items()}
+        for what, key in (("head", head), ("split", split), ("group", group)):
+            if key not in value:
+                raise UserError(f"{what}: got {key!r}, expected one of {', '.join(value)}{near(key, list(value))}")
+            value = value[key]
+        return float(value)
+
+    def class_accuracy(self, head: str = "AVG") -> np.ndarray:
+        """Accuracy of each class in per cent, float64 [K], NaN for a class without images."""
+        with np.errstate(invalid="ignore"):
+            return 100 * np.array(self.heads[head].correct_K) / np.array(self.support_K)
+
+    def class_interval(self, head: str = "AVG") -> np.ndarray:
+        """Wilson 95 % interval of each class's accuracy in per cent, float64 [K, 2]."""
+        return wilson_interval(np.array(self.heads[head].correct_K), np.array(self.support_K))
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested lists and numbers of standard JSON; NaN becomes None."""
+        return json.loads(_RESULT.dump_json(self))
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Result":
+        """The inverse of ``to_json``.
+
+        Raises:
+            UserError: the tree is not a Result's.
+        """
+        try:
+            return _RESULT.validate_python(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"result: {where}: {first['msg']}; expected what `fastdeitlt eval` writes") from None
+
+    def table(self, split: str = "threshold", teacher: "Result | None" = None, chance: bool = True) -> Table:
+        """Rows AVG, CLS, DIST (then teacher and chance), columns all, head, mid, tail; an empty group shows '-'."""
+        table = Table(title=f"top-1 accuracy in %, {split} split, {self.num_images:,} images")
+        table.add_column("")
+        for group in GROUPS:
+            num_classes = len(self.counts_K) if group == "all" else self.num_classes[split][group]
+            table.add_column(f"{group} ({num_classes})", justify="right")
+        rows = {name: head.top1[split] for name, head in self.heads.items()}
+        present = next(iter(rows.values()))
+        if teacher is not None:
+            rows["teacher"] = next(iter(teacher.heads.values())).top1[split]
+        if chance:
+            rows["chance"] = {g: math.nan if math.isnan(present[g]) else 100 / len(self.counts_K) for g in GROUPS}
+        for name, row in rows.items():
+            table.add_row(name, *(cell(row[group]) for group in GROUPS), style="dim" if name == "chance" else "")
+        return table
+
+
+_RESULT = TypeAdapter(Result)
+
+
+def cell(value: float | None, digits: int = 1) -> str:
+    """A number for a table, '-' where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def wilson_interval(correct: np.ndarray, total: np.ndarray, z: float = WILSON_Z) -> np.ndarray:
+    """Wilson score interval of a proportion in per cent, [..., 2]; NaN where total is 0.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = correct / total
+        centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+        half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total**2)) / (1 + z * z / total)
+    return 100 * np.stack([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], axis=-1)
+
+
+def score(
+    cls_logits_NK: Tensor,
+    dist_logits_NK: Tensor,
+    labels_N: Tensor,
+    counts: Sequence[int],
+    dataset: str | None = None,
+) -> Result:
+    """Score a student: the CLS head, the DIST head and AVG, the mean of their logits (official ``engine.evaluate``).
+
+    The order of the images does not matter, so the parts of several ranks are simply concatenated.
+
+    ``counts`` are the training images of each class, ``dataset`` the name whose official split is reported too.
+
+    Raises:
+        UserError: no images, shapes disagree, or labels outside 0..K-1.
+        NonFiniteError: a logit is NaN or infinite.
+    """
+    _check({"CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, len(counts))
+    average_NK = (cls_logits_NK.float() + dist_logits_NK.float()) / 2
+    return _score({"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, counts, dataset)
+
+
+def score_single(
+    logits_NK: Tensor, labels_N: Tensor, counts: Sequence[int], dataset: str | None = None, name: str = "TEACHER"
+) -> Result:
+    """Score a model with one head, such as the teacher; see ``score``."""
+    _check({name: logits_NK}, labels_N, len(counts))
+    return _score({name: logits_NK}, labels_N, counts, dataset)
+
+
+def _score(logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], dataset: str | None) -> Result:
+    labels_N = labels_N.long().cpu()
+    num_classes = len(counts)
+    splits = {split: shot_groups(counts, split=split, dataset=dataset) for split in ("threshold", "official")}
+    class_ids = {
+        split: {group: torch.arange(num_classes)[members] for group, members in groups.items()}
+        for split, groups in splits.items()
+    }
+    return Result(
+        heads={name: _score_head(head.cpu(), labels_N, class_ids) for name, head in logits.items()},
+        counts_K=[int(count) for count in counts],
+        support_K=torch.bincount(labels_N, minlength=num_classes).tolist(),
+        num_classes={split: {group: len(ids) for group, ids in groups.items()} for split, groups in class_ids.items()},
+    )
+
+
+def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> None:
+    expected = (len(labels_N), num_classes)
+    for name, head in logits.items():
+        if tuple(head.shape) != expected:
+            raise UserError(f"{name} logits: got shape {tuple(head.shape)}, expected {expected} (images, classes)")
+        bad = int((~head.isfinite().all(dim=1)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{name} logits: {bad} of {len(head)} images are not finite; the weights have diverged"
+            )
+    if len(labels_N) == 0:
+        raise UserError("evaluation: the set has no images; give a list with at least one")
+    low, high = int(labels_N.min()), int(labels_N.max())
+    if low < 0 or high >= num_classes:
+        raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}; is this the model's data set?")
+
+
+def _score_head(logits_NK: Tensor, labels_N: Tensor, class_ids: dict[str, dict[str, Tensor]]) -> HeadResult:
+    num_classes = logits_NK.shape[1]
+    parts = [_per_image(*part) for part in zip(logits_NK.split(4096), labels_N.split(4096), strict=True)]
+    predicted_N, confidence_N, hit_N, hit5_N, nll_N, brier_N = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
+
+    def per_class(values_N: Tensor) -> Tensor:
+        return torch.bincount(labels_N, weights=values_N.double(), minlength=num_classes)
+
+    support_K = per_class(torch.ones_like(hit_N))
+    correct_K = per_class(hit_N)
+    predicted_K = torch.bincount(predicted_N, minlength=num_classes).double()
+
+    def grouped(values_N: Tensor, scale: float = 1.0) -> Grouped:
+        mean_K = scale * per_class(values_N) / support_K
+        overall = {"all": scale * float(values_N.double().mean())}
+        return {
+            split: overall | {group: float(mean_K[ids].nanmean()) for group, ids in groups.items()}
+            for split, groups in class_ids.items()
+        }
+
+    def group_ece(ids: Tensor) -> float:
+        inside_N = torch.isin(labels_N, ids)
+        return calibration_error(reliability_bins(confidence_N[inside_N], hit_N[inside_N]))
+
+    bins = reliability_bins(confidence_N, hit_N)
+    f1_K = 2 * correct_K / (support_K + predicted_K)  # NaN for a class neither present nor predicted
+    return HeadResult(
+        top1=grouped(hit_N, 100),
+        top5=grouped(hit5_N, 100),
+        ece={
+            split: {"all": calibration_error(bins)} | {group: group_ece(ids) for group, ids in groups.items()}
+            for split, groups in class_ids.items()
+        },
+        nll=grouped(nll_N),
+        brier=grouped(brier_N),
+        balanced_accuracy=100 * float((correct_K / support_K).nanmean()),
+        macro_f1=100 * float(f1_K.nanmean()),
+        correct_K=correct_K.long().tolist(),
+        confusions=_confusions(labels_N, predicted_N, num_classes),
+        reliability=bins,
+    )
+
+
+def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
+    """(predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score) of each image."""
+    log_probs_NK = logits_NK.double().log_softmax(dim=1)
+    probs_NK = log_probs_NK.exp()
+    confidence_N, predicted_N = probs_NK.max(dim=1)
+    nll_N = -log_probs_NK.gather(1, labels_N[:, None]).squeeze(1)
+    top5_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), dim=1).indices
+    brier_N = probs_NK.square().sum(dim=1) - 2 * (-nll_N).exp() + 1
+    return predicted_N, confidence_N, predicted_N == labels_N, (top5_N5 == labels_N[:, None]).any(dim=1), nll_N, brier_N
+
+
+def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BINS) -> list[Bin]:
+    """Images by confidence in equal bins of 0..1, empty ones left out (Guo et al. 2017, section 2)."""
+    index_N = (confidence_N * num_bins).long().clamp(max=num_bins - 1)
+    num_images = torch.bincount(index_N, minlength=num_bins)
+    confidence = torch.bincount(index_N, weights=confidence_N.double(), minlength=num_bins) / num_images
+    accuracy = torch.bincount(index_N, weights=hit_N.double(), minlength=num_bins) / num_images
+    rows = zip(confidence.tolist(), accuracy.tolist(), num_images.tolist(), strict=True)
+    return [Bin(*row) for row in rows if row[2]]
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Expected calibration error in per cent (mean gap between confidence and accuracy); NaN without images."""
+    total = sum(b.num_images for b in bins)
+    return 100 * sum(b.num_images * abs(b.confidence - b.accuracy) for b in bins) / total if total else math.nan
+
+
+def _confusions(labels_N: Tensor, predicted_N: Tensor, num_classes: int) -> list[Confusion]:
+    wrong_N = labels_N != predicted_N
+    pairs, num_images = (labels_N * num_classes + predicted_N)[wrong_N].unique(return_counts=True)
+    order = num_images.argsort(descending=True, stable=True)[:NUM_CONFUSIONS]
+    rows = zip(pairs[order].tolist(), num_images[order].tolist(), strict=True)
+    return [Confusion(pair // num_classes, pair % num_classes, num) for pair, num in rows]

@@ -1,0 +1,128 @@
+"""Checkpoints in and out: students of the official code, of timm and of a run."""
+# N tokens (CLS, DIST, patches), D width, H W patch grid
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.models.state import State, load_exact, read_folder, read_safetensors, read_torch, tensors
+from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
+
+
+def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:
+    """Position embeddings for a square grid of another size: prefix kept, patches by antialiased bicubic in float32.
+
+    Source: timm ``resample_abs_pos_embed``.
+    """
+    if pos_embed_1ND.shape[1] == num_tokens:
+        return pos_embed_1ND
+    prefix_12D, grid_1ND = pos_embed_1ND[:, :NUM_PREFIX], pos_embed_1ND[:, NUM_PREFIX:]
+    old, new = _side(pos_embed_1ND.shape[1]), _side(num_tokens)
+    grid_1DHW = grid_1ND.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid_1DHW = F.interpolate(grid_1DHW, size=(new, new), mode="bicubic", antialias=True)
+    return torch.cat((prefix_12D, grid_1DHW.flatten(2).transpose(1, 2).to(prefix_12D.dtype)), 1)
+
+
+def _side(num_tokens: int) -> int:
+    side = round(max(num_tokens - NUM_PREFIX, 0) ** 0.5)
+    if side == 0 or side * side != num_tokens - NUM_PREFIX:
+        raise UserError(
+            f"pos_embed: got {num_tokens} tokens, expected CLS, DIST and a square grid of patches (a distilled ViT)"
+        )
+    return side
+
+
+def _check_distilled(state: State, what: str) -> None:
+    for key, ndim in {
+        "cls_token": 3,
+        "dist_token": 3,
+        "pos_embed": 3,
+        "patch_embed.proj.weight": 4,
+        "head.weight": 2,
+    }.items():
+        if key not in state or state[key].ndim != ndim:
+            raise UserError(f"{what}: has no {key} of {ndim} dimensions; expected a distilled ViT under timm's keys")
+
+
+def load_student_state(model: DistilledViT, state: State, what: str = "student checkpoint") -> None:
+    """Load weights under timm's keys; position embeddings of another image size are interpolated.
+
+    Raises:
+        UserError: not a distilled ViT, another class count, or keys and shapes that do not fit.
+    """
+    _check_distilled(state, what)
+    if len(state["head.weight"]) != model.num_classes:
+        raise UserError(f"{what}: has {len(state['head.weight'])} classes, expected {model.num_classes}")
+    pos_embed = resample_pos_embed(state["pos_embed"], model.pos_embed.shape[1])
+    load_exact(model, state | {"pos_embed": pos_embed}, what)
+
+
+def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[DistilledViT, dict[str, Any]]:
+    """A student in eval mode from a model folder, a released checkpoint of the official code, or timm's weights.
+
+    Args:
+        path: a folder with manifest.json, a .pth of {"model", "model_ema", "args", ...}, or .safetensors.
+        weights: "model", or "ema" for the moving average.
+
+    Returns:
+        The model, and what the file knows: ``model`` {name, num_classes, img_size, depth}; where stored, ``class_map``
+        (the class of each label of the data set), ``class_names``, ``preprocess``, ``epoch``, ``args`` (the official
+        command line) and accuracies.
+
+    Raises:
+        UserError: no such file, damaged, holds code, not a distilled ViT, no such weights.
+    """
+    path = Path(path)
+    if weights not in ("model", "ema"):
+        raise UserError(f"weights {weights!r}: unknown, expected model or ema")
+    info: dict[str, Any] = {}
+    if path.is_dir():
+        state, info = read_folder(path, "student", weights)
+    elif not path.is_file():
+        raise UserError(f"student {path}: no such file or folder; give a model folder or a checkpoint")
+    elif path.suffix == ".safetensors":
+        state = tensors(read_safetensors(path), path)
+    else:
+        content = read_torch(path)
+        state = tensors(content, path, ("model", "state_dict") if weights == "model" else ("model_ema",))
+        info = _official_info(content)
+    info["model"] = {**_arch_of(state, f"student {path}"), **info.get("model", {})}
+    arch = info["model"]
+    model = create_student(arch["name"], arch["num_classes"], arch["img_size"], drop_path=0.0, depth=arch["depth"])
+    load_student_state(model, state, f"student {path}")
+    return model.eval(), info
+
+
+def _arch_of(state: State, what: str) -> dict[str, Any]:
+    """Name, classes, image size and depth of a distilled ViT, read off its shapes."""
+    _check_distilled(state, what)
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
+    if size is None:
+        raise UserError(
+            f"{what}: got width {width}, expected {', '.join(str(known) for known, _, _ in SIZES.values())}"
+        )
+    img_size = _side(state["pos_embed"].shape[1]) * patch
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    name = f"deit_{size}_distilled_patch{patch}_{img_size}"
+    return {"name": name, "num_classes": len(state["head.weight"]), "img_size": img_size, "depth": depth}
+
+
+def _official_info(content: Any) -> dict[str, Any]:
+    """What an official checkpoint tells beside its tensors, as plain Python."""
+    if not isinstance(content, dict):
+        return {}
+    info: dict[str, Any] = {key: float(value) for key, value in content.items() if isinstance(value, float | np.number)}
+    if isinstance(content.get("epoch"), int):
+        info["epoch"] = content["epoch"]
+    if isinstance(content.get("args"), argparse.Namespace):
+        info["args"] = vars(content["args"])
+        if info["args"].get("class_map") is not None:
+            info["class_map"] = [int(c) for c in info["args"]["class_map"]]
+    return info

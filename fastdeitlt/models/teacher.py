@@ -1,0 +1,281 @@
+"""The teacher: a frozen flat CNN whose hard decisions on the student's own image the DIST token learns.
+
+Builds and loads the CNNs of the official recipes (ResNet-32 of LDAM and PaCo, ResNet-50 inside PaCo's wrapper) and any
+CNN of timm, under the released checkpoints' keys.
+"""
+# B batch, C channels, H height, W width, F features, K classes
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeitlt.config import TeacherConfig, near
+from fastdeitlt.errors import UserError
+from fastdeitlt.models.class_map import check_class_map, teacher_to_student
+from fastdeitlt.models.fold import fold_batchnorm
+from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
+from fastdeitlt.models.state import State, load_exact, read_folder, read_safetensors, read_torch, tensors
+
+STYLES = ("official_paco", "official_ldam", "timm", "fastdeitlt")
+
+
+class Paco(nn.Module):
+    """PaCo's training wrapper under its released keys: query and key encoder, two linear heads, the queue.
+
+    Each encoder's ``fc`` is the projection of the contrastive loss. In ``forward`` only encoder_q up to its pooling and
+    ``linear`` take part: the logits [B, K].
+
+    Source: PaCo (arXiv 2107.12028), MoCo builder of its code.
+    """
+
+    queue: Tensor
+    queue_l: Tensor
+    queue_ptr: Tensor
+
+    def __init__(self, arch: str, num_classes: int, dim: int, queue_size: int) -> None:
+        super().__init__()
+        self.encoder_q = _paco_encoder(arch, dim)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.linear = nn.Linear(self.encoder_q.num_features, num_classes)
+        self.linear_k = copy.deepcopy(self.linear).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=0))
+        self.register_buffer("queue_l", torch.randint(0, num_classes, (queue_size,)))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        features = self.encoder_q.forward_features(images_BCHW)
+        return self.linear(self.encoder_q.forward_head(features, pre_logits=True))
+
+
+def _paco_encoder(arch: str, dim: int) -> Any:
+    encoder = _network(arch, 1)
+    if _head_name(encoder) not in ("linear", "fc"):
+        raise UserError(f"teacher {arch}: style official_paco expects a ResNet such as resnet32 or resnet50")
+    delattr(encoder, _head_name(encoder))
+    width = encoder.num_features
+    encoder.fc = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
+    return encoder
+
+
+def _network(arch: str, num_classes: int) -> Any:
+    """The bare CNN: our CIFAR ResNet for resnet<6n+2> names that timm does not have, else timm's."""
+    found = re.fullmatch(r"resnet(\d{1,4})", arch)
+    if timm.is_model(arch):
+        options: Any = {"zero_init_last": False} if found else {}  # as torchvision's, which the references train
+        return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
+    if found and int(found[1]) >= 8 and int(found[1]) % 6 == 2:
+        return ResNetCifar(int(found[1]), num_classes)
+    known = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", *timm.list_models()]
+    raise UserError(f"teacher {arch!r}: unknown architecture, expected resnet<6n+2> or a timm model{near(arch, known)}")
+
+
+def _head_name(network: Any) -> str:
+    return "linear" if isinstance(network, ResNetCifar) else network.default_cfg["classifier"]
+
+
+def _norm_head(network: Any, num_classes: int) -> None:
+    """Put a cosine classifier in the place of the linear one."""
+    parent, _, leaf = _head_name(network).rpartition(".")
+    in_features = network.get_submodule(_head_name(network)).in_features
+    setattr(network.get_submodule(parent), leaf, NormedLinear(in_features, num_classes))
+
+
+def create_teacher(
+    arch: str, num_classes: int, style: str = "fastdeitlt", normed_head: bool | None = None
+) -> nn.Module:
+    """A CNN with fresh weights that maps images_BCHW to logits_BK, under the keys of ``style``.
+
+    Args:
+        arch: resnet<6n+2> (CIFAR, option A), resnet50, or any CNN name of timm.
+        style: whose keys: official_paco (encoder_q, encoder_k, linear, linear_k, queue), official_ldam (a cosine head),
+            timm, fastdeitlt.
+        normed_head: a cosine classifier. None: as the style has it.
+
+    Raises:
+        UserError: unknown architecture (the nearest is named) or style; no class.
+    """
+    if style not in STYLES:
+        raise UserError(f"teacher style {style!r}: unknown, expected one of {', '.join(STYLES)}{near(style, STYLES)}")
+    if num_classes < 1:
+        raise UserError(f"teacher {arch}: got {num_classes} classes, expected at least 1")
+    if style == "official_paco":
+        small = not timm.is_model(arch)
+        return Paco(arch, num_classes, dim=32 if small else 128, queue_size=1024 if small else 8192)
+    network = _network(arch, num_classes)
+    if style == "official_ldam" if normed_head is None else normed_head:
+        _norm_head(network, num_classes)
+    return network
+
+
+class Teacher(nn.Module):
+    """A frozen network and the way from the student's input to its own; always in eval mode.
+
+    Args:
+        network: maps images_BCHW to logits_BK.
+        class_map: the student's class of each class of the teacher, for the loss to apply; None = the same.
+        img_size: side in pixels to which images are resized (bicubic, a = -0.75, as torchvision's Resize on tensors).
+            0 = as they come.
+        scale_C, shift_C: affine change of normalisation, applied after the resize. None = the student's normalisation.
+        antialias: of the resize.
+
+    Source: the official code's DistillationLoss, which resizes the mixed, ImageNet-normalised student tensor.
+    """
+
+    class_map: Tensor | None
+    scale_1C11: Tensor | None
+    shift_1C11: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        class_map: Sequence[int] | Tensor | None = None,
+        *,
+        img_size: int = 0,
+        scale_C: Tensor | None = None,
+        shift_C: Tensor | None = None,
+        antialias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes, self.img_size, self.antialias = num_classes, img_size, antialias
+        self.register_buffer("class_map", None if class_map is None else check_class_map(class_map, num_classes), False)
+        self.register_buffer("scale_1C11", None if scale_C is None else scale_C.view(1, -1, 1, 1), False)
+        self.register_buffer("shift_1C11", None if shift_C is None else shift_C.view(1, -1, 1, 1), False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode, whatever the mode of the model that holds it."""
+        return super().train(False)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """logits_BK, without gradient."""
+        with torch.no_grad():
+            size = (self.img_size, self.img_size)
+            if self.img_size and images_BCHW.shape[-2:] != size:
+                images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=self.antialias)
+            if self.scale_1C11 is not None and self.shift_1C11 is not None:
+                images_BCHW = images_BCHW * self.scale_1C11 + self.shift_1C11
+            return self.network(images_BCHW)
+
+
+def load_teacher(
+    path: str | Path,
+    arch: str,
+    num_classes: int,
+    style: str = "auto",
+    class_map: Sequence[int] | Tensor | None = None,
+) -> Teacher:
+    """A frozen teacher from a released checkpoint or a model folder; maps images_BCHW to logits_BK.
+
+    Args:
+        path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model folder, whose own ``arch`` wins.
+        style: auto takes it from the keys.
+        class_map: the student's class of each class of the teacher.
+
+    Raises:
+        UserError: no such file, a file that is damaged or holds code, keys of another architecture or style, another
+            class count, a class map that is no permutation.
+    """
+    state, manifest = _read(Path(path))
+    arch = str(manifest.get("model", {}).get("arch", arch))
+    network = _network_with(state, arch, num_classes, style, f"teacher {path}")
+    return Teacher(network, num_classes, class_map)
+
+
+def _read(path: Path) -> tuple[State, dict[str, Any]]:
+    if path.is_dir():
+        return read_folder(path, "teacher")
+    if not path.is_file():
+        raise UserError(f"teacher {path}: no such file or folder; give teacher.path a checkpoint or a model folder")
+    if path.suffix == ".safetensors":
+        return tensors(read_safetensors(path), path), {}
+    return tensors(read_torch(path), path, ("model", "state_dict")), {}
+
+
+def _network_with(state: State, arch: str, num_classes: int, style: str, what: str) -> nn.Module:
+    """The bare network with the weights it needs of ``state``, which may hold PaCo's whole wrapper."""
+    if style not in ("auto", *STYLES):
+        raise UserError(f"teacher style {style!r}: unknown, expected auto, {', '.join(STYLES)}{near(style, STYLES)}")
+    network = _network(arch, num_classes)
+    head = _head_name(network)
+    is_paco = any(key.startswith("encoder_q.") for key in state)
+    if style != "auto" and is_paco != (style == "official_paco"):
+        raise UserError(f"{what}: its keys are {'' if is_paco else 'not '}official_paco's, got style {style}; use auto")
+    if is_paco:
+        encoder = {
+            key.removeprefix("encoder_q."): value for key, value in state.items() if key.startswith("encoder_q.")
+        }
+        linear = {f"{head}.{kind}": state[f"linear.{kind}"] for kind in ("weight", "bias") if f"linear.{kind}" in state}
+        state = {key: value for key, value in encoder.items() if not key.startswith("fc.")} | linear
+    weight = state.get(f"{head}.weight")
+    if weight is None:
+        raise UserError(f"{what}: has no {head}.weight; expected the keys of {arch}")
+    normed = f"{head}.bias" not in state
+    if normed:
+        _norm_head(network, num_classes)
+    got = weight.shape[-1 if normed else 0] if weight.ndim else 0
+    if got != num_classes:
+        raise UserError(f"{what}: has {got} classes, expected {num_classes}; give the teacher of this data set")
+    load_exact(network, state, what)
+    return network
+
+
+def open_teacher(
+    cfg: TeacherConfig,
+    student_mean: Sequence[float],
+    student_std: Sequence[float],
+    student_img_size: int,
+    num_classes: int,
+    class_map: Sequence[int] | None = None,
+) -> Teacher:
+    """The teacher of a configuration, folded for inference, that takes the student's normalised images.
+
+    Args:
+        student_img_size: side in pixels of the images that will come.
+        class_map: the student's class of each label of the data set; None = the same. ``cfg.map_classes`` needs it.
+
+    A model folder's own architecture, normalisation and class map win over ``cfg``.
+
+    Raises:
+        UserError: see ``load_teacher``; ``cfg.map_classes`` without a class map.
+    """
+    state, manifest = _read(Path(cfg.path))
+    arch = str(manifest.get("model", {}).get("arch", cfg.arch))
+    network = _network_with(state, arch, num_classes, cfg.style, f"teacher {cfg.path}")
+    preprocess = manifest.get("preprocess") or {}
+    scale_C = shift_C = None
+    if cfg.normalise == "teacher":
+        mean_C, std_C = (torch.tensor(preprocess.get(name, getattr(cfg, name))) for name in ("mean", "std"))
+        scale_C = torch.tensor(student_std) / std_C
+        shift_C = (torch.tensor(student_mean) - mean_C) / std_C
+    size = cfg.img_size if cfg.img_size != student_img_size else 0
+    return Teacher(
+        fold_batchnorm(network),
+        num_classes,
+        _class_map(cfg, manifest, class_map, num_classes),
+        img_size=size,
+        scale_C=scale_C,
+        shift_C=shift_C,
+        antialias=cfg.resize_antialias,
+    )
+
+
+def _class_map(
+    cfg: TeacherConfig, manifest: dict[str, Any], student_map: Sequence[int] | None, num_classes: int
+) -> Tensor | None:
+    """A model folder tells its order of classes; of a released checkpoint only ``cfg.map_classes`` does."""
+    if manifest:
+        return teacher_to_student(manifest.get("class_map"), student_map, num_classes)
+    if not cfg.map_classes:
+        return None
+    if student_map is None:
+        raise UserError("teacher.map_classes: got true, but the student keeps the data set's class order; use false")
+    return teacher_to_student(None, student_map, num_classes)

@@ -1,0 +1,275 @@
+"""The student: a distilled Vision Transformer with a CLS and a DIST head, under timm's state-dict keys.
+
+Source: DeiT (arXiv 2012.12877) section 4; DeiT-LT (arXiv 2404.02900); parameter names, initialisation and drop-path law
+of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
+"""
+# B batch, C channels, H W height and width of images_BCHW, N tokens (CLS, DIST, patches), D width, K classes;
+# after the qkv projection: H heads, E width of a head (D = H E)
+
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeitlt.config import near
+from fastdeitlt.errors import UserError
+
+NUM_PREFIX = 2  # CLS and DIST stand before the patch tokens
+MLP_RATIO = 4
+SIZES = {
+    "tiny": (192, 3, 12),
+    "small": (384, 6, 12),
+    "base": (768, 12, 12),
+    "large": (1024, 16, 24),
+}  # width, heads, depth
+PATCHES = (2, 4, 8, 16)
+_NAME = re.compile(r"deit_(tiny|small|base|large)_distilled_patch(2|4|8|16)_([1-9]\d{0,3})")
+
+Attention = Callable[[Tensor], Tensor]
+
+
+def attend(qkv_BN3HE: Tensor) -> Tensor:
+    """Softmax attention of every token to every token, from the packed output of the qkv projection.
+
+    Returns:
+        [B, N, D], heads side by side.
+    """
+    q_BHNE, k_BHNE, v_BHNE = qkv_BN3HE.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
+
+
+def attend_prefix(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
+    """Softmax attention of the first M tokens to all N tokens. Returns [B, M, D]."""
+    k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear map (a convolution whose stride is its kernel)."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; ``attention_impl`` computes it from the packed qkv."""
+
+    def __init__(self, width: int, heads: int, attention_impl: Attention) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.attention_impl = attention_impl
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.proj(self.attention_impl(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
+
+    def prefix(self, x_BND: Tensor) -> Tensor:
+        """The first two rows of ``forward``: their queries only, the keys and values of all tokens."""
+        width = x_BND.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q_BMHE = F.linear(x_BND[:, :NUM_PREFIX], weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
+        kv_BN2HE = F.linear(x_BND, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
+        return self.proj(attend_prefix(q_BMHE, kv_BN2HE))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with exact GELU between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BND)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; each residual branch is dropped a sample with probability ``drop_path``."""
+
+    def __init__(self, width: int, heads: int, drop_path: float, attention_impl: Attention) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = SelfAttention(width, heads, attention_impl)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+        self.drop_path = drop_path
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = self._add(x_BND, self.attn(self.norm1(x_BND)))
+        return self._add(x_BND, self.mlp(self.norm2(x_BND)))
+
+    def prefix(self, x_BND: Tensor) -> Tensor:
+        """The CLS and DIST rows of ``forward``; exact, since no other row of the last block reaches a head."""
+        x_B2D = self._add(x_BND[:, :NUM_PREFIX], self.attn.prefix(self.norm1(x_BND)))
+        return self._add(x_B2D, self.mlp(self.norm2(x_B2D)))
+
+    def _add(self, x_BND: Tensor, branch_BND: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return x_BND + branch_BND
+        keep = 1 - self.drop_path
+        scale_B11 = branch_BND.new_empty(branch_BND.shape[0], 1, 1).bernoulli_(keep) / keep
+        return x_BND + branch_BND * scale_B11
+
+
+class DistilledViT(nn.Module):
+    """Vision Transformer with two prefix tokens, each read by its own head. Build it with ``create_student``.
+
+    Args:
+        drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
+        last_block_shortcut: compute only the CLS and DIST rows in the last block (same outputs, about 7 % less work).
+        attention_impl: replaces ``attend`` in all blocks but a shortened last one.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch: int,
+        num_classes: int,
+        width: int,
+        heads: int,
+        depth: int,
+        drop_path: float = 0.0,
+        last_block_shortcut: bool = True,
+        attention_impl: Attention = attend,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch, self.num_classes, self.width = img_size, patch, num_classes, width
+        self.last_block_shortcut = last_block_shortcut
+        self.patch_embed = PatchEmbed(patch, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(width, heads, rate, attention_impl) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_classes)
+        self.head_dist = nn.Linear(width, num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for parameter in (self.dist_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beside biases and norms."""
+        return {"pos_embed", "cls_token", "dist_token"}
+
+    def _embed(self, images_BCHW: Tensor) -> Tensor:
+        if images_BCHW.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(
+                f"student: got images {tuple(images_BCHW.shape)}, expected sides of {self.img_size} pixels"
+            )
+        prefix_B2D = torch.cat((self.cls_token, self.dist_token), 1).expand(images_BCHW.shape[0], -1, -1)
+        return torch.cat((prefix_B2D, self.patch_embed(images_BCHW)), 1) + self.pos_embed
+
+    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+        """All tokens after the final norm, [B, N, D] (CLS, DIST, then patches row by row); never shortened."""
+        x_BND = self._embed(images_BCHW)
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.norm(x_BND)
+
+    def forward_prefix(self, images_BCHW: Tensor) -> Tensor:
+        """CLS and DIST after the final norm, [B, 2, D]."""
+        if not self.last_block_shortcut:
+            return self.forward_features(images_BCHW)[:, :NUM_PREFIX]
+        x_BND = self._embed(images_BCHW)
+        for block in self.blocks[:-1]:
+            x_BND = block(x_BND)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return self.norm(last.prefix(x_BND))
+
+    def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
+        x_B2D = self.forward_prefix(images_BCHW)
+        return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """In train mode (cls_logits_BK, dist_logits_BK); in eval mode their mean."""
+        cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW)
+        if self.training:
+            return cls_logits_BK, dist_logits_BK
+        return (cls_logits_BK + dist_logits_BK) / 2
+
+
+def create_student(
+    name: str,
+    num_classes: int,
+    img_size: int | None = None,
+    drop_path: float = 0.1,
+    depth: int | None = None,
+    *,
+    last_block_shortcut: bool = True,
+    attention_impl: Attention = attend,
+) -> DistilledViT:
+    """A student with fresh weights.
+
+    Args:
+        name: deit_{tiny,small,base,large}_distilled_patch{2,4,8,16}_<size>.
+        img_size: height and width of the images in pixels. 0 or None = the size in the name.
+        drop_path: stochastic depth of the last block.
+        depth: number of blocks. 0 or None = 12 (large: 24).
+
+    Raises:
+        UserError: an unknown name (the nearest is named), an image size that the patch does not divide, a value out of
+            range.
+    """
+    found = _NAME.fullmatch(name)
+    if not found:
+        known = [
+            f"deit_{size}_distilled_patch{patch}_{side}"
+            for size in SIZES
+            for patch in PATCHES
+            for side in (32, 224, 384)
+        ]
+        raise UserError(
+            f"student {name!r}: unknown name, expected deit_{{tiny,small,base,large}}_distilled_patch{{2,4,8,16}}_<size>"
+            f"{near(name, known)}"
+        )
+    width, heads, blocks = SIZES[found[1]]
+    patch, side = int(found[2]), img_size or int(found[3])
+    if side < patch or side % patch:
+        raise UserError(
+            f"student {name}: image size {side} does not divide into patches of {patch}; use "
+            f"{max(round(side / patch), 1) * patch}"
+        )
+    if num_classes < 1:
+        raise UserError(f"student {name}: got {num_classes} classes, expected at least 1")
+    if not 0 <= drop_path < 1:
+        raise UserError(f"student {name}: got drop_path {drop_path}, expected 0 <= drop_path < 1")
+    if depth and depth < 0:
+        raise UserError(f"student {name}: got depth {depth}, expected at least 1 block (0 = {blocks})")
+    return DistilledViT(
+        img_size=side, patch=patch, num_classes=num_classes, width=width, heads=heads, depth=depth or blocks,
+        drop_path=drop_path, last_block_shortcut=last_block_shortcut, attention_impl=attention_impl,
+    )  # fmt: skip
+
+
+def flops_per_image(model: DistilledViT, executed: bool = False) -> float:
+    """FLOPs of one image's forward pass: matrix products only, a multiply-add is 2, training counts three times this.
+
+    Args:
+        executed: subtract what the last-block shortcut saves. Off by default, so that MFU compares across programs.
+    """
+    width, tokens = model.width, model.pos_embed.shape[1]
+    patches = 2 * (tokens - NUM_PREFIX) * 3 * model.patch**2 * width
+    row = 2 * (2 + 2 * MLP_RATIO) * width**2 + 4 * tokens * width  # query, proj, MLP and the attention of one token
+    keys_values = 2 * 2 * width**2
+    total = patches + len(model.blocks) * tokens * (row + keys_values) + 4 * width * model.num_classes
+    saved = (tokens - NUM_PREFIX) * row if executed and model.last_block_shortcut else 0
+    return float(total - saved)

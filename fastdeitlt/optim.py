@@ -1,0 +1,174 @@
+"""Stage 7a: parameter groups, AdamW, the learning-rate schedule, and the moving average of the weights."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.config import Config
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+
+
+def peak_learning_rate(cfg: Config, ranks: int | None = None) -> float:
+    """Learning rate after warm-up.
+
+    Args:
+        cfg: the run.
+        ranks: data-parallel ranks of the recipe; None = train.virtual_ranks, or 1 when that is 0.
+
+    Source: DeiT main.py (lr * batch_size * world / 512); "effective" also counts accumulation.
+    """
+    ranks = ranks or cfg.train.virtual_ranks or 1
+    images = cfg.train.batch_size * ranks
+    match cfg.optim.lr_scale:
+        case "none":
+            return cfg.optim.lr
+        case "official":
+            return cfg.optim.lr * images / 512
+        case "effective":
+            return cfg.optim.lr * images * cfg.train.accumulate / 512
+
+
+def learning_rate(epoch_float: float, cfg: Config, ranks: int | None = None) -> float:
+    """Learning rate at a point of training.
+
+    Linear from warmup_lr to the peak during warm-up, then half a cosine from the peak to min_lr over *all* epochs, so
+    that the rate at the end of warm-up is already slightly under the peak.
+
+    Args:
+        epoch_float: epochs from the start, with the fraction of the epoch that has passed.
+        cfg: the run.
+        ranks: see ``peak_learning_rate``.
+
+    Source: timm CosineLRScheduler with t_initial=epochs, warmup_prefix=False.
+    """
+    peak, o = peak_learning_rate(cfg, ranks), cfg.optim
+    if epoch_float < o.warmup_epochs:
+        return o.warmup_lr + epoch_float * (peak - o.warmup_lr) / o.warmup_epochs
+    if epoch_float >= cfg.train.epochs:
+        return o.min_lr
+    return o.min_lr + 0.5 * (peak - o.min_lr) * (1 + math.cos(math.pi * epoch_float / cfg.train.epochs))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two AdamW groups: no decay for vectors, biases, tokens and position embeddings; ``weight_decay`` for the rest.
+
+    Source: timm create_optimizer with the model's ``no_weight_decay``.
+    """
+    no_weight_decay: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    skip = no_weight_decay()
+    plain: list[Tensor] = []
+    decayed: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            no_decay = parameter.ndim <= 1 or name.endswith(".bias") or name in skip
+            (plain if no_decay else decayed).append(parameter)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW over ``parameter_groups`` with the implementation that ``optim.backend`` names.
+
+    The learning rate is a tensor on the parameters' device where the implementation takes one, so that changing it
+    neither syncs nor recompiles.
+
+    Raises:
+        UserError: the named implementation is not installed.
+    """
+    o = cfg.optim
+    groups = parameter_groups(model, o.weight_decay)
+    device = groups[1]["params"][0].device
+    backend = "torch" if o.backend == "auto" else o.backend
+    arguments: dict[str, Any] = {"betas": o.betas, "eps": o.eps}
+    lr = learning_rate(0.0, cfg)
+    match backend:
+        case "torch":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=torch.tensor(lr, device=device), fused=True, **arguments
+            )
+        case "apex":
+            optimizer = _apex()(groups, lr=lr, adam_w_mode=True, **arguments)
+        case "deepspeed":
+            optimizer = _deepspeed(device)(groups, lr=lr, adam_w_mode=True, **arguments)
+        case _:
+            raise UserError(f"optim.backend: got {backend!r}, expected torch, apex or deepspeed")
+    log.info("optimizer: AdamW by %s", backend)
+    return optimizer
+
+
+def _apex() -> type:
+    """NVIDIA's FusedAdam. PyPI's `apex` is another project, so the compiled extension is what is probed."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"optim.backend=apex: NVIDIA apex with its CUDA extensions is not installed ({error}); build it from "
+            "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch"
+        ) from None
+    return FusedAdam
+
+
+def _deepspeed(device: torch.device) -> type:
+    if device.type != "cuda":
+        raise UserError(f"optim.backend=deepspeed: its FusedAdam needs a GPU, got {device}; use optim.backend=torch")
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's rate, in place where it is a tensor (an asynchronous fill, no sync)."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class Ema:
+    """Exponential moving average of weights and floating-point buffers, ema = decay * ema + (1 - decay) * weight.
+
+    One update an optimizer step. (The reference updates at every micro-step, never evaluates the average, and loses
+    it on resume.)
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._live = _floating(model)
+        self.state = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model's present weights, in one fused pass over all tensors."""
+        torch._foreach_lerp_(list(self.state.values()), list(self._live.values()), 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the model's weights; call twice to undo."""
+        for name, live in self._live.items():
+            held = live.clone()
+            live.copy_(self.state[name])
+            self.state[name].copy_(held)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved average.
+
+        Raises:
+            UserError: names or shapes differ from the model's.
+        """
+        for name, tensor in self.state.items():
+            if name not in state or state[name].shape != tensor.shape:
+                got = tuple(state[name].shape) if name in state else "nothing"
+                raise UserError(f"ema state: {name} has {got}, expected {tuple(tensor.shape)}; is it of another model?")
+            tensor.copy_(state[name])
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if tensor.is_floating_point()}

@@ -1,0 +1,87 @@
+"""The building blocks of an HTML page and its one template, report.html, which escapes every text it is given."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fastdeitlt import __version__
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a header; ``text`` tables are left-aligned and wrap."""
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+    text: bool = False
+    quiet: frozenset[str] = frozenset()
+    """First cells of the rows that are only there to compare with."""
+    best: frozenset[tuple[str, int]] = frozenset()
+    """(first cell, column) of the cells in bold."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An inline <svg> that this program drew."""
+
+    kind: ClassVar[str] = "figure"
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Code:
+    """Preformatted text."""
+
+    kind: ClassVar[str] = "code"
+    content: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A block that is shown on request."""
+
+    kind: ClassVar[str] = "fold"
+    summary: str
+    block: "Table | Code"
+
+
+Block = Table | Figure | Code | Fold
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence or two, and blocks."""
+
+    title: str
+    note: str
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What report.html shows. ``tiles`` are (value, label) pairs under the title."""
+
+    title: str
+    lead: str
+    sections: list[Section]
+    tiles: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write(page: Page, path: Path) -> Path:
+    """Render ``page`` to ``path`` as one self-contained HTML file: no script, no external request."""
+    environment = Environment(
+        loader=PackageLoader("fastdeitlt", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html").render(page=page, version=__version__)
+    path.write_text(html, encoding="utf-8")
+    return path

@@ -1,0 +1,200 @@
+"""Sharpness-aware minimisation: step at the weights, with the gradient of the worst point within ``rho`` of them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimisation around any optimizer.
+
+    A step has two passes over the same images, which may be split into micro-batches whose gradients accumulate::
+
+        loss(model(images)).backward()
+        optimizer.first_step()  # w + e, e = rho g / (|g| + 1e-12)
+        with frozen_batch_stats(model):
+            loss(model(images)).backward()
+        optimizer.second_step()  # back to w, then the base optimizer's step
+
+    The perturbation comes from the gradients as they stand: under DistributedDataParallel that is the global gradient;
+    run the first pass within ``first_pass(model, "rank")`` for each rank's own (m-sharpness, what the paper does on
+    several accelerators). Weight decay acts at w. The base optimizer may be ``ZeroRedundancyOptimizer``.
+
+    Args:
+        params: parameters or parameter groups; ``rho`` and ``adaptive`` may differ by group.
+        base_optimizer: an optimizer's class, made with ``kwargs``, or a ready optimizer of the same parameters.
+        rho: radius of the perturbation; change it through ``set_rho`` or the groups' ``rho``.
+        adaptive: scale the perturbation by the weights (ASAM), e = rho w^2 g / (||w| g| + 1e-12).
+
+    Raises:
+        ValueError: rho is negative; ``params`` are not those of a ready base optimizer; kwargs beside a ready one.
+
+    Source: Foret et al. 2021 (arXiv 2010.01412), algorithm 1; Kwon et al. 2021 (arXiv 2102.11600), equation 5;
+    davda54/sam.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        base_optimizer: type[Optimizer] | Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if rho < 0:
+            raise ValueError(f"rho: got {rho}, expected a number >= 0")
+        if isinstance(base_optimizer, Optimizer):
+            if kwargs:
+                raise ValueError(f"got {', '.join(kwargs)} beside a ready base optimizer; set them there")
+            given = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+            held = [p for group in base_optimizer.param_groups for p in group["params"]]
+            if {id(p) for p in given} != {id(p) for p in held}:
+                raise ValueError(
+                    f"params: got {len(given)} tensors, expected the {len(held)} of the base optimizer; pass the same"
+                )
+            self.base_optimizer = base_optimizer
+        else:
+            self.base_optimizer = base_optimizer(list(params), **kwargs)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._perturbed = False
+        super().__init__(self.base_optimizer.param_groups, {"rho": rho, "adaptive": adaptive})
+        self._share()
+
+    def _share(self) -> None:
+        """One set of groups and states for both, so that schedulers and checkpoints see the base optimizer's."""
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def set_rho(self, rho: float) -> None:
+        """Set the radius of every group."""
+        for group in self.param_groups:
+            group["rho"] = rho
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = True) -> None:
+        """Climb from w to w + e along the gradients, and drop them.
+
+        Raises:
+            RuntimeError: no gradients; or the weights already are at w + e.
+        """
+        if self._perturbed:
+            raise RuntimeError("first_step was called twice; call second_step between")
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        weights = [p for _, members in groups for p in members]
+        if not weights:
+            raise RuntimeError("first_step found no gradients; run backward first")
+        steps = []
+        norms = []
+        for group, members in groups:
+            if not members:
+                continue
+            grads = [p.grad for p in members]
+            if group["adaptive"]:
+                grads = torch._foreach_mul(grads, torch._foreach_abs(members))
+            norms += torch._foreach_norm(grads, 2, dtype=torch.float32)
+            steps.append((group, members, grads))
+        device = weights[0].device
+        norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+        self._keep(weights)
+        for group, members, grads in steps:
+            ascent = torch._foreach_mul(grads, (group["rho"] / (norm + 1e-12)).to(grads[0].device))
+            if group["adaptive"]:
+                torch._foreach_mul_(ascent, torch._foreach_abs(members))
+            torch._foreach_add_(members, ascent)
+        self._perturbed = True
+        if zero_grad:
+            self.zero_grad()
+
+    def _keep(self, weights: list[Tensor]) -> None:
+        if [id(p) for p, _ in self._kept] != [id(p) for p in weights]:
+            self._kept = [(p, torch.empty_like(p)) for p in weights]
+        torch._foreach_copy_([kept for _, kept in self._kept], weights)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back from w + e to exactly w, without a step."""
+        if self._perturbed:
+            torch._foreach_copy_([p for p, _ in self._kept], [kept for _, kept in self._kept])
+            self._perturbed = False
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = True) -> None:
+        """Go back to w and let the base optimizer step with the gradients taken at w + e, then drop them.
+
+        Raises:
+            RuntimeError: the weights are not at w + e.
+        """
+        if not self._perturbed:
+            raise RuntimeError("second_step came before first_step")
+        self.restore()
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float:  # type: ignore[override]
+        """Both passes: ``closure`` runs forward and backward and returns the loss.
+
+        Gradients that are there already are the first pass's; if there are none, the closure makes them.
+
+        Returns:
+            The loss at w, or at w + e when the first pass was the caller's.
+        """
+        if closure is None:
+            raise ValueError("SAM needs two passes: step(closure), or first_step and second_step")
+        loss: Tensor | float | None = None
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            with torch.enable_grad():
+                loss = closure()
+        self.first_step()
+        with torch.enable_grad():
+            second_loss = closure()
+        self.second_step()
+        return second_loss if loss is None else loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state with each group's rho.
+
+        Raises:
+            RuntimeError: between the two steps, when the weights are not those to save.
+        """
+        if self._perturbed:
+            raise RuntimeError("the weights are at w + e; save after second_step")
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; a base optimizer's own state loads too."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+
+
+@contextmanager
+def frozen_batch_stats(model: nn.Module, frozen: bool = True) -> Iterator[None]:
+    """Within, training-mode batch norm normalises by the batch but leaves its running statistics alone.
+
+    SAM's second pass is at weights that are never used; ``frozen=False`` updates the statistics there too, as
+    val-iisc/Saddle-LongTail does.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if frozen else []
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def first_pass(model: nn.Module, scope: Literal["rank", "global"]) -> AbstractContextManager[None]:
+    """Context of the first pass's backward: ``rank`` keeps a distributed model from averaging the gradients."""
+    if scope == "rank" and hasattr(model, "no_sync"):
+        return model.no_sync()  # type: ignore[operator,no-any-return]
+    return nullcontext()

@@ -1,0 +1,40 @@
+"""What changes from epoch to epoch of a teacher's training: learning rate and SAM's radius (epochs count from 0)."""
+
+import math
+from collections.abc import Sequence
+
+from fastdeitlt.config import TeacherTrainingConfig
+
+
+def learning_rate(epoch: int, cfg: TeacherTrainingConfig) -> float:
+    """SGD's rate in an epoch: a linear rise over ``warmup_epochs``, then steps or a half cosine towards 0.
+
+    Source: val-iisc/Saddle-LongTail and PaCo, ``adjust_learning_rate``. (PaCo's CIFAR warm-up lasts one epoch longer,
+    at 1.1 times the peak, and its cosine ends one epoch later; neither is copied.)
+    """
+    if epoch < cfg.warmup_epochs:
+        return cfg.lr * (epoch + 1) / cfg.warmup_epochs
+    if cfg.schedule == "cosine":
+        done = (epoch - cfg.warmup_epochs) / (cfg.epochs - cfg.warmup_epochs)
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * stage(epoch, cfg.lr_steps, 1.0)
+
+
+def radius(epoch: int, cfg: TeacherTrainingConfig) -> float:
+    """SAM's rho in an epoch.
+
+    Source: val-iisc/Saddle-LongTail, ``adjust_rho``.
+    """
+    match cfg.sam_schedule:
+        case "constant":
+            return cfg.sam_rho
+        case "linear":
+            return cfg.sam_rho * (epoch + 1) / cfg.epochs
+        case "step":
+            return stage(epoch, cfg.sam_rho_steps, cfg.sam_rho)
+
+
+def stage(epoch: int, steps: Sequence[tuple[int, float]], before: float) -> float:
+    """The value of the last (first epoch, value) pair that has begun; ``before`` when none has."""
+    begun = [(first, value) for first, value in steps if first <= epoch]
+    return max(begun)[1] if begun else before

@@ -1,0 +1,143 @@
+"""The spine: one DeiT-LT student from data to report, one line a stage, in the order an image meets them."""
+
+# B images in a micro-batch, K classes
+
+import logging
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdeitlt import checkpoint, distributed, report
+from fastdeitlt.config import Config
+from fastdeitlt.data.batches import train_batches
+from fastdeitlt.data.longtail import LongTailSet, class_order, drw_weights, open_sets
+from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.engine import Engine, JointForward, build_engine
+from fastdeitlt.meter import Meter
+from fastdeitlt.models import create_student
+from fastdeitlt.models.teacher import Teacher, open_teacher
+from fastdeitlt.optim import Ema, learning_rate
+from fastdeitlt.run import Run
+from fastdeitlt.selection import Selector
+
+log = logging.getLogger("fastdeitlt")
+
+
+def train(cfg: Config, resume: str = "auto") -> Path:
+    """Train one student, choose its weights, test them once, write the report.
+
+    Args:
+        cfg: the run.
+        resume: auto, never, must, or the path of a run folder (see ``Run``).
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: anything wrong with configuration, data, teacher or saved state; before the first step.
+    """
+    rank, world = distributed.start(cfg.train.device)
+    ranks = cfg.train.virtual_ranks or world
+    device = distributed.device_of(cfg.train.device)
+    with Run(cfg, resume) as run:
+        if run.finished:
+            log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
+            return run.folder
+        sets = open_sets(cfg.data)  # 1 which images
+        images, num_classes = sets.train, sets.train.num_classes
+        plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)
+        source = open_source(images, cfg.data, device)  # 2 read, decode
+        torch.manual_seed(cfg.train.seed)
+        student = create_student(num_classes=num_classes, **cfg.student.model_dump()).to(device)  # 4 student
+        size = student.img_size
+        teacher = teacher_of(cfg, images, size, device)  # 5 teacher
+        joint = JointForward(student, teacher, images.counts, cfg, device)  # 6 joint loss
+        engine = build_engine(joint, cfg, plan)  # 7 backward, step
+        ema = Ema(student, cfg.optim.ema_decay) if cfg.optim.ema_decay else None
+        selector = Selector(cfg, run, sets, student, teacher, ema, device)
+        done = restore(run, engine, ema, selector)
+        meter = Meter(cfg, run, plan, student, teacher, device, done)
+        drw_weights_K = drw_weights(images.counts, cfg.loss.drw_beta).to(device)
+
+        for epoch in range(done // plan.optimizer_steps, cfg.train.epochs):
+            reweight = 0 <= cfg.loss.drw_epoch <= epoch
+            mixing = cfg.mixup.on and not (reweight and cfg.mixup.off_in_drw)
+            dist_weights_K = drw_weights_K if reweight else torch.ones_like(drw_weights_K)
+            cls_weights_K = drw_weights_K if reweight and cfg.loss.reweight_cls else None
+            steps = list(plan.steps(epoch, done % plan.optimizer_steps))
+            micro_batches = chain.from_iterable(step.micro_batches for step in steps)
+            batches = train_batches(micro_batches, source, images, cfg, mixing=mixing, size=size)  # 3 augment, mix
+            for step in steps:
+                for micro_batch in step.micro_batches:
+                    batch = meter.wait(batches)
+                    seed_drop_path(cfg.train.seed, micro_batch)
+                    losses = engine.forward(batch, dist_weights_K, cls_weights_K)
+                    engine.backward(losses.loss)
+                    meter.add(losses)
+                rate = learning_rate(step.clock, cfg, ranks)
+                norm = engine.step(rate)
+                if ema:
+                    ema.update()
+                done += 1
+                meter.step(done, epoch, rate, norm)
+                if cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0:
+                    save(run, engine, ema, selector, meter, done)
+            batches.close()
+            last = epoch + 1 == cfg.train.epochs
+            with meter.paused():
+                if last or (epoch + 1) % cfg.evaluate.every == 0:
+                    selector.evaluate(done, epoch, last)  # 9 evaluate
+                if last or (cfg.train.save_every_epochs and (epoch + 1) % cfg.train.save_every_epochs == 0):
+                    save(run, engine, ema, selector, meter, done)  # 8 checkpoint
+        source.close()
+        selector.finish(done, epoch=cfg.train.epochs)
+        log.info("report: %s", report.write_report(run.folder))  # 10 report
+    return run.folder
+
+
+def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device) -> Teacher | None:
+    """The frozen teacher for students of ``size`` pixels, or None when the run has none."""
+    if not cfg.teacher.path:
+        log.info("no teacher.path: both heads learn the labels")
+        return None
+    order = class_order(images.counts).tolist() if cfg.teacher.map_classes else None
+    mean, std = cfg.augment.mean, cfg.augment.std
+    return open_teacher(cfg.teacher, mean, std, size, images.num_classes, order).to(device)
+
+
+def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:
+    """Seed drop path from the micro-batch's place alone, so that no generator state is saved or shared by ranks."""
+    key = (seed, micro_batch.epoch, micro_batch.index, micro_batch.virtual_rank)
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def save(run: Run, engine: Engine, ema: Ema | None, selector: Selector, meter: Meter, done: int) -> None:
+    """Checkpoint after ``done`` optimizer steps: weights, optimizer, average, and the best result so far.
+
+    The meter reports first: it refuses weights that came from a loss that is not finite, and a resumed run then logs
+    the same intervals as one that never stopped.
+    """
+    meter.report()
+    tensors = {"optimizer": engine.optimizer_tensors()}
+    if ema:
+        tensors["ema"] = ema.state
+    run.checkpoints.save(done, engine.weights(), selector.manifest() | {"best": selector.best}, **tensors)
+
+
+def restore(run: Run, engine: Engine, ema: Ema | None, selector: Selector) -> int:
+    """Continue from the run's newest whole checkpoint, if there is one; the optimizer steps already done."""
+    found = run.checkpoints.newest()
+    if found is None:
+        run.rewind(0)
+        return 0
+    folder, manifest = found
+    engine.load(checkpoint.load_tensors(folder), checkpoint.load_tensors(folder, "optimizer"))
+    if ema:
+        ema.load(checkpoint.load_tensors(folder, "ema"))
+    selector.best = manifest["best"]
+    run.rewind(manifest["step"])
+    log.info("resumed %s after step %d", run.folder, manifest["step"])
+    return manifest["step"]

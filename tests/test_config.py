@@ -1,0 +1,79 @@
+"""The schema, its overrides and its error messages."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeitlt import config
+from fastdeitlt.errors import UserError
+
+RECIPES = sorted(str(p) for p in config.find("quickstart").parent.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.rpartition("configs/")[2])
+def test_every_shipped_recipe_loads_and_opens_with_its_command(path):
+    config.load(path)
+    with open(path, encoding="utf-8") as file:
+        header = "".join(line for line in file if line.startswith("#"))
+    assert "fastdeitlt train" in header
+
+
+def test_overrides_win_over_the_file_and_origins_say_so():
+    cfg = config.load("quickstart", ["optim.lr=5e-4", "train.epochs=7", "loss.drw_epoch=-1"])
+    assert (cfg.optim.lr, cfg.train.epochs) == (5e-4, 7)
+    assert cfg.origins["optim.lr"] == "override"
+    assert cfg.origins["name"] == "quickstart.yaml"
+    assert cfg.origins["optim.eps"] == "default"
+
+
+def test_dumped_config_reads_back_equal(tmp_path):
+    cfg = config.load("quickstart", ["name=x"])
+    (tmp_path / "c.yaml").write_text(config.dump(cfg))
+    assert config.flatten(config.load(str(tmp_path / "c.yaml"))) == config.flatten(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epoch=3", ["train.epoch", "did you mean train.epochs"]),
+        ("epochs=3", ["did you mean train.epochs"]),
+        ("optim.lr=fast", ["optim.lr", "'fast'", "number"]),
+        ("optim.lr=-1", ["optim.lr", "greater than 0"]),
+        ("train.batch_size=7", ["train.batch_size", "7", "even", "6 or 8"]),
+        ("loss.drw_epoch=100000", ["loss.drw_epoch", "train.epochs"]),
+        ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16' or 'fp32'"]),
+        ("nothing", ["section.field=value"]),
+        ("optim.lr=.nan", ["optim.lr"]),
+    ],
+)
+def test_bad_override_is_one_line_with_the_fix(override, words):
+    with pytest.raises(UserError) as caught:
+        config.load("quickstart", [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "train:\n  epochs: {}\n", "train: 3\n", "? {a: b}\n: c\n", "\x00"])
+def test_broken_files_are_refused_in_one_line(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(str(tmp_path / "c.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean quickstart"):
+        config.load("quickstrat")
+
+
+@given(st.dictionaries(st.sampled_from(config.FIELDS), st.none() | st.integers() | st.floats() | st.text(max_size=5)))
+def test_any_values_give_a_config_or_a_user_error(values):
+    try:
+        config.build(values)
+    except UserError:
+        pass
+
+
+def test_every_field_is_documented():
+    assert [name for name in config.FIELDS if not config.describe(name)] == []

@@ -1,0 +1,254 @@
+"""Evaluation: every image once, the right mean for every group, honest gaps where there is nothing to measure."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+)
+
+from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluate import OneHead, collect_logits
+from fastdeitlt.metrics import (
+    Result,
+    calibration_error,
+    reliability_bins,
+    score,
+    score_single,
+    wilson_interval,
+)
+
+COUNTS = [500, 300, 150, 90, 60, 40, 21, 12, 6, 3]  # threshold groups: 3 head, 4 mid, 3 tail
+SIZE, RESIZE = 8, 9
+PREPROCESS = {
+    "size": SIZE,
+    "resize": RESIZE,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "device": torch.device("cpu"),
+}
+
+
+def logits_and_labels(num_images=501, num_classes=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(num_classes, (num_images,), generator=generator)
+    heads = []
+    for gain in (1.5, 3.0):
+        noise = torch.randn(num_images, num_classes, generator=generator)
+        heads.append(noise + gain * torch.nn.functional.one_hot(labels_N, num_classes))
+    return (*heads, labels_N)
+
+
+class Stub:
+    """Crops whose every pixel is the sample's number, in the order asked for."""
+
+    def __init__(self):
+        self.batches = []
+
+    def crops(self, requests):
+        for request in requests:
+            assert isinstance(request, CropRequest) and (request.size, request.resize) == (SIZE, RESIZE)
+            assert request.draws is None
+            self.batches.append(len(request.sample_B))
+            pixels = torch.as_tensor(request.sample_B, dtype=torch.uint8)
+            yield pixels[:, None, None, None].expand(-1, SIZE, SIZE, 3).contiguous()
+
+
+class Echo(torch.nn.Module):
+    """CLS logits are the normalised pixel, DIST logits its negative."""
+
+    def forward_heads(self, images_BCHW):
+        assert not self.training
+        pixel_B3 = images_BCHW[:, :, 0, 0]
+        return pixel_B3, -pixel_B3
+
+
+def long_tail_set(num_images):
+    labels_N = np.arange(num_images, dtype=np.int64) % 3
+    return LongTailSet([f"{i}.png" for i in range(num_images)], labels_N, np.bincount(labels_N, minlength=3).tolist())
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "batches"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 5, [2])])
+def test_every_image_is_seen_once_and_in_order_for_any_remainder(num_images, batch_size, batches):
+    source, images = Stub(), long_tail_set(num_images)
+    cls_logits, dist_logits, labels = collect_logits(Echo(), source, images, batch_size=batch_size, **PREPROCESS)
+    expected = (torch.arange(num_images) / 255 - 0.5) / 0.25
+    assert source.batches == batches
+    assert torch.allclose(cls_logits[:, 0], expected, atol=1e-6) and torch.equal(dist_logits, -cls_logits)
+    assert labels.tolist() == images.labels.tolist() and labels.dtype == torch.int64
+
+
+def test_evaluation_in_training_puts_the_model_back_into_training_mode():
+    model = Echo().train()
+    collect_logits(model, Stub(), long_tail_set(4), batch_size=4, **PREPROCESS)
+    assert model.training
+    teacher = torch.nn.Flatten().eval()
+    collect_logits(OneHead(teacher), Stub(), long_tail_set(4), batch_size=4, **PREPROCESS)
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("world_size", [3, 23])
+def test_the_parts_of_several_ranks_score_the_same_as_one_rank(world_size):
+    images, parts = long_tail_set(20), []
+    for rank in range(world_size):
+        sample_N = np.arange(rank, 20, world_size)
+        parts.append(collect_logits(Echo(), Stub(), images, batch_size=4, sample_N=sample_N, **PREPROCESS))
+    gathered = [torch.cat(column) for column in zip(*parts, strict=True)]
+    alone = collect_logits(Echo(), Stub(), images, batch_size=7, **PREPROCESS)
+    counts = [200, 50, 5]
+    assert score(*gathered, counts).to_json() == score(*alone, counts).to_json()
+
+
+def test_accuracies_equal_torchmetrics():
+    cls_logits, dist_logits, labels = logits_and_labels()
+    result = score(cls_logits, dist_logits, labels, COUNTS)
+    heads = {"AVG": (cls_logits + dist_logits) / 2, "CLS": cls_logits, "DIST": dist_logits}
+    for name, logits in heads.items():
+        ours = result.heads[name]
+        options = {"preds": logits, "target": labels, "num_classes": 10}
+        assert ours.top1["threshold"]["all"] == pytest.approx(
+            100 * multiclass_accuracy(**options, average="micro").item(), abs=1e-4
+        )
+        assert ours.top5["threshold"]["all"] == pytest.approx(
+            100 * multiclass_accuracy(**options, average="micro", top_k=5).item(), abs=1e-4
+        )
+        assert ours.balanced_accuracy == pytest.approx(100 * multiclass_accuracy(**options).item(), abs=1e-4)
+        assert ours.macro_f1 == pytest.approx(100 * multiclass_f1_score(**options, average="macro").item(), abs=1e-4)
+        assert ours.ece["threshold"]["all"] == pytest.approx(
+            100 * multiclass_calibration_error(logits.softmax(1), labels, num_classes=10, n_bins=15).item(), abs=1e-3
+        )
+        expected_nll = torch.nn.functional.cross_entropy(
+            logits.double(), labels
+        )  # unbalanced set: nll all is per image
+        assert ours.nll["threshold"]["all"] == pytest.approx(expected_nll.item(), rel=1e-9)
+
+
+def test_avg_is_the_mean_of_the_logits_not_of_the_probabilities():
+    cls_logits = torch.tensor([[9.0, 0.0, 5.0]])
+    dist_logits = torch.tensor([[0.0, 9.0, 5.5]])
+    result = score(cls_logits, dist_logits, torch.tensor([2]), [200, 50, 5])
+    assert [result.accuracy(head) for head in ("AVG", "CLS", "DIST")] == [100, 0, 0]
+
+
+def test_groups_are_means_over_classes_and_all_is_over_images():
+    labels = torch.tensor([0] * 8 + [1] * 2 + [2])  # head class 0, head class 1, tail class 2
+    predicted = torch.tensor([0] * 8 + [1, 0] + [0])
+    logits = torch.nn.functional.one_hot(predicted, 3).float()
+    result = score(logits, logits, labels, [500, 400, 5])
+    assert result.accuracy(group="all") == pytest.approx(100 * 9 / 11)
+    assert result.accuracy(group="head") == pytest.approx((100 + 50) / 2)
+    assert result.accuracy(group="tail") == 0
+    assert [(c.label, c.predicted, c.num_images) for c in result.heads["AVG"].confusions] == [(1, 0, 1), (2, 0, 1)]
+
+
+def test_both_split_conventions_are_reported_and_differ():
+    cls_logits, dist_logits, labels = logits_and_labels()
+    result = score(cls_logits, dist_logits, labels, COUNTS, dataset="cifar10_lt")
+    sizes = {split: tuple(groups[g] for g in ("head", "mid", "tail")) for split, groups in result.num_classes.items()}
+    assert sizes == {"threshold": (3, 4, 3), "official": (3, 4, 3)}
+    steep = [500, 300, 150, 90, 19, 9, 8, 7, 6, 3]
+    result = score(cls_logits, dist_logits, labels, steep, dataset="cifar10_lt")
+    accuracy_K = result.class_accuracy()
+    assert result.accuracy(group="tail", split="threshold") == pytest.approx(accuracy_K[4:].mean())
+    assert result.accuracy(group="tail", split="official") == pytest.approx(accuracy_K[7:].mean())
+
+
+def test_an_absent_class_or_group_is_a_dash_and_never_pulls_a_mean_down():
+    labels = torch.tensor([0, 0, 1, 1])
+    logits = torch.nn.functional.one_hot(labels, 4).float()
+    result = score(logits, logits, labels, [500, 50, 40, 3])  # classes 2 (mid) and 3 (tail) have no test image
+    assert result.accuracy(group="mid") == 100 and result.heads["AVG"].balanced_accuracy == 100
+    assert math.isnan(result.accuracy(group="tail")) and math.isnan(result.class_accuracy()[3])
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(result.table())
+    rows = {
+        line.split()[1]: line.split()[2:] for line in capture.get().splitlines() if "AVG" in line or "chance" in line
+    }
+    assert [value for value in rows["AVG"] if value != "│"] == ["100.0", "100.0", "100.0", "-"]
+    assert [value for value in rows["chance"] if value != "│"] == ["25.0", "25.0", "25.0", "-"]
+    assert "nan" not in capture.get().lower()
+
+
+def test_result_survives_strict_json_with_gaps():
+    labels = torch.tensor([0, 0, 1, 1])
+    logits = torch.nn.functional.one_hot(labels, 4).float()
+    result = score(logits, logits, labels, [500, 50, 40, 3])
+    text = json.dumps(result.to_json(), allow_nan=False)
+    again = Result.from_json(json.loads(text))
+    assert again.to_json() == result.to_json() and math.isnan(again.accuracy(group="tail"))
+    with pytest.raises(UserError, match="heads"):
+        Result.from_json({"counts_K": [1]})
+
+
+def test_a_single_head_is_scored_the_same_way():
+    _, dist_logits, labels = logits_and_labels()
+    teacher = score_single(dist_logits, labels, COUNTS)
+    student = score(dist_logits, dist_logits, labels, COUNTS)
+    assert list(teacher.heads) == ["TEACHER"]
+    assert teacher.heads["TEACHER"] == student.heads["DIST"]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(student.table(teacher=teacher))
+    assert "teacher" in capture.get()
+
+
+def test_wilson_intervals_equal_the_textbook():
+    interval = wilson_interval(np.array([8, 0, 10, 0]), np.array([10, 10, 10, 0]))
+    assert interval[0] == pytest.approx([49.0162, 94.3318], abs=1e-3)  # Wilson 95 % for 8 of 10
+    assert interval[1] == pytest.approx([0, 27.7533], abs=1e-3)
+    assert interval[2] == pytest.approx([72.2467, 100], abs=1e-3)
+    assert np.isnan(interval[3]).all()
+
+
+def test_calibration_counts_confidence_one_and_skips_empty_bins():
+    confidence = torch.tensor([1.0, 1.0, 0.9, 0.1])
+    bins = reliability_bins(confidence, torch.tensor([True, False, True, False]), num_bins=10)
+    assert [b.num_images for b in bins] == [1, 3]
+    assert calibration_error(bins) == pytest.approx(100 * (0.25 * 0.1 + 0.75 * abs(2.9 / 3 - 2 / 3)))
+    assert math.isnan(calibration_error([]))
+
+
+def test_calibration_of_a_group_is_over_its_images():
+    _, dist_logits, labels = logits_and_labels()
+    tail = labels >= 7
+    whole = score_single(dist_logits, labels, COUNTS)
+    part = score_single(dist_logits[tail], labels[tail], COUNTS)
+    assert whole.heads["TEACHER"].ece["threshold"]["tail"] == pytest.approx(
+        part.heads["TEACHER"].ece["threshold"]["all"]
+    )
+
+
+def test_bfloat16_logits_of_many_classes_with_fewer_than_five_classes_too():
+    labels = torch.tensor([0, 1])
+    result = score(torch.eye(2).bfloat16(), torch.eye(2).bfloat16(), labels, [200, 3])
+    assert result.accuracy() == 100 and result.heads["AVG"].top5["threshold"]["all"] == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 3])}, r"got 0\.\.3, expected 0\.\.2"),
+        ({"cls": torch.zeros(2, 4)}, r"got shape \(2, 4\), expected \(2, 3\)"),
+        ({"dist": torch.tensor([[0.0, 1.0, math.nan], [0.0, 0.0, 0.0]])}, "DIST logits: 1 of 2 images are not finite"),
+        ({"cls": torch.zeros(0, 3), "dist": torch.zeros(0, 3), "labels": torch.zeros(0)}, "the set has no images"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    given = {"cls": torch.zeros(2, 3), "dist": torch.zeros(2, 3), "labels": torch.tensor([0, 1])} | change
+    with pytest.raises(UserError, match=message):
+        score(given["cls"], given["dist"], given["labels"], [200, 50, 5])
+
+
+def test_a_misspelt_group_names_the_near_one():
+    cls_logits, dist_logits, labels = logits_and_labels()
+    with pytest.raises(UserError, match="did you mean tail"):
+        score(cls_logits, dist_logits, labels, COUNTS).accuracy(group="tial")
