@@ -152,13 +152,15 @@ def _count(code: str, opcode: str) -> int:
 
 def _describe(config: Any) -> str:
     types = sorted({kind.removeprefix("*") for kind in config.signature.values() if kind.startswith("*")})
-    blocks = [f"{name}={value}" for name, value in config.constexprs.items() if value is not None]
-    return " ".join([config.note, *blocks, "/".join(types), f"w{config.num_warps}", f"s{config.num_stages}"]).strip()
+    blocks = " ".join(f"{name}={value}" for name, value in config.constexprs.items() if value is not None)
+    return f"{config.note or blocks} {'/'.join(types)} warps={config.num_warps} stages={config.num_stages}"
 
 
 def table(rows: list[Row]) -> str:
     """Rows as text, one line each."""
-    lines = [f"{'op':14} {'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'smem':>6} {'tmem':>4} {'mma':16}"]
+    lines = [
+        f"{'op':14} {'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'smem':>6} {'tmem':>4} {'mma':16}"
+    ]
     for row in rows:
         mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
         verdict = "; ".join(row.problems) or "ok"

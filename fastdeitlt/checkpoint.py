@@ -189,7 +189,7 @@ def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.d
 
 
 class Checkpoints:
-    """The training checkpoints of one run, ``step-<n>`` folders of which the two newest are kept, and the link ``last``.
+    """The training checkpoints of one run, ``step-<n>`` folders the two newest kept, and the link ``last``.
 
     ``best`` beside them is a model folder of its own, with the selected weights alone.
     """

@@ -282,8 +282,8 @@ class TeacherTrainingConfig(Section):
     paco_view: Literal["same", "simclr", "simclr_weak"] = "simclr"
     """PaCo: augmentation of the keys. same: the queries'. simclr: RandomResizedCrop (.2 to 1), flip, colour jitter with
     hue in 80 %, gray in 20 %, blur in 50 % (CIFAR). simclr_weak: jitter without hue in all, whole crop range (ImageNet)."""
-    sam: Literal["off", "sam", "asam"] = "sam"
-    """Sharpness-aware minimisation: off, plain, adaptive."""
+    sam: Literal["none", "sam", "asam"] = "sam"
+    """Sharpness-aware minimisation: none, plain, adaptive."""
     sam_rho: float = Field(0.05, ge=0)
     """Radius of the perturbation."""
     sam_schedule: Literal["constant", "linear", "step"] = "constant"

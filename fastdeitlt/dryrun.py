@@ -63,7 +63,9 @@ def dry_run(cfg: Config) -> int:
     table.add_row("student", f"{cfg.student.name}, {sum(p.numel() for p in student.parameters()):,} parameters")
     table.add_row("teacher", f"{sum(p.numel() for p in teacher.parameters()):,} parameters" if teacher else "none")
     table.add_row("effective batch", f"{plan.images_per_step:,} images")
-    table.add_row("optimizer steps", f"{plan.optimizer_steps:,} an epoch, {plan.optimizer_steps * cfg.train.epochs:,} in all")
+    table.add_row(
+        "optimizer steps", f"{plan.optimizer_steps:,} an epoch, {plan.optimizer_steps * cfg.train.epochs:,} in all"
+    )
     table.add_row("peak learning rate", f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}")
     width = 2 if cfg.train.precision == "bf16" else 4
     for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():

@@ -2,7 +2,7 @@
 
 # B images in a micro-batch, C channels, H height, W width, K classes
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.loss import JointLoss, joint_loss
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT
 
 
 class JointForward(nn.Module):
@@ -27,14 +29,16 @@ class JointForward(nn.Module):
         device: where the step runs.
     """
 
+    teacher: Teacher | None
+
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, class_counts: list[int], cfg: Config, device: torch.device
+        self, student: DistilledViT, teacher: Teacher | None, class_counts: list[int], cfg: Config, device: torch.device
     ) -> None:
         super().__init__()
         self.student = student
         object.__setattr__(self, "teacher", teacher)
         self.cfg = cfg
-        self.autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": cfg.train.precision == "bf16"}
+        self.device_type = device.type
         self.counts = torch.tensor(class_counts, device=device) if cfg.loss.base not in ("ce", "bce") else None
 
     def forward(
@@ -49,27 +53,44 @@ class JointForward(nn.Module):
         """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device."""
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
-        with torch.autocast(**self.autocast):
+        labels = {"partner": partner_B, "lam": lam, "smoothing": smoothing, "base": c.base, "counts": self.counts}
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"):
             cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
+        if self.teacher is None or teacher_logits_BK is None:
+            return self._label_losses(cls_logits_BK, dist_logits_BK, labels_B, dist_weights_K, cls_weights_K, labels)
         return joint_loss(
             cls_logits_BK,
             dist_logits_BK,
             labels_B,
             teacher_logits_BK,
-            partner=partner_B,
-            lam=lam,
-            smoothing=smoothing,
             weights=dist_weights_K,
             cls_weights=cls_weights_K,
-            class_map=None if self.teacher is None else self.teacher.class_map,
+            class_map=self.teacher.class_map,
             distillation=c.distillation,
             tau=c.tau,
             alpha=c.alpha,
-            base=c.base,
-            counts=self.counts,
             impl=c.impl,
+            **labels,
         )
+
+    def _label_losses(
+        self,
+        cls_logits_BK: Tensor,
+        dist_logits_BK: Tensor,
+        labels_B: Tensor,
+        dist_weights_K: Tensor,
+        cls_weights_K: Tensor | None,
+        labels: dict[str, Any],
+    ) -> JointLoss:
+        """Both heads learn the labels, the DIST head with re-weighting (official losses.py, distillation 'none')."""
+        alpha, impl = self.cfg.loss.alpha, self.cfg.loss.impl
+        heads = ((cls_logits_BK, cls_weights_K), (dist_logits_BK, dist_weights_K))
+        cls_loss, dist_loss = (
+            joint_loss(x, x.detach(), labels_B, x.detach(), cls_weights=w, alpha=0.0, impl=impl, **labels).cls_loss
+            for x, w in heads
+        )
+        return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
 
 
 class Engine(Protocol):

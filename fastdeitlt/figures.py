@@ -8,15 +8,18 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastdeitlt.metrics import Result
 
-COLOURS = {"AVG": "#111827", "CLS": "#2563eb", "DIST": "#d97706", "TEACHER": "#6b7280"}
+COLOURS = {"AVG": "#111827", "CLS": "#2563eb", "DIST": "#d97706", "TEACHER": "#9ca3af"}
 INK, FAINT, GRID = "#374151", "#9ca3af", "#e5e7eb"
 RUN_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4b5563", "#be185d")
 SIZE_INCHES = (5.2, 3.1)
+MARGINS = {"left": 0.12, "right": 0.98, "bottom": 0.15, "top": 0.93}
+PERCENT = (0, 103)  # room for a marker at 100
 MAX_POINTS = 400
 MAX_INTERVALS = 40
 STYLE: dict[Any, Any] = {
@@ -50,15 +53,15 @@ def curves(
     colours: Mapping[str, str],
     drw_epoch: int = -1,
     percent: bool = False,
-    log: bool = False,
-) -> str:
+    from_zero: bool = False,
+) -> Markup:
     """Lines over epochs with the start of re-weighting marked; long ones are thinned by local means.
 
     Args:
         lines: legend -> (epochs, values). A legend that ends in " tail" is dashed.
         drw_epoch: first re-weighted epoch, -1 for none.
         percent: fix the axis to 0..100.
-        log: logarithmic values.
+        from_zero: start the axis at 0.
 
     Returns:
         An <svg> element.
@@ -70,9 +73,10 @@ def curves(
             marker = "o" if len(x) == 1 else None
             axes.plot(*_thin(x, y), style, marker=marker, markersize=3, label=name, color=colours[name])
         if percent:
-            axes.set_ylim(0, 100)
-        if log:
-            axes.set_yscale("log")
+            axes.set_ylim(*PERCENT)
+        if from_zero:
+            axes.set_ylim(0, 1.15 * max(max(y) for _, y in lines.values()))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=False)
         if drw_epoch >= 0:
             axes.axvline(drw_epoch, color=FAINT, linewidth=1, linestyle=":")
             axes.annotate(
@@ -91,7 +95,7 @@ def curves(
         return _svg(figure)
 
 
-def class_accuracy(result: Result) -> str:
+def class_accuracy(result: Result) -> Markup:
     """Accuracy of each class against its number of training images; AVG with 95 % Wilson intervals if classes are few.
 
     Many classes become the mean of each of up to twelve equal groups of classes of similar size.
@@ -115,14 +119,14 @@ def class_accuracy(result: Result) -> str:
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_ylim(0, 100)
+        axes.set_ylim(*PERCENT)
         axes.set_xlabel("training images of the class (log scale, large classes left)")
         axes.set_ylabel("accuracy in %")
         axes.legend(loc="best", ncols=3)
         return _svg(figure)
 
 
-def reliability(result: Result) -> str:
+def reliability(result: Result) -> Markup:
     """Accuracy against confidence of each head in fifteen bins; on the diagonal, confidence means what it says."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
@@ -133,33 +137,34 @@ def reliability(result: Result) -> str:
             size = [4 + 60 * bar.num_images / result.num_images for bar in head.reliability]
             axes.plot(x, y, color=COLOURS.get(name, INK), label=name)
             axes.scatter(x, y, s=size, color=COLOURS.get(name, INK))
-        axes.set_xlim(0, 100)
-        axes.set_ylim(0, 100)
+        axes.set_xlim(*PERCENT)
+        axes.set_ylim(*PERCENT)
         axes.set_xlabel("confidence in %")
         axes.set_ylabel("accuracy in %")
         axes.legend(loc="upper left")
         return _svg(figure)
 
 
-def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]]) -> str:
-    """Grouped bars in per cent: one group of bars a label, one colour a run."""
+def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
+    """Bars in per cent: one bundle of bars a group, one colour a name; a missing value (NaN) has no bar."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         width = 0.8 / max(len(values), 1)
         for index, (name, heights) in enumerate(values.items()):
             x = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * width
-            axes.bar(x, np.nan_to_num(heights), width * 0.92, label=name, color=RUN_COLOURS[index % len(RUN_COLOURS)])
+            axes.bar(x, np.nan_to_num(heights), width * 0.92, label=name, color=colours[name])
         axes.set_xticks(range(len(groups)), groups)
         axes.grid(axis="x", visible=False)
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 120)  # room for the legend
+        axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel("accuracy in %")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper center", ncols=len(values), handlelength=1, columnspacing=1.2)
         return _svg(figure)
 
 
 def _new() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=SIZE_INCHES)
+    return figure, figure.subplots(gridspec_kw=MARGINS)
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +199,8 @@ def _shade_groups(axes: Axes, counts_K: np.ndarray) -> None:
             )
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure) -> Markup:
+    """The <svg> element alone; matplotlib escapes the texts in it. Metadata would name outside addresses."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])

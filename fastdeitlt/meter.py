@@ -18,6 +18,7 @@ from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import NonFiniteError
 from fastdeitlt.loss import JointLoss
+from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.run import Run
 
@@ -49,14 +50,16 @@ class Meter:
         run: Run,
         plan: Plan,
         student: DistilledViT,
-        teacher: nn.Module | None,
+        teacher: Teacher | None,
         device: torch.device,
         done: int,
     ) -> None:
         self.cfg, self.run, self.plan = cfg, run, plan
         self.total = plan.optimizer_steps * cfg.train.epochs
         # backward costs twice the forward; the teacher runs forward only
-        self.flops = 3 * flops_per_image(student) + (_forward_flops(teacher, student.img_size, device) if teacher else 0.0)
+        self.flops = 3 * flops_per_image(student) + (
+            _forward_flops(teacher, student.img_size, device) if teacher else 0.0
+        )
         self.peak = peak_flops(device)
         self.sums = torch.zeros(4, device=device)
         self.first, self.done = done, done
@@ -106,8 +109,8 @@ class Meter:
         norm = summed[3] / (steps * ranks)
         if not math.isfinite(loss + norm):
             raise NonFiniteError(
-                f"steps {self.window_done + 1} to {self.done}: loss {loss}, gradient norm {norm}; training stopped, the "
-                f"last checkpoint in {self.run.folder} is sound; lower optim.lr or set optim.clip_norm=1"
+                f"steps {self.window_done + 1} to {self.done}: loss {loss}, gradient norm {norm}; training stopped; "
+                f"the last checkpoint in {self.run.folder} is sound; lower optim.lr or set optim.clip_norm=1"
             )
         speed = self.images / seconds
         left = (now - self.begun - self.away) / (self.done - self.first) * (self.total - self.done)

@@ -122,21 +122,23 @@ class Result:
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"result: {where}: {first['msg']}; expected what `fastdeitlt eval` writes") from None
 
-    def table(self, split: str = "threshold", teacher: "Result | None" = None, chance: bool = True) -> Table:
-        """Rows AVG, CLS, DIST (then teacher and chance), columns all, head, mid, tail; an empty group shows '-'."""
+    def table(
+        self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
+    ) -> Table:
+        """Rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail; an empty group shows '-'."""
         table = Table(title=f"top-1 accuracy in %, {split} split, {self.num_images:,} images")
         table.add_column("")
         for group in GROUPS:
             num_classes = len(self.counts_K) if group == "all" else self.num_classes[split][group]
             table.add_column(f"{group} ({num_classes})", justify="right")
         rows = {name: head.top1[split] for name, head in self.heads.items()}
-        present = next(iter(rows.values()))
+        others = {"chance": dict.fromkeys(GROUPS, 100 / len(self.counts_K))}
         if teacher is not None:
-            rows["teacher"] = next(iter(teacher.heads.values())).top1[split]
-        if chance:
-            rows["chance"] = {g: math.nan if math.isnan(present[g]) else 100 / len(self.counts_K) for g in GROUPS}
-        for name, row in rows.items():
-            table.add_row(name, *(cell(row[group]) for group in GROUPS), style="dim" if name == "chance" else "")
+            others = {"teacher": next(iter(teacher.heads.values())).top1[split]} | others
+        if published:
+            others["published"] = published
+        for name, row in (rows | others).items():
+            table.add_row(name, *(cell(row.get(group)) for group in GROUPS), style="dim" if name in others else "")
         return table
 
 
@@ -193,11 +195,7 @@ def score_single(
 def _score(logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], dataset: str | None) -> Result:
     labels_N = labels_N.long().cpu()
     num_classes = len(counts)
-    splits = {split: shot_groups(counts, split=split, dataset=dataset) for split in ("threshold", "official")}
-    class_ids = {
-        split: {group: torch.arange(num_classes)[members] for group, members in groups.items()}
-        for split, groups in splits.items()
-    }
+    class_ids = {split: shot_groups(counts, split, dataset) for split in ("threshold", "official")}
     return Result(
         heads={name: _score_head(head.cpu(), labels_N, class_ids) for name, head in logits.items()},
         counts_K=[int(count) for count in counts],

@@ -12,13 +12,14 @@ from fastdeitlt import __version__
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts under a header; ``text`` tables are left-aligned and wrap."""
+    """Rows of texts under a header; ``text`` tables are left-aligned and wrap, ``wide`` ones take the page's width."""
 
     kind: ClassVar[str] = "table"
     caption: str
     header: list[str]
     rows: list[list[str]]
     text: bool = False
+    wide: bool = False
     quiet: frozenset[str] = frozenset()
     """First cells of the rows that are only there to compare with."""
     best: frozenset[tuple[str, int]] = frozenset()
@@ -71,6 +72,15 @@ class Page:
     lead: str
     sections: list[Section]
     tiles: list[tuple[str, str]] = field(default_factory=list)
+
+
+def best_cells(rows: list[list[str]]) -> frozenset[tuple[str, int]]:
+    """(first cell, column) of the largest number of each column as shown, ties included; '-' is no number."""
+    found = set()
+    for column in range(1, len(rows[0]) if rows else 0):
+        numbers = {row[0]: float(row[column]) for row in rows if row[column] != "-"}
+        found |= {(name, column) for name, number in numbers.items() if number == max(numbers.values())}
+    return frozenset(found)
 
 
 def write(page: Page, path: Path) -> Path:

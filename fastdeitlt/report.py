@@ -1,135 +1,25 @@
-"""Stage 10: one HTML page of a run, or of several side by side, from the run folder alone."""
+"""Stage 10: one HTML page of a run, from the run folder alone. compare.py sets several side by side."""
 
 # K classes
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
-from markupsafe import Markup
+import rich.table
 
 from fastdeitlt import config, figures
-from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import GROUPS, HeadResult, Result, cell
-from fastdeitlt.page import Block, Code, Figure, Fold, Page, Section, Table, write
+from fastdeitlt.metrics import GROUPS, Result, cell
+from fastdeitlt.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
+from fastdeitlt.run_files import RunFiles, column, read_run
 
-SPLITS = {"threshold": "more than 100, 20 to 100, fewer than 20 images", "official": "index ranges of the DeiT-LT code"}
+SPLITS = {
+    "threshold": "Threshold split: over 100, 20 to 100, under 20 images",
+    "official": "Official split: index ranges of the DeiT-LT code",
+}
 MAX_CLASS_ROWS = 200
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """What a run folder holds; missing files are None or empty."""
-
-    folder: Path
-    cfg: Config | None
-    environment: dict[str, Any]
-    steps: list[Record]
-    evaluations: list[Record]
-    results: dict[str, Any]
-    class_names: list[str] | None
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.folder.resolve().name
-
-    @property
-    def tested(self) -> tuple[str, Result] | None:
-        """The set that the chosen weights were reported on ("test", else "val") and the scores."""
-        for name in ("test", "val"):
-            if self.results.get(name):
-                return name, Result.from_json(self.results[name])
-        return None
-
-    @property
-    def teacher(self) -> Result | None:
-        """The teacher's scores on the same set."""
-        return Result.from_json(self.results["teacher"]) if self.results.get("teacher") else None
-
-    @property
-    def published(self) -> dict[str, float]:
-        """Published accuracies in per cent by group."""
-        return self.results.get("published") or (self.cfg.published if self.cfg else {})
-
-    def class_name(self, index: int) -> str:
-        """The name of a class, or its number."""
-        return self.class_names[index] if self.class_names else f"class {index}"
-
-
-def read_run(folder: str | Path) -> RunFiles:
-    """Read what a run folder holds.
-
-    Raises:
-        UserError: no such folder, nothing of a run in it, or a file that cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"run folder {folder}: no such folder; give runs/<name>")
-    config_file = folder / "config.yaml"
-    records = _read_records(folder / "metrics.jsonl")
-    results = _read_json(folder / "results.json")
-    if not (config_file.is_file() or records or results):
-        raise UserError(f"run folder {folder}: no config.yaml, metrics.jsonl or results.json; give runs/<name>")
-    manifests = [_read_json(folder / "checkpoints" / which / "manifest.json") for which in ("best", "last")]
-    return RunFiles(
-        folder=folder,
-        cfg=config.load(str(config_file)) if config_file.is_file() else None,
-        environment=_read_json(folder / "env.json"),
-        steps=_place_in_epochs([record for record in records if record.get("kind") == "step"]),
-        evaluations=[record for record in records if record.get("kind") == "eval"],
-        results=results,
-        class_names=next((m["class_names"] for m in manifests if m.get("class_names")), None),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: got a {type(tree).__name__}, expected an object; restore or remove it")
-    return tree
-
-
-def _read_records(path: Path) -> list[Record]:
-    """The whole lines of metrics.jsonl; a last line that a crash cut short is not one."""
-    records: list[Record] = []
-    if not path.is_file():
-        return records
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error}); remove the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path} line {number}: got {line.strip()[:40]!r}, expected an object; remove the line")
-        records.append(record)
-    return records
-
-
-def _place_in_epochs(steps: list[Record]) -> list[Record]:
-    """Add "time", the fractional epoch of each record: records of one epoch are evenly spread over it."""
-    by_epoch: dict[int, list[Record]] = {}
-    for record in steps:
-        by_epoch.setdefault(record["epoch"], []).append(record)
-    return [
-        record | {"time": epoch + (index + 1) / len(records)}
-        for epoch, records in by_epoch.items()
-        for index, record in enumerate(records)
-    ]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -170,9 +60,8 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     if run.teacher:
         gain = result.accuracy() - run.teacher.accuracy(next(iter(run.teacher.heads)))
         tiles.append((f"{gain:+.1f}", "points over the teacher"))
-    tiles.append((f"{cell(100 / len(result.counts_K))} %", "chance"))
     if run.steps:
-        tiles.append((f"{np.median(_column(run.steps, 'images_per_s')):,.0f}", "training images a second"))
+        tiles.append((f"{np.median(column(run.steps, 'images_per_s')):,.0f}", "training images a second"))
     return tiles
 
 
@@ -185,11 +74,19 @@ def _headline(run: RunFiles) -> Section:
         return Section("Result", note, [])
     _, result = run.tested
     blocks: list[Block] = [_accuracy_table(run, result, split) for split in SPLITS]
-    header = ["", "top-5", "balanced acc.", "macro F1", "ECE", "NLL", "Brier"]
-    blocks.append(Table("Other measures, all classes", header, [_measures(n, h) for n, h in result.heads.items()]))
-    first = result.heads
-    if {"CLS", "DIST"} <= first.keys():
-        cls, dist = first["CLS"].top1["official"], first["DIST"].top1["official"]
+    heads = {name: head.top1["official"] for name, head in result.heads.items()}
+    if run.teacher:
+        heads["TEACHER"] = next(iter(run.teacher.heads.values())).top1["official"]
+    heights = {name: [row[group] for group in GROUPS] for name, row in heads.items()}
+    blocks.append(Figure("Accuracy in %, official split", figures.bars(GROUPS, heights, figures.COLOURS)))
+    rows = [
+        [name, cell(head.top5["threshold"]["all"]), cell(head.balanced_accuracy), cell(head.macro_f1)]
+        for name, head in result.heads.items()
+    ]
+    header = ["", "top-5", "balanced accuracy", "macro F1"]
+    blocks.append(Table("Other measures, all classes, in %", header, rows))
+    if {"CLS", "DIST"} <= heads.keys():
+        cls, dist = heads["CLS"], heads["DIST"]
         note += (
             f" By the official split CLS minus DIST is {cls['head'] - dist['head']:+.1f} points on the head and "
             f"{cls['tail'] - dist['tail']:+.1f} on the tail."
@@ -207,20 +104,177 @@ def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
         others["published"] = run.published
     num_classes = {"all": len(result.counts_K), **result.num_classes[split]}
     rows = [[name, *(cell(row.get(group)) for group in GROUPS)] for name, row in (ours | others).items()]
-    best = frozenset(
-        (max(ours, key=lambda name: ours[name][group]), column)
-        for column, group in enumerate(GROUPS, 1)
-        if not math.isnan(ours["AVG" if "AVG" in ours else next(iter(ours))][group])
-    )
     header = ["", *(f"{group} ({num_classes[group]:,})" for group in GROUPS)]
-    return Table(f"{split} split: {SPLITS[split]}", header, rows, quiet=frozenset(others), best=best)
+    return Table(SPLITS[split], header, rows, quiet=frozenset(others), best=best_cells(rows[: len(ours)]))
 
 
-def _measures(name: str, head: HeadResult) -> list[str]:
-    values = (head.top5["threshold"]["all"], head.balanced_accuracy, head.macro_f1, head.ece["threshold"]["all"])
-    fractions = (head.nll["threshold"]["all"], head.brier["threshold"]["all"])
-    return [name, *(cell(value) for value in values), *(cell(value, 3) for value in fractions)]
+def _learning(run: RunFiles) -> Section:
+    drw_epoch = run.cfg.loss.drw_epoch if run.cfg else -1
+    blocks: list[Block] = []
+    if run.steps:
+        time = column(run.steps, "time")
+        losses = {"loss": "loss", "CLS": "cls_loss", "DIST": "dist_loss"}
+        colours = {"loss": figures.COLOURS["AVG"], "CLS": figures.COLOURS["CLS"], "DIST": figures.COLOURS["DIST"]}
+        lines = {name: (time, column(run.steps, key)) for name, key in losses.items()}
+        blocks.append(Figure("Training loss", figures.curves(lines, "loss", colours, drw_epoch)))
+        rate = {"lr": (time, column(run.steps, "lr"))}
+        blocks.append(Figure("Learning rate", figures.curves(rate, "learning rate", {"lr": figures.INK}, drw_epoch)))
+    weights, split, evaluations = run.selection_curve()
+    for group, title in (("all", "all classes"), ("tail", "tail classes (official split)")):
+        lines = {
+            head: ([epoch for epoch, _ in evaluations], [r.accuracy(head, group, "official") for _, r in evaluations])
+            for head in (evaluations[0][1].heads if evaluations else ())
+        }
+        if lines:
+            svg = figures.curves(lines, "accuracy in %", figures.COLOURS, drw_epoch, percent=True)
+            blocks.append(Figure(f"Accuracy on {split}, {title}, {weights} weights", svg))
+    note = "Losses are averages between log lines."
+    if drw_epoch >= 0:
+        note += f" The dotted line marks epoch {drw_epoch}, from which the DIST loss is re-weighted (DRW)."
+    return Section("Learning", note, blocks)
 
 
-def _column(records: Sequence[Record], name: str) -> list[float]:
-    return [math.nan if record.get(name) is None else float(record[name]) for record in records]
+def _classes(run: RunFiles) -> list[Section]:
+    if run.tested is None:
+        return []
+    _, result = run.tested
+    per_class: list[Block] = [
+        Figure("Accuracy of a class against its training images", figures.class_accuracy(result)),
+        _confusions(run, result),
+        Fold("Every class", _class_table(run, result)),
+    ]
+    calibration: list[Block] = [
+        Figure("Accuracy against confidence", figures.reliability(result)),
+        _calibration_table(result),
+    ]
+    return [
+        Section(
+            "Classes",
+            "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head: with few "
+            "test images a class they are wide, and single classes should not be compared.",
+            per_class,
+        ),
+        Section(
+            "Calibration",
+            "On the diagonal a confidence of 70 % is right 70 % of the time. ECE is the mean gap in per cent (15 "
+            "bins), NLL the negative log-likelihood in nats, Brier the squared error of the probabilities.",
+            calibration,
+        ),
+    ]
+
+
+def _confusions(run: RunFiles, result: Result) -> Table:
+    name, head = next(iter(result.heads.items()))
+    rows = [
+        [
+            run.class_name(pair.label),
+            run.class_name(pair.predicted),
+            f"{pair.num_images} of {result.support_K[pair.label]}",
+            f"{result.counts_K[pair.label]:,} / {result.counts_K[pair.predicted]:,}",
+        ]
+        for pair in head.confusions
+    ]
+    header = ["class", "taken for", "test images", "training images"]
+    return Table(f"Most frequent confusions of {name}", header, rows, text=True)
+
+
+def _class_table(run: RunFiles, result: Result) -> Table:
+    first = next(iter(result.heads))
+    accuracy = {name: result.class_accuracy(name) for name in result.heads}
+    interval = result.class_interval(first)
+    order = np.argsort(-np.array(result.counts_K), kind="stable")
+    caption = "Accuracy in per cent by class, largest first"
+    if len(order) > MAX_CLASS_ROWS:
+        order = np.argsort(np.nan_to_num(accuracy[first], nan=math.inf), kind="stable")[:MAX_CLASS_ROWS]
+        caption = f"Accuracy in per cent of the {MAX_CLASS_ROWS} worst of {len(result.counts_K):,} classes"
+    rows = [
+        [
+            run.class_name(k),
+            f"{result.counts_K[k]:,}",
+            f"{result.support_K[k]:,}",
+            *(cell(accuracy[name][k]) for name in result.heads),
+            f"{cell(interval[k, 0], 0)} to {cell(interval[k, 1], 0)}",
+        ]
+        for k in order
+    ]
+    return Table(caption, ["class", "training", "test", *result.heads, f"95 % interval of {first}"], rows)
+
+
+def _calibration_table(result: Result) -> Table:
+    rows = [
+        [f"{name} {group}", *(cell(*pair) for pair in zip(values, (1, 3, 3), strict=True))]
+        for name, head in result.heads.items()
+        for group in GROUPS
+        for values in [[measure["threshold"][group] for measure in (head.ece, head.nll, head.brier)]]
+    ]
+    return Table("By head and group (threshold split)", ["", "ECE", "NLL", "Brier"], rows)
+
+
+def _speed(run: RunFiles) -> Section:
+    note = "Whole loop, evaluation and checkpoints left out; medians over log lines."
+    if not run.steps:
+        return Section("Speed", note, [])
+    rows = [
+        ["images a second", *(f"{v:,.0f}" for v in np.nanpercentile(column(run.steps, "images_per_s"), (50, 10, 90)))]
+    ]
+    for key, name in (("data_wait", "waiting for data, %"), ("mfu", "MFU, %")):
+        if any(key in record for record in run.steps):
+            rows.append([name, *(f"{100 * v:.1f}" for v in np.nanpercentile(column(run.steps, key), (50, 10, 90)))])
+    table = Table("Training speed", ["", "median", "10th pct.", "90th pct."], rows)
+    lines = {"images/s": (column(run.steps, "time"), column(run.steps, "images_per_s"))}
+    svg = figures.curves(lines, "images a second", {"images/s": figures.INK}, from_zero=True)
+    return Section("Speed", note, [Figure("Training images a second", svg), table])
+
+
+def _set_up(run: RunFiles) -> list[Section]:
+    environment = Section("Environment", "What the run ran on.", [])
+    if run.environment:
+        environment.blocks.append(Table("", [], _flat(run.environment), text=True))
+    sections = [environment]
+    if run.cfg is not None:
+        changed: list[Block] = [
+            Table(
+                "Settings that differ from the defaults",
+                ["setting", "value", "default", "meaning"],
+                _changes(run),
+                text=True,
+                wide=True,
+            ),
+            Fold("Whole configuration", Code(config.dump(run.cfg))),
+        ]
+        commit = run.environment.get("commit")
+        lines = [f"git checkout {commit}"] if commit else []
+        lines.append(f"fastdeitlt train {run.folder.name}/config.yaml name={run.name}-again")
+        sections.append(Section("Configuration", "Every setting that is not the default, and what it means.", changed))
+        sections.append(Section("Run it again", "With config.yaml from this run's folder:", [Code("\n".join(lines))]))
+    return sections
+
+
+def _changes(run: RunFiles) -> list[list[str]]:
+    if run.cfg is None:
+        return []
+    now, default = config.flatten(run.cfg), config.flatten(config.Config())
+    return [
+        [name, json.dumps(now[name]), json.dumps(default.get(name)), config.describe(name) if name in default else ""]
+        for name in now
+        if now[name] != default.get(name) and name != "name"
+    ]
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> list[list[str]]:
+    rows: list[list[str]] = []
+    for key, value in tree.items():
+        rows += _flat(value, f"{key} ") if isinstance(value, dict) else [[f"{prefix}{key}", str(value)]]
+    return rows
+
+
+def results_table(run_dir: str | Path) -> rich.table.Table:
+    """The official-split table of a run for a terminal, beside teacher, chance and published numbers.
+
+    Raises:
+        UserError: see ``read_run``; or the run has no results yet.
+    """
+    run = read_run(run_dir)
+    if run.tested is None:
+        raise UserError(f"run folder {run.folder}: no results.json; the run has not been tested yet")
+    return run.tested[1].table("official", run.teacher, run.published)

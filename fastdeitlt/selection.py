@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastdeitlt import checkpoint
 from fastdeitlt.config import Config
+from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.evaluate import OneHead, collect_logits
 from fastdeitlt.metrics import GROUPS, Result, score, score_single
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
 from fastdeitlt.run import Run, console, write_atomically
 
@@ -41,14 +43,15 @@ class Selector:
         cfg: Config,
         run: Run,
         sets: Sets,
-        student: nn.Module,
-        teacher: nn.Module | None,
+        student: DistilledViT,
+        teacher: Teacher | None,
         ema: Ema | None,
         device: torch.device,
     ) -> None:
         self.cfg, self.run, self.sets, self.device = cfg, run, sets, device
         self.student, self.teacher, self.ema = student, teacher, ema
         self.best: dict[str, Any] | None = None
+        self._sources: dict[int, Source] = {}
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
         if self.on != cfg.evaluate.select_on:
             log.info("no %s images: the last weights are the chosen ones", cfg.evaluate.select_on)
@@ -85,6 +88,8 @@ class Selector:
             results["teacher"] = teacher.to_json() if teacher else None
             if self.run.is_main:
                 console.print(result.table("official", teacher))
+        for source in self._sources.values():
+            source.close()
         write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
 
     def manifest(self) -> dict[str, Any]:
@@ -128,9 +133,15 @@ class Selector:
             facts = self.manifest() | {"selected": self.best}
             checkpoint.save_model_folder(self.run.folder / "checkpoints" / "best", self.student.state_dict(), facts)
 
-    def _score(self, images: LongTailSet, teacher: nn.Module | None = None) -> Result:
+    def _source(self, images: LongTailSet) -> Source:
+        """The images' source, opened at their first evaluation and kept."""
+        if id(images) not in self._sources:
+            self._sources[id(images)] = open_source(images, self.cfg.data, self.device)
+        return self._sources[id(images)]
+
+    def _score(self, images: LongTailSet, teacher: Teacher | None = None) -> Result:
         cfg, size = self.cfg, self.student.img_size
-        source = open_source(images, cfg.data, self.device)
+        source = self._source(images)
         model = OneHead(teacher) if teacher else self.student
         cls_logits_NK, dist_logits_NK, labels_N = collect_logits(
             model,
@@ -144,10 +155,9 @@ class Selector:
             device=self.device,
             autocast_dtype=torch.bfloat16 if cfg.train.precision == "bf16" else None,
         )
-        source.close()
         counts, dataset = self.sets.train.counts, cfg.data.dataset
         if teacher:
-            class_map = self.teacher.class_map if self.teacher is not None else None
+            class_map = teacher.class_map
             logits_NK = cls_logits_NK if class_map is None else cls_logits_NK[:, class_map.cpu().argsort()]
             return score_single(logits_NK, labels_N, counts, dataset)
         return score(cls_logits_NK, dist_logits_NK, labels_N, counts, dataset)

@@ -93,7 +93,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                 if last or (cfg.train.save_every_epochs and (epoch + 1) % cfg.train.save_every_epochs == 0):
                     save(run, engine, ema, selector, meter, done)  # 8 checkpoint
         source.close()
-        selector.finish(done, epoch=cfg.train.epochs)
+        selector.finish(done, epoch=cfg.train.epochs - 1)
         log.info("report: %s", report.write_report(run.folder))  # 10 report
     return run.folder
 

@@ -81,7 +81,7 @@ def check(
         UserError: names what was got, what is expected and how to get there.
     """
     if tensor.dim() != len(shape) or any(e is not None and g != e for g, e in zip(tensor.shape, shape, strict=True)):
-        expected = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+        expected = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
         raise UserError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -123,6 +123,7 @@ class AotConfig:
         divisible_by_16: integer arguments that are multiples of 16 in a real launch (pointers are taken to be aligned).
         mma: the kernel must contain tensor-core instructions.
         architectures: compute capabilities it ships for.
+        note: what the table shows for it; empty = all constexprs.
     """
 
     kernel: Any

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data import counter
-from fastdeitlt.data.randaugment import OPS, rand_augment
+from fastdeitlt.data.randaugment import CACHED_VALUES, OPS, rand_augment
+from fastdeitlt.data.resize import centre_crop, crop_resize
+
+__all__ = ["CropRequest", "Draws", "apply", "centre_crop", "crop_resize", "draw", "noise", "normalise"]
 
 ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_RATIO = (0.3, 1 / 0.3)
-CROP, FLIP, OP, ERASE, NOISE, SHIFT = range(6)
+CROP, FLIP, OP, LEVEL, ERASE, NOISE, SHIFT = range(7)
 """Streams of the generator; a new kind of draw takes a new number, so the others stay as they are."""
 
 
@@ -72,7 +75,9 @@ class Draws:
         box_B2 = np.concatenate([np.take_along_axis(side_BA, first_B1, 1) for side_BA in (height_BA, width_BA)], axis=1)
         place_B2 = np.floor(self.place_B2 * (sizes_B2 - box_B2 + 1)).astype(np.int64)
         low, high = self.ratio_range
-        central_B2 = np.minimum(sizes_B2, np.rint(np.stack([sizes_B2[:, 1] / low, sizes_B2[:, 0] * high], 1)).astype(int))
+        central_B2 = np.minimum(
+            sizes_B2, np.rint(np.stack([sizes_B2[:, 1] / low, sizes_B2[:, 0] * high], 1)).astype(int)
+        )
         fits_B1 = fits_BA.any(axis=1, keepdims=True)
         box_B2 = np.where(fits_B1, box_B2, central_B2)
         place_B2 = np.where(fits_B1, place_B2, (sizes_B2 - central_B2) // 2)
@@ -83,8 +88,8 @@ class Draws:
 class CropRequest:
     """A batch a source is to deliver as uint8 crops [B, size, size, 3].
 
-    With ``draws``: RandomResizedCrop by ``draws.boxes``. Without: the shorter side is resized to ``resize`` pixels, then
-    the central ``size`` x ``size`` window is taken.
+    With ``draws``: RandomResizedCrop by ``draws.boxes``. Without: shorter side resized to ``resize`` pixels (None:
+    ``size``), then the central ``size`` x ``size`` window.
     """
 
     sample_B: np.ndarray
@@ -103,9 +108,7 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * u
 
 
-def draw(
-    sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg: AugmentConfig, size: int
-) -> Draws:
+def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg: AugmentConfig, size: int) -> Draws:
     """Draw the augmentation of samples' copies for images that come out ``size`` x ``size``.
 
     Args:
@@ -126,7 +129,7 @@ def draw(
     u_B6 = counter.uniform(key_B, OP, 6)
     drawn = cfg.rand_ops if cfg.recipe == "deit" else 0
     op_B2[:, :drawn] = np.where(u_B6[:, 2:4] < cfg.rand_prob, (u_B6[:, :2] * len(OPS)).astype(np.int8), -1)[:, :drawn]
-    level_B2 = (cfg.rand_magnitude + cfg.rand_std * counter.normal(key_B, OP + 100, 2)).clip(0.0, 10.0)
+    level_B2 = (cfg.rand_magnitude + cfg.rand_std * counter.normal(key_B, LEVEL, 2)).clip(0.0, 10.0)
     pad = cfg.pad if cfg.recipe in ("pad_crop", "autoaugment_cutout") else 0
     return Draws(
         flip_B=flip_B,
@@ -168,8 +171,9 @@ def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dty
     Returns:
         images_BCHW of ``dtype``, channels last in memory.
     """
-    flip_B = torch.from_numpy(draws.flip_B).to(crops_BHWC.device)
-    images_BHWC = torch.where(flip_B[:, None, None, None], crops_BHWC.flip(2), crops_BHWC)
+    flipped = torch.from_numpy(np.flatnonzero(draws.flip_B)).to(crops_BHWC.device)
+    images_BHWC = crops_BHWC.clone()
+    images_BHWC[flipped] = crops_BHWC[flipped].flip(2)
     if draws.shift_B2.any():
         images_BHWC = _shift(images_BHWC, draws.shift_B2)
     images_BHWC = rand_augment(images_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
@@ -198,9 +202,14 @@ def normalise(
     """(crop / 255 - mean) / std as images_BCHW, channels last in memory; computed in float32, stored as ``dtype``."""
     batch, height, width, channels = crops_BHWC.shape
     # a whole row of constants, because broadcasting three of them keeps the loop from vectorising
-    offset, scale = (torch.tensor(v, dtype=torch.float32).repeat(width).to(crops_BHWC.device) for v in (mean, std))
-    rows = crops_BHWC.reshape(batch, height, width * channels).to(torch.float32).div_(255.0).sub_(offset).div_(scale)
-    return rows.to(dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+    mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    scale, offset = ((v.float().repeat(width).to(crops_BHWC.device)) for v in (1.0 / (255.0 * std_C), -mean_C / std_C))
+    rows = torch.empty(batch, height, width * channels, dtype=dtype, device=crops_BHWC.device)
+    step = batch if crops_BHWC.is_cuda else max(1, CACHED_VALUES // crops_BHWC[0].numel())
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        rows[part] = torch.addcmul(offset, crops_BHWC[part].reshape(-1, height, width * channels), scale)
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=4)

@@ -5,7 +5,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -46,7 +46,7 @@ class Batch:
 
 def train_batches(
     micro_batches: Iterable[MicroBatch], source: Source, images: LongTailSet, cfg: Config, *, mixing: bool, size: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Augmented training batches, prepared two ahead in a thread.
 
     Everything random is drawn from (seed, epoch, image, copy) or (seed, epoch, micro-step, virtual rank), so a batch
@@ -86,7 +86,7 @@ def train_batches(
     return prefetch(prepare(), depth=2)
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """The same items, computed up to ``depth`` ahead by a thread that ends with the consumer.
 
     An exception of the producer is raised where its item would have been.

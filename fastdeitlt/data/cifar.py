@@ -193,12 +193,20 @@ def _read_packed(packed: Path, archive: Archive) -> dict[str, bytes]:
     return files
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """What Python 3 writes for bytes in an old pickle, limited to the one encoding it uses."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _PICKLED_NAMES: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
 }
 
 

@@ -1,4 +1,4 @@
-"""List files (txt, csv, json) and class folders to image paths and labels; nothing is opened but the list itself.
+"""List files (txt, csv, json) to image paths and labels; nothing is opened but the list itself.
 
 N images in the set, K classes, H height, W width, C channels.
 """
@@ -7,7 +7,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,10 @@ import numpy as np
 from fastdeitlt.errors import UserError
 
 MAX_CLASSES = 1_000_000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
+"""Larger labels are taken for a fault of the list: counts are held for every class up to the largest label."""
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "fpath")
 LABEL_COLUMNS = ("label", "class", "category", "category_id", "target")
-_UNSAFE = re.compile(r"^/|^[A-Za-z]:|\\|\0|(^|/)\.\.(/|$)")
+_UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|(^|/)\.\.(/|$)")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -68,7 +67,7 @@ class _Rows:
     """What a list says, before it is checked. ``where`` numbers each row as the user would find it."""
 
     paths: list[str]
-    labels: list[Any]
+    labels: Sequence[str | int]
     where: Sequence[int]
     unit: str = "line"
     names_allowed: bool = True
@@ -112,51 +111,14 @@ def read_list(
         raise UserError(f"list {path}: it names no images; expected one image a line")
     _check_paths(path, rows)
     labels, names = _number_labels(path, rows, class_names or rows.class_names)
-    known = num_classes or (len(class_names) if class_names else rows.num_classes)
-    largest = max(labels)
-    if largest >= (known or MAX_CLASSES):
-        raise _bad(path, rows, labels.index(largest), f"label {largest}", f"a class index below {known or MAX_CLASSES}")
-    known = known or max(largest + 1, len(names or ()))
+    given = num_classes or (len(class_names) if class_names else rows.num_classes)
+    limit, largest = given or MAX_CLASSES, max(labels)
+    if largest >= limit:
+        raise _bad(path, rows, labels.index(largest), f"the label {largest}", f"a class index below {limit}")
+    classes = given or max(largest + 1, len(names or ()))
     labels_N = np.array(labels, dtype=np.int64)
-    names = names if names and len(names) == known else None
-    return LongTailSet(rows.paths, labels_N, class_counts(labels_N, known), str(root), names)
-
-
-def read_folder(root: str | Path, split: str, class_names: list[str] | None = None) -> LongTailSet:
-    """Read root/split/<class>/<image>; classes are the sub-folders in sorted order, images may lie deeper.
-
-    Args:
-        class_names: classes of the training split; this one's must be among them. None: its own.
-
-    Raises:
-        UserError: no such folder, no class folders, no images, a class that the training split lacks.
-    """
-    folder = Path(root) / split
-    if not folder.is_dir():
-        raise UserError(f"data folder {folder}: no such folder; expected {split}/<class>/<image> under {root}")
-    found = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    names = class_names or found
-    if unknown := sorted(set(found) - set(names)):
-        raise UserError(f"data folder {folder}: class {unknown[0]!r} is not in the training split; remove or rename it")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        images = []
-        for parent, folders, files in os.walk(folder / name):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            images += [
-                os.path.relpath(os.path.join(parent, f), root)
-                for f in sorted(files)
-                if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
-            ]
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise UserError(f"data folder {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders")
-    rows = _Rows(paths, labels, range(1, len(paths) + 1), unit="image")
-    _check_paths(folder, rows)
-    labels_N = np.array(labels, dtype=np.int64)
-    return LongTailSet(paths, labels_N, class_counts(labels_N, len(names)), str(root), names)
+    names = names if names and len(names) == classes else None
+    return LongTailSet(rows.paths, labels_N, class_counts(labels_N, classes), str(root), names)
 
 
 def _read_text(path: Path) -> str:
@@ -184,13 +146,16 @@ def _short(value: object) -> str:
 
 
 def _read_txt(path: Path, text: str) -> _Rows:
-    fields = [line.rsplit(None, 1) for line in text.split("\n")]
-    where = [number for number, row in enumerate(fields, 1) if row]
-    fields = [row for row in fields if row]
-    for number, row in zip(where, fields, strict=True):
-        if len(row) == 1:
-            raise UserError(f"list {path}, line {number}: got {_short(row[0])}, expected 'relpath label'")
-    return _Rows([row[0].lstrip() for row in fields], [row[1] for row in fields], where, names_allowed=False)
+    paths, labels, where = [], [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = line.rsplit(None, 1)
+        if len(fields) == 2:
+            paths.append(fields[0].lstrip())
+            labels.append(fields[1])
+            where.append(number)
+        elif fields:
+            raise UserError(f"list {path}, line {number}: got {_short(line)}, expected 'relpath label'")
+    return _Rows(paths, labels, where, names_allowed=False)
 
 
 def _column(path: Path, header: list[str], known: tuple[str, ...]) -> int:
@@ -233,23 +198,26 @@ def _read_json(path: Path, text: str) -> _Rows:
         raise UserError(f"list {path}: expected a list of {{path, label}} or an object with 'annotations'")
     paths, labels = [], []
     try:
-        files = {image["id"]: image["file_name"] for image in tree.get("images", ())}
+        files = {image["id"]: _value(image, PATH_COLUMNS, str) for image in tree.get("images", ())}
         for record in records:
-            paths.append(files[record["image_id"]] if files else _value(record, PATH_COLUMNS))
-            labels.append(_value(record, LABEL_COLUMNS))
+            paths.append(files[record["image_id"]] if files else _value(record, PATH_COLUMNS, str))
+            labels.append(_value(record, LABEL_COLUMNS, (int, str)))
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"list {path}, annotation {len(labels)}: {type(error).__name__} {error}; expected image_id of an image with "
-            "id and file_name, or path (fpath), and label (category_id)"
+            f"list {path}, annotation {len(labels)}: {type(error).__name__} {error}; expected image_id of an image "
+            "with id and file_name, or path (fpath), and label (category_id)"
         ) from None
     classes, names = tree.get("num_classes"), _category_names(tree.get("categories"))
     classes = classes if type(classes) is int and 0 < classes <= MAX_CLASSES else None
     return _Rows(paths, labels, range(len(paths)), "annotation", num_classes=classes, class_names=names)
 
 
-def _value(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
+def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
+    """The first of ``keys`` that the record has; KeyError for none, TypeError for another kind."""
     for key in keys:
         if key in record:
+            if not isinstance(record[key], kind):
+                raise TypeError(f"{key} {_short(record[key])}")
             return record[key]
     raise KeyError(" or ".join(keys))
 
@@ -263,40 +231,44 @@ def _category_names(categories: object) -> list[str] | None:
 
 
 def _check_paths(path: Path, rows: _Rows) -> None:
-    for index, name in enumerate(rows.paths):
-        if not isinstance(name, str) or not name:
-            raise _bad(path, rows, index, f"the path {_short(name)}", "the name of an image file")
-        suspect = name[0] == "/" or ".." in name or "\\" in name or ":" in name or "\0" in name
-        if suspect and _UNSAFE.search(name):
-            raise _bad(path, rows, index, f"the path {_short(name)}", "one under data.root with / and without '..'")
+    joined = "\n".join(["", *rows.paths, ""])
+    if any(mark in joined for mark in ("\n\n", "\n/", "..", "\\", ":", "\0")):
+        for index, name in enumerate(rows.paths):
+            if _UNSAFE.search(name):
+                raise _bad(path, rows, index, f"the path {_short(name)}", "one under data.root with / and without '..'")
     try:
-        "".join(rows.paths).encode()
+        joined.encode()
     except UnicodeEncodeError as error:
-        ends = itertools.accumulate(map(len, rows.paths))
-        index = next(i for i, end in enumerate(ends) if end > error.start)
+        ends = itertools.accumulate(len(name) + 1 for name in rows.paths)
+        index = next(i for i, end in enumerate(ends) if end >= error.start)
         raise _bad(path, rows, index, f"the path {_short(rows.paths[index])}", "a name that is valid UTF-8") from None
 
 
-def _is_index(label: object) -> bool:
+def _is_index(label: str | int) -> bool:
     if isinstance(label, str):
         return label.isdigit() and label.isascii() and len(label) < 19
     return type(label) is int and label >= 0
 
 
+def _is_name(label: str | int) -> bool:
+    return isinstance(label, str) and label != "" and not _NUMBER.fullmatch(label)
+
+
 def _number_labels(path: Path, rows: _Rows, names: list[str] | None) -> tuple[list[int], list[str] | None]:
     """Labels as class indices, and the class names if there are any."""
-    is_index = [_is_index(label) for label in rows.labels]
-    if all(is_index):
-        return [int(label) for label in rows.labels], names
-    if not rows.names_allowed or any(is_index):
-        index = is_index.index(False)
-        raise _bad(path, rows, index, f"the label {_short(rows.labels[index])}", "a class index 0, 1, 2, ...")
+    distinct = set(rows.labels)
+    if all(map(_is_index, distinct)):
+        index_of = {label: int(label) for label in distinct}
+        return [index_of[label] for label in rows.labels], names
+    if not rows.names_allowed or any(map(_is_index, distinct)):
+        wrong, expected = {label for label in distinct if not _is_index(label)}, "a class index 0, 1, 2, ..."
+    else:
+        wrong, expected = {label for label in distinct if not _is_name(label)}, "a class index or a class name"
+    if not wrong:
+        names = names or sorted(map(str, distinct))
+        wrong, expected = distinct - set(names), "one of the training list's classes"
     for index, label in enumerate(rows.labels):
-        if not isinstance(label, str) or not label or _NUMBER.fullmatch(label):
-            raise _bad(path, rows, index, f"the label {_short(label)}", "a class index 0, 1, 2, ... or a class name")
-    names = names or sorted(set(rows.labels))
-    number = {name: i for i, name in enumerate(names)}
-    for index, label in enumerate(rows.labels):
-        if label not in number:
-            raise _bad(path, rows, index, f"the class {_short(label)}", "one of the training list's classes")
-    return [number[label] for label in rows.labels], names
+        if label in wrong:
+            raise _bad(path, rows, index, f"the label {_short(label)}", expected)
+    number_of = {name: number for number, name in enumerate(names or ())}
+    return [number_of[str(label)] for label in rows.labels], names

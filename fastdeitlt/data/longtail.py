@@ -6,7 +6,7 @@ N images in the set, K classes, H height, W width, C channels.
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.lists import LongTailSet, class_counts, read_folder, read_list
+from fastdeitlt.data.folders import read_folder
+from fastdeitlt.data.lists import LongTailSet, class_counts, read_list
 from fastdeitlt.errors import UserError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "cifar_lt_counts",
     "class_counts",
     "class_map",
+    "class_order",
     "drw_weights",
     "hold_out",
     "open_sets",
@@ -57,6 +59,8 @@ class Sets:
     train: LongTailSet
     val: LongTailSet | None = None
     test: LongTailSet | None = None
+    held_out: bool = False
+    """Whether val was taken out of the training list (``data.val_holdout``)."""
 
     def __iter__(self) -> Iterator[tuple[str, LongTailSet]]:
         """(name, split) of the splits there are."""
@@ -192,12 +196,12 @@ def open_sets(cfg: DataConfig) -> Sets:
         root = _root(cfg)
         train = read_folder(root, "train")
         others = {s: read_folder(root, s, train.class_names) for s in SPLITS[1:] if (Path(root) / s).is_dir()}
-        sets = Sets(train, **others)
+        sets = Sets(train, others.get("val"), others.get("test"))
     else:
         sets = _open_lists(cfg)
     if sets.val is None and cfg.val_holdout:
         train, val = hold_out(sets.train, cfg.val_holdout)
-        sets = Sets(train, val, sets.test)
+        sets = Sets(train, val, sets.test, held_out=True)
     sizes = ", ".join(f"{name} {len(images):,}" for name, images in sets)
     logging.getLogger("fastdeitlt").info("data %s: %d classes, %s", cfg.dataset, sets.num_classes, sizes)
     return sets
@@ -244,12 +248,11 @@ def _open_lists(cfg: DataConfig) -> Sets:
     }
     classes = max(images.num_classes for images in found.values())
     names = names if names and len(names) == classes else None
-    return Sets(
-        **{
-            split: LongTailSet(images.paths, images.labels, class_counts(images.labels, classes), root, names)
-            for split, images in found.items()
-        }
-    )
+    found = {
+        split: replace(images, counts=class_counts(images.labels, classes), class_names=names)
+        for split, images in found.items()
+    }
+    return Sets(found["train"], found.get("val"), found.get("test"))
 
 
 def _class_names(file: Path) -> list[str] | None:

@@ -10,7 +10,6 @@ Source: timm.data.mixup (mode "batch", correct_lam); mixup arXiv 1710.09412, Cut
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -78,5 +77,7 @@ def mixed_target(labels_B: Tensor, partner_B: Tensor, lam: float, classes: int, 
     A smoothed one-hot is smoothing / K everywhere and 1 - smoothing more at the label (timm's ``mixup_target``, where
     the partner is ``labels_B.flip(0)``). The loss never builds this; tests do.
     """
-    own_BK, other_BK = (one_hot(i_B, classes) * (1.0 - smoothing) + smoothing / classes for i_B in (labels_B, partner_B))
+    own_BK, other_BK = (
+        one_hot(i_B, classes) * (1.0 - smoothing) + smoothing / classes for i_B in (labels_B, partner_B)
+    )
     return own_BK * lam + other_BK * (1.0 - lam)

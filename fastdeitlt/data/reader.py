@@ -1,24 +1,24 @@
 """Stage 2: read and decode image files as they are needed. No other module imports DALI.
 
-What comes out is a pure function of the files and the request, so a run that resumes in mid-epoch asks from there on.
-DALI only turns bytes into the pixels of a region; we read the bytes, choose the regions and resize, because DALI 2.4
-crashes on files it cannot parse, and its resize on a CPU takes longer than decoding and is not Pillow's.
+What comes out is a pure function of the files and the request, so a run resumed in mid-epoch just asks from there on.
+DALI only turns the bytes of a file into the pixels of a region. We read the bytes, because DALI 2.4 ends the process on
+files it cannot parse, and resize ourselves, because its resize takes a CPU longer than decoding and is not Pillow's.
 """
 
 # N images in the set, B images of a request, U distinct images of a group of requests, H height, W width, S output side
 
 import io
 import logging
-import stat
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from itertools import batched, chain
-from pathlib import Path
+from itertools import chain, islice
+from typing import TypeVar
 
-import nvidia.dali
 import numpy as np
+import nvidia.dali
 import torch
 from nvidia.dali import Pipeline, fn, math, types
 from PIL import Image
@@ -26,20 +26,269 @@ from torch import Tensor
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.files import FORMATS, Encoded, UnreadableError, read_encoded, shrunk
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.resize import centre_crop, crop_resize
+from fastdeitlt.data.resize import centre_crop, crop_resize, resize
 from fastdeitlt.data.workers import Workers, num_threads
 from fastdeitlt.errors import UserError
 
 log = logging.getLogger("fastdeitlt")
+T = TypeVar("T")
 
 DECODER = f"dali {nvidia.dali.__version__}"
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-MAX_PIXELS = 1 << 27
-"""Larger images are refused: one would take more than 400 MB decoded, far above any data set's and a known attack."""
 MAX_DECODE = 256
-"""Images in one run of the DALI graph."""
+"""Most images in one run of the decoding graph."""
+DECODE_GROUP = 32
+"""Whole images decoded at a time when the set is decoded once."""
 
 
-class Unreadable(Exception):
-    """A file is no image we can use; the message is the reason."""
+def decode_graph(threads: int, device: torch.device) -> Pipeline:
+    """The DALI graph, not yet built: inputs ``encoded`` (bytes) and ``region`` (top, left, height, width).
+
+    Orientation tags are ignored, as timm and Pillow's ``Image.open`` do. ``peek_image_shape`` is there for safety: a
+    header that does not parse raises in it, but ends the process in the decoder.
+    """
+    on_gpu = device.type == "cuda"
+    graph = Pipeline(MAX_DECODE, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=1)
+    with graph:
+        encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+        region = fn.external_source(name="region", dtype=types.DALIDataType.INT32, ndim=1)
+        size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.DALIDataType.INT32)[:2]
+        pixels = fn.decoders.image_slice(
+            encoded,
+            start=region[:2],
+            shape=math.min(region[2:], size - region[:2]),
+            axis_names="HW",
+            device="mixed" if on_gpu else "cpu",
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
+        graph.set_outputs(pixels)
+    return graph
+
+
+class Decoder:
+    """Regions of encoded images to RGB pixels: uint8 [height, width, 3] tensors on the device, one an image.
+
+    On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled rather than clipped.
+    """
+
+    def __init__(self, threads: int, device: torch.device) -> None:
+        self._new_graph = partial(decode_graph, threads, device)
+        self._graph: Pipeline | None = None
+
+    def __call__(self, files: list[Encoded], regions_B4: np.ndarray) -> list[Tensor]:
+        """Decode.
+
+        Args:
+            regions_B4: int32 (top, left, height, width), inside the images.
+
+        Raises:
+            RuntimeError: DALI could not decode one of them; it does not say which.
+        """
+        pixels: list[Tensor] = []
+        for start in range(0, len(files), MAX_DECODE):
+            part = slice(start, start + MAX_DECODE)
+            graph, self._graph = self._graph or self._new_graph(), None  # a graph that raised is dead
+            (out,) = graph.run(encoded=[file.data for file in files[part]], region=regions_B4[part])
+            self._graph = graph
+            pixels += [torch.from_dlpack(out[i]) for i in range(len(out))]
+        return pixels
+
+    def close(self) -> None:
+        """End DALI's threads."""
+        self._graph = None
+
+
+class Stream:
+    """Crops of image files that are read and decoded anew for each request.
+
+    An image that cannot be read raises, or with ``data.on_error=skip`` is replaced by the next readable one of its
+    class in the list (the same one each time), logged once and kept in ``skipped`` (paths).
+
+    Args:
+        images: the set.
+        cfg: ``num_threads`` and ``on_error``.
+        device: where decoding ends and crops are made.
+        share: consecutive requests that are decoded together. An image that appears in them more than once (the copies
+            of repeated augmentation, which go to different virtual ranks) is then read and decoded once.
+    """
+
+    def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> None:
+        self.skipped: list[str] = []
+        self._images, self._device, self._share = images, device, share
+        self._skip = cfg.on_error == "skip"
+        self._unreadable: set[int] = set()
+        self._refusing = threading.Lock()
+        self._workers = Workers(num_threads(cfg.num_threads))
+        self._decoder = Decoder(self._workers.count, device)
+        self._host_decoder = Decoder(self._workers.count, torch.device("cpu"))
+
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
+        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``.
+
+        Raises:
+            UserError: an image cannot be read, or with skip none of a class can; names the file and the reason.
+        """
+        requests = iter(requests)
+        groups = iter(lambda: list(islice(requests, self._share)), [])
+        for crops in self._workers.ahead(self._start_crops, groups):
+            yield from crops
+
+    def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Whole images [H, W, 3] on the host, with the index of the file each is from (another's if it was replaced).
+
+        Args:
+            short_side: a longer shorter side is resized to this; 0 = full size.
+
+        Raises:
+            UserError: as ``crops``.
+        """
+        samples = iter(sample_N)
+        groups = iter(lambda: list(islice(samples, DECODE_GROUP)), [])
+        for decoded in self._workers.ahead(partial(self._start_whole, short_side), groups):
+            yield from decoded
+
+    def sizes(self) -> np.ndarray:
+        """Height and width of every image by its header: int32 [N, 2], zeros for what skip leaves out.
+
+        Raises:
+            UserError: as ``crops``.
+        """
+        parts = self._workers.split(self._read_sizes, list(range(len(self._images))))
+        return np.array(_results(parts), np.int32).reshape(-1, 2)
+
+    def close(self) -> None:
+        """End all threads and give memory back. May be called twice."""
+        self._workers.close()
+        self._decoder.close()
+        self._host_decoder.close()
+
+    def _start_crops(self, group: list[CropRequest]) -> Callable[[], list[Tensor]]:
+        sample_U, index_B = np.unique(np.concatenate([r.sample_B for r in group]), return_inverse=True)
+        index = np.split(index_B, np.cumsum([len(r.sample_B) for r in group])[:-1])
+        reads = self._workers.split(self._read, sample_U.tolist())
+        return lambda: self._crops(group, index, _results(reads))
+
+    def _crops(self, group: list[CropRequest], index: list[np.ndarray], files_U: list[Encoded]) -> list[Tensor]:
+        """Crops of each request; ``index`` has the position in ``files_U`` of each of its images."""
+        size_U2 = np.array([(file.height, file.width) for file in files_U])
+        boxes = [_boxes(request, size_U2[index_B]) for request, index_B in zip(group, index, strict=True)]
+        first_U2, last_U2 = size_U2.copy(), np.zeros_like(size_U2)
+        for box_B4, index_B in zip(boxes, index, strict=True):
+            np.minimum.at(first_U2, index_B, box_B4[:, :2])
+            np.maximum.at(last_U2, index_B, box_B4[:, :2] + box_B4[:, 2:])
+        regions_U4 = np.concatenate([first_U2, last_U2 - first_U2], 1).astype(np.int32)
+        try:
+            pixels_U = self._decoder(files_U, regions_U4)
+        except RuntimeError as error:
+            return self._crops(group, index, self._replace(self._decoder, files_U, regions_U4, error))
+        crops = []
+        for request, box_B4, index_B in zip(group, boxes, index, strict=True):
+            pixels_B = [pixels_U[u] for u in index_B]
+            if request.draws is None:
+                crops.append(centre_crop(pixels_B, request.resize or request.size, request.size, self._workers.pool))
+                continue
+            box_B4[:, :2] -= first_U2[index_B]
+            crops.append(crop_resize(pixels_B, box_B4, request.size, self._workers.pool))
+        if self._device.type == "cuda":  # DALI uses the pixels' memory again once they are dropped
+            torch.cuda.current_stream(self._device).synchronize()
+        return crops
+
+    def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[tuple[int, Tensor]]]:
+        reads = self._workers.split(self._read, samples)
+        return lambda: self._whole(short_side, _results(reads))
+
+    def _whole(self, short_side: int, files: list[Encoded]) -> list[tuple[int, Tensor]]:
+        sizes_B2 = np.array([(file.height, file.width) for file in files], np.int32)
+        regions_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1)
+        try:
+            images = self._host_decoder(files, regions_B4)
+        except RuntimeError as error:
+            return self._whole(short_side, self._replace(self._host_decoder, files, regions_B4, error))
+        if short_side:
+            shapes = [(height, width) for height, width in shrunk(sizes_B2, short_side).tolist()]
+            images = resize(images, shapes, self._workers.pool)
+        return [(file.sample, image) for file, image in zip(files, images, strict=True)]
+
+    def _read(self, samples: list[int]) -> list[Encoded]:
+        return [self._read_one(sample) for sample in samples]
+
+    def _read_one(self, sample: int) -> Encoded:
+        for candidate in self._candidates(sample):
+            if candidate in self._unreadable:
+                continue
+            try:
+                return read_encoded(self._path(candidate), candidate)
+            except UnreadableError as error:
+                self._refuse(candidate, str(error))
+        raise UserError(
+            f"data: no image of class {self._images.labels[sample]} is readable; repair or remove its files"
+        )
+
+    def _read_sizes(self, samples: list[int]) -> list[tuple[int, int]]:
+        sizes = [(0, 0)] * len(samples)
+        for i, sample in enumerate(samples):
+            try:
+                file = read_encoded(self._path(sample), sample, header_only=True)
+                sizes[i] = file.height, file.width
+            except UnreadableError as error:
+                self._refuse(sample, str(error))
+        return sizes
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        """The image, then the others of its class that follow it in the list, going round."""
+        yield sample
+        members = np.flatnonzero(self._images.labels == self._images.labels[sample])
+        yield from np.roll(members, -int(np.searchsorted(members, sample)))[1:].tolist()
+
+    def _path(self, sample: int) -> str:
+        return os.path.join(self._images.root, self._images.paths[sample])
+
+    def _refuse(self, sample: int, reason: str) -> None:
+        """Raise, or note once that the image is left out."""
+        if not self._skip:
+            raise UserError(
+                f"image {self._path(sample)}: {reason}; repair it, take it off the list, or set data.on_error=skip"
+            )
+        with self._refusing:
+            if sample not in self._unreadable:
+                self._unreadable.add(sample)
+                self.skipped.append(self._images.paths[sample])
+                log.warning("image %s: %s; skipped (%d so far)", self._path(sample), reason, len(self.skipped))
+
+    def _replace(
+        self, decoder: Decoder, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError
+    ) -> list[Encoded]:
+        """The files with those that do not decode replaced; raises DALI's error if each decodes alone."""
+        replaced = list(files)
+        for i, file in enumerate(files):
+            try:
+                decoder([file], regions_B4[i : i + 1])
+            except RuntimeError as alone:
+                self._refuse(file.sample, _why(file, alone))
+                replaced[i] = self._read_one(file.sample)
+        if replaced == files:
+            raise error
+        return replaced
+
+
+def _results(parts: list[Future[list[T]]]) -> list[T]:
+    return list(chain.from_iterable(part.result() for part in parts))
+
+
+def _boxes(request: CropRequest, sizes_B2: np.ndarray) -> np.ndarray:
+    """Regions the request needs of images of these sizes: int32 [B, 4]."""
+    if request.draws is not None:
+        return request.draws.boxes(sizes_B2)
+    return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1).astype(np.int32)
+
+
+def _why(file: Encoded, error: RuntimeError) -> str:
+    """Why an image does not decode: Pillow's words, or if it can decode it, DALI's."""
+    try:
+        Image.open(io.BytesIO(file.data.tobytes()), formats=FORMATS).load()
+    except (OSError, ValueError, EOFError, SyntaxError) as reason:
+        return str(reason)
+    said = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
+    return f"DALI cannot decode it ({said[-1].strip() if said else error})"

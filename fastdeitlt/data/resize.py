@@ -1,8 +1,8 @@
-"""Antialiased bicubic resizing of uint8 images, bit for bit as Pillow's ``Image.resize``.
+"""Antialiased bicubic resizing of uint8 images, bit for bit as Pillow 13's ``Image.resize``.
 
-Pillow convolves rows, then columns, with a Keys kernel (a = -0.5) stretched by the scale when shrinking; coefficients are
-integers in 1/2^22 and each pass rounds to uint8 (Pillow, src/libImaging/Resample.c). Large images on the host go to
-Pillow itself; everything else is two batched products with exact integers in float64.
+Pillow convolves rows and columns with a Keys kernel (a = -0.5), stretched by the scale when shrinking; coefficients are
+integers in 1/2^22 and each pass rounds to uint8 (Pillow, src/libImaging/Resample.c). Images on the host go to Pillow
+itself; on a device the two passes are batched products of exact integers in float64.
 """
 
 # B batch, H height, W width, C channels, S output side, n input side
@@ -17,8 +17,6 @@ from torch import Tensor
 
 SUPPORT = 2.0
 PRECISION = 1 << 22
-BATCHED_PIXELS = 64 * 64
-"""Host images up to this size are resized as a batch; Pillow's cost a call would dominate."""
 CHUNK_VALUES = 1 << 26
 """Most float64 values of one batched product."""
 
@@ -26,48 +24,83 @@ CHUNK_VALUES = 1 << 26
 def crop_resize(
     images: Tensor | Sequence[Tensor], boxes_B4: np.ndarray, size: int, pool: Executor | None = None
 ) -> Tensor:
-    """Crop each image to its box and resize the crop to ``size`` x ``size``.
+    """Crop each image to its box, then resize the crop to ``size`` x ``size``.
 
     Args:
-        images: uint8 [B, H, W, C], or B images [H, W, C] of any sizes, on one device.
+        images: uint8 [B, H, W, C], or B images [H, W, C] of any sizes, all on one device.
         boxes_B4: integer (top, left, height, width), inside the image.
         size: output side in pixels.
-        pool: threads for large images on the host; None = the calling thread.
+        pool: threads for images on the host (Pillow releases the interpreter lock); None = the calling thread.
 
     Returns:
         crops_BHWC, uint8, on the images' device.
     """
-    crops = [image[t : t + h, l : l + w] for image, (t, l, h, w) in zip(images, boxes_B4.tolist(), strict=True)]
-    if crops[0].device.type == "cpu" and max(image.shape[0] * image.shape[1] for image in images) > BATCHED_PIXELS:
-        resized = pool.map(_pillow, crops, [size] * len(crops)) if pool else (_pillow(crop, size) for crop in crops)
-        return torch.stack(list(resized))
-    return torch.cat([_batched(part, size, size) for part in _chunks(crops, size)])
+    crops = [image[y : y + h, x : x + w] for image, (y, x, h, w) in zip(images, boxes_B4.tolist(), strict=True)]
+    return torch.stack(resize(crops, [(size, size)] * len(crops), pool))
 
 
-def _pillow(crop_HWC: Tensor, size: int) -> Tensor:
-    resized = Image.fromarray(crop_HWC.contiguous().numpy()).resize((size, size), Image.Resampling.BICUBIC)
+def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: Executor | None = None) -> Tensor:
+    """Resize each image's shorter side to ``short`` pixels, then take the central ``size`` x ``size`` window.
+
+    Other arguments and result as ``crop_resize``; ``short`` >= ``size``. Source: torchvision's Resize and CenterCrop.
+    """
+    scales = [(image.shape[0], image.shape[1], min(image.shape[:2])) for image in images]
+    shapes = [(int(short * height / shorter), int(short * width / shorter)) for height, width, shorter in scales]
+    corners = [(round((height - size) / 2), round((width - size) / 2)) for height, width in shapes]
+    resized = resize(list(images), shapes, pool)
+    return torch.stack([r[y : y + size, x : x + size] for r, (y, x) in zip(resized, corners, strict=True)])
+
+
+def resize(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]], pool: Executor | None = None) -> list[Tensor]:
+    """Resize uint8 images [H, W, C] on one device to their (height, width)."""
+    if images[0].device.type == "cpu":
+        return list(pool.map(_pillow, images, shapes) if pool else map(_pillow, images, shapes))
+    return resize_batched(images, shapes)
+
+
+def _pillow(image_HWC: Tensor, shape: tuple[int, int]) -> Tensor:
+    resized = Image.fromarray(image_HWC.numpy()).resize(shape[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized))
 
 
-def _chunks(crops: list[Tensor], size: int):
-    height, width = (max(crop.shape[d] for crop in crops) for d in (0, 1))
-    step = max(1, CHUNK_VALUES // (max(height, size) * max(width, size) * 3))
-    return [crops[i : i + step] for i in range(0, len(crops), step)]
+def resize_batched(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """``resize`` in torch operations on any device: one pair of products for all images of one target shape."""
+    groups: dict[tuple[int, int, bool], list[int]] = {}
+    for i, (image, (height, width)) in enumerate(zip(images, shapes, strict=True)):
+        swap = columns_first(image.shape[0], image.shape[1], height, width)
+        groups.setdefault((height, width, swap), []).append(i)
+    resized: list[Tensor] = [images[0]] * len(images)
+    for (height, width, swap), members in groups.items():
+        longest = max(height, width, *(max(images[i].shape[:2]) for i in members))
+        step = max(1, CHUNK_VALUES // (3 * longest**2))
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
+            if swap:
+                done = _two_passes([images[i].transpose(0, 1) for i in part], width, height).transpose(1, 2)
+            else:
+                done = _two_passes([images[i] for i in part], height, width)
+            for i, image in zip(part, done, strict=True):
+                resized[i] = image
+    return resized
 
 
-def _batched(crops: list[Tensor], out_height: int, out_width: int) -> Tensor:
-    sizes_B2 = np.array([crop.shape[:2] for crop in crops])
-    height, width = sizes_B2.max(axis=0).tolist()
-    channels, device = crops[0].shape[2], crops[0].device
-    padded_BHWC = torch.zeros(len(crops), height, width, channels, dtype=torch.float64, device=device)
-    for padded, crop in zip(padded_BHWC, crops, strict=True):
-        padded[: crop.shape[0], : crop.shape[1]] = crop
-    rows_BWHC = padded_BHWC.transpose(1, 2).reshape(len(crops), width, height * channels)
-    rows_BSHC = _convolve(coefficients(sizes_B2[:, 1], out_width).to(device), rows_BWHC)
-    columns_BHSC = rows_BSHC.view(len(crops), out_width, height, channels).transpose(1, 2)
-    columns_BHSC = columns_BHSC.reshape(len(crops), height, out_width * channels)
-    resized = _convolve(coefficients(sizes_B2[:, 0], out_height).to(device), columns_BHSC)
-    return resized.view(len(crops), out_height, out_width, channels).to(torch.uint8)
+def columns_first(height: int, width: int, out_height: int, out_width: int) -> bool:
+    """Whether Pillow (13 on; earlier never) runs the vertical pass first: it saves twice the rows it saves columns."""
+    return height - out_height > max(0, 2 * (width - out_width))
+
+
+def _two_passes(images: Sequence[Tensor], out_height: int, out_width: int) -> Tensor:
+    """Rows, then columns, of images padded to one shape: uint8 [B, out_height, out_width, C]."""
+    sides_B2 = np.array([image.shape[:2] for image in images])
+    batch, (height, width), channels = len(images), sides_B2.max(axis=0).tolist(), images[0].shape[2]
+    padded_BHWC = torch.zeros(batch, height, width, channels, dtype=torch.float64, device=images[0].device)
+    for padded, image in zip(padded_BHWC, images, strict=True):
+        padded[: image.shape[0], : image.shape[1]] = image
+    rows = padded_BHWC.transpose(1, 2).reshape(batch, width, height * channels)
+    rows = _convolve(coefficients(sides_B2[:, 1], out_width).to(rows.device), rows)
+    columns = rows.view(batch, out_width, height, channels).transpose(1, 2).reshape(batch, height, -1)
+    columns = _convolve(coefficients(sides_B2[:, 0], out_height).to(rows.device), columns)
+    return columns.view(batch, out_height, out_width, channels).to(torch.uint8)
 
 
 def _convolve(weights_BSn: Tensor, values_Bnm: Tensor) -> Tensor:
@@ -77,7 +110,10 @@ def _convolve(weights_BSn: Tensor, values_Bnm: Tensor) -> Tensor:
 
 
 def coefficients(sides_B: np.ndarray, size: int) -> Tensor:
-    """Pillow's integer coefficients (in 1/2^22) from ``sides_B`` input pixels to ``size``: float64 [B, S, max(sides)]."""
+    """Pillow's integer coefficients (in 1/2^22) from ``sides_B`` input pixels to ``size``: float64 [B, S, max(sides)].
+
+    Source: Pillow ``precompute_coeffs`` and ``normalize_coeffs_8bpc``.
+    """
     sides_B11 = sides_B.astype(np.float64)[:, None, None]
     scale_B11 = sides_B11 / size
     stretch_B11 = np.maximum(scale_B11, 1.0)
@@ -86,8 +122,9 @@ def coefficients(sides_B: np.ndarray, size: int) -> Tensor:
     last_BS1 = np.minimum(np.trunc(centre_BS1 + SUPPORT * stretch_B11 + 0.5), sides_B11)
     pixel_n = np.arange(int(sides_B.max()))
     x_BSn = np.abs((pixel_n - centre_BS1 + 0.5) * (1.0 / stretch_B11))
-    near, far = (1.5 * x_BSn - 2.5) * x_BSn * x_BSn + 1.0, (((x_BSn - 5.0) * x_BSn + 8.0) * x_BSn - 4.0) * -0.5
-    weights_BSn = np.where(x_BSn < 1.0, near, np.where(x_BSn < 2.0, far, 0.0))
+    near_BSn = (1.5 * x_BSn - 2.5) * x_BSn * x_BSn + 1.0
+    far_BSn = (((x_BSn - 5.0) * x_BSn + 8.0) * x_BSn - 4.0) * -0.5
+    weights_BSn = np.where(x_BSn < 1.0, near_BSn, np.where(x_BSn < 2.0, far_BSn, 0.0))
     weights_BSn *= (pixel_n >= first_BS1) & (pixel_n < last_BS1)
     weights_BSn /= weights_BSn.sum(axis=2, keepdims=True)
     return torch.from_numpy(np.trunc(weights_BSn * PRECISION + np.copysign(0.5, weights_BSn)))

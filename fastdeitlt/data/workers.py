@@ -49,9 +49,7 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
-            wait(pending)
+            wait([future for future in pending if not future.cancel()])
 
     def close(self) -> None:
         """Finish what runs, drop what waits, end all threads. May be called twice."""

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.state import State, load_exact, read_folder, read_safetensors, read_torch, tensors
+from fastdeitlt.models.manifest import read_folder
+from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
+from fastdeitlt.models.teacher import create_teacher, head_name
 from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
 
 
@@ -83,7 +85,8 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
         raise UserError(f"weights {weights!r}: unknown, expected model or ema")
     info: dict[str, Any] = {}
     if path.is_dir():
-        state, info = read_folder(path, "student", weights)
+        state, manifest = read_folder(path, "student", weights)
+        info = manifest.model_dump()
     elif not path.is_file():
         raise UserError(f"student {path}: no such file or folder; give a model folder or a checkpoint")
     elif path.suffix == ".safetensors":
@@ -92,9 +95,9 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
         content = read_torch(path)
         state = tensors(content, path, ("model", "state_dict") if weights == "model" else ("model_ema",))
         info = _official_info(content)
-    info["model"] = {**_arch_of(state, f"student {path}"), **info.get("model", {})}
-    arch = info["model"]
-    model = create_student(arch["name"], arch["num_classes"], arch["img_size"], drop_path=0.0, depth=arch["depth"])
+    arch = _arch_of(state, f"student {path}")
+    info["model"] = info.get("model", {}) | arch
+    model = create_student(arch["name"], arch["num_classes"], drop_path=0.0, depth=arch["depth"])
     load_student_state(model, state, f"student {path}")
     return model.eval(), info
 
@@ -126,3 +129,37 @@ def _official_info(content: Any) -> dict[str, Any]:
         if info["args"].get("class_map") is not None:
             info["class_map"] = [int(c) for c in info["args"]["class_map"]]
     return info
+
+
+def official_student(model: DistilledViT) -> dict[str, Any]:
+    """What the official code's ``--resume`` and ``--eval`` take of a student; write it with torch.save."""
+    return {"model": model.state_dict()}
+
+
+def official_teacher(network: nn.Module, arch: str, style: str) -> dict[str, Any]:
+    """What the official code's ``--teacher-path`` takes; write it with torch.save.
+
+    Args:
+        network: the bare CNN (``load_teacher(...).network``).
+        style: official_ldam, or official_paco (the key encoder is a copy; projection and queue, which inference does
+            not read, are fresh).
+
+    Raises:
+        UserError: another style, or an architecture that PaCo's wrapper does not take.
+    """
+    state = network.state_dict()
+    if style == "official_ldam":
+        return {"arch": arch, "state_dict": state}
+    if style != "official_paco":
+        raise UserError(f"teacher style {style!r}: unknown, expected official_paco or official_ldam")
+    head = head_name(network)
+    if f"{head}.bias" not in state:
+        raise UserError(f"teacher {arch}: has a cosine head, which official_paco does not know; use official_ldam")
+    wrapper = create_teacher(arch, len(state[f"{head}.bias"]), style).state_dict()
+    for key, value in state.items():
+        if key.startswith(f"{head}."):
+            query, momentum = key.replace(head, "linear", 1), key.replace(head, "linear_k", 1)
+        else:
+            query, momentum = f"encoder_q.{key}", f"encoder_k.{key}"
+        wrapper[query] = wrapper[momentum] = value
+    return {"arch": arch, "state_dict": {f"module.{key}": value for key, value in wrapper.items()}}

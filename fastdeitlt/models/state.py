@@ -1,9 +1,9 @@
 """State dicts: read files that nobody has to trust, strip wrapper prefixes, check every key before loading."""
 
 import argparse
-import hashlib
-import json
 import pickle
+import re
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ _SAFE_GLOBALS: list[Any] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.bool_, np.int32, np.int64, np.float32, np.float64)),
 ]
+# what torch.load raises on bytes that are not, or no longer, a checkpoint
+_DAMAGE = (
+    RuntimeError, OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError,
+    ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -40,15 +45,14 @@ def read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        reason = named[0] if named else "not a checkpoint of torch.save"
-        raise UserError(
-            f"checkpoint {path}: refused, nothing was executed ({reason}); expected tensors only: save its state_dict "
-            "alone, or as safetensors, on a machine where you trust the file"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: damaged or truncated ({_first_line(error)}); copy it again") from None
+    except (pickle.UnpicklingError, *_DAMAGE) as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"checkpoint {path}: refused, it holds {found[1]} beside tensors (nothing was executed); where you "
+                "trust the file, save its state_dict alone or as safetensors"
+            ) from None
+        reason = "not torch's pickle" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise UserError(f"checkpoint {path}: damaged, or not of torch.save ({reason}); copy it again") from None
 
 
 def read_safetensors(path: Path) -> State:
@@ -61,52 +65,6 @@ def read_safetensors(path: Path) -> State:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"weights {path}: damaged or truncated ({_first_line(error)}); copy it again") from None
-
-
-def read_folder(folder: Path, kind: str, weights: str = "model") -> tuple[State, dict[str, Any]]:
-    """The tensors of ``<weights>.safetensors`` and the manifest of a model folder, after the hash holds.
-
-    Args:
-        kind: "student" or "teacher"; the manifest must say the same.
-        weights: "model" or "ema".
-
-    Raises:
-        UserError: no or a foreign manifest, the other kind, a file that is missing, truncated or changed.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"model folder {folder}: no readable manifest.json; expected a folder that training or export wrote"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"model folder {folder}: manifest.json is not valid JSON ({_first_line(error)})") from None
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != "fastdeitlt"
-        or not isinstance(manifest.get("model"), dict)
-    ):
-        raise UserError(f"model folder {folder}: manifest.json is not of this project; expected format 'fastdeitlt'")
-    if manifest.get("kind") != kind:
-        raise UserError(f"model folder {folder}: got a {manifest.get('kind')}, expected a {kind}")
-    name = f"{weights}.safetensors"
-    files = manifest.get("files")
-    entry = files.get(name) if isinstance(files, dict) else None
-    if not isinstance(entry, dict) or not (folder / name).is_file():
-        raise UserError(f"model folder {folder}: has no {name}")
-    got = sha256(folder / name)
-    if got != entry.get("sha256"):
-        raise UserError(
-            f"model folder {folder}: {name} changed or is damaged (sha256 {got[:12]}, manifest says "
-            f"{str(entry.get('sha256'))[:12]}); copy it again"
-        )
-    return read_safetensors(folder / name), manifest
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "model")) -> State:
@@ -160,4 +118,4 @@ def _some(keys: list[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
+    return text.splitlines()[0][:120] if text else type(error).__name__

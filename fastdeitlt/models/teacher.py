@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import TeacherConfig, near
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.class_map import check_class_map, teacher_to_student
 from fastdeitlt.models.fold import fold_batchnorm
+from fastdeitlt.models.manifest import Manifest, read_folder
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
-from fastdeitlt.models.state import State, load_exact, read_folder, read_safetensors, read_torch, tensors
+from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 
 STYLES = ("official_paco", "official_ldam", "timm", "fastdeitlt")
 
@@ -56,9 +56,9 @@ class Paco(nn.Module):
 
 def _paco_encoder(arch: str, dim: int) -> Any:
     encoder = _network(arch, 1)
-    if _head_name(encoder) not in ("linear", "fc"):
+    if head_name(encoder) not in ("linear", "fc"):
         raise UserError(f"teacher {arch}: style official_paco expects a ResNet such as resnet32 or resnet50")
-    delattr(encoder, _head_name(encoder))
+    delattr(encoder, head_name(encoder))
     width = encoder.num_features
     encoder.fc = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
     return encoder
@@ -76,14 +76,15 @@ def _network(arch: str, num_classes: int) -> Any:
     raise UserError(f"teacher {arch!r}: unknown architecture, expected resnet<6n+2> or a timm model{near(arch, known)}")
 
 
-def _head_name(network: Any) -> str:
+def head_name(network: Any) -> str:
+    """State-dict prefix of the classifier of a bare CNN: ``linear`` in ours, mostly ``fc`` or ``head.fc`` in timm's."""
     return "linear" if isinstance(network, ResNetCifar) else network.default_cfg["classifier"]
 
 
 def _norm_head(network: Any, num_classes: int) -> None:
     """Put a cosine classifier in the place of the linear one."""
-    parent, _, leaf = _head_name(network).rpartition(".")
-    in_features = network.get_submodule(_head_name(network)).in_features
+    parent, _, leaf = head_name(network).rpartition(".")
+    in_features = network.get_submodule(head_name(network)).in_features
     setattr(network.get_submodule(parent), leaf, NormedLinear(in_features, num_classes))
 
 
@@ -176,28 +177,29 @@ def load_teacher(
     """A frozen teacher from a released checkpoint or a model folder; maps images_BCHW to logits_BK.
 
     Args:
-        path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model folder, whose own ``arch`` wins.
+        path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model or run folder, whose own ``arch`` wins.
         style: auto takes it from the keys.
-        class_map: the student's class of each class of the teacher.
+        class_map: the student's class of each class of the teacher. None: as a model folder says, else the same.
 
     Raises:
         UserError: no such file, a file that is damaged or holds code, keys of another architecture or style, another
             class count, a class map that is no permutation.
     """
     state, manifest = _read(Path(path))
-    arch = str(manifest.get("model", {}).get("arch", arch))
-    network = _network_with(state, arch, num_classes, style, f"teacher {path}")
+    network = _network_with(state, manifest.model.arch if manifest else arch, num_classes, style, f"teacher {path}")
+    if class_map is None and manifest:
+        class_map = _order_of(manifest)
     return Teacher(network, num_classes, class_map)
 
 
-def _read(path: Path) -> tuple[State, dict[str, Any]]:
+def _read(path: Path) -> tuple[State, Manifest | None]:
     if path.is_dir():
         return read_folder(path, "teacher")
     if not path.is_file():
-        raise UserError(f"teacher {path}: no such file or folder; give teacher.path a checkpoint or a model folder")
+        raise UserError(f"teacher {path}: no such file or folder; give a checkpoint, a model folder or a run")
     if path.suffix == ".safetensors":
-        return tensors(read_safetensors(path), path), {}
-    return tensors(read_torch(path), path, ("model", "state_dict")), {}
+        return tensors(read_safetensors(path), path), None
+    return tensors(read_torch(path), path, ("model", "state_dict")), None
 
 
 def _network_with(state: State, arch: str, num_classes: int, style: str, what: str) -> nn.Module:
@@ -205,7 +207,7 @@ def _network_with(state: State, arch: str, num_classes: int, style: str, what: s
     if style not in ("auto", *STYLES):
         raise UserError(f"teacher style {style!r}: unknown, expected auto, {', '.join(STYLES)}{near(style, STYLES)}")
     network = _network(arch, num_classes)
-    head = _head_name(network)
+    head = head_name(network)
     is_paco = any(key.startswith("encoder_q.") for key in state)
     if style != "auto" and is_paco != (style == "official_paco"):
         raise UserError(f"{what}: its keys are {'' if is_paco else 'not '}official_paco's, got style {style}; use auto")
@@ -238,44 +240,55 @@ def open_teacher(
 ) -> Teacher:
     """The teacher of a configuration, folded for inference, that takes the student's normalised images.
 
+    A model folder's own architecture, normalisation and class order win over ``cfg``.
+
     Args:
         student_img_size: side in pixels of the images that will come.
-        class_map: the student's class of each label of the data set; None = the same. ``cfg.map_classes`` needs it.
-
-    A model folder's own architecture, normalisation and class map win over ``cfg``.
+        class_map: the student's class of each class of a released teacher; used if ``cfg.map_classes``.
 
     Raises:
         UserError: see ``load_teacher``; ``cfg.map_classes`` without a class map.
     """
     state, manifest = _read(Path(cfg.path))
-    arch = str(manifest.get("model", {}).get("arch", cfg.arch))
+    arch = manifest.model.arch if manifest else cfg.arch
     network = _network_with(state, arch, num_classes, cfg.style, f"teacher {cfg.path}")
-    preprocess = manifest.get("preprocess") or {}
+    if cfg.map_classes and class_map is None:
+        raise UserError("teacher.map_classes: got true, but no class map is known for this data set; use false")
     scale_C = shift_C = None
     if cfg.normalise == "teacher":
-        mean_C, std_C = (torch.tensor(preprocess.get(name, getattr(cfg, name))) for name in ("mean", "std"))
+        own = manifest.preprocess if manifest and manifest.preprocess else cfg
+        mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
         scale_C = torch.tensor(student_std) / std_C
         shift_C = (torch.tensor(student_mean) - mean_C) / std_C
-    size = cfg.img_size if cfg.img_size != student_img_size else 0
     return Teacher(
-        fold_batchnorm(network),
+        fold_batchnorm(network).to(memory_format=torch.channels_last),
         num_classes,
-        _class_map(cfg, manifest, class_map, num_classes),
-        img_size=size,
+        _order_of(manifest) if manifest else class_map if cfg.map_classes else None,
+        img_size=cfg.img_size or student_img_size,
         scale_C=scale_C,
         shift_C=shift_C,
         antialias=cfg.resize_antialias,
     )
 
 
-def _class_map(
-    cfg: TeacherConfig, manifest: dict[str, Any], student_map: Sequence[int] | None, num_classes: int
-) -> Tensor | None:
-    """A model folder tells its order of classes; of a released checkpoint only ``cfg.map_classes`` does."""
-    if manifest:
-        return teacher_to_student(manifest.get("class_map"), student_map, num_classes)
-    if not cfg.map_classes:
+def _order_of(manifest: Manifest) -> Tensor | None:
+    """The data set's label of each class of a model folder's teacher; None = the same."""
+    if manifest.class_map is None:
         return None
-    if student_map is None:
-        raise UserError("teacher.map_classes: got true, but the student keeps the data set's class order; use false")
-    return teacher_to_student(None, student_map, num_classes)
+    map_K = check_class_map(manifest.class_map, manifest.model.num_classes)
+    return None if torch.equal(map_K, torch.arange(len(map_K))) else map_K.argsort()
+
+
+def check_class_map(class_map: Sequence[int] | Tensor, num_classes: int) -> Tensor:
+    """A class map as int64 [K], after checking that it is a permutation.
+
+    Raises:
+        UserError: wrong length, or a class that is missing or twice.
+    """
+    map_K = torch.as_tensor(class_map, dtype=torch.long).flatten()
+    if not torch.equal(map_K.sort().values, torch.arange(num_classes, device=map_K.device)):
+        raise UserError(
+            f"class map: got {len(map_K)} entries, {len(map_K.unique())} of them distinct, expected every class of "
+            f"0..{num_classes - 1} once"
+        )
+    return map_K

@@ -18,12 +18,8 @@ from fastdeitlt.errors import UserError
 
 NUM_PREFIX = 2  # CLS and DIST stand before the patch tokens
 MLP_RATIO = 4
-SIZES = {
-    "tiny": (192, 3, 12),
-    "small": (384, 6, 12),
-    "base": (768, 12, 12),
-    "large": (1024, 16, 24),
-}  # width, heads, depth
+# width, heads, depth
+SIZES = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 16, 24)}
 PATCHES = (2, 4, 8, 16)
 _NAME = re.compile(r"deit_(tiny|small|base|large)_distilled_patch(2|4|8|16)_([1-9]\d{0,3})")
 
@@ -40,7 +36,7 @@ def attend(qkv_BN3HE: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
 
 
-def attend_prefix(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
+def attend_first(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
     """Softmax attention of the first M tokens to all N tokens. Returns [B, M, D]."""
     k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
@@ -57,26 +53,31 @@ class PatchEmbed(nn.Module):
         return self.proj(images_BCHW).flatten(2).transpose(1, 2)
 
 
+class RowLinear(nn.Linear):
+    """A linear map of which a call may ask for some of the output rows only."""
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        return F.linear(x, self.weight[rows], self.bias[rows])
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; ``attention_impl`` computes it from the packed qkv."""
 
     def __init__(self, width: int, heads: int, attention_impl: Attention) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = RowLinear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.attention_impl = attention_impl
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.proj(self.attention_impl(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
-
-    def prefix(self, x_BND: Tensor) -> Tensor:
-        """The first two rows of ``forward``: their queries only, the keys and values of all tokens."""
+    def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
+        """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
+        if num_queries is None:
+            return self.proj(self.attention_impl(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
         width = x_BND.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q_BMHE = F.linear(x_BND[:, :NUM_PREFIX], weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
-        kv_BN2HE = F.linear(x_BND, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
-        return self.proj(attend_prefix(q_BMHE, kv_BN2HE))
+        q_BMHE = self.qkv(x_BND[:, :num_queries], slice(width)).unflatten(-1, (self.heads, -1))
+        kv_BN2HE = self.qkv(x_BND, slice(width, None)).unflatten(-1, (2, self.heads, -1))
+        return self.proj(attend_first(q_BMHE, kv_BN2HE))
 
 
 class Mlp(nn.Module):
@@ -102,20 +103,16 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = drop_path
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = self._add(x_BND, self.attn(self.norm1(x_BND)))
-        return self._add(x_BND, self.mlp(self.norm2(x_BND)))
-
-    def prefix(self, x_BND: Tensor) -> Tensor:
-        """The CLS and DIST rows of ``forward``; exact, since no other row of the last block reaches a head."""
-        x_B2D = self._add(x_BND[:, :NUM_PREFIX], self.attn.prefix(self.norm1(x_BND)))
-        return self._add(x_B2D, self.mlp(self.norm2(x_B2D)))
+    def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
+        """All tokens, or the first ``num_queries`` alone: exact where nothing later reads the others."""
+        x_BMD = self._add(x_BND[:, :num_queries], self.attn(self.norm1(x_BND), num_queries))
+        return self._add(x_BMD, self.mlp(self.norm2(x_BMD)))
 
     def _add(self, x_BND: Tensor, branch_BND: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return x_BND + branch_BND
         keep = 1 - self.drop_path
-        scale_B11 = branch_BND.new_empty(branch_BND.shape[0], 1, 1).bernoulli_(keep) / keep
+        scale_B11 = x_BND.new_empty(x_BND.shape[0], 1, 1).bernoulli_(keep) / keep
         return x_BND + branch_BND * scale_B11
 
 
@@ -185,14 +182,11 @@ class DistilledViT(nn.Module):
 
     def forward_prefix(self, images_BCHW: Tensor) -> Tensor:
         """CLS and DIST after the final norm, [B, 2, D]."""
-        if not self.last_block_shortcut:
-            return self.forward_features(images_BCHW)[:, :NUM_PREFIX]
         x_BND = self._embed(images_BCHW)
-        for block in self.blocks[:-1]:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BND = block(x_BND)
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
-        return self.norm(last.prefix(x_BND))
+        return self.norm(last(x_BND, NUM_PREFIX if self.last_block_shortcut else None)[:, :NUM_PREFIX])
 
     def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
@@ -238,7 +232,7 @@ def create_student(
             for side in (32, 224, 384)
         ]
         raise UserError(
-            f"student {name!r}: unknown name, expected deit_{{tiny,small,base,large}}_distilled_patch{{2,4,8,16}}_<size>"
+            f"student {name!r}: unknown name, expected deit_{{{','.join(SIZES)}}}_distilled_patch{{2,4,8,16}}_<size>"
             f"{near(name, known)}"
         )
     width, heads, blocks = SIZES[found[1]]
@@ -258,6 +252,11 @@ def create_student(
         img_size=side, patch=patch, num_classes=num_classes, width=width, heads=heads, depth=depth or blocks,
         drop_path=drop_path, last_block_shortcut=last_block_shortcut, attention_impl=attention_impl,
     )  # fmt: skip
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def flops_per_image(model: DistilledViT, executed: bool = False) -> float:

@@ -59,7 +59,7 @@ class SAM(Optimizer):
                 )
             self.base_optimizer = base_optimizer
         else:
-            self.base_optimizer = base_optimizer(list(params), **kwargs)
+            self.base_optimizer = base_optimizer(params, **kwargs)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._perturbed = False
         super().__init__(self.base_optimizer.param_groups, {"rho": rho, "adaptive": adaptive})
@@ -92,11 +92,11 @@ class SAM(Optimizer):
         if not weights:
             raise RuntimeError("first_step found no gradients; run backward first")
         steps = []
-        norms = []
+        norms: list[Tensor] = []
         for group, members in groups:
             if not members:
                 continue
-            grads = [p.grad for p in members]
+            grads: Any = [p.grad for p in members]
             if group["adaptive"]:
                 grads = torch._foreach_mul(grads, torch._foreach_abs(members))
             norms += torch._foreach_norm(grads, 2, dtype=torch.float32)

@@ -1,0 +1,104 @@
+"""Several runs side by side on one HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastdeitlt import config, figures
+from fastdeitlt.errors import UserError
+from fastdeitlt.metrics import GROUPS, cell
+from fastdeitlt.page import Block, Figure, Page, Section, Table, best_cells, write
+from fastdeitlt.run_files import RunFiles, column, read_run
+
+
+def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write a page that sets the results, curves, speed and settings of runs side by side.
+
+    Args:
+        run_dirs: two or more run folders; runs without results show up in the curves and settings only.
+        out: the file to write; by default ``compare.html`` beside the first run.
+
+    Raises:
+        UserError: fewer than two runs, two runs of one name, or a folder that cannot be read.
+    """
+    if len(run_dirs) < 2:
+        raise UserError(f"compare: got {len(run_dirs)} run folder, expected at least 2")
+    runs = [read_run(folder) for folder in run_dirs]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"compare: got {', '.join(names)}, expected different names; rename a folder")
+    sections = [_results(runs), _curves(runs), _speed(runs), _settings(runs)]
+    page = Page("Comparison", f"{len(runs)} runs: {', '.join(names)}.", [s for s in sections if s.blocks])
+    return write(page, Path(out) if out else runs[0].folder.resolve().parent / "compare.html")
+
+
+def _colours(runs: list[RunFiles]) -> dict[str, str]:
+    return {run.name: figures.RUN_COLOURS[index % len(figures.RUN_COLOURS)] for index, run in enumerate(runs)}
+
+
+def _results(runs: list[RunFiles]) -> Section:
+    note = "Top-1 accuracy in per cent; the best run of each column is bold. AVG is the mean of the two heads' logits."
+    scored = {run.name: run.tested[1] for run in runs if run.tested}
+    blocks: list[Block] = []
+    for head in ("AVG", "CLS", "DIST"):
+        for split in ("threshold", "official"):
+            rows = [
+                [name, *(cell(result.accuracy(head, group, split)) for group in GROUPS)]
+                for name, result in scored.items()
+                if head in result.heads
+            ]
+            if rows:
+                blocks.append(Table(f"{head}, {split} split", ["", *GROUPS], rows, best=best_cells(rows)))
+    if scored:
+        heights = {name: [result.accuracy("AVG", g, "official") for g in GROUPS] for name, result in scored.items()}
+        svg = figures.bars(GROUPS, heights, _colours(runs))
+        blocks.append(Figure("AVG, official split", svg))
+    return Section("Result", note, blocks)
+
+
+def _curves(runs: list[RunFiles]) -> Section:
+    blocks: list[Block] = []
+    curves = {run.name: run.selection_curve()[2] for run in runs}
+    for group in ("all", "tail"):
+        lines = {
+            name: ([epoch for epoch, _ in points], [r.accuracy("AVG", group, "official") for _, r in points])
+            for name, points in curves.items()
+            if points
+        }
+        if lines:
+            svg = figures.curves(lines, "accuracy in %", _colours(runs), percent=True)
+            blocks.append(Figure(f"AVG on the selection set, {group}", svg))
+    losses = {run.name: (column(run.steps, "time"), column(run.steps, "loss")) for run in runs if run.steps}
+    if losses:
+        blocks.append(Figure("Training loss", figures.curves(losses, "loss", _colours(runs))))
+    return Section("Learning", "Accuracies are those that chose the weights.", blocks)
+
+
+def _speed(runs: list[RunFiles]) -> Section:
+    rows = [
+        [
+            run.name,
+            f"{np.nanmedian(column(run.steps, 'images_per_s')):,.0f}",
+            cell(100 * float(np.nanmedian(column(run.steps, "data_wait")))),
+            str(run.environment.get("gpu") or f"{run.environment.get('cpus', '?')} CPU cores"),
+        ]
+        for run in runs
+        if run.steps
+    ]
+    blocks: list[Block] = [Table("", ["", "img/s", "data wait, %", "device"], rows)] if rows else []
+    return Section(
+        "Speed", "Medians over log lines; data wait is the share of time that the loop waited for images.", blocks
+    )
+
+
+def _settings(runs: list[RunFiles]) -> Section:
+    flat = {run.name: config.flatten(run.cfg) for run in runs if run.cfg}
+    names = dict.fromkeys(name for settings in flat.values() for name in settings if name != "name")
+    rows = [
+        [name, *(str(settings.get(name, "-")) for settings in flat.values())]
+        for name in names
+        if len({str(settings.get(name, "-")) for settings in flat.values()}) > 1
+    ]
+    blocks: list[Block] = [Table("", ["setting", *flat], rows, text=True)] if rows else []
+    return Section("Settings that differ", "Every other setting is the same.", blocks)

@@ -1,0 +1,198 @@
+"""The decoded set: all pixels in one buffer, kept on disk, so that runs and ranks decode a set only once."""
+
+# N images in the set, H height, W width
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.files import shrunk
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.reader import DECODER, Stream
+from fastdeitlt.data.workers import num_threads
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+
+FORMAT = 1
+"""Raise it when stored pixels or their layout change."""
+BLOCK_BYTES = 1 << 26
+"""Bytes under one checksum."""
+DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedSet:
+    """Decoded images of any sizes, one after the other."""
+
+    pixels: Tensor
+    """uint8, all images [H, W, 3] flattened."""
+    sizes_N2: np.ndarray
+    """int32 (height, width) as stored; zeros for an image that could not be read."""
+    slot_N: np.ndarray
+    """int64: the image that stands for each one: itself, or if it could not be read another of its class."""
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each image begins in ``pixels``, and the end [N + 1]."""
+        return [0, *np.cumsum(num_bytes(self.sizes_N2)).tolist()]
+
+    def image(self, slot: int) -> Tensor:
+        """A view of the pixels [H, W, 3] in a slot."""
+        height, width = self.sizes_N2[slot].tolist()
+        return self.pixels[self.starts[slot] : self.starts[slot + 1]].view(height, width, 3)
+
+
+def pack(images_NHWC: np.ndarray) -> DecodedSet:
+    """A set that comes decoded (CIFAR)."""
+    sizes_N2 = np.tile(np.array(images_NHWC.shape[1:3], np.int32), (len(images_NHWC), 1))
+    return DecodedSet(torch.tensor(images_NHWC).reshape(-1), sizes_N2, np.arange(len(images_NHWC)))
+
+
+def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
+    """Bytes of RGB images of these sizes: int64 [N]."""
+    return sizes_N2.astype(np.int64).prod(axis=1) * 3
+
+
+def stored_sizes(images: LongTailSet, cfg: DataConfig, stream: Stream) -> np.ndarray:
+    """(height, width) at which images are stored, int32 [N, 2]: as the cache has them, else by the files' headers."""
+    try:
+        with np.load(_folder() / _key(images, cfg) / "index.npz") as index:
+            return index["sizes_N2"]
+    except (OSError, *DAMAGE):
+        return shrunk(stream.sizes(), cfg.stored_short_side)
+
+
+def open_decoded(images: LongTailSet, cfg: DataConfig, stream: Stream) -> DecodedSet:
+    """The set from the cache, decoded into it at the first call; it is mapped, so the ranks of a machine share memory.
+
+    Processes that ask at once wait for the one that decodes. A cache that cannot be written costs a warning and
+    memory: the set is then decoded for this process alone.
+
+    Raises:
+        UserError: an image cannot be read (see ``Stream``), or changes meanwhile.
+    """
+    path = _folder() / _key(images, cfg)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            return _load(path, cfg) or _decode_to_disk(path, images, cfg, stream)
+    except OSError as error:
+        log.warning("cache %s: %s; decoding into memory, for this run only", path.parent, error.strerror or error)
+    sizes_N2 = stored_sizes(images, cfg, stream)
+    pixels = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
+    decoded = DecodedSet(pixels, sizes_N2, np.arange(len(images)))
+    _decode(decoded, images, cfg, stream)
+    return decoded
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "decoded"
+
+
+def _key(images: LongTailSet, cfg: DataConfig) -> str:
+    """Changes when the pixels to be stored could: files, their sizes and times, stored size, versions."""
+    root = os.path.realpath(images.root)
+    key = hashlib.sha256(f"{FORMAT} {DECODER} torch {torch.__version__} {cfg.stored_short_side} {root}".encode())
+    for path in images.paths:
+        try:
+            status = os.stat(os.path.join(root, path))
+            key.update(f"\n{path}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
+        except OSError:
+            key.update(f"\n{path}\0missing".encode(errors="surrogateescape"))
+    return key.hexdigest()[:32]
+
+
+def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: Stream) -> None:
+    """Fill ``pixels`` and ``slot_N``."""
+    began, total = time.monotonic(), decoded.starts[-1]
+    log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
+    for sample, (slot, image) in enumerate(stream.decoded(range(len(images)), cfg.stored_short_side)):
+        decoded.slot_N[sample] = slot
+        if slot != sample:
+            continue
+        if image.shape[:2] != tuple(decoded.sizes_N2[sample].tolist()):
+            raise UserError(f"image {images.paths[sample]} under {images.root}: changed while it was read; start again")
+        decoded.image(slot).copy_(image)
+    decoded.slot_N[:] = decoded.slot_N[decoded.slot_N]  # a replacement may itself have been replaced later on
+    log.info("decoded %s images in %.0f s", f"{len(images):,}", time.monotonic() - began)
+
+
+def _decode_to_disk(path: Path, images: LongTailSet, cfg: DataConfig, stream: Stream) -> DecodedSet:
+    """Decode into a temporary folder and rename it; space is reserved first, so a full disk shows before the work.
+
+    The lock is held, so what else is there under this name was left by a run that died.
+    """
+    for stale in path.parent.glob(f"{path.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    sizes_N2 = stored_sizes(images, cfg, stream)
+    with tempfile.TemporaryDirectory(suffix=".tmp", prefix=f"{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        with open(new / "pixels.npy", "wb") as file:
+            total = int(num_bytes(sizes_N2).sum())
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            os.posix_fallocate(file.fileno(), file.tell(), total)
+        pixels = np.load(new / "pixels.npy", mmap_mode="r+")
+        decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, np.arange(len(images)))
+        _decode(decoded, images, cfg, stream)
+        pixels.flush()
+        np.savez(new / "index.npz", sizes_N2=sizes_N2, slot_N=decoded.slot_N, digests=_digests(decoded, cfg))
+        for name in ("pixels.npy", "index.npz", "."):
+            _sync(new / name)
+        if path.exists():
+            path.rename(Path(temporary) / "old")
+        new.rename(path)
+        _sync(path.parent)
+    return decoded
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load(path: Path, cfg: DataConfig) -> DecodedSet | None:
+    """The set if it is there and sound."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path / "index.npz") as index:
+            sizes_N2, slot_N, digests = index["sizes_N2"], index["slot_N"], index["digests"]
+        pixels = torch.from_numpy(np.load(path / "pixels.npy", mmap_mode="c"))
+        decoded = DecodedSet(pixels, sizes_N2, slot_N)
+        if len(pixels) != decoded.starts[-1] or not np.array_equal(digests, _digests(decoded, cfg)):
+            raise ValueError("checksums differ")
+    except (FileNotFoundError, *DAMAGE) as error:
+        log.warning("cache %s: damaged (%s); decoding again", path, error)
+        return None
+    log.info("%s decoded images from cache %s", f"{len(slot_N):,}", path)
+    return decoded
+
+
+def _digests(decoded: DecodedSet, cfg: DataConfig) -> np.ndarray:
+    """SHA-256 of the index and of each block of pixels."""
+    pixels = decoded.pixels.numpy()
+    blocks = [pixels[start : start + BLOCK_BYTES] for start in range(0, len(pixels), BLOCK_BYTES)]
+    index = np.concatenate([decoded.sizes_N2.ravel().astype(np.int64), decoded.slot_N])
+    with ThreadPoolExecutor(num_threads(cfg.num_threads)) as pool:
+        return np.array(list(pool.map(lambda block: hashlib.sha256(block).hexdigest(), [index, *blocks])))

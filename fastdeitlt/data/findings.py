@@ -1,0 +1,160 @@
+"""What can be wrong or odd with a data set: its counts, its classes, its files, duplicates.
+
+K classes.
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.data.longtail import LongTailSet, Sets, cifar_lt_counts
+from fastdeitlt.data.scan import scan_files
+
+FEW_IMAGES = 5
+NUM_EXAMPLES = 3
+KNOWN_COUNTS = {
+    "fashion_mnist_lt": {"train": (2478, 10, 1000, 10), "val": (500, 10, 50, 50), "test": (1000, 10, 100, 100)},
+    "imagenet_lt": {
+        "train": (115_846, 1000, 1280, 5),
+        "val": (20_000, 1000, 20, 20),
+        "test": (50_000, 1000, 50, 50),
+    },
+    "inat18": {"train": (437_513, 8142, 1000, 2), "test": (24_426, 8142, 3, 3)},
+    "places_lt": {"train": (62_500, 365, 4980, 5), "val": (7_300, 365, 20, 20), "test": (36_500, 365, 100, 100)},
+}
+"""Published sets: images, classes, images of the largest and of the smallest class."""
+Level = Literal["error", "warning", "note"]
+PUBLISHED = (*KNOWN_COUNTS, "cifar10_lt", "cifar100_lt")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know about a data set. An error stops ``data check`` with exit code 2."""
+
+    level: Level
+    split: str
+    message: str
+    examples: tuple[str, ...] = ()
+
+
+def _many(number: int, noun: str) -> str:
+    plural = {"image": "images", "class": "classes"}[noun]
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
+    """Differences from the published counts (of what the list says, before a hold-out)."""
+    known = dict(KNOWN_COUNTS.get(cfg.dataset, {}))
+    if cfg.dataset in ("cifar10_lt", "cifar100_lt"):
+        classes = 10 if cfg.dataset == "cifar10_lt" else 100
+        counts = cifar_lt_counts(50_000, classes, cfg.imbalance_factor, cfg.imbalance_kind)
+        known = {"train": (sum(counts), classes, max(counts), min(counts))}
+        known["test"] = (10_000, classes, 10_000 // classes, 10_000 // classes)
+    findings = []
+    for split, images in sets:
+        counts = images.counts
+        if sets.held_out and split == "train" and sets.val is not None:
+            counts = [kept + held for kept, held in zip(counts, sets.val.counts, strict=True)]
+        got = (sum(counts), len(counts), max(counts), min(counts))
+        if split in known and not (sets.held_out and split == "val") and got != known[split]:
+            sizes = "{:,} images in {:,} classes of {:,} to {:,}"
+            message = f"got {sizes.format(*got)}; the published set has {sizes.format(*known[split])}"
+            findings.append(Finding("error", split, message))
+    return findings
+
+
+def class_findings(config: Config, sets: Sets) -> list[Finding]:
+    """Classes without or with few images, missing or lopsided splits."""
+    findings = []
+    train = sets.train
+
+    def some(classes: list[int]) -> tuple[str, ...]:
+        names = train.class_names
+        return tuple(f"{k} ({names[k]})" if names else f"class {k}" for k in classes[:NUM_EXAMPLES])
+
+    if train.num_classes < 2:
+        findings.append(Finding("error", "train", "got 1 class, expected at least 2"))
+    if gaps := [k for k, n in enumerate(train.counts) if n == 0]:
+        message = f"label gap: {len(gaps):,} of {train.num_classes:,} classes without training images"
+        findings.append(Finding("warning", "train", message, some(gaps)))
+    if few := [k for k, n in enumerate(train.counts) if 0 < n < FEW_IMAGES]:
+        message = f"{_many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
+        findings.append(Finding("note", "train", message, some(few)))
+    for split, images in sets:
+        absent = [k for k, n in enumerate(images.counts) if n == 0 and train.counts[k]]
+        if split != "train" and absent:
+            message = f"{_many(len(absent), 'class')} without {split} images, so without a measured accuracy"
+            findings.append(Finding("warning", split, message, some(absent)))
+    if sets.test is None:
+        findings.append(Finding("warning", "test", "no test set, so there is nothing to report accuracy on"))
+    elif len({n for n in sets.test.counts if n}) > 1:
+        message = "the test set is not balanced, so the overall accuracy favours its frequent classes"
+        findings.append(Finding("note", "test", message))
+    if sets.val is None and config.evaluate.select_on == "val":
+        message = (
+            "evaluate.select_on=val, but there is no validation list and data.val_holdout=0: the last epoch is kept"
+        )
+        findings.append(Finding("warning", "val", message))
+    return findings
+
+
+def image_findings(
+    split: str, images: LongTailSet, num_threads: int, decode: bool
+) -> tuple[list[Finding], list[bytes]]:
+    """Findings about single images, and what tells each image from others: its sha256, or else its path."""
+    if images.images_NHWC is not None:
+        return [], [hashlib.sha256(image.tobytes()).digest() for image in images.images_NHWC]
+    if not decode:
+        return [], [path.encode() for path in images.paths]
+    problems: dict[str, list[str]] = defaultdict(list)
+    notes: dict[str, list[str]] = defaultdict(list)
+    digests = []
+    for path, scan in zip(images.paths, scan_files(images.root, images.paths, num_threads), strict=True):
+        if scan.problem:
+            problems[scan.problem].append(path)
+        for note in scan.notes:
+            notes[note].append(path)
+        digests.append(scan.digest or path.encode())
+    findings = [
+        Finding("error", split, f"{_many(len(paths), 'image')}: {problem}", tuple(paths[:NUM_EXAMPLES]))
+        for problem, paths in problems.items()
+    ]
+    findings += [
+        Finding("note", split, f"{_many(len(paths), 'image')}: {note}", tuple(paths[:NUM_EXAMPLES]))
+        for note, paths in notes.items()
+    ]
+    return findings, digests
+
+
+def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[bytes]]) -> list[Finding]:
+    """The same image in two splits, twice in one, or with two labels. Published sets keep theirs, to be comparable."""
+    places: dict[bytes, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for split, keys in digests.items():
+        for index, key in enumerate(keys):
+            places[key][split].append(index)
+    splits = dict(sets)
+    shared: dict[tuple[str, str], list[str]] = defaultdict(list)
+    repeated: dict[str, list[str]] = defaultdict(list)
+    conflicting: dict[str, list[str]] = defaultdict(list)
+    for place in places.values():
+        for split, indices in place.items():
+            names = [splits[split].paths[i] for i in indices]
+            if len(indices) > 1:
+                repeated[split].append(" = ".join(names[:2]))
+            if len(set(splits[split].labels[indices].tolist())) > 1:
+                conflicting[split].append(" = ".join(names[:2]))
+        if len(place) > 1:
+            first, *others = ((split, splits[split].paths[indices[0]]) for split, indices in place.items())
+            for split, name in others:
+                shared[first[0], split].append(f"{first[1]} = {name}")
+    leak: Level = "warning" if cfg.dataset in PUBLISHED else "error"
+    findings = [_named(leak, b, f"of {b} also in {a}", names) for (a, b), names in shared.items()]
+    findings += [_named("note", split, "more than once", names) for split, names in repeated.items()]
+    findings += [_named("warning", split, "with several labels", names) for split, names in conflicting.items()]
+    return findings
+
+
+def _named(level: Level, split: str, what: str, names: list[str]) -> Finding:
+    return Finding(level, split, f"duplicate: {_many(len(names), 'image')} {what}", tuple(names[:NUM_EXAMPLES]))

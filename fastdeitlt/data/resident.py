@@ -1,0 +1,151 @@
+"""Stage 2': the set decoded once and held in memory, with the interface of ``reader.Stream``."""
+
+# B images of a request, N images in the set, H height, W width, S output side
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.cache import DecodedSet, num_bytes, open_decoded, pack, stored_sizes
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.resize import centre_crop, crop_resize
+from fastdeitlt.data.workers import Workers, num_threads
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+Residency = Literal["auto", "stream", "host", "device"]
+
+AUTO_SHARE = 0.5
+"""Part of the free memory that ``residency: auto`` takes; the rest is for the model and its activations."""
+
+
+class Resident:
+    """Crops of a set that is held decoded, in host memory or on the device.
+
+    At full size (``data.stored_short_side=0``) batches equal those of ``Stream``, pixel for pixel; on a GPU up to what
+    its JPEG decoder differs, because the held set is always decoded on the host. ``skipped`` has the paths of images
+    that could not be read.
+
+    Args:
+        images: the set.
+        cfg: ``residency`` (device, or else the host holds the pixels), ``stored_short_side``, ``num_threads``.
+        device: where crops go.
+        decoded: the pixels, if they are there already; None: from the cache, or decode.
+
+    Raises:
+        UserError: an image cannot be read (see ``Stream``).
+    """
+
+    def __init__(
+        self, images: LongTailSet, cfg: DataConfig, device: torch.device, decoded: DecodedSet | None = None
+    ) -> None:
+        if decoded is None and images.images_NHWC is not None:
+            decoded = pack(images.images_NHWC)
+        if decoded is None:
+            with closing(Stream(images, cfg, device)) as stream:
+                decoded = open_decoded(images, cfg, stream)
+        pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
+        self._decoded, self._device = replace(decoded, pixels=pixels), device
+        self._workers = Workers(num_threads(cfg.num_threads))
+        self.skipped = [images.paths[i] for i in np.flatnonzero(decoded.slot_N != np.arange(len(images)))]
+
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
+        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``."""
+        yield from self._workers.ahead(lambda request: partial(self._crops, request), requests)
+
+    def close(self) -> None:
+        """End all threads and give memory back. May be called twice."""
+        self._workers.close()
+        self._decoded = replace(self._decoded, pixels=torch.empty(0, dtype=torch.uint8))
+
+    def _crops(self, request: CropRequest) -> Tensor:
+        slot_B = self._decoded.slot_N[request.sample_B]
+        pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
+        if request.draws is None:
+            short = request.resize or request.size
+            crops_BHWC = centre_crop(pixels_B, short, request.size, self._workers.pool)
+        else:
+            boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
+            crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, self._workers.pool)
+        if crops_BHWC.device.type == self._device.type:
+            return crops_BHWC
+        return crops_BHWC.pin_memory().to(self._device, non_blocking=True)
+
+
+def open_source(images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> Stream | Resident:
+    """The source of a set's crops that ``data.residency`` asks for; auto takes the device, the host or streams.
+
+    Says in the log what it took and why.
+
+    Args:
+        share: requests in a row that may have copies of one image; see ``Stream``.
+
+    Raises:
+        UserError: the set does not fit where it is to live; a set that comes decoded is to stream; see ``Stream``.
+    """
+    if images.images_NHWC is not None:
+        if cfg.residency == "stream":
+            raise UserError(f"data.residency=stream: {cfg.dataset} comes decoded; use auto, host or device")
+        decoded = pack(images.images_NHWC)
+        chosen = _choose(images, cfg, device, decoded.pixels.numel())
+        return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+    with ExitStack() as stack:
+        stream = stack.enter_context(closing(Stream(images, cfg, device, share)))
+        chosen = cfg.residency
+        if chosen != "stream":
+            chosen = _choose(images, cfg, device, int(num_bytes(stored_sizes(images, cfg, stream)).sum()))
+        if chosen == "stream":
+            stack.pop_all()  # it stays open
+            return stream
+        decoded = open_decoded(images, cfg, stream)
+    return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+
+
+def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int) -> Residency:
+    """device, host or stream.
+
+    Raises:
+        UserError: the place asked for is too small.
+    """
+    free = {"host": _free_host_bytes()}
+    if device.type == "cuda":
+        free = {"device": torch.cuda.mem_get_info(device)[0], **free}
+    room = ", ".join(f"{place} has {_size(amount)} free" for place, amount in free.items())
+    stored = f"short side {cfg.stored_short_side}" if cfg.stored_short_side else "full size"
+    what = f"{len(images):,} images take {_size(needed)} decoded at {stored}; {room}"
+    if cfg.residency == "auto":
+        places: tuple[Residency, ...] = ("device", "host")
+        fits = [place for place in places if needed <= AUTO_SHARE * free.get(place, 0)]
+        chosen = fits[0] if fits else "stream" if images.images_NHWC is None else "host"
+        log.info("data.residency=auto: %s (up to %.0f %% are used): %s", what, 100 * AUTO_SHARE, chosen)
+        return chosen
+    chosen = cfg.residency if cfg.residency in free else "host"
+    if needed > free[chosen]:
+        raise UserError(f"data.residency={cfg.residency}: {what}; use residency=stream or a smaller stored_short_side")
+    log.info("data.residency=%s: %s", cfg.residency, what)
+    return chosen
+
+
+def _size(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
+
+
+def _free_host_bytes() -> int:
+    """Memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return int(amount.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,81 @@
+"""The README.md of an exported model: what it is, what it learned from, what it scores, and what is not known."""
+
+from typing import Any
+
+from fastdeitlt.metrics import GROUPS, Result, cell
+from fastdeitlt.saved import Saved
+
+CARD = """---
+library_name: timm
+tags: [image-classification, timm, long-tail]
+---
+# {name}
+
+A distilled Vision Transformer (`{architecture}`) trained from scratch on long-tailed images with
+DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900). It predicts with the mean of two heads: CLS, trained on the
+labels, and DIST, trained on the decisions of a CNN teacher.
+
+```python
+import timm
+
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+```
+
+Class names are `label_names` in `config.json`. `class_map` there is the output of each label of the data set.
+
+## Training data
+
+{data}
+
+## Results
+
+{results}
+
+## Licence
+
+Not stated. The licence of these weights is for whoever publishes them to state here, in keeping with the licence of the
+training images, which this program does not know.
+
+## Not known
+
+Behaviour on other images than those of the data set, fairness across groups of people, and robustness were not
+measured.
+"""
+
+
+def model_card(saved: Saved, architecture: str) -> str:
+    """Markdown for the folder of a timm export. What the model folder does not say is said to be unknown."""
+    return CARD.format(
+        name=f"DeiT-LT on {saved.info.get('dataset') or 'an unnamed data set'}",
+        architecture=architecture,
+        data=_data(saved),
+        results=_results(saved.results),
+    )
+
+
+def _data(saved: Saved) -> str:
+    counts = saved.info.get("class_counts")
+    if not counts:
+        return f"{saved.num_classes} classes; the model folder does not say how many images."
+    smallest = min(count for count in counts if count)
+    return (
+        f"{saved.info.get('dataset') or 'Unnamed'}: {sum(counts):,} images of {len(counts):,} classes, "
+        f"{max(counts):,} in the largest and {smallest:,} in the smallest (imbalance {max(counts) / smallest:.0f})."
+    )
+
+
+def _results(results: dict[str, Any]) -> str:
+    name = next((name for name in ("test", "val") if results.get(name)), None)
+    if name is None:
+        return "Not known: the model was not tested, or the run's results.json is not beside it."
+    result = Result.from_json(results[name])
+    lines = [
+        f"Top-1 accuracy in per cent on {result.num_images:,} {name} images; classes by size, two conventions.",
+        "",
+    ]
+    lines += ["| split | head | all | head | mid | tail |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for split in result.num_classes:
+        for head, scores in result.heads.items():
+            lines.append(f"| {split} | {head} | " + " | ".join(cell(scores.top1[split][g]) for g in GROUPS) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""Classify images with a saved student: top-k of AVG, and what each head says."""
+
+# B batch, H height, W width, C channels, K classes
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from fastdeitlt import distributed
+from fastdeitlt.data.files import UnreadableError, read_encoded
+from fastdeitlt.data.folders import IMAGE_SUFFIXES
+from fastdeitlt.data.resize import centre_crop
+from fastdeitlt.errors import UserError
+from fastdeitlt.saved import Saved, open_saved
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A class and the probability that a head gives it."""
+
+    class_id: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image, or why it could not be read."""
+
+    path: str
+    top: list[Choice]
+    """Best first, by the mean of the heads' logits."""
+    cls: Choice | None = None
+    dist: Choice | None = None
+    error: str = ""
+
+
+def predict(
+    model_folder: str | Path,
+    inputs: Sequence[str | Path],
+    top_k: int = 5,
+    batch_size: int = 64,
+    device: str = "auto",
+    strict: bool = False,
+) -> list[Prediction]:
+    """Classify image files, and those below folders, in the order given (a folder's sorted by name).
+
+    Args:
+        model_folder: a model folder, a run folder, or a released student checkpoint.
+        inputs: files and folders.
+        top_k: classes an image, at most all of them.
+        device: auto, cpu or cuda.
+        strict: raise at the first file that cannot be read, instead of giving its row an ``error``.
+
+    Raises:
+        UserError: no model, a teacher, no images, a ``top_k`` or ``batch_size`` below 1, or with ``strict`` a file
+            that is no image.
+    """
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"predict: {name} is {value}, expected at least 1")
+    paths = list(_files(inputs))
+    if not paths:
+        raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or 'nothing'}; give files or folders")
+    saved = open_saved(model_folder)
+    if saved.kind != "student":
+        raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
+    where = distributed.device_of(device)
+    saved.model.to(where)
+    rows: list[Prediction] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), batch_size):
+            part = paths[start : start + batch_size]
+            decoded = dict(zip(part, pool.map(_decode, part), strict=True))
+            errors = {path: image for path, image in decoded.items() if isinstance(image, str)}
+            if strict and errors:
+                raise UserError("; ".join(f"{path}: {error}" for path, error in list(errors.items())[:3]))
+            images = {path: image for path, image in decoded.items() if isinstance(image, Tensor)}
+            found = dict(zip(images, _predict_batch(saved, images, top_k, where), strict=True)) if images else {}
+            rows += [found.get(path) or Prediction(str(path), [], error=errors[path]) for path in part]
+    return rows
+
+
+def _files(inputs: Sequence[str | Path]) -> Iterator[Path]:
+    for given in map(Path, inputs):
+        if given.is_dir():
+            yield from sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        else:
+            yield given
+
+
+def _decode(path: Path) -> Tensor | str:
+    """RGB pixels uint8 [H, W, 3], as the training reader decodes them, or why there are none."""
+    try:
+        data = read_encoded(str(path)).data.tobytes()
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except (UnreadableError, OSError, ValueError, SyntaxError, EOFError) as error:  # SyntaxError: Pillow, a broken PNG
+        return str(error) or type(error).__name__
+
+
+def _predict_batch(saved: Saved, images: dict[Path, Tensor], top_k: int, device: torch.device) -> list[Prediction]:
+    crops_BHWC = centre_crop(list(images.values()), saved.resize, saved.img_size).to(device)
+    with torch.inference_mode():
+        cls_logits_BK, dist_logits_BK = saved.model.forward_heads(saved.normalise(crops_BHWC))  # type: ignore[operator]
+    best = [
+        _best((cls_logits_BK + dist_logits_BK) / 2, top_k, saved.class_names),
+        _best(cls_logits_BK, 1, saved.class_names),
+        _best(dist_logits_BK, 1, saved.class_names),
+    ]
+    return [
+        Prediction(str(path), average, cls[0], dist[0]) for path, average, cls, dist in zip(images, *best, strict=True)
+    ]
+
+
+def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choice]]:
+    values, classes = logits_BK.float().softmax(-1).topk(min(top_k, len(names)))
+    return [
+        [Choice(k, names[k], p) for k, p in zip(*row, strict=True)]
+        for row in zip(classes.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, strict: bool) -> int:
+    """The verb: print a table, or write .csv or .json. Exit code 1 if some files could not be read.
+
+    Raises:
+        UserError: see ``predict``; or ``out`` is neither .csv nor .json.
+    """
+    if out is not None and (out.suffix not in (".csv", ".json") or not out.absolute().parent.is_dir()):
+        raise UserError(f"predict: got --out {out}, expected a .csv or .json file in a folder that exists")
+    rows = predict(model, inputs, top_k, strict=strict)
+    if out is None:
+        Console().print(table(rows))
+    elif out.suffix == ".json":
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    else:
+        out.write_text(to_csv(rows), encoding="utf-8", newline="")
+    failed = [row for row in rows if row.error]
+    for row in failed:
+        print(f"fastdeitlt: {row.path}: {row.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def table(rows: Sequence[Prediction]) -> Table:
+    """A table for a terminal: the best classes with their probability, and the decisions of CLS and DIST."""
+    table = Table("image", "AVG", "CLS", "DIST")
+    for row in rows:
+        best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
+        heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]
+        table.add_row(*(Text(cell) for cell in (row.path, best or row.error, *heads)))
+    return table
+
+
+def to_csv(rows: Sequence[Prediction]) -> str:
+    """One line an image: path, class and probability of AVG by rank, of CLS and of DIST, error."""
+    ranks = range(1, 1 + max((len(row.top) for row in rows), default=0))
+    header = [f"{what}{rank}" for rank in ranks for what in ("class", "probability")]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["path", *header, "cls_class", "cls_probability", "dist_class", "dist_probability", "error"])
+    for row in rows:
+        cells: list[str | float] = []
+        for choice in [*row.top, *[None] * (len(ranks) - len(row.top)), row.cls, row.dist]:
+            cells += [choice.name, round(choice.probability, 6)] if choice else ["", ""]
+        writer.writerow([row.path, *cells, row.error])
+    return text.getvalue()

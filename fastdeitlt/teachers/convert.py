@@ -1,0 +1,90 @@
+"""Teachers to and from the released checkpoints' format: a torch file with ``state_dict`` and ``module.`` prefixes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastdeitlt.checkpoint import save_model_folder
+from fastdeitlt.errors import UserError
+from fastdeitlt.models.manifest import read_folder
+from fastdeitlt.models.teacher import create_teacher, load_teacher
+
+STYLES = ("official_ldam", "official_paco")
+
+
+def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
+    """Write a teacher's model folder as a checkpoint that the official code loads.
+
+    A plain CNN exported as official_paco gets its weights as both encoders, its head as ``linear``, and a fresh
+    projection and queue, which inference does not use.
+
+    Args:
+        folder: model or run folder of a teacher.
+        style: official_ldam (bare keys) or official_paco (PaCo's wrapper).
+        path: the file to write.
+
+    Raises:
+        UserError: unknown style; a PaCo wrapper asked for as official_ldam; a cosine head asked for as official_paco.
+    """
+    state, manifest = read_folder(Path(folder), "teacher")
+    is_paco = any(key.startswith("encoder_q.") for key in state)
+    if style not in STYLES:
+        raise UserError(f"style: got {style!r}, expected one of {', '.join(STYLES)}")
+    if is_paco and style != "official_paco":
+        raise UserError(f"teacher {folder}: was trained with PaCo; export it with style official_paco")
+    if style == "official_paco" and not is_paco:
+        state = _wrap(state, manifest.model.arch, manifest.model.num_classes, str(folder))
+    content = {f"module.{key}": value for key, value in state.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"arch": manifest.model.arch, "state_dict": content}, path)
+    return Path(path)
+
+
+def _wrap(state: dict[str, torch.Tensor], arch: str, num_classes: int, what: str) -> dict[str, torch.Tensor]:
+    """PaCo's wrapper around a plain CNN."""
+    head = "linear" if "linear.weight" in state else "fc"
+    if f"{head}.bias" not in state:
+        raise UserError(f"teacher {what}: has a cosine head, which PaCo's wrapper cannot hold; use official_ldam")
+    body = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    paco = create_teacher(arch, num_classes, "official_paco")
+    wrapped = paco.state_dict()
+    for encoder, linear in (("encoder_q", "linear"), ("encoder_k", "linear_k")):
+        wrapped |= {f"{encoder}.{key}": value for key, value in body.items()}
+        wrapped |= {f"{linear}.{kind}": state[f"{head}.{kind}"] for kind in ("weight", "bias")}
+    paco.load_state_dict(wrapped)
+    return paco.state_dict()
+
+
+def import_official(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    arch: str,
+    num_classes: int,
+    img_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_map: Sequence[int] | None = None,
+) -> Path:
+    """Turn a released checkpoint into a model folder.
+
+    Args:
+        path: the checkpoint; its style is taken from its keys.
+        folder: the folder to write.
+        arch, num_classes: what it is of.
+        img_size: side in pixels of its input.
+        mean, std: what its input is normalised with.
+        class_map: the teacher's class of each label of the data set; None = the same.
+
+    Raises:
+        UserError: see ``load_teacher``.
+    """
+    network = load_teacher(path, arch, num_classes).network
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": arch, "num_classes": num_classes, "img_size": img_size, "style": "fastdeitlt"},
+        "class_map": list(class_map) if class_map is not None else None,
+        "preprocess": {"mean": list(mean), "std": list(std), "img_size": img_size, "crop_pct": 1.0},
+    }
+    return save_model_folder(folder, network.state_dict(), manifest)

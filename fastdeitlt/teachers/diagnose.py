@@ -1,0 +1,207 @@
+"""`analyze teacher`: what the student will be taught, how flat the teacher is, and how many dimensions it uses."""
+
+# B batch, K classes, N images, D width of the features, C channels, H height, W width
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt import checkpoint, distributed
+from fastdeitlt.config import Config
+from fastdeitlt.data.augment import CropRequest, normalise
+from fastdeitlt.data.batches import Source, train_batches
+from fastdeitlt.data.longtail import LongTailSet, open_sets, shot_groups
+from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.errors import UserError
+from fastdeitlt.models.manifest import Manifest, read_folder
+from fastdeitlt.models.resnet_cifar import NormedLinear
+from fastdeitlt.models.teacher import Teacher, load_teacher, open_teacher
+from fastdeitlt.teachers.flatness import feature_rank, sharpness
+
+SHARPNESS_IMAGES = 512
+COSINE_SCALE = 30.0
+"""Logit scale of a cosine head whose recipe is not known (LDAM's)."""
+
+
+def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> dict[str, Any]:
+    """Diagnose a teacher on training images as the student's recipe ``cfg`` makes them.
+
+    Args:
+        path: model folder, run folder or released checkpoint.
+        cfg: the student's run (data, augmentation, mixing, sizes, teacher section).
+        num_images: training images used, evenly spaced in the list.
+
+    Returns:
+        ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
+        size) and ``mixed_resized`` (at the student's size, then resized: what training feeds it), each with
+        ``accuracy`` against the label with the larger share in %, ``either`` against any of the two in %, ``entropy``
+        of the softmax in nats, ``agreement`` by head, mid and tail in % (official split).
+        ``hard_targets``: images of each class by ``labels`` and by ``targets``, the argmax of mixed_resized.
+        ``sharpness``: ``loss``, ``gap`` (rise of the loss a radius away along the gradient) by radius, and
+        ``top_eigenvalue`` of the Hessian, of clean images with running batch-norm statistics.
+        ``feature_rank``: of the pooled features, centred by ``sample`` and by ``feature``, and their ``width``.
+
+    Raises:
+        UserError: anything wrong with the teacher or the data.
+    """
+    device = distributed.device_of(cfg.train.device)
+    images = open_sets(cfg.data).train
+    source = open_source(images, cfg.data, device)
+    manifest = _manifest(path)
+    own = manifest.preprocess if manifest and manifest.preprocess else None
+    teacher_cfg = cfg.teacher.model_copy(update={"path": str(path)})
+    own_size = own.img_size if own and own.img_size else cfg.teacher.img_size or _student_size(cfg)
+    size = cfg.teacher.img_size or own_size
+    teacher = open_teacher(teacher_cfg, cfg.augment.mean, cfg.augment.std, size, images.num_classes).to(device)
+    network = load_teacher(path, cfg.teacher.arch, images.num_classes).network.to(device)
+    scale = _logit_scale(network, manifest)
+    mean, std = (own.mean, own.std) if own else (cfg.teacher.mean, cfg.teacher.std)
+
+    sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
+    labels_N = torch.from_numpy(images.labels[sample_N])
+    clean = list(_clean_batches(source, sample_N, own_size, own.crop_pct if own else 1.0, mean, std))
+    groups = shot_groups(images.counts, "official", cfg.data.dataset)
+    score = _Scorer(groups, scale, teacher.class_map)
+    with torch.inference_mode():
+        logits_NK = torch.cat([network(batch) for batch in clean])
+        features_ND = torch.cat([_features(network, batch) for batch in clean])
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "images": len(sample_N),
+        "clean": score(logits_NK, labels_N, labels_N, torch.ones(len(labels_N)))[0],
+    }
+    order_N = sample_N[np.random.default_rng(0).permutation(len(sample_N))]
+    for name, mixing, at in (
+        ("augmented", False, size),
+        ("mixed", True, size),
+        ("mixed_resized", True, _student_size(cfg)),
+    ):
+        seen = _teach(teacher, source, images, cfg, order_N, mixing, at)
+        facts[name], targets_N = score(*(torch.cat(column) for column in zip(*seen, strict=True)))
+    num_classes = images.num_classes
+    facts["hard_targets"] = {
+        "labels": labels_N.bincount(minlength=num_classes).tolist(),
+        "targets": targets_N.bincount(minlength=num_classes).tolist(),
+    }
+    every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
+    own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
+    facts["sharpness"] = sharpness(network, torch.cat(clean)[::every], own_labels_N[::every].to(device), scale)
+    facts["feature_rank"] = {
+        "sample": feature_rank(features_ND, "sample"),
+        "feature": feature_rank(features_ND, "feature"),
+        "width": features_ND.shape[1],
+    }
+    source.close()
+    return facts
+
+
+def check_class_map(teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, num_images: int = 512) -> float:
+    """Accuracy of the student's teacher on clean training images, in %; stops a run whose classes are mixed up.
+
+    Args:
+        teacher: as the student's run opened it, with its class map.
+        images, source: the training set.
+        cfg: the student's run; the accuracy to expect is read from the model folder ``cfg.teacher.path``.
+        num_images: training images used, evenly spaced in the list.
+
+    Raises:
+        UserError: less than half of the stored accuracy (without one: than twice chance).
+    """
+    manifest = _manifest(cfg.teacher.path)
+    stored = ((manifest.model_extra or {}).get("accuracy") or {}).get("train") if manifest else None
+    sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
+    size = _student_size(cfg)
+    batches = _clean_batches(source, sample_N, size, cfg.evaluate.crop_pct, cfg.augment.mean, cfg.augment.std)
+    predicted_N = torch.cat([teacher(batch).argmax(1) for batch in batches])
+    if teacher.class_map is not None:
+        predicted_N = teacher.class_map[predicted_N]
+    accuracy = 100 * float((predicted_N.cpu() == torch.from_numpy(images.labels[sample_N])).float().mean())
+    limit = stored / 2 if stored else 200 / images.num_classes
+    if accuracy < limit:
+        known = f"its folder says {stored:.1f} %" if stored else f"chance is {100 / images.num_classes:.2f} %"
+        raise UserError(
+            f"teacher {cfg.teacher.path}: {accuracy:.1f} % right on {len(sample_N)} clean training images, {known}; "
+            "its classes are probably in another order (teacher.map_classes) or its input differs (teacher.img_size, "
+            "teacher.normalise)"
+        )
+    return accuracy
+
+
+class _Scorer:
+    """Turns logits of a teacher into the numbers of one condition."""
+
+    def __init__(self, groups: dict[str, Tensor], scale: float, class_map: Tensor | None) -> None:
+        self.groups, self.scale = groups, scale
+        self.class_map = None if class_map is None else class_map.cpu()
+
+    def __call__(
+        self, logits_NK: Tensor, labels_N: Tensor, partner_N: Tensor, lam_N: Tensor
+    ) -> tuple[dict[str, Any], Tensor]:
+        logits_NK = self.scale * logits_NK.float().cpu()
+        targets_N = logits_NK.argmax(1)
+        if self.class_map is not None:
+            targets_N = self.class_map[targets_N]
+        main_N = torch.where(lam_N >= 0.5, labels_N, partner_N)
+        log_probs_NK = logits_NK.log_softmax(1)
+        hit_N = (targets_N == main_N).float() * 100
+        facts = {
+            "accuracy": hit_N.mean().item(),
+            "either": ((targets_N == labels_N) | (targets_N == partner_N)).float().mean().item() * 100,
+            "entropy": -(log_probs_NK.exp() * log_probs_NK).sum(1).mean().item(),
+            "agreement": {name: hit_N[torch.isin(main_N, ids)].mean().item() for name, ids in self.groups.items()},
+        }
+        return facts, targets_N
+
+
+def _teach(
+    teacher: Teacher, source: Source, images: LongTailSet, cfg: Config, order_N: np.ndarray, mixing: bool, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(logits_BK, labels_B, partner_B, lam_B) of the student's training batches."""
+    mixing = mixing and cfg.mixup.on
+    parts = [order_N[i : i + cfg.train.batch_size] for i in range(0, len(order_N), cfg.train.batch_size)]
+    if mixing and len(parts[-1]) % 2:  # mixing pairs images
+        parts[-1] = parts[-1][:-1]
+    micro = [MicroBatch(0, i, 0, part, np.zeros(len(part), np.int64)) for i, part in enumerate(parts) if len(part)]
+    for batch in train_batches(micro, source, images, cfg, mixing=mixing, size=size):
+        labels_B = batch.labels_B.cpu()
+        partner_B = labels_B if batch.partner_B is None else batch.partner_B.cpu()
+        lam = 1.0 if batch.lam is None else float(batch.lam)
+        yield teacher(batch.images_BCHW), labels_B, partner_B, torch.full((len(labels_B),), lam)
+
+
+def _clean_batches(
+    source: Source, sample_N: np.ndarray, size: int, crop_pct: float, mean: tuple, std: tuple
+) -> Iterator[Tensor]:
+    requests = [
+        CropRequest(sample_N[i : i + 256], size, resize=round(size / crop_pct)) for i in range(0, len(sample_N), 256)
+    ]
+    for crops_BHWC in source.crops(requests):
+        yield normalise(crops_BHWC, mean, std)
+
+
+def _features(network: Any, images_BCHW: Tensor) -> Tensor:
+    return network.forward_head(network.forward_features(images_BCHW), pre_logits=True)
+
+
+def _logit_scale(network: nn.Module, manifest: Manifest | None) -> float:
+    """What the logits are multiplied by in the loss: a cosine head's are in -1..1."""
+    if not any(isinstance(module, NormedLinear) for module in network.modules()):
+        return 1.0
+    recipe = (manifest.model_extra or {}).get("recipe", {}) if manifest else {}
+    return float(recipe.get("ldam_scale", COSINE_SCALE))
+
+
+def _student_size(cfg: Config) -> int:
+    return cfg.student.img_size or int(cfg.student.name.rsplit("_", 1)[-1])
+
+
+def _manifest(path: str | Path) -> Manifest | None:
+    """The manifest of a model or run folder; None for a released checkpoint."""
+    if not Path(path).is_dir():
+        return None
+    return read_folder(checkpoint.find_model_folder(path), "teacher")[1]

@@ -1,0 +1,106 @@
+"""The teacher's batches: which images, and one augmented view of each, or two for PaCo."""
+
+# B batch, C channels, H height, W width, N images in the set
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import Config
+from fastdeitlt.data import counter
+from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.batches import Source, prefetch
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.teachers import colour
+from fastdeitlt.teachers.colour import View, ViewDraws
+
+ORDER, STEP = 210, 211
+"""Streams of the generator."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batches of an epoch: a new order of all images each time, drawn from (seed, epoch) alone.
+
+    PaCo leaves an incomplete last batch out, because a batch replaces a whole part of its queue.
+    """
+
+    n: int
+    batch_size: int
+    seed: int
+    drop_last: bool
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Indices sample_B of each batch from number ``start`` on."""
+        key_N = counter.keys(self.seed, epoch, np.arange(self.n))
+        order_N = counter.words(key_N, ORDER, 1)[:, 0].argsort(kind="stable")
+        for index in range(start, self.steps):
+            yield order_N[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def step_seed(self, epoch: int, index: int) -> int:
+        """Seed of everything else that is random in a step."""
+        return int(counter.words(counter.keys(self.seed, epoch, index), STEP, 1)[0, 0] >> np.uint64(1))
+
+
+def view_recipes(cfg: Config) -> list[View]:
+    """How each view is made: the network's (for PaCo the queries'), and for PaCo the keys'."""
+    first = View(cfg.augment)
+    match cfg.augment.recipe:
+        case "autoaugment_cutout":
+            first = View(cfg.augment, policy=True, cutout=0.5)
+        case "crop_jitter":
+            first = View(cfg.augment, jitter_prob=1.0)
+    if cfg.teacher_training.loss != "paco":
+        return [first]
+    cropped = cfg.augment.model_copy(update={"recipe": "crop_jitter"})
+    match cfg.teacher_training.paco_view:
+        case "same":
+            return [first, first]
+        case "simclr":
+            cropped = cropped.model_copy(update={"crop_scale": (0.2, 1.0)})
+            return [first, View(cropped, jitter_prob=0.8, hue=0.1, gray_prob=0.2, blur_prob=0.5)]
+        case "simclr_weak":
+            return [first, View(cropped, jitter_prob=1.0, gray_prob=0.2, blur_prob=0.5)]
+
+
+def teacher_batches(
+    cfg: Config, source: Source, images: LongTailSet, plan: Plan, epoch: int, start: int = 0
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """(views, labels_B) of an epoch's batches from number ``start`` on, prepared two ahead in a thread.
+
+    A view is images_BCHW, normalised, on the source's device. Everything random is drawn from (seed, epoch, image).
+    """
+    size = cfg.teacher_training.img_size
+    recipes = view_recipes(cfg)
+    labels_N = torch.from_numpy(images.labels)
+
+    def prepare() -> Iterator[tuple[list[Tensor], Tensor]]:
+        waiting: deque[tuple[np.ndarray, ViewDraws]] = deque()
+
+        def requests() -> Iterator[CropRequest]:
+            for sample_B in plan.samples(epoch, start):
+                for copy, view in enumerate(recipes):
+                    copy_B = np.full(len(sample_B), copy)
+                    draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
+                    waiting.append((sample_B, draws))
+                    yield CropRequest(sample_B, size, draws.draws)
+
+        ready: list[Tensor] = []
+        for crops_BHWC in source.crops(requests()):
+            sample_B, draws = waiting.popleft()
+            ready.append(colour.apply(crops_BHWC, draws, recipes[len(ready)]))
+            if len(ready) == len(recipes):
+                labels_B = labels_N[torch.from_numpy(sample_B)].to(crops_BHWC.device, non_blocking=True)
+                yield ready, labels_B
+                ready = []
+
+    return prefetch(prepare(), depth=2)

@@ -1,0 +1,300 @@
+"""Triton kernels of ``fastdeitlt.kernels.attention``: tiles, launch settings, launches.
+
+N = 198 fills no power of two, so tiles are unequal: keys 128 + 64 + 16 held on chip, queries three times 64, then 16.
+With whole rows on chip the softmax needs no running rescale, and one program a head owns dQ, dK and dV: no atomics, no
+kernel before or after. Longer sequences stream the keys, and dQ and dK/dV become two kernels.
+Shapes: B batch, N tokens, R query rows (N, or the first few), H heads, D head width, BLOCK_D its power of two.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, interpreted, tuned
+
+LOG2E = tl.constexpr(1.4426950408889634)
+Chunks = tuple[tuple[int, int], ...]
+Loops = tuple[tuple[int, int, int], ...]
+WHOLE_ROW = 256
+
+
+def chunks(size: int, start: int, waste: float) -> Chunks:
+    """(start, width) of powers of two from 16 on that cover ``size``, of which each may idle ``waste * size`` rows."""
+    covered: Chunks = ()
+    while (left := size - sum(width for _, width in covered)) > 0:
+        width = max(16, triton.next_power_of_2(left))
+        if width > 16 and width - left > waste * size:
+            width //= 2
+        covered += ((start + size - left, width),)
+    return covered
+
+
+def loops(size: int, block: int, tail: int) -> Loops:
+    """(start, stop, block) of one loop over ``size`` with masked ends, or of whole blocks and one of ``tail``."""
+    whole = size // block * block
+    if not tail or not 0 < size - whole <= tail:
+        return ((0, size, block),)
+    return ((0, whole, block),) * (whole > 0) + ((whole, size, tail),)
+
+
+@triton.jit
+def _load(
+    p_rows, start, limit, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr
+):
+    """[BLOCK, BLOCK_D] of the rows from ``start``; zero from ``limit`` on (MASK) and past the width D."""
+    o_n = start + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BLOCK_D)
+    p_block = p_rows + o_n[:, None] * STRIDE + o_d[None, :]
+    if MASK and BLOCK_D > D:
+        return tl.load(p_block, mask=(o_n < limit)[:, None] & (o_d < D)[None, :], other=0.0)
+    elif MASK:
+        return tl.load(p_block, mask=(o_n < limit)[:, None], other=0.0)
+    elif BLOCK_D > D:
+        return tl.load(p_block, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(p_block)
+
+
+@triton.jit
+def _store(p_rows, b_x, start, first, limit, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Rows of the block ``b_x`` that lie in [first, limit), at ``start``."""
+    o_n = start + tl.arange(0, b_x.shape[0])
+    o_d = tl.arange(0, b_x.shape[1])
+    m_block = ((o_n >= first) & (o_n < limit))[:, None] & (o_d < D)[None, :]
+    tl.store(p_rows + o_n[:, None] * STRIDE + o_d[None, :], b_x.to(p_rows.dtype.element_ty), mask=m_block)
+
+
+@triton.jit
+def _attend(b_q, ks, vs, row_max, row_sum, b_out, N: tl.constexpr, CHUNKS: tl.constexpr, SCALE: tl.constexpr):
+    """Softmax over the chunks' keys joined to what the rows have seen; ``row_max`` in units of log 2."""
+    scores = ()
+    new_max = row_max
+    for c in tl.static_range(len(CHUNKS)):
+        b_s = tl.dot(b_q, tl.trans(ks[c]), input_precision="ieee") * (SCALE * LOG2E)
+        if CHUNKS[c][0] + CHUNKS[c][1] > N:
+            b_s = tl.where((CHUNKS[c][0] + tl.arange(0, CHUNKS[c][1]) < N)[None, :], b_s, -float("inf"))
+        new_max = tl.maximum(new_max, tl.max(b_s, 1))
+        scores = scores + (b_s,)
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale
+    b_out = b_out * rescale[:, None]
+    for c in tl.static_range(len(CHUNKS)):
+        b_p = tl.exp2(scores[c] - new_max[:, None])
+        row_sum += tl.sum(b_p, 1)
+        b_out = tl.dot(b_p.to(b_q.dtype), vs[c], b_out, input_precision="ieee")
+    return new_max, row_sum, b_out
+
+
+@triton.jit
+def _fwd_kernel(
+    p_qkv,  # [B, N, 3, H, D]
+    p_out,  # [B, R, H, D]
+    p_lse,  # [B, H, R] float32, in units of log 2
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    STREAMED: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program takes ROWS query rows of a head block by block; keys in STREAMED pass by, those in RESIDENT stay."""
+    PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
+    TOKEN: tl.constexpr = 3 * H * D
+    SCALE: tl.constexpr = D**-0.5
+    i_head = tl.program_id(0) // PARTS
+    first_row = tl.program_id(0) % PARTS * ROWS
+    i_b = (i_head // H).to(tl.int64)
+    p_q = p_qkv + i_b * (N * TOKEN) + i_head % H * D
+    p_k = p_q + H * D
+    p_v = p_k + H * D
+    p_out += i_b * (R * H * D) + i_head % H * D
+    p_lse += i_head.to(tl.int64) * R
+    ks = ()
+    vs = ()
+    for c in tl.static_range(len(RESIDENT)):
+        MASK_K = tl.constexpr(RESIDENT[c][0] + RESIDENT[c][1] > N)
+        ks = ks + (_load(p_k, RESIDENT[c][0], N, TOKEN, D, RESIDENT[c][1], BLOCK_D, MASK_K),)
+        vs = vs + (_load(p_v, RESIDENT[c][0], N, TOKEN, D, RESIDENT[c][1], BLOCK_D, MASK_K),)
+    for i in tl.static_range(len(QUERIES)):
+        for start in range(QUERIES[i][0], QUERIES[i][1], QUERIES[i][2]):
+            row = first_row + start
+            o_m = row + tl.arange(0, QUERIES[i][2])
+            MASK_Q = tl.constexpr(PARTS > 1 or (QUERIES[i][1] - QUERIES[i][0]) % QUERIES[i][2] > 0)
+            b_q = _load(p_q, row, R, TOKEN, D, QUERIES[i][2], BLOCK_D, MASK_Q)
+            row_max = tl.full((QUERIES[i][2],), -float("inf"), tl.float32)
+            row_sum = tl.zeros((QUERIES[i][2],), tl.float32)
+            b_out = tl.zeros((QUERIES[i][2], BLOCK_D), tl.float32)
+            for s in tl.static_range(len(STREAMED)):
+                for key in range(STREAMED[s][0], STREAMED[s][1], STREAMED[s][2]):
+                    b_k = _load(p_k, key, N, TOKEN, D, STREAMED[s][2], BLOCK_D, False)
+                    b_v = _load(p_v, key, N, TOKEN, D, STREAMED[s][2], BLOCK_D, False)
+                    row_max, row_sum, b_out = _attend(
+                        b_q, (b_k,), (b_v,), row_max, row_sum, b_out, N, ((0, STREAMED[s][2]),), SCALE
+                    )
+            row_max, row_sum, b_out = _attend(b_q, ks, vs, row_max, row_sum, b_out, N, RESIDENT, SCALE)
+            _store(p_out, b_out / row_sum[:, None], row, 0, R, H * D, D)
+            tl.store(p_lse + o_m, row_max + tl.log2(row_sum), mask=o_m < R)
+
+
+@triton.jit
+def _bwd_kernel(
+    p_qkv,  # [B, N, 3, H, D]
+    p_out,  # [B, R, H, D]
+    p_dout,  # [B, R, H, D]
+    p_lse,  # [B, H, R]
+    p_delta,  # [B, H, R] float32 sum_d out * dout, written where dK and dV are left to _bwd_keys_kernel
+    p_dqkv,  # [B, N, 3, H, D]
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WRITE_DKV: tl.constexpr,
+):
+    """A program holds ROWS query rows of a head and runs over the keys: dQ, and dK and dV when it holds every row."""
+    PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
+    TOKEN: tl.constexpr = 3 * H * D
+    SCALE: tl.constexpr = D**-0.5
+    i_head = tl.program_id(0) // PARTS
+    first_row = tl.program_id(0) % PARTS * ROWS
+    i_b = (i_head // H).to(tl.int64)
+    o_head = i_b * (N * TOKEN) + i_head % H * D
+    p_q = p_qkv + o_head
+    p_dq = p_dqkv + o_head
+    o_out = i_b * (R * H * D) + i_head % H * D
+    o_lse = i_head.to(tl.int64) * R
+    qs = ()
+    douts = ()
+    lses = ()
+    deltas = ()
+    dqs = ()
+    for c in tl.static_range(len(RESIDENT)):
+        row = first_row + RESIDENT[c][0]
+        o_m = row + tl.arange(0, RESIDENT[c][1])
+        MASK_Q = tl.constexpr(PARTS > 1 or RESIDENT[c][0] + RESIDENT[c][1] > R)
+        b_dout = _load(p_dout + o_out, row, R, H * D, D, RESIDENT[c][1], BLOCK_D, MASK_Q)
+        b_out = _load(p_out + o_out, row, R, H * D, D, RESIDENT[c][1], BLOCK_D, MASK_Q)
+        delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
+        if not WRITE_DKV:
+            tl.store(p_delta + o_lse + o_m, delta, mask=o_m < R)
+        qs = qs + (_load(p_q, row, R, TOKEN, D, RESIDENT[c][1], BLOCK_D, MASK_Q),)
+        douts = douts + (b_dout,)
+        lses = lses + (tl.load(p_lse + o_lse + o_m, mask=o_m < R, other=float("inf")),)
+        deltas = deltas + (delta,)
+        dqs = dqs + (tl.zeros((RESIDENT[c][1], BLOCK_D), tl.float32),)
+    for i in tl.static_range(len(KEYS)):
+        for start in range(KEYS[i][0], KEYS[i][1], KEYS[i][2]):
+            MASK_K = tl.constexpr((KEYS[i][1] - KEYS[i][0]) % KEYS[i][2] > 0)
+            b_k = _load(p_q + H * D, start, N, TOKEN, D, KEYS[i][2], BLOCK_D, MASK_K)
+            b_v = _load(p_q + 2 * H * D, start, N, TOKEN, D, KEYS[i][2], BLOCK_D, MASK_K)
+            b_dk = tl.zeros((KEYS[i][2], BLOCK_D), tl.float32)
+            b_dv = tl.zeros((KEYS[i][2], BLOCK_D), tl.float32)
+            new_dqs = ()
+            for c in tl.static_range(len(RESIDENT)):
+                b_s = tl.dot(qs[c], tl.trans(b_k), input_precision="ieee")
+                b_p = tl.exp2(b_s * (SCALE * LOG2E) - lses[c][:, None])
+                if MASK_K:
+                    b_p = tl.where((start + tl.arange(0, KEYS[i][2]) < N)[None, :], b_p, 0.0)
+                if WRITE_DKV:
+                    b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), douts[c], b_dv, input_precision="ieee")
+                b_dp = tl.dot(douts[c], tl.trans(b_v), input_precision="ieee")
+                b_ds = (b_p * (b_dp - deltas[c][:, None])).to(b_k.dtype)
+                if WRITE_DKV:
+                    b_dk = tl.dot(tl.trans(b_ds), qs[c], b_dk, input_precision="ieee")
+                new_dqs = new_dqs + (tl.dot(b_ds, b_k, dqs[c], input_precision="ieee"),)
+            dqs = new_dqs
+            if WRITE_DKV:
+                _store(p_dq + H * D, b_dk * SCALE, start, 0, N, TOKEN, D)
+                _store(p_dq + 2 * H * D, b_dv, start, 0, N, TOKEN, D)
+                if R < N:
+                    _store(p_dq, tl.zeros((KEYS[i][2], BLOCK_D), tl.float32), start, R, N, TOKEN, D)
+    for c in tl.static_range(len(RESIDENT)):
+        _store(p_dq, dqs[c] * SCALE, first_row + RESIDENT[c][0], 0, R, TOKEN, D)
+
+
+@triton.jit
+def _bwd_keys_kernel(
+    p_qkv,  # [B, N, 3, H, D]
+    p_dout,  # [B, N, H, D]
+    p_lse,  # [B, H, N]
+    p_delta,  # [B, H, N]
+    p_dqkv,  # [B, N, 3, H, D]
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program holds BLOCK_N keys of a head and runs over all queries: dK and dV."""
+    PARTS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TOKEN: tl.constexpr = 3 * H * D
+    SCALE: tl.constexpr = D**-0.5
+    MASK_Q: tl.constexpr = N % BLOCK_M > 0
+    i_head = tl.program_id(0) // PARTS
+    key = tl.program_id(0) % PARTS * BLOCK_N
+    i_b = (i_head // H).to(tl.int64)
+    o_head = i_b * (N * TOKEN) + i_head % H * D
+    p_dout += i_b * (N * H * D) + i_head % H * D
+    o_lse = i_head.to(tl.int64) * N
+    b_k = _load(p_qkv + o_head + H * D, key, N, TOKEN, D, BLOCK_N, BLOCK_D, True)
+    b_v = _load(p_qkv + o_head + 2 * H * D, key, N, TOKEN, D, BLOCK_N, BLOCK_D, True)
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for row in range(0, N, BLOCK_M):
+        o_m = row + tl.arange(0, BLOCK_M)
+        b_q = _load(p_qkv + o_head, row, N, TOKEN, D, BLOCK_M, BLOCK_D, MASK_Q)
+        b_dout = _load(p_dout, row, N, H * D, D, BLOCK_M, BLOCK_D, MASK_Q)
+        lse = tl.load(p_lse + o_lse + o_m, mask=o_m < N, other=float("inf"))
+        delta = tl.load(p_delta + o_lse + o_m, mask=o_m < N, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.exp2(b_s * (SCALE * LOG2E) - lse[None, :])
+        b_dv = tl.dot(b_p.to(b_q.dtype), b_dout, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_ds = b_p * (b_dp - delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    _store(p_dqkv + o_head + H * D, b_dk * SCALE, key, 0, N, TOKEN, D)
+    _store(p_dqkv + o_head + 2 * H * D, b_dv, key, 0, N, TOKEN, D)
+
+
+def forward_constexprs(num_heads: int, tokens: int, width: int, query_rows: int, config: LaunchConfig) -> dict[str, Any]:
+    """Constexprs of ``_fwd_kernel``."""
+    blocks = config.blocks
+    streamed = 0 if tokens <= WHOLE_ROW else (tokens - 1) // blocks["BLOCK_N"] * blocks["BLOCK_N"]
+    return {
+        "H": num_heads,
+        "N": tokens,
+        "D": width,
+        "R": query_rows,
+        "ROWS": blocks["ROWS"],
+        "QUERIES": loops(min(query_rows, blocks["ROWS"]), blocks["BLOCK_M"], blocks["TAIL"]),
+        "STREAMED": ((0, streamed, blocks["BLOCK_N"]),) * (streamed > 0),
+        "RESIDENT": chunks(tokens - streamed, streamed, waste=0.1),
+        "BLOCK_D": triton.next_power_of_2(width),
+    }
+
+
+def backward_constexprs(num_heads: int, tokens: int, width: int, query_rows: int, config: LaunchConfig) -> dict[str, Any]:
+    """Constexprs of ``_bwd_kernel``."""
+    blocks = config.blocks
+    rows = min(query_rows, blocks["ROWS"])
+    return {
+        "H": num_heads,
+        "N": tokens,
+        "D": width,
+        "R": query_rows,
+        "ROWS": blocks["ROWS"],
+        "RESIDENT": chunks(rows, 0, waste=0.3),
+        "KEYS": loops(tokens, blocks["BLOCK_N"], blocks["TAIL"]),
+        "BLOCK_D": triton.next_power_of_2(width),
+        "WRITE_DKV": blocks["ROWS"] >= query_rows,
+    }

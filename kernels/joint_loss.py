@@ -1,0 +1,268 @@
+"""Joint DeiT-LT loss of both heads with both logit gradients: no dense target, no host sync, no atomics.
+
+    loss = (1 - alpha) sum_b CE(cls_b, u_b) / sum_b n_b + alpha sum_b w[t_b] CE(dist_b, t_b) / sum_b w[t_b]
+    u_bc = v_c ((1 - smoothing) (lam [c = y_b] + (1 - lam) [c = y'_b]) + smoothing / K),  t_b = map[argmax teacher_b]
+    d loss / d cls_bc  = (1 - alpha) (softmax(cls_b)_c sum_c u_bc - u_bc) / sum_b n_b
+    d loss / d dist_bc = alpha w[t_b] (softmax(dist_b)_c - [c = t_b]) / sum_b w[t_b]
+
+v are class weights of the CLS loss, n_b = lam v[y_b] + (1 - lam) v[y'_b] (1 by default). Soft distillation and binary
+cross-entropy replace one term each. Source: val-iisc/DeiT-LT losses.py, DistillationLoss; ``fastdeitlt.loss``.
+
+A program a row reads the three logit rows and keeps eleven numbers; one program adds the rows up in a fixed order; the
+backward writes each gradient once, scaled by the upstream gradient, which stays on the device. Moves 3 logits in, then
+2 logits in (from L2 when they fit: the backward follows at once) and 2 gradients out. Floor, each counted once: 5 B K
+elements, 2.4 us at B = 1024, K = 1000, bfloat16 and 4.3 TB/s.
+Shapes: B batch, K classes, J the teacher's classes, S statistics of a row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from fastdeitlt.kernels._joint_loss_device import (
+    NUM_STATS,
+    joint_loss_bwd_kernel,
+    joint_loss_fwd_kernel,
+    joint_loss_reduce_kernel,
+)
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, interpreted, tuned
+from torch import Tensor
+
+from fastdeitlt.loss import JointLoss, reference
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+REDUCE_BLOCK = 1024
+TUNED: TunedTable = {}
+"""(GPU, (pass, classes rounded up to a power of two)) -> setting; ``benchmarks.bench_joint_loss`` prints the lines."""
+
+
+def launch_config(forward: bool, num_classes: int, device: torch.device) -> LaunchConfig:
+    """The measured setting, or by default a row of up to 8,192 classes in one block (backward: blocks of 1,024)."""
+    size = triton.next_power_of_2(num_classes)
+    block = min(size, 1024) if not forward else size if size <= 8192 else 4096
+    default = LaunchConfig({"BLOCK": block}, num_warps=min(max(block // 256, 1), 8))
+    return tuned(TUNED, ("forward" if forward else "backward", size), device, default)
+
+
+class _Inputs(NamedTuple):
+    """What both ops take, in the order of ``ARGUMENTS``."""
+
+    cls_logits: Tensor
+    dist_logits: Tensor
+    teacher_logits: Tensor
+    labels: Tensor
+    partner: Tensor | None = None
+    lam: Tensor | None = None
+    weights: Tensor | None = None
+    cls_weights: Tensor | None = None
+    log_prior: Tensor | None = None
+    class_map: Tensor | None = None
+    normaliser: Tensor | None = None
+    smoothing: float = 0.0
+    tau: float = 1.0
+    alpha: float = 0.5
+    soft: bool = False
+    bce: bool = False
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """The kernels' leading arguments. Soft distillation adds the logs of its weights to the teacher's logits."""
+        weights = self.weights
+        if self.soft and weights is not None:
+            weights = (weights if self.class_map is None else weights[self.class_map]).log()
+        return (*self[:6], weights, self.cls_weights, self.log_prior, self.class_map)
+
+    def constants(self) -> dict[str, int]:
+        """Constexprs of both kernels; fixed row strides let Triton vectorise as far as they divide."""
+        strides = (logits.stride(0) for logits in self[:3])
+        names = ("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE")
+        return {
+            **dict(zip(names, strides, strict=True)),
+            "K": self.cls_logits.size(1),
+            "SOFT": self.soft,
+            "BCE": self.bce,
+        }
+
+    def reference(self, cls_logits: Tensor, dist_logits: Tensor) -> JointLoss:
+        options: dict[str, Any] = dict(zip(self._fields[4:], self[4:], strict=True))
+        return reference(cls_logits, dist_logits, self.labels, self.teacher_logits, **options)
+
+
+ARGUMENTS = (
+    "Tensor cls_logits, Tensor dist_logits, Tensor teacher_logits, Tensor labels, Tensor? partner, Tensor? lam, "
+    "Tensor? weights, Tensor? cls_weights, Tensor? log_prior, Tensor? class_map, Tensor? normaliser, "
+    "float smoothing, float tau, float alpha, bool soft, bool bce"
+)
+FORWARD = (
+    f"({ARGUMENTS}) -> (Tensor loss, Tensor cls_loss, Tensor dist_loss, Tensor norms, Tensor stats, Tensor decision)"
+)
+BACKWARD = (
+    "(Tensor? grad_loss, Tensor? grad_cls_loss, Tensor? grad_dist_loss, Tensor norms, Tensor stats, Tensor decision, "
+    f"{ARGUMENTS}) -> (Tensor grad_cls, Tensor grad_dist)"
+)
+
+
+def _outputs(inputs: _Inputs) -> tuple[Tensor, ...]:
+    x, batch = inputs.cls_logits, inputs.cls_logits.size(0)
+    shapes = ((), (), (), (2,), (NUM_STATS, batch))
+    floats = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
+    return *floats, torch.empty(batch, dtype=torch.int32, device=x.device)
+
+
+def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments)
+    batch, teacher_classes = inputs.teacher_logits.shape
+    loss, cls_loss, dist_loss, norms, stats, decision = _outputs(inputs)
+    launch = launch_config(True, max(inputs.cls_logits.size(1), teacher_classes), stats.device)
+    joint_loss_fwd_kernel[(batch,)](
+        *inputs.pointers(), decision, stats, batch, inputs.smoothing, 1 / inputs.tau,
+        J=teacher_classes, SMOOTH=inputs.smoothing > 0, **inputs.constants(), **launch.options,
+    )  # fmt: skip
+    joint_loss_reduce_kernel[(1,)](
+        stats, inputs.normaliser, loss, cls_loss, dist_loss, norms, inputs.alpha, B=batch, BLOCK=REDUCE_BLOCK
+    )
+    return loss, cls_loss, dist_loss, norms, stats, decision
+
+
+def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    gradients, (norms, stats, decision), inputs = arguments[:3], arguments[3:6], _Inputs(*arguments[6:])
+    batch, num_classes = inputs.cls_logits.shape
+    grad_cls = torch.empty(batch, num_classes, dtype=inputs.cls_logits.dtype, device=stats.device)
+    grad_dist = torch.empty_like(grad_cls)
+    launch = launch_config(False, num_classes, stats.device)
+    joint_loss_bwd_kernel[(batch, triton.cdiv(num_classes, launch.blocks["BLOCK"]))](
+        *inputs.pointers(), decision, stats, norms, *gradients, grad_cls, grad_dist, batch,
+        inputs.smoothing, 1 / inputs.tau, inputs.alpha, **inputs.constants(), **launch.options,
+    )  # fmt: skip
+    return grad_cls, grad_dist
+
+
+_forward = torch.library.custom_op(
+    "fastdeitlt::joint_loss", _launch_forward, mutates_args=(), device_types="cuda", schema=FORWARD
+)
+_backward = torch.library.custom_op(
+    "fastdeitlt::joint_loss_backward", _launch_backward, mutates_args=(), device_types="cuda", schema=BACKWARD
+)
+
+
+@_forward.register_kernel("cpu")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    if interpreted():
+        return _launch_forward(*arguments)
+    inputs = _Inputs(*arguments)
+    *_, norms, stats, decision = _outputs(inputs)
+    losses = inputs.reference(inputs.cls_logits, inputs.dist_logits)
+    return *losses, norms.zero_(), stats.zero_(), decision.zero_()
+
+
+@_backward.register_kernel("cpu")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if interpreted():
+        return _launch_backward(*arguments)
+    inputs = _Inputs(*arguments[6:])
+    upstream = tuple(torch.zeros(()) if gradient is None else gradient for gradient in arguments[:3])
+    pull_back = torch.func.vjp(lambda *logits: tuple(inputs.reference(*logits)), *inputs[:2])[1]
+    return pull_back(upstream)
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _outputs(_Inputs(*arguments))
+
+
+@_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x = _Inputs(*arguments[6:]).cls_logits
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[3:], *inputs[:11])
+    ctx.options = inputs[11:]
+
+
+def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_cls, grad_dist = _backward(*gradients[:3], *ctx.saved_tensors, *ctx.options)
+    return grad_cls, grad_dist, *[None] * (len(_Inputs._fields) - 2)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def joint_loss(
+    cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
+) -> JointLoss:
+    """``reference`` in two launches, and one for both gradients.
+
+    On a CPU tensor the op is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
+
+    Args:
+        cls_logits, dist_logits: [B, K] float32, float16 or bfloat16, each row contiguous.
+        labels: [B] int64 classes.
+        teacher_logits: [B, J], any of the three types.
+        options: keywords of ``reference``: partner, lam, smoothing, weights, class_map, soft, tau, alpha, bce,
+            log_prior, cls_weights, normaliser. Soft distillation with a class_map needs a permutation.
+
+    Raises:
+        UserError: a shape, type, device or layout does not fit.
+    """
+    inputs = _Inputs(cls_logits, dist_logits, teacher_logits.detach(), labels, **options)
+    _check(inputs)
+    return JointLoss(*_forward(*inputs)[:3])
+
+
+def _check(inputs: _Inputs) -> None:
+    x = inputs.cls_logits
+    batch, num_classes = x.size(0), x.size(-1)
+    teacher_classes = inputs.teacher_logits.size(-1)
+    vector, integer, full = (num_classes,), (torch.int64,), (torch.float32,)
+    expected: dict[str, tuple[tuple[int | None, ...], tuple[torch.dtype, ...], bool]] = {
+        "cls_logits": ((None, None), FLOATS, False),
+        "dist_logits": ((batch, num_classes), (x.dtype,), False),
+        "teacher_logits": ((batch, num_classes if inputs.soft else None), FLOATS, False),
+        "labels": ((batch,), integer, True),
+        "partner": ((batch,), integer, True),
+        "lam": ((), (torch.float64, *FLOATS), True),
+        "weights": (vector, full, True),
+        "cls_weights": (vector, full, True),
+        "log_prior": (vector, full, True),
+        "class_map": ((teacher_classes,), integer, True),
+        "normaliser": ((), full, True),
+    }
+    for name, (shape, dtypes, contiguous) in expected.items():
+        tensor = getattr(inputs, name)
+        if tensor is not None:
+            check("joint_loss", name, tensor, shape, dtypes, x.device, contiguous)
+
+
+def aot_configs() -> list[AotConfig]:
+    """What ships: bfloat16 logits of every data set's class count, the variants at 1,000, float32 at 1,000."""
+    cases: list[tuple[str, int, dict[str, bool]]] = [("bf16", k, {}) for k in (10, 100, 365, 1000, 8142, 21841)]
+    cases += [("bf16", 1000, {"SOFT": True}), ("bf16", 1000, {"BCE": True}), ("fp32", 1000, {}), ("fp16", 1000, {})]
+    backward = [_aot_config(joint_loss_bwd_kernel, *case) for case in cases]
+    return [_aot_config(joint_loss_fwd_kernel, *case) for case in cases] + backward + [_aot_reduce()]
+
+
+def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, bool]) -> AotConfig:
+    forward = kernel is joint_loss_fwd_kernel
+    launch = launch_config(forward, num_classes, torch.device("cpu"))
+    strides = dict.fromkeys(("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE"), num_classes)
+    constexprs = {**strides, "K": num_classes, "SOFT": False, "BCE": False, **variant, **launch.blocks}
+    if forward:
+        constexprs |= {"J": num_classes, "SMOOTH": True}
+    integers = dict.fromkeys(("p_labels", "p_partner", "p_class_map"), "*i64") | {"p_decision": "*i32", "B": "i32"}
+    logits = dict.fromkeys(("p_cls", "p_dist", "p_teacher", "p_grad_cls", "p_grad_dist"), f"*{kind}")
+    known = integers | logits
+    signature = {
+        name: known.get(name, "*fp32" if name.startswith("p_") else "fp32")
+        for name in kernel.arg_names
+        if name not in constexprs
+    }
+    note = " ".join([f"K={num_classes}", *variant, f"BLOCK={launch.blocks['BLOCK']}"])
+    return AotConfig(kernel, signature, constexprs, launch.num_warps, launch.num_stages, note=note)
+
+
+def _aot_reduce() -> AotConfig:
+    signature = {name: "*fp32" for name in joint_loss_reduce_kernel.arg_names if name.startswith("p_")}
+    blocks = {"B": REDUCE_BLOCK, "BLOCK": REDUCE_BLOCK}
+    return AotConfig(joint_loss_reduce_kernel, signature | {"alpha": "fp32"}, blocks)

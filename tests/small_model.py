@@ -1,0 +1,43 @@
+"""A small student saved as a model folder, and images to show it. Shared by the tests of what reads model folders."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastdeitlt.checkpoint import save_model_folder
+from fastdeitlt.models import create_student
+
+NAME, SIZE = "deit_tiny_distilled_patch8_32", 32
+CLASS_NAMES = ["<b>cat</b>", "dog, small", "[red]eel[/red]", "fish"]
+MANIFEST = {
+    "kind": "student",
+    "class_names": CLASS_NAMES,
+    "class_counts": [500, 60, 30, 4],
+    "dataset": "folder",
+    "preprocess": {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3], "img_size": SIZE, "crop_pct": 0.8},
+}
+
+
+def save_student(folder, *, depth=2, **changes):
+    """Save a student with random weights far from zero, so that its decisions differ by image."""
+    torch.manual_seed(1)
+    student = create_student(NAME, len(CLASS_NAMES), depth=depth)
+    for weight in (parameter for parameter in student.parameters() if parameter.ndim > 1):
+        torch.nn.init.normal_(weight, std=0.15)
+    model = {"name": NAME, "num_classes": len(CLASS_NAMES), "img_size": SIZE, "depth": depth}
+    save_model_folder(folder, student.state_dict(), MANIFEST | {"model": model} | changes)
+    return student.eval()
+
+
+def save_images(folder, shapes=((40, 40), (57, 33), (32, 90), (200, 150), (33, 33))):
+    """PNG and JPEG files of odd sizes in colour and gray; returns their paths in the order of their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paths = []
+    for index, (height, width) in enumerate(shapes):
+        low = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
+        image = image.convert("L") if index % 3 == 2 else image
+        paths.append(folder / f"{index}.{'jpg' if index % 2 else 'png'}")
+        image.save(paths[-1])
+    return paths

@@ -1,0 +1,148 @@
+"""Exports: other programs read them, give the same logits, and know the classes and how to prepare images."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from small_model import CLASS_NAMES, SIZE, save_images, save_student
+
+import fastdeitlt.export
+from fastdeitlt.errors import UserError
+from fastdeitlt.export import FACTS, export, timm_architecture
+from fastdeitlt.metrics import score
+from fastdeitlt.models import create_student
+from fastdeitlt.predict import predict
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return folder / "model", save_student(folder / "model", class_map=[2, 0, 3, 1]), folder
+
+
+@pytest.fixture(scope="module")
+def timm_folder(saved):
+    return export(saved[0], saved[2] / "timm", "timm")
+
+
+def images(batch_size):
+    return torch.randn(batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch_size))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_timm_loads_the_folder_and_gives_bit_equal_logits(saved, timm_folder, batch_size):
+    student = saved[1]
+    loaded = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    student.last_block_shortcut = False  # the same sums in the same order
+    with torch.no_grad():
+        assert torch.equal(loaded(images(batch_size)), student(images(batch_size)))
+        student.last_block_shortcut = True
+        assert torch.allclose(loaded(images(batch_size)), student(images(batch_size)), atol=1e-5)
+
+
+def test_timm_prepares_images_as_predict_does_and_names_the_same_class(saved, timm_folder, tmp_path):
+    from PIL import Image
+
+    loaded = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
+    config = json.loads((timm_folder / "config.json").read_text())
+    names = config["label_names"]
+    assert config["class_map"] == [2, 0, 3, 1]
+    for path in save_images(tmp_path / "images", [(40, 40), (57, 33), (200, 150)]):
+        row = predict(saved[0], [path], top_k=4, device="cpu")[0]
+        with torch.no_grad():
+            probs = loaded(transform(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
+        assert [names[k] for k in probs.argsort(descending=True)] == [choice.name for choice in row.top]
+        assert probs.max().item() == pytest.approx(row.top[0].probability, abs=1e-4)
+
+
+def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
+    run = tmp_path / "run"
+    save_student(run / "checkpoints" / "best")
+    (run / "config.yaml").write_text("name: run\n")
+    labels = torch.tensor([0, 1, 2, 3])
+    result = score(torch.eye(4), torch.eye(4), labels, [500, 60, 30, 4])
+    (run / "results.json").write_text(json.dumps({"test": result.to_json()}))
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "594 images of 4 classes, 500 in the largest and 4 in the smallest (imbalance 125)" in card
+    assert "| threshold | AVG | 100.0 | 100.0 | 100.0 | 100.0 |" in card
+    assert "Not stated. The licence of these weights" in card
+    alone = tmp_path / "alone"
+    save_student(alone, class_counts=None)
+    card = (export(alone, tmp_path / "out2") / "README.md").read_text()
+    assert "does not say how many images" in card and "the model was not tested" in card
+
+
+def test_onnx_has_a_free_batch_three_outputs_and_the_facts(saved):
+    path = export(saved[0], saved[2] / "model.onnx", "onnx")
+    onnx.checker.check_model(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["avg", "cls", "dist"]
+    for batch_size in (1, 7):
+        got = session.run(None, {"images": images(batch_size).numpy()})
+        with torch.no_grad():
+            cls_logits, dist_logits = saved[1].forward_heads(images(batch_size))
+        expected = ((cls_logits + dist_logits) / 2, cls_logits, dist_logits)
+        assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(got, expected, strict=True))
+    told = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert told["class_names"] == [CLASS_NAMES[label] for label in (1, 3, 0, 2)]  # by class of the model
+    assert told["class_map"] == [2, 0, 3, 1] and told["crop_pct"] == 0.8 and told["mean"] == [0.5, 0.4, 0.3]
+
+
+def test_pt2_loads_without_this_package_s_classes_and_has_the_facts(saved):
+    path = export(saved[0], saved[2] / "model.pt2", "pt2")
+    extra = {FACTS: ""}
+    module = torch.export.load(str(path), extra_files=extra).module()
+    with torch.no_grad():
+        for batch_size in (1, 7):
+            cls_logits, dist_logits = saved[1].forward_heads(images(batch_size))
+            expected = ((cls_logits + dist_logits) / 2, cls_logits, dist_logits)
+            got = module(images(batch_size))
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+    assert json.loads(extra[FACTS])["std"] == [0.25, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "arguments"),
+    [
+        ("deit_tiny_distilled_patch16_224", None, {}),
+        ("deit_base_distilled_patch16_384", 1, {"img_size": 384, "depth": 1}),
+        ("deit_small_distilled_patch2_32", 1, {"img_size": 32, "patch_size": 2, "depth": 1}),
+        ("deit_large_distilled_patch16_224", 1, {"embed_dim": 1024, "depth": 1, "num_heads": 16}),
+    ],
+)
+def test_every_student_has_a_timm_architecture_with_the_same_parameters(name, depth, arguments):
+    student = create_student(name, 5, depth=depth)
+    architecture, model_args = timm_architecture(student)
+    twin = timm.create_model(architecture, num_classes=5, **model_args)
+    assert model_args == arguments
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (student, twin)]
+    assert shapes[0] == shapes[1]
+
+
+def test_an_export_that_gives_other_logits_is_not_kept(saved, tmp_path, monkeypatch):
+    original = fastdeitlt.export.save_for_hf
+
+    def damage(model, folder, **options):
+        original(model, folder, **options)
+        state = load_file(f"{folder}/model.safetensors")
+        save_file(state | {"head.bias": state["head.bias"] + 1e-3}, f"{folder}/model.safetensors")
+
+    monkeypatch.setattr(fastdeitlt.export, "save_for_hf", damage)
+    with pytest.raises(UserError, match="nothing was written"):
+        export(saved[0], tmp_path / "out", "timm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests_are_named(saved, tmp_path):
+    with pytest.raises(UserError, match="got format 'torchscript', expected one of timm, onnx, pt2"):
+        export(saved[0], tmp_path / "out", "torchscript")
+    with pytest.raises(UserError, match="exists; give a new name"):
+        export(saved[0], tmp_path)
+    with pytest.raises(UserError, match="manifest"):
+        export(tmp_path, tmp_path / "out")

@@ -1,0 +1,273 @@
+"""Class counts, weights, head/mid/tail and opening of data sets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.longtail import (
+    LongTailSet,
+    cifar_lt_counts,
+    class_counts,
+    class_map,
+    drw_weights,
+    hold_out,
+    open_sets,
+    shot_groups,
+)
+from fastdeitlt.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "cifar_lt_counts.json").read_text())
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{g['classes']}-{g['imb_factor']}-{g['kind']}")
+def test_counts_and_weights_are_the_reference_codes(golden):
+    counts = cifar_lt_counts(golden["n"], golden["classes"], golden["imb_factor"], golden["kind"])
+    assert counts == golden["counts"]
+    assert sum(counts) == golden["total"]
+    weights = drw_weights(counts, 0.9999)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor(golden["drw_weights"]), rtol=0, atol=1e-6)
+
+
+def test_balanced_factor_keeps_every_image():
+    assert cifar_lt_counts(50_000, 10, 1.0) == [5000] * 10
+    assert cifar_lt_counts(50_000, 10, 1.0, "step") == [5000] * 10
+
+
+def test_step_with_odd_class_number_keeps_all_classes():
+    assert cifar_lt_counts(500, 5, 0.1, "step") == [100, 100, 10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(50_000, 10, 0.0), (50_000, 10, 1.5), (50_000, 10, float("nan")), (5, 10, 0.1), (50_000, 0, 0.1)],
+)
+def test_impossible_long_tails_are_refused(arguments):
+    with pytest.raises(UserError):
+        cifar_lt_counts(*arguments)
+
+
+def test_unknown_kind_is_named():
+    with pytest.raises(UserError, match="exponential"):
+        cifar_lt_counts(100, 10, 0.1, "exponential")
+
+
+def test_weights_of_a_rare_class_exceed_those_of_a_frequent_one_by_the_published_ratio():
+    weights = drw_weights([1280, 5])
+    assert (weights[1] / weights[0]).item() == pytest.approx(240.4, abs=0.05)
+
+
+def test_absent_class_gets_no_weight_and_the_sum_stays():
+    weights = drw_weights([100, 0, 10])
+    assert weights[1] == 0
+    assert weights.sum().item() == pytest.approx(3)
+    assert torch.isfinite(weights).all()
+
+
+def test_beta_zero_turns_weights_off():
+    torch.testing.assert_close(drw_weights([7, 300, 1], beta=0.0), torch.ones(3))
+
+
+@pytest.mark.parametrize(("counts", "beta"), [([], 0.9), ([0, 0], 0.9), ([3, -1], 0.9), ([3, 1], 1.0), ([3, 1], -0.1)])
+def test_weights_refuse_bad_input(counts, beta):
+    with pytest.raises(UserError):
+        drw_weights(counts, beta)
+
+
+@pytest.mark.parametrize(
+    ("factor", "sizes"), [(0.01, (35, 35, 30)), (0.02, (41, 41, 18)), (0.1, (69, 31, 0))], ids=["100", "50", "10"]
+)
+def test_threshold_groups_of_cifar100(factor, sizes):
+    groups = shot_groups(cifar_lt_counts(50_000, 100, factor))
+    assert tuple(len(groups[name]) for name in ("head", "mid", "tail")) == sizes
+
+
+def test_threshold_bounds_are_inclusive_in_the_middle():
+    groups = shot_groups([101, 100, 20, 19, 0])
+    assert {name: ids.tolist() for name, ids in groups.items()} == {"head": [0], "mid": [1, 2], "tail": [3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("classes", "dataset", "sizes"),
+    [
+        (10, "cifar10_lt", (3, 4, 3)),
+        (10, "fashion_mnist_lt", (3, 4, 3)),
+        (100, "cifar100_lt", (36, 35, 29)),
+        (1000, "imagenet_lt", (390, 445, 165)),
+        (8142, "inat18", (842, 3701, 3599)),
+        (1000, None, (390, 445, 165)),
+        (365, "places_lt", (121, 123, 121)),
+        (100, "list", (33, 34, 33)),
+        (2, None, (0, 2, 0)),
+    ],
+)
+def test_official_groups_have_the_codes_sizes(classes, dataset, sizes):
+    groups = shot_groups(list(range(classes, 0, -1)), "official", dataset)
+    assert tuple(len(groups[name]) for name in ("head", "mid", "tail")) == sizes
+    assert sorted(torch.cat(list(groups.values())).tolist()) == list(range(classes))
+
+
+def test_official_groups_follow_frequency_and_keep_ties_in_order():
+    counts = [5, 90, 5, 70, 5, 90, 5, 5, 80, 5]
+    groups = shot_groups(counts, "official")
+    assert groups["head"].tolist() == [1, 5, 8]
+    assert groups["mid"].tolist() == [0, 2, 3, 4]
+    assert groups["tail"].tolist() == [6, 7, 9]
+
+
+def test_unknown_shot_split_is_refused():
+    with pytest.raises(UserError, match="median"):
+        shot_groups([1, 2], "median")
+
+
+def test_class_map_numbers_classes_by_frequency_and_keeps_ties_in_order():
+    assert class_map([3, 9, 3, 50]).tolist() == [2, 1, 3, 0]
+
+
+def make_set(counts: list[int], decoded: bool = False) -> LongTailSet:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    labels = np.random.RandomState(1).permutation(labels)
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) if decoded else None
+    return LongTailSet(
+        [f"{i}.png" for i in range(len(labels))], labels, class_counts(labels, len(counts)), images_NHWC=images
+    )
+
+
+def test_hold_out_is_stratified_disjoint_complete_and_repeatable():
+    images = make_set([100, 21, 5, 1, 0, 2], decoded=True)
+    train, val = hold_out(images, 0.2)
+    assert val.counts == [20, 4, 1, 0, 0, 0]
+    assert train.counts == [80, 17, 4, 1, 0, 2]
+    assert sorted(train.paths + val.paths) == sorted(images.paths)
+    assert [f"{i}.png" for i in val.images_NHWC[:, 0, 0, 0]] == val.paths
+    assert hold_out(images, 0.2)[1].paths == val.paths
+    assert hold_out(images, 0.2, seed=1)[1].paths != val.paths
+
+
+def test_hold_out_leaves_an_image_in_each_class():
+    train, _ = hold_out(make_set([40, 2, 1]), 0.49)
+    assert min(train.counts) >= 1
+
+
+def test_hold_out_that_holds_nothing_is_refused():
+    with pytest.raises(UserError, match=r"data\.val_holdout: got 0\.01"):
+        hold_out(make_set([4, 2, 1]), 0.01)
+
+
+def write_lists(root: Path, **lists: str) -> None:
+    for name, text in lists.items():
+        (root / f"{name}.txt").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names", "splits"),
+    [
+        ("imagenet_lt", ["ImageNet_LT_train", "ImageNet_LT_val", "ImageNet_LT_test"], ["train", "val", "test"]),
+        ("places_lt", ["Places_LT_train", "Places_LT_test"], ["train", "test"]),
+        ("inat18", ["iNaturalist18_train", "iNaturalist18_val"], ["train", "test"]),
+    ],
+)
+def test_published_sets_are_found_by_their_usual_names(tmp_path, dataset, names, splits):
+    write_lists(tmp_path, **{name: f"{name}/a.jpg 0\n{name}/b.jpg 1\n" for name in names})
+    sets = open_sets(DataConfig(dataset=dataset, root=str(tmp_path)))
+    assert [(split, images.paths[0]) for split, images in sets] == [
+        (split, f"{name}/a.jpg") for split, name in zip(splits, names, strict=True)
+    ]
+
+
+def test_original_inaturalist_json_is_found(tmp_path):
+    for name in ("train", "val"):
+        tree = {
+            "images": [{"id": 7, "file_name": f"{name}/x.jpg"}],
+            "annotations": [{"image_id": 7, "category_id": 1}],
+            "categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}],
+        }
+        (tmp_path / f"{name}2018.json").write_text(json.dumps(tree))
+    sets = open_sets(DataConfig(dataset="inat18", root=str(tmp_path)))
+    assert sets.test.paths == ["val/x.jpg"]
+    assert sets.test.counts == [0, 1]
+    assert sets.train.class_names == ["a", "b"]
+
+
+def test_all_splits_have_the_classes_of_the_largest(tmp_path):
+    write_lists(tmp_path, tr="a 0\n", te="b 3\n")
+    sets = open_sets(DataConfig(dataset="list", root=str(tmp_path), train_list="tr.txt", test_list="te.txt"))
+    assert sets.train.counts == [1, 0, 0, 0]
+    assert sets.test.counts == [0, 0, 0, 1]
+
+
+def test_class_names_come_from_classes_txt_when_they_fit(tmp_path):
+    write_lists(tmp_path, tr="a 0\nb 1\n", classes="cat\nbig dog")
+    config = DataConfig(dataset="list", root=str(tmp_path), train_list="tr.txt")
+    assert open_sets(config).train.class_names == ["cat", "big dog"]
+    write_lists(tmp_path, classes="cat\n")
+    assert open_sets(config).train.class_names is None
+
+
+def test_class_names_of_the_training_csv_number_the_test_csv(tmp_path):
+    (tmp_path / "tr.csv").write_text("path,label\na,cat\nb,ant\nc,dog\n")
+    (tmp_path / "te.csv").write_text("path,label\nd,dog\n")
+    config = {"dataset": "list", "root": str(tmp_path), "train_list": "tr.csv"}
+    assert open_sets(DataConfig(**config, test_list="te.csv")).test.labels.tolist() == [2]
+    (tmp_path / "te.csv").write_text("path,label\nd,cow\n")
+    with pytest.raises(UserError, match=r"te\.csv, line 2: got the label 'cow', expected one of the training"):
+        open_sets(DataConfig(**config, test_list="te.csv"))
+
+
+def test_validation_is_held_out_of_training_only_when_there_is_no_list(tmp_path):
+    rows = "".join(f"{i}.jpg {i % 2}\n" for i in range(20))
+    write_lists(tmp_path, tr=rows, va="v.jpg 0\n")
+    config = {"dataset": "list", "root": str(tmp_path), "train_list": "tr.txt", "val_holdout": 0.2}
+    sets = open_sets(DataConfig(**config))
+    assert (len(sets.train), len(sets.val), sets.held_out) == (16, 4, True)
+    sets = open_sets(DataConfig(**config, val_list="va.txt"))
+    assert (len(sets.train), len(sets.val), sets.held_out) == (20, 1, False)
+
+
+def test_folder_splits_share_the_training_classes(tmp_path):
+    for name in ("train/b cat/1.jpg", "train/b cat/deep/2.PNG", "train/a/3.jpeg", "test/b cat/4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    (tmp_path / "train" / "a" / "notes.txt").write_text("x")
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "empty").mkdir()
+    sets = open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
+    assert sets.train.class_names == ["a", "b cat", "empty"]
+    assert sets.train.paths == ["train/a/3.jpeg", "train/b cat/1.jpg", "train/b cat/deep/2.PNG"]
+    assert sets.train.labels.tolist() == [0, 1, 1]
+    assert sets.test.labels.tolist() == [1]
+    assert sets.test.counts == [0, 1, 0]
+    assert sets.val is None
+    (tmp_path / "test" / "zebra").mkdir()
+    with pytest.raises(UserError, match="'zebra' is not in the training split"):
+        open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
+
+
+def test_folder_without_images_or_training_split_says_so(tmp_path):
+    with pytest.raises(UserError, match="no such folder; expected train/<class>/<image>"):
+        open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="no images"):
+        open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dataset": "imagenet_lt"}, r"data\.root: got nothing"),
+        ({"dataset": "imagenet_lt", "root": "/no/such"}, r"data\.root: no such folder '/no/such'"),
+        ({"dataset": "cifar10_lt"}, r"data\.root: got nothing, expected the folder of cifar-10-python\.tar\.gz"),
+        ({"dataset": "imagenet_lt", "root": "."}, r"data\.train_list: no ImageNet_LT_train\.txt"),
+        ({"dataset": "list", "root": "."}, r"data\.train_list: got nothing"),
+        ({"dataset": "list", "root": ".", "train_list": "nope.txt"}, r"data\.train_list: no such file 'nope\.txt'"),
+    ],
+)
+def test_missing_data_is_named_with_the_field_to_set(config, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_sets(DataConfig(**config))

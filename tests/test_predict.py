@@ -1,0 +1,118 @@
+"""predict: the right class names in the right order, equal to evaluation, and one bad file does not spoil the rest."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_model import CLASS_NAMES, SIZE, save_images, save_student
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.lists import LongTailSet
+from fastdeitlt.data.reader import Stream
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluate import collect_logits
+from fastdeitlt.predict import main, predict, to_csv
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return folder / "model", save_student(folder / "model"), save_images(folder / "images")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_predictions_equal_those_of_evaluation_through_the_training_reader(saved, batch_size):
+    folder, student, paths = saved
+    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
+    source = Stream(images, DataConfig(num_threads=1), torch.device("cpu"))
+    cls_logits, dist_logits, _ = collect_logits(
+        student, source, images, size=SIZE, resize=40, batch_size=4, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    source.close()
+    probs = ((cls_logits + dist_logits) / 2).softmax(1)
+    rows = predict(folder, [paths[0].parent], top_k=4, batch_size=batch_size, device="cpu")
+    assert [row.path for row in rows] == [str(path) for path in paths]
+    for row, prob, cls, dist in zip(rows, probs, cls_logits, dist_logits, strict=True):
+        order = prob.argsort(descending=True).tolist()
+        assert [choice.class_id for choice in row.top] == order
+        assert [choice.name for choice in row.top] == [CLASS_NAMES[k] for k in order]
+        assert [choice.probability for choice in row.top] == pytest.approx(prob[order].tolist(), abs=1e-5)
+        assert row.cls.class_id == int(cls.argmax()) and row.dist.class_id == int(dist.argmax())
+    assert len({round(row.top[0].probability, 3) for row in rows}) == 5  # images tell apart, so order matters
+
+
+def test_a_class_map_gives_each_class_of_the_model_its_own_name(saved, tmp_path):
+    class_map = [2, 0, 3, 1]  # the model's class of each label
+    save_student(tmp_path / "model", class_map=class_map)
+    mapped = predict(tmp_path / "model", saved[2], device="cpu")
+    for row, mapped_row in zip(predict(saved[0], saved[2], device="cpu"), mapped, strict=True):
+        assert mapped_row.top[0].class_id == row.top[0].class_id
+        assert mapped_row.top[0].name == CLASS_NAMES[class_map.index(row.top[0].class_id)]
+
+
+def test_unreadable_files_get_a_line_each_and_the_rest_an_answer(saved, tmp_path, capsys):
+    folder, _, paths = saved
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.jpg").write_bytes(paths[1].read_bytes()[:-40])
+    (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:-40])
+    inputs = [paths[0], tmp_path, tmp_path / "absent.png", paths[1]]
+    rows = predict(folder, inputs, device="cpu", batch_size=2)
+    assert [bool(row.error) for row in rows] == [False, True, True, True, True, False]
+    assert "No such file" in rows[4].error and "truncated" in rows[1].error and "not an image" in rows[3].error
+    assert main(folder, inputs, top_k=2, out=tmp_path / "rows.json", strict=False) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4 and all(line.startswith("fastdeitlt: ") for line in told)
+    with pytest.raises(UserError, match=r"cut\.jpg: truncated"):
+        predict(folder, inputs, device="cpu", strict=True)
+
+
+def test_csv_and_json_hold_the_same_rows(saved, tmp_path):
+    folder, _, paths = saved
+    bad = tmp_path / "text.png"
+    bad.write_text("no image")
+    for name in ("rows.csv", "rows.json"):
+        assert main(folder, [*paths, bad], top_k=2, out=tmp_path / name, strict=False) == 1
+    from_json = json.loads((tmp_path / "rows.json").read_text())
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        from_csv = list(csv.DictReader(file))
+    assert len(from_csv) == len(from_json) == 6 and from_csv[5]["error"] == from_json[5]["error"] != ""
+    for line, row in zip(from_csv[:5], from_json[:5], strict=True):
+        assert [line["class1"], line["class2"]] == [choice["name"] for choice in row["top"]]
+        assert float(line["probability1"]) == pytest.approx(row["top"][0]["probability"], abs=1e-6)
+        assert (line["cls_class"], line["dist_class"]) == (row["cls"]["name"], row["dist"]["name"])
+
+
+def test_the_terminal_table_shows_class_names_literally(saved, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(saved[0], saved[2][:1], top_k=4, out=None, strict=False) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in CLASS_NAMES)
+
+
+def test_bad_requests_are_refused_before_the_model_is_read(saved, tmp_path):
+    folder, _, paths = saved
+    with pytest.raises(UserError, match="top_k is 0, expected at least 1"):
+        predict(folder, paths, top_k=0)
+    with pytest.raises(UserError, match="no images in"):
+        predict(folder, [tmp_path])
+    with pytest.raises(UserError, match=r"expected a \.csv or \.json file"):
+        main(folder, paths, top_k=1, out=tmp_path / "rows.txt", strict=False)
+    with pytest.raises(UserError, match=r"expected a \.csv or \.json file"):
+        main(folder, paths, top_k=1, out=tmp_path / "absent" / "rows.csv", strict=False)
+    with pytest.raises(UserError, match="manifest"):
+        predict(tmp_path, paths)
+
+
+def test_class_names_that_do_not_fit_are_named(saved, tmp_path):
+    save_student(tmp_path / "model", class_names=["one", "two"])
+    with pytest.raises(UserError, match="2 class names for 4 classes"):
+        predict(tmp_path / "model", saved[2])
+
+
+def test_the_csv_of_nothing_readable_still_has_a_header(saved, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    lines = to_csv(predict(saved[0], [tmp_path / "text.png"], device="cpu")).splitlines()
+    assert lines[0].startswith("path,cls_class") and len(lines) == 2

@@ -1,0 +1,300 @@
+"""The decoded set: equal to streaming, kept on disk soundly, put where it fits."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_reader import SIZES, deliver, encoded, make_set, picture, request
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data import cache, resident
+from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.resident import Resident, open_source
+from fastdeitlt.errors import UserError
+
+CPU = torch.device("cpu")
+HOST = DataConfig(residency="host", num_threads=2)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "fastdeitlt" / "decoded"
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """Counts how often a set is decoded."""
+    calls = []
+    decoded = Stream.decoded
+    monkeypatch.setattr(Stream, "decoded", lambda self, *rest: calls.append(1) or decoded(self, *rest))
+    return calls
+
+
+def hold(images, requests, cfg=HOST):
+    source = Resident(images, cfg, CPU)
+    try:
+        return list(source.crops(requests)), source
+    finally:
+        source.close()
+
+
+def same(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def requests_of_every_kind():
+    return [
+        request(range(11)),
+        request([5, 5, 2], size=40, copies=[0, 1, 2]),
+        CropRequest(np.arange(11), 24, resize=27),
+        request([10], size=64),
+    ]
+
+
+def test_resident_and_streamed_batches_are_equal(tmp_path):
+    images = make_set(tmp_path)
+    wanted = requests_of_every_kind()
+    assert same(hold(images, wanted)[0], deliver(images, wanted)[0])
+
+
+def test_the_cache_is_used_again_and_gives_the_same_batches(tmp_path, decodings):
+    images = make_set(tmp_path)
+    first, _ = hold(images, requests_of_every_kind())
+    second, _ = hold(images, requests_of_every_kind())
+    assert same(first, second)
+    assert len(decodings) == 1
+
+
+@pytest.mark.parametrize("change", ["content", "time", "stored size", "order", "root"])
+def test_a_changed_set_is_decoded_anew(tmp_path, decodings, change):
+    images, cfg = make_set(tmp_path), HOST
+    hold(images, [request([0])])
+    if change == "content":
+        (tmp_path / images.paths[3]).write_bytes(encoded(picture(44, 55, 99)))
+    elif change == "time":
+        os.utime(tmp_path / images.paths[3], ns=(1, 1))
+    elif change == "stored size":
+        cfg = HOST.model_copy(update={"stored_short_side": 30})
+    elif change == "order":
+        images = images.take(np.arange(11)[::-1])
+    else:
+        (tmp_path / "copy").mkdir()
+        images = make_set(tmp_path / "copy")
+    got, _ = hold(images, [CropRequest(np.array([3]), 24, resize=24)], cfg)
+    assert len(decodings) == 2
+    if change != "stored size":
+        assert same(got, deliver(images, [CropRequest(np.array([3]), 24, resize=24)])[0])
+
+
+def flip_byte(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped pixel": lambda folder: flip_byte(folder / "pixels.npy", 5000),
+    "cut pixels": lambda folder: os.truncate(folder / "pixels.npy", 9000),
+    "no pixels": lambda folder: (folder / "pixels.npy").unlink(),
+    "no index": lambda folder: (folder / "index.npz").unlink(),
+    "a flipped index": lambda folder: flip_byte(folder / "index.npz", 400),
+    "a cut index": lambda folder: os.truncate(folder / "index.npz", 300),
+    "another file as index": lambda folder: (folder / "index.npz").write_bytes(b"hello"),
+    "a pickle as index": lambda folder: np.savez(folder / "index.npz", sizes_N2=np.array([{}, None], dtype=object)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_noticed_and_replaced(tmp_path, cache_folder, decodings, caplog, damage):
+    images = make_set(tmp_path)
+    expected, _ = hold(images, [request(range(11))])
+    (folder,) = (path for path in cache_folder.iterdir() if path.is_dir())
+    DAMAGE[damage](folder)
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        again, _ = hold(images, [request(range(11))])
+    assert same(expected, again)
+    assert len(decodings) == 2
+    assert [record.getMessage().count("damaged") for record in caplog.records] == [1]
+    hold(images, [])
+    assert len(decodings) == 2, "the new cache is sound"
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fault", ["full at once", "full later", "not writable"])
+def test_without_a_cache_the_run_goes_on_with_one_message(tmp_path, cache_folder, monkeypatch, caplog, fault):
+    images = make_set(tmp_path)
+    if fault == "full at once":
+        monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    elif fault == "full later":
+        monkeypatch.setattr(np, "savez", full_disk)
+    else:
+        cache_folder.parent.mkdir()
+        cache_folder.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        got, _ = hold(images, requests_of_every_kind())
+    assert same(got, deliver(images, requests_of_every_kind())[0])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert str(cache_folder) in message
+    assert "memory" in message
+    if cache_folder.is_dir():
+        assert [path.name for path in cache_folder.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path, cache_folder):
+    images = make_set(tmp_path)
+    hold(images, [])
+    (folder,) = (path for path in cache_folder.iterdir() if path.is_dir())
+    left = cache_folder / f"{folder.name}.abc.tmp"
+    folder.rename(left)
+    hold(images, [])
+    assert folder.is_dir()
+    assert not left.exists()
+
+
+def open_and_sum(images, cache_home, results):
+    os.environ["XDG_CACHE_HOME"] = cache_home
+    calls = []
+    decoded = Stream.decoded
+    Stream.decoded = lambda self, *rest: calls.append(1) or decoded(self, *rest)
+    (crops,), _ = hold(images, [CropRequest(np.arange(11), 24, resize=27)])
+    results.put((len(calls), int(crops.sum())))
+
+
+def test_ranks_that_start_at_once_decode_once(tmp_path, cache_folder):
+    images = make_set(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    arguments = (images, str(cache_folder.parent.parent), results)
+    ranks = [context.Process(target=open_and_sum, args=arguments) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    got = [results.get(timeout=100) for _ in ranks]
+    for rank in ranks:
+        rank.join(timeout=20)
+    assert sum(calls for calls, _ in got) == 1
+    assert len({total for _, total in got}) == 1
+
+
+def test_an_unreadable_image_stops_with_its_name(tmp_path, cache_folder):
+    images = make_set(tmp_path, {4: encoded(picture(60, 80), "PNG")[:4000]})
+    threads = threading.active_count()
+    with pytest.raises(UserError, match=r"04\.jpg"):
+        Resident(images, HOST, CPU)
+    assert threading.active_count() == threads
+    assert [path.name for path in cache_folder.iterdir() if not path.name.endswith(".lock")] == []
+
+
+@pytest.mark.parametrize("bad", [{4: b""}, {4: encoded(picture(60, 80), "PNG")[:4000], 7: b"text"}, {10: None, 0: b""}])
+def test_skip_gives_what_streaming_gives_also_from_the_cache(tmp_path, bad):
+    images = make_set(tmp_path, bad)
+    skip = HOST.model_copy(update={"on_error": "skip"})
+    streamed, stream = deliver(images, requests_of_every_kind(), on_error="skip")
+    for _ in range(2):
+        held, source = hold(images, requests_of_every_kind(), skip)
+        assert same(held, streamed)
+        assert sorted(source.skipped) == sorted(stream.skipped) == [f"{i:02d}.jpg" for i in sorted(bad)]
+
+
+def test_a_smaller_stored_size_is_that_of_pillow(tmp_path):
+    images = make_set(tmp_path)
+    cfg = HOST.model_copy(update={"stored_short_side": 40})
+    source = Resident(images, cfg, CPU)
+    for sample, (height, width) in enumerate(SIZES):
+        (crop,) = source.crops([CropRequest(np.array([sample]), 24, resize=24)])
+        image = Image.open(tmp_path / images.paths[sample]).convert("RGB")
+        if min(height, width) > 40:
+            shape = int(width * 40 / min(height, width)), int(height * 40 / min(height, width))
+            image = image.resize(shape, Image.Resampling.BICUBIC)
+        width, height = (int(24 * side / min(image.size)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - 24) / 2), round((height - 24) / 2)
+        assert np.array_equal(crop[0].numpy(), np.asarray(image.crop((left, top, left + 24, top + 24)))), sample
+    source.close()
+
+
+def decoded_set(num=20, side=28):
+    pixels = np.random.default_rng(0).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
+    return LongTailSet([str(i) for i in range(num)], np.arange(num) % 4, [num // 4] * 4, images_NHWC=pixels)
+
+
+def test_a_set_that_comes_decoded_is_held_as_it_is(cache_folder):
+    images = decoded_set()
+    (crops,), _ = hold(images, [CropRequest(np.array([3, 19, 3]), 28, resize=28)])
+    assert np.array_equal(crops.numpy(), images.images_NHWC[[3, 19, 3]])
+    assert not cache_folder.exists()
+    with pytest.raises(UserError, match="comes decoded"):
+        open_source(images, DataConfig(dataset="cifar10_lt", residency="stream"), CPU)
+
+
+def test_resuming_and_other_threads_give_the_same_batches():
+    images = decoded_set()
+    wanted = [request([i, 3, 19 - i], size=32, epoch=i) for i in range(9)]
+    whole, _ = hold(images, wanted)
+    resumed, _ = hold(images, wanted[6:], DataConfig(residency="host", num_threads=1))
+    assert same(whole[6:], resumed)
+
+
+@pytest.mark.parametrize(
+    ("residency", "free", "source", "said"),
+    [
+        ("auto", 10**9, Resident, "auto.*host"),
+        ("auto", 200_000, Stream, "auto.*stream"),
+        ("host", 10**9, Resident, "11 images take 0.1 MB decoded at full size"),
+        ("device", 10**9, Resident, "host has 1.0 GB free"),
+        ("stream", 0, Stream, ""),
+    ],
+)
+def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, free, source, said):
+    monkeypatch.setattr(resident, "_free_host_bytes", lambda: free)
+    images = make_set(tmp_path)
+    with caplog.at_level(logging.INFO, "fastdeitlt"):
+        opened = open_source(images, DataConfig(residency=residency, num_threads=2), CPU)
+    assert type(opened) is source
+    assert any(said in message or __import__("re").search(said, message) for message in [*caplog.messages, ""])
+    assert same(list(opened.crops(requests_of_every_kind())), deliver(images, requests_of_every_kind())[0])
+    opened.close()
+
+
+def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monkeypatch, decodings):
+    monkeypatch.setattr(resident, "_free_host_bytes", lambda: 100_000)
+    with pytest.raises(UserError, match=r"data\.residency=host: 11 images take 0\.1 MB .* host has 0\.1 MB free; use"):
+        open_source(make_set(tmp_path), HOST, CPU)
+    assert decodings == []
+
+
+def test_close_leaves_no_thread():
+    before = threading.active_count()
+    source = Resident(decoded_set(), HOST, CPU)
+    batches = source.crops([request([i]) for i in range(9)])
+    next(batches)
+    source.close()
+    source.close()
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_an_image_that_changes_while_it_is_decoded_is_noticed(tmp_path, monkeypatch):
+    images = make_set(tmp_path)
+    stored_sizes = cache.stored_sizes
+
+    def then_change(*arguments):
+        sizes = stored_sizes(*arguments)
+        (tmp_path / images.paths[3]).write_bytes(encoded(picture(44, 55, 99)))
+        return sizes
+
+    monkeypatch.setattr(cache, "stored_sizes", then_change)
+    with pytest.raises(UserError, match=r"03\.jpg.*changed"):
+        Resident(images, HOST, CPU)

@@ -1,0 +1,371 @@
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from fastdeitlt.checkpoint import save_model_folder
+from fastdeitlt.config import TeacherConfig
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_student, create_teacher, load_teacher
+from fastdeitlt.models.convert import official_teacher
+from fastdeitlt.models.fold import fold_batchnorm
+from fastdeitlt.models.resnet_cifar import NormedLinear
+from fastdeitlt.models.teacher import Teacher, open_teacher
+from fastdeitlt.models.vit import num_parameters
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "teachers.json").read_text())
+TEACHERS = list(GOLDEN["teachers"])
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def golden_teacher(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A whole official network under the golden weights, its images and its logits."""
+    arch, style = name.split("_")
+    case, seed = GOLDEN["teachers"][name], GOLDEN["seed"]
+    logits = torch.tensor(case["logits"])
+    network = create_teacher(arch, logits.shape[1], f"official_{style}").eval()
+    for j, (key, tensor) in enumerate(sorted(network.state_dict().items())):
+        if tensor.is_floating_point():
+            values = np.random.default_rng([seed, j]).standard_normal(tuple(tensor.shape)).astype(np.float32) * 0.05
+            tensor.copy_(torch.from_numpy(np.abs(values) + 1 if key.endswith("running_var") else values))
+    images = np.random.default_rng([seed, 999]).standard_normal(case["input_shape"]).astype(np.float32)
+    return network, torch.from_numpy(images), logits
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Batch norms with statistics and weights that a wrong fold would not survive."""
+    torch.manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(std=0.2)
+    return network.eval()
+
+
+def saved(path: Path, network: nn.Module, prefix: str = "") -> Path:
+    torch.save({"state_dict": {prefix + key: value for key, value in network.state_dict().items()}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resnet8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return saved(tmp_path_factory.mktemp("teacher") / "resnet8.pth", create_teacher("resnet8", 4))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_golden_teachers_load_and_give_their_logits(name: str, tmp_path: Path) -> None:
+    with torch.no_grad():
+        network, images, logits = golden_teacher(name)
+        torch.testing.assert_close(network(images), logits, rtol=1e-4, atol=1e-6)
+    case = GOLDEN["teachers"][name]
+    assert {key: list(tensor.shape) for key, tensor in network.state_dict().items()} == case["shapes"]
+    path = saved(tmp_path / f"{name}.pth.tar", network, "module.")
+    teacher = load_teacher(path, name.split("_")[0], logits.shape[1])
+    torch.testing.assert_close(teacher(images), logits, rtol=1e-4, atol=1e-6)
+    path.unlink()
+    assert num_parameters(network) > 0 == num_parameters(teacher)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_batchnorm(teacher.network)(images), logits, rtol=1e-4, atol=1e-6)
+
+
+def test_teacher_stays_frozen_in_training(resnet8: Path) -> None:
+    teacher = load_teacher(resnet8, "resnet8", 4)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    holder = nn.ModuleDict({"student": nn.Linear(1, 1), "teacher": teacher}).train()
+    images = torch.randn(5, 3, 32, 32, requires_grad=True)
+    logits = holder["teacher"](images)
+    assert not teacher.training and not logits.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_resnet32_has_the_papers_size_and_resnet50_is_torchvisions() -> None:
+    assert num_parameters(create_teacher("resnet32", 10)) / 1e6 == pytest.approx(0.46, abs=0.005)
+    ours, oracle = create_teacher("resnet50", 5).eval(), torchvision.models.resnet50(num_classes=5).eval()
+    oracle.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), oracle(images))
+    assert all(bool(block.bn3.weight.all()) for block in ours.layer1)
+
+
+def test_cosine_head_gives_cosines() -> None:
+    head = NormedLinear(6, 3)
+    features = torch.randn(4, 6) * 100
+    expected = torch.nn.functional.cosine_similarity(features[:, :, None], head.weight[None], dim=1)
+    torch.testing.assert_close(head(features), expected)
+
+
+def test_ldam_teacher_with_a_plain_head_loads(tmp_path: Path) -> None:
+    network = create_teacher("resnet8", 4).eval()
+    teacher = load_teacher(saved(tmp_path / "ce.pth", network), "resnet8", 4, "official_ldam")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), network(images))
+
+
+def test_timm_teacher_with_a_cosine_head_loads_from_safetensors(tmp_path: Path) -> None:
+    network = create_teacher("regnety_002", 6, normed_head=True).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    teacher = load_teacher(tmp_path / "model.safetensors", "regnety_002", 6, "timm")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), network(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet33", 4), "unknown architecture.*did you mean resnet3"),
+        (("regnety_0016", 4), "did you mean regnety_016"),
+        (("resnet32", 4, "oficial_paco"), "did you mean official_paco"),
+        (("resnet32", 0), "got 0 classes"),
+        (("mobilenetv3_small_100", 4, "official_paco"), "expects a ResNet"),
+    ],
+)
+def test_bad_teachers_are_refused_by_name(arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        create_teacher(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet8", 5), "has 4 classes, expected 5"),
+        (("resnet14", 4), r"missing: layer1\.1\.bn1\.bias"),
+        (("resnet18", 4), "has no fc.weight; expected the keys of resnet18"),
+        (("resnet8", 4, "official_paco"), "not official_paco's"),
+        (("resnet8", 4, "paco"), "unknown, expected auto"),
+        (("resnet8", 4, "auto", [0, 1, 2]), "got 3 entries"),
+        (("resnet8", 4, "auto", [0, 1, 1, 3]), "3 of them distinct, expected every class of 0..3 once"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(resnet8: Path, arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_teacher(resnet8, *arguments)
+
+
+def test_paco_class_count_and_style_are_checked(tmp_path: Path) -> None:
+    path = saved(tmp_path / "paco.pth", create_teacher("resnet8", 4, "official_paco"), "module.")
+    with pytest.raises(UserError, match="has 4 classes, expected 10"):
+        load_teacher(path, "resnet8", 10)
+    with pytest.raises(UserError, match="keys are official_paco's, got style official_ldam"):
+        load_teacher(path, "resnet8", 4, "official_ldam")
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_teacher_never_runs(tmp_path: Path, zipped: bool) -> None:
+    content = {
+        "state_dict": create_teacher("resnet8", 4).state_dict(),
+        "args": argparse.Namespace(x=Canary(tmp_path / "c")),
+    }
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        UserError, match=r"refused, it holds (posix|nt)\.system beside tensors \(nothing was executed\)"
+    ):
+        load_teacher(tmp_path / "evil.pth", "resnet8", 4)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 300, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["pth", "legacy.pth", "safetensors"])
+def test_truncated_teachers_are_named(tmp_path: Path, kind: str, keep: float) -> None:
+    path, state = tmp_path / f"cut.{kind}", create_teacher("resnet8", 4).state_dict()
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "pth")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    with pytest.raises(UserError, match="damaged"):
+        load_teacher(path, "resnet8", 4)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_flipped_bytes_of_a_pickle_raise_nothing_else(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pth").read_bytes()
+    draw = np.random.default_rng(0)
+    for _ in range(150):
+        changed = bytearray(content)
+        for place in draw.integers(0, len(content), 3):
+            changed[place] = draw.integers(0, 256)
+        (tmp_path / "a.pth").write_bytes(changed)
+        with pytest.raises(UserError):
+            load_teacher(tmp_path / "a.pth", "resnet8", 4)
+
+
+def test_other_files_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_text("<html>Not found</html>")
+    with pytest.raises(UserError, match="not torch's pickle"):
+        load_teacher(tmp_path / "page.pth", "resnet8", 4)
+    with pytest.raises(UserError, match="no such file"):
+        load_teacher(tmp_path / "absent.pth", "resnet8", 4)
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        load_teacher(tmp_path, "resnet8", 4)
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="no state_dict"):
+        load_teacher(tmp_path / "empty.pth", "resnet8", 4)
+
+
+def folder_of(path: Path, network: nn.Module, **facts: object) -> Path:
+    model = {"arch": "resnet8", "num_classes": 4, "img_size": 32}
+    return save_model_folder(path, network.state_dict(), {"kind": "teacher", "model": model, **facts})
+
+
+def test_model_folder_brings_architecture_normalisation_and_class_order(tmp_path: Path) -> None:
+    network = lively(create_teacher("resnet8", 4))
+    own = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
+    folder = folder_of(tmp_path / "t", network, class_map=[2, 0, 3, 1], preprocess=own)
+    cfg = TeacherConfig(path=str(folder), arch="resnet50", normalise="teacher")
+    teacher = open_teacher(cfg, MEAN, STD, 32, 4)
+    images = torch.rand(3, 3, 32, 32)
+    of = torchvision.transforms.v2.functional.normalize
+    with torch.no_grad():
+        expected = network(of(images, CIFAR_MEAN, CIFAR_STD))
+    torch.testing.assert_close(teacher(of(images, MEAN, STD)), expected, rtol=1e-4, atol=1e-5)
+    assert teacher.class_map.tolist() == [1, 3, 0, 2]
+    assert load_teacher(folder, "", 4).class_map.tolist() == [1, 3, 0, 2]
+    assert load_teacher(folder, "", 4, class_map=[0, 1, 2, 3]).class_map.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"kind": "student"}, "got a student, expected a teacher"),
+        ({"model": {"arch": "resnet8"}}, r"manifest\.json, model\.num_classes: Field required"),
+        ({"preprocess": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, r"preprocess\.std\.1: Input should be greater than 0"),
+        ({"class_map": [0, 1]}, "class map: got 2 entries"),
+    ],
+)
+def test_malformed_model_folders_are_named(tmp_path: Path, facts: dict, message: str) -> None:
+    model = {"arch": "resnet8", "num_classes": 4}
+    whole = {"kind": "teacher", "model": model, **facts}
+    folder = save_model_folder(tmp_path / "t", create_teacher("resnet8", 4).state_dict(), whole)
+    with pytest.raises(UserError, match=message):
+        load_teacher(folder, "resnet8", 4)
+
+
+def test_class_map_of_a_released_teacher_needs_map_classes(resnet8: Path) -> None:
+    cfg = TeacherConfig(path=str(resnet8), arch="resnet8")
+    assert open_teacher(cfg, MEAN, STD, 32, 4, [3, 2, 1, 0]).class_map is None
+    mapped = cfg.model_copy(update={"map_classes": True})
+    assert open_teacher(mapped, MEAN, STD, 32, 4, [3, 2, 1, 0]).class_map.tolist() == [3, 2, 1, 0]
+    with pytest.raises(UserError, match="map_classes: got true"):
+        open_teacher(mapped, MEAN, STD, 32, 4)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_student_images_are_resized_as_torchvision_resizes_tensors(antialias: bool) -> None:
+    teacher = Teacher(nn.Identity(), 1, img_size=32, antialias=antialias)
+    images = torch.randn(2, 3, 224, 224)
+    expected = resize(images, [32, 32], InterpolationMode.BICUBIC, antialias=antialias)
+    torch.testing.assert_close(teacher(images), expected)
+    assert torch.equal(teacher(images[..., :32, :32]), images[..., :32, :32])
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "regnety_002", "efficientnet_b0"])
+def test_folding_batch_norms_keeps_the_function(arch: str) -> None:
+    network = lively(create_teacher(arch, 5))
+    images = torch.randn(2, 3, 64, 64)
+    folded = fold_batchnorm(network)
+    with torch.no_grad():
+        expected = network(images)
+        torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+class Branches(nn.Module):
+    """A batch norm before any convolution, a convolution read twice, one called twice, and one plain pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = (nn.BatchNorm2d(3) for _ in range(3))
+        self.shared, self.again, self.plain = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.pair = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.first(x))
+        x = self.twice(x) + x
+        x = self.last(self.again(self.again(x)))
+        return self.pair(self.plain(x))
+
+
+def test_only_batch_norms_that_alone_follow_a_convolution_are_folded() -> None:
+    network, images = lively(Branches()), torch.randn(1, 3, 8, 8)
+    folded = fold_batchnorm(network)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
+    left = {name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert left == {"first", "twice", "last"}
+
+
+def test_a_network_that_cannot_be_traced_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Branching(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    network, images = lively(Branching()), torch.randn(1, 3, 8, 8)
+    with caplog.at_level(logging.INFO, "fastdeitlt"), torch.no_grad():
+        assert torch.equal(fold_batchnorm(network)(images), network(images))
+    assert "Branching: batch norms are not folded" in caplog.text
+
+
+def test_teacher_and_student_are_one_graph(resnet8: Path) -> None:
+    cfg = TeacherConfig(
+        path=str(resnet8), arch="resnet8", img_size=16, normalise="teacher", mean=CIFAR_MEAN, std=CIFAR_STD
+    )
+    teacher = open_teacher(cfg, MEAN, STD, 32, 4)
+    student = create_student("deit_tiny_distilled_patch8_32", 4, depth=2).train()
+
+    def step(images: Tensor) -> Tensor:
+        cls_logits, dist_logits = student(images)
+        return nn.functional.cross_entropy(dist_logits, teacher(images).argmax(1)) + cls_logits.square().mean()
+
+    images = torch.randn(4, 3, 32, 32)
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    expected = step(images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(images), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("style", ["official_paco", "official_ldam"])
+def test_teachers_go_out_in_the_official_keys(tmp_path: Path, style: str) -> None:
+    network = lively(create_teacher("resnet8", 4, "fastdeitlt" if style == "official_paco" else style))
+    torch.save(official_teacher(network, "resnet8", style), tmp_path / "out.pth")
+    content = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    official = create_teacher("resnet8", 4, style).eval()
+    official.load_state_dict({key.removeprefix("module."): value for key, value in content.items()}, strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(official(images), network(images))
+        assert torch.equal(load_teacher(tmp_path / "out.pth", "resnet8", 4)(images), network(images))
+
+
+def test_a_cosine_head_has_no_paco_keys() -> None:
+    with pytest.raises(UserError, match="cosine head"):
+        official_teacher(create_teacher("resnet8", 4, "official_ldam"), "resnet8", "official_paco")

@@ -1,0 +1,318 @@
+"""The spine: the reference's trajectory, exact resume, virtual ranks, one graph, no host sync."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdeitlt import config, embedded
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.data.batches import Batch
+from fastdeitlt.data.longtail import drw_weights
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.engine import JointForward, PlainEngine
+from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.optim import Ema, learning_rate
+from fastdeitlt.train import train
+
+DATA = Path(__file__).parent / "data"
+CPU = torch.device("cpu")
+TINY = {
+    "data.dataset": "list",
+    "student.name": "deit_tiny_distilled_patch16_32",
+    "student.depth": 1,
+    "student.drop_path": 0.2,
+    "augment.crop_scale": [0.5, 1.0],
+    "train.batch_size": 16,
+    "train.epochs": 3,
+    "train.compile": False,
+    "train.precision": "fp32",
+    "train.device": "cpu",
+    "train.log_every": 3,
+    "loss.drw_epoch": 2,
+    "mixup.off_in_drw": True,
+    "optim.lr_scale": "none",
+    "optim.ema_decay": 0.9,
+    "optim.warmup_epochs": 1,
+    "teacher.img_size": 28,
+    "evaluate.every": 2,
+    "evaluate.crop_pct": 1.0,
+}
+
+
+class Fixed(torch.nn.Module):
+    """A teacher whose logits are set from outside."""
+
+    class_map = None
+    logits_BK = torch.zeros(0)
+
+    def forward(self, images_BCHW):
+        return self.logits_BK
+
+
+def _engine(student, teacher, counts, cfg, micro_batches=1):
+    return PlainEngine(JointForward(student, teacher, counts, cfg, CPU), cfg, micro_batches)
+
+
+def test_twelve_steps_follow_the_official_loop():
+    golden = json.loads((DATA / "trajectory.json").read_text())
+    schedule, arch, seed = golden["schedule"], golden["arch"], golden["seed"]
+    cfg = config.build(
+        {
+            "train.epochs": schedule["epochs"],
+            "train.batch_size": 2,
+            "train.accumulate": golden["accumulate"],
+            "train.precision": "fp32",
+            "train.compile": False,
+            "loss.drw_epoch": golden["drw_from_epoch"],
+            "optim.lr": schedule["base_lr"],
+            "optim.lr_scale": "none",
+            "optim.warmup_epochs": schedule["warmup_epochs"],
+        }
+    )
+    student = create_student("deit_base_distilled_patch16_224", arch["classes"], drop_path=0.0, depth=arch["depth"])
+    state = student.state_dict()
+    for j, key in enumerate(sorted(state)):
+        value = np.random.default_rng([seed, j]).standard_normal(state[key].shape).astype(np.float32) * 0.05
+        state[key] = torch.from_numpy(value)
+    student.load_state_dict(state)
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    teacher = Fixed()
+    engine = _engine(student.train(), teacher, golden["counts"], cfg, golden["accumulate"])
+    weights_K = drw_weights(golden["counts"], golden["beta"])
+    plan = Plan(8, 2, golden["accumulate"], 1, 1)
+    assert plan.micro_steps == schedule["iterations_per_epoch"]
+    expected = iter(golden["trajectory"])
+    for epoch in range(3):
+        reweight = epoch >= cfg.loss.drw_epoch
+        for step in plan.steps(epoch):
+            for _ in step.micro_batches:
+                row = next(expected)
+                random = np.random.default_rng([seed, 1000 + row["iteration"]])
+                images = torch.from_numpy(random.standard_normal((2, 3, 224, 224)).astype(np.float32))
+                labels = torch.from_numpy(random.integers(0, arch["classes"], 2))
+                lam = float(random.uniform(0.1, 0.9))
+                teacher.logits_BK = torch.from_numpy(random.standard_normal((2, arch["classes"])).astype(np.float32))
+                mixed = images * lam + images.flip(0) * (1 - lam)
+                batch = Batch(mixed, labels, labels.flip(0), torch.tensor(lam))
+                losses = engine.forward(batch, weights_K if reweight else torch.ones(arch["classes"]), None)
+                engine.backward(losses.loss)
+                got = (losses.loss.item(), losses.cls_loss.item(), losses.dist_loss.item())
+                assert got == pytest.approx((row["loss"], row["cls"], row["dist"]), abs=1e-4), row["iteration"]
+            rate = learning_rate(step.clock, cfg)
+            assert rate == pytest.approx(row["lr"], abs=1e-9)
+            engine.step(rate)
+    for name, parameter in student.named_parameters():
+        assert parameter.norm().item() == pytest.approx(golden["final_param_norms"][name], rel=1e-3)
+        moved = (parameter.detach() - start[name]).norm().item()
+        assert moved == pytest.approx(golden["update_norms"][name], rel=1e-3), name
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    torch.manual_seed(1)
+    network = create_teacher("resnet8", 10, "fastdeitlt")
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
+        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
+    }
+    return save_model_folder(tmp_path_factory.mktemp("teacher") / "best", network.state_dict(), manifest)
+
+
+@pytest.fixture(scope="module")
+def tiny(teacher_folder, tmp_path_factory):
+    """A run of 3 epochs of 8 steps on 130 of the embedded images."""
+    root, lists = embedded.unpack(), tmp_path_factory.mktemp("lists")
+    data = {"data.root": str(root)}
+    for split, every in (("train", 19), ("val", 11), ("test", 13)):
+        lines = (root / f"{split}.txt").read_text().splitlines()
+        kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
+        (lists / f"{split}.txt").write_text("\n".join(kept))
+        data[f"data.{split}_list"] = str(lists / f"{split}.txt")
+    return TINY | data | {"teacher.path": str(teacher_folder)}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run that nothing interrupted."""
+    return train(config.build(tiny | {"name": "whole", "runs_dir": str(tmp_path_factory.mktemp("runs"))}))
+
+
+TIMES = ("images_per_s", "data_wait", "eta_s")
+
+
+def _losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def _weights(run):
+    last = run / "checkpoints" / "last"
+    return {f"{part}.{k}": v for part in ("model", "ema", "optimizer") for k, v in load_tensors(last, part).items()}
+
+
+def test_a_run_folder_has_all_its_parts(whole):
+    expected = {"config.yaml", "env.json", "metrics.jsonl", "summary.csv", "results.json", "report.html", "tensorboard"}
+    assert expected <= {p.name for p in whole.iterdir()}
+    assert read_manifest(whole / "checkpoints" / "best")["kind"] == "student"
+    results = json.loads((whole / "results.json").read_text())
+    assert set(results["test"]["heads"]) == {"AVG", "CLS", "DIST"}
+    assert not list((whole / "checkpoints").glob("*tmp*"))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler of the program runs its clean-up on it."""
+
+
+@pytest.mark.parametrize("stop_after", [2, 13, 17, 23], ids=lambda n: f"step{n}")
+def test_a_killed_run_continues_bit_for_bit(whole, tiny, tmp_path, monkeypatch, stop_after):
+    cfg = config.build(tiny | {"name": "killed", "runs_dir": str(tmp_path), "train.save_every_steps": 5})
+    uncut = config.build(tiny | {"name": "uncut", "runs_dir": str(tmp_path), "train.save_every_steps": 5})
+    real, count = PlainEngine.step, [0]
+
+    def dying(self, rate):
+        count[0] += 1
+        if count[0] == stop_after:
+            raise Killed
+        return real(self, rate)
+
+    monkeypatch.setattr(PlainEngine, "step", dying)
+    with pytest.raises(Killed):
+        train(cfg)
+    monkeypatch.setattr(PlainEngine, "step", real)
+    killed, uncut = train(cfg, "must"), train(uncut)
+    assert _losses(killed) == _losses(uncut)
+    expected = _weights(uncut)
+    assert all(torch.equal(value, expected[key]) for key, value in _weights(killed).items())
+    assert all(torch.equal(value, expected[key]) for key, value in _weights(whole).items())
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tiny, tmp_path, monkeypatch, whole):
+    cfg = config.build(tiny | {"name": "damaged", "runs_dir": str(tmp_path), "train.save_every_steps": 4})
+    monkeypatch.setattr("fastdeitlt.train.report.write_report", lambda folder: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        train(cfg)
+    monkeypatch.undo()
+    folder = tmp_path / "damaged"
+    (folder / "results.json").unlink()
+    newest = max((folder / "checkpoints").glob("step-*"))
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert _weights(train(cfg)).keys() == _weights(whole).keys()
+    assert list((folder / "checkpoints").glob("*.damaged-*"))
+    expected = _weights(whole)
+    assert all(torch.equal(value, expected[key]) for key, value in _weights(folder).items())
+
+
+def test_one_rank_plays_two_and_takes_the_same_steps(tiny):
+    """Two virtual ranks of 64 on one rank give the gradient that averaging two real ranks' gradients gives."""
+    cfg = config.build(tiny | {"train.batch_size": 4, "train.virtual_ranks": 2})
+    torch.manual_seed(0)
+    student = create_student("deit_tiny_distilled_patch16_32", 10, depth=1, drop_path=0.0)
+    batches = [Batch(torch.randn(4, 3, 32, 32), torch.arange(4), None, None) for _ in range(2)]
+    teacher = Teacher(create_teacher("resnet8", 10, "fastdeitlt"), 10)
+    weights_K = drw_weights(range(10, 110, 10), 0.999)
+
+    def gradients(engine, batches):
+        for batch in batches:
+            engine.backward(engine.forward(batch, weights_K, None).loss)
+        found = [p.grad.clone() for p in engine.parameters]
+        student.zero_grad()
+        return found
+
+    both = gradients(_engine(student, teacher, [1] * 10, cfg, 2), batches)
+    each = [gradients(_engine(student, teacher, [1] * 10, cfg, 1), [batch]) for batch in batches]
+    for together, one, two in zip(both, *each, strict=True):
+        torch.testing.assert_close(together, (one + two) / 2)
+
+
+def _one_step(cfg, watch=nullcontext()):  # noqa: B008
+    torch.manual_seed(0)
+    student = create_student("deit_tiny_distilled_patch16_32", 10, depth=2, drop_path=0.2).train()
+    engine = _engine(student, Teacher(create_teacher("resnet8", 10, "fastdeitlt"), 10, img_size=28), [5] * 10, cfg)
+    labels = torch.arange(8)
+    batch = Batch(torch.randn(8, 3, 32, 32), labels, labels.flip(0), torch.tensor(0.3))
+    weights_K = torch.ones(10)
+    ema = Ema(student, 0.9)
+    with watch:
+        losses = engine.forward(batch, weights_K, None)
+        engine.backward(losses.loss)
+        engine.step(1e-3)
+        ema.update()
+    return losses, student
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_student_teacher_and_loss_compile_to_one_graph(monkeypatch, precision):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **kw: real(module, backend=count, **kw))
+    compiled, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8}))
+    eager, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8, "train.compile": False}))
+    assert len(graphs) == 1
+    assert compiled.loss.item() == pytest.approx(eager.loss.item(), abs=1e-5 if precision == "fp32" else 3e-2)
+
+
+SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on operators that make the host wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not any(name.startswith(sync) for sync in SYNCS), f"host sync: {function}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+def test_the_step_never_waits_for_the_device(backend):
+    cfg = config.build({"train.compile": False, "train.batch_size": 8, "optim.backend": backend, "optim.clip_norm": 1.0})
+    _one_step(cfg, NoSync())
+
+
+def test_the_sync_test_can_fail():
+    with pytest.raises(AssertionError, match="host sync"), NoSync():
+        torch.ones(2).sum().item()
+
+
+def test_a_loss_that_is_not_finite_stops_with_code_5_and_leaves_a_sound_checkpoint(tiny, tmp_path, monkeypatch):
+    cfg = config.build(tiny | {"name": "nan", "runs_dir": str(tmp_path), "train.save_every_steps": 4})
+    real, count = PlainEngine.backward, [0]
+
+    def poison(self, loss):
+        count[0] += 1
+        real(self, loss * float("nan") if count[0] == 7 else loss)
+
+    monkeypatch.setattr(PlainEngine, "backward", poison)
+    with pytest.raises(NonFiniteError, match=r"steps 7 to 8.*optim\.clip_norm=1") as caught:
+        train(cfg)
+    assert caught.value.exit_code == 5
+    last = load_tensors(tmp_path / "nan" / "checkpoints" / "last")
+    assert all(value.isfinite().all() for value in last.values() if value.is_floating_point())
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole, tiny):
+    changed = tiny | {"name": "whole", "runs_dir": str(whole.parent), "optim.lr": 0.123}
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.123.*--resume never"):
+        train(config.build(changed))
+
+
+def test_without_a_teacher_both_heads_learn_the_labels(tiny, tmp_path):
+    alone = tiny | {"teacher.path": "", "name": "alone", "runs_dir": str(tmp_path), "train.epochs": 1, "loss.drw_epoch": 0}
+    run = train(config.build(alone))
+    assert json.loads((run / "results.json").read_text())["teacher"] is None

@@ -1,0 +1,295 @@
+"""Teachers end to end on a tiny set of coloured squares: training, resuming, folders, conversion, diagnosis."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from fastdeitlt import config
+from fastdeitlt.checkpoint import load_tensors, read_manifest
+from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
+from fastdeitlt.data.longtail import open_sets
+from fastdeitlt.data.resident import open_source
+from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
+from fastdeitlt.teachers.convert import export_official, import_official
+from fastdeitlt.teachers.diagnose import check_class_map, diagnose_teacher
+from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
+from fastdeitlt.teachers.paco import PacoObjective
+from fastdeitlt.teachers.schedule import learning_rate, radius
+from fastdeitlt.teachers.step import Step
+from fastdeitlt.teachers.train import train_teacher
+from fastdeitlt.teachers.views import Plan
+
+COLOURS = [(220, 40, 40), (40, 220, 40), (40, 40, 220)]
+COUNTS = {"train": (14, 8, 5), "val": (4, 4, 4), "test": (5, 5, 5)}
+PACO = ["loss=paco", "normed_head=false", "batch_size=8", "paco_queue=16", "paco_dim=4", "drw_epoch=-1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy squares, each class of its own colour."""
+    root = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    for split, counts in COUNTS.items():
+        lines = []
+        for label, count in enumerate(counts):
+            for i in range(count):
+                pixels = np.array(COLOURS[label]) + rng.normal(0, 30, (16, 16, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{split}{label}-{i}.png")
+                lines.append(f"{split}{label}-{i}.png {label}\n")
+        (root / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+def recipe(data: Path, runs: Path, *changes: str) -> Config:
+    lists = [f"data.{split}_list={split}.txt" for split in COUNTS]
+    base = [
+        "arch=resnet8", "img_size=16", "loss=ldam", "normed_head=true", "schedule=cosine", "warmup_epochs=1",
+        "epochs=4", "drw_epoch=3", "batch_size=9", "lr=0.05",
+    ]  # fmt: skip
+    ours = [c if "." in c.partition("=")[0] else f"teacher_training.{c}" for c in (*base, *changes)]
+    others = ["train.compile=false", "train.precision=fp32", "train.device=cpu", "evaluate.crop_pct=1.0"]
+    augment = ["augment.recipe=pad_crop", "augment.pad=2"]
+    return config.load(
+        "teacher/quickstart",
+        [f"runs_dir={runs}", "name=t", "data.dataset=list", f"data.root={data}", *lists, *others, *augment, *ours],
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    cfg = recipe(data, tmp_path_factory.mktemp("runs"), "epochs=8", "drw_epoch=6", "evaluate.every=2")
+    return cfg, train_teacher(cfg)
+
+
+def test_a_sam_teacher_learns_and_its_folder_says_how_well(trained: tuple[Config, Path]) -> None:
+    cfg, folder = trained
+    manifest = read_manifest(folder)
+    assert set(manifest["accuracy"]) == {"train", "val", "test"}
+    assert manifest["accuracy"]["test"] > 80
+    assert manifest["class_counts"] == [14, 8, 5]
+    assert manifest["model"]["arch"] == "resnet8"
+    assert manifest["preprocess"]["mean"] == list(cfg.augment.mean)
+    records = [json.loads(line) for line in (folder.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "eval"} == {record["kind"] for record in records}
+    results = json.loads((folder.parents[1] / "results.json").read_text())
+    assert results["selected"]["on"] == "val"
+    assert train_teacher(cfg) == folder  # finished: nothing is trained again
+
+
+def test_the_folder_gives_the_accuracy_it_claims(trained: tuple[Config, Path]) -> None:
+    cfg, folder = trained
+    images = open_sets(cfg.data).test
+    pixels = np.stack([np.asarray(Image.open(Path(images.root) / path)) for path in images.paths])
+    normalised = (torch.tensor(pixels).float() / 255 - torch.tensor(cfg.augment.mean)) / torch.tensor(cfg.augment.std)
+    logits = load_teacher(folder, "", 3)(normalised.permute(0, 3, 1, 2))
+    hits = logits.argmax(1) == torch.from_numpy(images.labels)
+    assert 100 * hits.float().mean().item() == pytest.approx(read_manifest(folder)["accuracy"]["test"], abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [["sam_schedule=linear", "clip_norm=1.0"], PACO], ids=["ldam", "paco"])
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_stopped_run_continues_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], stop: int
+) -> None:
+    whole = train_teacher(recipe(data, tmp_path / "whole", *changes))
+    cfg = recipe(data, tmp_path / "parts", *changes, "train.save_every_steps=2")
+    plain_step, calls = Step.__call__, []
+
+    def failing_step(*arguments: object) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return plain_step(*arguments)
+
+    monkeypatch.setattr(Step, "__call__", failing_step)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(cfg)
+    monkeypatch.setattr(Step, "__call__", plain_step)
+    parts = train_teacher(cfg)
+    expected, got = load_tensors(whole.parent / "last"), load_tensors(parts.parent / "last")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert read_manifest(whole)["accuracy"] == read_manifest(parts)["accuracy"]
+
+
+@pytest.mark.parametrize("loss", ["ce", "focal", "vs", "balanced_softmax", "logit_adjustment", "paco"])
+@pytest.mark.parametrize("sam", ["none", "asam"])
+def test_every_loss_trains_with_and_without_sam(data: Path, tmp_path: Path, loss: str, sam: str) -> None:
+    extra = PACO if loss == "paco" else ["normed_head=false", "drw_epoch=1"]
+    cfg = recipe(data, tmp_path, *extra, f"loss={loss}", f"sam={sam}", "epochs=2")
+    state = load_tensors(train_teacher(cfg))
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"lower teacher_training\.lr"):
+        train_teacher(recipe(data, tmp_path, "loss=ce", "normed_head=false", "lr=1e30", "warmup_epochs=0"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("drw_epoch=4", "re-weighting would never start"),
+        ("sam_schedule=step", "sam_rho_steps is empty"),
+        ("loss=paco", "expected a multiple of batch_size=9"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_work(
+    data: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(data, tmp_path, change)
+
+
+def test_a_batch_larger_than_the_set_is_refused_for_paco(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="got 32, the set has 27 images"):
+        train_teacher(recipe(data, tmp_path, *PACO, "batch_size=32", "paco_queue=64"))
+
+
+def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:
+    plan = Plan(n=27, batch_size=8, seed=0, drop_last=False)
+    first, second = (np.concatenate(list(plan.samples(epoch))) for epoch in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(27))
+    assert first.tolist() != second.tolist()
+    assert [len(part) for part in plan.samples(0, start=2)] == [8, 3]
+    assert np.concatenate(list(plan.samples(0, start=2))).tolist() == first[16:].tolist()
+    assert [len(part) for part in Plan(27, 8, 0, drop_last=True).samples(0)] == [8, 8, 8]
+
+
+def test_schedules_are_the_references() -> None:
+    ldam = config.load("teacher/cifar10_lt_r100").teacher_training
+    rates = [learning_rate(epoch, ldam) for epoch in (0, 4, 5, 159, 160, 179, 180)]
+    assert rates == pytest.approx([0.02, 0.1, 0.1, 0.1, 1e-3, 1e-3, 1e-5])
+    large = config.load("teacher/imagenet_lt").teacher_training
+    assert [radius(epoch, large) for epoch in (0, 4, 5, 59, 60, 89)] == [0.05, 0.05, 0.1, 0.1, 0.5, 0.5]
+    assert learning_rate(45, large) == pytest.approx(0.1)
+    linear = TeacherTrainingConfig(sam_schedule="linear", sam_rho=0.8, epochs=4)
+    assert [radius(epoch, linear) for epoch in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_paco_moves_its_key_encoder_and_queue_once_a_step() -> None:
+    torch.manual_seed(0)
+    cfg = TeacherTrainingConfig(loss="paco", paco_queue=8, paco_momentum=0.9, batch_size=4)
+    paco = Paco("resnet8", 3, dim=4, queue_size=8).train()
+    objective = PacoObjective(paco, torch.tensor([5, 3, 1]), cfg)
+    with torch.no_grad():
+        paco.linear.weight += 1.0
+    before = paco.linear_k.weight.clone()
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    for step in range(3):
+        (keys,) = objective.prepare([images, images], labels)
+        objective(images, labels, None, keys).backward()
+        objective.finish(labels, keys)
+        place = slice(4 * (step % 2), 4 * (step % 2) + 4)
+        assert torch.equal(paco.queue[place], keys)
+        assert paco.queue_l[place].tolist() == labels.tolist()
+    assert paco.queue_ptr.item() == 4
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(paco.linear_k.weight, before + (1 - 0.9**3))
+    assert all(p.grad is None for p in paco.encoder_k.parameters())
+    assert all(p.grad is not None for p in (*paco.encoder_q.parameters(), *paco.linear.parameters()))
+
+
+@pytest.mark.parametrize("style", ["official_ldam", "official_paco"])
+def test_folders_and_released_checkpoints_convert_both_ways(data: Path, tmp_path: Path, style: str) -> None:
+    changes = [*PACO, "epochs=1"] if style == "official_paco" else ["epochs=1", "drw_epoch=0"]
+    folder = train_teacher(recipe(data, tmp_path, *changes))
+    released = export_official(folder, style, tmp_path / "out" / "released.pth.tar")
+    content = torch.load(released, weights_only=True)["state_dict"]
+    expected = create_teacher("resnet8", 3, style).state_dict()
+    assert {key.removeprefix("module.") for key in content} == set(expected)
+    assert all(key.startswith("module.") for key in content)
+    facts = {"arch": "resnet8", "num_classes": 3, "img_size": 16, "mean": (0.3,) * 3, "std": (0.3,) * 3}
+    back = import_official(released, tmp_path / "back", **facts)
+    images = torch.randn(2, 3, 16, 16)
+    logits = [load_teacher(path, "resnet8", 3)(images) for path in (folder, released, back)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_a_plain_cnn_can_be_wrapped_for_pacos_loader_but_a_cosine_head_cannot(
+    trained: tuple[Config, Path], data: Path, tmp_path: Path
+) -> None:
+    plain = train_teacher(recipe(data, tmp_path, "loss=ce", "normed_head=false", "epochs=1", "drw_epoch=-1"))
+    released = export_official(plain, "official_paco", tmp_path / "wrapped.pth")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(
+        load_teacher(released, "resnet8", 3, "official_paco")(images), load_teacher(plain, "", 3)(images)
+    )
+    with pytest.raises(UserError, match="cosine head"):
+        export_official(trained[1], "official_paco", tmp_path / "no.pth")
+    with pytest.raises(UserError, match="expected one of official_ldam, official_paco"):
+        export_official(plain, "timm", tmp_path / "no.pth")
+
+
+def student(cfg: Config, folder: Path) -> Config:
+    changes = {
+        "student": cfg.student.model_copy(update={"img_size": 32}),
+        "teacher": cfg.teacher.model_copy(update={"path": str(folder), "img_size": 16}),
+        "augment": cfg.augment.model_copy(update={"recipe": "deit"}),
+        "mixup": MixupConfig(),
+        "train": cfg.train.model_copy(update={"batch_size": 6}),
+    }
+    return cfg.model_copy(update=changes)
+
+
+def test_a_diagnosis_shows_that_harder_images_confuse_the_teacher(trained: tuple[Config, Path]) -> None:
+    cfg, folder = trained
+    facts = diagnose_teacher(folder, student(cfg, folder))
+    assert facts["images"] == 27
+    assert facts["clean"]["accuracy"] == pytest.approx(read_manifest(folder)["accuracy"]["train"])
+    assert facts["clean"]["accuracy"] > facts["mixed_resized"]["accuracy"]
+    assert facts["clean"]["entropy"] < facts["mixed"]["entropy"]
+    assert facts["mixed"]["either"] >= facts["mixed"]["accuracy"]
+    assert set(facts["augmented"]["agreement"]) == {"head", "mid", "tail"}
+    assert facts["hard_targets"]["labels"] == [14, 8, 5]
+    assert sum(facts["hard_targets"]["targets"]) == 26  # mixing pairs images
+    gaps = list(facts["sharpness"]["gap"].values())
+    assert gaps == sorted(gaps)
+    assert 1 <= facts["feature_rank"]["sample"] <= facts["feature_rank"]["width"] == 64
+    json.dumps(facts)
+
+
+def test_a_wrong_class_order_stops_the_run_with_the_reason(trained: tuple[Config, Path]) -> None:
+    cfg, folder = trained
+    cfg = student(cfg, folder)
+    cfg = cfg.model_copy(update={"student": cfg.student.model_copy(update={"img_size": 16})})
+    images = open_sets(cfg.data).train
+    source = open_source(images, cfg.data, torch.device("cpu"))
+    teacher = open_teacher(cfg.teacher, cfg.augment.mean, cfg.augment.std, 16, 3)
+    assert check_class_map(teacher, images, source, cfg) > 80
+    teacher.class_map = torch.tensor([1, 2, 0])
+    with pytest.raises(UserError, match=r"right on 27 clean training images, its folder says .*another order"):
+        check_class_map(teacher, images, source, cfg)
+    source.close()
+
+
+def test_the_top_eigenvalue_of_a_quadratic() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    curvature = torch.tensor([1.0, -7.0, 4.0])
+    assert top_eigenvalue(lambda: 0.5 * (curvature * weight**2).sum(), [weight], 50) == pytest.approx(-7.0, rel=1e-4)
+
+
+def test_sharpness_leaves_the_network_as_it_was() -> None:
+    network = create_teacher("resnet8", 3).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    facts = sharpness(network, images, labels)
+    assert facts["loss"] == pytest.approx(F.cross_entropy(network.eval()(images), labels).item(), rel=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
+
+
+def test_feature_rank_counts_directions() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(40, 3) @ torch.randn(3, 10)
+    features += 5  # a shared offset is one more direction unless features are centred
+    assert feature_rank(features, "feature", 0.999999) == 3
+    assert feature_rank(torch.ones(5, 1) * torch.randn(4), "sample") == 1
