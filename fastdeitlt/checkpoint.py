@@ -163,16 +163,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError when ``optimizer_tensors`` are of other parameters than the model's."""
+    parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {key.rpartition("/")[0] for key in tensors}
+    if names and names != parameters:
+        raise UserError(f"optimizer state: of other parameters (e.g. {sorted(names ^ parameters)[0]}); start anew")
+
+
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put ``optimizer_tensors`` back.
 
     Raises:
         UserError: the state belongs to other parameters.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = {key.rpartition("/")[0] for key in tensors}
-    if names and names != set(parameters):
-        raise UserError(f"optimizer state: of other parameters (e.g. {sorted(names ^ set(parameters))[0]}); start anew")
+    check_optimizer(model, tensors)
+    parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
         name, _, state = key.rpartition("/")
         parameter = parameters[name]

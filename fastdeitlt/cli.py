@@ -19,6 +19,11 @@ def _train(args: argparse.Namespace) -> int:
         from fastdeitlt.dryrun import dry_run
 
         return dry_run(cfg)
+    if args.with_teacher:
+        from fastdeitlt.demo import train_both
+
+        train_both(cfg, config.load(args.with_teacher), args.resume)
+        return 0
     from fastdeitlt.train import train
 
     train(cfg, args.resume)
@@ -143,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
             "--resume", default="auto", metavar="auto|never|must|PATH", help="what to do with saved state"
         )
         if run is _train:
+            added.add_argument(
+                "--with-teacher", metavar="RECIPE", help="train this teacher first, such as teacher/quickstart"
+            )
             added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
 
     added = verb(

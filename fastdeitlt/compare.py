@@ -41,7 +41,7 @@ def _results(runs: list[RunFiles]) -> Section:
     note = "Top-1 accuracy in per cent; the best run of each column is bold. AVG is the mean of the two heads' logits."
     scored = {run.name: run.tested[1] for run in runs if run.tested}
     blocks: list[Block] = []
-    for head in ("AVG", "CLS", "DIST"):
+    for head in figures.COLOURS:
         for split in ("threshold", "official"):
             rows = [
                 [name, *(cell(result.accuracy(head, group, split)) for group in GROUPS)]
@@ -51,9 +51,9 @@ def _results(runs: list[RunFiles]) -> Section:
             if rows:
                 blocks.append(Table(f"{head}, {split} split", ["", *GROUPS], rows, best=best_cells(rows)))
     if scored:
-        heights = {name: [result.accuracy("AVG", g, "official") for g in GROUPS] for name, result in scored.items()}
+        heights = {name: [result.accuracy(None, g, "official") for g in GROUPS] for name, result in scored.items()}
         svg = figures.bars(GROUPS, heights, _colours(runs))
-        blocks.append(Figure("AVG, official split", svg))
+        blocks.append(Figure("Accuracy in %, official split", svg))
     return Section("Result", note, blocks)
 
 
@@ -62,13 +62,13 @@ def _curves(runs: list[RunFiles]) -> Section:
     curves = {run.name: run.selection_curve()[2] for run in runs}
     for group in ("all", "tail"):
         lines = {
-            name: ([epoch for epoch, _ in points], [r.accuracy("AVG", group, "official") for _, r in points])
+            name: ([epoch for epoch, _ in points], [r.accuracy(None, group, "official") for _, r in points])
             for name, points in curves.items()
             if points
         }
         if lines:
             svg = figures.curves(lines, "accuracy in %", _colours(runs), percent=True)
-            blocks.append(Figure(f"AVG on the selection set, {group}", svg))
+            blocks.append(Figure(f"Accuracy on the selection set, {group} classes", svg))
     losses = {run.name: (column(run.steps, "time"), column(run.steps, "loss")) for run in runs if run.steps}
     if losses:
         blocks.append(Figure("Training loss", figures.curves(losses, "loss", _colours(runs))))

@@ -218,7 +218,11 @@ class TrainConfig(Section):
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     """Backward, accumulation and step: plain at one rank, DeepSpeed at more."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO stage."""
+    """What DeepSpeed shards over ranks: 0 nothing, 1 moments, 2 and gradients, 3 and weights (needs compile=false)."""
+    offload: bool = False
+    """Keep the moments, and step, in host memory (DeepSpeed, zero_stage 1 to 3): saves device memory, costs time."""
+    timeout_s: int = Field(600, ge=1)
+    """Seconds a rank waits for the others before it gives up."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between log lines; the only host syncs of the loop."""
     save_every_epochs: int = Field(1, ge=0)

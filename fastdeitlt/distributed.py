@@ -1,30 +1,115 @@
-"""Ranks and what they say to each other: the only importer of torch.distributed."""
+"""Ranks and what they say to each other: the only importer of torch.distributed.
 
+A launcher starts one process a GPU and tells each its place; any of these does, on one machine or several:
+
+    torchrun --nproc_per_node 8 -m fastdeitlt.cli train imagenet_lt
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m fastdeitlt.cli train ...
+    deepspeed --no_local_rank --module fastdeitlt.cli train imagenet_lt
+    srun --ntasks-per-node 8 python -m fastdeitlt.cli train imagenet_lt
+
+torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they are made from
+SLURM's own variables. The folder of runs must be one that every machine sees.
+"""
+
+# N rows in all, B rows of a rank
+
+import atexit
+import logging
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as collective
 
+from fastdeitlt.errors import UserError
 
-def start(device_type: str, timeout_s: int = 300) -> tuple[int, int]:
-    """(rank, world). Joins the group that a launcher such as torchrun set up; alone it is (0, 1) without one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not collective.is_initialized():
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        collective.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+log = logging.getLogger("fastdeitlt")
+T = TypeVar("T")
+
+
+def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
+    """(rank, world). Joins the group that a launcher set up; a process started without one is (0, 1), without a group.
+
+    Args:
+        device_type: train.device.
+        timeout_s: seconds after which a rank that waits for another gives up.
+    """
+    if _told("WORLD_SIZE", 1) > 1 and not collective.is_initialized():
+        device = device_of(device_type)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        collective.init_process_group(_backend(device), timeout=timedelta(seconds=timeout_s))
+        atexit.register(stop)
     return rank(), get_world()
+
+
+@contextmanager
+def group(device_type: str, timeout_s: int = 600) -> Iterator[tuple[int, int]]:
+    """``start`` for the time of a run. What ends one rank is logged with its number; the launcher ends the others.
+
+    The group outlives the run, because engines keep it; the process leaves it at its exit, but not after an error:
+    the others may be waiting in it, and leaving would wait for them.
+    """
+    ranks = start(device_type, timeout_s)
+    try:
+        yield ranks
+    except BaseException as error:
+        if ranks[1] > 1:
+            log.error("rank %d of %d stops: %s: %s", *ranks, type(error).__name__, error)
+            atexit.unregister(stop)
+        raise
+
+
+def start_alone(device: torch.device) -> None:
+    """A group of this process alone, for engines that need one, unless there is a group already."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not collective.is_initialized():
+        collective.init_process_group(_backend(device), store=collective.HashStore(), rank=0, world_size=1)
+        atexit.register(stop)
+
+
+def adopt_slurm(env: Any) -> None:
+    """Name this task's place as torchrun would, when srun started it among several and no launcher has.
+
+    Args:
+        env: os.environ, or another mapping of strings.
+    """
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of SLURM's list of hosts: ``gpu[007-010,12],login1`` gives ``gpu007``."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def _told(name: str, alone: int) -> int:
+    """What the launcher said."""
+    adopt_slurm(os.environ)
+    return int(os.environ.get(name, alone))
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def rank() -> int:
     """This process's rank; 0 when alone."""
-    return collective.get_rank() if collective.is_initialized() else 0
+    return collective.get_rank() if collective.is_initialized() else _told("RANK", 0)
 
 
 def local_rank() -> int:
     """This process's rank on its machine; 0 when alone."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told("LOCAL_RANK", 0)
 
 
 def get_world() -> int:
@@ -34,15 +119,51 @@ def get_world() -> int:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """In-place sum over ranks, on the device, without a host sync; nothing when alone."""
-    if collective.is_initialized():
+    if get_world() > 1:
         collective.all_reduce(tensor)
     return tensor
 
 
-def barrier() -> None:
-    """Wait for every rank; nothing when alone."""
-    if collective.is_initialized():
-        collective.barrier()
+def gather_interleaved(rows_B: Tensor, total: int, device: torch.device) -> Tensor:
+    """All rows in order, on the CPU of every rank, where each rank has those of ``arange(rank, total, world)``.
+
+    Args:
+        rows_B: this rank's rows [B, ...], on the CPU; the ranks' numbers of rows may differ by one.
+        total: rows of all ranks, N.
+        device: where the group communicates.
+
+    Returns:
+        [N, ...].
+    """
+    world = get_world()
+    if world == 1:
+        return rows_B
+    longest = -(-total // world)
+    padded = torch.zeros(longest, *rows_B.shape[1:], dtype=rows_B.dtype, device=device)
+    padded[: len(rows_B)] = rows_B
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    collective.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Rank 0 does ``work``; every rank waits for it and gets its result.
+
+    Raises:
+        UserError: the one that ``work`` raised, on every rank.
+    """
+    if get_world() == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = error
+    collective.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def device_of(kind: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 # B images in a micro-batch, C channels, H height, W width, K classes
 
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +12,12 @@ from fastdeitlt import checkpoint, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.errors import UserError
 from fastdeitlt.loss import JointLoss, joint_loss
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
+
+log = logging.getLogger("fastdeitlt")
 
 
 class JointForward(nn.Module):
@@ -53,7 +57,13 @@ class JointForward(nn.Module):
         """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device."""
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
-        labels = {"partner": partner_B, "lam": lam, "smoothing": smoothing, "base": c.base, "counts": self.counts}
+        labels: dict[str, Any] = {
+            "partner": partner_B,
+            "lam": lam,
+            "smoothing": smoothing,
+            "base": c.base,
+            "counts": self.counts,
+        }
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"):
             cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
@@ -155,9 +165,26 @@ class PlainEngine:
 
 
 def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
-    """The engine that ``train.engine`` names; `auto` says what it chose.
+    """The engine that ``train.engine`` names; `auto` is plain at one rank and DeepSpeed at more, and says so.
 
     Raises:
-        UserError: `plain` at more than one rank.
+        UserError: `plain` at more than one rank, or offload where nothing is sharded.
     """
-    return PlainEngine(joint, cfg, plan.micro_batches_per_step)
+    t, kind = cfg.train, cfg.train.engine
+    if kind == "auto":
+        kind = "deepspeed" if plan.world > 1 else "plain"
+        log.info("engine: %s, because there %s", kind, "is one rank" if plan.world == 1 else f"are {plan.world} ranks")
+    if kind == "plain" and plan.world > 1:
+        raise UserError(
+            f"train.engine=plain: does not share gradients, and there are {plan.world} ranks; use train.engine=auto"
+        )
+    if t.offload and (kind == "plain" or t.zero_stage == 0):
+        raise UserError(
+            f"train.offload: is DeepSpeed's, of stages 1 to 3; got the {kind} engine and train.zero_stage="
+            f"{t.zero_stage}; use train.engine=deepspeed train.zero_stage=1, or train.offload=false"
+        )
+    if kind == "plain":
+        return PlainEngine(joint, cfg, plan.micro_batches_per_step)
+    from fastdeitlt.sharded import DeepSpeedEngine
+
+    return DeepSpeedEngine(joint, cfg, plan)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fastdeitlt.metrics import Result
 
-COLOURS = {"AVG": "#111827", "CLS": "#2563eb", "DIST": "#d97706", "TEACHER": "#9ca3af"}
+COLOURS = {"AVG": "#111827", "CLS": "#2563eb", "DIST": "#d97706", "TEACHER": "#6b7280"}
 INK, FAINT, GRID = "#374151", "#9ca3af", "#e5e7eb"
 RUN_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4b5563", "#be185d")
 SIZE_INCHES = (5.2, 3.1)
@@ -88,6 +88,7 @@ def curves(
                 fontsize=8,
                 color=INK,
             )
+        axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.set_ylabel(ylabel)
         if len(lines) > 1:
@@ -109,7 +110,7 @@ def class_accuracy(result: Result) -> Markup:
             axes.plot(
                 x, y, "o-", markersize=4, label=name, color=COLOURS.get(name, INK), zorder=3 if name == "AVG" else 2
             )
-        first = next(iter(result.heads))
+        first = result.main
         if few:
             order = np.argsort(-counts_K, kind="stable")
             low, high = result.class_interval(first)[order].T

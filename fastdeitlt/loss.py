@@ -95,17 +95,18 @@ def joint_loss(
     _check_logits(cls_logits, dist_logits, teacher_logits, class_map, distillation)
     (batch, num_classes), device = cls_logits.shape, cls_logits.device
     _check_mixing(partner, lam, device)
-    for name, vector, size in (
-        ("labels", labels, batch),
-        ("partner", partner, batch),
-        ("class_map", class_map, teacher_logits.size(1)),
-        ("weights", weights, num_classes),
-        ("cls_weights", cls_weights, num_classes),
-        ("counts", counts, num_classes),
+    for name, tensor, shape, dtype in (
+        ("labels", labels, (batch,), torch.int64),
+        ("partner", partner, (batch,), torch.int64),
+        ("class_map", class_map, (teacher_logits.size(1),), torch.int64),
+        ("weights", weights, (num_classes,), torch.float32),
+        ("cls_weights", cls_weights, (num_classes,), torch.float32),
+        ("counts", counts, (num_classes,), None),
+        ("normaliser", normaliser, (), torch.float32),
     ):
-        _check_vector(name, vector, size, device)
+        _check_tensor(name, tensor, shape, dtype, device)
     log_prior = None
-    if base in ("balanced_softmax", "logit_adjustment") and counts is not None:
+    if counts is not None:
         log_prior = (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
 
     run: Callable[..., JointLoss] = _triton_joint_loss() if _use_triton(impl, cls_logits) else reference
@@ -279,13 +280,14 @@ def _check_mixing(partner: Tensor | None, lam: float | Tensor | None, device: to
         raise UserError(f"joint_loss: lam is {lam}, expected 0 <= lam <= 1")
 
 
-def _check_vector(name: str, vector: Tensor | None, size: int, device: torch.device) -> None:
-    if vector is None:
+def _check_tensor(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    if tensor is None:
         return
-    expected = {"labels": torch.int64, "partner": torch.int64, "class_map": torch.int64, "counts": vector.dtype}
-    dtype = expected.get(name, torch.float32)
-    if vector.shape != (size,) or vector.dtype != dtype or vector.device != device:
-        raise UserError(f"joint_loss: {name} is {_say(vector)}, expected {dtype} ({size},) on {device}")
+    dtype = dtype or tensor.dtype
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise UserError(f"joint_loss: {name} is {_say(tensor)}, expected {dtype} {shape} on {device}")
 
 
 def _say(tensor: Tensor) -> str:

@@ -18,7 +18,6 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from rich.table import Table
 from torch import Tensor
 
-from fastdeitlt.config import near
 from fastdeitlt.data.longtail import shot_groups
 from fastdeitlt.errors import NonFiniteError, UserError
 
@@ -82,25 +81,21 @@ class Result:
         """Images scored."""
         return sum(self.support_K)
 
-    def accuracy(self, head: str = "AVG", group: str = "all", split: str = "threshold") -> float:
-        """Top-1 accuracy in per cent, NaN where the group has no images.
+    @property
+    def main(self) -> str:
+        """The head that predicts: AVG of a student, TEACHER."""
+        return next(iter(self.heads))
 
-        Raises:
-            UserError: no such head, split or group; the nearest is named.
-        """
-        value: Any = {name: scores.top1 for name, scores in self.heads.items()}
-        for what, key in (("head", head), ("split", split), ("group", group)):
-            if key not in value:
-                raise UserError(f"{what}: got {key!r}, expected one of {', '.join(value)}{near(key, list(value))}")
-            value = value[key]
-        return float(value)
+    def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
+        """Top-1 accuracy in per cent of a head, by default ``main``; NaN where the group has no images."""
+        return self.heads[head or self.main].top1[split][group]
 
-    def class_accuracy(self, head: str = "AVG") -> np.ndarray:
+    def class_accuracy(self, head: str) -> np.ndarray:
         """Accuracy of each class in per cent, float64 [K], NaN for a class without images."""
         with np.errstate(invalid="ignore"):
             return 100 * np.array(self.heads[head].correct_K) / np.array(self.support_K)
 
-    def class_interval(self, head: str = "AVG") -> np.ndarray:
+    def class_interval(self, head: str) -> np.ndarray:
         """Wilson 95 % interval of each class's accuracy in per cent, float64 [K, 2]."""
         return wilson_interval(np.array(self.heads[head].correct_K), np.array(self.support_K))
 
@@ -134,7 +129,7 @@ class Result:
         rows = {name: head.top1[split] for name, head in self.heads.items()}
         others = {"chance": dict.fromkeys(GROUPS, 100 / len(self.counts_K))}
         if teacher is not None:
-            others = {"teacher": next(iter(teacher.heads.values())).top1[split]} | others
+            others = {"teacher": teacher.heads[teacher.main].top1[split]} | others
         if published:
             others["published"] = published
         for name, row in (rows | others).items():

@@ -36,9 +36,12 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _lead(run: RunFiles) -> str:
     dataset = run.cfg.data.dataset if run.cfg else "unknown data"
-    student = f"{run.cfg.student.name} on {dataset}" if run.cfg else dataset
+    model = "a model"
+    if run.cfg:
+        model = f"teacher {run.cfg.teacher_training.arch}" if run.is_teacher else run.cfg.student.name
+    what = f"{model} on {dataset}"
     if run.tested is None:
-        return f"{student}. No results yet: the run has not been tested."
+        return f"{what}. No results yet: the run has not been tested."
     name, result = run.tested
     chosen = run.results.get("selected") or {}
     weights = {"model": "weights", "ema": "averaged weights"}.get(chosen.get("weights", ""), "weights")
@@ -46,7 +49,7 @@ def _lead(run: RunFiles) -> str:
     on = {"val": "chosen on validation images", "test": "chosen on the test images", "last": "the last ones"}
     how = on.get(chosen.get("on", ""), "")
     images = f"{result.num_images:,} {'test' if name == 'test' else 'validation'} images"
-    return f"{student}: {images} of {len(result.counts_K):,} classes, {weights}{epoch}{f', {how}' if how else ''}."
+    return f"{what}: {images} of {len(result.counts_K):,} classes, {weights}{epoch}{f', {how}' if how else ''}."
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
@@ -54,11 +57,11 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
         return []
     _, result = run.tested
     tiles = [
-        (f"{cell(result.accuracy())} %", "accuracy, mean of both heads"),
+        (f"{cell(result.accuracy())} %", "accuracy" if run.is_teacher else "accuracy, mean of both heads"),
         (f"{cell(result.accuracy(group='tail', split='official'))} %", "on the tail (official split)"),
     ]
     if run.teacher:
-        gain = result.accuracy() - run.teacher.accuracy(next(iter(run.teacher.heads)))
+        gain = result.accuracy() - run.teacher.accuracy()
         tiles.append((f"{gain:+.1f}", "points over the teacher"))
     if run.steps:
         tiles.append((f"{np.median(column(run.steps, 'images_per_s')):,.0f}", "training images a second"))
@@ -76,7 +79,7 @@ def _headline(run: RunFiles) -> Section:
     blocks: list[Block] = [_accuracy_table(run, result, split) for split in SPLITS]
     heads = {name: head.top1["official"] for name, head in result.heads.items()}
     if run.teacher:
-        heads["TEACHER"] = next(iter(run.teacher.heads.values())).top1["official"]
+        heads["TEACHER"] = run.teacher.heads[run.teacher.main].top1["official"]
     heights = {name: [row[group] for group in GROUPS] for name, row in heads.items()}
     blocks.append(Figure("Accuracy in %, official split", figures.bars(GROUPS, heights, figures.COLOURS)))
     rows = [
@@ -98,7 +101,7 @@ def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
     ours = {name: head.top1[split] for name, head in result.heads.items()}
     others: dict[str, dict[str, float]] = {}
     if run.teacher:
-        others["teacher"] = next(iter(run.teacher.heads.values())).top1[split]
+        others["teacher"] = run.teacher.heads[run.teacher.main].top1[split]
     others["chance"] = dict.fromkeys(GROUPS, 100 / len(result.counts_K))
     if run.published:
         others["published"] = run.published
@@ -109,13 +112,14 @@ def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
 
 
 def _learning(run: RunFiles) -> Section:
-    drw_epoch = run.cfg.loss.drw_epoch if run.cfg else -1
+    recipe = run.cfg and (run.cfg.teacher_training if run.is_teacher else run.cfg.loss)
+    drw_epoch = recipe.drw_epoch if recipe else -1
     blocks: list[Block] = []
     if run.steps:
         time = column(run.steps, "time")
         losses = {"loss": "loss", "CLS": "cls_loss", "DIST": "dist_loss"}
         colours = {"loss": figures.COLOURS["AVG"], "CLS": figures.COLOURS["CLS"], "DIST": figures.COLOURS["DIST"]}
-        lines = {name: (time, column(run.steps, key)) for name, key in losses.items()}
+        lines = {name: (time, column(run.steps, key)) for name, key in losses.items() if key in run.steps[0]}
         blocks.append(Figure("Training loss", figures.curves(lines, "loss", colours, drw_epoch)))
         rate = {"lr": (time, column(run.steps, "lr"))}
         blocks.append(Figure("Learning rate", figures.curves(rate, "learning rate", {"lr": figures.INK}, drw_epoch)))
@@ -130,7 +134,8 @@ def _learning(run: RunFiles) -> Section:
             blocks.append(Figure(f"Accuracy on {split}, {title}, {weights} weights", svg))
     note = "Losses are averages between log lines."
     if drw_epoch >= 0:
-        note += f" The dotted line marks epoch {drw_epoch}, from which the DIST loss is re-weighted (DRW)."
+        loss = "loss" if run.is_teacher else "DIST loss"
+        note += f" The dotted line marks epoch {drw_epoch}, from which the {loss} is re-weighted (DRW)."
     return Section("Learning", note, blocks)
 
 
@@ -164,7 +169,7 @@ def _classes(run: RunFiles) -> list[Section]:
 
 
 def _confusions(run: RunFiles, result: Result) -> Table:
-    name, head = next(iter(result.heads.items()))
+    name, head = result.main, result.heads[result.main]
     rows = [
         [
             run.class_name(pair.label),
@@ -179,7 +184,7 @@ def _confusions(run: RunFiles, result: Result) -> Table:
 
 
 def _class_table(run: RunFiles, result: Result) -> Table:
-    first = next(iter(result.heads))
+    first = result.main
     accuracy = {name: result.class_accuracy(name) for name in result.heads}
     interval = result.class_interval(first)
     order = np.argsort(-np.array(result.counts_K), kind="stable")

@@ -37,6 +37,10 @@ MAY_CHANGE = (
     "data.num_threads",
     "train.device",
     "train.compile",
+    "train.engine",
+    "train.zero_stage",
+    "train.offload",
+    "train.timeout_s",
     "train.log_every",
     "train.save_every_epochs",
     "train.save_every_steps",
@@ -49,13 +53,13 @@ def set_up_logging() -> None:
     """Messages through rich on a terminal; plain lines with a time elsewhere, and only from rank 0."""
     log.setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     log.propagate = False
-    if not log.handlers:
-        if console.is_terminal:
-            log.addHandler(RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X"))
-        else:
-            handler = logging.StreamHandler(sys.stdout)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-            log.addHandler(handler)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X")
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers = [handler]
 
 
 def environment() -> dict[str, Any]:
@@ -101,38 +105,38 @@ class Run:
     """
 
     def __init__(self, cfg: Config, resume: str = "auto") -> None:
-        self.cfg = cfg
-        self.folder = Path(cfg.runs_dir) / cfg.name
-        if resume not in ("auto", "never", "must"):
-            self.folder = Path(resume)
-        elif resume == "never":
-            self.folder = _unused(self.folder)
-        if resume not in ("auto", "never") and not (self.folder / "config.yaml").is_file():
-            raise UserError(f"resume: {self.folder} holds no run; use --resume auto to start one")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run folder {self.folder}: cannot be made ({error}); choose another runs_dir") from None
-        self._lock = FileLock(self.folder / ".lock")
+        self.cfg = _with_ranks(cfg)
         self.is_main = distributed.rank() == 0
-        if self.is_main:
-            self._take()
+        self.folder = distributed.on_main(lambda: self._take(resume))
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self._progress: Progress | None = None
         self._board: SummaryWriter | None = None
         self.started = time.perf_counter()
 
-    def _take(self) -> None:
+    def _take(self, resume: str) -> Path:
+        """Rank 0: choose the folder, make it, lock it, and write what the run is."""
+        folder = Path(self.cfg.runs_dir) / self.cfg.name
+        if resume not in ("auto", "never", "must"):
+            folder = Path(resume)
+        elif resume == "never":
+            folder = _unused(folder)
+        saved = folder / "config.yaml"
+        if resume not in ("auto", "never") and not saved.is_file():
+            raise UserError(f"resume: {folder} holds no run; use --resume auto to start one")
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {folder}: cannot be made ({error}); choose another runs_dir") from None
+        self._lock = FileLock(folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"run folder {self.folder}: another process is using it; wait, or set name=...") from None
-        saved = self.folder / "config.yaml"
+            raise UserError(f"run folder {folder}: another process is using it; wait, or set name=...") from None
         if saved.exists():
-            _refuse_changes(config.load(str(saved)), self.cfg, self.folder)
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
+            _refuse_changes(config.load(str(saved)), self.cfg, folder)
         write_atomically(saved, config.dump(self.cfg))
-        write_atomically(self.folder / "env.json", json.dumps(environment(), indent=1))
+        write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
+        return folder
 
     def __enter__(self) -> "Run":
         return self
@@ -207,6 +211,12 @@ def write_atomically(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def _with_ranks(cfg: Config) -> Config:
+    """The run with its virtual ranks named, so that other real ranks continue the same run or are refused."""
+    ranks = cfg.train.virtual_ranks or distributed.get_world()
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 
 
 def _unused(folder: Path) -> Path:

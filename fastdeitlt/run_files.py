@@ -45,6 +45,12 @@ class RunFiles:
         return Result.from_json(self.results["teacher"]) if self.results.get("teacher") else None
 
     @property
+    def is_teacher(self) -> bool:
+        """Whether the run trained a flat teacher."""
+        scores = [self.results.get("test"), self.results.get("val"), *(e["result"] for e in self.evaluations[:1])]
+        return any(score and "TEACHER" in score["heads"] for score in scores)
+
+    @property
     def published(self) -> dict[str, float]:
         """Published accuracies in per cent by group."""
         return self.results.get("published") or (self.cfg.published if self.cfg else {})

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastdeitlt import checkpoint
+from fastdeitlt import checkpoint, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
@@ -90,7 +91,8 @@ class Selector:
                 console.print(result.table("official", teacher))
         for source in self._sources.values():
             source.close()
-        write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
+        if self.run.is_main:
+            write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
 
     def manifest(self) -> dict[str, Any]:
         """What a reader of the weights needs to know."""
@@ -129,9 +131,8 @@ class Selector:
                 self.ema.swap()
 
     def _keep(self) -> None:
-        if self.run.is_main:
-            facts = self.manifest() | {"selected": self.best}
-            checkpoint.save_model_folder(self.run.folder / "checkpoints" / "best", self.student.state_dict(), facts)
+        facts, folder = self.manifest() | {"selected": self.best}, self.run.folder / "checkpoints" / "best"
+        distributed.on_main(lambda: checkpoint.save_model_folder(folder, self.student.state_dict(), facts))
 
     def _source(self, images: LongTailSet) -> Source:
         """The images' source, opened at their first evaluation and kept."""
@@ -140,10 +141,11 @@ class Selector:
         return self._sources[id(images)]
 
     def _score(self, images: LongTailSet, teacher: Teacher | None = None) -> Result:
+        """Each rank runs its share of the images; every rank scores them all, and so chooses the same weights."""
         cfg, size = self.cfg, self.student.img_size
         source = self._source(images)
         model = OneHead(teacher) if teacher else self.student
-        cls_logits_NK, dist_logits_NK, labels_N = collect_logits(
+        *parts, _ = collect_logits(
             model,
             source,
             images,
@@ -154,7 +156,10 @@ class Selector:
             std=cfg.augment.std,
             device=self.device,
             autocast_dtype=torch.bfloat16 if cfg.train.precision == "bf16" else None,
+            sample_N=np.arange(distributed.rank(), len(images), distributed.get_world()),
         )
+        cls_logits_NK, dist_logits_NK = (distributed.gather_interleaved(x, len(images), self.device) for x in parts)
+        labels_N = torch.as_tensor(images.labels)
         counts, dataset = self.sets.train.counts, cfg.data.dataset
         if teacher:
             class_map = teacher.class_map

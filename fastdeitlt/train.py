@@ -39,13 +39,12 @@ def train(cfg: Config, resume: str = "auto") -> Path:
     Raises:
         UserError: anything wrong with configuration, data, teacher or saved state; before the first step.
     """
-    rank, world = distributed.start(cfg.train.device)
-    ranks = cfg.train.virtual_ranks or world
-    device = distributed.device_of(cfg.train.device)
-    with Run(cfg, resume) as run:
+    with distributed.group(cfg.train.device, cfg.train.timeout_s) as (rank, world), Run(cfg, resume) as run:
+        cfg, ranks = run.cfg, run.cfg.train.virtual_ranks
         if run.finished:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
             return run.folder
+        device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # 1 which images
         images, num_classes = sets.train, sets.train.num_classes
         plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)
@@ -94,7 +93,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                     save(run, engine, ema, selector, meter, done)  # 8 checkpoint
         source.close()
         selector.finish(done, epoch=cfg.train.epochs - 1)
-        log.info("report: %s", report.write_report(run.folder))  # 10 report
+        log.info("report: %s", distributed.on_main(lambda: report.write_report(run.folder)))  # 10 report
     return run.folder
 
 
@@ -124,12 +123,13 @@ def save(run: Run, engine: Engine, ema: Ema | None, selector: Selector, meter: M
     tensors = {"optimizer": engine.optimizer_tensors()}
     if ema:
         tensors["ema"] = ema.state
-    run.checkpoints.save(done, engine.weights(), selector.manifest() | {"best": selector.best}, **tensors)
+    manifest = selector.manifest() | {"best": selector.best}
+    distributed.on_main(lambda: run.checkpoints.save(done, engine.weights(), manifest, **tensors))
 
 
 def restore(run: Run, engine: Engine, ema: Ema | None, selector: Selector) -> int:
     """Continue from the run's newest whole checkpoint, if there is one; the optimizer steps already done."""
-    found = run.checkpoints.newest()
+    found = distributed.on_main(run.checkpoints.newest)
     if found is None:
         run.rewind(0)
         return 0

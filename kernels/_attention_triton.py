@@ -42,7 +42,14 @@ def loops(size: int, block: int, tail: int) -> Loops:
 
 @triton.jit
 def _load(
-    p_rows, start, limit, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr
+    p_rows,
+    start,
+    limit,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """[BLOCK, BLOCK_D] of the rows from ``start``; zero from ``limit`` on (MASK) and past the width D."""
     o_n = start + tl.arange(0, BLOCK)
@@ -118,15 +125,13 @@ def _fwd_kernel(
     ks = ()
     vs = ()
     for c in tl.static_range(len(RESIDENT)):
-        MASK_K = tl.constexpr(RESIDENT[c][0] + RESIDENT[c][1] > N)
-        ks = ks + (_load(p_k, RESIDENT[c][0], N, TOKEN, D, RESIDENT[c][1], BLOCK_D, MASK_K),)
-        vs = vs + (_load(p_v, RESIDENT[c][0], N, TOKEN, D, RESIDENT[c][1], BLOCK_D, MASK_K),)
+        ks = ks + (_load(p_k, RESIDENT[c][0], N, TOKEN, D, RESIDENT[c][1], BLOCK_D, RESIDENT[c][0] + RESIDENT[c][1] > N),)
+        vs = vs + (_load(p_v, RESIDENT[c][0], N, TOKEN, D, RESIDENT[c][1], BLOCK_D, RESIDENT[c][0] + RESIDENT[c][1] > N),)
     for i in tl.static_range(len(QUERIES)):
         for start in range(QUERIES[i][0], QUERIES[i][1], QUERIES[i][2]):
             row = first_row + start
             o_m = row + tl.arange(0, QUERIES[i][2])
-            MASK_Q = tl.constexpr(PARTS > 1 or (QUERIES[i][1] - QUERIES[i][0]) % QUERIES[i][2] > 0)
-            b_q = _load(p_q, row, R, TOKEN, D, QUERIES[i][2], BLOCK_D, MASK_Q)
+            b_q = _load(p_q, row, R, TOKEN, D, QUERIES[i][2], BLOCK_D, PARTS > 1 or (QUERIES[i][1] - QUERIES[i][0]) % QUERIES[i][2] > 0)
             row_max = tl.full((QUERIES[i][2],), -float("inf"), tl.float32)
             row_sum = tl.zeros((QUERIES[i][2],), tl.float32)
             b_out = tl.zeros((QUERIES[i][2], BLOCK_D), tl.float32)
@@ -180,29 +185,27 @@ def _bwd_kernel(
     for c in tl.static_range(len(RESIDENT)):
         row = first_row + RESIDENT[c][0]
         o_m = row + tl.arange(0, RESIDENT[c][1])
-        MASK_Q = tl.constexpr(PARTS > 1 or RESIDENT[c][0] + RESIDENT[c][1] > R)
-        b_dout = _load(p_dout + o_out, row, R, H * D, D, RESIDENT[c][1], BLOCK_D, MASK_Q)
-        b_out = _load(p_out + o_out, row, R, H * D, D, RESIDENT[c][1], BLOCK_D, MASK_Q)
+        b_dout = _load(p_dout + o_out, row, R, H * D, D, RESIDENT[c][1], BLOCK_D, PARTS > 1 or RESIDENT[c][0] + RESIDENT[c][1] > R)
+        b_out = _load(p_out + o_out, row, R, H * D, D, RESIDENT[c][1], BLOCK_D, PARTS > 1 or RESIDENT[c][0] + RESIDENT[c][1] > R)
         delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
         if not WRITE_DKV:
             tl.store(p_delta + o_lse + o_m, delta, mask=o_m < R)
-        qs = qs + (_load(p_q, row, R, TOKEN, D, RESIDENT[c][1], BLOCK_D, MASK_Q),)
+        qs = qs + (_load(p_q, row, R, TOKEN, D, RESIDENT[c][1], BLOCK_D, PARTS > 1 or RESIDENT[c][0] + RESIDENT[c][1] > R),)
         douts = douts + (b_dout,)
         lses = lses + (tl.load(p_lse + o_lse + o_m, mask=o_m < R, other=float("inf")),)
         deltas = deltas + (delta,)
         dqs = dqs + (tl.zeros((RESIDENT[c][1], BLOCK_D), tl.float32),)
     for i in tl.static_range(len(KEYS)):
         for start in range(KEYS[i][0], KEYS[i][1], KEYS[i][2]):
-            MASK_K = tl.constexpr((KEYS[i][1] - KEYS[i][0]) % KEYS[i][2] > 0)
-            b_k = _load(p_q + H * D, start, N, TOKEN, D, KEYS[i][2], BLOCK_D, MASK_K)
-            b_v = _load(p_q + 2 * H * D, start, N, TOKEN, D, KEYS[i][2], BLOCK_D, MASK_K)
+            b_k = _load(p_q + H * D, start, N, TOKEN, D, KEYS[i][2], BLOCK_D, (KEYS[i][1] - KEYS[i][0]) % KEYS[i][2] > 0)
+            b_v = _load(p_q + 2 * H * D, start, N, TOKEN, D, KEYS[i][2], BLOCK_D, (KEYS[i][1] - KEYS[i][0]) % KEYS[i][2] > 0)
             b_dk = tl.zeros((KEYS[i][2], BLOCK_D), tl.float32)
             b_dv = tl.zeros((KEYS[i][2], BLOCK_D), tl.float32)
             new_dqs = ()
             for c in tl.static_range(len(RESIDENT)):
                 b_s = tl.dot(qs[c], tl.trans(b_k), input_precision="ieee")
                 b_p = tl.exp2(b_s * (SCALE * LOG2E) - lses[c][:, None])
-                if MASK_K:
+                if (KEYS[i][1] - KEYS[i][0]) % KEYS[i][2] > 0:
                     b_p = tl.where((start + tl.arange(0, KEYS[i][2]) < N)[None, :], b_p, 0.0)
                 if WRITE_DKV:
                     b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), douts[c], b_dv, input_precision="ieee")
@@ -266,7 +269,9 @@ def _bwd_keys_kernel(
     _store(p_dqkv + o_head + 2 * H * D, b_dv, key, 0, N, TOKEN, D)
 
 
-def forward_constexprs(num_heads: int, tokens: int, width: int, query_rows: int, config: LaunchConfig) -> dict[str, Any]:
+def forward_constexprs(
+    num_heads: int, tokens: int, width: int, query_rows: int, config: LaunchConfig
+) -> dict[str, Any]:
     """Constexprs of ``_fwd_kernel``."""
     blocks = config.blocks
     streamed = 0 if tokens <= WHOLE_ROW else (tokens - 1) // blocks["BLOCK_N"] * blocks["BLOCK_N"]
@@ -283,7 +288,9 @@ def forward_constexprs(num_heads: int, tokens: int, width: int, query_rows: int,
     }
 
 
-def backward_constexprs(num_heads: int, tokens: int, width: int, query_rows: int, config: LaunchConfig) -> dict[str, Any]:
+def backward_constexprs(
+    num_heads: int, tokens: int, width: int, query_rows: int, config: LaunchConfig
+) -> dict[str, Any]:
     """Constexprs of ``_bwd_kernel``."""
     blocks = config.blocks
     rows = min(query_rows, blocks["ROWS"])

@@ -61,7 +61,7 @@ def _spread_sums(p_row, p_shift, p_weights, row_max, K: tl.constexpr, BLOCK: tl.
         if p_weights is not None:
             b_weight = tl.load(p_weights + o_k, mask=o_k < K, other=0.0)
         weight_sum += tl.sum(b_weight, 0)
-        logit_sum += tl.sum(tl.where(o_k < K, (b_x - row_max) * b_weight, 0.0), 0)
+        logit_sum += tl.sum(tl.where(o_k < K, b_x - row_max, 0.0) * b_weight, 0)
         softplus_sum += tl.sum((tl.maximum(b_x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b_x)))) * b_weight, 0)
     return weight_sum, logit_sum, softplus_sum
 
@@ -170,38 +170,40 @@ def joint_loss_fwd_kernel(
     if SMOOTH:
         aligned = (1 - smoothing) * aligned + smoothing / K * logit_sum
         mass = (1 - smoothing) * norm + smoothing / K * weight_sum
+    cls_loss = mass * log_sum - aligned
     if BCE:
-        tl.store(p_stats + CLS_LOSS * B, (softplus_sum - aligned) / K)
-        tl.store(p_stats + CLS_NORM * B, 1.0)
-    else:
-        tl.store(p_stats + CLS_LOSS * B, mass * log_sum - aligned)
-        tl.store(p_stats + CLS_NORM * B, norm)
-        tl.store(p_stats + CLS_MAX * B, row_max)
-        tl.store(p_stats + CLS_LOG_SUM * B, log_sum)
-        tl.store(p_stats + CLS_MASS * B, mass)
+        cls_loss = (softplus_sum - aligned) / K
+        norm = 1.0
+    tl.store(p_stats + CLS_LOSS * B, cls_loss)
+    tl.store(p_stats + CLS_NORM * B, norm)
+    tl.store(p_stats + CLS_MAX * B, row_max)
+    tl.store(p_stats + CLS_LOG_SUM * B, log_sum)
+    tl.store(p_stats + CLS_MASS * B, mass)
 
     dist_max, dist_log_sum = _log_sum_exp(p_dist, None, inverse_tau, K, BLOCK)
-    tl.store(p_stats + DIST_MAX * B, dist_max)
-    tl.store(p_stats + DIST_LOG_SUM * B, dist_log_sum)
+    teacher_max = 0.0
+    teacher_log_sum = 0.0
+    decision = 0
+    dist_norm = 1.0
     if SOFT:
         teacher_max, teacher_log_sum = _log_sum_exp(p_teacher, p_weights, inverse_tau, J, BLOCK)
         divergence = _soft_divergence(
             p_dist, p_teacher, p_weights, p_class_map, inverse_tau, dist_max, dist_log_sum, teacher_max,
             teacher_log_sum, K, BLOCK,
         )  # fmt: skip
-        tl.store(p_stats + TEACHER_MAX * B, teacher_max)
-        tl.store(p_stats + TEACHER_LOG_SUM * B, teacher_log_sum)
-        tl.store(p_stats + DIST_LOSS * B, divergence / (inverse_tau * inverse_tau * K))
-        tl.store(p_stats + DIST_NORM * B, 1.0)
+        dist_loss = divergence / (inverse_tau * inverse_tau * K)
     else:
         decision = _teacher_decision(p_teacher, p_class_map, J, BLOCK)
-        weight = 1.0
         if p_weights is not None:
-            weight = _value_at(p_weights, None, decision, K)
-        tl.store(p_decision + i_b, decision)
-        dist_logit = _value_at(p_dist, None, decision, K) - dist_max
-        tl.store(p_stats + DIST_LOSS * B, weight * (dist_log_sum - dist_logit))
-        tl.store(p_stats + DIST_NORM * B, weight)
+            dist_norm = _value_at(p_weights, None, decision, K)
+        dist_loss = dist_norm * (dist_log_sum - (_value_at(p_dist, None, decision, K) - dist_max))
+    tl.store(p_decision + i_b, decision)
+    tl.store(p_stats + DIST_LOSS * B, dist_loss)
+    tl.store(p_stats + DIST_NORM * B, dist_norm)
+    tl.store(p_stats + DIST_MAX * B, dist_max)
+    tl.store(p_stats + DIST_LOG_SUM * B, dist_log_sum)
+    tl.store(p_stats + TEACHER_MAX * B, teacher_max)
+    tl.store(p_stats + TEACHER_LOG_SUM * B, teacher_log_sum)
 
 
 @triton.jit

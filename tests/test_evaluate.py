@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from small_model import MANIFEST, NAME, save_student
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
     multiclass_f1_score,
 )
 
+from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluate import OneHead, collect_logits
+from fastdeitlt.evaluate import OneHead, collect_logits, evaluate
 from fastdeitlt.metrics import (
     Result,
     calibration_error,
@@ -25,6 +27,7 @@ from fastdeitlt.metrics import (
     score_single,
     wilson_interval,
 )
+from fastdeitlt.models import create_student
 
 COUNTS = [500, 300, 150, 90, 60, 40, 21, 12, 6, 3]  # threshold groups: 3 head, 4 mid, 3 tail
 SIZE, RESIZE = 8, 9
@@ -156,7 +159,7 @@ def test_both_split_conventions_are_reported_and_differ():
     assert sizes == {"threshold": (3, 4, 3), "official": (3, 4, 3)}
     steep = [500, 300, 150, 90, 19, 9, 8, 7, 6, 3]
     result = score(cls_logits, dist_logits, labels, steep, dataset="cifar10_lt")
-    accuracy_K = result.class_accuracy()
+    accuracy_K = result.class_accuracy("AVG")
     assert result.accuracy(group="tail", split="threshold") == pytest.approx(accuracy_K[4:].mean())
     assert result.accuracy(group="tail", split="official") == pytest.approx(accuracy_K[7:].mean())
 
@@ -166,7 +169,7 @@ def test_an_absent_class_or_group_is_a_dash_and_never_pulls_a_mean_down():
     logits = torch.nn.functional.one_hot(labels, 4).float()
     result = score(logits, logits, labels, [500, 50, 40, 3])  # classes 2 (mid) and 3 (tail) have no test image
     assert result.accuracy(group="mid") == 100 and result.heads["AVG"].balanced_accuracy == 100
-    assert math.isnan(result.accuracy(group="tail")) and math.isnan(result.class_accuracy()[3])
+    assert math.isnan(result.accuracy(group="tail")) and math.isnan(result.class_accuracy("AVG")[3])
     console = Console(width=100)
     with console.capture() as capture:
         console.print(result.table())
@@ -248,7 +251,42 @@ def test_bad_input_is_named(change, message):
         score(given["cls"], given["dist"], given["labels"], [200, 50, 5])
 
 
-def test_a_misspelt_group_names_the_near_one():
-    cls_logits, dist_logits, labels = logits_and_labels()
-    with pytest.raises(UserError, match="did you mean tail"):
-        score(cls_logits, dist_logits, labels, COUNTS).accuracy(group="tial")
+TEN_CLASSES = {"class_names": None, "class_counts": None, "dataset": "fashion_mnist_lt"}
+
+
+def save_ten(folder, class_map=None):
+    """A student of ten classes with random weights, its class outputs in the order of ``class_map``."""
+    torch.manual_seed(0)
+    student = create_student(NAME, 10, depth=1)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if class_map is not None:
+        for head in (student.head, student.head_dist):
+            order = torch.tensor(class_map).argsort()
+            head.weight.data, head.bias.data = head.weight[order].clone(), head.bias[order].clone()
+    model = {"name": NAME, "num_classes": 10, "img_size": 32, "depth": 1}
+    facts = MANIFEST | TEN_CLASSES | {"model": model, "class_map": class_map or list(range(10))}
+    save_model_folder(folder, student.state_dict(), facts)
+    return folder
+
+
+def test_the_verb_scores_a_model_folder_and_undoes_its_class_map(tmp_path, capsys):
+    class_map = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    fp32 = ["train.precision=fp32", "train.device=cpu", "data.residency=host"]
+    plain = evaluate(save_ten(tmp_path / "plain"), fp32, json_path=tmp_path / "scores.json")
+    mapped = evaluate(save_ten(tmp_path / "mapped", class_map), fp32)
+    assert plain.num_images == 1000 and plain.counts_K[0] == 1000 and plain.counts_K[-1] == 10
+    assert mapped.heads["CLS"].correct_K == plain.heads["CLS"].correct_K and len(set(plain.heads["CLS"].correct_K)) > 1
+    assert Result.from_json(json.loads((tmp_path / "scores.json").read_text())) == plain
+    assert "threshold split" in capsys.readouterr().out
+
+
+def test_the_verb_names_a_split_or_data_set_that_does_not_fit(tmp_path):
+    folder = save_ten(tmp_path / "model")
+    with pytest.raises(UserError, match=r"has 4 classes, fashion_mnist_lt has 10"):
+        save_student(tmp_path / "four")
+        evaluate(tmp_path / "four")
+    with pytest.raises(UserError, match="has none, only train, val, test"):
+        evaluate(folder, split="holdout")
+    with pytest.raises(UserError, match="manifest"):
+        evaluate(tmp_path)

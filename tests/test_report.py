@@ -123,7 +123,7 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
         "Run it again",
     ):
         assert f"<h2>{title}</h2>" in html
-    assert path == folder / "report.html" and page.tags.count("svg") == 7
+    assert path == folder / "report.html" and page.tags.count("svg") == 8
     top1 = json.loads((folder / "results.json").read_text())["test"]["heads"]["DIST"]["top1"]
     for table, split in zip(page.tables, ("threshold", "official"), strict=False):
         rows = {row[0]: row[1:] for row in table}
@@ -214,6 +214,22 @@ def test_compare_sets_runs_side_by_side_and_names_what_differs(tmp_path):
     average = next(table for table in page.tables if table[0] == ["", "all", "head", "mid", "tail"])
     assert [row[0] for row in average[1:]] == ["a", "b"]
     assert page.tables[-1][1:] == [["loss.alpha", "0.5", "0.7", "0.5"]]
+
+
+def test_a_teacher_s_run_has_a_report_of_its_own(tmp_path):
+    folder = make_run(tmp_path / "teacher", overrides=["teacher_training.drw_epoch=6"])
+    _, dist, labels = logits(3, 3)
+    result = score_single(dist, labels, COUNTS, "fashion_mnist_lt").to_json()
+    facts = {"images_per_s": 300.0, "data_wait": 0.0, "lr": 0.1, "rho": 0.1}
+    records = [{"kind": "step", "step": s, "epoch": s // 5, "loss": 2.0 - s / 50, **facts} for s in range(50)]
+    records.append({"kind": "eval", "step": 50, "epoch": 9, "weights": "model", "set": "val", "result": result})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "results.json").write_text(json.dumps({"test": result, "selected": {"epoch": 9, "on": "val"}}))
+    path = write_report(folder)
+    html, page = path.read_text(encoding="utf-8"), read(path)
+    assert "teacher resnet32 on fashion_mnist_lt" in html and "marks epoch 6" in html
+    assert [row[0] for row in page.tables[0]] == ["", "TEACHER", "chance"]
+    compare([folder, make_run(tmp_path / "student")])
 
 
 def test_bad_folders_are_named(tmp_path):

@@ -2,15 +2,16 @@
 
 import errno
 import logging
-import multiprocessing
 import os
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from image_files import CPU, SIZES, deliver, encoded, make_set, picture, request
 from PIL import Image
-from test_reader import SIZES, deliver, encoded, make_set, picture, request
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import cache, resident
@@ -20,7 +21,6 @@ from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resident import Resident, open_source
 from fastdeitlt.errors import UserError
 
-CPU = torch.device("cpu")
 HOST = DataConfig(residency="host", num_threads=2)
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_cache_is_noticed_and_replaced(tmp_path, cache_folder, decodin
     assert len(decodings) == 2, "the new cache is sound"
 
 
-def full_disk(*_):
+def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -164,28 +164,20 @@ def test_what_a_killed_run_left_is_removed(tmp_path, cache_folder):
     assert not left.exists()
 
 
-def open_and_sum(images, cache_home, results):
-    os.environ["XDG_CACHE_HOME"] = cache_home
-    calls = []
-    decoded = Stream.decoded
-    Stream.decoded = lambda self, *rest: calls.append(1) or decoded(self, *rest)
-    (crops,), _ = hold(images, [CropRequest(np.arange(11), 24, resize=27)])
-    results.put((len(calls), int(crops.sum())))
-
-
-def test_ranks_that_start_at_once_decode_once(tmp_path, cache_folder):
+def test_ranks_that_start_at_once_decode_once(tmp_path, decodings):
+    """Threads stand for ranks: the lock is on an open file, so it holds between them as between processes."""
     images = make_set(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (images, str(cache_folder.parent.parent), results)
-    ranks = [context.Process(target=open_and_sum, args=arguments) for _ in range(3)]
-    for rank in ranks:
-        rank.start()
-    got = [results.get(timeout=100) for _ in ranks]
-    for rank in ranks:
-        rank.join(timeout=20)
-    assert sum(calls for calls, _ in got) == 1
-    assert len({total for _, total in got}) == 1
+    start = threading.Barrier(3)
+
+    def rank():
+        start.wait(timeout=30)
+        return hold(images, [request(range(11))])[0]
+
+    with ThreadPoolExecutor(3) as ranks:
+        got = [future.result(timeout=60) for future in [ranks.submit(rank) for _ in range(3)]]
+    assert len(decodings) == 1
+    assert same(got[0], got[1])
+    assert same(got[1], got[2])
 
 
 def test_an_unreadable_image_stops_with_its_name(tmp_path, cache_folder):
@@ -206,6 +198,13 @@ def test_skip_gives_what_streaming_gives_also_from_the_cache(tmp_path, bad):
         held, source = hold(images, requests_of_every_kind(), skip)
         assert same(held, streamed)
         assert sorted(source.skipped) == sorted(stream.skipped) == [f"{i:02d}.jpg" for i in sorted(bad)]
+
+
+def test_raise_does_not_take_what_another_run_skipped(tmp_path):
+    images = make_set(tmp_path, {4: encoded(picture(60, 80), "PNG")[:4000]})
+    hold(images, [], HOST.model_copy(update={"on_error": "skip"}))
+    with pytest.raises(UserError, match=r"04\.jpg.*1 of 11 images"):
+        Resident(images, HOST, CPU)
 
 
 def test_a_smaller_stored_size_is_that_of_pillow(tmp_path):
@@ -263,7 +262,7 @@ def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, fr
     with caplog.at_level(logging.INFO, "fastdeitlt"):
         opened = open_source(images, DataConfig(residency=residency, num_threads=2), CPU)
     assert type(opened) is source
-    assert any(said in message or __import__("re").search(said, message) for message in [*caplog.messages, ""])
+    assert re.search(said, " ".join(caplog.messages))
     assert same(list(opened.crops(requests_of_every_kind())), deliver(images, requests_of_every_kind())[0])
     opened.close()
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
 from fastdeitlt.checkpoint import load_tensors, read_manifest
@@ -21,8 +22,9 @@ from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import check_class_map, diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
 from fastdeitlt.teachers.paco import PacoObjective
+from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.step import Step
+from fastdeitlt.teachers.step import Step, autocast_dtype, build_objective
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.teachers.views import Plan
 
@@ -172,6 +174,28 @@ def test_schedules_are_the_references() -> None:
     assert learning_rate(45, large) == pytest.approx(0.1)
     linear = TeacherTrainingConfig(sam_schedule="linear", sam_rho=0.8, epochs=4)
     assert [radius(epoch, linear) for epoch in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+@pytest.mark.parametrize("loss", ["ldam", "paco"])
+def test_both_passes_of_sam_compile_to_one_whole_graph_each(loss: str) -> None:
+    cfg = TeacherTrainingConfig(arch="resnet8", loss=loss, normed_head=True, paco_queue=16, paco_dim=4, batch_size=8)
+    objective = build_objective(cfg, [9, 3, 1], torch.device("cpu"))
+    graphs = CompileCounter()
+    compiled = torch.compile(objective, backend=graphs, fullgraph=True, dynamic=False)
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(3, (8,))
+    shared = objective.prepare([images, images], labels)
+    for frozen in (False, True, False, True):
+        with frozen_batch_stats(objective.network, frozen):
+            compiled(images, labels, torch.ones(3), *shared).backward()
+    assert graphs.frame_count == 2
+
+
+def test_bfloat16_is_only_used_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_it, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        assert autocast_dtype("bf16", torch.device("cpu")) is dtype
+        assert autocast_dtype("bf16", torch.device("cuda")) is torch.bfloat16
+        assert autocast_dtype("fp32", torch.device("cuda")) is None
 
 
 def test_paco_moves_its_key_encoder_and_queue_once_a_step() -> None:

@@ -1,8 +1,8 @@
 """Stage 3: strong augmentation. Parameters are drawn ahead on the host, then applied to a batch on any device.
 
 ``draw`` is a pure function of (seed, epoch, sample, copy), so batches do not depend on workers, ranks or restarts.
-``apply`` is timm's chain on uint8 crops: flip, RandAugment, normalise, random erasing (research note: timm
-``create_transform`` with rand-m9-mstd0.5-inc1; RandAugment arXiv 1909.13719, random erasing arXiv 1708.04896).
+``apply`` is timm's chain on uint8 crops: flip, RandAugment, normalise, random erasing (timm ``create_transform`` with
+rand-m9-mstd0.5-inc1; RandAugment arXiv 1909.13719, random erasing arXiv 1708.04896).
 """
 
 # B batch, C channels, H height, W width, S output side, A attempts
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data import counter
-from fastdeitlt.data.randaugment import CACHED_VALUES, OPS, rand_augment
+from fastdeitlt.data.randaugment import OPS, chunk_size, rand_augment
 from fastdeitlt.data.resize import centre_crop, crop_resize
 
 __all__ = ["CropRequest", "Draws", "apply", "centre_crop", "crop_resize", "draw", "noise", "normalise"]
@@ -71,8 +71,7 @@ class Draws:
         area_BA = self.area_BA * sizes_B2.prod(axis=1, keepdims=True)
         height_BA, width_BA = _sides(area_BA, 1.0 / self.ratio_BA)
         fits_BA = (height_BA <= sizes_B2[:, :1]) & (width_BA <= sizes_B2[:, 1:])
-        first_B1 = fits_BA.argmax(axis=1)[:, None]
-        box_B2 = np.concatenate([np.take_along_axis(side_BA, first_B1, 1) for side_BA in (height_BA, width_BA)], axis=1)
+        box_B2 = _first(fits_BA, height_BA, width_BA)
         place_B2 = np.floor(self.place_B2 * (sizes_B2 - box_B2 + 1)).astype(np.int64)
         low, high = self.ratio_range
         central_B2 = np.minimum(
@@ -104,6 +103,12 @@ def _sides(area: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.maximum(height, 1).astype(np.int64), np.maximum(width, 1).astype(np.int64)
 
 
+def _first(fits_BA: np.ndarray, height_BA: np.ndarray, width_BA: np.ndarray) -> np.ndarray:
+    """Height and width of each sample's first attempt that fits [B, 2]."""
+    rows_B, first_B = np.arange(len(fits_BA)), fits_BA.argmax(axis=1)
+    return np.stack([height_BA[rows_B, first_B], width_BA[rows_B, first_B]], axis=1)
+
+
 def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * u
 
@@ -120,23 +125,18 @@ def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg
         Draws of B images; equal keys give equal draws in any batch.
     """
     key_B = counter.keys(seed, epoch, sample_B, copy_B)
-    batch, cropped = len(key_B), cfg.recipe in ("deit", "crop_jitter")
-    crop_Bn = counter.uniform(key_B, CROP, 2 * ATTEMPTS + 2)
-    attempts = ATTEMPTS if cropped else 0
-    log_ratio = math.log(cfg.crop_ratio[0]), math.log(cfg.crop_ratio[1])
-    flip_B = (counter.uniform(key_B, FLIP, 1)[:, 0] < cfg.flip_prob) & (cfg.recipe != "none")
-    op_B2 = np.full((batch, 2), -1, np.int8)
-    u_B6 = counter.uniform(key_B, OP, 6)
-    drawn = cfg.rand_ops if cfg.recipe == "deit" else 0
-    op_B2[:, :drawn] = np.where(u_B6[:, 2:4] < cfg.rand_prob, (u_B6[:, :2] * len(OPS)).astype(np.int8), -1)[:, :drawn]
-    level_B2 = (cfg.rand_magnitude + cfg.rand_std * counter.normal(key_B, LEVEL, 2)).clip(0.0, 10.0)
+    deit = cfg.recipe == "deit"
+    attempts = ATTEMPTS if cfg.recipe in ("deit", "crop_jitter") else 0
     pad = cfg.pad if cfg.recipe in ("pad_crop", "autoaugment_cutout") else 0
+    crop_Bn, op_B6 = counter.uniform(key_B, CROP, 2 * ATTEMPTS + 2), counter.uniform(key_B, OP, 6)
+    applied_B2 = (op_B6[:, 2:4] < cfg.rand_prob) & (np.arange(2) < cfg.rand_ops) & deit
+    log_ratio = math.log(cfg.crop_ratio[0]), math.log(cfg.crop_ratio[1])
     return Draws(
-        flip_B=flip_B,
-        op_B2=op_B2,
-        level_B2=level_B2,
-        sign_B2=np.where(u_B6[:, 4:] < 0.5, 1.0, -1.0),
-        erase_B4=_draw_erase(key_B, cfg.erase_prob if cfg.recipe == "deit" else 0.0, size),
+        flip_B=(counter.uniform(key_B, FLIP, 1)[:, 0] < cfg.flip_prob) & (cfg.recipe != "none"),
+        op_B2=np.where(applied_B2, (op_B6[:, :2] * len(OPS)).astype(np.int8), np.int8(-1)),
+        level_B2=(cfg.rand_magnitude + cfg.rand_std * counter.normal(key_B, LEVEL, 2)).clip(0.0, 10.0),
+        sign_B2=np.where(op_B6[:, 4:] < 0.5, 1.0, -1.0),
+        erase_B4=_draw_erase(key_B, cfg.erase_prob * deit, size),
         noise_B=(counter.words(key_B, NOISE, 1)[:, 0] >> np.uint64(32)).astype(np.uint32),
         shift_B2=(counter.uniform(key_B, SHIFT, 2) * (2 * pad + 1)).astype(np.int32) - pad,
         area_BA=_between(crop_Bn[:, :attempts], *cfg.crop_scale),
@@ -153,8 +153,7 @@ def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
     ratio_BA = np.exp(_between(u_Bn[:, ATTEMPTS : 2 * ATTEMPTS], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])))
     height_BA, width_BA = _sides(area_BA, ratio_BA)
     fits_BA = (height_BA < size) & (width_BA < size)
-    first_B1 = fits_BA.argmax(axis=1)[:, None]
-    box_B2 = np.concatenate([np.take_along_axis(side_BA, first_B1, 1) for side_BA in (height_BA, width_BA)], axis=1)
+    box_B2 = _first(fits_BA, height_BA, width_BA)
     place_B2 = np.floor(u_Bn[:, -2:] * (size - box_B2 + 1)).astype(np.int64)
     applied_B1 = fits_BA.any(axis=1, keepdims=True) & (u_Bn[:, 2 * ATTEMPTS, None] < prob)
     return np.where(applied_B1, np.concatenate([place_B2, box_B2], axis=1), 0).astype(np.int32)
@@ -171,17 +170,20 @@ def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dty
     Returns:
         images_BCHW of ``dtype``, channels last in memory.
     """
-    flipped = torch.from_numpy(np.flatnonzero(draws.flip_B)).to(crops_BHWC.device)
     images_BHWC = crops_BHWC.clone()
-    images_BHWC[flipped] = crops_BHWC[flipped].flip(2)
+    for b in np.flatnonzero(draws.flip_B).tolist():
+        images_BHWC[b] = crops_BHWC[b].flip(1)
     if draws.shift_B2.any():
         images_BHWC = _shift(images_BHWC, draws.shift_B2)
-    images_BHWC = rand_augment(images_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
+    rand_augment(images_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
     images_BCHW = normalise(images_BHWC, cfg.mean, cfg.std, dtype)
-    for b in np.flatnonzero(draws.erase_B4[:, 2]):
-        top, left, height, width = draws.erase_B4[b].tolist()
-        noise_HWC = noise(int(draws.noise_B[b]), draws.erase_B4[b], crops_BHWC.shape[2], crops_BHWC.device)
-        images_BCHW[b, :, top : top + height, left : left + width] = noise_HWC.permute(2, 0, 1)
+    erased, step = np.flatnonzero(draws.erase_B4[:, 2]), chunk_size(crops_BHWC)
+    for part in np.split(erased, range(step, len(erased), step)):
+        boxes = draws.erase_B4[part]
+        for b, box, noise_HWC in zip(part, boxes.tolist(), noise(draws.noise_B[part], boxes, crops_BHWC), strict=True):
+            top, left, height, width = box
+            erased_CHW = noise_HWC[:height, :width].permute(2, 0, 1)
+            images_BCHW[b, :, top : top + height, left : left + width] = erased_CHW
     return images_BCHW
 
 
@@ -205,10 +207,10 @@ def normalise(
     mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     scale, offset = ((v.float().repeat(width).to(crops_BHWC.device)) for v in (1.0 / (255.0 * std_C), -mean_C / std_C))
     rows = torch.empty(batch, height, width * channels, dtype=dtype, device=crops_BHWC.device)
-    step = batch if crops_BHWC.is_cuda else max(1, CACHED_VALUES // crops_BHWC[0].numel())
+    step = chunk_size(crops_BHWC)
     for start in range(0, batch, step):
         part = slice(start, start + step)
-        rows[part] = torch.addcmul(offset, crops_BHWC[part].reshape(-1, height, width * channels), scale)
+        rows[part] = torch.mul(crops_BHWC[part].reshape(-1, height, width * channels), scale).add_(offset)
     return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -218,18 +220,24 @@ def normal_table(device: torch.device) -> Tensor:
     return torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().to(device)
 
 
-def noise(key: int, box_4: np.ndarray, width: int, device: torch.device) -> Tensor:
-    """Erasing noise N(0, 1) of a box (top, left, height, width) of an image ``width`` wide: float32 [height, width, 3].
+def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Tensor:
+    """Erasing noise N(0, 1) for boxes (top, left, height, width): float32 [B, largest height, largest width, 3].
 
-    A hash of (key, pixel, channel), the same on every device and in the fused kernel.
+    A hash of (pixel and channel, key), the same on every device and in the fused kernel (the finaliser "lowbias32" of
+    C. Wellons' hash prospector).
     """
-    top, left, box_height, box_width = box_4.tolist()
-    rows = torch.arange(top, top + box_height, dtype=torch.int32, device=device)[:, None] * (3 * width)
-    bits = rows + torch.arange(3 * left, 3 * (left + box_width), dtype=torch.int32, device=device)
-    bits = (bits ^ _signed(key)) * _signed(0x7FEB352D)
-    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
-    index = ((bits >> 16) & 0xFFFF) ^ (bits & 0xFFFF)
-    return normal_table(device)[index].view(box_height, box_width, 3)
+    device, width = images_BHWC.device, images_BHWC.shape[2]
+    key_B11 = torch.from_numpy(key_B.view(np.int32)).to(device)[:, None, None]
+    top_B11, left_B11 = torch.from_numpy(box_B4[:, :2].T.copy()).to(device)[:, :, None, None]
+    height, row = (int(n) for n in box_B4[:, 2:].max(axis=0) * (1, 3)) if len(box_B4) else (0, 0)
+    y = torch.arange(height, dtype=torch.int32, device=device)[:, None]
+    x = torch.arange(row, dtype=torch.int32, device=device)
+    place = (top_B11 + y).mul_(3 * width).add_(3 * left_B11) + x
+    bits = place.mul_(_signed(0x9E3779B1)).bitwise_xor_(key_B11)
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)).mul_(_signed(0x7FEB352D))
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)).mul_(_signed(0x846CA68B))
+    index = (bits >> 16) & 0xFFFF
+    return normal_table(device).index_select(0, index.view(-1)).view(len(box_B4), height, row // 3, 3)
 
 
 def _signed(word: int) -> int:

@@ -51,6 +51,11 @@ class DecodedSet:
         """Where each image begins in ``pixels``, and the end [N + 1]."""
         return [0, *np.cumsum(num_bytes(self.sizes_N2)).tolist()]
 
+    @property
+    def unreadable(self) -> list[int]:
+        """Images another one stands for."""
+        return np.flatnonzero(self.slot_N != np.arange(len(self.slot_N))).tolist()
+
     def image(self, slot: int) -> Tensor:
         """A view of the pixels [H, W, 3] in a slot."""
         height, width = self.sizes_N2[slot].tolist()
@@ -77,11 +82,16 @@ def stored_sizes(images: LongTailSet, cfg: DataConfig, stream: Stream) -> np.nda
         return shrunk(stream.sizes(), cfg.stored_short_side)
 
 
-def open_decoded(images: LongTailSet, cfg: DataConfig, stream: Stream) -> DecodedSet:
+def open_decoded(
+    images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray | None = None
+) -> DecodedSet:
     """The set from the cache, decoded into it at the first call; it is mapped, so the ranks of a machine share memory.
 
     Processes that ask at once wait for the one that decodes. A cache that cannot be written costs a warning and
     memory: the set is then decoded for this process alone.
+
+    Args:
+        sizes_N2: what ``stored_sizes`` says, if it was asked before.
 
     Raises:
         UserError: an image cannot be read (see ``Stream``), or changes meanwhile.
@@ -90,13 +100,22 @@ def open_decoded(images: LongTailSet, cfg: DataConfig, stream: Stream) -> Decode
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            return _load(path, cfg) or _decode_to_disk(path, images, cfg, stream)
+            if (decoded := _load(path, cfg)) is None:
+                sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
+                decoded = _decode_to_disk(path, images, cfg, stream, sizes_N2)
     except OSError as error:
         log.warning("cache %s: %s; decoding into memory, for this run only", path.parent, error.strerror or error)
-    sizes_N2 = stored_sizes(images, cfg, stream)
-    pixels = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
-    decoded = DecodedSet(pixels, sizes_N2, np.arange(len(images)))
-    _decode(decoded, images, cfg, stream)
+        sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
+        pixels = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
+        decoded = DecodedSet(pixels, sizes_N2, np.arange(len(images)))
+        _decode(decoded, images, cfg, stream)
+    unreadable = decoded.unreadable
+    if cfg.on_error == "raise" and unreadable:  # another run skipped them
+        name = os.path.join(images.root, images.paths[unreadable[0]])
+        raise UserError(
+            f"image {name}: cannot be read ({len(unreadable)} of {len(images):,} images cannot); repair them, "
+            "take them off the list, or set data.on_error=skip"
+        )
     return decoded
 
 
@@ -132,14 +151,15 @@ def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: S
     log.info("decoded %s images in %.0f s", f"{len(images):,}", time.monotonic() - began)
 
 
-def _decode_to_disk(path: Path, images: LongTailSet, cfg: DataConfig, stream: Stream) -> DecodedSet:
+def _decode_to_disk(
+    path: Path, images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray
+) -> DecodedSet:
     """Decode into a temporary folder and rename it; space is reserved first, so a full disk shows before the work.
 
     The lock is held, so what else is there under this name was left by a run that died.
     """
     for stale in path.parent.glob(f"{path.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
-    sizes_N2 = stored_sizes(images, cfg, stream)
     with tempfile.TemporaryDirectory(suffix=".tmp", prefix=f"{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,20 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_PIXELS = 89_478_485
 """Largest image taken: Pillow's limit against decompression bombs."""
+PILLOW_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on damaged files."""
 
 
 class UnreadableError(Exception):
@@ -50,7 +66,7 @@ def read_encoded(path: str, sample: int = 0, header_only: bool = False) -> Encod
             data = b"" if header_only else file.read()
     except UnidentifiedImageError:
         raise UnreadableError(f"not an image ({', '.join(FORMATS)})") from None
-    except (OSError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise UnreadableError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
     if height * width > MAX_PIXELS:
         raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")

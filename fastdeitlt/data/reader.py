@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.files import FORMATS, Encoded, UnreadableError, read_encoded, shrunk
+from fastdeitlt.data.files import FORMATS, PILLOW_ERRORS, Encoded, UnreadableError, read_encoded, shrunk
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.resize import centre_crop, crop_resize, resize
 from fastdeitlt.data.workers import Workers, num_threads
@@ -288,7 +288,7 @@ def _why(file: Encoded, error: RuntimeError) -> str:
     """Why an image does not decode: Pillow's words, or if it can decode it, DALI's."""
     try:
         Image.open(io.BytesIO(file.data.tobytes()), formats=FORMATS).load()
-    except (OSError, ValueError, EOFError, SyntaxError) as reason:
-        return str(reason)
+    except PILLOW_ERRORS as reason:
+        return str(reason) or type(reason).__name__
     said = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
     return f"DALI cannot decode it ({said[-1].strip() if said else error})"

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,8 @@ from fastdeitlt.errors import UserError
 log = logging.getLogger("fastdeitlt")
 Residency = Literal["auto", "stream", "host", "device"]
 
+SMALL = 48
+"""Side in pixels of crops that one thread makes, because handing them out to more would cost more than it saves."""
 AUTO_SHARE = 0.5
 """Part of the free memory that ``residency: auto`` takes; the rest is for the model and its activations."""
 
@@ -59,7 +60,7 @@ class Resident:
         pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
         self._decoded, self._device = replace(decoded, pixels=pixels), device
         self._workers = Workers(num_threads(cfg.num_threads))
-        self.skipped = [images.paths[i] for i in np.flatnonzero(decoded.slot_N != np.arange(len(images)))]
+        self.skipped = [images.paths[i] for i in decoded.unreadable]
 
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
         """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``."""
@@ -73,12 +74,12 @@ class Resident:
     def _crops(self, request: CropRequest) -> Tensor:
         slot_B = self._decoded.slot_N[request.sample_B]
         pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
+        pool = self._workers.pool if request.size > SMALL else None
         if request.draws is None:
-            short = request.resize or request.size
-            crops_BHWC = centre_crop(pixels_B, short, request.size, self._workers.pool)
+            crops_BHWC = centre_crop(pixels_B, request.resize or request.size, request.size, pool)
         else:
             boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
-            crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, self._workers.pool)
+            crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, pool)
         if crops_BHWC.device.type == self._device.type:
             return crops_BHWC
         return crops_BHWC.pin_memory().to(self._device, non_blocking=True)
@@ -103,13 +104,12 @@ def open_source(images: LongTailSet, cfg: DataConfig, device: torch.device, shar
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
     with ExitStack() as stack:
         stream = stack.enter_context(closing(Stream(images, cfg, device, share)))
-        chosen = cfg.residency
-        if chosen != "stream":
-            chosen = _choose(images, cfg, device, int(num_bytes(stored_sizes(images, cfg, stream)).sum()))
+        sizes_N2 = None if cfg.residency == "stream" else stored_sizes(images, cfg, stream)
+        chosen = "stream" if sizes_N2 is None else _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()))
         if chosen == "stream":
             stack.pop_all()  # it stays open
             return stream
-        decoded = open_decoded(images, cfg, stream)
+        decoded = open_decoded(images, cfg, stream, sizes_N2)
     return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
 
 

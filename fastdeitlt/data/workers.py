@@ -11,6 +11,8 @@ R = TypeVar("R")
 
 DEPTH = 2
 """Batches prepared ahead of the one in use."""
+LARGEST_PART = 1024
+"""Most items handed to a thread at once, so that an error or the end need not wait long for the others."""
 
 
 def num_threads(configured: int = 0) -> int:
@@ -30,8 +32,8 @@ class Workers:
         self._assembler = ThreadPoolExecutor(1, "fastdeitlt-batch")
 
     def split(self, work: Callable[[list[T]], R], items: list[T]) -> list[Future[R]]:
-        """Start ``work`` on up to ``count`` contiguous parts of ``items``; results in order."""
-        step = max(1, -(-len(items) // self.count))
+        """Start ``work`` on contiguous parts of ``items``, one a thread (long lists: more); results in order."""
+        step = min(max(1, -(-len(items) // self.count)), LARGEST_PART)
         return [self.pool.submit(work, items[start : start + step]) for start in range(0, len(items), step)]
 
     def ahead(self, start: Callable[[T], Callable[[], R]], items: Iterable[T]) -> Iterator[R]:

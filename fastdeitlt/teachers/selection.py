@@ -21,6 +21,7 @@ from fastdeitlt.data.resident import open_source
 from fastdeitlt.evaluate import OneHead, collect_logits
 from fastdeitlt.metrics import GROUPS, Result, score_single
 from fastdeitlt.run import Run, console, write_atomically
+from fastdeitlt.teachers.step import autocast_dtype
 
 log = logging.getLogger("fastdeitlt")
 CLEAN_IMAGES = 10_000
@@ -59,7 +60,7 @@ def score_teacher(
         mean=cfg.augment.mean,
         std=cfg.augment.std,
         device=device,
-        autocast_dtype=torch.bfloat16 if cfg.train.precision == "bf16" else None,
+        autocast_dtype=autocast_dtype(cfg.train.precision, device),
         sample_N=chosen,
     )
     return score_single(logits_NK, labels_N, counts, cfg.data.dataset)
@@ -91,6 +92,7 @@ class TeacherSelector:
     ) -> None:
         self.cfg, self.run, self.sets, self.network, self.device = cfg, run, sets, network, device
         self.sources: dict[str, Source] = {"train": source}
+        self.data_sha256 = data_fingerprint(sets.train)
         self.best: dict[str, Any] | None = None
         self.folder: Path = run.folder / "checkpoints" / "best"
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
@@ -140,7 +142,7 @@ class TeacherSelector:
             "class_names": train.class_names,
             "class_counts": train.counts,
             "dataset": cfg.data.dataset,
-            "data_sha256": data_fingerprint(train),
+            "data_sha256": self.data_sha256,
             "preprocess": {
                 "mean": cfg.augment.mean,
                 "std": cfg.augment.std,

@@ -2,6 +2,7 @@
 
 # B batch, C channels, H height, W width, K classes
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
@@ -14,6 +15,8 @@ from fastdeitlt.models.teacher import Paco, create_teacher
 from fastdeitlt.teachers.losses import Loss, build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import SAM, frozen_batch_stats
+
+log = logging.getLogger("fastdeitlt")
 
 
 class Objective(Protocol):
@@ -80,6 +83,15 @@ def build_optimizer(network: nn.Module, cfg: TeacherTrainingConfig) -> torch.opt
     return sgd if cfg.sam == "none" else SAM(parameters, sgd, cfg.sam_rho, adaptive=cfg.sam == "asam")
 
 
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What ``train.precision`` means on a device: bfloat16, or None for float32.
+
+    A CPU without bfloat16 instructions emulates them (on AVX2 nine times slower than float32), so it keeps float32.
+    """
+    emulated = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" and not emulated else None
+
+
 class Step:
     """One optimizer step, without waiting for the device.
 
@@ -95,8 +107,11 @@ class Step:
     ) -> None:
         self.objective, self.optimizer = objective, optimizer
         # the last batch of an epoch may be smaller: one graph for each size rather than one for any
-        self._loss = torch.compile(objective, dynamic=False) if cfg.train.compile else objective
-        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16")
+        self._loss = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.train.compile else objective
+        dtype = autocast_dtype(cfg.train.precision, device)
+        if dtype is None and cfg.train.precision == "bf16":
+            log.info("train.precision=bf16: this CPU has no bfloat16 instructions, float32 is used")
+        self._autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
         self._clip_norm = cfg.teacher_training.clip_norm
         self._freeze_second = not cfg.teacher_training.sam_bn_twice
         self._parameters = [p for p in objective.network.parameters() if p.requires_grad]

@@ -69,7 +69,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
             set_learning_rate(optimizer, rate)
             if isinstance(optimizer, SAM):
                 optimizer.set_rho(rho)
-            weights_K = drw_weights_K if 0 <= t.drw_epoch <= epoch else None
+            weights_K = drw_weights_K if 0 <= t.drw_epoch <= epoch else torch.ones_like(drw_weights_K)
             batches = teacher_batches(cfg, source, images, plan, epoch, done % plan.steps)  # augment
             for index, (views, labels_B) in enumerate(meter.timed(batches), done % plan.steps):
                 loss = take_step(views, labels_B, weights_K, plan.step_seed(epoch, index))  # forward, backward, step

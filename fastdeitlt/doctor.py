@@ -1,0 +1,285 @@
+"""What is installed, what works, what is missing and how to get it.
+
+Everything heavy is tried in a process of its own, so that a broken package breaks its own row and not the doctor.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+GIB = 2**30
+PROBE_TIMEOUT_S = 120
+STYLES = {"ok": "green", "warn": "yellow", "missing": "dim", "broken": "bold red"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding. Only ``broken`` (something required does not work) makes the doctor fail."""
+
+    name: str
+    status: Literal["ok", "warn", "missing", "broken"]
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings in a fixed order."""
+
+    rows: list[Row]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if something required is broken, else 0."""
+        return int(any(row.status == "broken" for row in self.rows))
+
+    def to_json(self) -> str:
+        """A list of {"name", "status", "detail", "fix"}."""
+        return json.dumps([asdict(row) for row in self.rows], indent=1)
+
+    def print(self, as_json: bool = False) -> None:
+        """Print a table, or JSON."""
+        if as_json:
+            print(self.to_json())
+            return
+        table = Table("", "status", "found", "how to fix or get it")
+        for row in self.rows:
+            table.add_row(Text(row.name), Text(row.status, STYLES[row.status]), Text(row.detail), Text(row.fix))
+        Console().print(table)
+
+
+def doctor() -> Report:
+    """Look at this machine and this environment; takes some seconds, changes nothing."""
+    checks = (
+        python, packages, torch, torchvision, gpu, dali_on_cpu, dali_on_gpu, triton, deepspeed, onnx, apex,
+        kernels_name, cores, memory, shared_memory, open_files, disk,
+    )  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        return Report([future.result() for future in [pool.submit(check) for check in checks]])
+
+
+def probe(code: str) -> tuple[bool, str]:
+    """Run Python code in a process of its own: (it ended well, the last line it wrote)."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"no answer in {PROBE_TIMEOUT_S} s"
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return done.returncode == 0, said[-1] if said else f"exit code {done.returncode}"
+
+
+def python() -> Row:
+    """The interpreter."""
+    version = sys.version_info
+    detail = f"{version.major}.{version.minor}.{version.micro}"
+    good = (3, 11) <= version[:2] < (3, 13)
+    return Row("python", "ok" if good else "broken", detail, "" if good else "use Python 3.11 or 3.12")
+
+
+def packages() -> Row:
+    """Everything that fastdeitlt requires is installed."""
+    wanted = [
+        re.split(r"[<>=!~\[; ]", line)[0] for line in metadata.requires("fastdeitlt") or () if "extra ==" not in line
+    ]
+    absent = [name for name in wanted if version_of(name) is None]
+    if absent:
+        return Row("packages", "broken", f"missing: {', '.join(absent)}", f"pip install {' '.join(absent)}")
+    return Row("packages", "ok", f"all {len(wanted)} required ones are installed")
+
+
+def version_of(name: str) -> str | None:
+    """Version of an installed distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torch() -> Row:
+    """torch imports and computes."""
+    works, said = probe(
+        "import torch; torch.ones(2, 2) @ torch.ones(2, 2); print(torch.__version__, torch.version.cuda)"
+    )
+    if not works:
+        return Row("torch", "broken", said, "pip install torch==2.14.1 torchvision==0.29.1")
+    version, cuda = said.split()
+    return Row("torch", "ok", f"{version}, {'for the CPU alone' if cuda == 'None' else f'built for CUDA {cuda}'}")
+
+
+def torchvision() -> Row:
+    """torchvision's compiled operators fit torch; timm does not import without."""
+    works, said = probe("import torchvision, torch; torch.ops.torchvision.nms; print(torchvision.__version__)")
+    fix = "" if works else "install the torchvision of this torch: 2.11 with 0.26, up to 2.14 with 0.29, from one index"
+    return Row("torchvision", "ok" if works else "broken", said, fix)
+
+
+def gpu() -> Row:
+    """A GPU that torch can use."""
+    code = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, 'with', p.total_memory >> 30, 'GiB')"
+    works, said = probe(code)
+    smi = shutil.which("nvidia-smi")
+    if not smi and not works:
+        return Row(
+            "gpu", "missing", "none; training runs on the CPU", "small sets only: use an NVIDIA GPU for the rest"
+        )
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"] if smi else ["true"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    detail = f"{said}, driver {driver[0] if driver else 'unknown'}"
+    fix = "" if works else "a driver for CUDA 13 (580 or newer), or a torch built for CUDA rather than the CPU"
+    return Row("gpu", "ok" if works else "warn", detail, fix)
+
+
+DECODE = """
+import sys, numpy, torch
+from PIL import Image
+from fastdeitlt import embedded
+from fastdeitlt.data.files import read_encoded
+from fastdeitlt.data.reader import DECODER, Decoder
+path = sorted(embedded.unpack().rglob("*.png"))[0]
+file = read_encoded(str(path))
+(pixels,) = Decoder(1, torch.device("{device}"))([file], numpy.array([[0, 0, file.height, file.width]], numpy.int32))
+expected = numpy.array(Image.open(path).convert("RGB"))
+assert (pixels.cpu().numpy() == expected).all(), "decodes other pixels than Pillow"
+print(DECODER, "decodes an image as Pillow does")
+"""
+
+
+def dali_on_cpu() -> Row:
+    """DALI decodes a real image on the CPU."""
+    works, said = probe(DECODE.format(device="cpu"))
+    fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (also for machines without a GPU)"
+    return Row("dali on cpu", "ok" if works else "broken", said, fix)
+
+
+def dali_on_gpu() -> Row:
+    """DALI decodes a real image on the GPU, where there is one."""
+    if not shutil.which("nvidia-smi"):
+        return Row("dali on gpu", "missing", "no GPU")
+    works, said = probe(DECODE.format(device="cuda"))
+    fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (drivers before 580: nvidia-dali-cuda120)"
+    return Row("dali on gpu", "ok" if works else "warn", said, fix)
+
+
+def triton() -> Row:
+    """Triton has a GPU to compile for, or at least its interpreter."""
+    code = (
+        "import triton, torch; d = triton.runtime.driver.active.get_current_target() if torch.cuda.is_available() "
+        "else None; print(triton.__version__, 'compiles for ' + f'{d.backend} {d.arch}' if d else 'without a GPU: only "
+        "its interpreter (TRITON_INTERPRET=1) runs kernels, for tests')"
+    )
+    works, said = probe(code)
+    return Row("triton", "ok" if works else "warn", said, "" if works else "pip install triton; without it impl=torch")
+
+
+def deepspeed() -> Row:
+    """DeepSpeed imports; only training on several GPUs needs it."""
+    install = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8 (no compiler or CUDA toolkit needed)"
+    if version_of("deepspeed") is None:
+        return Row("deepspeed", "missing", "not installed; needed for several GPUs", install)
+    works, said = probe("import deepspeed; print(deepspeed.__version__)")
+    return Row("deepspeed", "ok" if works else "warn", said, "" if works else install)
+
+
+def onnx() -> Row:
+    """What `export --format onnx` needs."""
+    names = ("onnx", "onnxruntime", "onnxscript")
+    absent = [name for name in names if version_of(name) is None]
+    if absent:
+        return Row(
+            "onnx",
+            "missing",
+            f"{', '.join(absent)} not installed; needed to export ONNX",
+            "pip install 'fastdeitlt[onnx]'",
+        )
+    works, said = probe("import onnx, onnxruntime, onnxscript; print(onnx.__version__, onnxruntime.__version__)")
+    return Row("onnx", "ok" if works else "warn", said, "" if works else "pip install 'fastdeitlt[onnx]'")
+
+
+def apex() -> Row:
+    """NVIDIA's apex, an optional optimizer backend; PyPI's package of that name is another program."""
+    source = "optional; build it from the source of NVIDIA/apex with its CUDA extensions"
+    if find_spec("amp_C"):
+        return Row("apex", "ok", "NVIDIA's, with CUDA extensions")
+    if find_spec("apex"):
+        detail = "a package named apex without amp_C: PyPI's unrelated one, or NVIDIA's without CUDA extensions"
+        return Row("apex", "warn", detail, f"pip uninstall apex; {source}")
+    return Row("apex", "missing", "not installed", f"{source} (`pip install apex` is an unrelated package)")
+
+
+def kernels_name() -> Row:
+    """Our kernels are ``fastdeitlt.kernels``; the top-level name ``kernels`` belongs to a package on PyPI."""
+    version, found, ours = version_of("kernels"), find_spec("kernels"), find_spec("fastdeitlt.kernels")
+    if ours is None or not ours.origin:
+        return Row("kernels name", "broken", "fastdeitlt.kernels is not importable", "reinstall fastdeitlt")
+    is_ours = found is not None and bool(found.origin) and Path(str(found.origin)).samefile(ours.origin)
+    if version and is_ours:
+        fix = "start Python in another folder than the repository's root"
+        return Row("kernels name", "warn", f"./kernels hides PyPI's kernels {version} in this folder", fix)
+    beside = f" beside PyPI's kernels {version}" if version else ""
+    return Row("kernels name", "ok", f"fastdeitlt.kernels{beside}")
+
+
+def cores() -> Row:
+    """Cores that this process may use, against the threads that it will start."""
+    usable = float(len(os.sched_getaffinity(0)))
+    if len(quota := _numbers("/sys/fs/cgroup/cpu.max")) == 2:
+        usable = min(usable, quota[0] / quota[1])
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    detail = f"{usable:g} usable, {threads} threads a process"
+    if threads > max(usable, 1):
+        return Row("cores", "warn", detail, f"export OMP_NUM_THREADS={max(int(usable), 1)}")
+    return Row("cores", "ok", detail)
+
+
+def memory() -> Row:
+    """Memory that is free for this process."""
+    free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
+    room = free["MemAvailable"]
+    if limit := _numbers("/sys/fs/cgroup/memory.max"):
+        room = min(room, int(limit[0] - _numbers("/sys/fs/cgroup/memory.current")[0]))
+    fix = "" if room > 4 * GIB else "4 GiB are needed for the demo; close programs or take a larger machine"
+    return Row("memory", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free", fix)
+
+
+def _numbers(path: str) -> list[float]:
+    """The numbers in a cgroup's file; none if there is no file or no limit ("max")."""
+    words = Path(path).read_text().split() if Path(path).is_file() else []
+    return [float(word) for word in words] if all(word.isdigit() for word in words) else []
+
+
+def shared_memory() -> Row:
+    """/dev/shm, through which NCCL's ranks talk."""
+    if not Path("/dev/shm").is_dir():
+        return Row("shared memory", "warn", "no /dev/shm", "needed for several GPUs; docker run --shm-size=8g")
+    size = shutil.disk_usage("/dev/shm").total
+    fix = "" if size >= GIB else "several GPUs need more; docker run --shm-size=8g"
+    return Row("shared memory", "warn" if fix else "ok", f"/dev/shm of {size / GIB:.1f} GiB", fix)
+
+
+def open_files() -> Row:
+    """Files that this process may hold open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = "" if soft >= 1024 or soft == resource.RLIM_INFINITY else f"ulimit -n {min(65536, hard)}"
+    return Row("open files", "warn" if fix else "ok", f"at most {soft:,}", fix)
+
+
+def disk() -> Row:
+    """Room for run folders here; a checkpoint of ViT-B is about 1.4 GB."""
+    room = shutil.disk_usage(".").free
+    fix = "" if room > 5 * GIB else "a ViT-B run keeps about 5 GB of checkpoints; set runs_dir=... to another disk"
+    return Row("disk", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free in {Path.cwd()}", fix)

@@ -1,0 +1,154 @@
+"""AdamW with its weights in one flat buffer, so that step, clip and moving average are one pass over memory.
+
+The parameters become views of the buffer, first those with weight decay, then those without. State has the names and
+the shapes of torch.optim.AdamW, so that either takes over the other's checkpoint.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels.adamw_ema import adamw_ema
+
+ALIGNMENT = 64
+"""Elements to which each parameter is aligned: 256 bytes, enough for any vector load."""
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW through ``kernels.adamw_ema``, with gradient clipping and the moving average of the weights built in.
+
+    Args:
+        groups: parameters, or groups with a ``weight_decay`` each; at most one of them other than 0.
+        lr: learning rate, a float or a 0-d tensor; kept as a tensor on the device under ``group["lr"]``.
+        betas, eps, weight_decay: as torch.optim.AdamW.
+        ema_decay: decay of the average a step. 0 = no average.
+        clip_norm: global gradient norm above which gradients are scaled down. 0 = off.
+
+    Attributes:
+        ema: parameter -> view of its moving average; empty without one.
+        grad_norm: 0-d norm of the last step's gradients before clipping, on the device; 0 while clipping is off.
+
+    Raises:
+        UserError: parameters that are not float32 on one device, or two different weight decays.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        ema_decay: float = 0.0,
+        clip_norm: float = 0.0,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        parameters = self._ordered()
+        device = parameters[0].device
+        self.ema_decay, self.clip_norm = ema_decay, clip_norm
+        self._lr = torch.as_tensor(lr, dtype=torch.float32).to(device)
+        for group in self.param_groups:
+            group["lr"] = self._lr
+        self.grad_norm = torch.zeros((), device=device)
+        self._allocate(parameters)
+
+    def _ordered(self) -> list[nn.Parameter]:
+        """Parameters, decayed first."""
+        decays = {group["weight_decay"] for group in self.param_groups if group["weight_decay"]}
+        if len(decays) > 1:
+            raise UserError(
+                f"FlatAdamW: got weight decays {sorted(decays)}, expected one besides 0; use torch.optim.AdamW"
+            )
+        groups = sorted(self.param_groups, key=lambda group: not group["weight_decay"])
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for p in parameters:
+            if p.dtype != torch.float32 or p.device != parameters[0].device:
+                raise UserError(
+                    f"FlatAdamW: a parameter of shape {tuple(p.shape)} is {p.dtype} on {p.device}, expected float32 on "
+                    f"{parameters[0].device}; keep float32 weights and let autocast convert"
+                )
+        return parameters
+
+    def _allocate(self, parameters: list[nn.Parameter]) -> None:
+        """Flat buffers and, per parameter, views of them; the parameters move into theirs."""
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        decayed = {p for group in self.param_groups if group["weight_decay"] for p in group["params"]}
+        self._num_decayed = sum(size for size, p in zip(sizes, parameters, strict=True) if p in decayed)
+        self._parameters = parameters
+
+        def flat() -> tuple[Tensor, list[Tensor]]:
+            buffer = torch.zeros(sum(sizes), device=parameters[0].device)
+            pieces = zip(buffer.split(sizes), parameters, strict=True)
+            return buffer, [piece[: p.numel()].view(p.shape) for piece, p in pieces]
+
+        self._weights, weights = flat()
+        self._grads, self._grad_views = flat()
+        self._exp_avg, exp_avg = flat()
+        self._exp_avg_sq, exp_avg_sq = flat()
+        self._steps = torch.zeros(len(parameters), device=parameters[0].device)
+        states = zip(parameters, self._steps.unbind(), exp_avg, exp_avg_sq, strict=True)
+        self._views = {p: {"step": step, "exp_avg": m, "exp_avg_sq": v} for p, step, m, v in states}
+        self._ema: Tensor | None = None
+        ema: list[Tensor] = []
+        torch._foreach_copy_(weights, [p.data for p in parameters])
+        if self.ema_decay:
+            self._ema, ema = flat()
+            self._ema.copy_(self._weights)
+        for p, view in zip(parameters, weights, strict=True):
+            p.data = view
+        self.ema = dict(zip(parameters, ema, strict=False))
+
+    def _adopt(self) -> None:
+        """Copy state that was put in from outside (a checkpoint) into the buffers, and show the buffers as state."""
+        for group in self.param_groups:
+            if group["lr"] is not self._lr:
+                self._lr.copy_(torch.as_tensor(group["lr"]))
+                group["lr"] = self._lr
+        for parameter, views in self._views.items():
+            state = self.state[parameter]
+            for name, view in views.items():
+                if name in state and state[name] is not view:
+                    view.copy_(state[name])
+                state[name] = view
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Clip, update weights and average, in three launches besides the gathering of the gradients.
+
+        Raises:
+            UserError: a parameter without gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if len(grads) < len(self._parameters):
+            missing = next(tuple(p.shape) for p in self._parameters if p.grad is None)
+            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze it or use it")
+        self._adopt()
+        torch._foreach_copy_(self._grad_views, grads)
+        scale = None
+        if self.clip_norm:
+            self.grad_norm = torch.linalg.vector_norm(self._grads)
+            scale = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        first = self.param_groups[0]
+        adamw_ema(
+            self._weights,
+            self._grads,
+            self._exp_avg,
+            self._exp_avg_sq,
+            lr=self._lr,
+            step=self._steps.add_(1)[0],
+            num_decayed=self._num_decayed,
+            weight_decay=max(group["weight_decay"] for group in self.param_groups),
+            betas=first["betas"],
+            eps=first["eps"],
+            scale=scale,
+            ema=self._ema,
+            ema_decay=self.ema_decay,
+        )
+        return loss

@@ -1,0 +1,71 @@
+"""Image files for the tests of readers: pictures, sets of them, and what Pillow makes of them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastdeitlt.config import AugmentConfig, DataConfig
+from fastdeitlt.data import augment, reader
+from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.longtail import LongTailSet
+
+CPU = torch.device("cpu")
+CLASSES = 3
+SIZES = [(61, 43), (40, 90), (33, 33), (120, 31), (50, 64), (29, 77), (64, 64), (97, 52), (45, 38), (36, 100), (70, 51)]
+
+
+def picture(height, width, seed=0):
+    """Waves and noise: every pixel differs, no two images are alike."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 9 + y / 5 + seed), np.cos(x / 7 - seed), np.sin(x / 3 + y / 2)], -1)
+    noise = np.random.default_rng(seed).normal(0, 8, (height, width, 3))
+    return Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_set(folder, contents=()):
+    """Eleven JPEGs of odd sizes in three classes (labels 0, 1, 2, 0, ...), some with other contents by index."""
+    paths = [f"{i:02d}.jpg" for i in range(len(SIZES))]
+    for i, (height, width) in enumerate(SIZES):
+        data = dict(contents).get(i, encoded(picture(height, width, i), quality=92))
+        if data is not None:
+            (folder / paths[i]).write_bytes(data)
+    labels = np.arange(len(SIZES)) % CLASSES
+    return LongTailSet(paths, labels, np.bincount(labels).tolist(), str(folder))
+
+
+def request(samples, size=24, epoch=0, copies=None):
+    sample_B = np.asarray(samples)
+    copy_B = np.zeros_like(sample_B) if copies is None else np.asarray(copies)
+    draws = augment.draw(sample_B, copy_B, seed=7, epoch=epoch, cfg=AugmentConfig(), size=size)
+    return CropRequest(sample_B, size, draws)
+
+
+def deliver(images, requests, share=1, **options):
+    """All crops, and the stream, closed."""
+    stream = reader.Stream(images, DataConfig(num_threads=2, **options), CPU, share)
+    try:
+        return list(stream.crops(requests)), stream
+    finally:
+        stream.close()
+
+
+def pillow_crops(images, wanted):
+    crops = []
+    for b, sample in enumerate(wanted.sample_B):
+        image = Image.open(Path(images.root) / images.paths[sample]).convert("RGB")
+        top, left, height, width = wanted.draws[b : b + 1].boxes(np.array([image.size[::-1]]))[0].tolist()
+        box = image.crop((left, top, left + width, top + height))
+        crops.append(np.asarray(box.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)))
+    return np.stack(crops)
+
+
+GOOD = encoded(picture(60, 80), quality=90)

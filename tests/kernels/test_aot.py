@@ -1,0 +1,86 @@
+"""The ahead-of-time gate: shipped kernels compile for every architecture, and a bad one is caught."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.aot import gate, ops
+
+ROOT = Path(__file__).parents[2]
+
+PLANTED = """
+import triton
+import triton.language as tl
+from fastdeitlt.kernels._launch import AotConfig
+
+
+@triton.jit
+def scale(p_x, p_y, P, BLOCK: tl.constexpr):
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_y + o_p, tl.load(p_x + o_p, mask=o_p < P) * 2, mask=o_p < P)
+
+
+@triton.jit
+def centre(p_x, p_y, BLOCK: tl.constexpr):
+    o_p = tl.arange(0, BLOCK)
+    b_x = tl.load(p_x + o_p)
+    tl.store(p_y + o_p, (b_x - tl.sum(b_x, 0)) * tl.max(b_x, 0))
+
+
+@triton.jit
+def broken(p_x, BLOCK: tl.constexpr):
+    tl.store(p_x, no_such_name)
+
+
+def aot_configs():
+    pointers = {"p_x": "*fp32", "p_y": "*fp32"}
+    return [
+        AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, note="good"),
+        AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, mma=True, note="no tensor cores"),
+        AotConfig(centre, pointers, {"BLOCK": 16384}, num_warps=1, note="spills"),
+        AotConfig(broken, {"p_x": "*fp32"}, {"BLOCK": 16}, note="broken"),
+    ]
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "kernels.py").write_text(PLANTED)
+    (tmp_path / "planted" / "empty.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("op", ops())
+def test_every_shipped_configuration_compiles_without_spills(op):
+    """One architecture here, to stay quick; ``python -m benchmarks.aot`` does all."""
+    rows = gate([op], [90])
+    assert rows, f"{op} ships no configuration"
+    assert {f"{row.kernel} {row.configuration}": row.problems for row in rows if row.problems} == {}
+    assert all(row.registers > 0 for row in rows)
+
+
+def test_planted_bad_configurations_fail_and_the_good_one_passes(planted):
+    problems = {row.configuration.split(" fp32")[0]: "; ".join(row.problems) for row in gate(["planted.kernels"], [80])}
+    assert problems["good"] == ""
+    assert "no tensor-core instruction" in problems["no tensor cores"]
+    assert "bytes of stack" in problems["spills"]
+    assert "does not compile" in problems["broken"] and "no_such_name" in problems["broken"]
+
+
+def test_a_kernel_file_without_configurations_fails(planted):
+    (row,) = gate(["planted.empty"], [90])
+    assert row.problems == ["planted.empty offers no aot_configs()"]
+
+
+def test_the_command_ends_with_one_on_failure_and_prints_the_reason(planted):
+    environment = {**os.environ, "PYTHONPATH": str(planted)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "benchmarks.aot", "planted.empty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1
+    assert "offers no aot_configs()" in done.stdout and "1 failed" in done.stdout

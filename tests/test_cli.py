@@ -1,0 +1,69 @@
+"""The command line as a person meets it: codes, one-line errors, speed of --help."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdeitlt import cli
+
+FASTDEITLT = Path(sys.executable).with_name("fastdeitlt")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv=['x','--help']\ntry:\n import fastdeitlt.cli as c; c.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "heavy={'torch','numpy','timm','nvidia.dali','deepspeed','triton','pydantic','rich'}&set(sys.modules)\n"
+    code += "sys.exit(f'{heavy}' if heavy else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "quickstart", "train.epoch=3"], "did you mean train.epochs"),
+        (["train", "quickstrat"], "did you mean quickstart"),
+        (["config", "show", "quickstart", "optim.lr=fast"], "optim.lr: got 'fast'"),
+        (["train", "quickstart", "teacher.path=/nowhere", "runs_dir=@"], "/nowhere"),
+        (["train", "imagenet_lt", "data.root=/nowhere", "runs_dir=@"], "/nowhere"),
+        (["eval", "/nowhere"], "/nowhere"),
+        (["report", "/nowhere"], "/nowhere"),
+        (["export", "/nowhere", "@/out"], "/nowhere"),
+        (["predict", "/nowhere", "x.png"], "/nowhere"),
+        (["train", "quickstart", "runs_dir=@", "student.name=deit_tiny_distilled_patch5_32"], "patch5"),
+        (["train", "quickstart", "runs_dir=@", "--resume", "must"], "holds no run"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
+    code = cli.main([argument.replace("@", str(tmp_path)) for argument in arguments])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert words in error
+    assert error.startswith("fastdeitlt: error: ")
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_is_code_130(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert "continues from the last checkpoint" in capsys.readouterr().err
+
+
+def test_config_show_names_value_origin_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["config", "show", "quickstart", "train.epochs=9", "loss.drw_epoch=-1"]) == 0
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if "train.epochs" in line)
+    assert "9" in row and "override" in row and "Passes over" in row
+
+
+def test_the_installed_command_exists():
+    done = subprocess.run([FASTDEITLT, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for verb in ("train", "train-teacher", "demo", "eval", "predict", "export", "report", "data", "config", "doctor"):
+        assert f"    {verb}" in done.stdout

@@ -1,0 +1,181 @@
+"""Checkpoints in and out."""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from fastdeitlt.checkpoint import save_model_folder
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_student, create_teacher, load_teacher
+from fastdeitlt.models.convert import (
+    load_student_checkpoint,
+    load_student_state,
+    official_student,
+    official_teacher,
+    resample_pos_embed,
+)
+from fastdeitlt.models.vit import DistilledViT
+
+TINY32 = "deit_tiny_distilled_patch8_32"
+
+
+def small() -> DistilledViT:
+    torch.manual_seed(0)
+    return create_student(TINY32, 7, depth=3)
+
+
+@pytest.mark.parametrize("side", [7, 24])
+def test_position_embeddings_are_resampled_as_timm_does(side: int) -> None:
+    pos_embed = torch.randn(1, 2 + 14 * 14, 8)
+    expected = resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=2)
+    assert torch.equal(resample_pos_embed(pos_embed, 2 + side * side), expected)
+
+
+def test_weights_of_another_image_size_load() -> None:
+    source, target = create_student(TINY32, 7, depth=2), create_student(TINY32, 7, 64, depth=2)
+    load_student_state(target, source.state_dict())
+    assert torch.equal(target.pos_embed[:, :2], source.pos_embed[:, :2])
+    assert torch.equal(target.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
+
+
+def test_states_that_do_not_fit_are_named() -> None:
+    model, state = small(), small().state_dict()
+    with pytest.raises(UserError, match="has 7 classes, expected 5"):
+        load_student_state(create_student(TINY32, 5, depth=3), state)
+    with pytest.raises(UserError, match=r"no dist_token .* expected a distilled ViT"):
+        load_student_state(model, {key: value for key, value in state.items() if key != "dist_token"})
+    with pytest.raises(UserError, match=r"1 missing: norm\.bias; 1 unexpected: extra"):
+        load_student_state(model, {k: v for k, v in state.items() if k != "norm.bias"} | {"extra": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"norm\.bias \[3\] instead of \[192\]"):
+        load_student_state(model, state | {"norm.bias": torch.zeros(3)})
+    with pytest.raises(UserError, match="20 tokens, expected CLS, DIST and a square grid"):
+        load_student_state(model, state | {"pos_embed": torch.zeros(1, 20, 192)})
+
+
+def test_official_checkpoint_loads_with_its_class_map(tmp_path: Path) -> None:
+    model = small().eval()
+    ema = {f"module.{key}": value + 1 for key, value in model.state_dict().items()}
+    args = argparse.Namespace(class_map=[2, 0, 1, 3, 4, 6, 5], lr=5e-4, cls_num_list=[np.int64(9)])
+    content = {
+        **official_student(model),
+        "model_ema": ema,
+        "args": args,
+        "epoch": 1199,
+        "head_acc_avg": np.float64(94.5),
+    }
+    torch.save(content, tmp_path / "best.pth")
+    loaded, info = load_student_checkpoint(tmp_path / "best.pth")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert info["model"] == {"name": TINY32, "num_classes": 7, "img_size": 32, "depth": 3}
+    assert info["class_map"] == [2, 0, 1, 3, 4, 6, 5]
+    assert (info["epoch"], info["head_acc_avg"], info["args"]["lr"]) == (1199, 94.5, 5e-4)
+    averaged, _ = load_student_checkpoint(tmp_path / "best.pth", "ema")
+    assert torch.equal(averaged.norm.bias, model.norm.bias + 1)
+
+
+def test_scalars_pickled_by_numpy_1_load(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    content = {**official_student(small()), "best_acc_avg": np.float64(1.5)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert load_student_checkpoint(path)[1]["best_acc_avg"] == 1.5
+
+
+def test_model_folder_loads_and_its_hash_is_checked(tmp_path: Path) -> None:
+    model = small().eval()
+    facts = {
+        "kind": "student",
+        "model": {"name": TINY32, "num_classes": 7, "img_size": 32},
+        "class_map": [0, 1, 2, 3, 4, 6, 5],
+    }
+    folder = save_model_folder(tmp_path / "best", model.state_dict(), facts)
+    loaded, info = load_student_checkpoint(folder)
+    assert info["class_map"] == facts["class_map"]
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match="does not match its sha256"):
+        load_student_checkpoint(folder)
+
+
+def test_teacher_folder_is_no_student(tmp_path: Path) -> None:
+    facts = {"kind": "teacher", "model": {"arch": "resnet8", "num_classes": 3}}
+    folder = save_model_folder(tmp_path / "t", {"a": torch.zeros(1)}, facts)
+    with pytest.raises(UserError, match="got a teacher, expected a student"):
+        load_student_checkpoint(folder)
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_student_checkpoint_never_runs(tmp_path: Path, zipped: bool) -> None:
+    canary = tmp_path / "canary"
+    args = argparse.Namespace(lr=Canary(canary))
+    content = {**official_student(small()), "args": args}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"refused, it holds (posix|nt)\.system"):
+        load_student_checkpoint(tmp_path / "evil.pth")
+    assert not canary.exists()
+
+
+def test_unreadable_students_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_student_checkpoint(tmp_path / "absent.pth")
+    torch.save(official_student(small()), tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged"):
+        load_student_checkpoint(tmp_path / "cut.pth")
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 100)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="expected a distilled ViT"):
+        load_student_checkpoint(tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no state_dict"):
+        load_student_checkpoint(tmp_path / "list.pth")
+    with pytest.raises(UserError, match="expected model or ema"):
+        load_student_checkpoint(tmp_path / "list.pth", "best")
+
+
+@pytest.mark.parametrize("style", ["official_paco", "official_ldam"])
+def test_teachers_go_out_in_the_official_keys(tmp_path: Path, style: str) -> None:
+    network = create_teacher("resnet8", 4, "fastdeitlt" if style == "official_paco" else style).eval()
+    torch.save(official_teacher(network, "resnet8", style), tmp_path / "out.pth")
+    content = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    official = create_teacher("resnet8", 4, style).eval()
+    official.load_state_dict({key.removeprefix("module."): value for key, value in content.items()}, strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(official(images), network(images))
+        assert torch.equal(load_teacher(tmp_path / "out.pth", "resnet8", 4)(images), network(images))
+
+
+def test_a_cosine_head_has_no_paco_keys() -> None:
+    with pytest.raises(UserError, match="cosine head"):
+        official_teacher(create_teacher("resnet8", 4, "official_ldam"), "resnet8", "official_paco")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_flipped_bytes_of_a_pickle_raise_nothing_else(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pth").read_bytes()
+    draw = np.random.default_rng(0)
+    for _ in range(150):
+        changed = bytearray(content)
+        for place in draw.integers(0, len(content), 3):
+            changed[place] = draw.integers(0, 256)
+        (tmp_path / "a.pth").write_bytes(changed)
+        with pytest.raises(UserError):
+            load_student_checkpoint(tmp_path / "a.pth")

@@ -1,0 +1,259 @@
+"""The joint loss against golden vectors of the official code and against torch's own losses."""
+
+import json
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from hypothesis import strategies as st
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.loss import decision_weight, joint_loss
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = json.loads((DATA / "joint_loss.json").read_text())
+B, K = 6, 11
+
+
+def batch(num_classes=K, seed=0, dtype=torch.float32, teacher_classes=None):
+    """cls_logits, dist_logits, labels, teacher_logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def logits(classes):
+        return (torch.randn(B, classes, generator=generator) * 2).to(dtype)
+
+    labels = torch.randint(0, num_classes, (B,), generator=generator)
+    return logits(num_classes), logits(num_classes), labels, logits(teacher_classes or num_classes)
+
+
+def vector(seed=0, num_classes=K):
+    return torch.rand(num_classes, generator=torch.Generator().manual_seed(seed)) + 0.1
+
+
+def dense_target(labels, partner, lam, smoothing, num_classes=K):
+    """[B, K] in float64, as timm's Mixup builds it."""
+    one_hot = lam * F.one_hot(labels, num_classes).double() + (1 - lam) * F.one_hot(partner, num_classes)
+    return one_hot * (1 - smoothing) + smoothing / num_classes
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['case']}-{c['distillation']}-K{c['C']}")
+def test_official_losses_and_gradients_are_reproduced(case, impl):
+    with np.load(DATA / "joint_loss.npz") as file:
+        g = {k.split("_", 1)[1]: torch.from_numpy(file[k]) for k in file if k.startswith(f"c{case['case']}_")}
+    share = 1 - case["beta"] ** g["counts"].double()
+    weights = (1 / share / (1 / share).sum() * case["C"]).float()
+    heads = [g["cls"].requires_grad_(), g["dist"].requires_grad_()]
+    losses = joint_loss(
+        *heads, g["labels"], g["teacher"], partner=g["labels"].flip(0) if case["mixed"] else None, lam=case["lam"],
+        smoothing=case["smoothing"], weights=weights if case["weighted"] else None, tau=case["tau"],
+        class_map=g["class_map"] if case["map_teacher_classes"] else None, distillation=case["distillation"],
+        impl=impl,
+    )  # fmt: skip
+    expected = [case["loss"], 2 * case["half_cls"], 2 * case["half_dist"]]
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
+    losses.loss.backward()
+    for head, gradient in zip(heads, (g["dcls"], g["ddist"]), strict=True):
+        torch.testing.assert_close(head.grad, gradient, rtol=0, atol=1e-6)
+
+
+@hypothesis.given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 0.5), st.integers(0, 99))
+def test_the_mixed_smoothed_loss_is_the_cross_entropy_with_the_dense_target(num_classes, lam, smoothing, seed):
+    cls_logits, dist_logits, labels, teacher = batch(num_classes, seed, torch.float64)
+    partner = labels.flip(0)
+    target = dense_target(labels, partner, lam, smoothing, num_classes)
+    losses = joint_loss(cls_logits, dist_logits, labels, teacher, partner=partner, lam=lam, smoothing=smoothing)
+    torch.testing.assert_close(losses.cls_loss, F.cross_entropy(cls_logits, target), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(losses.dist_loss, F.cross_entropy(dist_logits, teacher.argmax(1)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_loss_weighs_the_plain_means_by_alpha(alpha):
+    losses = joint_loss(*batch(), alpha=alpha)
+    torch.testing.assert_close(losses.loss, (1 - alpha) * losses.cls_loss + alpha * losses.dist_loss)
+
+
+def test_class_weights_of_both_heads_are_torchs_weighted_means():
+    cls_logits, dist_logits, labels, teacher = batch()
+    losses = joint_loss(
+        cls_logits, dist_logits, labels, teacher, smoothing=0.1, weights=vector(1), cls_weights=vector(2)
+    )
+    expected = F.cross_entropy(cls_logits, labels, weight=vector(2), label_smoothing=0.1)
+    torch.testing.assert_close(losses.cls_loss, expected)
+    torch.testing.assert_close(losses.dist_loss, F.cross_entropy(dist_logits, teacher.argmax(1), weight=vector(1)))
+
+
+def test_the_class_map_leads_from_teacher_to_student_classes():
+    cls_logits, dist_logits, labels, teacher = batch(teacher_classes=3)
+    class_map = torch.tensor([7, 0, 10])
+    losses = joint_loss(cls_logits, dist_logits, labels, teacher, class_map=class_map)
+    torch.testing.assert_close(losses.dist_loss, F.cross_entropy(dist_logits, class_map[teacher.argmax(1)]))
+
+
+def test_bce_is_torchs_mean_over_images_and_classes():
+    cls_logits, dist_logits, labels, teacher = batch()
+    partner, lam = labels.flip(0), 0.3
+    losses = joint_loss(
+        cls_logits, dist_logits, labels, teacher, partner=partner, lam=lam, smoothing=0.1, base="bce",
+        cls_weights=vector(),
+    )  # fmt: skip
+    target = dense_target(labels, partner, lam, 0.1).float()
+    expected = F.binary_cross_entropy_with_logits(cls_logits, target, weight=vector())
+    torch.testing.assert_close(losses.cls_loss, expected)
+
+
+@pytest.mark.parametrize("base", ["balanced_softmax", "logit_adjustment"])
+def test_the_prior_of_the_training_counts_is_added_to_the_cls_logits(base):
+    cls_logits, dist_logits, labels, teacher = batch()
+    counts = torch.arange(K, 0, -1) * 7
+    losses = joint_loss(cls_logits, dist_logits, labels, teacher, base=base, counts=counts)
+    torch.testing.assert_close(losses.cls_loss, F.cross_entropy(cls_logits + counts.log(), labels))
+    torch.testing.assert_close(losses.dist_loss, joint_loss(*batch()).dist_loss)
+
+
+def test_a_class_without_training_images_keeps_the_loss_finite():
+    counts = torch.tensor([10] * (K - 1) + [0])
+    losses = joint_loss(*batch(), base="balanced_softmax", counts=counts, smoothing=0.1)
+    assert losses.loss.isfinite()
+
+
+def test_soft_distillation_is_the_official_kl():
+    cls_logits, dist_logits, labels, teacher = batch()
+    tau = 2.5
+    losses = joint_loss(cls_logits, dist_logits, labels, teacher, distillation="soft", tau=tau)
+    log_q, log_p = (dist_logits / tau).log_softmax(1), (teacher / tau).log_softmax(1)
+    expected = F.kl_div(log_q, log_p, reduction="sum", log_target=True) * tau * tau / dist_logits.numel()
+    torch.testing.assert_close(losses.dist_loss, expected)
+
+
+def test_soft_weights_tilt_the_teacher_and_the_map_reorders_it():
+    cls_logits, dist_logits, labels, teacher = batch()
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(5))
+    options = {"distillation": "soft", "weights": vector()}
+    mapped = joint_loss(cls_logits, dist_logits, labels, teacher, class_map=order, **options)
+    reordered = torch.empty_like(teacher)
+    reordered[:, order] = teacher
+    direct = joint_loss(cls_logits, dist_logits, labels, reordered, **options)
+    torch.testing.assert_close(mapped.dist_loss, direct.dist_loss)
+    probabilities = reordered.softmax(1) * vector()
+    probabilities /= probabilities.sum(1, keepdim=True)
+    expected = F.kl_div(dist_logits.log_softmax(1), probabilities, reduction="sum") / dist_logits.numel()
+    torch.testing.assert_close(direct.dist_loss, expected)
+
+
+def test_the_mean_normaliser_makes_two_ranks_equal_the_whole_batch():
+    cls_logits, dist_logits, labels, teacher = batch()
+    whole = joint_loss(cls_logits, dist_logits, labels, teacher, weights=vector()).dist_loss
+    halves = [slice(0, B // 2), slice(B // 2, B)]
+    normaliser = torch.stack([decision_weight(teacher[half], vector()) for half in halves]).mean()
+    parts = [
+        joint_loss(
+            *(x[half] for x in (cls_logits, dist_logits, labels, teacher)), weights=vector(), normaliser=normaliser
+        ).dist_loss
+        for half in halves
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_bfloat16_logits_are_computed_in_float32_inside_autocast():
+    arguments = batch(dtype=torch.bfloat16)
+    expected = joint_loss(*(x.float() if x.is_floating_point() else x for x in arguments), weights=vector())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = joint_loss(*arguments, weights=vector())
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("distillation", ["hard", "soft"])
+def test_no_gradient_reaches_the_teacher(distillation):
+    cls_logits, dist_logits, labels, teacher = batch()
+    teacher.requires_grad_()
+    cls_logits.requires_grad_()
+    joint_loss(cls_logits, dist_logits, labels, teacher, distillation=distillation).loss.backward()
+    assert teacher.grad is None and cls_logits.grad is not None
+
+
+def test_logits_of_ten_thousand_and_minus_infinity_stay_exact():
+    cls_logits, dist_logits, labels, teacher = batch()
+    cls_logits = cls_logits * 1e4
+    dist_logits[:, ::2] = -torch.inf
+    dist_logits.scatter_(1, teacher.argmax(1, keepdim=True), 1.0)
+    cls_logits.requires_grad_()
+    losses = joint_loss(cls_logits, dist_logits, labels, teacher)
+    losses.loss.backward()
+    torch.testing.assert_close(losses.cls_loss, F.cross_entropy(cls_logits, labels))
+    assert losses.loss.isfinite() and cls_logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": "soft"}, {"base": "bce"}], ids=str)
+def test_nothing_is_copied_to_the_host(options):
+    """A meta tensor has no values: any host read in forward or backward raises."""
+    cls_logits, dist_logits, labels, teacher = (x.to("meta") for x in batch())
+    heads = [logits.requires_grad_() for logits in (cls_logits, dist_logits)]
+    shared = {"weights": vector().to("meta"), "class_map": torch.arange(K, device="meta"), "smoothing": 0.1}
+    lam = torch.empty((), device="meta")
+    joint_loss(*heads, labels, teacher, partner=labels, lam=lam, **shared, **options).loss.backward()
+    assert heads[0].grad.shape == (B, K)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_compiled_loss_is_one_graph_that_a_new_lam_does_not_recompile(impl):
+    cls_logits, dist_logits, labels, teacher = batch()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(joint_loss, fullgraph=True, backend=counter)
+    for lam in (0.2, 0.7, 1.0):
+        options = {"partner": labels.flip(0), "lam": torch.tensor(lam), "weights": vector(), "impl": impl}
+        gradients = []
+        for loss in (compiled, joint_loss):
+            heads = [logits.clone().requires_grad_() for logits in (cls_logits, dist_logits)]
+            loss(*heads, labels, teacher, **options).loss.backward()
+            gradients += [head.grad for head in heads]
+        torch.testing.assert_close(gradients[:2], gradients[2:])
+    assert counter.frame_count == 1
+
+
+def test_two_runs_give_the_same_bits():
+    assert all(torch.equal(a, b) for a, b in zip(joint_loss(*batch()), joint_loss(*batch()), strict=True))
+
+
+ERRORS = [
+    (
+        {"cls_logits": torch.zeros(B)},
+        r"cls_logits is torch.float32 \(6,\) on cpu, expected floating \(batch, classes\)",
+    ),
+    ({"cls_logits": torch.zeros(0, K)}, "not empty"),
+    ({"dist_logits": torch.zeros(B, 3)}, "the heads must agree"),
+    ({"dist_logits": torch.zeros(B, K).half()}, "the heads must agree"),
+    ({"teacher_logits": torch.zeros(2, K)}, r"teacher_logits is torch.float32 \(2, 11\) on cpu, expected 6 rows"),
+    ({"teacher_logits": torch.zeros(B, K, device="meta")}, "expected 6 rows on cpu"),
+    ({"teacher_logits": torch.zeros(B, 5)}, "the teacher has 5 classes and the student 11; hard distillation with a"),
+    ({"labels": torch.zeros(B, K)}, r"labels is torch.float32 \(6, 11\) on cpu, expected torch.int64 \(6,\)"),
+    ({"labels": torch.zeros(B, dtype=torch.int32)}, r"labels is torch.int32 \(6,\)"),
+    ({"lam": 0.3}, "lam is given without partner"),
+    ({"partner": torch.zeros(B, dtype=torch.int64)}, "partner is given without lam"),
+    ({"partner": torch.zeros(B, dtype=torch.int64), "lam": 1.2}, "lam is 1.2, expected 0 <= lam <= 1"),
+    ({"partner": torch.zeros(B, dtype=torch.int64), "lam": torch.ones(1)}, "expected a floating 0-d tensor on cpu"),
+    ({"smoothing": 1.0}, "smoothing is 1.0, expected 0 <= smoothing < 1"),
+    ({"alpha": -0.1}, "alpha is -0.1"),
+    ({"tau": 0.0}, "tau is 0.0"),
+    ({"weights": torch.ones(3)}, r"weights is torch.float32 \(3,\) on cpu, expected torch.float32 \(11,\)"),
+    ({"cls_weights": torch.ones(K).double()}, "cls_weights is torch.float64"),
+    ({"class_map": torch.zeros(3, dtype=torch.int64)}, r"class_map is torch.int64 \(3,\)"),
+    ({"distillation": "medium"}, "distillation is 'medium', expected one of hard, soft"),
+    ({"base": "focal"}, "base is 'focal', expected one of ce, bce, balanced_softmax, logit_adjustment"),
+    ({"impl": "cuda"}, "impl is 'cuda', expected one of auto, torch, triton"),
+    ({"base": "balanced_softmax"}, "counts is missing with base=balanced_softmax"),
+    ({"counts": torch.ones(K)}, "counts is given with base=ce"),
+    ({"normaliser": torch.ones(2)}, r"normaliser is torch.float32 \(2,\) on cpu, expected torch.float32 \(\)"),
+]
+
+
+@pytest.mark.parametrize("change, message", ERRORS, ids=[message[:40] for _, message in ERRORS])
+def test_bad_arguments_are_named_with_what_is_expected(change, message):
+    names = ("cls_logits", "dist_logits", "labels", "teacher_logits")
+    with pytest.raises(UserError, match=message):
+        joint_loss(**{**dict(zip(names, batch(), strict=True)), **change})
