@@ -185,7 +185,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         device = (
             parameter.device if tensor.ndim or parameter.device.type == "cpu" else _step_device(optimizer, parameter)
         )
-        optimizer.state[parameter][state] = tensor.to(device)
+        optimizer.state[parameter][state] = tensor.to(device, copy=True)
 
 
 def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:

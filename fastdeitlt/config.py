@@ -119,6 +119,9 @@ class StudentConfig(Section):
     """Number of blocks. 0 = the architecture's 12 (large: 24)."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block; earlier blocks rise linearly from 0. 0 = off."""
+    attention: Literal["auto", "triton", "sdpa", "cudnn", "flash", "math"] = "auto"
+    """Who computes attention: our kernel, torch's choice, one of torch's backends. auto: the fastest measured on this
+    GPU, see kernels/attention.py; torch's on a CPU."""
 
 
 class TeacherConfig(Section):
@@ -339,8 +342,8 @@ class TeacherTrainingConfig(Section):
 class Config(Section):
     """A run: what is trained, on what, how."""
 
-    name: str = "run"
-    """Folder of the run under runs/."""
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run under runs_dir: letters, digits, dot, dash, underscore."""
     runs_dir: str = "runs"
     """Folder that holds run folders."""
     published: dict[str, float] = Field(default_factory=dict)

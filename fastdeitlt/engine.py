@@ -106,6 +106,8 @@ class JointForward(nn.Module):
 class Engine(Protocol):
     """Backward, accumulation and step of one rank."""
 
+    optimizer: torch.optim.Optimizer
+
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
         """The losses of a micro-batch; their graph is kept until ``backward``."""
 

@@ -31,6 +31,8 @@ log = logging.getLogger("fastdeitlt")
 OUTPUTS = ("avg", "cls", "dist")
 FACTS = "fastdeitlt.json"
 """Name of the extra file inside a .pt2 that holds ``facts``."""
+INHERITED = ("architecture", "input_size", "fixed_input_size", "crop_mode", "first_conv", "classifier")
+"""What an export keeps of timm's own facts about an architecture."""
 NUM_CHECKED = 5  # odd, and another batch size than the one that is traced
 MAX_DIFFERENCE = 1e-3
 """Of logits, relative to the largest; another order of additions gives about 1e-6."""
@@ -122,8 +124,10 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
     architecture, model_args = timm_architecture(student)
-    twin = timm.create_model(architecture, pretrained=False, num_classes=saved.num_classes, **model_args)
+    twin: Any = timm.create_model(architecture, pretrained=False, num_classes=saved.num_classes, **model_args)
     twin.load_state_dict(student.state_dict())
+    # the name's tag, licence and origin are those of Facebook's weights, not of these
+    twin.pretrained_cfg = {key: twin.pretrained_cfg[key] for key in INHERITED}
     side = saved.img_size
     own = ("mean", "std", "crop_pct", "interpolation")
     travels = facts(saved)
@@ -135,7 +139,7 @@ def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
         safe_serialization=True,
         data_config={"input_size": (3, side, side)} | {name: travels[name] for name in own},
     )
-    (out / "README.md").write_text(model_card(saved, architecture), encoding="utf-8")
+    (out / "README.md").write_text(model_card(saved, architecture, model_args), encoding="utf-8")
     images_BCHW = _real_images(saved)
     student.last_block_shortcut = False  # the same outputs, but timm adds in the order of the whole block
     with torch.inference_mode():

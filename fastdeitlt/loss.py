@@ -111,23 +111,11 @@ def joint_loss(
 
     run: Callable[..., JointLoss] = _triton_joint_loss() if _use_triton(impl, cls_logits) else reference
     return run(
-        cls_logits,
-        dist_logits,
-        labels,
-        teacher_logits.detach(),
-        partner=partner,
+        cls_logits, dist_logits, labels, teacher_logits.detach(), partner=partner,
         lam=torch.full((), lam, device=device) if isinstance(lam, float | int) else lam,
-        smoothing=smoothing,
-        weights=weights,
-        class_map=class_map,
-        soft=distillation == "soft",
-        tau=tau,
-        alpha=alpha,
-        bce=base == "bce",
-        log_prior=log_prior,
-        cls_weights=cls_weights,
-        normaliser=normaliser,
-    )
+        smoothing=smoothing, weights=weights, class_map=class_map, soft=distillation == "soft", tau=tau, alpha=alpha,
+        bce=base == "bce", log_prior=log_prior, cls_weights=cls_weights, normaliser=normaliser,
+    )  # fmt: skip
 
 
 def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:
@@ -164,27 +152,27 @@ def reference(
     cls_logits_BK, dist_logits_BK, teacher_logits_BJ = _full(cls_logits), _full(dist_logits), _full(teacher_logits)
     if log_prior is not None:
         cls_logits_BK = cls_logits_BK + log_prior
-    weight_K = cls_logits_BK.new_ones(cls_logits_BK.size(1)) if cls_weights is None else cls_weights
+
+    def weighted(values_BK: Tensor) -> Tensor:
+        return values_BK if cls_weights is None else values_BK * cls_weights
 
     def mixed(values_BK: Tensor) -> Tensor:
         """[B] value at the label, or at the two mixed labels by their shares."""
         own_B = values_BK.gather(1, labels[:, None])[:, 0]
-        return (
-            own_B
-            if partner is None or lam is None
-            else lam * own_B + (1 - lam) * values_BK.gather(1, partner[:, None])[:, 0]
-        )
+        if partner is None or lam is None:
+            return own_B
+        return lam * own_B + (1 - lam) * values_BK.gather(1, partner[:, None])[:, 0]
 
     def target_sum(values_BK: Tensor) -> Tensor:
         """[B] sum over classes of the smoothed, weighted target times the values."""
-        weighted_BK = values_BK * weight_K
-        return mixed(weighted_BK) * (1 - smoothing) + (weighted_BK.mean(1) * smoothing if smoothing else 0.0)
+        values_BK = weighted(values_BK)
+        return mixed(values_BK) * (1 - smoothing) + (values_BK.mean(1) * smoothing if smoothing else 0.0)
 
     if bce:
-        cls_B = (F.softplus(cls_logits_BK) * weight_K).sum(1) - target_sum(cls_logits_BK)
-        cls_loss = cls_B.mean() / cls_logits_BK.size(1)
+        cls_loss = (weighted(F.softplus(cls_logits_BK)).sum(1) - target_sum(cls_logits_BK)).mean() / cls_logits.size(1)
     else:
-        cls_loss = -target_sum(cls_logits_BK.log_softmax(1)).sum() / mixed(weight_K.expand_as(cls_logits_BK)).sum()
+        norm = len(labels) if cls_weights is None else mixed(cls_weights.expand_as(cls_logits)).sum()
+        cls_loss = -target_sum(cls_logits_BK.log_softmax(1)).sum() / norm
 
     if soft:
         dist_loss = _soft_distillation(dist_logits_BK, teacher_logits_BJ, weights, class_map, tau)

@@ -127,14 +127,18 @@ class Result:
             num_classes = len(self.counts_K) if group == "all" else self.num_classes[split][group]
             table.add_column(f"{group} ({num_classes})", justify="right")
         rows = {name: head.top1[split] for name, head in self.heads.items()}
-        others = {"chance": dict.fromkeys(GROUPS, 100 / len(self.counts_K))}
-        if teacher is not None:
-            others = {"teacher": teacher.heads[teacher.main].top1[split]} | others
-        if published:
-            others["published"] = published
+        others = self.beside(split, teacher, published)
         for name, row in (rows | others).items():
             table.add_row(name, *(cell(row.get(group)) for group in GROUPS), style="dim" if name in others else "")
         return table
+
+    def beside(
+        self, split: str, teacher: "Result | None" = None, published: dict[str, float] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Rows to compare with, group -> per cent: the teacher, guessing uniformly, a published result."""
+        rows = {"teacher": teacher.heads[teacher.main].top1[split]} if teacher else {}
+        rows["chance"] = dict.fromkeys(GROUPS, 100 / len(self.counts_K))
+        return rows | ({"published": published} if published else {})
 
 
 _RESULT = TypeAdapter(Result)

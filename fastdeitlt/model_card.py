@@ -11,9 +11,9 @@ tags: [image-classification, timm, long-tail]
 ---
 # {name}
 
-A distilled Vision Transformer (`{architecture}`) trained from scratch on long-tailed images with
-DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900). It predicts with the mean of two heads: CLS, trained on the
-labels, and DIST, trained on the decisions of a CNN teacher.
+A distilled Vision Transformer (`{student}`; in timm `{architecture}`{arguments}), trained
+from scratch on long-tailed images with DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900). It predicts with the
+mean of two heads: CLS, trained on the labels, and DIST, trained on the decisions of a CNN teacher.
 
 ```python
 import timm
@@ -44,11 +44,14 @@ measured.
 """
 
 
-def model_card(saved: Saved, architecture: str) -> str:
+def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> str:
     """Markdown for the folder of a timm export. What the model folder does not say is said to be unknown."""
+    arguments = ", ".join(f"{name} {value}" for name, value in model_args.items())
     return CARD.format(
         name=f"DeiT-LT on {saved.info.get('dataset') or 'an unnamed data set'}",
+        student=saved.info["model"]["name"],
         architecture=architecture,
+        arguments=f" with {arguments}" if arguments else "",
         data=_data(saved),
         results=_results(saved.results),
     )

@@ -75,7 +75,8 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     """AdamW over ``parameter_groups`` with the implementation that ``optim.backend`` names.
 
     The learning rate is a tensor on the parameters' device where the implementation takes one, so that changing it
-    neither syncs nor recompiles.
+    neither syncs nor recompiles. `auto` is torch's fused one: none of the others has been measured on a GPU yet.
+    `fastdeitlt` updates the moving average in the same pass.
 
     Raises:
         UserError: the named implementation is not installed.
@@ -91,12 +92,16 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 groups, lr=torch.tensor(lr, device=device), fused=True, **arguments
             )
+        case "fastdeitlt":
+            from fastdeitlt.flat_adamw import FlatAdamW
+
+            optimizer = FlatAdamW(groups, lr=lr, ema_decay=o.ema_decay, **arguments)
         case "apex":
             optimizer = _apex()(groups, lr=lr, adam_w_mode=True, **arguments)
         case "deepspeed":
             optimizer = _deepspeed(device)(groups, lr=lr, adam_w_mode=True, **arguments)
         case _:
-            raise UserError(f"optim.backend: got {backend!r}, expected torch, apex or deepspeed")
+            raise UserError(f"optim.backend: got {backend!r}, expected auto, fastdeitlt, torch, apex or deepspeed")
     log.info("optimizer: AdamW by %s", backend)
     return optimizer
 
@@ -136,17 +141,27 @@ class Ema:
 
     One update an optimizer step. (The reference updates at every micro-step, never evaluates the average, and loses
     it on resume.)
+
+    Args:
+        model: whose weights are averaged.
+        decay: of the average, an update.
+        optimizer: one that keeps the averages of its parameters itself (``FlatAdamW.ema``) does so; None = here.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.decay = decay
         self._live = _floating(model)
-        self.state = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        kept: dict[nn.Parameter, Tensor] = getattr(optimizer, "ema", {})
+        elsewhere = {name: kept[p] for name, p in model.named_parameters() if p in kept}
+        here = {name: live.detach().clone() for name, live in self._live.items() if name not in elsewhere}
+        self.state = {name: elsewhere[name] if name in elsewhere else here[name] for name in self._live}
+        self._averages, self._followed = list(here.values()), [self._live[name] for name in here]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model's present weights, in one fused pass over all tensors."""
-        torch._foreach_lerp_(list(self.state.values()), list(self._live.values()), 1 - self.decay)
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._followed, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:

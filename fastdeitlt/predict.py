@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
 
 def table(rows: Sequence[Prediction]) -> Table:
     """A table for a terminal: the best classes with their probability, and the decisions of CLS and DIST."""
-    table = Table("image", "AVG", "CLS", "DIST")
+    table = Table(Column("image", overflow="fold"), "AVG", "CLS", "DIST")
     for row in rows:
         best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
         heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]

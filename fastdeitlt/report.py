@@ -10,14 +10,17 @@ import numpy as np
 import rich.table
 
 from fastdeitlt import config, figures
+from fastdeitlt.compare import compare
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import GROUPS, Result, cell
 from fastdeitlt.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
 from fastdeitlt.run_files import RunFiles, column, read_run
 
+__all__ = ["compare", "results_table", "write_report"]
+
 SPLITS = {
     "threshold": "Threshold split: over 100, 20 to 100, under 20 images",
-    "official": "Official split: index ranges of the DeiT-LT code",
+    "official": "Official split: index ranges of the DeiT-LT code, else thirds",
 }
 MAX_CLASS_ROWS = 200
 
@@ -89,22 +92,15 @@ def _headline(run: RunFiles) -> Section:
     header = ["", "top-5", "balanced accuracy", "macro F1"]
     blocks.append(Table("Other measures, all classes, in %", header, rows))
     if {"CLS", "DIST"} <= heads.keys():
-        cls, dist = heads["CLS"], heads["DIST"]
-        note += (
-            f" By the official split CLS minus DIST is {cls['head'] - dist['head']:+.1f} points on the head and "
-            f"{cls['tail'] - dist['tail']:+.1f} on the tail."
-        )
+        gaps = [heads["CLS"][group] - heads["DIST"][group] for group in ("head", "tail")]
+        if np.isfinite(gaps).all():
+            note += f" CLS minus DIST, official split: {gaps[0]:+.1f} points on the head, {gaps[1]:+.1f} on the tail."
     return Section("Result", note, blocks)
 
 
 def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
     ours = {name: head.top1[split] for name, head in result.heads.items()}
-    others: dict[str, dict[str, float]] = {}
-    if run.teacher:
-        others["teacher"] = run.teacher.heads[run.teacher.main].top1[split]
-    others["chance"] = dict.fromkeys(GROUPS, 100 / len(result.counts_K))
-    if run.published:
-        others["published"] = run.published
+    others = result.beside(split, run.teacher, run.published)
     num_classes = {"all": len(result.counts_K), **result.num_classes[split]}
     rows = [[name, *(cell(row.get(group)) for group in GROUPS)] for name, row in (ours | others).items()]
     header = ["", *(f"{group} ({num_classes[group]:,})" for group in GROUPS)]

@@ -11,6 +11,7 @@ hidden optimizer step before training, which leaves Adam's bias correction off b
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ class DeepSpeedEngine:
         plan: of this rank.
 
     Raises:
-        UserError: stage 3 with train.compile.
+        UserError: stage 3 with train.compile, or another optim.backend than torch's.
     """
 
     def __init__(self, joint: JointForward, cfg: Config, plan: Plan) -> None:
@@ -71,7 +72,7 @@ class DeepSpeedEngine:
         if self.stage == 3:
             joint.student = copy.deepcopy(self.student)
         self.sharded = joint.student
-        self.optimizer = optim.build_optimizer(self.sharded, cfg)
+        self.optimizer = optim.build_optimizer(self.sharded, _with_torch_adamw(cfg))
         if self.offload:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]))  # beside the moments
@@ -84,6 +85,8 @@ class DeepSpeedEngine:
             config=self._settings(plan.batch_size),
         )
         self.engine.set_gradient_accumulation_boundary(False)
+        if self.stage:
+            self._start_moments(torch.zeros(()))
 
     @property
     def _clips_itself(self) -> bool:
@@ -148,14 +151,14 @@ class DeepSpeedEngine:
         """Whole moments of each parameter; every rank takes part, and rank 0 alone keeps them."""
         if self.stage == 0:
             return checkpoint.optimizer_tensors(self.sharded, self.optimizer)
-        states = [state for state in self.optimizer.state.values() if state]
+        step = next(iter(self.optimizer.state.values()))["step"].cpu()
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.sharded.named_parameters() if states else ():
+        for name, parameter in self.sharded.named_parameters():
             for key in MOMENTS:
                 whole = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
                 if distributed.rank() == 0:
                     tensors[f"{name}/{key}"] = whole.cpu().clone()
-            tensors[f"{name}/step"] = states[0]["step"].cpu().clone()
+            tensors[f"{name}/step"] = step.clone()
         return tensors
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
@@ -171,16 +174,23 @@ class DeepSpeedEngine:
         if optimizer:
             self._load_moments(optimizer)
 
-    def _load_moments(self, optimizer: dict[str, Tensor]) -> None:
-        """Make the state that the first step would make, one flat tensor a part, and fill in this rank's shares."""
-        step = next(value for key, value in optimizer.items() if key.endswith("/step"))
+    def _start_moments(self, step: Tensor) -> None:
+        """AdamW's state of each flat part, zeros after ``step`` steps, as the first step would make it.
+
+        Left to that step, DeepSpeed would tie only the first group's state to its parameters.
+        """
         flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         for flat in flats:
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
             # each its own counter: a shared one would count once a part
             self.optimizer.state[flat] = {"step": step.clone().to(flat.device), **moments}
         if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _load_moments(self, optimizer: dict[str, Tensor]) -> None:
+        """Fill in this rank's shares of whole moments."""
+        self._start_moments(next(value for key, value in optimizer.items() if key.endswith("/step")))
         utils = self._deepspeed.utils
         for name, parameter in self.sharded.named_parameters():
             for key in MOMENTS:
@@ -206,6 +216,16 @@ def _share(whole: Tensor, parameter: Any) -> Tensor:
     return F.pad(part, (0, size - part.numel()))
 
 
+def _with_torch_adamw(cfg: Config) -> Config:
+    """The run with the implementation that takes DeepSpeed's flat parts and keeps its step counter with them."""
+    if cfg.optim.backend not in ("auto", "torch"):
+        raise UserError(
+            f"optim.backend: got {cfg.optim.backend}, and the DeepSpeed engine shards torch's AdamW; "
+            "use optim.backend=torch"
+        )
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"backend": "torch"})})
+
+
 def _import(device: torch.device) -> Any:
     """DeepSpeed, told the device, with its group, and without the extension it would build with a C++ compiler."""
     distributed.start_alone(device)
@@ -219,6 +239,7 @@ def _import(device: torch.device) -> Any:
             f"train.engine=deepspeed: DeepSpeed cannot be imported ({error}); install it with "
             "'DS_BUILD_OPS=0 pip install deepspeed==0.19.8', or use train.engine=plain on one rank"
         ) from None
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

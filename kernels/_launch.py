@@ -4,7 +4,7 @@ Nothing here touches a GPU at import.
 """
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class LaunchConfig:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-TunedTable = Mapping[tuple[str, Hashable], LaunchConfig]
+TunedTable = MutableMapping[tuple[str, Hashable], LaunchConfig]
 
 
 def tuned(table: TunedTable, key: Hashable, device: torch.device, default: LaunchConfig) -> LaunchConfig:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
-DEFAULT = LaunchConfig({"BLOCK": 1024}, num_warps=4)
+DEFAULT = LaunchConfig({"BLOCK": 1024}, num_warps=8)
 TUNED: TunedTable = {}
 """(GPU, "adamw_ema") -> setting; ``benchmarks.bench_adamw_ema`` prints the lines."""
 

@@ -33,15 +33,21 @@ from fastdeitlt.loss import JointLoss, reference
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_BLOCK = 1024
 TUNED: TunedTable = {}
-"""(GPU, (pass, classes rounded up to a power of two)) -> setting; ``benchmarks.bench_joint_loss`` prints the lines."""
+"""(GPU, (pass, classes rounded up to a power of two, bytes of a logit)) -> setting, as bench_joint_loss prints it."""
 
 
-def launch_config(forward: bool, num_classes: int, device: torch.device) -> LaunchConfig:
-    """The measured setting, or by default a row of up to 8,192 classes in one block (backward: blocks of 1,024)."""
+def launch_config(forward: bool, num_classes: int, element_size: int, device: torch.device) -> LaunchConfig:
+    """The measured setting; by default the forward takes a row of up to 8,192 classes in one block, and the backward
+    blocks of 2,048 bytes, 16 a lane."""
     size = triton.next_power_of_2(num_classes)
-    block = min(size, 1024) if not forward else size if size <= 8192 else 4096
-    default = LaunchConfig({"BLOCK": block}, num_warps=min(max(block // 256, 1), 8))
-    return tuned(TUNED, ("forward" if forward else "backward", size), device, default)
+    if forward:
+        block = size if size <= 8192 else 4096
+        warps = block // 256
+    else:
+        block = min(size, 2048 // element_size)
+        warps = block * element_size // 512
+    default = LaunchConfig({"BLOCK": block}, num_warps=min(max(warps, 1), 8))
+    return tuned(TUNED, ("forward" if forward else "backward", size, element_size), device, default)
 
 
 class _Inputs(NamedTuple):
@@ -112,7 +118,8 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     batch, teacher_classes = inputs.teacher_logits.shape
     loss, cls_loss, dist_loss, norms, stats, decision = _outputs(inputs)
-    launch = launch_config(True, max(inputs.cls_logits.size(1), teacher_classes), stats.device)
+    num_classes, element_size = max(inputs.cls_logits.size(1), teacher_classes), inputs.cls_logits.element_size()
+    launch = launch_config(True, num_classes, element_size, stats.device)
     joint_loss_fwd_kernel[(batch,)](
         *inputs.pointers(), decision, stats, batch, inputs.smoothing, 1 / inputs.tau,
         J=teacher_classes, SMOOTH=inputs.smoothing > 0, **inputs.constants(), **launch.options,
@@ -128,7 +135,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     batch, num_classes = inputs.cls_logits.shape
     grad_cls = torch.empty(batch, num_classes, dtype=inputs.cls_logits.dtype, device=stats.device)
     grad_dist = torch.empty_like(grad_cls)
-    launch = launch_config(False, num_classes, stats.device)
+    launch = launch_config(False, num_classes, grad_cls.element_size(), stats.device)
     joint_loss_bwd_kernel[(batch, triton.cdiv(num_classes, launch.blocks["BLOCK"]))](
         *inputs.pointers(), decision, stats, norms, *gradients, grad_cls, grad_dist, batch,
         inputs.smoothing, 1 / inputs.tau, inputs.alpha, **inputs.constants(), **launch.options,
@@ -245,7 +252,7 @@ def aot_configs() -> list[AotConfig]:
 
 def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, bool]) -> AotConfig:
     forward = kernel is joint_loss_fwd_kernel
-    launch = launch_config(forward, num_classes, torch.device("cpu"))
+    launch = launch_config(forward, num_classes, 4 if kind == "fp32" else 2, torch.device("cpu"))
     strides = dict.fromkeys(("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE"), num_classes)
     constexprs = {**strides, "K": num_classes, "SOFT": False, "BCE": False, **variant, **launch.blocks}
     if forward:

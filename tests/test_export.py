@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small_model import CLASS_NAMES, SIZE, save_images, save_student
+from small_model import CLASS_NAMES, NAME, SIZE, save_images, save_student
 
 import fastdeitlt.export
 from fastdeitlt.errors import UserError
@@ -71,7 +71,8 @@ def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
     card = (export(run, tmp_path / "out") / "README.md").read_text()
     assert "594 images of 4 classes, 500 in the largest and 4 in the smallest (imbalance 125)" in card
     assert "| threshold | AVG | 100.0 | 100.0 | 100.0 | 100.0 |" in card
-    assert "Not stated. The licence of these weights" in card
+    assert "Not stated. The licence of these weights" in card and f"(`{NAME}`; in timm " in card
+    assert not {"license", "tag"} & json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"].keys()
     alone = tmp_path / "alone"
     save_student(alone, class_counts=None)
     card = (export(alone, tmp_path / "out2") / "README.md").read_text()

@@ -34,7 +34,6 @@ KINDS = {
     "webp": encoded(picture(50, 60), "WEBP"),
     "bmp": encoded(picture(50, 60), "BMP"),
     "tiff": encoded(picture(50, 60), "TIFF", compression="tiff_lzw"),
-    "jpeg2000": encoded(picture(50, 60), "JPEG2000"),
 }
 
 
@@ -59,6 +58,7 @@ BAD = {
     "text": (b"this is no image\n" * 40, "not an image"),
     "html": (b"<html><body>404 Not Found</body></html>", "not an image"),
     "gif": (encoded(picture(20, 20).convert("P"), "GIF"), "not an image"),
+    "jpeg2000": (encoded(picture(20, 20), "JPEG2000"), "not an image"),
     "zeros": (bytes(5000), "not an image"),
     "empty": (b"", "empty"),
     "missing": (None, "No such file"),

@@ -8,7 +8,7 @@ import timm_oracle
 import torch
 from PIL import Image
 
-from fastdeitlt.data import randaugment
+from fastdeitlt.data import randaugment, warps
 from fastdeitlt.data.randaugment import FUNCTIONS, OPS, rand_augment
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
@@ -65,9 +65,9 @@ def test_operation_equals_timm_at_whole_levels(op: int) -> None:
 @pytest.mark.parametrize("degrees", [27.3, -13.1, 0.0, 30.0])
 def test_device_warp_equals_pillows_rotation(degrees: float) -> None:
     source = images(45, 64)
-    matrix = np.array([randaugment._rotation(degrees, 64, 45)] * 5)
+    matrix = np.array([warps.rotation(degrees, 64, 45)] * 5)
     rotated = [Image.fromarray(i).rotate(degrees, Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)) for i in source]
-    assert np.array_equal(randaugment.warp(torch.from_numpy(source), matrix).numpy(), np.stack(rotated))
+    assert np.array_equal(warps.warp(torch.from_numpy(source), matrix).numpy(), np.stack(rotated))
 
 
 @pytest.mark.parametrize("darkest", [0, 7, 200])

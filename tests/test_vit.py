@@ -132,17 +132,16 @@ def test_train_step_is_one_graph() -> None:
     torch._dynamo.reset()
 
 
-def test_attention_impl_replaces_attention() -> None:
-    calls = []
+def test_the_attention_kernels_operator_gives_the_same_model() -> None:
+    images = torch.randn(3, 3, 32, 32)
+    expected, got = (logits_and_gradients(small(attention=name), images) for name in ("sdpa", "triton"))
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert_same_gradients(got[1], expected[1], 1e-5)
 
-    def spy(qkv: Tensor) -> Tensor:
-        calls.append(tuple(qkv.shape))
-        return attend(qkv)
 
-    model, images = small(attention_impl=spy).eval(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), small().eval()(images))
-    assert calls == [(2, 18, 3, 3, 64)] * 2
+def test_unknown_attention_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean triton"):
+        small(attention="tritn")
 
 
 def test_initial_weights_follow_timm() -> None:
@@ -200,12 +199,13 @@ def test_flops_are_those_of_the_performance_notes() -> None:
 
 
 @pytest.mark.parametrize("last_block_shortcut", [True, False])
-def test_flops_are_what_torch_counts(last_block_shortcut: bool) -> None:
+def test_flops_are_what_torch_counts(last_block_shortcut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def explicit(qkv: Tensor) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    model = small(last_block_shortcut=last_block_shortcut, attention_impl=explicit).eval()
+    monkeypatch.setattr("fastdeitlt.models.vit.attend", explicit)
+    model = small(last_block_shortcut=last_block_shortcut, attention="sdpa").eval()
     with (
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+"""Pillow names of what is taken. Not JPEG2000: a damaged one ends the process in DALI 2.4."""
 MAX_PIXELS = 89_478_485
 """Largest image taken: Pillow's limit against decompression bombs."""
 PILLOW_ERRORS = (

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fastdeitlt.config import MixupConfig
-from fastdeitlt.data import counter
 from fastdeitlt.errors import UserError
 
 
@@ -36,8 +35,8 @@ def draw(seed: int, epoch: int, index: int, virtual_rank: int, cfg: MixupConfig,
     Returns:
         MixDraw with timm's laws; CutMix's lambda is the share of pixels that remain.
     """
-    philox = np.random.Philox(key=counter.words(counter.keys(seed, epoch, index, virtual_rank), 0, 2)[0])
-    rng = np.random.Generator(philox)
+    # Philox is itself counter-based: what differs in the counter's high words never overlaps
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, index, virtual_rank]))
     if not cfg.on or rng.random() >= cfg.prob:
         return MixDraw()
     both = cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0

@@ -8,6 +8,7 @@ of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ SIZES = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "la
 PATCHES = (2, 4, 8, 16)
 _NAME = re.compile(r"deit_(tiny|small|base|large)_distilled_patch(2|4|8|16)_([1-9]\d{0,3})")
 
-Attention = Callable[[Tensor], Tensor]
+# of all tokens from (qkv_BN3HE,); of the first M from (q_BMHE, kv_BN2HE)
+Attention = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 
 def attend(qkv_BN3HE: Tensor) -> Tensor:
@@ -40,6 +42,17 @@ def attend_first(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
     """Softmax attention of the first M tokens to all N tokens. Returns [B, M, D]."""
     k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
+
+
+def attention_functions(name: str) -> Attention:
+    """The two functions of an implementation (kernels/attention.py); "auto" on a machine without a GPU is "sdpa"."""
+    if name == "sdpa" or (name == "auto" and not torch.cuda.is_available()):
+        return attend, attend_first
+    from fastdeitlt.kernels.attention import IMPLS, attention, attention_first
+
+    if name not in IMPLS:
+        raise UserError(f"student attention {name!r}: unknown, expected one of {', '.join(IMPLS)}{near(name, IMPLS)}")
+    return partial(attention, impl=name), partial(attention_first, impl=name)
 
 
 class PatchEmbed(nn.Module):
@@ -61,23 +74,23 @@ class RowLinear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; ``attention_impl`` computes it from the packed qkv."""
+    """Multi-head self-attention."""
 
-    def __init__(self, width: int, heads: int, attention_impl: Attention) -> None:
+    def __init__(self, width: int, heads: int, attention: Attention) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = RowLinear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.attention_impl = attention_impl
+        self.attend, self.attend_first = attention
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
         """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
         if num_queries is None:
-            return self.proj(self.attention_impl(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
+            return self.proj(self.attend(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
         width = x_BND.shape[-1]
         q_BMHE = self.qkv(x_BND[:, :num_queries], slice(width)).unflatten(-1, (self.heads, -1))
         kv_BN2HE = self.qkv(x_BND, slice(width, None)).unflatten(-1, (2, self.heads, -1))
-        return self.proj(attend_first(q_BMHE, kv_BN2HE))
+        return self.proj(self.attend_first(q_BMHE, kv_BN2HE))
 
 
 class Mlp(nn.Module):
@@ -95,10 +108,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; each residual branch is dropped a sample with probability ``drop_path``."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, attention_impl: Attention) -> None:
+    def __init__(self, width: int, heads: int, drop_path: float, attention: Attention) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = SelfAttention(width, heads, attention_impl)
+        self.attn = SelfAttention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.drop_path = drop_path
@@ -122,7 +135,7 @@ class DistilledViT(nn.Module):
     Args:
         drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
         last_block_shortcut: compute only the CLS and DIST rows in the last block (same outputs, about 7 % less work).
-        attention_impl: replaces ``attend`` in all blocks but a shortened last one.
+        attention: see ``attention_functions``.
     """
 
     def __init__(
@@ -136,7 +149,7 @@ class DistilledViT(nn.Module):
         depth: int,
         drop_path: float = 0.0,
         last_block_shortcut: bool = True,
-        attention_impl: Attention = attend,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         self.img_size, self.patch, self.num_classes, self.width = img_size, patch, num_classes, width
@@ -145,8 +158,9 @@ class DistilledViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
+        functions = attention_functions(attention)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, rate, attention_impl) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, rate, functions) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
         self.head_dist = nn.Linear(width, num_classes)
@@ -207,9 +221,9 @@ def create_student(
     img_size: int | None = None,
     drop_path: float = 0.1,
     depth: int | None = None,
+    attention: str = "auto",
     *,
     last_block_shortcut: bool = True,
-    attention_impl: Attention = attend,
 ) -> DistilledViT:
     """A student with fresh weights.
 
@@ -218,6 +232,7 @@ def create_student(
         img_size: height and width of the images in pixels. 0 or None = the size in the name.
         drop_path: stochastic depth of the last block.
         depth: number of blocks. 0 or None = 12 (large: 24).
+        attention: auto, triton, sdpa, cudnn, flash or math; see ``attention_functions``.
 
     Raises:
         UserError: an unknown name (the nearest is named), an image size that the patch does not divide, a value out of
@@ -250,7 +265,7 @@ def create_student(
         raise UserError(f"student {name}: got depth {depth}, expected at least 1 block (0 = {blocks})")
     return DistilledViT(
         img_size=side, patch=patch, num_classes=num_classes, width=width, heads=heads, depth=depth or blocks,
-        drop_path=drop_path, last_block_shortcut=last_block_shortcut, attention_impl=attention_impl,
+        drop_path=drop_path, last_block_shortcut=last_block_shortcut, attention=attention,
     )  # fmt: skip
 
 

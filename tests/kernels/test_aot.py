@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aot import gate, ops
-
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))
+
+from benchmarks.aot import gate, ops
 
 PLANTED = """
 import triton

@@ -1,0 +1,82 @@
+"""AdamW + clip + EMA over a DeiT-B's weights: one pass beside torch's fused and foreach steps, and apex if installed.
+
+    python -m benchmarks.bench_adamw_ema [--tune] [--rounds 20]
+
+Useful bytes: weights, two moments and the average in and out, gradients in: 36 a weight (the clip coefficient is given;
+every candidate leaves the norm out). Buffers are far larger than L2.
+"""
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from fastdeitlt.kernels.adamw_ema import TUNED, adamw_ema
+from torch import Tensor, nn
+
+from benchmarks import harness
+
+WIDTH, DEPTH, DECAY = 768, 12, 0.99996
+SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def parameters(device: torch.device, depth: int) -> list[nn.Parameter]:
+    """Shapes of a distilled ViT-B/16 with 1,000 classes, without gradients of autograd."""
+    block = [(3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,), (4 * WIDTH, WIDTH), (4 * WIDTH,)]
+    block += [(WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,)]
+    shapes = block * depth + [(WIDTH, 3, 16, 16), (1, 198, WIDTH), (1000, WIDTH), (1000, WIDTH)]
+    result = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+    for parameter in result:
+        parameter.grad = torch.randn_like(parameter)
+    return result
+
+
+def torch_step(parameters: list[nn.Parameter], averages: list[Tensor], scale: Tensor, kind: str) -> harness.Call:
+    """Scale the gradients, AdamW, move the average: three multi-tensor passes."""
+    options = {"capturable": scale.is_cuda, "foreach": kind == "foreach", "fused": kind == "fused"}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, **options)  # type: ignore[arg-type]
+    grads = [p.grad for p in parameters if p.grad is not None]
+
+    def step() -> None:
+        torch._foreach_mul_(grads, scale)
+        optimizer.step()
+        torch._foreach_lerp_(averages, [p.data for p in parameters], 1 - DECAY)
+
+    return step
+
+
+def cases(device: torch.device) -> Iterable[harness.Case]:
+    """DeiT-B on a GPU; two blocks on a CPU, where our side is the op's torch reference."""
+    gpu = device.type == "cuda"
+    weights = parameters(device, DEPTH if gpu else 2)
+    size = sum(p.numel() for p in weights)
+    one = torch.ones((), device=device)
+    averages = [p.detach().clone() for p in weights]
+    flat = [torch.randn(size, device=device) for _ in range(5)]
+    flat[3].square_()
+    clock = {"lr": one * 1e-3, "step": one * 7, "num_decayed": size * 99 // 100, "weight_decay": 0.05, **SETTINGS}
+    names = {"weights": flat[0], "grads": flat[1], "exp_avg": flat[2], "exp_avg_sq": flat[3], "ema": flat[4]}
+
+    candidates = {
+        "foreach": torch_step(weights, averages, one, "foreach"),
+        "fused": torch_step(weights, averages, one, "fused"),
+        "fastdeitlt": lambda: adamw_ema(**names, **clock, scale=one, ema_decay=DECAY),
+    }
+    if harness.installed("amp_C"):
+        from apex.optimizers import FusedAdam
+
+        apex = FusedAdam(weights, lr=1e-3, weight_decay=0.05, adam_w_mode=True, capturable=True)
+        candidates["apex, no EMA"] = apex.step
+    yield harness.Case(f"{size / 1e6:.1f} M weights float32", candidates, baseline="fused", useful_bytes=36 * size)
+
+
+def tune(device: torch.device) -> None:
+    """Search block and warps."""
+    from fastdeitlt.kernels._launch import LaunchConfig
+
+    (case,) = cases(device)
+    configs = [LaunchConfig({"BLOCK": block}, warps) for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8, 16)]
+    harness.tune("adamw_ema", TUNED, "adamw_ema", configs, case.candidates["fastdeitlt"], device)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main("adamw_ema", cases, tune, __doc__))

@@ -1,0 +1,87 @@
+"""Joint loss with both gradients: ours beside eager torch, inductor and the official formulation.
+
+    python -m benchmarks.bench_joint_loss [--tune] [--rounds 20]
+
+Forward and backward of a mixed, DRW-weighted batch in bfloat16 (float32 on a CPU). Useful bytes: three logits read, two
+gradients written. Small batches stay in L2, as they do in training, where the heads have just written them.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import harness
+from fastdeitlt.loss import joint_loss
+
+SHAPES = ((256, 10), (256, 100), (256, 1000), (1024, 1000), (256, 8142), (1024, 8142), (256, 21841))
+
+
+def official(
+    cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, weights: Tensor, class_map: Tensor
+) -> Tensor:
+    """What DeiT-LT's loop does: a dense mixed target, the class map looked up on the host, four losses' kernels."""
+    num_classes = cls_logits.size(1)
+    own, other = (F.one_hot(y, num_classes) * 0.9 + 0.1 / num_classes for y in (labels, labels.flip(0)))
+    target = 0.3 * own + 0.7 * other
+    cls_loss = torch.sum(-target * F.log_softmax(cls_logits.float(), dim=-1), dim=-1).mean()
+    decision = class_map.cpu()[teacher_logits.argmax(1).cpu()].to(labels.device)
+    return 0.5 * cls_loss + 0.5 * F.cross_entropy(dist_logits.float(), decision, weight=weights)
+
+
+def cases(device: torch.device) -> Iterable[harness.Case]:
+    """One case a shape; on a CPU without the Triton candidate, and only the shapes up to 1,000 classes."""
+    gpu = device.type == "cuda"
+    compiled = torch.compile(joint_loss, dynamic=False)
+    for batch, num_classes in SHAPES if gpu else SHAPES[:3]:
+        kind = torch.bfloat16 if gpu else torch.float32
+        heads = [torch.randn(batch, num_classes, device=device, dtype=kind).requires_grad_() for _ in range(2)]
+        teacher = torch.randn(batch, num_classes, device=device, dtype=kind)
+        labels = torch.randint(0, num_classes, (batch,), device=device)
+        weights = torch.rand(num_classes, device=device) + 0.1
+        class_map = torch.randperm(num_classes, device=device)
+        mixed = {"partner": labels.flip(0), "lam": torch.tensor(0.3, device=device), "smoothing": 0.1}
+        options = {**mixed, "weights": weights, "class_map": class_map}
+
+        candidates = {
+            "official": _both_passes(official, heads, labels, teacher, weights, class_map),
+            "torch": _both_passes(joint_loss, heads, labels, teacher, impl="torch", **options),
+            "inductor": _both_passes(compiled, heads, labels, teacher, impl="torch", **options),
+        }
+        if gpu:
+            candidates["triton"] = _both_passes(joint_loss, heads, labels, teacher, impl="triton", **options)
+        yield harness.Case(
+            f"B={batch} K={num_classes} {str(kind).removeprefix('torch.')}",
+            candidates,
+            baseline="inductor",
+            useful_bytes=5 * batch * num_classes * heads[0].element_size(),
+            eager=frozenset({"official"}),
+        )
+
+
+def _both_passes(loss: Callable[..., Any], heads: list[Tensor], *arguments: Tensor, **options: Any) -> harness.Call:
+    def call() -> tuple[Tensor, ...]:
+        result = loss(*heads, *arguments, **options)
+        return torch.autograd.grad(result if isinstance(result, Tensor) else result.loss, heads)
+
+    return call
+
+
+def tune(device: torch.device) -> None:
+    """Search block and warps of both passes, shape by shape."""
+    from fastdeitlt.kernels._launch import LaunchConfig
+    from fastdeitlt.kernels.joint_loss import TUNED
+
+    for case, (_, num_classes) in zip(cases(device), SHAPES, strict=True):
+        size = 1 << (num_classes - 1).bit_length()
+        for direction, largest in (("forward", 16384), ("backward", 4096)):
+            blocks = [block for block in (size, size // 2, size // 4, 4096, 2048, 1024) if 16 <= block <= largest]
+            configs = [LaunchConfig({"BLOCK": b}, w) for b in sorted({*blocks}) for w in (1, 2, 4, 8, 16)]
+            harness.tune("joint_loss", TUNED, (direction, size, 2), configs, case.candidates["triton"], device)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main("joint_loss", cases, tune, __doc__))

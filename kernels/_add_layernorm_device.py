@@ -1,0 +1,96 @@
+"""Device code of ``fastdeitlt.kernels.add_layernorm``: a tile holds ROWS whole rows, statistics are float32.
+
+Shapes: B samples, M rows (B times TOKENS), D width, BLOCK_D its power of two, P programs.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_layernorm_fwd_kernel(
+    p_x,  # [M, D]
+    p_branch,  # [M, D], or None: plain LayerNorm
+    p_scale,  # [B] float32, or None
+    p_weight,  # [D]
+    p_bias,  # [D]
+    p_residual,  # [M, D] out, or None without a branch
+    p_normed,  # [M, D] out
+    p_mean,  # [M] float32 out
+    p_rstd,  # [M] float32 out
+    M, eps, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program i: rows i ROWS .. (i + 1) ROWS."""
+    o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    m_block = (o_m < M)[:, None] & m_d[None, :]
+    o_block = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_r = tl.load(p_x + o_block, mask=m_block, other=0.0).to(tl.float32)
+    if p_branch is not None:
+        if p_scale is not None:
+            scale = tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)
+            m_kept = m_block & (scale != 0)[:, None]
+            b_r += scale[:, None] * tl.load(p_branch + o_block, mask=m_kept, other=0.0).to(tl.float32)
+        else:
+            b_r += tl.load(p_branch + o_block, mask=m_block, other=0.0).to(tl.float32)
+        b_stored = b_r.to(p_residual.dtype.element_ty)
+        tl.store(p_residual + o_block, b_stored, mask=m_block)
+        b_r = b_stored.to(tl.float32)
+    mean = tl.sum(b_r, 1) / D
+    b_centred = tl.where(m_block, b_r - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / D + eps)
+    weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_n = b_centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(p_normed + o_block, b_n.to(p_normed.dtype.element_ty), mask=m_block)
+    tl.store(p_mean + o_m, mean, mask=o_m < M)
+    tl.store(p_rstd + o_m, rstd, mask=o_m < M)
+
+
+@triton.jit
+def add_layernorm_bwd_kernel(
+    p_dresidual,  # [M, D], or None
+    p_dnormed,  # [M, D]
+    p_residual,  # [M, D]
+    p_scale,  # [B] float32, or None
+    p_weight,  # [D]
+    p_mean,  # [M] float32
+    p_rstd,  # [M] float32
+    p_dx,  # [M, D] out
+    p_dbranch,  # [M, D] out, or None where it is dx
+    p_sums,  # [P, 2, D] float32 out: this program's share of dweight and dbias
+    M, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program i: blocks i, i + P, i + 2 P .. of ROWS rows."""
+    i_p = tl.program_id(0)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    b_dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for row in tl.range(i_p * ROWS, M, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        o_m = row + tl.arange(0, ROWS)
+        m_block = (o_m < M)[:, None] & m_d[None, :]
+        o_block = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_dn = tl.load(p_dnormed + o_block, mask=m_block, other=0.0).to(tl.float32)
+        b_r = tl.load(p_residual + o_block, mask=m_block, other=0.0).to(tl.float32)
+        mean = tl.load(p_mean + o_m, mask=o_m < M, other=0.0)
+        rstd = tl.load(p_rstd + o_m, mask=o_m < M, other=0.0)
+        b_h = tl.where(m_block, (b_r - mean[:, None]) * rstd[:, None], 0.0)
+        b_g = b_dn * weight[None, :]
+        mean_g = tl.sum(b_g, 1) / D
+        mean_gh = tl.sum(b_g * b_h, 1) / D
+        b_dx = (b_g - mean_g[:, None] - b_h * mean_gh[:, None]) * rstd[:, None]
+        if p_dresidual is not None:
+            b_dx += tl.load(p_dresidual + o_block, mask=m_block, other=0.0).to(tl.float32)
+        tl.store(p_dx + o_block, b_dx.to(p_dx.dtype.element_ty), mask=m_block)
+        if p_dbranch is not None:
+            if p_scale is not None:
+                b_dx *= tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)[:, None]
+            tl.store(p_dbranch + o_block, b_dx.to(p_dbranch.dtype.element_ty), mask=m_block)
+        b_dweight += b_dn * b_h
+        b_dbias += b_dn
+    p_share = p_sums + i_p.to(tl.int64) * 2 * D + o_d
+    tl.store(p_share, tl.sum(b_dweight, 0), mask=m_d)
+    tl.store(p_share + D, tl.sum(b_dbias, 0), mask=m_d)

@@ -1,0 +1,204 @@
+"""Settings and launches of ``fastdeitlt.kernels.attention``; the device code is in ``_attention_device``.
+
+N = 198 fills no power of two, so tiles are unequal: keys 128 + 64 + 16 stay on chip, queries come three times 64, then
+16. With whole rows on chip the softmax needs no running rescale, and one program a head owns dQ, dK and dV. Longer
+sequences and wider heads stream the keys, and dQ and dK/dV are two launches.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from fastdeitlt.kernels._attention_device import attention_bwd_kernel, attention_bwd_keys_kernel, attention_fwd_kernel
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, tuned
+from torch import Tensor
+
+FEW_ROWS = 16
+WHOLE_ROW_TOKENS, WHOLE_ROW_WIDTH = 256, 64
+ONE_PROGRAM = 1024  # rows of a program that takes a whole head
+TUNED: TunedTable = {}
+"""(GPU, (pass, tokens, query rows, head width)) -> setting; benchmarks.bench_attention writes the lines."""
+
+
+class Problem(NamedTuple):
+    """What a launch is specialised for: N tokens, R query rows out of Q_ROWS, H heads of width D, token strides."""
+
+    tokens: int
+    rows: int
+    heads: int
+    width: int
+    packed: bool
+
+    @classmethod
+    def of(cls, q: Tensor, kv: Tensor | None, query_rows: int) -> "Problem":
+        """Of a packed [B, N, 3, H, D], or of queries [B, R, H, D] beside [B, N, 2, H, D]."""
+        tokens = q.shape[1] if kv is None else kv.shape[1]
+        return cls(tokens, query_rows, q.shape[-2], q.shape[-1], kv is None)
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """What all three kernels take; strides in elements."""
+        hidden = self.heads * self.width
+        return {
+            "H": self.heads,
+            "N": self.tokens,
+            "D": self.width,
+            "R": self.rows,
+            "Q_ROWS": self.tokens if self.packed else self.rows,
+            "Q_TOKEN": 3 * hidden if self.packed else hidden,
+            "KV_TOKEN": 3 * hidden if self.packed else 2 * hidden,
+            "BLOCK_D": triton.next_power_of_2(self.width),
+        }
+
+    @property
+    def whole_row(self) -> bool:
+        """Whether all scores of a query row fit on chip."""
+        return self.tokens <= WHOLE_ROW_TOKENS and self.width <= WHOLE_ROW_WIDTH
+
+    @property
+    def one_program(self) -> bool:
+        """Whether one program a head computes the whole backward."""
+        return self.rows <= FEW_ROWS or self.whole_row
+
+    def key(self, name: str) -> tuple[str, int, int, int]:
+        """Key of ``TUNED``."""
+        return name, self.tokens, self.rows, self.width
+
+
+Chunks = tuple[tuple[int, int, bool], ...]
+Loops = tuple[tuple[int, int, int, bool], ...]
+
+
+def chunks(size: int, start: int, waste: float) -> Chunks:
+    """(start, width, masked) of powers of two from 16 on that cover ``size``; each may idle ``waste * size`` rows."""
+    covered: Chunks = ()
+    while (left := size - sum(chunk[1] for chunk in covered)) > 0:
+        width = max(16, triton.next_power_of_2(left))
+        if width > 16 and width - left > waste * size:
+            width //= 2
+        covered += ((start + size - left, width, width > left),)
+    return covered
+
+
+def loops(size: int, block: int, tail: int) -> Loops:
+    """(start, stop, block, masked): one loop over ``size``, or one of whole blocks and a last block of ``tail``."""
+    whole = size // block * block
+    if not 0 < size - whole <= tail:
+        return ((0, size, block, size > whole),)
+    return ((0, whole, block, False),) * (whole > 0) + ((whole, size, tail, size - whole < tail),)
+
+
+def architecture(device: torch.device) -> int:
+    """Which of the compiled-for architectures' settings a device takes: 80, 90 or 100; 90 in the interpreter."""
+    if device.type != "cuda":
+        return 90
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+def forward_config(problem: Problem, sm: int) -> LaunchConfig:
+    """Default setting: free of spills on its architecture, not measured."""
+    if problem.rows <= FEW_ROWS:
+        return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_M": FEW_ROWS, "TAIL": 0, "BLOCK_N": 64}, 4, 2)
+    if problem.whole_row:
+        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_M": 64, "TAIL": 0 if sm == 80 else 16, "BLOCK_N": 64}, 4, 2)
+    return LaunchConfig({"ROWS": 128, "BLOCK_M": 128, "TAIL": 0, "BLOCK_N": 64}, 8, 2)
+
+
+def backward_config(problem: Problem, sm: int) -> LaunchConfig:
+    """Default setting of the kernel that holds queries: free of spills on its architecture, not measured."""
+    if problem.rows <= FEW_ROWS:
+        return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 64, "TAIL": 0}, 4, 2)
+    if not problem.whole_row:
+        return LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 0}, 8 if problem.width > 64 else 4, 2)
+    if problem.rows <= 80:
+        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": 64, "TAIL": 0 if sm == 80 else 16}, 4, 2)
+    block, tail, stages = {80: (32, 0, 1), 90: (64, 16, 2), 100: (64, 0, 1)}[sm]
+    return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": block, "TAIL": tail}, 8, stages)
+
+
+def keys_config(problem: Problem) -> LaunchConfig:
+    """Default setting of the kernel that holds keys: free of spills, not measured."""
+    return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 64}, 8 if problem.width > 64 else 4, 2)
+
+
+def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]:
+    """Compile-time arguments of ``attention_fwd_kernel``."""
+    rows, block = config.blocks["ROWS"], config.blocks["BLOCK_N"]
+    streamed = 0 if problem.whole_row else (problem.tokens - 1) // block * block
+    queries = loops(problem.rows, config.blocks["BLOCK_M"], config.blocks["TAIL"])
+    return problem.constexprs | {
+        "ROWS": rows,
+        "QUERIES": queries if problem.rows <= rows else ((0, rows, config.blocks["BLOCK_M"], True),),
+        "STREAMED": ((0, streamed, block, False),) * (streamed > 0),
+        "RESIDENT": chunks(problem.tokens - streamed, streamed, waste=0.1),
+    }
+
+
+def backward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]:
+    """Compile-time arguments of ``attention_bwd_kernel``."""
+    rows = config.blocks["ROWS"]
+    return problem.constexprs | {
+        "ROWS": rows,
+        "RESIDENT": chunks(problem.rows, 0, waste=0.3) if problem.one_program else ((0, rows, True),),
+        "KEYS": loops(problem.tokens, config.blocks["BLOCK_N"], config.blocks["TAIL"]),
+        "WRITE_DKV": problem.one_program,
+    }
+
+
+def _options(config: LaunchConfig) -> dict[str, int]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def launch_forward(q: Tensor, kv: Tensor | None, query_rows: int, out: Tensor, lse: Tensor) -> None:
+    """Fill ``out`` [B, R, H D] and ``lse`` [B, H, R]."""
+    problem = Problem.of(q, kv, query_rows)
+    config = tuned(TUNED, problem.key("forward"), q.device, forward_config(problem, architecture(q.device)))
+    grid = (q.shape[0] * problem.heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),)
+    keys = q[:, :, 1:] if kv is None else kv
+    with torch.cuda.device_of(q):
+        attention_fwd_kernel[grid](q, keys, out, lse, **forward_constexprs(problem, config), **_options(config))
+
+
+def launch_backward(
+    q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, dq: Tensor, dkv: Tensor
+) -> None:
+    """Fill ``dq`` and ``dkv``; a packed gradient is one tensor, its dQ of rows that asked nothing is zero."""
+    problem = Problem.of(q, kv, out.shape[1])
+    config = tuned(TUNED, problem.key("backward"), q.device, backward_config(problem, architecture(q.device)))
+    heads = q.shape[0] * problem.heads
+    keys, dkeys = (q[:, :, 1:], dq[:, :, 1:]) if kv is None else (kv, dkv)
+    delta = lse if problem.one_program else torch.empty_like(lse)
+    with torch.cuda.device_of(q):
+        attention_bwd_kernel[(heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),)](
+            q, keys, out, grad_out, lse, delta, dq, dkeys, **backward_constexprs(problem, config), **_options(config)
+        )
+        if problem.one_program:
+            return
+        config = tuned(TUNED, problem.key("backward_keys"), q.device, keys_config(problem))
+        attention_bwd_keys_kernel[(heads * triton.cdiv(problem.tokens, config.blocks["BLOCK_N"]),)](
+            q, keys, grad_out, lse, delta, dkeys, **problem.constexprs, **config.options
+        )
+
+
+def aot_configs() -> list[AotConfig]:
+    """What ships, in bfloat16, by token count and head width; float16 takes the same settings and registers."""
+    cases = [(66, 64, False), (198, 64, True), (198, 64, False), (198, 32, False), (258, 64, False), (198, 96, False)]
+    cases += [(578, 64, False), (578, 64, True), (578, 128, False)]
+    found = []
+    for tokens, width, few in cases:
+        problem = Problem(tokens, 2 if few else tokens, 768 // width, width, packed=not few)
+        for sm in (80, 90, 100):
+            forward, backward = forward_config(problem, sm), backward_config(problem, sm)
+            found.append(_aot(attention_fwd_kernel, forward_constexprs(problem, forward), forward, sm))
+            found.append(_aot(attention_bwd_kernel, backward_constexprs(problem, backward), backward, sm))
+            if not problem.one_program:
+                keys = keys_config(problem)
+                found.append(_aot(attention_bwd_keys_kernel, problem.constexprs | keys.blocks, keys, sm))
+    return found
+
+
+def _aot(kernel: Any, constexprs: dict[str, Any], config: LaunchConfig, sm: int) -> AotConfig:
+    pointers = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {name: "*fp32" if name in ("p_lse", "p_delta") else "*bf16" for name in pointers}
+    warps, stages = config.num_warps, config.num_stages
+    return AotConfig(kernel, signature, constexprs, warps, stages, mma=True, architectures=(sm,))

@@ -1,0 +1,259 @@
+"""Residual add with drop path folded in, then LayerNorm: the residual stream is read and written once.
+
+    r = x + scale_b branch,  n = (r - mean(r)) / sqrt(var(r) + eps) weight + bias
+    g = dn weight,  h = (r - mean) rstd,  dx = dr + rstd (g - mean(g) - h mean(g h)),  dbranch = scale_b dx
+    dweight = sum_m dn h,  dbias = sum_m dn
+
+Statistics are float32, of r as stored. Programs of the backward run through the rows and keep sums for weight and
+bias; a second reduction adds these up in a fixed order, so there are no atomics. Source: Ba et al. 2016 (LayerNorm);
+Huang et al. 2016 (stochastic depth, a sample's branch is dropped with scale 0 or kept with 1 / keep).
+Moves 4 T bytes forward and 4 T backward (5 T where drop path sets dbranch apart from dx), T = 2 M D in bfloat16: 72 us
+each at M = 256 x 198, D = 768 and 4.3 TB/s.
+Shapes: B samples, M rows (B times tokens), D width, P programs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, interpreted, num_sms, tuned
+from torch import Tensor
+
+from fastdeitlt.errors import UserError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+IMPLS = ("auto", "triton", "torch")
+MAX_WIDTH = 4096
+TUNED: TunedTable = {}
+"""(GPU, (pass, width rounded up to a power of two)) -> setting; benchmarks.bench_add_layernorm writes the lines."""
+
+
+def launch_config(forward: bool, width: int, device: torch.device) -> LaunchConfig:
+    """The measured setting, or by default tiles of 2,048 elements or one row, four of them on a multiprocessor."""
+    block = max(16, triton.next_power_of_2(width))
+    blocks = {"ROWS": max(1, 2048 // block), "BLOCK_D": block}
+    if not forward:
+        blocks["PROGRAMS"] = 4
+    default = LaunchConfig(blocks, num_warps=4 if block <= 2048 else 8, num_stages=1 if forward else 2)
+    return tuned(TUNED, ("forward" if forward else "backward", block), device, default)
+
+
+def reference(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale_B: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``add_layernorm`` in plain torch: float32 arithmetic (float64 for a float64 x)."""
+    dtype = dtype or (x.dtype if branch is None else branch.dtype)
+    full = torch.promote_types(x.dtype, torch.float32)
+    residual = x
+    if branch is not None:
+        scaled = branch.to(full)
+        if scale_B is not None:
+            scaled = scaled * scale_B.to(full).view(-1, *[1] * (x.dim() - 1))
+        residual = (x.to(full) + scaled).to(x.dtype)
+    normed = F.layer_norm(residual.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps)
+    return residual, normed.to(dtype)
+
+
+def _launch_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    config = launch_config(True, width, x.device)
+    residual, normed, mean, rstd = _outputs(x, branch, weight, bias, scale, eps, dtype)
+    with torch.cuda.device_of(x):
+        add_layernorm_fwd_kernel[(triton.cdiv(rows, config.blocks["ROWS"]),)](
+            x, branch, scale, weight, bias, None if branch is None else residual, normed, mean, rstd, rows, eps,
+            TOKENS=rows // x.shape[0], D=width, **config.options,
+        )  # fmt: skip
+    return residual, normed, mean, rstd
+
+
+def _launch_backward(
+    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor,
+    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, width = mean.numel(), residual.shape[-1]
+    config = launch_config(False, width, residual.device)
+    block = config.blocks["ROWS"]
+    programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
+    dx, dbranch, dweight, dbias = _gradients(
+        grad_residual, grad_normed, residual, scale, weight, mean, rstd, branch_dtype
+    )
+    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
+    with torch.cuda.device_of(residual):
+        add_layernorm_bwd_kernel[(programs,)](
+            grad_residual, grad_normed, residual, scale, weight, mean, rstd, dx,
+            None if branch_dtype is None else dbranch, sums, rows, TOKENS=rows // residual.shape[0], D=width,
+            ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages, num_warps=config.num_warps,
+        )  # fmt: skip
+    total = sums.sum(0)
+    return dx, dbranch, dweight.copy_(total[0]), dbias.copy_(total[1])
+
+
+_forward = torch.library.custom_op("fastdeitlt::add_layernorm", _launch_forward, mutates_args=(), device_types="cuda")
+_backward = torch.library.custom_op(
+    "fastdeitlt::add_layernorm_backward", _launch_backward, mutates_args=(), device_types="cuda"
+)
+
+
+@_forward.register_fake
+def _outputs(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = [torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2)]
+    residual = x.new_empty(0) if branch is None else torch.empty_like(x)
+    return residual, torch.empty_like(x, dtype=dtype), *statistics
+
+
+@_backward.register_fake
+def _gradients(
+    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor,
+    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbranch = residual.new_empty(0) if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
+    return torch.empty_like(residual), dbranch, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@_forward.register_kernel("cpu")
+def _(x: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if interpreted():
+        return _launch_forward(x, branch, *others)
+    *parameters, eps, dtype = others
+    residual, normed = reference(x, branch, *parameters, eps, dtype=dtype)
+    variance, mean = torch.var_mean(residual.float(), -1, correction=0)
+    return x.new_empty(0) if branch is None else residual, normed, mean, (variance + eps).rsqrt()
+
+
+@_backward.register_kernel("cpu")
+def _(
+    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor,
+    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    arguments = (grad_residual, grad_normed, residual, scale, weight, mean, rstd, branch_dtype)
+    if interpreted():
+        return _launch_backward(*arguments)
+    h, dn = (residual.float() - mean[..., None]) * rstd[..., None], grad_normed.float()
+    g = dn * weight.float()
+    dx = (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)) * rstd[..., None]
+    dx = dx if grad_residual is None else dx + grad_residual.float()
+    dbranch = dx if scale is None else dx * scale.view(-1, *[1] * (dx.dim() - 1))
+    sums = ((dn * h).flatten(0, -2).sum(0), dn.flatten(0, -2).sum(0))
+    gradients = _gradients(*arguments)
+    for gradient, value in zip(gradients, (dx, dbranch if branch_dtype else gradients[1], *sums), strict=True):
+        gradient.copy_(value)
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, weight, _, scale, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if branch is None else output[0], weight, scale, *output[2:])
+    ctx.has_branch = branch is not None
+    apart = branch is not None and (scale is not None or branch.dtype != x.dtype)
+    ctx.branch_dtype = branch.dtype if apart else None
+    ctx.normed_dtype = output[1].dtype
+
+
+def _autograd(
+    ctx: Any, grad_residual: Tensor | None, grad_normed: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    residual, weight, scale, mean, rstd = ctx.saved_tensors
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(residual, dtype=ctx.normed_dtype)
+    upstream = None if grad_residual is None or not ctx.has_branch else grad_residual.contiguous()
+    dx, dbranch, dweight, dbias = _backward(
+        upstream, grad_normed.contiguous(), residual, scale, weight, mean, rstd, ctx.branch_dtype
+    )
+    if ctx.has_branch and ctx.branch_dtype is None:
+        dbranch = dx
+    return dx, dbranch if ctx.has_branch else None, dweight, dbias, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def add_layernorm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale_B: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Residual x + scale branch, and its LayerNorm.
+
+    Args:
+        x: [B, ..., D] residual stream, float32, float16 or bfloat16, contiguous; D up to 4,096 for the kernel.
+        branch: as x, any of the three types. None = plain LayerNorm.
+        weight, bias: [D], one of the three types.
+        scale_B: [B] float32 drop path, 0 or 1 / keep; a branch with 0 is not read. None = 1. Gets no gradient.
+        eps: added to the variance.
+        dtype: of the normalised output. None = the branch's (x's without one).
+        impl: "triton", "torch" (``reference``), "auto" (the kernel on CUDA, else torch). On a CPU "triton" is the
+            float32 reference, or the kernel itself under TRITON_INTERPRET=1.
+
+    Returns:
+        (residual in x's type, x itself without a branch; normalised).
+
+    Raises:
+        UserError: a shape, type, device or layout does not fit.
+    """
+    op, shape = "add_layernorm", tuple(x.shape)
+    if x.dim() < 2 or not x.numel():
+        raise UserError(f"{op}: x has shape {shape}, expected (samples, ..., width), not empty")
+    check(op, "x", x, shape, FLOATS)
+    if branch is not None:
+        check(op, "branch", branch, shape, FLOATS, x.device)
+    check(op, "weight", weight, shape[-1:], FLOATS, x.device)
+    check(op, "bias", bias, shape[-1:], (weight.dtype,), x.device)
+    if scale_B is not None:
+        check(op, "scale_B", scale_B, shape[:1], (torch.float32,), x.device)
+    if impl not in IMPLS:
+        raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
+    if impl == "triton" and shape[-1] > MAX_WIDTH:
+        raise UserError(f"{op}: the Triton kernel takes widths up to {MAX_WIDTH}, got {shape[-1]}; use impl='torch'")
+    if impl == "torch" or (impl == "auto" and (x.device.type != "cuda" or shape[-1] > MAX_WIDTH)):
+        return reference(x, branch, weight, bias, scale_B, eps, dtype=dtype)
+    scale_B = scale_B if branch is not None else None
+    dtype = dtype or (x.dtype if branch is None else branch.dtype)
+    residual, normed, *_ = _forward(x, branch, weight, bias, scale_B, eps, dtype)
+    return x if branch is None else residual, normed
+
+
+def aot_configs() -> list[AotConfig]:
+    """What ships: the widths of the published students in bfloat16, the widest, and the variants at 768."""
+    cases: list[tuple[int, dict[str, str], tuple[str, ...]]] = [
+        (width, {}, ()) for width in (192, 384, 768, 1024, 4096)
+    ]
+    cases.append((768, dict.fromkeys(("p_x", "p_residual", "p_dresidual", "p_dx"), "*fp32"), ()))
+    cases.append((768, {}, ("p_scale", "p_dbranch")))
+    cases.append((768, {}, ("p_branch", "p_scale", "p_residual", "p_dresidual", "p_dbranch")))
+    kernels = (add_layernorm_fwd_kernel, add_layernorm_bwd_kernel)
+    return [_aot(kernel, *case) for kernel in kernels for case in cases]
+
+
+def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]) -> AotConfig:
+    forward = kernel is add_layernorm_fwd_kernel
+    config = launch_config(forward, width, torch.device("cpu"))
+    constexprs: dict[str, Any] = {"TOKENS": 198, "D": width, "ROWS": config.blocks["ROWS"]}
+    constexprs |= {"BLOCK_D": config.blocks["BLOCK_D"]} | ({} if forward else {"STAGES": config.num_stages})
+    if not forward:
+        absent = tuple(name for name in absent if name != "p_residual")
+    constexprs |= {name: None for name in absent if name in kernel.arg_names}
+    full = dict.fromkeys(("p_scale", "p_weight", "p_bias", "p_mean", "p_rstd", "p_sums", "eps"), "*fp32")
+    known = full | types | {"eps": "fp32", "M": "i32"}
+    signature = {name: known.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
+    note = "no " + ", ".join(absent) if absent else ""
+    return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, note=note)

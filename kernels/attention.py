@@ -1,0 +1,232 @@
+"""Softmax attention on the packed output of the qkv projection, forward and backward, deterministic.
+
+    out_m = sum_n P_mn v_n,  P = softmax_n(q_m k_n / sqrt D),  Delta_m = out_m dout_m,  dP_mn = dout_m v_n
+    dV_n = sum_m P_mn dout_m,  dS = P (dP - Delta),  dQ_m = sum_n dS_mn k_n / sqrt D,  dK_n = sum_m dS_mn q_m / sqrt D
+
+The kernels read (B, N, 3, H, D) where the projection left it and write the gradient in the same layout, so nothing is
+permuted; between the passes only the output and one float32 a row (its log-sum-exp) are kept. Source: Dao et al. 2022
+(FlashAttention), algorithms 2 and 4, without their running rescale and atomics. Moves 4 T bytes forward and 8 T
+backward, T = 2 B N H D in bfloat16: 72 and 145 us at (256, 198, 12, 64) and 4.3 TB/s, 426 and 532 useful TFLOP/s.
+Shapes: B batch, N tokens, M query rows, H heads, D head width.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
+from fastdeitlt.kernels._launch import check, check_launchable, interpreted
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdeitlt.errors import UserError
+
+__all__ = ["BEST", "IMPLS", "WIDTHS", "aot_configs", "attention", "attention_first", "choose", "reference"]
+
+IMPLS = ("auto", "triton", "sdpa", "cudnn", "flash", "math")
+WIDTHS = (32, 64, 96, 128)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_TOKENS = 1024
+LOG2E = math.log2(math.e)
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+BEST: Mapping[tuple[str, int, int], str] = {}
+"""(GPU, tokens, head width) -> fastest implementation; benchmarks.bench_attention writes the lines. Else ``choose``."""
+
+logger = logging.getLogger("fastdeitlt")
+
+
+def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
+    """``attention`` in plain torch: float32 arithmetic (float64 for float64), the result in the input's type."""
+    q, k, v = qkv_BN3HD.to(torch.promote_types(qkv_BN3HD.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
+    scores_BHMN = q[:, :, :query_rows] @ k.mT * q.shape[-1] ** -0.5
+    return (scores_BHMN.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv_BN3HD.dtype)
+
+
+def _split(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, M, D], keys and values [B, H, N, D] of either layout."""
+    if kv is None:
+        q, kv = q[:, :query_rows, 0], q[:, :, 1:]
+    k, v = kv.permute(2, 0, 3, 1, 4)
+    return q.transpose(1, 2), k, v
+
+
+@torch.library.custom_op("fastdeitlt::attention", mutates_args=(), device_types="cuda")
+def _forward(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, kv, query_rows)
+    launch_forward(q, kv, query_rows, out, lse)
+    return out, lse
+
+
+@torch.library.custom_op("fastdeitlt::attention_backward", mutates_args=(), device_types="cuda")
+def _backward(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    dq, dkv = _gradients(q, kv, out, grad_out, lse)
+    launch_backward(q, kv, out, grad_out, lse, dq, dkv)
+    return dq, dkv
+
+
+@_forward.register_fake
+def _outputs(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+    batch, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
+    out = torch.empty(batch, query_rows, heads * width, dtype=q.dtype, device=q.device)
+    return out, torch.empty(batch, heads, query_rows, dtype=torch.float32, device=q.device)
+
+
+@_backward.register_fake
+def _gradients(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv)
+
+
+@_forward.register_kernel("cpu")
+def _(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, kv, query_rows)
+    if interpreted():
+        launch_forward(q, kv, query_rows, out, lse)
+        return out, lse
+    queries, keys, values = (x.float() for x in _split(q, kv, query_rows))
+    scores_BHMN = queries @ keys.mT * q.shape[-1] ** -0.5
+    natural = scores_BHMN.logsumexp(-1, keepdim=True)
+    out.copy_((torch.exp(scores_BHMN - natural) @ values).transpose(1, 2).flatten(2))
+    return out, lse.copy_(natural[..., 0] * LOG2E)
+
+
+@_backward.register_kernel("cpu")
+def _(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    dq, dkv = _gradients(q, kv, out, grad_out, lse)
+    if interpreted():
+        launch_backward(q, kv, out, grad_out, lse, dq, dkv)
+        return dq, dkv
+    scale, rows, heads = q.shape[-1] ** -0.5, out.shape[1], q.shape[-2:]
+    queries, keys, values = (x.float() for x in _split(q, kv, rows))
+    out_BHMD, grad_BHMD = (x.float().unflatten(-1, heads).transpose(1, 2) for x in (out, grad_out))
+    p_BHMN = torch.exp2(queries @ keys.mT * (scale * LOG2E) - lse[..., None])
+    delta_BHM1 = (grad_BHMD * out_BHMD).sum(-1, keepdim=True)
+    ds_BHMN = p_BHMN * (grad_BHMD @ values.mT - delta_BHM1)
+    into_q, into_k, into_v = _split(dq.zero_(), kv if kv is None else dkv, rows)
+    into_q.copy_(ds_BHMN @ keys * scale)
+    into_k.copy_(ds_BHMN.mT @ queries * scale)
+    into_v.copy_(p_BHMN.mT @ grad_BHMD)
+    return dq, dkv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], *output)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_out is None:
+        return None, None, None
+    q, kv, out, lse = ctx.saved_tensors
+    dq, dkv = _backward(q, kv, out, grad_out.contiguous(), lse)
+    return dq, None if kv is None else dkv, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.compiler.assume_constant_result
+def choose(impl: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The implementation that runs: ``impl``, or for "auto" the measured one of ``BEST``.
+
+    Where nobody measured: the Triton kernel for bfloat16 and float16 of up to 1,024 tokens, on the architectures it is
+    compiled for (8.0, 9.0, 10.x); else torch's own choice. Float32 has no spill-free setting on tensor cores.
+    """
+    if impl not in ("auto", "triton"):
+        return impl
+    if tokens > MAX_TOKENS:
+        _say_once(f"attention: {tokens} tokens are more than {MAX_TOKENS}, torch's scaled_dot_product_attention runs")
+        return "sdpa"
+    if impl == "triton":
+        return impl
+    if device.type != "cuda" or dtype == torch.float32:
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(device)
+    supported = capability == (8, 0) or capability[0] in (9, 10)
+    return BEST.get((torch.cuda.get_device_name(device), tokens, width), "triton" if supported else "sdpa")
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def attention(qkv_BN3HD: Tensor, *, query_rows: int | None = None, impl: str = "auto") -> Tensor:
+    """Softmax attention of every token, or of the first few, to every token.
+
+    Args:
+        qkv_BN3HD: [B, N, 3, H, D] bfloat16, float16 or float32, contiguous; D is 32, 64, 96 or 128.
+        query_rows: compute the first so many tokens' rows only, at most 16 for the kernel. None = all. The gradient of
+            the other rows' queries is zero.
+        impl: "auto" as ``choose`` says; "triton"; "sdpa" (torch's choice), "cudnn", "flash" or "math" of torch.
+            On a CPU "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
+
+    Returns:
+        [B, N, H D] or [B, query_rows, H D], heads side by side, in the input's type.
+
+    Raises:
+        UserError: a shape, type, device or layout does not fit.
+    """
+    check("attention", "qkv", qkv_BN3HD, (None, None, 3, None, None), FLOATS)
+    tokens = qkv_BN3HD.shape[1]
+    rows = tokens if query_rows is None else query_rows
+    if not 1 <= rows <= tokens:
+        raise UserError(f"attention: got query_rows {query_rows}, expected 1 to {tokens}, the tokens")
+    return _attend(qkv_BN3HD, None, rows, impl)
+
+
+def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, impl: str = "auto") -> Tensor:
+    """Softmax attention of the first M tokens to all N, where the projection computed no other query.
+
+    Args:
+        q_BMHD: [B, M, H, D], at most 16 rows for the kernel; otherwise as ``attention``.
+        kv_BN2HD: [B, N, 2, H, D].
+
+    Returns:
+        [B, M, H D].
+
+    Raises:
+        UserError: a shape, type, device or layout does not fit.
+    """
+    check("attention_first", "q", q_BMHD, (None, None, None, None), FLOATS)
+    batch, rows, heads, width = q_BMHD.shape
+    check("attention_first", "kv", kv_BN2HD, (batch, None, 2, heads, width), (q_BMHD.dtype,), q_BMHD.device)
+    if not 1 <= rows <= kv_BN2HD.shape[1]:
+        raise UserError(f"attention_first: got {rows} query rows, expected 1 to {kv_BN2HD.shape[1]}, the tokens")
+    return _attend(q_BMHD, kv_BN2HD, rows, impl)
+
+
+def _attend(q: Tensor, kv: Tensor | None, rows: int, impl: str) -> Tensor:
+    if impl not in IMPLS:
+        raise UserError(f"attention: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
+    tokens, width = q.shape[1] if kv is None else kv.shape[1], q.shape[-1]
+    chosen = choose(impl, tokens, width, q.dtype, q.device)
+    if chosen == "triton":
+        _check_kernel(q, rows if rows < tokens or kv is not None else None)
+        return _forward(q, kv, rows)[0]
+    if chosen == "cudnn" and q.device.type != "cuda":
+        raise UserError(f"attention: impl 'cudnn' needs a CUDA tensor, got one on {q.device}; use 'auto' or 'sdpa'")
+    queries, keys, values = _split(q, kv, rows)
+    if chosen == "sdpa":
+        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    with sdpa_kernel(BACKENDS[chosen]):
+        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+
+
+def _check_kernel(q: Tensor, rows: int | None) -> None:
+    if q.shape[-1] not in WIDTHS:
+        raise UserError(f"attention: the Triton kernel takes heads of {WIDTHS}, got {q.shape[-1]}; use impl='sdpa'")
+    if rows is not None and rows > FEW_ROWS:
+        raise UserError(
+            f"attention: the Triton kernel takes {FEW_ROWS} of the query rows or all, got {rows}; use 'sdpa'"
+        )
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        raise UserError("attention: the Triton kernel takes bfloat16 or float16 on a GPU, got float32; use impl='sdpa'")
+    if q.device.type not in ("cpu", "cuda"):
+        check_launchable("attention", q)

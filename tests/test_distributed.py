@@ -1,0 +1,242 @@
+"""The spine on two ranks: the one-rank run's results, resume on as many or fewer, and the end of all with one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdeitlt import config, distributed, embedded
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.engine import PlainEngine
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_teacher
+from fastdeitlt.train import train
+
+# 8 micro-steps of a virtual rank in an epoch, three to an optimizer step: the third has two. 77 test images: odd.
+SETTINGS = {
+    "data.dataset": "list",
+    "student.name": "deit_tiny_distilled_patch16_32",
+    "student.depth": 1,
+    "student.drop_path": 0.2,
+    "augment.crop_scale": [0.5, 1.0],
+    "train.batch_size": 8,
+    "train.accumulate": 3,
+    "train.virtual_ranks": 2,
+    "train.epochs": 3,
+    "train.compile": False,
+    "train.precision": "fp32",
+    "train.device": "cpu",
+    "train.log_every": 1,
+    "train.save_every_steps": 2,
+    "train.zero_stage": 2,
+    "train.timeout_s": 60,
+    "loss.drw_epoch": 2,
+    "optim.lr_scale": "none",
+    "optim.eps": 1e-4,
+    "optim.clip_norm": 1.0,
+    "optim.ema_decay": 0.9,
+    "optim.warmup_epochs": 1,
+    "teacher.img_size": 28,
+    "evaluate.every": 2,
+    "evaluate.crop_pct": 1.0,
+    "evaluate.batch_size": 16,
+}
+TIMES = ("images_per_s", "data_wait", "eta_s")
+KILLED_AT = 5
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler of the program runs its clean-up on it."""
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    """A run of 3 epochs of 3 steps on the embedded images, with a teacher."""
+    root, folder = embedded.unpack(), tmp_path_factory.mktemp("spine")
+    settings = SETTINGS | {"data.root": str(root), "runs_dir": str(folder)}
+    for split, every in (("train", 19), ("val", 11), ("test", 13)):
+        lines = (root / f"{split}.txt").read_text().splitlines()
+        kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
+        (folder / f"{split}.txt").write_text("\n".join(kept))
+        settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
+    torch.manual_seed(1)
+    network = create_teacher("resnet8", 10, "fastdeitlt")
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
+        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
+    }
+    path = save_model_folder(folder / "teacher", network.state_dict(), manifest)
+    return config.build(settings | {"teacher.path": str(path)})
+
+
+def _named(cfg, name):
+    return cfg.model_copy(update={"name": name})
+
+
+def _launch(cfg, *jobs):
+    """torchrun this file on two ranks; a job is a run's name, or ``name!`` for one that rank 1 does not survive."""
+    path = Path(cfg.runs_dir) / "config.yaml"
+    path.write_text(config.dump(cfg))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [*command, __file__, str(path), *jobs], capture_output=True, text=True, check=False, env=environment
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def _main(path, *jobs):
+    """What one rank of a launch does."""
+    torch.set_num_threads(1)
+    cfg = config.load(path)
+    for job in jobs:
+        if job.endswith("!"):
+            _die_at(KILLED_AT, Path(cfg.runs_dir) / "died")
+        train(_named(cfg, job.rstrip("!")))
+
+
+def _die_at(number, note):
+    from fastdeitlt.sharded import DeepSpeedEngine
+
+    real, count = DeepSpeedEngine.step, [0]
+
+    def step(self, rate):
+        count[0] += 1
+        if count[0] == number and distributed.rank() == 1:
+            note.write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, rate)
+
+    DeepSpeedEngine.step = step
+
+
+def _half_on_one_rank(cfg, monkeypatch):
+    real, count = PlainEngine.step, [0]
+
+    def dying(self, rate):
+        count[0] += 1
+        if count[0] == KILLED_AT:
+            raise Killed
+        return real(self, rate)
+
+    monkeypatch.setattr(PlainEngine, "step", dying)
+    with pytest.raises(Killed):
+        train(cfg)
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def runs(cfg):
+    """Folders by name: `one` (one rank), `two` (two ranks), and three that were stopped in the middle and continued."""
+    folder = Path(cfg.runs_dir)
+    train(_named(cfg, "one"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _half_on_one_rank(_named(cfg, "one_then_two"), monkeypatch)
+    code, said = _launch(cfg, "two", "killed!")
+    ended = time.time()
+    assert code != 0, said
+    shutil.copytree(folder / "killed", folder / "two_then_one", symlinks=True)
+    train(_named(cfg, "two_then_one"), "must")
+    code, resumed = _launch(cfg, "killed", "one_then_two")
+    assert code == 0, resumed
+    found = {p.name: p for p in folder.iterdir() if (p / "results.json").is_file()}
+    return found | {"seconds_to_end": ended - float((folder / "died").read_text())}
+
+
+def _records(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def _tensors(run):
+    last = run / "checkpoints" / "last"
+    read_manifest(last)
+    return {f"{part}.{k}": v for part in ("model", "ema", "optimizer") for k, v in load_tensors(last, part).items()}
+
+
+@pytest.mark.parametrize("name", ["two", "one_then_two", "two_then_one"])
+def test_two_ranks_train_the_run_of_one_rank_that_plays_both(runs, name):
+    expected, got = _records(runs["one"]), _records(runs[name])
+    assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        if ours["kind"] == "step":
+            assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
+        else:
+            assert {k: v for k, v in ours.items() if k.endswith("_all")} == {
+                k: v for k, v in theirs.items() if k.endswith("_all")
+            }
+    expected = _tensors(runs["one"])
+    tensors = _tensors(runs[name])
+    assert tensors.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(tensors[key], value, atol=1e-5, rtol=0, msg=key)
+    results = [json.loads((runs[n] / "results.json").read_text()) for n in ("one", name)]
+    assert results[0]["test"]["support_K"] == results[1]["test"]["support_K"]
+    assert sum(results[1]["test"]["support_K"]) == 77
+
+
+def test_a_run_killed_on_two_ranks_continues_bit_for_bit(runs):
+    assert _records(runs["killed"]) == _records(runs["two"])
+    expected = _tensors(runs["two"])
+    assert all(torch.equal(value, expected[key]) for key, value in _tensors(runs["killed"]).items())
+
+
+def test_the_death_of_one_rank_ends_the_launch_within_seconds(runs):
+    assert runs["seconds_to_end"] < 60
+
+
+def test_another_number_of_ranks_without_virtual_ranks_is_refused(runs, cfg):
+    left_out = cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 0})})
+    with pytest.raises(UserError, match=r"train\.virtual_ranks: 2 -> 1"):
+        train(_named(left_out, "two"))
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_NODELIST": "gpu[007-010,12],login1",
+}
+
+
+def test_a_task_of_srun_finds_its_place():
+    env = dict(SRUN)
+    distributed.adopt_slurm(env)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [env[name] for name in names] == ["9", "16", "1", "gpu007", "24567"]
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("a1", "a1"), ("b-2,c", "b-2"), ("x[3]y,z", "x3y"), ("r[08-11]", "r08")])
+def test_the_first_host_of_slurms_list_is_the_meeting_point(nodes, first):
+    env = SRUN | {"SLURM_STEP_NODELIST": nodes}
+    distributed.adopt_slurm(env)
+    assert env["MASTER_ADDR"] == first
+
+
+@pytest.mark.parametrize("already", [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}], ids=["torchrun", "one task"])
+def test_slurm_is_left_alone_when_it_did_not_start_the_ranks(already):
+    env = SRUN | already
+    before = dict(env)
+    distributed.adopt_slurm(env)
+    assert env == before
+
+
+def test_alone_there_is_nothing_to_exchange():
+    rows = torch.arange(6.0).view(3, 2)
+    assert distributed.gather_interleaved(rows, 3, torch.device("cpu")) is rows
+    assert distributed.on_main(lambda: "done") == "done"
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""The benchmark harness: no numbers from a red op, ratios the right way round, rows that say where they come from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks import harness
+
+CPU = torch.device("cpu")
+
+
+def case(device=CPU):
+    return harness.Case("tiny", {"a": lambda: None, "b": lambda: None}, baseline="b", useful_bytes=1000)
+
+
+def test_every_candidate_is_timed_and_its_spread_contains_the_median():
+    timings = harness.measure(case().candidates, CPU, rounds=4)
+    assert set(timings) == {"a", "b"}
+    assert all(0 < t.p20 <= t.median <= t.p80 and not t.graph for t in timings.values())
+
+
+def test_a_candidate_twice_as_fast_as_the_baseline_has_speedup_two(monkeypatch):
+    monkeypatch.setattr(harness, "bandwidth", lambda device: 1e6)
+    timings = {"a": harness.Timing(1.0, 1.0, 1.0, False), "b": harness.Timing(2.0, 2.0, 2.0, False)}
+    fast, slow = harness.rows("op", case(), timings, CPU)
+    assert (fast["speedup"], slow["speedup"]) == (2.0, 1.0)
+    assert fast["floor_ms"] == pytest.approx(1.0) and fast["share_of_floor"] == pytest.approx(1.0)
+    assert slow["gb_per_s"] == pytest.approx(1000 / 2e-3 / 1e9)
+
+
+def test_an_op_whose_tests_fail_gets_no_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(harness, "green", lambda op: False)
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    assert harness.main("op", lambda device: [pytest.fail("measured")]) == 1
+    assert "nothing measured" in capsys.readouterr().err
+
+
+def test_a_missing_test_file_is_red():
+    assert not harness.green("no_such_op")
+
+
+def test_rows_carry_machine_and_versions_and_are_appended(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(harness, "green", lambda op: True)
+    monkeypatch.setattr(harness, "bandwidth", lambda device: 1e6)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "2"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "benchmarks").mkdir()
+    assert harness.main("op", lambda device: [case()]) == harness.main("op", lambda device: [case()]) == 0
+    (file,) = (tmp_path / "benchmarks" / "results").glob("op_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["candidate"] for row in rows] == ["a", "b", "a", "b"]
+    assert {"cpu", "torch", "triton", "python", "commit", "date", "median_ms", "p20_ms", "p80_ms"} <= set(rows[0])
+    assert "cannot be measured here" in capsys.readouterr().out
+
+
+def test_tuning_without_a_gpu_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--tune"])
+    with pytest.raises(SystemExit) as ended:
+        harness.main("op", lambda device: [])
+    assert ended.value.code == 2
+    assert "--tune needs a GPU" in capsys.readouterr().err

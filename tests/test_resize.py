@@ -1,0 +1,65 @@
+"""Resizing equals Pillow's, on the host and in the batched form for devices."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import PIL
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from fastdeitlt.data.resize import centre_crop, columns_first, crop_resize, resize_batched
+
+PILLOW = int(PIL.__version__.split(".")[0])
+PHOTO = np.array(Image.open(Path(__file__).parent / "data" / "photos" / "astronaut.jpg"))
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@hypothesis.given(*[st.integers(1, 70)] * 4)
+def test_batched_resize_equals_pillow(height: int, width: int, out_height: int, out_width: int) -> None:
+    hypothesis.assume(PILLOW >= 13 or not columns_first(height, width, out_height, out_width))
+    image = noise(height, width)
+    (resized,) = resize_batched([torch.from_numpy(image)], [(out_height, out_width)])
+    assert np.array_equal(resized.numpy(), pillow(image, out_height, out_width))
+
+
+def test_batched_resize_takes_images_of_any_sizes_at_once() -> None:
+    sizes, shapes = [(9, 40), (40, 9), (24, 24), (60, 33), (1, 5)], [(24, 24), (24, 24), (24, 24), (12, 50), (24, 24)]
+    images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    resized = resize_batched([torch.from_numpy(image) for image in images], shapes)
+    for image, shape, ours in zip(images, shapes, resized, strict=True):
+        assert PILLOW < 13 or np.array_equal(ours.numpy(), pillow(image, *shape))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_crop_resize_crops_before_it_resizes(threads: int) -> None:
+    boxes = np.array([[0, 0, 144, 180], [10, 20, 31, 9], [143, 179, 1, 1], [5, 100, 100, 60]], np.int32)
+    pool = ThreadPoolExecutor(threads) if threads else None
+    crops = crop_resize([torch.from_numpy(PHOTO)] * 4, boxes, 40, pool)
+    for crop, (y, x, h, w) in zip(crops, boxes.tolist(), strict=True):
+        assert np.array_equal(crop.numpy(), pillow(PHOTO[y : y + h, x : x + w], 40, 40))
+    stacked = torch.from_numpy(np.stack([PHOTO] * 4))
+    assert torch.equal(crops, crop_resize(stacked, boxes, 40))
+
+
+@pytest.mark.parametrize("shape", [(60, 43), (43, 60), (33, 33), (40, 200)])
+def test_centre_crop_equals_torchvision(shape: tuple[int, int]) -> None:
+    image = noise(*shape)
+    compose = transforms.Compose(
+        [transforms.Resize(37, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(32)]
+    )
+    expected = np.asarray(compose(Image.fromarray(image)))
+    ours = centre_crop([torch.from_numpy(image), torch.from_numpy(PHOTO)], 37, 32)
+    assert ours.shape == (2, 32, 32, 3)
+    assert np.array_equal(ours[0].numpy(), expected)

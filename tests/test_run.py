@@ -1,0 +1,84 @@
+"""The run folder: one owner, no secrets, a log that reads as if nothing had stopped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastdeitlt import config
+from fastdeitlt.errors import UserError
+from fastdeitlt.run import Run, environment
+
+
+def _config(tmp_path, **flat):
+    return config.build({"name": "r", "runs_dir": str(tmp_path), **flat})
+
+
+def test_second_process_in_the_folder_is_refused(tmp_path):
+    with Run(_config(tmp_path)):
+        code = "import sys; from fastdeitlt import config; from fastdeitlt.run import Run;"
+        code += "Run(config.build({'name': 'r', 'runs_dir': sys.argv[1]}))"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "another process is using it" in done.stderr
+    with Run(_config(tmp_path)):
+        pass
+
+
+def test_resume_never_takes_a_new_folder_and_must_needs_an_old_one(tmp_path):
+    with pytest.raises(UserError, match="holds no run"), Run(_config(tmp_path), "must"):
+        pass
+    with Run(_config(tmp_path)) as first:
+        pass
+    with Run(_config(tmp_path), "never") as second, Run(_config(tmp_path), "never") as third:
+        assert [r.folder.name for r in (first, second, third)] == ["r", "r-2", "r-3"]
+    with Run(_config(tmp_path), str(second.folder)) as again:
+        assert again.folder == second.folder
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "/etc", "", ".", "x\ny"])
+def test_run_names_cannot_leave_the_runs_folder(tmp_path, name):
+    with pytest.raises(UserError, match="name"):
+        _config(tmp_path, name=name)
+
+
+def test_harmless_settings_may_change_and_others_not(tmp_path):
+    with Run(_config(tmp_path)):
+        pass
+    with Run(_config(tmp_path, **{"train.log_every": 3})):
+        pass
+    with pytest.raises(UserError, match=r"train\.seed: 0 -> 4"), Run(_config(tmp_path, **{"train.seed": 4})):
+        pass
+
+
+def test_environment_has_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "canary-7f3a")
+    monkeypatch.setattr(sys, "argv", ["fastdeitlt", "--token=canary-7f3a"])
+    with Run(_config(tmp_path)) as run:
+        run.record("step", 1, loss=0.5)
+    assert "canary" not in json.dumps(environment())
+    assert not any(b"canary" in p.read_bytes() for p in run.folder.rglob("*") if p.is_file())
+
+
+def test_rewinding_drops_later_records_and_half_lines(tmp_path):
+    with Run(_config(tmp_path)) as run:
+        for step in (1, 2, 3):
+            run.record("step", step, loss=float(step))
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "step", "step": 2, "lo')
+        run.rewind(2)
+        assert [line["step"] for line in run.records()] == [1, 2]
+
+
+def test_summary_has_one_row_an_evaluation(tmp_path):
+    with Run(_config(tmp_path)) as run:
+        run.record("eval", 1, epoch=0, avg_all=10.0, result={"a": 1})
+        run.record("eval", 2, epoch=1, avg_all=20.0, result={"a": 1})
+        run.summarise()
+    assert (run.folder / "summary.csv").read_text() == "step,epoch,avg_all\n1,0,10.0\n2,1,20.0\n"
+
+
+def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        Run(_config(tmp_path / "file"))
