@@ -105,13 +105,8 @@ def timm_loader(images: LongTailSet, threads: int) -> Iterable[Any]:
     """timm's create_loader with the recipe's arguments."""
     from timm.data import ImageDataset, create_loader
 
-    options: dict[str, Any] = {
-        "use_prefetcher": False,
-        "num_workers": threads,
-        "persistent_workers": True,
-        "pin_memory": False,
-    }
-    return create_loader(ImageDataset(images.root), (3, SIZE, SIZE), BATCH, **TIMM_RECIPE, **options)
+    workers: dict[str, Any] = {"num_workers": threads, "persistent_workers": True, "use_prefetcher": False}
+    return create_loader(ImageDataset(images.root), (3, SIZE, SIZE), BATCH, **TIMM_RECIPE, **workers)
 
 
 def torchvision_loader(images: LongTailSet, threads: int) -> Iterable[Any]:

@@ -74,6 +74,7 @@ def save_model_folder(
         for name, tensors in parts.items():
             file = draft / f"{name}.safetensors"
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
             _flush(file)
             files[file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
         whole = {"format": "fastdeitlt", "version": __version__, **manifest, "files": files}

@@ -256,10 +256,14 @@ def _changes(run: RunFiles) -> list[list[str]]:
         return []
     now, default = config.flatten(run.cfg), config.flatten(config.Config())
     return [
-        [name, json.dumps(now[name]), json.dumps(default.get(name)), config.describe(name) if name in default else ""]
+        [name, _plain(now[name]), _plain(default.get(name)), config.describe(name) if name in default else ""]
         for name in now
         if now[name] != default.get(name) and name != "name"
     ]
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> list[list[str]]:

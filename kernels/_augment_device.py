@@ -1,8 +1,8 @@
 """Device code of ``augment``: resizing passes, image statistics, one operation, and the fused last pass.
 
-An image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is split
-by element e = (y * S + x) * 3 + c, so loads and stores run along memory. Launch with ``enable_fp_fusion=False``: a fused
-multiply-add rounds once where Pillow rounds twice.
+An image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is
+split by element e = (y * S + x) * 3 + c, so loads and stores run along memory. Launch with ``enable_fp_fusion=False``:
+a fused multiply-add rounds once where Pillow rounds twice.
 Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 
@@ -25,7 +25,8 @@ NONE, LOOKUP, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, COLOR, SHAR
 AUTO_CONTRAST, EQUALIZE, CONTRAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Statistics that become a lookup table."""
 UNMIXED, MIXUP, CUTMIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-PRECISION_BITS = tl.constexpr(22)
+PRECISION_BITS, PRECISION = tl.constexpr(22), tl.constexpr(1 << 22)
+"""Fixed point of Pillow's coefficients."""
 HISTOGRAM = tl.constexpr(1024)
 """Bins kept for 3 * 256 values: a power of two."""
 
@@ -34,7 +35,8 @@ HISTOGRAM = tl.constexpr(1024)
 def coefficients_kernel(params, weights, first, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Pillow's antialiased bicubic coefficients (a = -0.5) in 1/2^22 and first taps, of one axis of one image."""
     image, axis = tl.program_id(0), tl.program_id(1)
-    i = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.minimum(place, S - 1)
     side = tl.load(params + image * COLUMNS + HEIGHT + axis)
     scale = side / S
     stretch = tl.maximum(scale, 1.0)
@@ -47,11 +49,11 @@ def coefficients_kernel(params, weights, first, S: tl.constexpr, K: tl.constexpr
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     value = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
     value = tl.where(tap < end[:, None], value, 0.0)
-    value = value / tl.sum(value, axis=1)[:, None] * (1 << PRECISION_BITS)
+    value = value / tl.sum(value, axis=1)[:, None] * PRECISION
     rounded = (value + tl.where(value < 0.0, -0.5, 0.5)).to(tl.int32)
     row = (image * 2 + axis) * S + i
-    tl.store(weights + row[:, None] * K + tl.arange(0, K)[None, :], rounded, mask=i[:, None] < S)
-    tl.store(first + row, begin, mask=i < S)
+    tl.store(weights + row[:, None] * K + tl.arange(0, K)[None, :], rounded, mask=place[:, None] < S)
+    tl.store(first + row, begin, mask=place < S)
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def convolve_kernel(
         tap_y, tap_x = tl.where(down, begin + k, y), tl.where(down, x, begin + k)
         there = inside & (tap_y < in_height) & (tap_x < in_width)
         total += weight * tl.load(source + tap_y * stride + tap_x * 3 + c, mask=there, other=0).to(tl.int32)
-    value = (total + (1 << (PRECISION_BITS - 1))) >> PRECISION_BITS
+    value = (total + PRECISION // 2) >> PRECISION_BITS
     value = tl.minimum(tl.maximum(value, 0), 255).to(tl.uint8)
     if PASS == 1:
         mirrored = tl.load(row + FLIP) != 0.0

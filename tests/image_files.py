@@ -58,6 +58,17 @@ def deliver(images, requests, share=1, **options):
         stream.close()
 
 
+RESIZE_LEVELS = 0
+"""Grey levels by which a training crop may differ from Pillow's."""
+
+
+def assert_like_pillow(crops_BHWC, images, wanted):
+    """The crops of a request are those Pillow makes of its boxes."""
+    difference = crops_BHWC.numpy().astype(int) - pillow_crops(images, wanted)
+    assert crops_BHWC.dtype == torch.uint8
+    assert np.abs(difference).max() <= RESIZE_LEVELS
+
+
 def pillow_crops(images, wanted):
     crops = []
     for b, sample in enumerate(wanted.sample_B):

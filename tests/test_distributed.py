@@ -158,6 +158,10 @@ def _records(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
+def _accuracies(record):
+    return {k: v for k, v in record.items() if k.startswith(("avg_", "cls_", "dist_"))}
+
+
 def _tensors(run):
     last = run / "checkpoints" / "last"
     read_manifest(last)
@@ -170,16 +174,13 @@ def test_two_ranks_train_the_run_of_one_rank_that_plays_both(runs, name):
     assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in expected]
     for ours, theirs in zip(got, expected, strict=True):
         if ours["kind"] == "step":
-            assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
+            assert {**ours, "kind": 0} == pytest.approx({**theirs, "kind": 0}, abs=1e-6, rel=1e-6)
         else:
-            assert {k: v for k, v in ours.items() if k.endswith("_all")} == {
-                k: v for k, v in theirs.items() if k.endswith("_all")
-            }
-    expected = _tensors(runs["one"])
-    tensors = _tensors(runs[name])
+            assert _accuracies(ours) == _accuracies(theirs)
+    expected, tensors = _tensors(runs["one"]), _tensors(runs[name])
     assert tensors.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(tensors[key], value, atol=1e-5, rtol=0, msg=key)
+        torch.testing.assert_close(tensors[key], value, atol=1e-6, rtol=0, msg=key)
     results = [json.loads((runs[n] / "results.json").read_text()) for n in ("one", name)]
     assert results[0]["test"]["support_K"] == results[1]["test"]["support_K"]
     assert sum(results[1]["test"]["support_K"]) == 77

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from image_files import CPU, GOOD, SIZES, deliver, encoded, make_set, picture, pillow_crops, request
+from image_files import CPU, GOOD, SIZES, assert_like_pillow, deliver, encoded, make_set, picture, request
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
@@ -42,7 +42,7 @@ def test_every_kind_of_image_becomes_the_rgb_of_pillow(tmp_path, kind):
     images = make_set(tmp_path, {1: KINDS[kind]})
     wanted = request([0, 1, 2])
     (crops_BHWC,), _ = deliver(images, [wanted])
-    assert np.array_equal(crops_BHWC.numpy(), pillow_crops(images, wanted))
+    assert_like_pillow(crops_BHWC, images, wanted)
 
 
 def test_16_bit_images_are_scaled_not_clipped(tmp_path):
@@ -128,7 +128,7 @@ def test_a_stream_goes_on_after_an_image_that_does_not_decode(tmp_path):
     with pytest.raises(UserError, match=r"04\.jpg"):
         list(stream.crops([request([3, 4])]))
     (crops,) = stream.crops([request([3, 5])])
-    assert np.array_equal(crops.numpy(), pillow_crops(images, request([3, 5])))
+    assert_like_pillow(crops, images, request([3, 5]))
     stream.close()
 
 

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from image_files import CPU, GOOD, deliver, make_set, pillow_crops, request
+from image_files import CPU, GOOD, assert_like_pillow, deliver, make_set, request
 from nvidia.dali import backend
 from PIL import Image
 from timm.data import create_transform
@@ -25,8 +25,7 @@ def test_training_crops_are_those_of_pillow(tmp_path):
     wanted = [request(range(11)), request([3, 3, 0], size=37, epoch=5, copies=[0, 1, 0]), request([10], size=64)]
     crops, _ = deliver(images, wanted)
     for got_BHWC, one in zip(crops, wanted, strict=True):
-        assert got_BHWC.dtype == torch.uint8
-        assert np.array_equal(got_BHWC.numpy(), pillow_crops(images, one))
+        assert_like_pillow(got_BHWC, images, one)
 
 
 def test_evaluation_crops_are_those_of_timm(tmp_path):
@@ -125,7 +124,7 @@ def test_dali_does_not_end_the_process_on_a_file_it_cannot_parse(tmp_path):
     """DALI 2.4 without the peek at the header: segmentation fault when such a file is early in the batch."""
     (tmp_path / "good.jpg").write_bytes(GOOD)
     done = subprocess.run(
-        [sys.executable, "-c", UNPARSEABLE, str(tmp_path / "good.jpg")], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", UNPARSEABLE, str(tmp_path / "good.jpg")], capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.split() == ["caught", "0", "caught", "1", "caught", "2", "caught", "5"]
@@ -152,4 +151,4 @@ def test_large_images_are_decoded_in_more_than_one_run(tmp_path, monkeypatch):
     images = make_set(tmp_path)
     wanted = request(range(11))
     (crops,), _ = deliver(images, [wanted])
-    assert np.array_equal(crops.numpy(), pillow_crops(images, wanted))
+    assert_like_pillow(crops, images, wanted)

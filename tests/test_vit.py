@@ -103,7 +103,7 @@ def test_last_block_shortcut_is_exact_with_drop_path() -> None:
 
 
 def test_shortcut_of_a_single_block() -> None:
-    model = create_student(TINY32, 3, depth=1).eval()
+    model = create_student(TINY32, 3, depth=1, drop_path=0.0).train()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         short = model(images)
@@ -205,7 +205,7 @@ def test_flops_are_what_torch_counts(last_block_shortcut: bool, monkeypatch: pyt
         return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     monkeypatch.setattr("fastdeitlt.models.vit.attend", explicit)
-    model = small(last_block_shortcut=last_block_shortcut, attention="sdpa").eval()
+    model = small(last_block_shortcut=last_block_shortcut, attention="sdpa").train()
     with (
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),

@@ -204,14 +204,20 @@ def normalise(
     """(crop / 255 - mean) / std as images_BCHW, channels last in memory; computed in float32, stored as ``dtype``."""
     batch, height, width, channels = crops_BHWC.shape
     # a whole row of constants, because broadcasting three of them keeps the loop from vectorising
-    mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    scale, offset = ((v.float().repeat(width).to(crops_BHWC.device)) for v in (1.0 / (255.0 * std_C), -mean_C / std_C))
+    scale, offset = (value_C.repeat(width) for value_C in affine(mean, std, crops_BHWC.device))
     rows = torch.empty(batch, height, width * channels, dtype=dtype, device=crops_BHWC.device)
     step = chunk_size(crops_BHWC)
     for start in range(0, batch, step):
         part = slice(start, start + step)
         rows[part] = torch.mul(crops_BHWC[part].reshape(-1, height, width * channels), scale).add_(offset)
     return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def affine(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and offset (float32 [C]) that take a uint8 value to (value / 255 - mean) / std."""
+    mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return (1.0 / (255.0 * std_C)).float().to(device), (-mean_C / std_C).float().to(device)
 
 
 @lru_cache(maxsize=4)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.aot import gate, ops
+
+ROOT = Path(__file__).parents[2]
 
 PLANTED = """
 import triton

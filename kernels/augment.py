@@ -1,0 +1,225 @@
+"""Augmentation of a batch from the decoded set on the device: crop .. mix in one chain of kernels, both layouts.
+
+    rows, columns      antialiased bicubic crop + resize + flip to uint8 crops (Pillow's integers)
+    histogram, table   statistics and lookup tables, only for images that drew auto_contrast, equalize or contrast
+    operate            the first operation, only for images whose second needs more than a value (about one in six)
+    finish             operation(s), normalise, erase, Mixup / CutMix; writes the student's patches, the teacher's NHWC
+
+Bit for bit ``reference`` in float32: Pillow rounds to uint8 after each resizing pass and each operation, so these are
+the stages that cannot be one. The host draws decide what is launched, so this is no op of a compiled graph.
+Moves, an image of side 224 in bfloat16: the source crop, 0.15 MB of uint8 written and read twice, 0.6 MB out.
+Shapes: B batch, S output side, P patch, K taps, J images that need statistics.
+"""
+
+from typing import Any, NamedTuple
+
+import fastdeitlt.kernels._augment_device as gpu
+import numpy as np
+import torch
+import triton
+from fastdeitlt.kernels._augment_plan import Plan, make_plan
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, check_launchable, tuned
+from torch import Tensor
+
+from fastdeitlt.config import AugmentConfig
+from fastdeitlt.data import augment as torch_augment
+from fastdeitlt.data import mixup
+from fastdeitlt.data.augment import Draws
+from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.errors import UserError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TUNED: TunedTable = {}
+"""(GPU, (kernel, side)) -> setting; nobody measured one yet."""
+COEFFICIENT_BLOCK = 16
+
+
+class Augmented(NamedTuple):
+    """A mixed batch in the layouts asked for, else None."""
+
+    images_BCHW: Tensor | None
+    """Normalised images, channels last in memory (the teacher's)."""
+    patches: Tensor | None
+    """[B (S / P)^2, 3 P^2], patches row by row, values as in ``patch_embed.proj.weight.flatten(1)`` (the student's)."""
+
+
+def augment(
+    pixels: Tensor,
+    starts_B: np.ndarray,
+    sizes_B2: np.ndarray,
+    draws: Draws,
+    mix: MixDraw,
+    cfg: AugmentConfig,
+    size: int,
+    *,
+    patch: int = 0,
+    images: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Augmented:
+    """Augment and mix a batch as drawn.
+
+    Args:
+        pixels: uint8, decoded images [H, W, 3] one after the other (``DecodedSet.pixels``).
+        starts_B, sizes_B2: where each image of the batch begins in it, and its (height, width); on the host.
+        draws, mix: what happens; recipe ``deit``, ``crop_jitter`` without its jitter, or ``none``.
+        cfg: mean and std.
+        size: output side.
+        patch: side of the patches to write; 0 = none.
+        images: write ``images_BCHW``.
+        dtype: of the outputs; everything before is float32 or integer.
+
+    Raises:
+        UserError: pixels that are not uint8 or not on a CUDA device; images outside them; a side the patch does not
+            divide; a padded crop or more than two operations; a batch to be mixed with an odd number of images.
+    """
+    _check(pixels, starts_B, sizes_B2, draws, mix, size, patch, dtype)
+    check_launchable("augment", pixels)
+    plan = make_plan(starts_B, sizes_B2, draws, mix, size)
+    rows, jobs = (_upload(array, pixels.device) for array in (plan.rows, plan.jobs))
+    first, second, separate = jobs.split([2 * plan.num_first, 2 * plan.num_second, plan.num_separate])
+    crops = _resize(pixels, rows, plan, size)
+    tables = torch.empty(max(plan.num_first + plan.num_second, 1), 3, 256, dtype=torch.uint8, device=pixels.device)
+    launch = _setting("operate", size, pixels.device)
+    blocks = triton.cdiv(size * size * 3, launch.blocks["BLOCK"])
+    if plan.num_first:
+        _make_tables(first, rows, crops, tables, 0, gpu.FIRST.value, size)
+    operated = crops
+    if plan.num_separate:
+        operated = torch.empty_like(crops)
+        gpu.operate_kernel[(plan.num_separate, blocks)](
+            separate, rows, crops, operated, tables, S=size, **launch.options, enable_fp_fusion=False
+        )
+    if plan.num_second:
+        _make_tables(second, rows, operated, tables, plan.num_first, gpu.SECOND.value, size)
+    return _finish(rows, crops, operated, tables, mix, cfg, size, patch, images, dtype)
+
+
+def reference(
+    pixels: Tensor,
+    starts_B: np.ndarray,
+    sizes_B2: np.ndarray,
+    draws: Draws,
+    mix: MixDraw,
+    cfg: AugmentConfig,
+    size: int,
+    *,
+    patch: int = 0,
+    images: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Augmented:
+    """``augment`` in torch operations on any device."""
+    _check(pixels, starts_B, sizes_B2, draws, mix, size, patch, dtype)
+    places = zip(starts_B.tolist(), sizes_B2.tolist(), strict=True)
+    sources = [pixels[start : start + 3 * height * width].view(height, width, 3) for start, (height, width) in places]
+    crops = torch_augment.crop_resize(sources, draws.boxes(sizes_B2), size)
+    mixed = mixup.apply(torch_augment.apply(crops, draws, cfg), mix).to(dtype)
+    grid = (len(draws), 3, size // patch, patch, size // patch, patch) if patch else ()
+    patches = mixed.reshape(grid).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * patch * patch) if patch else None
+    return Augmented(mixed if images else None, patches)
+
+
+def _check(
+    pixels: Tensor, starts_B: np.ndarray, sizes_B2: np.ndarray, draws: Draws, mix: MixDraw,
+    size: int, patch: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    check("augment", "pixels", pixels, (None,), (torch.uint8,))
+    batch, ends_B = len(draws), starts_B + 3 * sizes_B2.astype(np.int64).prod(axis=1)
+    if starts_B.shape != (batch,) or sizes_B2.shape != (batch, 2):
+        raise UserError(f"augment: {batch} draws, but starts {starts_B.shape} and sizes {sizes_B2.shape}")
+    if batch and (starts_B.min() < 0 or ends_B.max() > len(pixels)):
+        raise UserError(f"augment: images end at byte {ends_B.max()}, but pixels has {len(pixels)}; give their own set")
+    if patch and size % patch:
+        raise UserError(f"augment: size {size} does not divide into patches of {patch}")
+    if dtype not in DTYPES:
+        raise UserError(f"augment: got dtype {dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
+    if draws.shift_B2.any() or draws.op_B2.shape[1] > 2:
+        raise UserError("augment: padded crops and more than two operations are not fused; use data.augment.apply")
+    if batch % 2 and mix.lam != 1.0:
+        raise UserError(f"augment: got a batch of {batch} images to mix, expected an even number")
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
+    return tuned(TUNED, (kernel, size), device, LaunchConfig({"BLOCK": 1024}, num_warps=4))
+
+
+def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
+    """uint8 crops [B, S, S, 3] of the plan's boxes, mirrored as drawn."""
+    batch, device = len(rows) - 1, pixels.device
+    weights = torch.empty(batch, 2, size, plan.taps, dtype=torch.int32, device=device)
+    first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)
+    gpu.coefficients_kernel[(batch, 2, triton.cdiv(size, COEFFICIENT_BLOCK))](
+        rows, weights, first, S=size, K=plan.taps, BLOCK=COEFFICIENT_BLOCK, num_warps=4, enable_fp_fusion=False
+    )
+    between = torch.empty(batch, plan.intermediate, dtype=torch.uint8, device=device)
+    crops = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
+    launch = _setting("convolve", size, device)
+    passes = ((pixels, between, 0, plan.intermediate), (between, crops, plan.intermediate, size * size * 3))
+    for number, (source, target, source_size, target_size) in enumerate(passes):
+        gpu.convolve_kernel[(batch, triton.cdiv(target_size, launch.blocks["BLOCK"]))](
+            rows, weights, first, source, target, source_size, target_size,
+            PASS=number, S=size, K=plan.taps, **launch.options,
+        )  # fmt: skip
+    return crops
+
+
+def _make_tables(jobs: Tensor, rows: Tensor, images: Tensor, tables: Tensor, slot: int, field: int, size: int) -> None:
+    """Fill the tables from ``slot`` on, for the images and statistics that the jobs name."""
+    num_jobs, launch = len(jobs) // 2, _setting("histogram", size, images.device)
+    counts = torch.zeros(num_jobs, gpu.HISTOGRAM.value, dtype=torch.int32, device=images.device)
+    lumas = torch.zeros(num_jobs, dtype=torch.int32, device=images.device)
+    gpu.histogram_kernel[(num_jobs, triton.cdiv(size * size * 3, launch.blocks["BLOCK"]))](
+        jobs, images, counts, lumas, S=size, **launch.options
+    )
+    gpu.table_kernel[(num_jobs, 3)](
+        jobs, rows, counts, lumas, tables, slot, FIELD=field, S=size, num_warps=1, enable_fp_fusion=False
+    )
+
+
+def _finish(
+    rows: Tensor, crops: Tensor, operated: Tensor, tables: Tensor, mix: MixDraw, cfg: AugmentConfig,
+    size: int, patch: int, images: bool, dtype: torch.dtype,
+) -> Augmented:  # fmt: skip
+    batch, device = len(crops), crops.device
+    scale, offset = torch_augment.affine(cfg.mean, cfg.std, device)
+    images_BHWC = torch.empty(batch, size, size, 3, dtype=dtype, device=device) if images else None
+    patches = torch.empty(batch * size * size // patch**2, 3 * patch**2, dtype=dtype, device=device) if patch else None
+    how = gpu.UNMIXED if mix.lam == 1.0 else gpu.CUTMIX if mix.box else gpu.MIXUP
+    launch = _setting("finish", size, device)
+    gpu.finish_kernel[((batch + 1) // 2, triton.cdiv(size * size * 3, launch.blocks["BLOCK"]))](
+        rows, crops, operated, tables, torch_augment.normal_table(device), scale, offset, images_BHWC, patches, batch,
+        MIX=how.value, P=patch or 1, S=size, **launch.options, enable_fp_fusion=False,
+    )  # fmt: skip
+    return Augmented(None if images_BHWC is None else images_BHWC.permute(0, 3, 1, 2), patches)
+
+
+def aot_configs() -> list[AotConfig]:
+    """The kernels of the ImageNet recipe (224 pixels, patch 16, bfloat16) and of CIFAR images (32 to 224 pixels)."""
+    pointer = dict.fromkeys(("crops", "operated", "tables", "source", "target", "images"), "*u8")
+    pointer |= {
+        "params": "*fp64",
+        "weights": "*i32",
+        "first": "*i32",
+        "jobs": "*i32",
+        "counts": "*i32",
+        "lumas": "*i32",
+    }
+    sizes = {"source_size": "i32", "target_size": "i32", "slot": "i32", "B": "i32"}
+    common = pointer | sizes | {"quantiles": "*fp32", "scale": "*fp32", "offset": "*fp32"}
+
+    def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, types: dict[str, str] = common) -> AotConfig:
+        signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+        return AotConfig(kernel, signature, constexprs, num_warps=warps)
+
+    block: dict[str, Any] = {"S": 224, "BLOCK": 1024}
+    configs = [config(gpu.coefficients_kernel, {"S": 224, "K": k, "BLOCK": COEFFICIENT_BLOCK}) for k in (8, 16)]
+    configs += [config(gpu.convolve_kernel, {"PASS": p, "K": k} | block) for p in (0, 1) for k in (8, 16)]
+    configs += [config(gpu.histogram_kernel, block), config(gpu.operate_kernel, block)]
+    configs += [config(gpu.table_kernel, {"FIELD": 6, "S": 224}, warps=1)]
+    both = common | {"images": "*bf16", "patches": "*bf16"}
+    configs += [config(gpu.finish_kernel, {"MIX": mix, "P": 16} | block, types=both) for mix in (0, 1, 2)]
+    return configs
