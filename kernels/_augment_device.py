@@ -79,15 +79,16 @@ def convolve_kernel(
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = e < out_height * out_width * 3
     y, x, c = e // (out_width * 3), e // 3 % out_width, e % 3
-    axis = tl.where(down, 0, 1)
-    place = (image * 2 + axis) * S + tl.where(down, y, x)
+    place = (image * 2 + tl.where(down, 0, 1)) * S + tl.where(down, y, x)
     begin = tl.load(first + place, mask=inside, other=0)
+    weights += place * K
+    taps = tl.where(inside, tl.where(down, in_height, in_width) - begin, 0)
+    step = tl.where(down, stride, 3)
+    source += tl.where(down, x * 3, y * stride) + begin * step + c
     total = tl.zeros((BLOCK,), tl.int32)
     for k in range(K):
-        weight = tl.load(weights + place * K + k, mask=inside, other=0)
-        tap_y, tap_x = tl.where(down, begin + k, y), tl.where(down, x, begin + k)
-        there = inside & (tap_y < in_height) & (tap_x < in_width)
-        total += weight * tl.load(source + tap_y * stride + tap_x * 3 + c, mask=there, other=0).to(tl.int32)
+        value = tl.load(source + k * step, mask=k < taps, other=0).to(tl.int32)
+        total += tl.load(weights + k, mask=inside, other=0) * value
     value = (total + PRECISION // 2) >> PRECISION_BITS
     value = tl.minimum(tl.maximum(value, 0), 255).to(tl.uint8)
     if PASS == 1:

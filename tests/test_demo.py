@@ -1,0 +1,66 @@
+"""Teacher and student in one command, and the dry run."""
+
+import pytest
+import torch
+
+from fastdeitlt import cli, config, demo, dryrun
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_student
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What would be trained, in place of training it."""
+    calls = []
+    monkeypatch.setattr(demo, "train_teacher", lambda cfg: calls.append(cfg) or f"{cfg.runs_dir}/{cfg.name}/best")
+    monkeypatch.setattr(demo, "train", lambda cfg, resume: calls.append(cfg) or cfg)
+    return calls
+
+
+def test_demo_trains_the_student_on_its_teacher_with_one_seed(trained, tmp_path):
+    demo.demo(seed=3, runs_dir=str(tmp_path))
+    teacher, student = trained
+    assert student.teacher.path == f"{tmp_path}/{teacher.name}/best"
+    assert (teacher.train.seed, student.train.seed, student.name) == (3, 3, "demo-3")
+    assert config.flatten(teacher)["data.dataset"] == "fashion_mnist_lt"
+
+
+def test_an_equal_teacher_is_found_again_and_another_is_not(trained):
+    student, recipe = config.load("quickstart"), config.load("teacher/quickstart")
+    changed = config.load("teacher/quickstart", ["teacher_training.sam_rho=0.3"])
+    other_data = config.load("quickstart", ["data.val_holdout=0.1"])
+    for pair in ((student, recipe), (student, recipe), (student, changed), (other_data, recipe)):
+        demo.train_both(*pair)
+    names = [cfg.name for cfg in trained[::2]]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+def test_the_teacher_takes_the_students_images(trained):
+    student = config.load("quickstart", ["data.dataset=list", "data.root=/x", "data.train_list=/x/t.txt", "train.seed=5"])
+    demo.train_both(student, config.load("teacher/quickstart"))
+    assert trained[0].data == student.data
+    assert trained[0].train.seed == 5
+
+
+def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys):
+    overrides = ["train.batch_size=4", f"runs_dir={tmp_path}", "student.depth=1", "train.accumulate=2"]
+    assert cli.main(["train", "quickstart", *overrides, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "2,478 in 10 classes" in shown
+    assert "one step on random images" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_finds_a_wrong_teacher(tmp_path):
+    (tmp_path / "teacher.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=r"teacher\.pth"):
+        dryrun.dry_run(config.load("quickstart", [f"teacher.path={tmp_path / 'teacher.pth'}"]))
+
+
+def test_memory_of_vit_b_is_near_the_known_58_mb_an_image():
+    with torch.device("meta"):
+        student = create_student("deit_base_distilled_patch16_224", 1000)
+    estimate = dryrun.memory_estimate(student, 1, bytes_per_value=2, with_ema=True)
+    assert estimate["activations of a micro-batch"] == pytest.approx(58e6 / 2**20, rel=0.1)
+    assert estimate["average of the weights"] == pytest.approx(4 * 87.3e6 / 2**20, rel=0.02)
