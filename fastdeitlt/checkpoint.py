@@ -155,13 +155,22 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors named ``<parameter>/<state>``."""
+    """AdamW's state as flat tensors named ``<parameter>/<state>``, whichever implementation it is of."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
+    tensors = {
         f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+    for group in optimizer.param_groups if _counts_in_groups(optimizer) else ():
+        for parameter in group["params"]:
+            tensors[f"{name_of[id(parameter)]}/step"] = torch.tensor(float(group.get("step", 0)))
+    return tensors
+
+
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """apex's and DeepSpeed's FusedAdam count steps once a group instead of once a parameter."""
+    return hasattr(optimizer, "adam_w_mode")
 
 
 def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -180,6 +189,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     """
     check_optimizer(model, tensors)
     parameters = dict(model.named_parameters())
+    if tensors and _counts_in_groups(optimizer):
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        for group in optimizer.param_groups:
+            group["step"] = int(tensors[f"{name_of[id(group['params'][0])]}/step"])
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("/step")}
     for key, tensor in tensors.items():
         name, _, state = key.rpartition("/")
         parameter = parameters[name]

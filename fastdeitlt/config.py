@@ -164,8 +164,6 @@ class LossConfig(Section):
     """Beta of the effective number of samples (Cui et al. 2019)."""
     reweight_cls: bool = False
     """Weight the CLS loss too once re-weighting starts (official --weighted-baseloss)."""
-    normalise: Literal["rank", "global"] = "rank"
-    """Weighted mean over the micro-batch of the rank (the reference), or over all ranks."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Which implementation computes the loss."""
 

@@ -137,3 +137,42 @@ def test_another_models_optimizer_state_is_refused():
     state = checkpoint.optimizer_tensors(one, optimizer)
     with pytest.raises(UserError, match="of other parameters"):
         checkpoint.load_optimizer(other, torch.optim.AdamW(other.parameters()), state)
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """Counts steps in its groups, as apex's and DeepSpeed's FusedAdam do."""
+
+    adam_w_mode = 1
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"] = state.get("exp_avg", 0) * 0.9 + parameter.grad * 0.1
+                parameter.sub_(group["lr"] * state["exp_avg"] / (1 - 0.9 ** group["step"]))
+
+
+def test_optimizers_that_count_in_groups_keep_their_bias_correction():
+    def run(steps, tensors=None, weights=None):
+        model = nn.Linear(3, 2)
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.copy_(torch.full_like(p, 0.1 * i) if weights is None else weights[i])
+        optimizer = GroupAdam(model.parameters())
+        if tensors:
+            checkpoint.load_optimizer(model, optimizer, tensors)
+        for _ in range(steps):
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()], checkpoint.optimizer_tensors(model, optimizer)
+
+    whole, _ = run(5)
+    half, tensors = run(2)
+    rest, _ = run(3, tensors, half)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True))

@@ -1,0 +1,258 @@
+"""The attention kernels against float64: outputs and gradients, odd token counts, both layouts, extreme logits."""
+
+import logging
+
+import hypothesis
+import pytest
+import torch
+from fastdeitlt.kernels import _attention_launch as launch
+from fastdeitlt.kernels import attention as module
+from fastdeitlt.kernels.attention import attention, attention_first, choose, reference
+from hypothesis import strategies as st
+
+from fastdeitlt.errors import UserError
+
+GPU = torch.cuda.is_available()
+DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+"""Type -> largest error, as a share of the largest value."""
+# batch, tokens, heads, width: one program a head with unequal tiles; a single tile; keys streamed, two kernels; padded width
+SHAPES = [(2, 198, 1, 64), (1, 66, 3, 64), (3, 5, 1, 32), (1, 258, 1, 32), (1, 70, 1, 96), (1, 130, 1, 128)]
+
+
+def packed(batch, tokens, heads, width, device, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, tokens, 3, heads, width, generator=generator) * scale
+    return qkv.to(device, dtype).requires_grad_()
+
+
+def close(got, expected, dtype):
+    assert got.dtype == dtype and got.shape == expected.shape
+    assert torch.isfinite(got).all()
+    error = (got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+    assert error <= TOLERANCES[dtype]
+
+
+def check_against_float64(qkv, query_rows=None):
+    out = attention(qkv, query_rows=query_rows, impl="triton")
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    exact = qkv.detach().double().requires_grad_()
+    expected = reference(exact, query_rows)
+    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+    close(out.detach(), expected.detach(), qkv.dtype)
+    close(gradient, expected_gradient, qkv.dtype)
+    return gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_match_float64(shape, dtype, device):
+    check_against_float64(packed(*shape, device, dtype))
+
+
+@pytest.mark.skipif(GPU, reason="a GPU runs its own settings")
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_every_architectures_tiles_cover_all_rows(sm, device, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: sm)
+    for shape in ((1, 198, 1, 64), (1, 65, 1, 64)):
+        check_against_float64(packed(*shape, device))
+
+
+@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.given(
+    batch=st.integers(1, 2), tokens=st.integers(1, 90), heads=st.integers(1, 2), width=st.sampled_from(module.WIDTHS),
+    few=st.integers(1, 16) | st.none(),
+)  # fmt: skip
+def test_any_shape_matches_float64(batch, tokens, heads, width, few):
+    device = torch.device("cuda" if GPU else "cpu")
+    rows = None if few is None or few > tokens else few
+    check_against_float64(packed(batch, tokens, heads, width, device, DTYPES[0]), rows)
+
+
+@pytest.mark.parametrize("tokens", [198, 258])
+def test_first_rows_equal_the_slice_of_all_and_other_queries_get_zero_gradient(tokens, device):
+    qkv = packed(2, tokens, 1, 64, device, DTYPES[0])
+    gradient = check_against_float64(qkv, query_rows=2)
+    assert (gradient[:, 2:, 0] == 0).all()
+    first, full = attention(qkv, query_rows=2, impl="triton"), attention(qkv, impl="triton")
+    torch.testing.assert_close(first, full[:, :2], rtol=0, atol=TOLERANCES[DTYPES[0]])
+
+
+def test_queries_beside_keys_and_values_equal_the_packed_layout(device):
+    qkv = packed(2, 37, 2, 64, device, DTYPES[0])
+    q, kv = (x.detach().contiguous().requires_grad_() for x in (qkv[:, :2, 0], qkv[:, :, 1:]))
+    out = attention_first(q, kv, impl="triton")
+    expected = attention(qkv, query_rows=2, impl="triton")
+    assert torch.equal(out, expected)
+    upstream = torch.randn_like(out)
+    dq, dkv = torch.autograd.grad(out, (q, kv), upstream)
+    (dqkv,) = torch.autograd.grad(expected, qkv, upstream)
+    assert torch.equal(dq, dqkv[:, :2, 0]) and torch.equal(dkv, dqkv[:, :, 1:])
+
+
+def test_two_runs_are_equal_bit_for_bit(device):
+    qkv = packed(2, 70, 2, 64, device, DTYPES[0])
+    runs = [attention(qkv, impl="triton") for _ in range(2)]
+    gradients = [torch.autograd.grad(out.square().sum(), qkv)[0] for out in runs]
+    assert torch.equal(*runs) and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("tokens", [38, 270])
+def test_logits_of_ten_thousand_stay_finite_and_exact(tokens, device):
+    qkv = packed(1, tokens, 1, 32, device, DTYPES[0], scale=40)
+    scores = qkv[0, :, 0, 0].double() @ qkv[0, :, 1, 0].double().T * 32**-0.5
+    assert scores.abs().max() > 1e4
+    check_against_float64(qkv)
+
+
+def test_all_logits_far_below_zero_do_not_overflow_in_the_masked_tail(device):
+    qkv = packed(1, 70, 1, 32, device, DTYPES[0])
+    with torch.no_grad():
+        qkv[:, :, 0], qkv[:, :, 1] = 45.0, -45.0
+    check_against_float64(qkv)
+
+
+@pytest.mark.parametrize("tokens", [38, 270])
+def test_keys_with_logits_of_minus_infinity_get_no_weight(tokens, device):
+    qkv = packed(1, tokens, 1, 32, device, DTYPES[0]).detach()
+    qkv[:, :, 0].abs_()
+    qkv[:, ::3, 1] = -float("inf")
+    out = attention(qkv, impl="triton")
+    without = torch.ones(tokens, dtype=torch.bool)
+    without[::3] = False
+    q, k, v = qkv.double()[:, :, :, 0].unbind(2)
+    expected = (q @ k[:, without].mT * 32**-0.5).softmax(-1) @ v[:, without]
+    close(out, expected, DTYPES[0])
+
+
+@pytest.mark.parametrize("query_rows", [None, 2])
+def test_the_cpu_reference_of_the_op_matches_float64(query_rows, monkeypatch):
+    monkeypatch.setattr(module, "interpreted", lambda: False)
+    check_against_float64(packed(2, 37, 2, 32, torch.device("cpu")), query_rows)
+
+
+@pytest.mark.skipif(GPU, reason="torch's CPU implementations")
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "flash", "math"])
+def test_torch_implementations_agree_with_the_reference(impl):
+    qkv = packed(2, 21, 2, 32, torch.device("cpu"))
+    for rows in (None, 3):
+        expected = reference(qkv, rows)
+        torch.testing.assert_close(attention(qkv, query_rows=rows, impl=impl), expected, rtol=1e-5, atol=1e-5)
+    first = attention_first(qkv[:, :3, 0].contiguous(), qkv[:, :, 1:].contiguous(), impl=impl)
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ops_pass_opcheck(device):
+    qkv = packed(1, 18, 1, 32, device, DTYPES[0])
+    q, kv = qkv[:, :2, 0].detach().contiguous(), qkv[:, :, 1:].detach().contiguous()
+    for arguments in ((qkv, None, 18), (qkv, None, 2), (q.requires_grad_(), kv, 2)):
+        torch.library.opcheck(torch.ops.fastdeitlt.attention.default, arguments)
+        out, lse = torch.ops.fastdeitlt.attention(*(x.detach() if torch.is_tensor(x) else x for x in arguments))
+        backward = (arguments[0].detach(), arguments[1], out, torch.randn_like(out), lse)
+        torch.library.opcheck(torch.ops.fastdeitlt.attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_compiles_without_a_graph_break(impl, device):
+    class Layer(torch.nn.Module):
+        def forward(self, qkv):
+            first = attention_first(qkv[:, :2, 0].contiguous(), qkv[:, :, 1:].contiguous(), impl=impl)
+            return attention(qkv, impl=impl).sum(1, keepdim=True) + first * 2
+
+    qkv = packed(1, 18, 1, 32, device, DTYPES[0])
+    compiled = torch.compile(Layer(), backend="aot_eager", fullgraph=True)(qkv)
+    eager = Layer()(qkv)
+    torch.testing.assert_close(compiled, eager)
+    gradients = [torch.autograd.grad(out.square().sum(), qkv)[0] for out in (compiled, eager)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(module, "_said", set())
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    qkv = packed(1, 1030, 1, 32, torch.device("cpu"))
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        outs = [attention(qkv, impl="triton") for _ in range(2)]
+    torch.testing.assert_close(outs[0], reference(qkv), rtol=1e-4, atol=1e-5)
+    assert [record.message for record in caplog.records] == [
+        "attention: 1030 tokens are more than 1024, torch's scaled_dot_product_attention runs"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tokens", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 198, "triton"),
+        ((8, 0), torch.float16, 66, "triton"),
+        ((8, 9), torch.bfloat16, 198, "sdpa"),
+        ((9, 0), torch.float32, 198, "sdpa"),
+        ((9, 0), torch.bfloat16, 577, "cudnn"),
+    ],
+)
+def test_auto_takes_the_measured_choice_or_the_documented_default(capability, dtype, tokens, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(module, "BEST", {("some GPU", 577, 64): "cudnn"})
+    assert choose("auto", tokens, 64, dtype, torch.device("cuda", 0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (x[:, :, :2], {}), r"qkv has shape \(1, 18, 2, 1, 32\), expected \(any, any, 3, any, any\)"),
+        (lambda x: (x.double(), {}), "qkv has dtype float64, expected bfloat16 or float16 or float32"),
+        (lambda x: (x.expand(2, -1, -1, -1, -1), {}), "expected contiguous"),
+        (lambda x: (x, {"query_rows": 0}), "got query_rows 0, expected 1 to 18"),
+        (lambda x: (x, {"query_rows": 17}), "up to 16 query rows or all, got 17"),
+        (lambda x: (x, {"impl": "fast"}), "got impl 'fast', expected one of auto, triton"),
+        (lambda x: (x[..., :24].contiguous(), {}), r"heads of \(32, 64, 96, 128\), got 24"),
+        (lambda x: (x.to("meta"), {}), "got a tensor on meta, but the Triton kernel runs on CUDA"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(change, message, device):
+    qkv, options = change(packed(1, 18, 1, 32, device, DTYPES[0]).detach())
+    with pytest.raises(UserError, match=message):
+        attention(qkv, **{"impl": "triton"} | options)
+
+
+def test_bad_keys_and_forced_cudnn_without_cuda_are_refused(device):
+    q, kv = torch.zeros(2, 2, 1, 32, device=device), torch.zeros(2, 5, 2, 1, 32, device=device)
+    with pytest.raises(UserError, match=r"kv has shape \(1, 5, 2, 1, 32\), expected \(2, any, 2, 1, 32\)"):
+        attention_first(q, kv[:1])
+    with pytest.raises(UserError, match="got 2 query rows, expected 1 to 1"):
+        attention_first(q, kv[:, :1].contiguous())
+    with pytest.raises(UserError, match="'cudnn' needs a CUDA tensor"):
+        attention_first(q.cpu(), kv.cpu(), impl="cudnn")
+
+
+@hypothesis.given(size=st.integers(1, 1024), block=st.sampled_from([32, 64, 128]), tail=st.sampled_from([0, 16]))
+def test_tiles_cover_every_row_once(size, block, tail):
+    loops = launch.loops(size, block, tail)
+    starts = [start + i for start, stop, step, _ in loops for i in range(0, stop - start, step)]
+    ends = [*starts[1:], size]
+    assert starts[0] == 0 and all(0 < end - start <= block for start, end in zip(starts, ends, strict=True))
+    assert all(masked == ((stop - start) % step > 0) for start, stop, step, masked in loops)
+    for waste in (0.1, 0.3):
+        chunks = launch.chunks(size, 7, waste)
+        assert [start for start, _, _ in chunks] == [7 + sum(c[1] for c in chunks[:i]) for i in range(len(chunks))]
+        assert sum(width for _, width, _ in chunks) >= size > sum(width for _, width, _ in chunks[:-1])
+        assert [masked for *_, masked in chunks] == [start + width > size + 7 for start, width, _ in chunks]
+
+
+def test_importing_the_kernels_touches_no_gpu():
+    assert GPU or not torch.cuda.is_initialized()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU with 40 GB")
+def test_offsets_beyond_two_to_the_31_elements_are_right(device):
+    batch = 2**31 // (198 * 3 * 12 * 64) + 2
+    qkv = torch.randn(batch, 198, 3, 12, 64, device=device, dtype=torch.bfloat16).requires_grad_()
+    out = attention(qkv, impl="triton")
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    last = qkv[-1:].detach().double().requires_grad_()
+    expected = reference(last)
+    close(out[-1:].detach(), expected.detach(), torch.bfloat16)
+    close(gradient[-1:], torch.autograd.grad(expected, last, upstream[-1:].double())[0], torch.bfloat16)
