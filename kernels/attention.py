@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
-from fastdeitlt.kernels._launch import check, check_launchable, interpreted
+from fastdeitlt.kernels._launch import check, interpreted
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -224,9 +224,7 @@ def _check_kernel(q: Tensor, rows: int | None) -> None:
         raise UserError(f"attention: the Triton kernel takes heads of {WIDTHS}, got {q.shape[-1]}; use impl='sdpa'")
     if rows is not None and rows > FEW_ROWS:
         raise UserError(
-            f"attention: the Triton kernel takes {FEW_ROWS} of the query rows or all, got {rows}; use 'sdpa'"
+            f"attention: the Triton kernel takes up to {FEW_ROWS} query rows or all, got {rows}; use 'sdpa'"
         )
     if q.device.type == "cuda" and q.dtype == torch.float32:
         raise UserError("attention: the Triton kernel takes bfloat16 or float16 on a GPU, got float32; use impl='sdpa'")
-    if q.device.type not in ("cpu", "cuda"):
-        check_launchable("attention", q)
