@@ -286,13 +286,13 @@ class TeacherTrainingConfig(Section):
     """PaCo: momentum of the key encoder."""
     paco_view: Literal["same", "simclr", "simclr_weak"] = "simclr"
     """PaCo: augmentation of the keys. same: the queries'. simclr: RandomResizedCrop (.2 to 1), flip, colour jitter with
-    hue in 80 %, gray in 20 %, blur in 50 % (CIFAR). simclr_weak: jitter without hue in all, whole crop range (ImageNet)."""
+    hue in 80 %, gray in 20 %, blur in 50 % (CIFAR). simclr_weak: jitter without hue, whole crop range (ImageNet)."""
     sam: Literal["none", "sam", "asam"] = "sam"
     """Sharpness-aware minimisation: none, plain, adaptive."""
     sam_rho: float = Field(0.05, ge=0)
     """Radius of the perturbation."""
     sam_schedule: Literal["constant", "linear", "step"] = "constant"
-    """How rho changes over epochs: constant; linear, rising evenly to sam_rho in the last; step through sam_rho_steps."""
+    """How rho changes over epochs: constant; linear, rising to sam_rho in the last; step through sam_rho_steps."""
     sam_rho_steps: tuple[tuple[int, float], ...] = ()
     """step: (first epoch, rho) pairs."""
     sam_bn_twice: bool = False

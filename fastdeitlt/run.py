@@ -64,7 +64,7 @@ def set_up_logging() -> None:
 
 def environment() -> dict[str, Any]:
     """What the run ran on: an allow-list, never the process's environment or its arguments."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -85,18 +85,17 @@ def _launch_backward(
     config = launch_config(False, width, residual.device)
     block = config.blocks["ROWS"]
     programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
-    dx, dbranch, dweight, dbias = _gradients(
-        grad_residual, grad_normed, residual, scale, weight, mean, rstd, branch_dtype
-    )
+    dx = torch.empty_like(residual)
+    dbranch = residual.new_empty(0) if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
     with torch.cuda.device_of(residual):
         add_layernorm_bwd_kernel[(programs,)](
             grad_residual, grad_normed, residual, scale, weight, mean, rstd, dx,
             None if branch_dtype is None else dbranch, sums, rows, TOKENS=rows // residual.shape[0], D=width,
-            ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages, num_warps=config.num_warps,
+            ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    total = sums.sum(0)
-    return dx, dbranch, dweight.copy_(total[0]), dbias.copy_(total[1])
+    return dx, dbranch, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(weight.dtype)
 
 
 _forward = torch.library.custom_op("fastdeitlt::add_layernorm", _launch_forward, mutates_args=(), device_types="cuda")

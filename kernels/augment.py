@@ -144,7 +144,9 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
-    return tuned(TUNED, (kernel, size), device, LaunchConfig({"BLOCK": 1024}, num_warps=4))
+    # an operation keeps sixteen float64 taps: half the elements a thread leaves registers for more warps
+    block = 512 if kernel in ("operate", "finish") else 1024
+    return tuned(TUNED, (kernel, size), device, LaunchConfig({"BLOCK": block}, num_warps=4))
 
 
 def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
@@ -198,28 +200,26 @@ def _finish(
 
 
 def aot_configs() -> list[AotConfig]:
-    """The kernels of the ImageNet recipe (224 pixels, patch 16, bfloat16) and of CIFAR images (32 to 224 pixels)."""
-    pointer = dict.fromkeys(("crops", "operated", "tables", "source", "target", "images"), "*u8")
-    pointer |= {
-        "params": "*fp64",
-        "weights": "*i32",
-        "first": "*i32",
-        "jobs": "*i32",
-        "counts": "*i32",
-        "lumas": "*i32",
-    }
-    sizes = {"source_size": "i32", "target_size": "i32", "slot": "i32", "B": "i32"}
-    common = pointer | sizes | {"quantiles": "*fp32", "scale": "*fp32", "offset": "*fp32"}
+    """The kernels at side 224, patch 16, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
+    types = dict.fromkeys(("crops", "operated", "tables", "source", "target", "images"), "*u8") | {"params": "*fp64"}
+    types |= dict.fromkeys(("weights", "first", "jobs", "counts", "lumas"), "*i32")
+    types |= dict.fromkeys(("source_size", "target_size", "slot", "B"), "i32")
+    types |= dict.fromkeys(("quantiles", "scale", "offset"), "*fp32")
 
-    def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, types: dict[str, str] = common) -> AotConfig:
-        signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+    def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, **outputs: str) -> AotConfig:
+        known = types | outputs
+        signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
         return AotConfig(kernel, signature, constexprs, num_warps=warps)
 
-    block: dict[str, Any] = {"S": 224, "BLOCK": 1024}
-    configs = [config(gpu.coefficients_kernel, {"S": 224, "K": k, "BLOCK": COEFFICIENT_BLOCK}) for k in (8, 16)]
-    configs += [config(gpu.convolve_kernel, {"PASS": p, "K": k} | block) for p in (0, 1) for k in (8, 16)]
-    configs += [config(gpu.histogram_kernel, block), config(gpu.operate_kernel, block)]
-    configs += [config(gpu.table_kernel, {"FIELD": 6, "S": 224}, warps=1)]
-    both = common | {"images": "*bf16", "patches": "*bf16"}
-    configs += [config(gpu.finish_kernel, {"MIX": mix, "P": 16} | block, types=both) for mix in (0, 1, 2)]
-    return configs
+    def block(kernel: str) -> dict[str, int]:
+        return {"S": 224, **_setting(kernel, 224, torch.device("cpu")).blocks}
+
+    both = {"images": "*bf16", "patches": "*bf16"}
+    return [
+        *(config(gpu.coefficients_kernel, {"S": 224, "K": k, "BLOCK": COEFFICIENT_BLOCK}) for k in (8, 16)),
+        *(config(gpu.convolve_kernel, block("convolve") | {"PASS": p, "K": k}) for p in (0, 1) for k in (8, 16)),
+        config(gpu.histogram_kernel, block("histogram")),
+        config(gpu.table_kernel, {"S": 224, "FIELD": gpu.FIRST.value}, warps=1),
+        config(gpu.operate_kernel, block("operate")),
+        *(config(gpu.finish_kernel, block("finish") | {"MIX": mix, "P": 16}, 4, **both) for mix in (0, 1, 2)),
+    ]

@@ -12,7 +12,11 @@ from fastdeitlt import checkpoint
 from fastdeitlt.checkpoint import Checkpoints, load_tensors, read_manifest, save_model_folder
 from fastdeitlt.errors import UserError
 
-STATE = {"w": torch.arange(6.0).view(2, 3), "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16), "n": torch.tensor(3)}
+STATE = {
+    "w": torch.arange(6.0).view(2, 3),
+    "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "n": torch.tensor(3),
+}
 
 
 def test_tensors_and_facts_come_back_bit_for_bit(tmp_path):

@@ -37,7 +37,9 @@ def test_an_equal_teacher_is_found_again_and_another_is_not(trained):
 
 
 def test_the_teacher_takes_the_students_images(trained):
-    student = config.load("quickstart", ["data.dataset=list", "data.root=/x", "data.train_list=/x/t.txt", "train.seed=5"])
+    student = config.load(
+        "quickstart", ["data.dataset=list", "data.root=/x", "data.train_list=/x/t.txt", "train.seed=5"]
+    )
     demo.train_both(student, config.load("teacher/quickstart"))
     assert trained[0].data == student.data
     assert trained[0].train.seed == 5

@@ -33,7 +33,10 @@ def test_learning_rate_is_the_references(case):
 
 def test_effective_scaling_counts_accumulation_and_none_scales_nothing():
     base = {"train.batch_size": 128, "train.accumulate": 4, "train.virtual_ranks": 2}
-    peaks = {s: optim.peak_learning_rate(config.build(base | {"optim.lr_scale": s})) for s in ("official", "effective", "none")}
+    peaks = {
+        s: optim.peak_learning_rate(config.build(base | {"optim.lr_scale": s}))
+        for s in ("official", "effective", "none")
+    }
     assert peaks == pytest.approx({"official": 2.5e-4, "effective": 1e-3, "none": 5e-4})
 
 

@@ -281,7 +281,9 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["torch", "fastdeitlt"])
 def test_the_step_never_waits_for_the_device(backend):
-    cfg = config.build({"train.compile": False, "train.batch_size": 8, "optim.backend": backend, "optim.clip_norm": 1.0})
+    cfg = config.build(
+        {"train.compile": False, "train.batch_size": 8, "optim.backend": backend, "optim.clip_norm": 1.0}
+    )
     _one_step(cfg, NoSync())
 
 
@@ -324,6 +326,12 @@ def test_other_settings_in_the_same_folder_are_refused(whole, tiny):
 
 
 def test_without_a_teacher_both_heads_learn_the_labels(tiny, tmp_path):
-    alone = tiny | {"teacher.path": "", "name": "alone", "runs_dir": str(tmp_path), "train.epochs": 1, "loss.drw_epoch": 0}
+    alone = tiny | {
+        "teacher.path": "",
+        "name": "alone",
+        "runs_dir": str(tmp_path),
+        "train.epochs": 1,
+        "loss.drw_epoch": 0,
+    }
     run = train(config.build(alone))
     assert json.loads((run / "results.json").read_text())["teacher"] is None

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
-from fastdeitlt.models.vit import DistilledViT, attend, flops_per_image, num_parameters
+from fastdeitlt.models.vit import DistilledViT, flops_per_image, num_parameters
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "student_forward.json").read_text())

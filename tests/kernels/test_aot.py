@@ -42,7 +42,7 @@ def aot_configs():
     return [
         AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, note="good"),
         AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, mma=True, note="no tensor cores"),
-        AotConfig(centre, pointers, {"BLOCK": 16384}, num_warps=1, note="spills"),
+        AotConfig(centre, pointers, {"BLOCK": 8192}, num_warps=1, note="spills"),
         AotConfig(broken, {"p_x": "*fp32"}, {"BLOCK": 16}, note="broken"),
     ]
 """

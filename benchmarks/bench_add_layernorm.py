@@ -1,0 +1,112 @@
+"""Residual add and LayerNorm, forward and backward: the Triton kernel beside eager torch, inductor and Liger.
+
+    python -m benchmarks.bench_add_layernorm [--tune] [--rounds 20]
+
+Useful bytes: two streams read and two written forward (4 T); with drop path three read and two written backward (5 T).
+Liger normalises only, so its row adds with torch first; it is left out where it is not installed.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from fastdeitlt.kernels import add_layernorm as module
+from fastdeitlt.kernels._launch import LaunchConfig
+from torch import Tensor
+
+from benchmarks import harness
+
+# batch, tokens, width: ViT-T, -S, -B and -L
+SHAPES = ((512, 198, 192), (256, 198, 384), (256, 198, 768), (128, 198, 1024))
+KEEP = 0.9
+
+
+def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block does: scale, add, then LayerNorm."""
+    residual = x + branch * scale_B.to(branch.dtype)[:, None, None]
+    return residual, F.layer_norm(residual, residual.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), 1e-6)
+
+
+def liger(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Liger's LayerNorm behind torch's add."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    residual = x + branch * scale_B.to(branch.dtype)[:, None, None]
+    return residual, LigerLayerNormFunction.apply(residual, weight.to(x.dtype), bias.to(x.dtype), 1e-6)
+
+
+def triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours."""
+    return module.add_layernorm(x, branch, weight, bias, scale_B, impl="triton")
+
+
+def passes(
+    implementation: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], scale_B: Tensor
+) -> dict[str, harness.Call]:
+    """Forward alone, and backward alone on a kept graph."""
+    outputs = implementation(*tensors, scale_B)
+    upstream = [torch.randn_like(output) for output in outputs]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return implementation(*tensors, scale_B)
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(outputs, tensors, upstream, retain_graph=True),
+    }
+
+
+def problem(shape: tuple[int, int, int], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """x, branch, weight, bias; drop-path scales."""
+    x, branch = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], device=device).requires_grad_() for _ in range(2))
+    return [x, branch, weight, bias], (torch.rand(shape[0], device=device) < KEEP).float() / KEEP
+
+
+def cases(device: torch.device) -> Iterable[harness.Case]:
+    """Each width forward and backward, with drop path."""
+    implementations = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
+    if harness.installed("liger_kernel"):
+        implementations["liger"] = liger
+    for shape in SHAPES:
+        tensors, scale_B = problem(shape, device)
+        calls = {name: passes(implementation, tensors, scale_B) for name, implementation in implementations.items()}
+        for direction, streams in (("forward", 4), ("backward", 5)):
+            yield harness.Case(
+                f"{direction} B={shape[0]} N={shape[1]} D={shape[2]}",
+                {name: call[direction] for name, call in calls.items()},
+                baseline="inductor",
+                useful_bytes=streams * 2 * tensors[0].numel(),
+            )
+
+
+def tune(device: torch.device) -> None:
+    """Search rows a tile, warps, stages and programs a multiprocessor, width by width."""
+    table = module.TUNED
+    assert isinstance(table, dict)
+    for shape in SHAPES:
+        block = 1 << (shape[2] - 1).bit_length()
+        tensors, scale_B = problem(shape, device)
+        calls = passes(triton, tensors, scale_B)
+        rows = [r for r in (1, 2, 4, 8, 16) if 512 <= r * block <= 8192]
+        forward = [LaunchConfig({"ROWS": r, "BLOCK_D": block}, w, 1) for r in rows for w in (1, 2, 4, 8)]
+        backward = [
+            LaunchConfig({"ROWS": r, "BLOCK_D": block, "PROGRAMS": p}, w, s)
+            for r in rows for p in (1, 2, 4, 8) for w in (2, 4, 8) for s in (1, 2, 3)
+        ]  # fmt: skip
+        harness.tune("add_layernorm", table, ("forward", block), forward, calls["forward"], device)
+        harness.tune("add_layernorm", table, ("backward", block), backward, calls["backward"], device)
+
+
+def main() -> int:
+    """Measure on a GPU; say that a machine without one measures nothing."""
+    if not torch.cuda.is_available():
+        print("no GPU: nothing is measured; the kernel needs one, and on a CPU add_layernorm is torch's own")
+        return 0
+    return harness.main("add_layernorm", cases, tune, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

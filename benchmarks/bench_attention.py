@@ -1,0 +1,129 @@
+"""Attention on the packed qkv, forward and backward: the Triton kernel beside torch's cuDNN and Flash backends.
+
+    python -m benchmarks.bench_attention [--tune] [--rounds 20]
+
+Useful FLOPs count the N x N products of the N tokens there are (two forward, five backward), not the tiles' padding.
+Useful bytes: qkv read and the output written; qkv, output and its gradient read and the gradient written. ``--tune``
+tries launch settings shape by shape, then prints the line of ``BEST`` for "auto".
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from fastdeitlt.kernels import _attention_launch as launch
+from fastdeitlt.kernels._launch import LaunchConfig
+from fastdeitlt.kernels.attention import attention, attention_first
+from torch import Tensor
+
+from benchmarks import harness
+
+# batch, tokens, heads, width: ViT-B at 224 and 384 pixels, ViT-T on CIFAR with patches of 4 and 2, ViT-B with patch 8
+SHAPES = ((256, 198, 12, 64), (64, 578, 12, 64), (1024, 66, 3, 64), (512, 258, 3, 64), (32, 786, 12, 64))
+IMPLS = ("triton", "cudnn", "flash", "sdpa")
+
+
+def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tensor]:
+    """The packed qkv, or the queries of two tokens beside keys and values."""
+    batch, tokens, heads, width = shape
+    sizes = [(2, heads), (tokens, 2, heads)] if few else [(tokens, 3, heads)]
+    return [torch.randn(batch, *s, width, device=device, dtype=torch.bfloat16).requires_grad_() for s in sizes]
+
+
+def passes(implementation: Callable[..., Tensor], tensors: list[Tensor], impl: str) -> dict[str, harness.Call]:
+    """Forward alone, and backward alone on a kept graph."""
+    out = implementation(*tensors, impl=impl)
+    upstream = torch.randn_like(out)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return implementation(*tensors, impl=impl)
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(out, tensors, upstream, retain_graph=True),
+    }
+
+
+def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, dict[str, harness.Call]]:
+    """Calls of the implementations this GPU and torch have; torch refuses a backend with a RuntimeError."""
+    found = {}
+    for impl in IMPLS:
+        try:
+            found[impl] = passes(implementation, tensors, impl)
+            found[impl]["backward"]()
+        except RuntimeError as error:
+            print(f"{impl}: left out, {' '.join(str(error).split())[:120]}")
+    return {impl: calls for impl, calls in found.items() if "backward" in calls}
+
+
+def cases(device: torch.device) -> Iterable[harness.Case]:
+    """Each shape forward and backward, then the two query rows of the last block."""
+    for shape, few in [(shape, False) for shape in SHAPES] + [(SHAPES[0], True)]:
+        batch, tokens, heads, width = shape
+        calls = runnable(attention_first if few else attention, inputs(shape, device, few))
+        rows, token_bytes = 2 if few else tokens, 2 * batch * heads * width
+        moved = {"forward": 2 * (tokens + rows), "backward": 4 * (tokens + rows)}
+        for direction, products in (("forward", 2), ("backward", 5)):
+            yield harness.Case(
+                f"{direction} B={batch} N={tokens} H={heads} D={width}" + " M=2" * few,
+                {impl: call[direction] for impl, call in calls.items()},
+                baseline="cudnn" if "cudnn" in calls else "sdpa",
+                useful_bytes=moved[direction] * token_bytes,
+                useful_flops=2 * products * batch * heads * rows * tokens * width,
+            )
+
+
+def candidates(problem: launch.Problem) -> Mapping[str, list[LaunchConfig]]:
+    """Settings to try, by pass; some spill or do not fit and are left out when they fail."""
+    rows = (launch.ONE_PROGRAM,) if problem.one_program else (64, 128)
+    forward = [
+        LaunchConfig({"ROWS": r, "BLOCK_M": m, "TAIL": t, "BLOCK_N": n}, w, s)
+        for r in {64, 128, *rows} for m, w in ((64, 4), (128, 8)) if m <= r
+        for t in (0, 16) for n in ((64,) if problem.whole_row else (64, 128)) for s in (1, 2, 3)
+    ]  # fmt: skip
+    backward = [
+        LaunchConfig({"ROWS": r, "BLOCK_N": n, "TAIL": t}, w, s)
+        for r in rows for n in (32, 64) for t in (0, 16) for w in (4, 8) for s in (1, 2, 3)
+    ]  # fmt: skip
+    keys = [LaunchConfig({"BLOCK_N": n, "BLOCK_M": m}, w, s)
+            for n in (64, 128) for m in (32, 64) for w in (4, 8) for s in (1, 2, 3)]  # fmt: skip
+    return {"forward": forward, "backward": backward} | ({} if problem.one_program else {"backward_keys": keys})
+
+
+def tune(device: torch.device) -> None:
+    """Search the settings of every pass and shape, then name the fastest implementation of forward and backward."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    gpu, table = torch.cuda.get_device_name(device), launch.TUNED
+    assert isinstance(table, dict)
+    for shape in SHAPES:
+        tensors = inputs(shape, device, few=False)
+        problem = launch.Problem.of(tensors[0], None, shape[1])
+        calls = runnable(attention, tensors)
+        for name, configs in candidates(problem).items():
+            call, key, working = calls["triton"][name.removesuffix("_keys")], problem.key(name), []
+            for config in configs:
+                table[gpu, key] = config
+                try:
+                    call()
+                except (OutOfResources, PTXASError, RuntimeError):
+                    continue
+                working.append(config)
+            harness.tune("attention", table, key, working, call, device)
+        both = {impl: lambda call=call: (call["forward"](), call["backward"]()) for impl, call in calls.items()}
+        timings = harness.measure(both, device, rounds=9)
+        best = min(timings, key=lambda impl: timings[impl].median)
+        print(f"    ({gpu!r}, {shape[1]}, {shape[3]}): {best!r},  # BEST")
+
+
+def main() -> int:
+    """Measure on a GPU; say that a machine without one measures nothing."""
+    if not torch.cuda.is_available():
+        print("no GPU: nothing is measured; the kernel needs one, and on a CPU attention is torch's own")
+        return 0
+    return harness.main("attention", cases, tune, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""The add+LayerNorm kernels against float64: both outputs, all gradients, drop path, mixed types, odd widths."""
+
+import hypothesis
+import pytest
+import torch
+from fastdeitlt.kernels import add_layernorm as module
+from fastdeitlt.kernels.add_layernorm import add_layernorm, reference
+from hypothesis import strategies as st
+
+from fastdeitlt.errors import UserError
+
+GPU = torch.cuda.is_available()
+FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+TOLERANCES = {FULL: 3e-6, HALF: 3e-3, BRAIN: 2e-2}
+"""Type -> largest error, as a share of the largest value."""
+NAMES = ("x", "branch", "weight", "bias")
+
+
+def example(shape, device, kinds=(FULL, FULL), seed=0, branch=True, keep=0.6):
+    """x, branch, weight, bias and drop-path scales (None for keep 1)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    x, y = normal(*shape).to(device, kinds[0]), normal(*shape).to(device, kinds[1])
+    weight, bias = (normal(shape[-1]).to(device) for _ in range(2))
+    scale = (torch.rand(shape[0], generator=generator) < keep).float().to(device) / keep if keep < 1 else None
+    tensors = [x + 3, y if branch else None, weight, bias]
+    return [None if t is None else t.detach().requires_grad_() for t in tensors], scale
+
+
+def close(got, expected, kind, name):
+    assert got.dtype == kind and got.shape == expected.shape, name
+    assert torch.isfinite(got).all(), name
+    error = (got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+    assert error <= TOLERANCES[kind], name
+
+
+def check_against_float64(tensors, scale, **options):
+    outputs = add_layernorm(*tensors, scale, impl="triton", **options)
+    upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outputs)]
+    inputs = [t for t in tensors if t is not None]
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+    # the residual is rounded to its type before it is normalised: let the exact one round alike
+    rounded = outputs[0].detach().double()
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    residual, _ = reference(*exact, scale)
+    close(outputs[0].detach(), residual.detach(), outputs[0].dtype, "residual")
+    residual = residual + (rounded - residual).detach()
+    normed = torch.nn.functional.layer_norm(residual, residual.shape[-1:], *exact[2:], 1e-6)
+    close(outputs[1].detach(), normed.detach(), outputs[1].dtype, "normalised")
+    expected = torch.autograd.grad(
+        (residual, normed), [t for t in exact if t is not None], [g.double() for g in upstream]
+    )
+    names = [name for name, tensor in zip(NAMES, tensors, strict=True) if tensor is not None]
+    for name, tensor, gradient, value in zip(names, inputs, gradients, expected, strict=True):
+        close(gradient, value, tensor.dtype, f"gradient of {name}")
+    return outputs, dict(zip(names, gradients, strict=True))
+
+
+@pytest.mark.parametrize("width", [192, 384, 768, 1024, 4096, 40, 1])
+def test_outputs_and_gradients_match_float64_at_any_width(width, device):
+    check_against_float64(*example((2, 3, width), device))
+
+
+@pytest.mark.parametrize("keep", [0.6, 1.0], ids=["drop_path", "no_drop_path"])
+@pytest.mark.parametrize("kinds", [(BRAIN, BRAIN), (HALF, HALF), (FULL, BRAIN), (BRAIN, FULL)], ids=str)
+def test_types_of_stream_and_branch_are_kept(kinds, keep, device):
+    (residual, normed), _ = check_against_float64(*example((3, 5, 192), device, kinds, keep=keep))
+    assert residual.dtype == kinds[0] and normed.dtype == kinds[1]
+
+
+def test_the_normalised_type_can_be_asked_for(device):
+    (residual, normed), _ = check_against_float64(*example((2, 3, 48), device), dtype=BRAIN)
+    assert residual.dtype == FULL and normed.dtype == BRAIN
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    batch=st.integers(1, 4), tokens=st.integers(1, 30), width=st.integers(2, 300), branch=st.booleans(),
+    keep=st.sampled_from([0.3, 1.0]), flat=st.booleans(),
+)  # fmt: skip
+def test_any_shape_matches_float64(batch, tokens, width, branch, keep, flat):
+    shape = (batch, width) if flat else (batch, tokens, width)
+    check_against_float64(*example(shape, torch.device("cuda" if GPU else "cpu"), branch=branch, keep=keep))
+
+
+def test_more_rows_than_programs_hold_are_all_summed(device, monkeypatch):
+    monkeypatch.setattr(module, "num_sms", lambda device: 1)
+    check_against_float64(*example((7, 41, 20), device))
+
+
+def test_without_a_branch_the_stream_passes_and_only_its_norm_is_computed(device):
+    (x, _, weight, bias), _ = example((2, 3, 40), device, branch=False)
+    residual, normed = add_layernorm(x, None, weight, bias, impl="triton")
+    assert residual is x
+    expected = torch.nn.functional.layer_norm(x, (40,), weight, bias, 1e-6)
+    torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropped_samples_leave_the_stream_alone_and_their_branch_is_never_read(device):
+    (x, branch, weight, bias), _ = example((4, 3, 24), device)
+    with torch.no_grad():
+        branch[1:3] = float("nan")
+    scale = torch.tensor([2.0, 0.0, 0.0, 2.0], device=device)
+    residual, normed = add_layernorm(x, branch, weight, bias, scale, impl="triton")
+    assert torch.equal(residual[1:3], x[1:3]) and torch.isfinite(normed).all()
+    _, gradient = torch.autograd.grad((residual.sum() + normed.sum()), (x, branch))
+    assert (gradient[1:3] == 0).all() and gradient[0].abs().sum() > 0
+
+
+def test_with_all_samples_dropped_nothing_but_the_norm_remains(device):
+    tensors, _ = example((3, 4, 24), device)
+    outputs, gradients = check_against_float64(tensors, torch.zeros(3, device=device))
+    assert torch.equal(outputs[0], tensors[0]) and (gradients["branch"] == 0).all()
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_alone_gives_the_right_gradients(used, device):
+    tensors, scale = example((2, 5, 24), device)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    got = torch.autograd.grad(add_layernorm(*tensors, scale, impl="triton")[used].square().sum(), tensors[:2])
+    expected = torch.autograd.grad(reference(*exact, scale)[used].square().sum(), exact[:2])
+    for gradient, value in zip(got, expected, strict=True):
+        close(gradient, value, FULL, "gradient")
+
+
+def test_a_large_offset_does_not_cancel_the_variance(device):
+    (x, branch, weight, bias), _ = example((1, 3, 768), device)
+    with torch.no_grad():
+        x += 4096.0
+    _, normed = add_layernorm(x, branch, weight, bias, impl="triton")
+    _, expected = reference(*(t.detach().double() for t in (x, branch, weight, bias)))
+    assert (normed - expected).abs().max() < 5e-3
+
+
+def test_equal_rows_have_variance_zero_and_stay_finite(device):
+    (x, _, weight, bias), _ = example((1, 2, 32), device)
+    ones = torch.ones_like(x).requires_grad_()
+    _, normed = add_layernorm(ones, torch.ones_like(x), weight, bias, impl="triton")
+    assert torch.equal(normed, bias.expand_as(normed))
+    assert torch.isfinite(torch.autograd.grad(normed.sum(), ones)[0]).all()
+
+
+def test_two_runs_are_equal_bit_for_bit(device):
+    tensors, scale = example((5, 33, 40), device, (BRAIN, BRAIN))
+    runs = [add_layernorm(*tensors, scale, impl="triton") for _ in range(2)]
+    gradients = [torch.autograd.grad(sum(o.float().square().sum() for o in run), tensors) for run in runs]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_the_cpu_reference_of_the_op_matches_float64(branch, monkeypatch):
+    monkeypatch.setattr(module, "interpreted", lambda: False)
+    check_against_float64(*example((3, 5, 40), torch.device("cpu"), branch=branch))
+
+
+def test_auto_on_a_cpu_is_the_torch_reference():
+    tensors, scale = example((2, 3, 40), torch.device("cpu"))
+    for got, expected in zip(add_layernorm(*tensors, scale), reference(*tensors, scale), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_ops_pass_opcheck(device):
+    (x, branch, weight, bias), scale = example((2, 3, 16), device)
+    for arguments in ((x, branch, weight, bias, scale, 1e-6, FULL), (x, None, weight, bias, None, 1e-6, BRAIN)):
+        torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm.default, arguments)
+    detached = [t.detach() for t in (x, branch, weight, bias)]
+    residual, normed, mean, rstd = torch.ops.fastdeitlt.add_layernorm(*detached, scale, 1e-6, FULL)
+    backward = (residual, normed, residual, scale, weight.detach(), mean, rstd, BRAIN)
+    torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm_backward.default, backward)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_compiles_without_a_graph_break(impl, device):
+    (x, branch, weight, bias), scale = example((2, 3, 16), device)
+
+    def layer(x, branch):
+        residual, normed = add_layernorm(x, None, weight, bias, impl=impl)
+        residual, normed = add_layernorm(residual, branch + normed, weight, bias, scale, impl=impl)
+        return residual.square().sum() + (normed**3).sum()
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, branch)
+    eager = layer(x, branch)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(*(torch.autograd.grad(loss, (x, branch)) for loss in (compiled, eager)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4)}, r"x has shape \(4,\), expected \(samples, \.\.\., width\), not empty"),
+        ({"x": torch.zeros(2, 3, 8).double()}, "x has dtype float64"),
+        ({"branch": torch.zeros(2, 4, 8)}, r"branch has shape \(2, 4, 8\), expected \(2, 3, 8\)"),
+        ({"x": torch.zeros(3, 2, 8).transpose(0, 1)}, "x has strides .* expected contiguous"),
+        ({"weight": torch.zeros(9)}, r"weight has shape \(9,\), expected \(8,\)"),
+        ({"bias": torch.zeros(8).half()}, "bias has dtype float16, expected float32"),
+        ({"scale_B": torch.zeros(3)}, r"scale_B has shape \(3,\), expected \(2,\)"),
+        ({"branch": torch.zeros(2, 3, 8, device="meta")}, "branch is on meta, expected cpu"),
+        ({"impl": "fast"}, "got impl 'fast', expected one of auto, triton, torch"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(change, message):
+    good = {"x": torch.zeros(2, 3, 8), "branch": torch.zeros(2, 3, 8), "weight": torch.zeros(8), "bias": torch.zeros(8)}
+    with pytest.raises(UserError, match=message):
+        add_layernorm(**good | {"impl": "triton"} | change)
+
+
+def test_rows_wider_than_4096_are_refused_by_the_kernel_and_taken_by_auto(device):
+    (x, branch, weight, bias), _ = example((1, 1, 4100), device)
+    with pytest.raises(UserError, match="widths up to 4096, got 4100"):
+        add_layernorm(x, branch, weight, bias, impl="triton")
+    assert torch.equal(add_layernorm(x, branch, weight, bias)[1], reference(x, branch, weight, bias)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU with 60 GB")
+def test_offsets_beyond_two_to_the_31_elements_are_right(device):
+    batch = 2**31 // (198 * 768) + 2
+    x, branch = (torch.randn(batch, 198, 768, device=device, dtype=BRAIN).requires_grad_() for _ in range(2))
+    weight, bias = torch.randn(768, device=device).requires_grad_(), torch.zeros(768, device=device).requires_grad_()
+    outputs = add_layernorm(x, branch, weight, bias, impl="triton")
+    gradient = torch.autograd.grad(outputs[1], x, torch.ones_like(x))[0][-1:]
+    last = [t.detach().double().requires_grad_() for t in (outputs[0][-1:].detach(), weight, bias)]
+    expected = reference(last[0], None, *last[1:])[1]
+    close(outputs[1][-1:].detach(), expected.detach(), BRAIN, "normalised")
+    close(gradient, torch.autograd.grad(expected.sum(), last[0])[0], BRAIN, "gradient")
