@@ -92,8 +92,8 @@ def attention_fwd_kernel(
             o_m = row + tl.arange(0, QUERIES[i][2])
             b_q = _load(p_q, row, R, Q_TOKEN, D, QUERIES[i][2], BLOCK_D, QUERIES[i][3])
             row_max = tl.full((QUERIES[i][2],), -float("inf"), tl.float32)
-            row_sum = tl.zeros((QUERIES[i][2],), tl.float32)
-            b_out = tl.zeros((QUERIES[i][2], BLOCK_D), tl.float32)
+            row_sum = tl.full((QUERIES[i][2],), 0.0, tl.float32)
+            b_out = tl.full((QUERIES[i][2], BLOCK_D), 0.0, tl.float32)
             for s in tl.static_range(len(STREAMED)):
                 for key in range(STREAMED[s][0], STREAMED[s][1], STREAMED[s][2]):
                     b_k = _load(p_k, key, N, KV_TOKEN, D, STREAMED[s][2], BLOCK_D, False)
@@ -149,13 +149,13 @@ def attention_bwd_kernel(
         douts += (b_dout,)
         lses += (tl.load(p_lse + o_lse + o_m, mask=o_m < R, other=float("inf")),)
         deltas += (delta,)
-        dqs += (tl.zeros((RESIDENT[c][1], BLOCK_D), tl.float32),)
+        dqs += (tl.full((RESIDENT[c][1], BLOCK_D), 0.0, tl.float32),)
     for i in tl.static_range(len(KEYS)):
         for start in range(KEYS[i][0], KEYS[i][1], KEYS[i][2]):
             b_k = _load(p_kv + o_k, start, N, KV_TOKEN, D, KEYS[i][2], BLOCK_D, KEYS[i][3])
             b_v = _load(p_kv + o_v, start, N, KV_TOKEN, D, KEYS[i][2], BLOCK_D, KEYS[i][3])
-            b_dk = tl.zeros((KEYS[i][2], BLOCK_D), tl.float32)
-            b_dv = tl.zeros((KEYS[i][2], BLOCK_D), tl.float32)
+            b_dk = tl.full((KEYS[i][2], BLOCK_D), 0.0, tl.float32)
+            b_dv = tl.full((KEYS[i][2], BLOCK_D), 0.0, tl.float32)
             new_dqs = ()
             for c in tl.static_range(len(RESIDENT)):
                 b_s = tl.dot(qs[c], tl.trans(b_k), input_precision="ieee")
@@ -174,7 +174,7 @@ def attention_bwd_kernel(
                 _store(p_dkv + o_k, b_dk * SCALE, start, 0, N, KV_TOKEN, D)
                 _store(p_dkv + o_v, b_dv, start, 0, N, KV_TOKEN, D)
                 if R < Q_ROWS:
-                    _store(p_dq + o_q, tl.zeros((KEYS[i][2], BLOCK_D), tl.float32), start, R, Q_ROWS, Q_TOKEN, D)
+                    _store(p_dq + o_q, tl.full((KEYS[i][2], BLOCK_D), 0.0, tl.float32), start, R, Q_ROWS, Q_TOKEN, D)
     for c in tl.static_range(len(RESIDENT)):
         _store(p_dq + o_q, dqs[c] * SCALE, first_row + RESIDENT[c][0], 0, R, Q_TOKEN, D)
 
@@ -202,8 +202,8 @@ def attention_bwd_keys_kernel(
     o_lse = i_head.to(tl.int64) * R
     b_k = _load(p_kv + o_k, key, N, KV_TOKEN, D, BLOCK_N, BLOCK_D, True)
     b_v = _load(p_kv + o_k + H * D, key, N, KV_TOKEN, D, BLOCK_N, BLOCK_D, True)
-    b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_dk = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
+    b_dv = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
     for row in range(0, R, BLOCK_M):
         o_m = row + tl.arange(0, BLOCK_M)
         b_q = _load(p_q, row, R, Q_TOKEN, D, BLOCK_M, BLOCK_D, R % BLOCK_M > 0)

@@ -136,7 +136,7 @@ def table_kernel(jobs, params, counts, lumas, tables, slot, FIELD: tl.constexpr,
         last = tl.max(tl.where(count > 0, v, 0))
         step = (S * S - tl.sum(tl.where(v == last, count, 0))) // 255
         below = tl.cumsum(count) - count
-        table = tl.where(step > 0, tl.minimum((below + step // 3) // tl.maximum(step, 1), 255), v)
+        table = tl.where(step > 0, tl.minimum((below + step // 2) // tl.maximum(step, 1), 255), v)
     else:
         mean = (tl.load(lumas + job).to(tl.float64) / (S * S) + 0.5).to(tl.int32)
         factor = tl.load(params + tl.load(jobs + job * 2).to(tl.int64) * COLUMNS + FIELD + 1).to(tl.float32)
