@@ -1,9 +1,23 @@
 """Settings of the whole suite."""
 
+import logging
+from collections.abc import Iterator
+
 import hypothesis
+import pytest
 
 # examples are the same on every machine, and a slow machine is no failure
 hypothesis.settings.register_profile(
     "suite", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=50
 )
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging() -> Iterator[None]:
+    """A test that sets up the program's logging does not change what the next one sees."""
+    log = logging.getLogger("fastdeitlt")
+    level, propagate, handlers = log.level, log.propagate, list(log.handlers)
+    yield
+    log.setLevel(level)
+    log.propagate, log.handlers = propagate, handlers
