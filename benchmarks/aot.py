@@ -1,6 +1,6 @@
 """The ahead-of-time gate: every shipped kernel configuration compiled for every architecture, without a GPU.
 
-    python -m benchmarks.aot [op ...] [--sm 80 90 100] [--json]
+    python -m benchmarks.aot [op ...] [--sm 80 90 100] [--sample N] [--json]
 
 Fails (exit code 1) when a configuration does not compile, uses local memory (register spills), exceeds the shared or
 tensor memory of the architecture, or lacks the tensor-core instructions it promises. No spills does not mean fast.
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,18 @@ def ops() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(fastdeitlt.kernels.__path__) if not m.name.startswith("_")]
 
 
-def gate(names: list[str], architectures: list[int]) -> list[Row]:
+def gate(names: list[str], architectures: list[int], sample: int = 0) -> list[Row]:
     """Compile the configurations of the named ops, in a process of its own where Triton is not interpreted.
 
     Args:
         names: ops of ``fastdeitlt.kernels``, or importable modules (with a dot) that offer ``aot_configs``.
         architectures: compute capabilities; a configuration that does not ship for one is skipped on it.
+        sample: at most this many configurations of each kernel and architecture, from the first to the last; 0 = all.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("TRITON_INTERPRET", None)
     sm = [str(architecture) for architecture in architectures]
-    command = [sys.executable, "-m", "benchmarks.aot", *names, "--json", "--sm", *sm]
+    command = [sys.executable, "-m", "benchmarks.aot", *names, "--json", "--sample", str(sample), "--sm", *sm]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if done.returncode not in (0, 1) or not done.stdout:
@@ -67,13 +69,25 @@ def gate(names: list[str], architectures: list[int]) -> list[Row]:
     return [Row(**row) for row in json.loads(done.stdout)]
 
 
-def compile_op(name: str, architectures: list[int]) -> list[Row]:
-    """Rows of one op; a module without ``aot_configs`` is a failing row."""
+def compile_op(name: str, architectures: list[int], sample: int = 0) -> Iterator[Row]:
+    """Rows of one op; a module without configurations is a failing row."""
     module = importlib.import_module(name if "." in name else f"fastdeitlt.kernels.{name}")
-    if not hasattr(module, "aot_configs"):
-        return [Row(name, "-", 0, "-", problems=[f"{module.__name__} offers no aot_configs()"])]
-    configs = module.aot_configs()
-    return [compile_one(name, config, sm) for config in configs for sm in architectures if sm in config.architectures]
+    configs = module.aot_configs() if hasattr(module, "aot_configs") else []
+    if not configs:
+        yield Row(name, "-", 0, "-", problems=[f"{module.__name__} offers no aot_configs()"])
+    pairs = [(config, sm) for config in configs for sm in architectures if sm in config.architectures]
+    for config, sm in _spread(pairs, sample) if sample else pairs:
+        yield compile_one(name, config, sm)
+
+
+def _spread(pairs: list[tuple[Any, int]], sample: int) -> Iterator[tuple[Any, int]]:
+    """At most ``sample`` configurations of each kernel and architecture, evenly from the first to the last."""
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for config, sm in pairs:
+        groups.setdefault((config.kernel.__name__, sm), []).append(config)
+    for (_, sm), group in groups.items():
+        places = {round(i * (len(group) - 1) / max(sample - 1, 1)) for i in range(sample)}
+        yield from ((group[place], sm) for place in sorted(places))
 
 
 def compile_one(op: str, config: Any, sm: int) -> Row:
@@ -156,36 +170,37 @@ def _describe(config: Any) -> str:
     return f"{config.note or blocks} {'/'.join(types)} warps={config.num_warps} stages={config.num_stages}"
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as text, one line each."""
-    lines = [
-        f"{'op':14} {'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'smem':>6} {'tmem':>4} {'mma':16}"
-    ]
-    for row in rows:
-        mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
-        verdict = "; ".join(row.problems) or "ok"
-        lines.append(
-            f"{row.op:14} {row.kernel:28} {row.sm:3} {row.registers:4} {row.stack_bytes:5} {row.spill_instructions:5} "
-            f"{row.shared_bytes:6} {row.tensor_memory:4} {mma:16} {row.configuration}  {verdict}"
-        )
-    return "\n".join(lines)
+HEADER = f"{'op':14} {'kernel':26} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':12}"
+
+
+def line(row: Row) -> str:
+    """A row as text, under ``HEADER``."""
+    mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
+    return (
+        f"{row.op:14} {row.kernel:26} {row.sm:3} {row.registers:4} {row.stack_bytes:5} {row.spill_instructions:5} "
+        f"{row.shared_bytes:6} {row.tensor_memory:4} {mma:12} {row.configuration}  {'; '.join(row.problems) or 'ok'}"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="ops of fastdeitlt.kernels, or dotted modules; default all")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_BYTES))
+    parser.add_argument(
+        "--sample", type=int, default=0, help="configurations of each kernel and architecture; default all"
+    )
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set; unset it, interpreted kernels cannot be compiled")
-    rows = [row for name in arguments.ops or ops() for row in compile_op(name, arguments.sm)]
+    rows: list[Row] = []
+    for name in arguments.ops or ops():
+        for row in compile_op(name, arguments.sm, arguments.sample):
+            if not arguments.json:
+                print(line(row) if rows else f"{HEADER}\n{line(row)}", flush=True)
+            rows.append(row)
     failed = sum(bool(row.problems) for row in rows)
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows]))
-    else:
-        print(table(rows))
-        print(f"{len(rows)} configurations, {failed} failed")
+    print(json.dumps([asdict(row) for row in rows]) if arguments.json else f"{len(rows)} compiled, {failed} failed")
     return 1 if failed else 0
 
 

@@ -68,9 +68,10 @@ def attention_fwd_kernel(
     p_lse,  # [B, H, R] float32, in units of log 2
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
     Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, STREAMED: tl.constexpr, RESIDENT: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, STREAMED: tl.constexpr, BLOCK_N: tl.constexpr,
+    STREAM_CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS query rows of a head block by block; keys in STREAMED pass by, those in RESIDENT stay."""
+    """A program takes ROWS query rows of a head block by block; the first STREAMED keys pass by, the RESIDENT stay."""
     PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
     SCALE: tl.constexpr = D**-0.5
     i_head = tl.program_id(0) // PARTS
@@ -94,12 +95,12 @@ def attention_fwd_kernel(
             row_max = tl.full((QUERIES[i][2],), -float("inf"), tl.float32)
             row_sum = tl.full((QUERIES[i][2],), 0.0, tl.float32)
             b_out = tl.full((QUERIES[i][2], BLOCK_D), 0.0, tl.float32)
-            for s in tl.static_range(len(STREAMED)):
-                for key in range(STREAMED[s][0], STREAMED[s][1], STREAMED[s][2]):
-                    b_k = _load(p_k, key, N, KV_TOKEN, D, STREAMED[s][2], BLOCK_D, False)
-                    b_v = _load(p_v, key, N, KV_TOKEN, D, STREAMED[s][2], BLOCK_D, False)
+            if STREAMED > 0:
+                for key in range(0, STREAMED, BLOCK_N):
+                    b_k = _load(p_k, key, N, KV_TOKEN, D, BLOCK_N, BLOCK_D, False)
+                    b_v = _load(p_v, key, N, KV_TOKEN, D, BLOCK_N, BLOCK_D, False)
                     row_max, row_sum, b_out = _attend(
-                        b_q, (b_k,), (b_v,), row_max, row_sum, b_out, N, ((0, STREAMED[s][2], False),), SCALE
+                        b_q, (b_k,), (b_v,), row_max, row_sum, b_out, N, STREAM_CHUNK, SCALE
                     )
             row_max, row_sum, b_out = _attend(b_q, ks, vs, row_max, row_sum, b_out, N, RESIDENT, SCALE)
             _store(p_out, b_out / row_sum[:, None], row, 0, R, H * D, D)

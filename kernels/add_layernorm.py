@@ -108,9 +108,9 @@ _backward = torch.library.custom_op(
 def _outputs(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics = [torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2)]
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     residual = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return residual, torch.empty_like(x, dtype=dtype), *statistics
+    return residual, torch.empty_like(x, dtype=dtype), mean, rstd
 
 
 @_backward.register_fake
@@ -126,8 +126,8 @@ def _gradients(
 def _(x: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if interpreted():
         return _launch_forward(x, branch, *others)
-    *parameters, eps, dtype = others
-    residual, normed = reference(x, branch, *parameters, eps, dtype=dtype)
+    weight, bias, scale, eps, dtype = others
+    residual, normed = reference(x, branch, weight, bias, scale, eps, dtype=dtype)
     variance, mean = torch.var_mean(residual.float(), -1, correction=0)
     return x.new_empty(0) if branch is None else residual, normed, mean, (variance + eps).rsqrt()
 

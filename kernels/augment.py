@@ -111,7 +111,7 @@ def reference(
     _check(pixels, starts_B, sizes_B2, draws, mix, size, patch, dtype)
     places = zip(starts_B.tolist(), sizes_B2.tolist(), strict=True)
     sources = [pixels[start : start + 3 * height * width].view(height, width, 3) for start, (height, width) in places]
-    crops = torch_augment.crop_resize(sources, draws.boxes(sizes_B2), size)
+    crops = torch_augment.crop_resize(sources, draws.boxes(sizes_B2), size, exact=True)
     mixed = mixup.apply(torch_augment.apply(crops, draws, cfg), mix).to(dtype)
     grid = (len(draws), 3, size // patch, patch, size // patch, patch) if patch else ()
     patches = mixed.reshape(grid).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * patch * patch) if patch else None

@@ -177,27 +177,31 @@ def test_images_are_the_same_in_any_batch() -> None:
         assert torch.equal(whole[part], augment.apply(crops[part], draws[part], DEIT))
 
 
-def test_whole_chain_equals_timms_with_the_same_parameters() -> None:
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    sources = [photos()[i % 2] for i in range(40)]
-    draws = drawn(num=40, size=64)
+def timm_chain(source: np.ndarray, box: list[int], draws: Draws, b: int, size: int) -> torch.Tensor:
+    """What timm's transform makes of an image with the b-th drawn parameters, before erasing."""
+    image = functional.resized_crop(Image.fromarray(source), *box, [size, size], functional.InterpolationMode.BICUBIC)
+    pixels = np.asarray(functional.hflip(image) if draws.flip_B[b] else image)
+    for op, level, sign in zip(draws.op_B2[b], draws.level_B2[b], draws.sign_B2[b], strict=True):
+        pixels = timm_oracle.operate(pixels, op, level, sign) if op >= 0 else pixels
+    return functional.normalize(functional.to_tensor(Image.fromarray(pixels)), IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.parametrize(("exact", "worst_psnr", "median_psnr"), [(True, 80, 80), (False, 30, 60)])
+def test_whole_chain_is_timms_with_the_same_parameters(exact: bool, worst_psnr: float, median_psnr: float) -> None:
+    std, size, psnr = torch.tensor(IMAGENET_STD).view(3, 1, 1), 64, []
+    sources = [photos()[i % 2] for i in range(60)]
+    draws = drawn(num=60, size=size)
     boxes_B4 = draws.boxes(np.array([image.shape[:2] for image in sources]))
-    crops = augment.crop_resize([torch.from_numpy(image) for image in sources], boxes_B4, 64)
-    ours = augment.apply(crops, draws, DEIT)
-    for b, (top, left, height, width) in enumerate(boxes_B4.tolist()):
-        image = functional.resized_crop(
-            Image.fromarray(sources[b]), top, left, height, width, [64, 64], functional.InterpolationMode.BICUBIC
-        )
-        image = np.asarray(functional.hflip(image) if draws.flip_B[b] else image)
-        for op, level, sign in zip(draws.op_B2[b], draws.level_B2[b], draws.sign_B2[b], strict=True):
-            image = timm_oracle.operate(image, op, level, sign) if op >= 0 else image
-        expected = functional.normalize(functional.to_tensor(Image.fromarray(image)), IMAGENET_MEAN, IMAGENET_STD)
+    crops = augment.crop_resize([torch.from_numpy(image) for image in sources], boxes_B4, size, exact=exact)
+    for b, image in enumerate(augment.apply(crops, draws, DEIT)):
+        expected = timm_chain(sources[b], boxes_B4[b].tolist(), draws, b, size)
         top, left, height, width = draws.erase_B4[b].tolist()
-        expected[:, top : top + height, left : left + width] = ours[b, :, top : top + height, left : left + width]
-        difference = ((ours[b] - expected) * std * 255).abs()
-        psnr = 10 * torch.log10(255**2 / difference.square().mean().clamp_min(1e-9))
-        assert psnr > 80, (b, draws.op_B2[b])
-        assert difference.max() < 1.01, (b, draws.op_B2[b])
+        expected[:, top : top + height, left : left + width] = image[:, top : top + height, left : left + width]
+        difference = ((image - expected) * std * 255).abs()
+        psnr.append(10 * torch.log10(255**2 / difference.square().mean().clamp_min(1e-9)).item())
+        assert not exact or difference.max() < 1.01, (b, draws.op_B2[b])
+    assert min(psnr) > worst_psnr
+    assert np.median(psnr) > median_psnr
     assert (draws.erase_B4[:, 2] > 0).any()
 
 

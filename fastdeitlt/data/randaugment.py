@@ -150,7 +150,7 @@ def solarize_add(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -
 
 def color(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
     """Blend with the image's luma."""
-    return _blend(_luma(images_BHWC), images_BHWC, level_B, sign_B)
+    return _blend(_luma(images_BHWC).expand_as(images_BHWC).contiguous(), images_BHWC, level_B, sign_B)
 
 
 def contrast(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:

@@ -1,8 +1,9 @@
-"""Antialiased bicubic resizing of uint8 images, bit for bit as Pillow 13's ``Image.resize``.
+"""Antialiased bicubic resizing of uint8 images as Pillow 13's ``Image.resize``.
 
 Pillow convolves rows and columns with a Keys kernel (a = -0.5), stretched by the scale when shrinking; coefficients are
-integers in 1/2^22 and each pass rounds to uint8 (Pillow, src/libImaging/Resample.c). Images on the host go to Pillow
-itself; on a device the two passes are batched products of exact integers in float64.
+integers in 1/2^22 and each pass rounds to uint8 (Pillow, src/libImaging/Resample.c). On a device the two passes are
+batched products of exact integers in float64. On the host evaluation goes to Pillow itself; training crops go to
+torch's vectorised kernel, five times faster, whose coefficients have 16 bits: 1 off in under 1 % of values, rarely 2.
 """
 
 # B batch, H height, W width, C channels, S output side, n input side
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 SUPPORT = 2.0
 PRECISION = 1 << 22
@@ -22,7 +24,11 @@ CHUNK_VALUES = 1 << 26
 
 
 def crop_resize(
-    images: Tensor | Sequence[Tensor], boxes_B4: np.ndarray, size: int, pool: Executor | None = None
+    images: Tensor | Sequence[Tensor],
+    boxes_B4: np.ndarray,
+    size: int,
+    pool: Executor | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Crop each image to its box, then resize the crop to ``size`` x ``size``.
 
@@ -30,13 +36,17 @@ def crop_resize(
         images: uint8 [B, H, W, C], or B images [H, W, C] of any sizes, all on one device.
         boxes_B4: integer (top, left, height, width), inside the image.
         size: output side in pixels.
-        pool: threads for images on the host (Pillow releases the interpreter lock); None = the calling thread.
+        pool: threads for images on the host (the work releases the interpreter lock); None = the calling thread.
+        exact: on the host, Pillow's very values; a device always has them.
 
     Returns:
         crops_BHWC, uint8, on the images' device.
     """
     crops = [image[y : y + h, x : x + w] for image, (y, x, h, w) in zip(images, boxes_B4.tolist(), strict=True)]
-    return torch.stack(resize(crops, [(size, size)] * len(crops), pool))
+    if exact or crops[0].device.type != "cpu":
+        return torch.stack(resize(crops, [(size, size)] * len(crops), pool))
+    sizes = [size] * len(crops)
+    return torch.stack(list(pool.map(_vectorised, crops, sizes) if pool else map(_vectorised, crops, sizes)))
 
 
 def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: Executor | None = None) -> Tensor:
@@ -61,6 +71,15 @@ def resize(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]], pool: Ex
 def _pillow(image_HWC: Tensor, shape: tuple[int, int]) -> Tensor:
     resized = Image.fromarray(image_HWC.numpy()).resize(shape[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized))
+
+
+def _vectorised(crop_HWC: Tensor, size: int) -> Tensor:
+    """Torch's own uint8 kernel, rows first; in Pillow's order of passes."""
+    swap = columns_first(crop_HWC.shape[0], crop_HWC.shape[1], size, size)
+    crop_CHW = crop_HWC.permute(2, 1, 0) if swap else crop_HWC.permute(2, 0, 1)
+    packed = crop_CHW[None].contiguous(memory_format=torch.channels_last)
+    (resized_CHW,) = interpolate(packed, size=(size, size), mode="bicubic", antialias=True)
+    return resized_CHW.permute(2, 1, 0) if swap else resized_CHW.permute(1, 2, 0)
 
 
 def resize_batched(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -1,0 +1,136 @@
+"""Augmentation: each RandAugment operation and the whole recipe beside timm's; on a GPU the fused kernels.
+
+    python -m benchmarks.bench_augment [--tune] [--rounds 20]
+
+The same laws for every candidate, on photos. On the CPU a case is a batch in one thread: timm on Pillow images against
+ours on the uint8 batch, each operation and then everything from crop to erased float batch. On a GPU, crop to mixed
+bfloat16 patches and images from the decoded set: the kernels against the same chain in torch operations.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+
+from benchmarks import harness
+from fastdeitlt.config import AugmentConfig, MixupConfig
+from fastdeitlt.data import augment, mixup
+from fastdeitlt.data.randaugment import OPS, rand_augment
+from fastdeitlt.data.warps import FILL
+
+PHOTOS = sorted((Path(__file__).resolve().parent.parent / "tests" / "data" / "photos").glob("*.jpg"))
+OP_SHAPES = ((224, 8), (32, 16))
+"""(side, images): an operation's usual share of a batch."""
+CHAIN_SHAPES = ((224, 32, (375, 500)), (32, 128, (28, 28)))
+"""(side, images, source size): ImageNet's and the embedded set's."""
+GPU_SHAPES = ((224, 256, (375, 500)), (224, 256, (32, 32)), (32, 1024, (32, 32)))
+LEVEL = 9.13
+TIMM = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC, "translate_const": 100}
+
+
+def photos(batch: int, height: int, width: int) -> np.ndarray:
+    """uint8 [B, H, W, 3]: the test photos, some noise added so that no two are alike."""
+    rng = np.random.default_rng(0)
+    sources = [np.asarray(Image.open(path).resize((width, height), Image.Resampling.BICUBIC)) for path in PHOTOS]
+    images = [sources[i % len(sources)] + rng.normal(0, 4, (height, width, 3)) for i in range(batch)]
+    return np.stack(images).clip(0, 255).astype(np.uint8)
+
+
+def operation_cases() -> Iterable[harness.Case]:
+    """Each operation at a usual level, on a copy of the batch."""
+    theirs = auto_augment.rand_augment_transform("rand-m9-inc1-p1", dict(TIMM)).ops
+    for side, batch in OP_SHAPES:
+        images = photos(batch, side, side)
+        pillow, crops = [Image.fromarray(image) for image in images], torch.from_numpy(images)
+        level_B1, sign_B1 = np.full((batch, 1), LEVEL), np.resize([[1.0], [-1.0]], (batch, 1))
+        for op, name in enumerate(OPS):
+            op_B1 = np.full((batch, 1), op)
+
+            def timm(op: int = op, pillow: list[Image.Image] = pillow) -> list[Image.Image]:
+                return [theirs[op](image) for image in pillow]
+
+            def fastdeitlt(crops=crops, op_B1=op_B1, level_B1=level_B1, sign_B1=sign_B1) -> None:
+                rand_augment(crops.clone(), op_B1, level_B1, sign_B1)
+
+            yield harness.Case(f"{name} {side} px B={batch}", {"timm": timm, "fastdeitlt": fastdeitlt}, "timm")
+
+
+def chain_cases() -> Iterable[harness.Case]:
+    """From decoded images to the float batch, before Mixup."""
+    cfg = AugmentConfig()
+    for side, batch, size in CHAIN_SHAPES:
+        images = photos(batch, *size)
+        pillow, sources = [Image.fromarray(image) for image in images], list(torch.from_numpy(images))
+        transform = create_transform(
+            (3, side, side), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
+            color_jitter=None, re_prob=0.25, re_mode="pixel",
+        )  # fmt: skip
+        draws = augment.draw(np.arange(batch), np.zeros(batch, int), seed=0, epoch=0, cfg=cfg, size=side)
+        boxes_B4 = draws.boxes(np.array(size))
+        posterize = auto_augment.ImageOps.posterize
+
+        def black_without_bits(image: Image.Image, bits: int, posterize=posterize) -> Image.Image:
+            return posterize(image, bits) if bits else image.point(lambda _: 0)
+
+        def timm(pillow=pillow, transform=transform, posterize=black_without_bits) -> torch.Tensor:
+            # today's Pillow refuses the 0 bits that timm's posterize asks for at level 10
+            with mock.patch.object(auto_augment.ImageOps, "posterize", posterize):
+                return torch.stack([transform(image) for image in pillow])
+
+        def fastdeitlt(sources=sources, boxes_B4=boxes_B4, draws=draws, side: int = side) -> torch.Tensor:
+            return augment.apply(augment.crop_resize(sources, boxes_B4, side), draws, cfg)
+
+        name = f"{size[0]} x {size[1]} to {side} px B={batch}"
+        yield harness.Case(name, {"timm": timm, "fastdeitlt": fastdeitlt}, "timm")
+
+
+def gpu_cases(device: torch.device) -> Iterable[harness.Case]:
+    """From the decoded set to the mixed batch in both layouts, in bfloat16."""
+    from fastdeitlt.kernels import augment as kernels
+
+    cfg = AugmentConfig()
+    for side, batch, size in GPU_SHAPES:
+        pixels = torch.from_numpy(photos(batch, *size)).flatten().to(device)
+        sizes_B2 = np.tile(np.array(size), (batch, 1))
+        starts_B = np.arange(batch) * 3 * size[0] * size[1]
+        draws = augment.draw(np.arange(batch), np.zeros(batch, int), seed=0, epoch=0, cfg=cfg, size=side)
+        mix = mixup.draw(0, 0, 0, 0, MixupConfig(switch_prob=0), side)
+        arguments = (pixels, starts_B, sizes_B2, draws, mix, cfg, side)
+        candidates = {
+            "torch": lambda a=arguments: kernels.reference(*a, patch=16),
+            "triton": lambda a=arguments: kernels.augment(*a, patch=16),
+        }
+        crops = 3 * int(draws.boxes(sizes_B2)[:, 2:].prod(axis=1).sum())
+        written = 2 * 2 * batch * 3 * side * side
+        name = f"{size[0]} x {size[1]} to {side} px B={batch}"
+        yield harness.Case(name, candidates, "torch", crops + written, eager=frozenset(candidates))
+
+
+def cases(device: torch.device) -> Iterable[harness.Case]:
+    """The kernels where there is a GPU, else the operations and the chain on the CPU."""
+    if device.type == "cuda":
+        yield from gpu_cases(device)
+        return
+    torch.set_num_threads(1)
+    yield from operation_cases()
+    yield from chain_cases()
+
+
+def tune(device: torch.device) -> None:
+    """Search block and warps of each kernel."""
+    from fastdeitlt.kernels._launch import LaunchConfig
+    from fastdeitlt.kernels.augment import TUNED
+
+    configs = [LaunchConfig({"BLOCK": block}, warps) for block in (256, 512, 1024, 2048) for warps in (2, 4, 8)]
+    for case, (side, _, _) in zip(gpu_cases(device), GPU_SHAPES, strict=True):
+        for kernel in ("convolve", "histogram", "operate", "finish"):
+            harness.tune("augment", TUNED, (kernel, side), configs, case.candidates["triton"], device)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main("augment", cases, tune, __doc__))
