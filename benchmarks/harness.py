@@ -1,22 +1,17 @@
-"""The one timer: candidates in interleaved rounds, median with p20 and p80, beside a named baseline, after green tests.
+"""What every benchmark file shares: cases, a named baseline, no numbers from a red op, and rows that say their origin.
 
-On a GPU a sample is a CUDA graph of several calls between two events, so that launches from Python do not count; a
-candidate that cannot be captured (it reads the device from the host) runs eagerly and its row says so. On a CPU it is
-perf_counter. Rows are appended to ``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``.
+The timer is ``fastdeitlt.timer``. Rows are appended to ``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``.
 """
 
 import argparse
 import datetime
-import functools
 import importlib.util
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -25,9 +20,9 @@ from typing import Any
 
 import torch
 
+from fastdeitlt.timer import Call, Timing, bandwidth, cpu_name, matmul_rate, measure
+
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE_MS = 2.0
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -50,23 +45,13 @@ class Case:
     eager: frozenset[str] = field(default_factory=frozenset)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds a call."""
-
-    median: float
-    p20: float
-    p80: float
-    graph: bool
-
-
 def machine() -> dict[str, Any]:
     """Where a row was measured: processor, versions, commit, date."""
     commit = _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "gpu": gpu,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -92,109 +77,6 @@ def _version(package: str) -> str | None:
 def installed(module: str) -> bool:
     """Whether an optional peer can be imported."""
     return importlib.util.find_spec(module) is not None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def measure(
-    candidates: Mapping[str, Call], device: torch.device, rounds: int = 20, eager: frozenset[str] = frozenset()
-) -> dict[str, Timing]:
-    """Time the candidates in turn, ``rounds`` times, each round in another order, so that drift hits all alike.
-
-    Args:
-        candidates: name -> call.
-        device: where they run.
-        rounds: samples of each.
-        eager: names that must not be captured in a CUDA graph.
-    """
-    samplers = {name: _sampler(call, device, name not in eager) for name, call in candidates.items()}
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            samples[name].append(samplers[name]())
-    graph = {name: device.type == "cuda" and name not in eager for name in names}
-    return {name: _timing(values, graph[name]) for name, values in samples.items()}
-
-
-def _timing(values: list[float], graph: bool) -> Timing:
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return Timing(statistics.median(values), cuts[0], cuts[3], graph)
-
-
-def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], float]:
-    """Warm up, choose how many calls make a sample, and return what takes one, in ms a call."""
-    for _ in range(3):
-        call()
-    start = time.perf_counter()
-    call()
-    _synchronise(device)
-    repeats = max(1, min(1000, int(SAMPLE_MS / 1e3 / (time.perf_counter() - start))))
-    if device.type == "cuda":
-        return _cuda_sampler(call, max(repeats, 5), capture)
-
-    def sample() -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) * 1e3 / repeats
-
-    return sample
-
-
-def _cuda_sampler(call: Call, repeats: int, capture: bool) -> Callable[[], float]:
-    def loop() -> None:
-        for _ in range(repeats):
-            call()
-
-    run = loop
-    if capture:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            loop()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            loop()
-        run = graph.replay
-        run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample() -> float:
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / repeats
-
-    return sample
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@functools.cache
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a plain copy of 1 GiB (64 MiB on a CPU), read plus written: the floor's measure."""
-    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
-    target = torch.empty_like(source)
-    timing = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
-    return 2 * source.numel() * 4 / timing.median * 1e3
-
-
-@functools.cache
-def matmul_rate(device: torch.device) -> float:
-    """FLOP a second of a bfloat16 matrix product of 8,192 (float32 of 1,024 on a CPU) with random numbers."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timing = measure({"matmul": lambda: a @ b}, device)["matmul"]
-    return 2 * size**3 / timing.median * 1e3
 
 
 def green(op: str) -> bool:
@@ -271,21 +153,28 @@ def main(
         print("no GPU: the Triton kernels' times cannot be measured here; only the torch implementations are compared")
     if arguments.tune and tuner:
         tuner(device)
-    where = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
-    file = ROOT / "benchmarks" / "results" / f"{op}_{name}_{datetime.date.today():%Y%m}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    print(where)
+    print(machine())
     for case in cases(device):
-        for row in rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device):
-            print(_line(row))
-            with file.open("a") as out:
-                out.write(json.dumps(row | where) + "\n")
+        found = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
+        for row in found:
+            print(line(row))
+        file = append(op, found)
     print(f"rows appended to {file.relative_to(ROOT)}")
     return 0
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def append(op: str, found: Iterable[Mapping[str, Any]]) -> Path:
+    """Append rows, each with the machine it was measured on, to the op's file of this machine and month."""
+    where = machine()
+    name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
+    file = ROOT / "benchmarks" / "results" / f"{op}_{name}_{datetime.date.today():%Y%m}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps({**row, **where}) + "\n" for row in found)
+    return file
+
+
+def line(row: Mapping[str, Any]) -> str:
     extra = [f"{row[key]:.0f} {unit}" for key, unit in (("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s")) if key in row]
     if "share_of_floor" in row:
         extra.append(f"{100 * row['share_of_floor']:.0f} % of the floor")

@@ -1,0 +1,143 @@
+"""The one timer: candidates in interleaved rounds, median with p20 and p80; and what the machine can do at best.
+
+On a GPU a sample is a CUDA graph of several calls between two events, so that launches from Python do not count; a
+candidate that cannot be captured (it reads the device from the host) runs eagerly. On a CPU it is perf_counter.
+"""
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+SAMPLE_MS = 2.0
+WARM_UP_CALLS = 3
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call."""
+
+    median: float
+    p20: float
+    p80: float
+    graph: bool
+
+
+def measure(
+    candidates: Mapping[str, Call], device: torch.device, rounds: int = 20, eager: frozenset[str] = frozenset()
+) -> dict[str, Timing]:
+    """Time the candidates in turn, ``rounds`` times, each round in another order, so that drift hits all alike.
+
+    Args:
+        candidates: name -> call.
+        device: where they run.
+        rounds: samples of each.
+        eager: names that must not be captured in a CUDA graph.
+    """
+    samplers = {name: _sampler(call, device, name not in eager) for name, call in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(samplers[name]())
+    graph = {name: device.type == "cuda" and name not in eager for name in names}
+    return {name: timing(values, graph[name]) for name, values in samples.items()}
+
+
+def timing(values: list[float], graph: bool = False) -> Timing:
+    """Median and quantiles of samples in ms."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return Timing(statistics.median(values), cuts[0], cuts[3], graph)
+
+
+def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], float]:
+    """Warm up, choose how many calls make a sample, and return what takes one, in ms a call."""
+    for _ in range(WARM_UP_CALLS):
+        call()
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    repeats = max(1, min(1000, int(SAMPLE_MS / 1e3 / (time.perf_counter() - start))))
+    if device.type == "cuda":
+        return _cuda_sampler(call, max(repeats, 5), capture)
+
+    def sample() -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    return sample
+
+
+def _cuda_sampler(call: Call, repeats: int, capture: bool) -> Callable[[], float]:
+    def loop() -> None:
+        for _ in range(repeats):
+            call()
+
+    run = loop
+    if capture:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loop()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            loop()
+        run = graph.replay
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats
+
+    return sample
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second of a plain copy of 1 GiB (64 MiB on a CPU), read plus written: the floor's measure."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
+    target = torch.empty_like(source)
+    found = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return 2 * source.numel() * 4 / found.median * 1e3
+
+
+@functools.cache
+def matmul_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
+    """FLOP a second of a square matrix product with random numbers: 8,192 on a GPU, 1,024 on a CPU.
+
+    Args:
+        dtype: None = bfloat16 on a GPU, float32 on a CPU.
+    """
+    gpu = device.type == "cuda"
+    size, dtype = 8192 if gpu else 1024, dtype or (torch.bfloat16 if gpu else torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    found = measure({"matmul": lambda: a @ b}, device)["matmul"]
+    return 2 * size**3 / found.median * 1e3
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where the system does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else os.uname().machine
