@@ -114,7 +114,7 @@ def tune(device: torch.device) -> None:
         both = {impl: lambda call=call: (call["forward"](), call["backward"]()) for impl, call in calls.items()}
         timings = harness.measure(both, device, rounds=9)
         best = min(timings, key=lambda impl: timings[impl].median)
-        print(f"    ({gpu!r}, {shape[1]}, {shape[3]}): {best!r},  # BEST")
+        print(f"    ({gpu!r}, ({shape[1]}, {shape[3]})): {best!r},  # BEST")
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Device code of ``fastdeitlt.kernels.add_layernorm``: a tile holds ROWS whole rows, statistics are float32.
 
-Shapes: B samples, M rows (B times TOKENS), D width, BLOCK_D its power of two, P programs.
+Shapes: B samples, M rows (B times TOKENS), K of the samples, D width, BLOCK_D its power of two, P programs.
 """
 
 import triton
@@ -8,9 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
+def _place(p_rows, o_m, o_d, m_block, M, TOKENS: tl.constexpr, D: tl.constexpr):
+    """Where rows of x lie in a tensor of some samples, and which of them it has; ``p_rows`` None = it has all."""
+    o_row = o_m.to(tl.int64)
+    if p_rows is not None:
+        i_k = tl.load(p_rows + o_m // TOKENS, mask=o_m < M, other=-1)
+        m_block = m_block & (i_k >= 0)[:, None]
+        o_row = i_k.to(tl.int64) * TOKENS + o_m % TOKENS
+    return o_row[:, None] * D + o_d[None, :], m_block
+
+
+@triton.jit
 def add_layernorm_fwd_kernel(
     p_x,  # [M, D]
     p_branch,  # [M, D], or None: plain LayerNorm
+    p_branch_rows,  # [B] int32: a sample's place in the branch, which has K samples, or -1; or None
+    p_normed_rows,  # [B] int32: a sample's place in the output, or -1; or None
     p_scale,  # [B] float32, or None
     p_weight,  # [D]
     p_bias,  # [D]
@@ -28,12 +41,13 @@ def add_layernorm_fwd_kernel(
     o_block = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
     b_r = tl.load(p_x + o_block, mask=m_block, other=0.0).to(tl.float32)
     if p_branch is not None:
+        o_branch, m_kept = _place(p_branch_rows, o_m, o_d, m_block, M, TOKENS, D)
         if p_scale is not None:
             scale = tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)
-            m_kept = m_block & (scale != 0)[:, None]
-            b_r += scale[:, None] * tl.load(p_branch + o_block, mask=m_kept, other=0.0).to(tl.float32)
+            m_kept = m_kept & (scale != 0)[:, None]
+            b_r += scale[:, None] * tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
         else:
-            b_r += tl.load(p_branch + o_block, mask=m_block, other=0.0).to(tl.float32)
+            b_r += tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
         b_stored = b_r.to(p_residual.dtype.element_ty)
         tl.store(p_residual + o_block, b_stored, mask=m_block)
         b_r = b_stored.to(tl.float32)
@@ -43,7 +57,8 @@ def add_layernorm_fwd_kernel(
     weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_n = b_centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(p_normed + o_block, b_n.to(p_normed.dtype.element_ty), mask=m_block)
+    o_normed, m_normed = _place(p_normed_rows, o_m, o_d, m_block, M, TOKENS, D)
+    tl.store(p_normed + o_normed, b_n.to(p_normed.dtype.element_ty), mask=m_normed)
     tl.store(p_mean + o_m, mean, mask=o_m < M)
     tl.store(p_rstd + o_m, rstd, mask=o_m < M)
 
@@ -51,14 +66,16 @@ def add_layernorm_fwd_kernel(
 @triton.jit
 def add_layernorm_bwd_kernel(
     p_dresidual,  # [M, D], or None
-    p_dnormed,  # [M, D]
+    p_dnormed,  # [M, D], or of K samples
     p_residual,  # [M, D]
+    p_branch_rows,  # [B] int32, or None
+    p_normed_rows,  # [B] int32, or None
     p_scale,  # [B] float32, or None
     p_weight,  # [D]
     p_mean,  # [M] float32
     p_rstd,  # [M] float32
     p_dx,  # [M, D] out
-    p_dbranch,  # [M, D] out, or None where it is dx
+    p_dbranch,  # [M, D] out, or of K samples, or None where it is dx
     p_sums,  # [P, 2, D] float32 out: this program's share of dweight and dbias
     M, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +90,8 @@ def add_layernorm_bwd_kernel(
         o_m = row + tl.arange(0, ROWS)
         m_block = (o_m < M)[:, None] & m_d[None, :]
         o_block = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
-        b_dn = tl.load(p_dnormed + o_block, mask=m_block, other=0.0).to(tl.float32)
+        o_normed, m_normed = _place(p_normed_rows, o_m, o_d, m_block, M, TOKENS, D)
+        b_dn = tl.load(p_dnormed + o_normed, mask=m_normed, other=0.0).to(tl.float32)
         b_r = tl.load(p_residual + o_block, mask=m_block, other=0.0).to(tl.float32)
         mean = tl.load(p_mean + o_m, mask=o_m < M, other=0.0)
         rstd = tl.load(p_rstd + o_m, mask=o_m < M, other=0.0)
@@ -88,7 +106,8 @@ def add_layernorm_bwd_kernel(
         if p_dbranch is not None:
             if p_scale is not None:
                 b_dx *= tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)[:, None]
-            tl.store(p_dbranch + o_block, b_dx.to(p_dbranch.dtype.element_ty), mask=m_block)
+            o_branch, m_kept = _place(p_branch_rows, o_m, o_d, m_block, M, TOKENS, D)
+            tl.store(p_dbranch + o_branch, b_dx.to(p_dbranch.dtype.element_ty), mask=m_kept)
         b_dweight += b_dn * b_h
         b_dbias += b_dn
     p_share = p_sums + i_p.to(tl.int64) * 2 * D + o_d

@@ -4,6 +4,7 @@ Nothing here touches a GPU at import.
 """
 
 import functools
+import logging
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
-MAX_INT32 = 2**31 - 1
+log = logging.getLogger("fastdeitlt")
 
 
 def interpreted() -> bool:
@@ -46,6 +47,31 @@ TunedTable = MutableMapping[tuple[str, Hashable], LaunchConfig]
 def tuned(table: TunedTable, key: Hashable, device: torch.device, default: LaunchConfig) -> LaunchConfig:
     """The setting measured for this GPU, ``table[gpu name, key]``, or ``default`` for a GPU or key nobody measured."""
     return table.get((_gpu_name(device.index), key), default) if device.type == "cuda" and table else default
+
+
+BestTable = Mapping[tuple[str, Hashable], str]
+
+
+def best(op: str, table: BestTable, key: Hashable, device: torch.device, default: str) -> str:
+    """What "auto" takes: the implementation measured fastest on this GPU, ``table[gpu name, key]``, or ``default``.
+
+    A GPU or key that nobody measured is said once an op; on a CPU nothing else than the default makes sense.
+    """
+    if device.type != "cuda":
+        return default
+    gpu = _gpu_name(device.index)
+    if (gpu, key) not in table:
+        say_once(
+            f"{op}: auto takes torch's, nothing is measured on {gpu} at {key}; "
+            f"'python -m benchmarks.gpu {op}' measures, 'triton' takes the kernel"
+        )
+    return table.get((gpu, key), default)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log a warning the first time."""
+    log.warning(message)
 
 
 @functools.cache

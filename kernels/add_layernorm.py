@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 import triton
 from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, interpreted, num_sms, tuned
+from fastdeitlt.kernels._launch import (
+    AotConfig,
+    BestTable,
+    LaunchConfig,
+    TunedTable,
+    best,
+    check,
+    interpreted,
+    num_sms,
+    tuned,
+)
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
@@ -26,6 +36,8 @@ from fastdeitlt.errors import UserError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 IMPLS = ("auto", "triton", "torch")
 MAX_WIDTH = 4096
+BEST: BestTable = {}
+"""(GPU, width) -> fastest implementation; benchmarks.bench_add_layernorm writes the lines."""
 TUNED: TunedTable = {}
 """(GPU, (pass, width rounded up to a power of two)) -> setting; benchmarks.bench_add_layernorm writes the lines."""
 
@@ -48,6 +60,8 @@ def reference(
     scale_B: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    branch_samples_K: Tensor | None = None,
+    normed_samples_K: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``add_layernorm`` in plain torch: float32 arithmetic (float64 for a float64 x)."""
@@ -56,46 +70,58 @@ def reference(
     residual = x
     if branch is not None:
         scaled = branch.to(full)
+        if branch_samples_K is not None:
+            scaled = torch.zeros(x.shape, dtype=full, device=x.device).index_copy(0, branch_samples_K, scaled)
         if scale_B is not None:
             scaled = scaled * scale_B.to(full).view(-1, *[1] * (x.dim() - 1))
         residual = (x.to(full) + scaled).to(x.dtype)
-    normed = F.layer_norm(residual.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps)
-    return residual, normed.to(dtype)
+    normed = F.layer_norm(residual.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps).to(dtype)
+    return residual, normed if normed_samples_K is None else normed.index_select(0, normed_samples_K)
 
 
 def _launch_forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     config = launch_config(True, width, x.device)
-    residual, normed, mean, rstd = _outputs(x, branch, weight, bias, scale, eps, dtype)
+    residual, normed, mean, rstd = _outputs(
+        x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype
+    )
     with torch.cuda.device_of(x):
         add_layernorm_fwd_kernel[(triton.cdiv(rows, config.blocks["ROWS"]),)](
-            x, branch, scale, weight, bias, None if branch is None else residual, normed, mean, rstd, rows, eps,
-            TOKENS=rows // x.shape[0], D=width, **config.options,
+            x, branch, branch_rows, normed_rows, scale, weight, bias, None if branch is None else residual, normed,
+            mean, rstd, rows, eps, TOKENS=rows // x.shape[0], D=width, **config.options,
         )  # fmt: skip
     return residual, normed, mean, rstd
 
 
 def _launch_backward(
-    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype | None,
+    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
+    branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = mean.numel(), residual.shape[-1]
     config = launch_config(False, width, residual.device)
     block = config.blocks["ROWS"]
     programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
-    dx = torch.empty_like(residual)
-    dbranch = residual.new_empty(0) if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
+    dx, dbranch = torch.empty_like(residual), _branch_gradient(residual, num_branch, branch_dtype)
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
     with torch.cuda.device_of(residual):
         add_layernorm_bwd_kernel[(programs,)](
-            grad_residual, grad_normed, residual, scale, weight, mean, rstd, dx,
+            grad_residual, grad_normed, residual, branch_rows, normed_rows, scale, weight, mean, rstd, dx,
             None if branch_dtype is None else dbranch, sums, rows, TOKENS=rows // residual.shape[0], D=width,
             ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return dx, dbranch, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(weight.dtype)
+
+
+def _branch_gradient(residual: Tensor, num_branch: int, dtype: torch.dtype | None) -> Tensor:
+    """Room for the branch's gradient; none where it is that of x."""
+    return (
+        residual.new_empty(0) if dtype is None else residual.new_empty((num_branch, *residual.shape[1:]), dtype=dtype)
+    )
 
 
 _forward = torch.library.custom_op("fastdeitlt::add_layernorm", _launch_forward, mutates_args=(), device_types="cuda")
@@ -106,75 +132,94 @@ _backward = torch.library.custom_op(
 
 @_forward.register_fake
 def _outputs(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     residual = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return residual, torch.empty_like(x, dtype=dtype), mean, rstd
+    return residual, x.new_empty((num_normed, *x.shape[1:]), dtype=dtype), mean, rstd
 
 
 @_backward.register_fake
 def _gradients(
-    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype | None,
+    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
+    branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dbranch = residual.new_empty(0) if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
+    dbranch = _branch_gradient(residual, num_branch, branch_dtype)
     return torch.empty_like(residual), dbranch, torch.empty_like(weight), torch.empty_like(weight)
 
 
+def _samples(rows: Tensor | None, num: int) -> Tensor | None:
+    """The samples that have a place, in the order of the places."""
+    return None if rows is None else rows.argsort()[len(rows) - num :]
+
+
 @_forward.register_kernel("cpu")
-def _(x: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if interpreted():
-        return _launch_forward(x, branch, *others)
-    weight, bias, scale, eps, dtype = others
-    residual, normed = reference(x, branch, weight, bias, scale, eps, dtype=dtype)
+        return _launch_forward(x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype)
+    residual, normed = reference(
+        x, branch, weight, bias, scale, eps, dtype=dtype, normed_samples_K=_samples(normed_rows, num_normed),
+        branch_samples_K=None if branch is None else _samples(branch_rows, len(branch)),
+    )  # fmt: skip
     variance, mean = torch.var_mean(residual.float(), -1, correction=0)
     return x.new_empty(0) if branch is None else residual, normed, mean, (variance + eps).rsqrt()
 
 
 @_backward.register_kernel("cpu")
 def _(
-    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype | None,
+    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
+    branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    arguments = (grad_residual, grad_normed, residual, scale, weight, mean, rstd, branch_dtype)
+    arguments = (grad_residual, grad_normed, residual, scale, branch_rows, normed_rows, num_branch, weight, mean, rstd)
     if interpreted():
-        return _launch_backward(*arguments)
+        return _launch_backward(*arguments, branch_dtype)
     h, dn = (residual.float() - mean[..., None]) * rstd[..., None], grad_normed.float()
+    normed, kept = _samples(normed_rows, len(grad_normed)), _samples(branch_rows, num_branch)
+    if normed is not None:
+        dn = torch.zeros_like(h).index_copy(0, normed, dn)
     g = dn * weight.float()
     dx = (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)) * rstd[..., None]
     dx = dx if grad_residual is None else dx + grad_residual.float()
     dbranch = dx if scale is None else dx * scale.view(-1, *[1] * (dx.dim() - 1))
+    dbranch = dbranch if kept is None else dbranch.index_select(0, kept)
     sums = ((dn * h).flatten(0, -2).sum(0), dn.flatten(0, -2).sum(0))
-    gradients = _gradients(*arguments)
+    gradients = _gradients(*arguments, branch_dtype)
     for gradient, value in zip(gradients, (dx, dbranch if branch_dtype else gradients[1], *sums), strict=True):
         gradient.copy_(value)
     return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, weight, _, scale, *_ = inputs
+    x, branch, weight, _, scale, branch_rows, normed_rows, *_ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if branch is None else output[0], weight, scale, *output[2:])
+    ctx.save_for_backward(x if branch is None else output[0], weight, scale, branch_rows, normed_rows, *output[2:])
     ctx.has_branch = branch is not None
-    apart = branch is not None and (scale is not None or branch.dtype != x.dtype)
+    ctx.num_branch = 0 if branch is None else branch.shape[0]
+    apart = branch is not None and (scale is not None or branch_rows is not None or branch.dtype != x.dtype)
     ctx.branch_dtype = branch.dtype if apart else None
-    ctx.normed_dtype = output[1].dtype
+    ctx.normed_shape, ctx.normed_dtype = output[1].shape, output[1].dtype
 
 
 def _autograd(
     ctx: Any, grad_residual: Tensor | None, grad_normed: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    residual, weight, scale, mean, rstd = ctx.saved_tensors
+    residual, weight, scale, branch_rows, normed_rows, mean, rstd = ctx.saved_tensors
     if grad_normed is None:
-        grad_normed = torch.zeros_like(residual, dtype=ctx.normed_dtype)
+        grad_normed = residual.new_zeros(ctx.normed_shape, dtype=ctx.normed_dtype)
     upstream = None if grad_residual is None or not ctx.has_branch else grad_residual.contiguous()
     dx, dbranch, dweight, dbias = _backward(
-        upstream, grad_normed.contiguous(), residual, scale, weight, mean, rstd, ctx.branch_dtype
-    )
+        upstream, grad_normed.contiguous(), residual, scale, branch_rows, normed_rows, ctx.num_branch, weight, mean,
+        rstd, ctx.branch_dtype,
+    )  # fmt: skip
     if ctx.has_branch and ctx.branch_dtype is None:
         dbranch = dx
-    return dx, dbranch if ctx.has_branch else None, dweight, dbias, None, None, None
+    return dx, dbranch if ctx.has_branch else None, dweight, dbias, *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -188,6 +233,8 @@ def add_layernorm(
     scale_B: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    branch_samples_K: Tensor | None = None,
+    normed_samples_K: Tensor | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -199,9 +246,12 @@ def add_layernorm(
         weight, bias: [D], one of the three types.
         scale_B: [B] float32 drop path, 0 or 1 / keep; a branch with 0 is not read. None = 1. Gets no gradient.
         eps: added to the variance.
+        branch_samples_K: [K] int64, different samples of x that ``branch`` [K, ..., D] holds; nothing is added to the
+            others. None = all. Neither these nor the next are checked for repetition: that would stall the host.
+        normed_samples_K: [K] int64, different samples whose normalised rows are wanted. None = all.
         dtype: of the normalised output. None = the branch's (x's without one).
-        impl: "triton", "torch" (``reference``), "auto" (the kernel on CUDA, else torch). On a CPU "triton" is the
-            float32 reference, or the kernel itself under TRITON_INTERPRET=1.
+        impl: "triton", "torch" (``reference``), "auto" (the one measured fastest on this GPU, else torch). On a CPU
+            "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
         (residual in x's type, x itself without a branch; normalised).
@@ -213,22 +263,48 @@ def add_layernorm(
     if x.dim() < 2 or not x.numel():
         raise UserError(f"{op}: x has shape {shape}, expected (samples, ..., width), not empty")
     check(op, "x", x, shape, FLOATS)
-    if branch is not None:
-        check(op, "branch", branch, shape, FLOATS, x.device)
     check(op, "weight", weight, shape[-1:], FLOATS, x.device)
     check(op, "bias", bias, shape[-1:], (weight.dtype,), x.device)
     if scale_B is not None:
         check(op, "scale_B", scale_B, shape[:1], (torch.float32,), x.device)
+    for name, samples in (("branch_samples_K", branch_samples_K), ("normed_samples_K", normed_samples_K)):
+        if samples is not None:
+            check(op, name, samples, (None,), (torch.int64,), x.device)
+    if branch is not None:
+        num_branch = shape[0] if branch_samples_K is None else len(branch_samples_K)
+        check(op, "branch", branch, (num_branch, *shape[1:]), FLOATS, x.device)
     if impl not in IMPLS:
         raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
     if impl == "triton" and shape[-1] > MAX_WIDTH:
         raise UserError(f"{op}: the Triton kernel takes widths up to {MAX_WIDTH}, got {shape[-1]}; use impl='torch'")
-    if impl == "torch" or (impl == "auto" and (x.device.type != "cuda" or shape[-1] > MAX_WIDTH)):
-        return reference(x, branch, weight, bias, scale_B, eps, dtype=dtype)
-    scale_B = scale_B if branch is not None else None
     dtype = dtype or (x.dtype if branch is None else branch.dtype)
-    residual, normed, *_ = _forward(x, branch, weight, bias, scale_B, eps, dtype)
+    if choose(impl, shape[-1], x.device) == "torch":
+        return reference(
+            x, branch, weight, bias, scale_B, eps, branch_samples_K=branch_samples_K, normed_samples_K=normed_samples_K,
+            dtype=dtype,
+        )  # fmt: skip
+    if branch is None:
+        scale_B = branch_samples_K = None
+    residual, normed, *_ = _forward(
+        x, branch, weight, bias, scale_B, _places(branch_samples_K, shape[0]), _places(normed_samples_K, shape[0]),
+        shape[0] if normed_samples_K is None else len(normed_samples_K), eps, dtype,
+    )  # fmt: skip
     return x if branch is None else residual, normed
+
+
+@torch.compiler.assume_constant_result
+def choose(impl: str, width: int, device: torch.device) -> str:
+    """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch."""
+    return best("add_layernorm", BEST, width, device, "torch") if impl == "auto" else impl
+
+
+def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:
+    """[B] int32 place of each sample among the chosen ones, -1 = not chosen."""
+    if samples_K is None:
+        return None
+    places_K = torch.arange(len(samples_K), dtype=torch.int32, device=samples_K.device)
+    places_B = torch.full((num_samples,), -1, dtype=torch.int32, device=samples_K.device)
+    return places_B.scatter(0, samples_K, places_K)
 
 
 def aot_configs() -> list[AotConfig]:
@@ -239,6 +315,8 @@ def aot_configs() -> list[AotConfig]:
     cases.append((768, dict.fromkeys(("p_x", "p_residual", "p_dresidual", "p_dx"), "*fp32"), ()))
     cases.append((768, {}, ("p_scale", "p_dbranch")))
     cases.append((768, {}, ("p_branch", "p_scale", "p_residual", "p_dresidual", "p_dbranch")))
+    cases = [(width, types, (*absent, "p_branch_rows", "p_normed_rows")) for width, types, absent in cases]
+    cases.append((768, {}, ()))
     kernels = (add_layernorm_fwd_kernel, add_layernorm_bwd_kernel)
     return [_aot(kernel, *case) for kernel in kernels for case in cases]
 
@@ -252,7 +330,8 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
         absent = tuple(name for name in absent if name != "p_residual")
     constexprs |= {name: None for name in absent if name in kernel.arg_names}
     full = dict.fromkeys(("p_scale", "p_weight", "p_bias", "p_mean", "p_rstd", "p_sums", "eps"), "*fp32")
-    known = full | types | {"eps": "fp32", "M": "i32"}
+    integers = {"M": "i32", "p_branch_rows": "*i32", "p_normed_rows": "*i32"}
+    known = full | types | integers | {"eps": "fp32"}
     signature = {name: known.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
-    note = "no " + ", ".join(absent) if absent else ""
+    note = f"D={width} {config.blocks} " + " ".join(sorted({*types.values()})) + f" without {', '.join(absent)}"
     return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, note=note)

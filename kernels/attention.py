@@ -10,15 +10,13 @@ backward, T = 2 B N H D in bfloat16: 72 and 145 us at (256, 198, 12, 64) and 4.3
 Shapes: B batch, N tokens, M query rows, H heads, D head width.
 """
 
-import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
-from fastdeitlt.kernels._launch import check, interpreted
+from fastdeitlt.kernels._launch import BestTable, best, check, interpreted, say_once
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,10 +30,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 1024
 LOG2E = math.log2(math.e)
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-BEST: Mapping[tuple[str, int, int], str] = {}
-"""(GPU, tokens, head width) -> fastest implementation; benchmarks.bench_attention writes the lines. Else ``choose``."""
-
-logger = logging.getLogger("fastdeitlt")
+BEST: BestTable = {}
+"""(GPU, (tokens, head width)) -> fastest implementation; benchmarks.bench_attention writes the lines."""
 
 
 def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
@@ -129,32 +125,16 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 @torch.compiler.assume_constant_result
 def choose(impl: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The implementation that runs: ``impl``, or for "auto" the measured one of ``BEST``.
+    """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch's own choice.
 
-    Where nobody measured: the Triton kernel for bfloat16 and float16 of up to 1,024 tokens, on the architectures it is
-    compiled for (8.0, 9.0, 10.x); else torch's own choice. Float32 has no spill-free setting on tensor cores.
+    More than 1,024 tokens have no kernel, and float32 none without spills on a GPU.
     """
-    if impl not in ("auto", "triton"):
-        return impl
-    if tokens > MAX_TOKENS:
-        _say_once(f"attention: {tokens} tokens are more than {MAX_TOKENS}, torch's scaled_dot_product_attention runs")
+    if impl in ("auto", "triton") and tokens > MAX_TOKENS:
+        say_once(f"attention: {tokens} tokens are more than {MAX_TOKENS}, torch's scaled_dot_product_attention runs")
         return "sdpa"
-    if impl == "triton":
+    if impl != "auto":
         return impl
-    if device.type != "cuda" or dtype == torch.float32:
-        return "sdpa"
-    capability = torch.cuda.get_device_capability(device)
-    supported = capability == (8, 0) or capability[0] in (9, 10)
-    return BEST.get((torch.cuda.get_device_name(device), tokens, width), "triton" if supported else "sdpa")
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
+    return "sdpa" if dtype == torch.float32 else best("attention", BEST, (tokens, width), device, "sdpa")
 
 
 def attention(qkv_BN3HD: Tensor, *, query_rows: int | None = None, impl: str = "auto") -> Tensor:

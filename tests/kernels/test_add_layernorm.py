@@ -37,18 +37,20 @@ def close(got, expected, kind, name):
     assert error <= TOLERANCES[kind], name
 
 
-def check_against_float64(tensors, scale, **options):
-    outputs = add_layernorm(*tensors, scale, impl="triton", **options)
+def check_against_float64(tensors, scale, branch_samples_K=None, normed_samples_K=None, **options):
+    samples = {"branch_samples_K": branch_samples_K, "normed_samples_K": normed_samples_K}
+    outputs = add_layernorm(*tensors, scale, impl="triton", **samples, **options)
     upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outputs)]
     inputs = [t for t in tensors if t is not None]
     gradients = torch.autograd.grad(outputs, inputs, upstream)
     # the residual is rounded to its type before it is normalised: let the exact one round alike
     rounded = outputs[0].detach().double()
     exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    residual, _ = reference(*exact, scale)
+    residual, _ = reference(*exact, scale, branch_samples_K=branch_samples_K)
     close(outputs[0].detach(), residual.detach(), outputs[0].dtype, "residual")
     residual = residual + (rounded - residual).detach()
     normed = torch.nn.functional.layer_norm(residual, residual.shape[-1:], *exact[2:], 1e-6)
+    normed = normed if normed_samples_K is None else normed[normed_samples_K]
     close(outputs[1].detach(), normed.detach(), outputs[1].dtype, "normalised")
     expected = torch.autograd.grad(
         (residual, normed), [t for t in exact if t is not None], [g.double() for g in upstream]
@@ -116,6 +118,31 @@ def test_with_all_samples_dropped_nothing_but_the_norm_remains(device):
     assert torch.equal(outputs[0], tensors[0]) and (gradients["branch"] == 0).all()
 
 
+@pytest.mark.parametrize("interpret", [True, False], ids=["kernel", "cpu_reference"])
+@pytest.mark.parametrize("keep", [0.6, 1.0], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize(("branch", "normed"), [([0, 3, 4], None), (None, [1, 4]), ([4, 0], [2, 0, 1]), ([2], [2])])
+def test_branch_and_output_may_hold_some_samples_only(branch, normed, keep, interpret, device, monkeypatch):
+    if not interpret:
+        if GPU:
+            pytest.skip("the reference of the op runs on a CPU")
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    (x, y, weight, bias), scale = example((5, 3, 40), device, keep=keep)
+    samples = [None if s is None else torch.tensor(s, device=device) for s in (branch, normed)]
+    y = y if branch is None else y[: len(branch)].detach().requires_grad_()
+    check_against_float64([x, y, weight, bias], scale, *samples)
+
+
+def test_no_sample_chosen_leaves_the_stream_alone(device):
+    (x, y, weight, bias), _ = example((3, 4, 24), device)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    residual, normed = add_layernorm(
+        x, y[:0], weight, bias, branch_samples_K=none, normed_samples_K=none, impl="triton"
+    )
+    assert torch.equal(residual, x) and normed.shape == (0, 4, 24)
+    gradients = torch.autograd.grad(residual.sum() + normed.sum(), (x, weight, bias))
+    assert (gradients[0] == 1).all() and not gradients[1].any() and not gradients[2].any()
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone_gives_the_right_gradients(used, device):
     tensors, scale = example((2, 5, 24), device)
@@ -164,12 +191,18 @@ def test_auto_on_a_cpu_is_the_torch_reference():
 
 def test_ops_pass_opcheck(device):
     (x, branch, weight, bias), scale = example((2, 3, 16), device)
-    for arguments in ((x, branch, weight, bias, scale, 1e-6, FULL), (x, None, weight, bias, None, 1e-6, BRAIN)):
-        torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm.default, arguments)
-    detached = [t.detach() for t in (x, branch, weight, bias)]
-    residual, normed, mean, rstd = torch.ops.fastdeitlt.add_layernorm(*detached, scale, 1e-6, FULL)
-    backward = (residual, normed, residual, scale, weight.detach(), mean, rstd, BRAIN)
-    torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm_backward.default, backward)
+    rows, op = torch.tensor([-1, 0], dtype=torch.int32, device=device), torch.ops.fastdeitlt.add_layernorm
+    for arguments in (
+        (x, branch, weight, bias, scale, None, None, 2, 1e-6, FULL),
+        (x, None, weight, bias, None, None, rows, 1, 1e-6, BRAIN),
+        (x, branch[:1].detach(), weight, bias, None, rows, rows, 1, 1e-6, BRAIN),
+    ):
+        torch.library.opcheck(op.default, arguments)
+        detached = [t.detach() if torch.is_tensor(t) else t for t in arguments]
+        _, normed, mean, rstd = op(*detached)
+        rest = (2 if arguments[5] is None else 1, weight.detach(), mean, rstd, BRAIN)
+        backward = (None, normed, x.detach(), scale, *arguments[5:7], *rest)
+        torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm_backward.default, backward)
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
@@ -199,6 +232,8 @@ def test_compiles_without_a_graph_break(impl, device):
         ({"bias": torch.zeros(8).half()}, "bias has dtype float16, expected float32"),
         ({"scale_B": torch.zeros(3)}, r"scale_B has shape \(3,\), expected \(2,\)"),
         ({"branch": torch.zeros(2, 3, 8, device="meta")}, "branch is on meta, expected cpu"),
+        ({"branch_samples_K": torch.arange(1)}, r"branch has shape \(2, 3, 8\), expected \(1, 3, 8\)"),
+        ({"normed_samples_K": torch.arange(2).int()}, "normed_samples_K has dtype int32, expected int64"),
         ({"impl": "fast"}, "got impl 'fast', expected one of auto, triton, torch"),
     ],
 )

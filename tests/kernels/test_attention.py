@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 from fastdeitlt.kernels import _attention_launch as launch
+from fastdeitlt.kernels import _launch
 from fastdeitlt.kernels import attention as module
 from fastdeitlt.kernels.attention import attention, attention_first, choose, reference
 from hypothesis import strategies as st
@@ -171,7 +172,7 @@ def test_compiles_without_a_graph_break(impl, device):
 
 
 def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(module, "_said", set())
+    module.say_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     qkv = packed(1, 1030, 1, 32, torch.device("cpu"))
     with caplog.at_level(logging.WARNING, "fastdeitlt"):
@@ -183,20 +184,19 @@ def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "tokens", "expected"),
-    [
-        ((9, 0), torch.bfloat16, 198, "triton"),
-        ((8, 0), torch.float16, 66, "triton"),
-        ((8, 9), torch.bfloat16, 198, "sdpa"),
-        ((9, 0), torch.float32, 198, "sdpa"),
-        ((9, 0), torch.bfloat16, 577, "cudnn"),
-    ],
+    ("dtype", "tokens", "expected"),
+    [(torch.bfloat16, 577, "cudnn"), (torch.float16, 66, "sdpa"), (torch.float32, 577, "sdpa")],
 )
-def test_auto_takes_the_measured_choice_or_the_documented_default(capability, dtype, tokens, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(module, "BEST", {("some GPU", 577, 64): "cudnn"})
-    assert choose("auto", tokens, 64, dtype, torch.device("cuda", 0)) == expected
+def test_auto_takes_the_measured_choice_and_torchs_where_nobody_measured(dtype, tokens, expected, caplog, monkeypatch):
+    module.say_once.cache_clear()
+    monkeypatch.setattr(_launch, "_gpu_name", lambda index: "some GPU")
+    monkeypatch.setattr(module, "BEST", {("some GPU", (577, 64)): "cudnn"})
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        chosen = [choose("auto", tokens, 64, dtype, torch.device("cuda", 0)) for _ in range(2)]
+    assert chosen == [expected] * 2
+    said = ["nothing is measured on some GPU at (66, 64)" in record.message for record in caplog.records]
+    assert said == ([True] if tokens == 66 else [])
 
 
 @pytest.mark.parametrize(
