@@ -40,6 +40,24 @@ def _train_teacher(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(args: argparse.Namespace) -> int:
+    from fastdeitlt import run
+    from fastdeitlt.ablate import ablate
+
+    run.set_up_logging()
+    folder = ablate(
+        args.grid,
+        args.overrides,
+        arms=args.arms,
+        seeds=args.seeds,
+        dry_run=args.dry_run,
+        table_only=args.table,
+    )
+    if folder:
+        print(folder / "results.md")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from fastdeitlt import run
     from fastdeitlt.demo import demo
@@ -68,6 +86,25 @@ def _export(args: argparse.Namespace) -> int:
     from fastdeitlt.export import export
 
     print(export(args.model, args.out, args.format))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from fastdeitlt import run
+    from fastdeitlt.bench import bench
+
+    run.set_up_logging()
+    given = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
+    bench(args.config, args.overrides, quick=args.quick, synthetic=args.synthetic, **given)
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from fastdeitlt import run
+    from fastdeitlt.profiling import profile
+
+    run.set_up_logging()
+    profile(args.config, args.overrides, args.out, num_steps=args.steps, synthetic=args.synthetic)
     return 0
 
 
@@ -153,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
             )
             added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
 
+    added = verb("ablate", _ablate, "train a grid of arms x seeds, continuing what is there, and compare the arms")
+    added.add_argument("grid", help="grid file, or a shipped one such as ablation/embedded")
+    added.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of all arms")
+    added.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="train these only")
+    added.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="train these only")
+    added.add_argument("--dry-run", action="store_true", help="check everything, list the runs and their steps")
+    added.add_argument("--table", action="store_true", help="train nothing, write the table of what is finished")
+
     added = verb(
         "demo", _demo, "train a teacher and a student on the embedded real images; about five minutes on a CPU"
     )
@@ -179,6 +224,18 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("out", type=Path)
     added.add_argument("--format", choices=("timm", "onnx", "pt2"), default="timm")
 
+    added = configured("bench", _bench, "images a second of a configuration here, part by part; MFU, memory, scaling")
+    added.add_argument("--quick", action="store_true", help="few rounds, no scaling over ranks; no compiling on a CPU")
+    added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
+    added.add_argument("--ranks", type=int, nargs="*", metavar="N", help="numbers of processes to measure the step on")
+    added.add_argument("--batches", type=int, nargs="*", metavar="B", help="micro-batch sizes to measure the step at")
+    added.add_argument("--json", type=Path, help="write the results there")
+
+    added = configured("profile", _profile, "where a step's time goes: trace for Perfetto, table by kernel and stage")
+    added.add_argument("--out", type=Path, default=Path("profile"), help="folder for trace and tables")
+    added.add_argument("--steps", type=int, default=3, help="optimizer steps to record")
+    added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
+
     added = verb("report", _report, "write the HTML report of a run, or compare several")
     added.add_argument("runs", nargs="+", type=Path)
     added.add_argument("--out", type=Path, help="where to write a comparison")
@@ -202,9 +259,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments by name; settings may stand before, between and after options, where argparse takes one run of them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    strangers = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strangers or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Exit code 0; 2 for bad input, in one line; 5 for a loss that is not finite; 130 for Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         return args.run(args)
     except UserError as error:

@@ -62,6 +62,17 @@ def test_config_show_names_value_origin_and_meaning(capsys, monkeypatch):
     assert "9" in row and "override" in row and "Passes over" in row
 
 
+def test_settings_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
+    settings = ["train.batch_size=4", f"runs_dir={tmp_path}", "student.depth=1"]
+    assert cli.main(["train", "quickstart", *settings[:2], "--resume", "never", settings[2], "train.epoch=3"]) == 2
+    assert "did you mean train.epochs" in capsys.readouterr().err
+    for strangers in (["--resme", "never"], ["--resume", "never", "stray"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["train", "quickstart", *settings, *strangers])
+        assert stopped.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_the_installed_command_exists():
     done = subprocess.run([FASTDEITLT, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
