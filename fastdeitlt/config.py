@@ -412,7 +412,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty if the file is.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or holds something else.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -453,25 +458,35 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
         UserError: no such file; not YAML; an unknown name (the nearest is named); a value of the wrong type or range.
     """
     file = find(path)
-    flat = _flatten(_read_yaml(file))
+    flat = _flatten(read_yaml(file))
     origins = dict.fromkeys(flat, file.name)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"override {override!r}: expected section.field=value")
         try:
-            flat[name] = yaml.safe_load(text)
+            values[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-        if isinstance(flat[name], str):
-            flat[name] = _number(flat[name])
-        origins[name] = "override"
-    return build(flat, origins)
+        if isinstance(values[name], str):
+            values[name] = _number(values[name])
+    return values
 
 
 def _number(text: str) -> str | float:
     """YAML 1.1 reads 5e-4 as a string; the user means a number."""
     try:
+    wanted = parse_overrides(overrides)
+    return build(flat | wanted, origins | dict.fromkeys(wanted, "override"))
+
+
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value of ``section.field=value`` texts; names are checked by ``build``.
+
+    Raises:
+        UserError: no equals sign, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
         return float(text)
     except ValueError:
         return text

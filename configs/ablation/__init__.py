@@ -1,0 +1,1 @@
+"""Shipped grids of the ablate command."""
