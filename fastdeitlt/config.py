@@ -460,6 +460,17 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     file = find(path)
     flat = _flatten(read_yaml(file))
     origins = dict.fromkeys(flat, file.name)
+    wanted = parse_overrides(overrides)
+    return build(flat | wanted, origins | dict.fromkeys(wanted, "override"))
+
+
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value of ``section.field=value`` texts; names are checked by ``build``.
+
+    Raises:
+        UserError: no equals sign, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -476,17 +487,6 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
 def _number(text: str) -> str | float:
     """YAML 1.1 reads 5e-4 as a string; the user means a number."""
     try:
-    wanted = parse_overrides(overrides)
-    return build(flat | wanted, origins | dict.fromkeys(wanted, "override"))
-
-
-def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Dotted name -> value of ``section.field=value`` texts; names are checked by ``build``.
-
-    Raises:
-        UserError: no equals sign, or a value that is not YAML.
-    """
-    values: dict[str, Any] = {}
         return float(text)
     except ValueError:
         return text
