@@ -72,7 +72,7 @@ def _eval(args: argparse.Namespace) -> int:
     from fastdeitlt.evaluate import evaluate
 
     run.set_up_logging()
-    evaluate(args.model, args.overrides, split=args.split, json_path=args.json)
+    evaluate(args.model, args.overrides, split=args.split, json_path=args.json, csv_path=args.csv)
     return 0
 
 
@@ -111,8 +111,10 @@ def _profile(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from fastdeitlt import report
 
-    page = report.compare(args.runs, args.out) if len(args.runs) > 1 else report.write_report(args.runs[0])
-    print(page)
+    runs = [*args.runs, *args.compare]
+    if not runs:
+        raise UserError("report: got no run folder, expected runs/<name>")
+    print(report.compare(runs, args.out) if args.compare or len(runs) > 1 else report.write_report(runs[0]))
     return 0
 
 
@@ -210,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="data.field=value", help="other images than the model was trained on"
     )
     added.add_argument("--split", choices=("test", "val", "train"), default="test")
-    added.add_argument("--json", type=Path, help="write the scores there")
+    added.add_argument("--json", type=Path, help="write all scores there")
+    added.add_argument("--csv", type=Path, help="write a row a class there")
 
     added = verb("predict", _predict, "classify images: top-k with the class names")
     added.add_argument("model", type=Path, help="run folder or model folder")
@@ -237,7 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
 
     added = verb("report", _report, "write the HTML report of a run, or compare several")
-    added.add_argument("runs", nargs="+", type=Path)
+    added.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder; several are compared")
+    added.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="set these side by side")
     added.add_argument("--out", type=Path, help="where to write a comparison")
 
     data = verb("data", _data, "prepare, check or describe a data set")

@@ -53,6 +53,8 @@ class DataConfig(Section):
     """An image that cannot be read in training: stop with its name, or replace it by one of its class and count it."""
     num_threads: int = Field(0, ge=0)
     """Decoding threads a rank. 0 = the cores divided by the local ranks."""
+    jpeg_engine_share: float = Field(0.65, ge=0, le=1)
+    """Share of a GPU's JPEG files that its hardware engine decodes, if it has one (A100, H100, ...). 0 = none."""
 
 
 class AugmentConfig(Section):
@@ -85,6 +87,9 @@ class AugmentConfig(Section):
     """Channel means that normalise the student's input (images in 0..1)."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Channel standard deviations that normalise the student's input."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """Who augments training batches: the fused kernel, or torch operations. auto: the kernel on a GPU for the recipes
+    it knows (deit, none)."""
 
 
 class MixupConfig(Section):
@@ -121,7 +126,13 @@ class StudentConfig(Section):
     """Stochastic depth of the last block; earlier blocks rise linearly from 0. 0 = off."""
     attention: Literal["auto", "triton", "sdpa", "cudnn", "flash", "math"] = "auto"
     """Who computes attention: our kernel, torch's choice, one of torch's backends. auto: the fastest measured on this
-    GPU, see kernels/attention.py; torch's on a CPU."""
+    GPU, else torch's choice."""
+    add_layernorm: Literal["auto", "triton", "torch"] = "auto"
+    """Who adds residual branches and norms the sum: our kernel in one pass, or torch. auto: the faster one measured on
+    this GPU, else torch."""
+    drop_path_law: Literal["bernoulli", "count"] = "bernoulli"
+    """bernoulli: each sample drops a branch on its own, which is computed and multiplied by 0 (timm, the recipes).
+    count: a fixed number of the batch's samples, drawn for each branch, is not computed: less work, dependent draws."""
 
 
 class TeacherConfig(Section):
@@ -162,6 +173,9 @@ class LossConfig(Section):
     """First epoch (from 0) with effective-number weights on the DIST loss. -1 = never."""
     drw_beta: float = Field(0.9999, ge=0, lt=1)
     """Beta of the effective number of samples (Cui et al. 2019)."""
+    normalise: Literal["rank", "global"] = "rank"
+    """What the weighted mean of the DIST loss is divided by: the sum of weights of the (virtual) rank's own micro-batch,
+    as the reference does, or the mean of that sum over all ranks, so that the mean is one over the whole micro-step."""
     reweight_cls: bool = False
     """Weight the CLS loss too once re-weighting starts (official --weighted-baseloss)."""
     impl: Literal["auto", "torch", "triton"] = "auto"
@@ -230,6 +244,11 @@ class TrainConfig(Section):
     """Epochs between checkpoints. 0 = only at the end."""
     save_every_steps: int = Field(0, ge=0)
     """Optimizer steps between checkpoints within an epoch. 0 = off."""
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints kept. The one before re-weighting starts is kept besides, as checkpoints/before-drw."""
+    nonfinite_skips: int = Field(0, ge=0)
+    """Optimizer steps in a row that are left out because their gradient is not finite, before the run stops. 0 = stop
+    at the first; the weights stay as they were before it either way."""
 
 
 class EvaluateConfig(Section):
@@ -245,6 +264,9 @@ class EvaluateConfig(Section):
     """Which set chooses the best checkpoint: validation; none (the last one); or test, as published numbers do."""
     weights: Literal["model", "ema", "both"] = "both"
     """Which weights are evaluated; the better on the selection set is reported when both."""
+    baseline_head: float = Field(0.0, ge=0, le=100)
+    """Accuracy in % on head classes (official split) of a run to compare with, such as a plain ViT's: training warns
+    when AVG falls 10 points below. 0 = this run's own best before re-weighting."""
 
 
 class TeacherTrainingConfig(Section):

@@ -2,23 +2,30 @@
 
 # B batch, C channels, H height, W width, K classes, N images in the set
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
-from fastdeitlt import config, distributed
+from fastdeitlt import config, distributed, shift
+from fastdeitlt.config import Config
 from fastdeitlt.data.augment import CropRequest, normalise
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import Result, score, score_single
-from fastdeitlt.saved import open_saved, run_of
+from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.posthoc import PostHoc, post_hoc
+from fastdeitlt.saved import Saved, open_saved, run_of
 
 
 class OneHead(nn.Module):
@@ -33,6 +40,31 @@ class OneHead(nn.Module):
         """The model's logits_BK, twice."""
         logits_BK = self.model(images_BCHW)
         return logits_BK, logits_BK
+
+
+class WithCosine(nn.Module):
+    """A student that also notes how much alike its CLS and DIST features are, for each image that it sees.
+
+    The features are those that the heads read, after the last norm. One minus their cosine is the paper's diversity of
+    the experts. Source: DeiT-LT deit.py, ``nn.CosineSimilarity(dim=1, eps=1e-6)``.
+    """
+
+    def __init__(self, student: DistilledViT) -> None:
+        super().__init__()
+        self.student = student
+        self.train(student.training)
+        self._cosines: list[Tensor] = []
+
+    def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's (cls_logits_BK, dist_logits_BK)."""
+        x_B2D = self.student.forward_prefix(images_BCHW)
+        self._cosines.append(cosine_similarity(x_B2D[:, 0].float(), x_B2D[:, 1].float(), dim=1, eps=1e-6))
+        return self.student.head(x_B2D[:, 0]), self.student.head_dist(x_B2D[:, 1])
+
+    def cosine_N(self, total: int, device: torch.device) -> Tensor:
+        """The cosines [N] of the ``total`` images that the ranks saw through ``gather_logits``, on every rank."""
+        seen_B = torch.cat(self._cosines).cpu() if self._cosines else torch.zeros(0)
+        return distributed.gather_interleaved(seen_B, total, device)
 
 
 def collect_logits(
@@ -84,37 +116,75 @@ def collect_logits(
     return cls_logits_NK, dist_logits_NK, labels_N
 
 
+def gather_logits(
+    model: nn.Module, source: Source, images: LongTailSet, *, device: torch.device, **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``collect_logits`` of all images on every rank, each of which runs its share; ``how`` as there."""
+    sample_N = np.arange(distributed.rank(), len(images), distributed.get_world())
+    cls_logits_BK, dist_logits_BK, _ = collect_logits(model, source, images, device=device, sample_N=sample_N, **how)
+    cls_logits_NK = distributed.gather_interleaved(cls_logits_BK, len(images), device)
+    dist_logits_NK = distributed.gather_interleaved(dist_logits_BK, len(images), device)
+    return cls_logits_NK, dist_logits_NK, torch.as_tensor(images.labels)
+
+
 def evaluate(
-    path: str | Path, overrides: Sequence[str] = (), *, split: str = "test", json_path: str | Path | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    split: str = "test",
+    json_path: str | Path | None = None,
+    csv_path: str | Path | None = None,
 ) -> Result:
-    """Score a saved model, print the tables of both splits, and write the scores as JSON if asked.
+    """Score a saved model, print the tables of both splits, and write the scores if asked.
+
+    A student scored on test images is scored once more with what its validation images can fit (posthoc.py), where
+    there are some. Ranks that torchrun starts share the images; each returns the whole result, rank 0 prints.
 
     Args:
         path: a model folder, a run folder, or a released student checkpoint.
         overrides: settings such as ``data.root=/images``, over those of the run that the model is from. Without a run
             they are over the quick start's, whose images are the embedded set.
         split: train, val or test.
-        json_path: file for the scores.
+        json_path: file for all scores.
+        csv_path: file for a row a class: training images, images, accuracy of each head with its 95 % interval.
 
     Raises:
-        UserError: no such model, no such split, or a data set with another number of classes.
+        UserError: no such model, no such split, a data set with another number of classes, or a file that cannot be
+            written.
     """
     saved = open_saved(path)
     run = run_of(Path(path))
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
+    for out in (json_path, csv_path):
+        if out and not Path(out).absolute().parent.is_dir():
+            raise UserError(f"eval: {out}: no such folder; make it first")
+    with distributed.group(cfg.train.device, cfg.train.timeout_s):
+        sets = open_sets(cfg.data)
+        images = dict(sets).get(split)
+        if images is None:
+            raise UserError(f"split {split!r}: {cfg.data.dataset} has none, only {', '.join(dict(sets))}")
+        if images.num_classes != saved.num_classes:
+            raise UserError(
+                f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {images.num_classes}; "
+                "give the data set that it was trained on (data.dataset=...)"
+            )
+        logits = _logits(saved, images, cfg)
+        counts, dataset = sets.train.counts, cfg.data.dataset
+        student, fitted = saved.kind == "student", None
+        result = score(*logits, counts, dataset) if student else score_single(*logits[1:], counts, dataset)
+        if student and split == "test" and sets.val:
+            fitted = post_hoc(_logits(saved, sets.val, cfg), logits, counts, dataset)
+        if distributed.rank() == 0:
+            _write(result, fitted, sets.train.class_names, json_path, csv_path)
+    return result
+
+
+def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """(cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's order of classes."""
     device = distributed.device_of(cfg.train.device)
-    sets = open_sets(cfg.data)
-    images = dict(sets).get(split)
-    if images is None:
-        raise UserError(f"split {split!r}: {cfg.data.dataset} has none, only {', '.join(dict(sets))}")
-    if images.num_classes != saved.num_classes:
-        raise UserError(
-            f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {images.num_classes}; "
-            "give the data set that it was trained on (data.dataset=...)"
-        )
     source = open_source(images, cfg.data, device)
     try:
-        cls_logits_NK, dist_logits_NK, labels_N = collect_logits(
+        cls_logits_NK, dist_logits_NK, labels_N = gather_logits(
             (saved.model if saved.kind == "student" else OneHead(saved.model)).to(device),
             source,
             images,
@@ -128,13 +198,40 @@ def evaluate(
         )
     finally:
         source.close()
-    counts, dataset = sets.train.counts, cfg.data.dataset
-    if saved.kind == "student":
-        result = score(saved.by_label(cls_logits_NK), saved.by_label(dist_logits_NK), labels_N, counts, dataset)
-    else:
-        result = score_single(saved.by_label(cls_logits_NK), labels_N, counts, dataset)
+    return saved.by_label(cls_logits_NK), saved.by_label(dist_logits_NK), labels_N
+
+
+def _write(
+    result: Result,
+    fitted: PostHoc | None,
+    class_names: Sequence[str] | None,
+    json_path: str | Path | None,
+    csv_path: str | Path | None,
+) -> None:
+    console = Console()
     for name in result.num_classes:
-        Console().print(result.table(name))
+        console.print(result.table(name))
+    shifted = shift.accuracies(result)
+    console.print(shift.table(shifted, fitted.prior_known if fitted else None))
+    if fitted:
+        console.print(fitted.table())
     if json_path:
-        Path(json_path).write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
-    return result
+        whole = result.to_json() | {"shifted": shifted, "posthoc": fitted.to_json() if fitted else None}
+        Path(json_path).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    if csv_path:
+        Path(csv_path).write_text(to_csv(result, class_names), encoding="utf-8", newline="")
+
+
+def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:
+    """A row a class: number, name, training images, images scored; accuracy of each head and its Wilson interval."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    measures = [f"{head}{part}" for head in result.heads for part in ("", " low", " high")]
+    writer.writerow(["class", "name", "training images", "images", *measures])
+    accuracy = {head: result.class_accuracy(head) for head in result.heads}
+    interval = {head: result.class_interval(head) for head in result.heads}
+    for k, (count, support) in enumerate(zip(result.counts_K, result.support_K, strict=True)):
+        numbers = [value for head in result.heads for value in (accuracy[head][k], *interval[head][k])]
+        cells = ["" if np.isnan(value) else f"{value:.3f}" for value in numbers]
+        writer.writerow([k, class_names[k] if class_names else "", count, support, *cells])
+    return text.getvalue()

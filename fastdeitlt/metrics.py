@@ -187,8 +187,15 @@ def score_single(
     logits_NK: Tensor, labels_N: Tensor, counts: Sequence[int], dataset: str | None = None, name: str = "TEACHER"
 ) -> Result:
     """Score a model with one head, such as the teacher; see ``score``."""
-    _check({name: logits_NK}, labels_N, len(counts))
-    return _score({name: logits_NK}, labels_N, counts, dataset)
+    return score_heads({name: logits_NK}, labels_N, counts, dataset)
+
+
+def score_heads(
+    logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], dataset: str | None = None
+) -> Result:
+    """Score any logits [N, K] by name; the first name is ``Result.main``. See ``score``."""
+    _check(logits, labels_N, len(counts))
+    return _score(logits, labels_N, counts, dataset)
 
 
 def _score(logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], dataset: str | None) -> Result:

@@ -2,26 +2,31 @@
 
 # K classes, N images in the set
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from fastdeitlt import checkpoint, distributed
+from fastdeitlt import checkpoint, distributed, signs
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
-from fastdeitlt.data.longtail import LongTailSet, Sets
+from fastdeitlt.data.longtail import LongTailSet, Sets, shot_groups
 from fastdeitlt.data.resident import open_source
-from fastdeitlt.evaluate import OneHead, collect_logits
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluate import OneHead, WithCosine, gather_logits
 from fastdeitlt.metrics import GROUPS, Result, score, score_single
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
+from fastdeitlt.posthoc import post_hoc
 from fastdeitlt.run import Run, console, write_atomically
 
 log = logging.getLogger("fastdeitlt")
@@ -52,6 +57,9 @@ class Selector:
         self.cfg, self.run, self.sets, self.device = cfg, run, sets, device
         self.student, self.teacher, self.ema = student, teacher, ema
         self.best: dict[str, Any] | None = None
+        self.fingerprint = {name: _hash_set(getattr(sets, name)) for name in ("train", "val", "test")}
+        self.fingerprint["teacher"] = _hash_weights(teacher)
+        self.tail = signs.tail_images(sets.train, cfg.data.dataset)
         self._sources: dict[int, Source] = {}
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
         if self.on != cfg.evaluate.select_on:
@@ -63,13 +71,18 @@ class Selector:
             with self._installed(weights):
                 accuracy = math.nan
                 if self.on != "last":
-                    result = self._score(getattr(self.sets, self.on))
+                    images, model = getattr(self.sets, self.on), WithCosine(self.student)
+                    result = self._score(self._logits(images, model))
                     accuracy = result.accuracy()
-                    self._log(step, epoch, weights, self.on, result)
+                    seen = self._score(self._logits(self.tail, self.student)) if len(self.tail) else None
+                    cosine_N = model.cosine_N(len(images), self.device)
+                    self._log(step, epoch, weights, self.on, result, seen, cosine_N)
                 better = self.best is None or accuracy > self.best["accuracy"] or self.on == "last"
                 if better and (self.on != "last" or (last and weights == self._preferred())):
                     self.best = {"step": step, "epoch": epoch, "weights": weights, "accuracy": accuracy}
                     self._keep()
+        if self.run.is_main and self.on != "last" and 0 <= self.cfg.loss.drw_epoch <= epoch:
+            self._watch(step, epoch)
         self.student.train()
 
     def finish(self, step: int, epoch: int) -> None:
@@ -82,11 +95,15 @@ class Selector:
             log.info("no test or validation images: nothing to report")
         else:
             split = "test" if self.sets.test else "val"
-            result = self._score(images)
-            teacher = self._score(images, self.teacher) if self.teacher else None
+            logits = self._logits(images, self.student)
+            result = self._score(logits)
+            teacher = self._score_teacher(images, self.teacher) if self.teacher else None
             self._log(step, epoch, "selected", split, result)
             results[split] = result.to_json()
             results["teacher"] = teacher.to_json() if teacher else None
+            if split == "test" and self.sets.val:
+                val = self._logits(self.sets.val, self.student)
+                results["posthoc"] = post_hoc(val, logits, self.sets.train.counts, self.cfg.data.dataset).to_json()
             if self.run.is_main:
                 console.print(result.table("official", teacher))
         for source in self._sources.values():
@@ -111,6 +128,22 @@ class Selector:
                 "crop_pct": cfg.evaluate.crop_pct,
             },
         }
+
+    def check_fingerprint(self, manifest: dict[str, Any], folder: Path) -> None:
+        """Refuse to continue a run on other images, labels or another teacher.
+
+        Raises:
+            UserError: one of them is not what the checkpoint was trained with; files of the same name may differ.
+        """
+        saved = manifest.get("fingerprint", self.fingerprint)
+        changed = [name for name, found in self.fingerprint.items() if saved.get(name) != found]
+        if changed:
+            what = {"teacher": "the teacher's weights"} | dict.fromkeys(("train", "val", "test"), "images or labels of")
+            listed = ", ".join(what[n] if n == "teacher" else f"{what[n]} the {n} set" for n in changed)
+            raise UserError(
+                f"run folder {folder}: {listed} changed since the checkpoint; bring back the old files, or use "
+                "--resume never for a new folder"
+            )
 
     def _candidates(self) -> list[str]:
         wanted = ("model", "ema") if self.cfg.evaluate.weights == "both" else (self.cfg.evaluate.weights,)
@@ -140,14 +173,12 @@ class Selector:
             self._sources[id(images)] = open_source(images, self.cfg.data, self.device)
         return self._sources[id(images)]
 
-    def _score(self, images: LongTailSet, teacher: Teacher | None = None) -> Result:
-        """Each rank runs its share of the images; every rank scores them all, and so chooses the same weights."""
+    def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(cls_logits_NK, dist_logits_NK, labels_N) on every rank, so that all choose the same weights."""
         cfg, size = self.cfg, self.student.img_size
-        source = self._source(images)
-        model = OneHead(teacher) if teacher else self.student
-        *parts, _ = collect_logits(
+        return gather_logits(
             model,
-            source,
+            self._source(images),
             images,
             size=size,
             resize=round(size / cfg.evaluate.crop_pct),
@@ -156,24 +187,82 @@ class Selector:
             std=cfg.augment.std,
             device=self.device,
             autocast_dtype=torch.bfloat16 if cfg.train.precision == "bf16" else None,
-            sample_N=np.arange(distributed.rank(), len(images), distributed.get_world()),
         )
-        cls_logits_NK, dist_logits_NK = (distributed.gather_interleaved(x, len(images), self.device) for x in parts)
-        labels_N = torch.as_tensor(images.labels)
-        counts, dataset = self.sets.train.counts, cfg.data.dataset
-        if teacher:
-            class_map = teacher.class_map
-            logits_NK = cls_logits_NK if class_map is None else cls_logits_NK[:, class_map.cpu().argsort()]
-            return score_single(logits_NK, labels_N, counts, dataset)
-        return score(cls_logits_NK, dist_logits_NK, labels_N, counts, dataset)
 
-    def _log(self, step: int, epoch: int, weights: str, split: str, result: Result) -> None:
+    def _score(self, logits: tuple[Tensor, Tensor, Tensor]) -> Result:
+        return score(*logits, self.sets.train.counts, self.cfg.data.dataset)
+
+    def _score_teacher(self, images: LongTailSet, teacher: Teacher) -> Result:
+        logits_NK, _, labels_N = self._logits(images, OneHead(teacher))
+        if teacher.class_map is not None:
+            logits_NK = logits_NK[:, teacher.class_map.cpu().argsort()]
+        return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset)
+
+    def _watch(self, step: int, epoch: int) -> None:
+        """Warn of the signs of failure in the better weights of this evaluation (signs.py)."""
+        records = [r for r in self.run.records() if r["kind"] == "eval" and r.get("tail_seen")]
+        now = [record for record in records if record["step"] == step]
+        if not now:
+            return
+        weights = max(now, key=lambda record: record["avg_all"])["weights"]
+        readings = [
+            signs.Reading(r["epoch"], Result.from_json(r["result"]), Result.from_json(r["tail_seen"]))
+            for r in records
+            if r["weights"] == weights
+        ]
+        found = signs.check(readings, self.cfg.loss.drw_epoch, self.cfg.evaluate.baseline_head)
+        for sign in found:
+            if sign.seen:
+                log.warning("epoch %d, %s weights: %s", epoch + 1, weights, sign.text)
+        self.run.record("signs", step, epoch=epoch, weights=weights, signs=[sign.to_json() for sign in found])
+
+    def _cosines(self, cosine_N: Tensor, labels_N: Tensor) -> dict[str, float]:
+        """Mean cosine of CLS and DIST features: of all images, and of each group (official split) that has any."""
+        groups = shot_groups(self.sets.train.counts, signs.SPLIT, self.cfg.data.dataset)
+        masks = {"all": torch.ones_like(labels_N, dtype=torch.bool)}
+        masks |= {group: torch.isin(labels_N, ids) for group, ids in groups.items()}
+        return {f"cosine_{group}": float(cosine_N[mask].mean()) for group, mask in masks.items() if mask.any()}
+
+    def _log(
+        self,
+        step: int,
+        epoch: int,
+        weights: str,
+        split: str,
+        result: Result,
+        seen: Result | None = None,
+        cosine_N: Tensor | None = None,
+    ) -> None:
         scores = {
             f"{head.lower()}_{group}": result.accuracy(head, group, "official")
             for head in ("AVG", "CLS", "DIST")
             for group in GROUPS
         }
-        self.run.record("eval", step, epoch=epoch, weights=weights, set=split, **scores, result=result.to_json())
+        facts: dict[str, Any] = {"set": split, **scores, "result": result.to_json()}
+        if cosine_N is not None:
+            facts |= self._cosines(cosine_N, torch.as_tensor(getattr(self.sets, split).labels))
+        if seen:
+            facts["tail_seen"] = seen.to_json()
+        self.run.record("eval", step, epoch=epoch, weights=weights, **facts)
         self.run.summarise()
         table = "  ".join(f"{head} {scores[f'{head.lower()}_all']:.1f}" for head in ("AVG", "CLS", "DIST"))
         self.run.show(step, f"epoch {epoch + 1}: {split} accuracy of {weights}: {table} %")
+
+
+def _hash_set(images: LongTailSet | None) -> str | None:
+    """Of which images in which order, and their labels; not of what the files hold."""
+    if images is None:
+        return None
+    digest = hashlib.sha256(np.asarray(images.labels, dtype=np.int64).tobytes())
+    for path in images.paths:
+        digest.update(f"{Path(path).name}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _hash_weights(teacher: Teacher | None) -> str | None:
+    if teacher is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in teacher.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,256 @@
+"""What validation images can still improve after training: temperature, class prior, the weight of the two heads.
+
+Each method gives logits that are a sum of up to three features of the heads' log-probabilities, with weights that
+minimise the NLL of validation images, every class counting the same. That is a convex problem, solved by Newton's
+method, so a fit has no settings and no seed. Test images are never fitted on.
+"""
+
+# N images, K classes, F features of a method
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from rich.table import Table
+from torch import Tensor
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.metrics import GROUPS, Number, Result, cell, score_heads
+from fastdeitlt.shift import SHIFTS, accuracy_under, shifted_prior
+
+CHUNK = 2048
+HEADER = ["", *GROUPS, "ECE", "NLL", "fitted"]
+MAX_STEPS = 50
+MAX_TEMPERATURE = 100.0
+"""Of a method that is a temperature alone: it may flatten the probabilities of a bad model, not turn them over."""
+TOLERANCE = 1e-10
+
+# (cls_logits_NK, dist_logits_NK, log_prior_K) -> F features [N, K]
+Features = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+
+
+def _mean(cls_NK: Tensor, dist_NK: Tensor) -> Tensor:
+    return ((cls_NK + dist_NK) / 2).log_softmax(1)
+
+
+def _heads(cls_NK: Tensor, dist_NK: Tensor, *, towards_dist: Tensor | None = None) -> list[Tensor]:
+    log_cls_NK, log_dist_NK = cls_NK.log_softmax(1), dist_NK.log_softmax(1)
+    shift = [] if towards_dist is None else [towards_dist * (log_dist_NK - log_cls_NK)]
+    return [log_cls_NK, log_dist_NK, *shift]
+
+
+def _size(log_prior_K: Tensor) -> Tensor:
+    """Log of the class size [K], standardised: 0 on average, deviation 1; all 0 where classes are of one size."""
+    centred_K = log_prior_K - log_prior_K.mean()
+    return centred_K / centred_K.square().mean().sqrt().clamp_min(1e-6)
+
+
+def _doubt(cls_NK: Tensor, dist_NK: Tensor) -> Tensor:
+    """How much more in doubt CLS is than DIST, -1..1 [N, 1]: the difference of their entropies over log K."""
+    entropies = [-(p.exp() * p).sum(1, keepdim=True) for p in _heads(cls_NK, dist_NK)]
+    return (entropies[0] - entropies[1]) / math.log(max(cls_NK.shape[1], 2))
+
+
+METHODS: dict[str, tuple[Features, tuple[float, ...]]] = {
+    "AVG, temperature": (lambda c, d, _: [_mean(c, d)], (1.0,)),
+    "CLS, temperature": (lambda c, d, _: [c.log_softmax(1)], (1.0,)),
+    "DIST, temperature": (lambda c, d, _: [d.log_softmax(1)], (1.0,)),
+    "AVG, class prior": (lambda c, d, log_prior_K: [_mean(c, d), (-log_prior_K).expand_as(c)], (1.0, 0.0)),
+    "fusion": (lambda c, d, _: _heads(c, d), (0.5, 0.5)),
+    "fusion by class size": (lambda c, d, p: _heads(c, d, towards_dist=_size(p)), (0.5, 0.5, 0.0)),
+    "fusion by entropy": (lambda c, d, _: _heads(c, d, towards_dist=_doubt(c, d)), (0.5, 0.5, 0.0)),
+}
+"""Name -> its features, and the weights at which it changes nothing (those of AVG).
+
+Temperature: Guo et al. 2017, section 4.2. Class prior: Menon et al. 2021, eq. 9, ``logits - tau log prior``. Fusion:
+the weight alpha of the DIST head, one for all images, linear in the log of the class size, or linear in the difference
+of the heads' entropies."""
+
+
+@dataclass(frozen=True)
+class PostHoc:
+    """What each method does to the test images."""
+
+    num_fitted: int
+    """Validation images that the weights were fitted on."""
+    weights: dict[str, list[float]]
+    """Method -> weights [F] of its features."""
+    meaning: dict[str, str]
+    """Method -> its weights in the field's terms."""
+    result: Result
+    """Scores with methods for heads; "AVG" first, as trained."""
+    prior_known: dict[str, Number]
+    """Shifted prior -> accuracy in per cent under it of "AVG, class prior" that is told the prior; see shift.py."""
+
+    def rows(self, split: str = "official") -> list[list[str]]:
+        """A row a method: name, accuracy of all, head, mid, tail, ECE and NLL of all, what was fitted."""
+        return [
+            [
+                name,
+                *(cell(head.top1[split][group]) for group in GROUPS),
+                cell(head.ece[split]["all"]),
+                cell(head.nll[split]["all"], 3),
+                self.meaning.get(name, "nothing"),
+            ]
+            for name, head in self.result.heads.items()
+        ]
+
+    def table(self, split: str = "official") -> Table:
+        """``rows`` for a terminal."""
+        table = Table(
+            title=f"fitted on {self.num_fitted:,} validation images, scored on test images, {split} split",
+            caption="\n".join(f"{method}: {meaning}" for method, meaning in self.meaning.items()),
+            caption_justify="left",
+        )
+        for name in HEADER[:-1]:
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for row in self.rows(split):
+            table.add_row(*row[:-1])
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Standard JSON."""
+        return json.loads(_POST_HOC.dump_json(self))
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "PostHoc":
+        """The inverse of ``to_json``.
+
+        Raises:
+            UserError: the tree is something else.
+        """
+        try:
+            found = _POST_HOC.validate_python(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"post-hoc scores: {where}: {first['msg']}; expected what `fastdeitlt eval` writes"
+            ) from None
+        return replace(found, result=Result.from_json(tree["result"]))
+
+
+_POST_HOC = TypeAdapter(PostHoc)
+
+
+def log_prior(counts: Sequence[int]) -> Tensor:
+    """Log of each class's share of the training images, float64 [K]; a class without images counts as one image."""
+    counts_K = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
+    return (counts_K / counts_K.sum()).log()
+
+
+def apply(method: str, weights: Sequence[float], cls_NK: Tensor, dist_NK: Tensor, log_prior_K: Tensor) -> Tensor:
+    """Logits [N, K] of a method, float32, from the heads' logits."""
+    features, _ = METHODS[method]
+    parts = [
+        sum(w * feature for w, feature in zip(weights, features(c.double(), d.double(), log_prior_K), strict=True))
+        for c, d in zip(cls_NK.split(CHUNK), dist_NK.split(CHUNK), strict=True)
+    ]
+    return torch.cat([torch.as_tensor(part).float() for part in parts])
+
+
+def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prior_K: Tensor) -> list[float]:
+    """Weights [F] that minimise the NLL of the labels, averaged over the images of a class, then over classes.
+
+    A Gaussian prior of deviation 1 around "no change", which weighs as much as one image, keeps the weights finite
+    where every image is classified without an error.
+    """
+    features, start = METHODS[method]
+    support_K = labels_N.bincount(minlength=cls_NK.shape[1]).double()
+    share_N = (1 / support_K / (support_K > 0).sum())[labels_N]
+    start_F = torch.tensor(start, dtype=torch.float64)
+    ridge = 1 / len(labels_N)
+    chunks = list(zip(*(x.split(CHUNK) for x in (cls_NK, dist_NK, labels_N, share_N)), strict=True))
+
+    def loss(weights_F: Tensor) -> tuple[float, Tensor, Tensor]:
+        """(loss, gradient [F], Hessian [F, F])"""
+        offset_F = weights_F - start_F
+        total = ridge * float(offset_F.square().sum()) / 2
+        gradient_F, hessian_FF = ridge * offset_F, ridge * torch.eye(len(start), dtype=torch.float64)
+        for c_BK, d_BK, labels_B, share_B in chunks:
+            x_BFK = torch.stack(features(c_BK.double(), d_BK.double(), log_prior_K), dim=1)
+            log_probs_BK = torch.einsum("f,bfk->bk", weights_F, x_BFK).log_softmax(1)
+            label_B1 = labels_B[:, None]
+            total -= float(share_B @ log_probs_BK.gather(1, label_B1)[:, 0])
+            probs_BK = log_probs_BK.exp()
+            mean_BF = torch.einsum("bk,bfk->bf", probs_BK, x_BFK)
+            own_BF = x_BFK.gather(2, label_B1[:, None].expand(-1, len(start), 1))[..., 0]
+            gradient_F = gradient_F + share_B @ (mean_BF - own_BF)
+            centred_BFK = x_BFK - mean_BF[..., None]
+            weighted_BFK = centred_BFK * (share_B[:, None] * probs_BK)[:, None]
+            hessian_FF = hessian_FF + torch.einsum("bfk,bgk->fg", weighted_BFK, centred_BFK)
+        return total, gradient_F, hessian_FF
+
+    weights_F = start_F
+    value, gradient_F, hessian_FF = loss(weights_F)
+    for _ in range(MAX_STEPS):
+        step_F = torch.linalg.solve(hessian_FF, gradient_F)
+        decrease = float(gradient_F @ step_F)
+        if decrease < TOLERANCE:
+            break
+        length = 1.0
+        while (found := loss(weights_F - length * step_F))[0] > value - length * decrease / 4 and length > 1e-6:
+            length /= 2
+        weights_F = weights_F - length * step_F
+        value, gradient_F, hessian_FF = found
+    return weights_F.tolist() if len(start) > 1 else [max(float(weights_F), 1 / MAX_TEMPERATURE)]
+
+
+def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
+    """The weights of a method in the field's terms: temperature T, strength tau of the prior, weight alpha of DIST."""
+    total = weights[0] if len(weights) == 1 or method == "AVG, class prior" else weights[0] + weights[1]
+    if not total > 0:
+        return "no sense to make of it: the heads' order of classes is worse than chance"
+    temperature = f"T = {1 / total:.2f}"
+    if len(weights) == 1:
+        return temperature
+    if method == "AVG, class prior":
+        return f"{temperature}, tau = {weights[1] / total:.2f}"
+    alpha = weights[1] / total
+    if len(weights) == 2:
+        return f"{temperature}, alpha = {alpha:.2f}"
+    slope = weights[2] / total
+    if method == "fusion by class size":
+        size_K = _size(log_prior_K)
+        largest, smallest = (alpha + slope * float(size) for size in (size_K.max(), size_K.min()))
+        return f"{temperature}, alpha = {largest:.2f} (largest class) to {smallest:.2f} (smallest)"
+    return (
+        f"{temperature}, alpha = {alpha:.2f} {'+' if slope >= 0 else '-'} {abs(slope):.2f} x (doubt of CLS - of DIST)"
+    )
+
+
+def post_hoc(
+    val: tuple[Tensor, Tensor, Tensor],
+    test: tuple[Tensor, Tensor, Tensor],
+    counts: Sequence[int],
+    dataset: str | None = None,
+) -> PostHoc:
+    """Fit every method on ``val`` and score it on ``test``; each is (cls_logits_NK, dist_logits_NK, labels_N).
+
+    Raises:
+        UserError, NonFiniteError: see ``score``.
+    """
+    log_prior_K = log_prior(counts)
+    cls_NK, dist_NK, labels_N = test
+    weights = {method: fit(method, *val, log_prior_K) for method in METHODS}
+    logits = {method: apply(method, w, cls_NK, dist_NK, log_prior_K) for method, w in weights.items()}
+    average_NK = (cls_NK.float() + dist_NK.float()) / 2
+    heads = {"AVG": average_NK, "AVG, class prior, tau = 1": average_NK - log_prior_K.float()}
+    known: dict[str, float] = {}
+    for name, rho in SHIFTS.items():
+        prior_K = torch.from_numpy(shifted_prior(counts, rho))
+        predicted_N = (logits["AVG, class prior"] + prior_K.log().float()).argmax(1)
+        correct_K = labels_N[predicted_N == labels_N].bincount(minlength=len(counts))
+        support_K = labels_N.bincount(minlength=len(counts))
+        known[name] = accuracy_under(prior_K.numpy(), correct_K.numpy(), support_K.numpy())
+    return PostHoc(
+        num_fitted=len(val[2]),
+        weights=weights,
+        meaning={method: describe(method, w, log_prior_K) for method, w in weights.items()},
+        result=score_heads(heads | logits, labels_N, counts, dataset),
+        prior_known=known,
+    )

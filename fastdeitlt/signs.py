@@ -1,0 +1,135 @@
+"""The signs that DeiT-LT is failing, watched at each evaluation once re-weighting has started.
+
+They are the ones to look for in a run of the method: a DIST head that is no expert for the tail, a head that pays too
+much for it, and tail classes learned by heart. Each is said in plain words with its figures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdeitlt.data.longtail import LongTailSet, class_order, shot_groups
+from fastdeitlt.metrics import Result
+
+SPLIT = "official"
+HEAD_DROP = 10.0
+"""Points below the baseline on the head that are too many."""
+TAIL_FALL = 5.0
+"""Points that the tail may lose on held-out images; or two standard errors, where few images make those more."""
+NUM_TAIL_IMAGES = 1024
+"""Training images of tail classes that are scored at each evaluation, at most."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One evaluation of some weights."""
+
+    epoch: int
+    """From 0."""
+    scores: Result
+    """On the images that choose the weights."""
+    tail_seen: Result
+    """On training images of tail classes, not augmented."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One check."""
+
+    name: str
+    """"tail expert", "head" or "overfitting"."""
+    seen: bool
+    """Whether the run shows it."""
+    text: str
+    """What was found, in words and figures."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Standard JSON."""
+        return asdict(self)
+
+
+def tail_images(images: LongTailSet, dataset: str) -> LongTailSet:
+    """The training images of the tail classes (official split), evenly spaced ones where they are many."""
+    tail_N = np.flatnonzero(np.isin(images.labels, shot_groups(images.counts, SPLIT, dataset)["tail"].numpy()))
+    return images.take(tail_N[np.linspace(0, len(tail_N) - 1, min(NUM_TAIL_IMAGES, len(tail_N))).astype(np.int64)])
+
+
+def check(readings: Sequence[Reading], drw_epoch: int, baseline_head: float = 0.0) -> list[Sign]:
+    """The signs at the last reading.
+
+    Args:
+        readings: of the same weights, in order; the last is of an epoch with re-weighting.
+        drw_epoch: first re-weighted epoch.
+        baseline_head: accuracy in per cent on head classes to compare with; 0 = AVG's best before re-weighting.
+
+    Returns:
+        Those that can be judged: without a reading before re-weighting and without a baseline, nothing is said about
+        the head; without images of a group, nothing about that group.
+    """
+    now, after = readings[-1], [reading for reading in readings if reading.epoch >= drw_epoch]
+    before = [reading for reading in readings if reading.epoch < drw_epoch]
+    found = [_tail_expert(now), _head(now, before, baseline_head), _overfitting([*before[-1:], *after])]
+    return [sign for sign in found if sign]
+
+
+def _tail_expert(now: Reading) -> Sign | None:
+    cls, dist = (now.scores.accuracy(head, "tail", SPLIT) for head in ("CLS", "DIST"))
+    if np.isnan(cls):
+        return None
+    if dist > cls:
+        return Sign("tail expert", False, f"DIST leads CLS on the tail: {dist:.1f} against {cls:.1f} %")
+    return Sign(
+        "tail expert",
+        True,
+        f"DIST is no better than CLS on the tail: {dist:.1f} against {cls:.1f} %; no tail expert has formed. Look at "
+        "the teacher's accuracy on the tail (analyze teacher) and at the strength of the augmentation",
+    )
+
+
+def _head(now: Reading, before: Sequence[Reading], baseline_head: float) -> Sign | None:
+    value = now.scores.accuracy("AVG", "head", SPLIT)
+    own = [reading.scores.accuracy("AVG", "head", SPLIT) for reading in before]
+    if np.isnan(value) or not (own or baseline_head):
+        return None
+    baseline = baseline_head or max(own)
+    what = "the baseline's (evaluate.baseline_head)" if baseline_head else "the best before re-weighting"
+    figures = f"{value:.1f} %, {what} {baseline:.1f} %"
+    if baseline - value <= HEAD_DROP:
+        return Sign("head", False, f"AVG holds the head classes: {figures}")
+    return Sign(
+        "head",
+        True,
+        f"AVG has lost {baseline - value:.1f} points on the head classes: {figures}. Re-weighting takes more than it "
+        "should: a later loss.drw_epoch, a smaller loss.drw_beta or a smaller loss.alpha weighs the tail less",
+    )
+
+
+def _overfitting(readings: Sequence[Reading]) -> Sign | None:
+    """Held-out tail accuracy falls from its best since re-weighting while that on the tail's training images rises."""
+    now = readings[-1]
+    held, seen = _on_tail(now)
+    if np.isnan(held) or np.isnan(seen):
+        return None
+    best = max(readings, key=lambda reading: _on_tail(reading)[0])
+    held_best, seen_best = _on_tail(best)
+    figures = f"on held-out images {held:.1f} %, on its training images {seen:.1f} %"
+    if best.epoch != now.epoch:
+        figures += f" (epoch {best.epoch + 1}: {held_best:.1f} and {seen_best:.1f} %)"
+    tail_classes = class_order(now.scores.counts_K)[-now.scores.num_classes[SPLIT]["tail"] :]
+    num_images = int(np.array(now.scores.support_K)[tail_classes].sum())
+    margin = max(TAIL_FALL, 2 * (held_best * (100 - held_best) / num_images) ** 0.5)
+    if held_best - held <= margin or seen < seen_best:
+        return Sign("overfitting", False, f"the tail is not overfitted: {figures}")
+    return Sign(
+        "overfitting",
+        True,
+        f"tail classes are overfitted: {figures}. Stronger augmentation, a later loss.drw_epoch or a smaller "
+        "loss.drw_beta helps; the best epoch is kept as checkpoints/best",
+    )
+
+
+def _on_tail(reading: Reading) -> tuple[float, float]:
+    """AVG on the tail in per cent: held-out images, training images."""
+    return reading.scores.accuracy("AVG", "tail", SPLIT), reading.tail_seen.accuracy("AVG", "tail", SPLIT)
