@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
+from fastdeitlt.models.residual import Kept, draw_kept
 from fastdeitlt.models.vit import DistilledViT, flops_per_image, num_parameters
 
 DATA = Path(__file__).parent / "data"
@@ -111,6 +112,62 @@ def test_shortcut_of_a_single_block() -> None:
         torch.testing.assert_close(short, model(images))
 
 
+@pytest.mark.parametrize(("batch", "drop", "num_kept"), [(10, 0.25, 8), (10, 0.01, 10), (3, 0.9, 1), (1, 0.5, 1)])
+def test_law_count_keeps_that_many_samples_each_as_often_and_the_mean(batch: int, drop: float, num_kept: int) -> None:
+    torch.manual_seed(0)
+    x, times, sums = torch.zeros(batch, 1, 1), torch.zeros(batch), torch.zeros(batch)
+    for _ in range(2000):
+        kept = draw_kept(x, drop, "count")
+        samples = torch.arange(batch) if kept is None else kept.samples_S
+        assert len(samples) == num_kept == len(samples.unique()) and (kept is None) == (num_kept == batch)
+        times[samples] += 1
+        sums[samples] += 1.0 if kept is None else kept.scale_B11[0, 0, 0]
+    bound = 5 * (num_kept / batch * (1 - num_kept / batch) / 2000) ** 0.5
+    torch.testing.assert_close(times / 2000, torch.full((batch,), num_kept / batch), rtol=0, atol=bound)
+    torch.testing.assert_close(sums / 2000, torch.ones(batch), rtol=0, atol=bound * batch / num_kept + 1e-5)
+
+
+def test_law_bernoulli_drops_each_sample_on_its_own() -> None:
+    torch.manual_seed(0)
+    kept = draw_kept(torch.zeros(20_000, 1, 1), 0.3, "bernoulli")
+    assert kept.samples_S is None and kept.scale_B11.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert (kept.scale_B11 > 0).float().mean().item() == pytest.approx(0.7, abs=0.02)
+    assert draw_kept(torch.zeros(4, 1, 1), 0.0, "bernoulli") is None
+
+
+@pytest.mark.parametrize("last_block_shortcut", [True, False])
+def test_samples_left_out_give_what_samples_multiplied_by_zero_give(
+    last_block_shortcut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(0.7, drop_path_law="count", last_block_shortcut=last_block_shortcut).double()
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    logits, gradients = logits_and_gradients(model, images)
+
+    def computed(x: Tensor, drop: float, law: str) -> Kept | None:
+        kept = draw_kept(x, drop, law)
+        if kept is None:
+            return None
+        mask = torch.zeros_like(kept.scale_B11).index_fill(0, kept.samples_S, 1)
+        return Kept(kept.scale_B11 * mask)
+
+    monkeypatch.setattr("fastdeitlt.models.vit.draw_kept", computed)
+    expected_logits, expected_gradients = logits_and_gradients(model, images)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-12, atol=1e-13)
+    assert_same_gradients(gradients, expected_gradients, 1e-11)
+
+
+def test_law_count_does_the_work_of_the_kept_samples_alone() -> None:
+    images, flops = torch.zeros(10, 3, 32, 32), {}
+    for law in ("bernoulli", "count"):
+        model = small(0.4, drop_path_law=law, last_block_shortcut=False).train()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images)
+        flops[law] = counter.get_total_flops()
+    # blocks drop 0, 2 and 4 of ten samples; patches and heads keep all
+    fixed = 10 * (2 * 16 * 3 * 64 * 192 + 2 * 2 * 192 * 7)
+    assert flops["count"] - fixed == pytest.approx((flops["bernoulli"] - fixed) * (10 + 8 + 6) / 30)
+
+
 def test_eval_is_the_mean_of_both_heads() -> None:
     model, images = small().eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -182,6 +239,18 @@ def test_size_of_the_name_unless_another_is_given() -> None:
 def test_bad_students_are_refused_by_name(arguments: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
         create_student(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"add_layernorm": "trition"}, "expected one of auto, torch, triton; did you mean triton"),
+        ({"drop_path_law": "batch"}, "expected one of bernoulli, count"),
+    ],
+)
+def test_unknown_options_are_refused_by_name(option: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        small(**option)
 
 
 def test_images_of_another_size_are_refused() -> None:

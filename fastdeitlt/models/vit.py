@@ -3,8 +3,8 @@
 Source: DeiT (arXiv 2012.12877) section 4; DeiT-LT (arXiv 2404.02900); parameter names, initialisation and drop-path law
 of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
 """
-# B batch, C channels, H W height and width of images_BCHW, N tokens (CLS, DIST, patches), D width, K classes;
-# after the qkv projection: H heads, E width of a head (D = H E)
+# B batch, S of its samples, C channels, H W height and width of images_BCHW, N tokens (CLS, DIST, patches), M of them,
+# D width, K classes; after the qkv projection: H heads, E width of a head (D = H E)
 
 import re
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import near
 from fastdeitlt.errors import UserError
+from fastdeitlt.models.residual import DROP_PATH_LAWS, AddNorm, Kept, add_norm_function, draw_kept, select
 
 NUM_PREFIX = 2  # CLS and DIST stand before the patch tokens
 MLP_RATIO = 4
@@ -108,25 +109,39 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; each residual branch is dropped a sample with probability ``drop_path``."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, attention: Attention) -> None:
+    def __init__(self, width: int, heads: int, drop_path: float, attention: Attention, add_norm: AddNorm) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = SelfAttention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.drop_path = drop_path
+        self.add_norm = add_norm
 
-    def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
-        """All tokens, or the first ``num_queries`` alone: exact where nothing later reads the others."""
-        x_BMD = self._add(x_BND[:, :num_queries], self.attn(self.norm1(x_BND), num_queries))
-        return self._add(x_BMD, self.mlp(self.norm2(x_BMD)))
+    def forward(
+        self,
+        x_BND: Tensor,
+        normed_SND: Tensor,
+        kept: tuple[Kept | None, Kept | None],
+        next_norm: nn.LayerNorm,
+        next_kept: Kept | None,
+        num_queries: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """From the stream and its ``norm1`` to the stream after the block and its ``next_norm``.
 
-    def _add(self, x_BND: Tensor, branch_BND: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return x_BND + branch_BND
-        keep = 1 - self.drop_path
-        scale_B11 = x_BND.new_empty(x_BND.shape[0], 1, 1).bernoulli_(keep) / keep
-        return x_BND + branch_BND * scale_B11
+        Each sum and the norm that reads it are one operation, so a block ends with the norm of what follows.
+
+        Args:
+            x_BND: the stream.
+            normed_SND: ``norm1`` of the samples that the attention runs.
+            kept: of the attention and of the MLP.
+            next_norm, next_kept: of what follows.
+            num_queries: compute the first so many tokens alone: exact where nothing later reads the others.
+        """
+        kept_attn, kept_mlp = kept
+        branch_SMD = self.attn(normed_SND, num_queries)
+        x_BMD, normed_SMD = self.add_norm(x_BND[:, :num_queries], branch_SMD, kept_attn, self.norm2, kept_mlp)
+        return self.add_norm(x_BMD, self.mlp(normed_SMD), kept_mlp, next_norm, next_kept)
 
 
 class DistilledViT(nn.Module):
@@ -134,8 +149,10 @@ class DistilledViT(nn.Module):
 
     Args:
         drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
+        drop_path_law: "bernoulli" or "count", see ``draw_kept``.
         last_block_shortcut: in training, compute only the CLS and DIST rows in the last block (about 7 % less work).
         attention: see ``attention_functions``.
+        add_layernorm: see ``add_norm_function``.
     """
 
     def __init__(
@@ -148,19 +165,21 @@ class DistilledViT(nn.Module):
         heads: int,
         depth: int,
         drop_path: float = 0.0,
+        drop_path_law: str = "bernoulli",
         last_block_shortcut: bool = True,
         attention: str = "auto",
+        add_layernorm: str = "auto",
     ) -> None:
         super().__init__()
         self.img_size, self.patch, self.num_classes, self.width = img_size, patch, num_classes, width
-        self.last_block_shortcut = last_block_shortcut
+        self.drop_path_law, self.last_block_shortcut = drop_path_law, last_block_shortcut
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
-        functions = attention_functions(attention)
+        functions = attention_functions(attention), add_norm_function(add_layernorm, width)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, rate, functions) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, rate, *functions) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
         self.head_dist = nn.Linear(width, num_classes)
@@ -187,22 +206,30 @@ class DistilledViT(nn.Module):
         prefix_B2D = torch.cat((self.cls_token, self.dist_token), 1).expand(images_BCHW.shape[0], -1, -1)
         return torch.cat((prefix_B2D, self.patch_embed(images_BCHW)), 1) + self.pos_embed
 
+    def _run(self, images_BCHW: Tensor, num_queries: int | None) -> Tensor:
+        """Tokens after the final norm, [B, N, D], or the first ``num_queries``, which the last block then computes."""
+        x_BND, blocks = self._embed(images_BCHW), list(self.blocks)
+        rates = [block.drop_path if self.training else 0.0 for block in blocks]
+        kept = [tuple(draw_kept(x_BND, rate, self.drop_path_law) for _ in range(2)) for rate in rates]
+        norms = [*(block.norm1 for block in blocks[1:]), self.norm]
+        firsts = [*(attn for attn, _ in kept), None]
+        normed_SND = blocks[0].norm1(select(x_BND, firsts[0]))
+        for i, block in enumerate(blocks):
+            last = i == len(blocks) - 1
+            x_BND, normed_SND = block(
+                x_BND, normed_SND, kept[i], norms[i], firsts[i + 1], num_queries if last else None
+            )
+        return normed_SND
+
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """All tokens after the final norm, [B, N, D] (CLS, DIST, then patches row by row); never shortened."""
-        x_BND = self._embed(images_BCHW)
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        return self.norm(x_BND)
+        return self._run(images_BCHW, None)
 
     def forward_prefix(self, images_BCHW: Tensor) -> Tensor:
         """CLS and DIST after the final norm, [B, 2, D]."""
-        x_BND = self._embed(images_BCHW)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x_BND = block(x_BND)
         # in eval mode the whole block, in the order in which timm adds: equal bit for bit
         num_queries = NUM_PREFIX if self.last_block_shortcut and self.training else None
-        return self.norm(last(x_BND, num_queries)[:, :NUM_PREFIX])
+        return self._run(images_BCHW, num_queries)[:, :NUM_PREFIX]
 
     def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
@@ -225,6 +252,8 @@ def create_student(
     depth: int | None = None,
     attention: str = "auto",
     *,
+    add_layernorm: str = "auto",
+    drop_path_law: str = "bernoulli",
     last_block_shortcut: bool = True,
 ) -> DistilledViT:
     """A student with fresh weights.
@@ -235,6 +264,8 @@ def create_student(
         drop_path: stochastic depth of the last block.
         depth: number of blocks. 0 or None = 12 (large: 24).
         attention: auto, triton, sdpa, cudnn, flash or math; see ``attention_functions``.
+        add_layernorm: auto, triton or torch; see ``add_norm_function``.
+        drop_path_law: bernoulli or count; see ``draw_kept``.
 
     Raises:
         UserError: an unknown name (the nearest is named), an image size that the patch does not divide, a value out of
@@ -263,11 +294,14 @@ def create_student(
         raise UserError(f"student {name}: got {num_classes} classes, expected at least 1")
     if not 0 <= drop_path < 1:
         raise UserError(f"student {name}: got drop_path {drop_path}, expected 0 <= drop_path < 1")
+    if drop_path_law not in DROP_PATH_LAWS:
+        raise UserError(f"student {name}: drop_path_law {drop_path_law!r}, expected one of {', '.join(DROP_PATH_LAWS)}")
     if depth and depth < 0:
         raise UserError(f"student {name}: got depth {depth}, expected at least 1 block (0 = {blocks})")
     return DistilledViT(
         img_size=side, patch=patch, num_classes=num_classes, width=width, heads=heads, depth=depth or blocks,
-        drop_path=drop_path, last_block_shortcut=last_block_shortcut, attention=attention,
+        drop_path=drop_path, drop_path_law=drop_path_law, last_block_shortcut=last_block_shortcut, attention=attention,
+        add_layernorm=add_layernorm,
     )  # fmt: skip
 
 

@@ -1,0 +1,95 @@
+"""The student's residual stream: drop path, and the sum of a branch with the norm that reads it as one operation."""
+# B batch, S of its samples, N tokens, D width
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.config import near
+from fastdeitlt.errors import UserError
+
+DROP_PATH_LAWS = ("bernoulli", "count")
+
+
+class Kept(NamedTuple):
+    """Which samples of a batch run a residual branch (drop path)."""
+
+    scale_B11: Tensor
+    """Factor on the branch: 0 or 1 / keep."""
+    samples_S: Tensor | None = None
+    """The samples that run at all; None = all do, and those dropped are multiplied by 0."""
+
+
+def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
+    """Drop path of one branch at the probability ``drop``; None where it drops nothing.
+
+    Law "bernoulli" (timm's): each sample is kept on its own with probability 1 - drop and scaled by 1 / (1 - drop).
+    Law "count": S = B - round(drop B) samples, at least one, are drawn without replacement and scaled by B / S; the
+    others are never computed. Each sample is kept with probability S / B, and in both laws the branch's expectation is
+    the branch, but here the draws of a batch depend on each other. Source: DINOv2 (arXiv 2304.07193) section 5.
+    """
+    batch = x_BND.shape[0]
+    if law == "bernoulli" and drop:
+        return Kept(x_BND.new_empty(batch, 1, 1).bernoulli_(1 - drop) / (1 - drop))
+    num_kept = max(batch - round(drop * batch), 1)
+    if num_kept == batch:
+        return None
+    samples_S = torch.rand(batch, device=x_BND.device).argsort()[:num_kept].sort().values
+    return Kept(x_BND.new_full((batch, 1, 1), batch / num_kept), samples_S)
+
+
+# (stream, branch, which samples have one, norm, which samples the next branch runs) -> (sum, its norm)
+AddNorm = Callable[[Tensor, Tensor, Kept | None, nn.LayerNorm, Kept | None], tuple[Tensor, Tensor]]
+
+
+def add_norm(
+    x_BND: Tensor, branch_SND: Tensor, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """Add a residual branch to the stream x, then norm the samples that the next branch runs."""
+    if kept is None:
+        x_BND = x_BND + branch_SND
+    elif kept.samples_S is None:
+        x_BND = x_BND + branch_SND * kept.scale_B11
+    else:
+        scaled_SND = branch_SND * kept.scale_B11[: len(branch_SND)]
+        x_BND = x_BND.index_add(0, kept.samples_S, scaled_SND.to(x_BND.dtype))
+    return x_BND, norm(select(x_BND, next_kept))
+
+
+def add_norm_kernel(
+    x_BND: Tensor, branch_SND: Tensor, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """``add_norm`` through kernels/add_layernorm.py: one pass over the stream, nothing gathered or scattered."""
+    from fastdeitlt.kernels.add_layernorm import add_layernorm
+
+    return add_layernorm(
+        x_BND.contiguous(), branch_SND.contiguous(), norm.weight, norm.bias,
+        None if kept is None else kept.scale_B11.flatten().float(), norm.eps,
+        branch_samples_K=None if kept is None else kept.samples_S,
+        normed_samples_K=None if next_kept is None else next_kept.samples_S, impl="triton",
+    )  # fmt: skip
+
+
+def select(x_BND: Tensor, kept: Kept | None) -> Tensor:
+    """The samples that a branch runs."""
+    return x_BND if kept is None or kept.samples_S is None else x_BND.index_select(0, kept.samples_S)
+
+
+def add_norm_function(name: str, width: int) -> AddNorm:
+    """The function of an implementation: torch, triton, or auto (the one measured fastest on this GPU, else torch).
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        from fastdeitlt.kernels.add_layernorm import choose
+
+        name = choose("auto", width, torch.device("cuda", torch.cuda.current_device()))
+    known = {"auto": add_norm, "torch": add_norm, "triton": add_norm_kernel}
+    if name not in known:
+        raise UserError(
+            f"student add_layernorm {name!r}: unknown, expected one of {', '.join(known)}{near(name, list(known))}"
+        )
+    return known[name]

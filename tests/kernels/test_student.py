@@ -1,0 +1,87 @@
+"""The student with its kernels on against the student in torch: forward, backward, golden vectors, one graph."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdeitlt.models import create_student
+
+DATA = Path(__file__).parents[1] / "data"
+TRITON = {"attention": "triton", "add_layernorm": "triton"}
+TORCH = {"attention": "sdpa", "add_layernorm": "torch"}
+GPU = torch.cuda.is_available()
+TOLERANCE = 2e-2 if GPU else 2e-5
+"""Largest error as a share of the largest value: bfloat16 on a GPU, where attention takes no float32."""
+
+
+def logits_and_gradients(model, images, compile=lambda model: model):
+    torch.manual_seed(3)
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=GPU):
+        logits = torch.stack(compile(model.train())(images)).float()
+    (logits.square() * torch.arange(1, logits.numel() + 1, device=logits.device).view(logits.shape)).mean().backward()
+    return {"logits": logits.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
+        assert error <= TOLERANCE, f"{name}: {error}"
+
+
+def student(device, **options):
+    torch.manual_seed(0)
+    return create_student("deit_tiny_distilled_patch8_32", 7, depth=2, **options).to(device)
+
+
+@pytest.mark.parametrize("law", ["bernoulli", "count"])
+@pytest.mark.parametrize("shortcut", [True, False], ids=["two_rows_last", "all_rows"])
+def test_forward_and_backward_equal_torchs(law, shortcut, device):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    options = {"drop_path": 0.6, "drop_path_law": law, "last_block_shortcut": shortcut}
+    expected = logits_and_gradients(student(device, **TORCH, **options), images)
+    assert_same(logits_and_gradients(student(device, **TRITON, **options), images), expected)
+
+
+def test_golden_logits_and_gradient_norms_through_add_layernorm(device):
+    golden = json.loads((DATA / "student_forward.json").read_text())
+    model = create_student("deit_base_distilled_patch16_224", 17, depth=2, drop_path=0.0, add_layernorm="triton")
+    with torch.no_grad():
+        for j, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+            values = np.random.default_rng([golden["seed"], j]).standard_normal(tuple(tensor.shape)) * 0.05
+            tensor.copy_(torch.from_numpy(values.astype(np.float32)))
+    images = np.random.default_rng([golden["seed"], 999]).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    model.to(device)
+    with torch.autocast("cuda", torch.bfloat16, enabled=GPU):
+        cls_logits, dist_logits = (logits.float() for logits in model(torch.from_numpy(images).to(device)))
+    tolerance = 3e-2 if GPU else 2e-4
+    for logits, expected in ((cls_logits, golden["cls"]), (dist_logits, golden["dist"])):
+        torch.testing.assert_close(logits.cpu(), torch.tensor(expected), rtol=tolerance, atol=tolerance / 100)
+    (cls_logits.square().mean() + dist_logits.square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.norm().item() == pytest.approx(golden["grad_norms"][name], rel=tolerance), name
+
+
+def test_the_compiled_student_is_one_graph_and_equal(device):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    model = student(device, **TRITON, drop_path=0.5, drop_path_law="count")
+    expected = logits_and_gradients(model, images)
+    expected = {name: value.clone() for name, value in expected.items()}
+    torch._dynamo.reset()
+    compiled = logits_and_gradients(
+        model, images, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")
+    )
+    assert_same(compiled, expected)
+    torch._dynamo.reset()
+
+
+def test_in_eval_mode_features_and_logits_equal_torchs(device):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    ours, torchs = (student(device, **options).eval() for options in (TRITON, TORCH))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=GPU):
+        got, expected = ({"f": m.forward_features(images).float(), "l": m(images).float()} for m in (ours, torchs))
+    assert_same(got, expected)
