@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdeitlt import __version__
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import CheckpointError, UserError
 
 log = logging.getLogger("fastdeitlt")
 MANIFEST = "manifest.json"
@@ -56,7 +57,7 @@ def save_model_folder(
         The folder.
 
     Raises:
-        UserError: the disk has not twice the room that the tensors need, or writing failed; the old folder stays.
+        CheckpointError: the disk has not twice the room that the tensors need, or writing failed; the old folder stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def save_model_folder(
     need = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
     room = shutil.disk_usage(path.parent).free
     if room < 2 * need:
-        raise UserError(
+        raise CheckpointError(
             f"checkpoint {path}: {room / 2**20:.0f} MiB free, {2 * need / 2**20:.0f} MiB needed; free space"
         )
     draft = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -83,7 +84,7 @@ def save_model_folder(
         _flush(draft)
         _replace_folder(draft, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path}: could not be written ({error}); the previous one is kept") from error
+        raise CheckpointError(f"checkpoint {path}: could not be written ({error}); the previous one is kept") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return path
@@ -209,37 +210,154 @@ def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.d
     return parameter.device if fused else torch.device("cpu")
 
 
-class Checkpoints:
-    """The training checkpoints of one run, ``step-<n>`` folders the two newest kept, and the link ``last``.
+def sweep(folder: Path) -> None:
+    """Undo what a killed writer left in ``folder``: remove drafts, and put back a folder that had stepped aside.
 
-    ``best`` beside them is a model folder of its own, with the selected weights alone.
+    Only the run that holds the folder's lock may call it.
+    """
+    for draft in folder.glob(".*.tmp-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    for link in folder.glob(".last-*"):
+        link.unlink()
+    for aside in folder.glob(".*.old-*"):
+        path = folder / aside.name[1:].rpartition(".old-")[0]
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(path)
+
+
+class Checkpoints:
+    """The training checkpoints of one run: ``step-<n>`` folders, the newest ``keep`` of them, and the link ``last``.
+
+    ``best`` beside them is a model folder of its own, with the selected weights alone; a milestone is a checkpoint
+    that is kept under a name of its own. A save copies the tensors to host memory and returns; a thread writes them.
+    One save is in flight at a time. A save that fails is reported at the next call, and training goes on without it.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        keep: checkpoints kept, at least 2, so that a damaged one has one before it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    FAILURES = 3
+    """Saves in a row that may fail before the run stops."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self.step = -1
+        """The step last given to ``save``."""
+        self._writer: threading.Thread | None = None
+        self._failed: UserError | None = None
+        self._failures = 0
 
     def save(
-        self, step: int, model: Mapping[str, Tensor], manifest: dict[str, Any], **others: Mapping[str, Tensor]
-    ) -> Path:
-        """Save, point ``last`` at it, then drop all but the two newest."""
-        path = save_model_folder(self.folder / f"step-{step:08d}", model, {**manifest, "step": step}, **others)
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        manifest: dict[str, Any],
+        *,
+        wait: bool = False,
+        milestone: str = "",
+    ) -> None:
+        """Save in the background, point ``last`` at it, then drop the checkpoints that are too many.
+
+        Args:
+            step: optimizer steps done.
+            parts: state dicts by name; "model" is the weights that evaluation uses.
+            manifest: see ``save_model_folder``.
+            wait: until it is on disk.
+            milestone: name under which it is kept besides.
+
+        Raises:
+            CheckpointError: three saves in a row failed, or this one did and ``wait`` is set.
+        """
+        self.finish()
+        held = {name: _host_copy(tensors) for name, tensors in parts.items()}
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if copied:
+            copied.record()
+        self.step = step
+
+        def write() -> None:
+            try:
+                if copied:
+                    copied.synchronize()
+                self._write(step, held, {**manifest, "step": step}, milestone)
+                self._failures = 0
+            except UserError as error:
+                self._failed = error
+
+        self._writer = threading.Thread(target=write, name="checkpoint")
+        self._writer.start()
+        if wait:
+            self.finish(must=True)
+
+    def finish(self, must: bool = False) -> None:
+        """Wait for the save in flight, and say so if it failed.
+
+        Raises:
+            CheckpointError: it was the third in a row, or ``must`` is set.
+        """
+        if self._writer is None:
+            return
+        self._writer.join()
+        error, self._writer, self._failed = self._failed, None, None
+        if error is None:
+            return
+        self._failures += 1
+        if must or self._failures >= self.FAILURES:
+            raise CheckpointError(f"{error} ({self._failures} failed saves in a row)")
+        log.warning("%s; training goes on (%d of %d failed saves)", error, self._failures, self.FAILURES)
+
+    def _write(self, step: int, parts: dict[str, dict[str, Tensor]], manifest: dict[str, Any], milestone: str) -> None:
+        path = save_model_folder(self.folder / f"step-{step:08d}", parts.pop("model"), manifest, **parts)
+        if milestone:
+            draft = self.folder / f".{milestone}.tmp-{uuid.uuid4().hex[:8]}"
+            shutil.copytree(path, draft, copy_function=_link_or_copy)
+            _replace_folder(draft, self.folder / milestone)
         draft = self.folder / f".last-{uuid.uuid4().hex[:8]}"
         draft.symlink_to(path.name)
         draft.replace(self.folder / "last")
-        for old in self._steps()[2:]:
+        for old in self._steps()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
-        return path
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, and its manifest; a damaged one is set aside as ``*.damaged-*``."""
+    def newest(self, must: bool = False) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, and its manifest; a damaged one is set aside as ``*.damaged-*``.
+
+        Raises:
+            CheckpointError: ``must``, and there were checkpoints but none is whole.
+        """
         for path in self._steps():
             try:
                 return path, read_manifest(path)
             except UserError as error:
                 log.warning("%s; trying the one before", error)
                 path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
+        damaged = sorted(self.folder.glob("step-*.damaged-*"))
+        if must and damaged:
+            raise CheckpointError(
+                f"resume: none of the checkpoints in {self.folder} is whole (e.g. {damaged[-1].name}); "
+                "use --resume auto to start from the first step, or --resume never for a new folder"
+            )
         return None
 
     def _steps(self) -> list[Path]:
         found = [p for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
         return sorted(found, reverse=True)
+
+
+def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory that later steps do not change. From a GPU they are started, and not waited for."""
+    copies = {}
+    for name, tensor in tensors.items():
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = held.copy_(tensor.detach(), non_blocking=True)
+    return copies
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name for the same bytes, where the file system has that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

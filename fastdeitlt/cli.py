@@ -1,6 +1,7 @@
 """The command line: verbs only. Each verb imports what it needs, so ``--help`` stays instant."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ def _train(args: argparse.Namespace) -> int:
 
     cfg = config.load(args.config, args.overrides)
     run.set_up_logging()
+    if not args.with_teacher:  # the teacher trains on one
+        from fastdeitlt import launch
+
+        count = launch.processes(cfg, args.processes, os.environ)
+        if count > 1:
+            return launch.launch(count, args.arguments, args.restarts)
     if args.dry_run:
         from fastdeitlt.dryrun import dry_run
 
@@ -191,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--with-teacher", metavar="RECIPE", help="train this teacher first, such as teacher/quickstart"
             )
             added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
+            added.add_argument(
+                "--processes", type=int, default=0, metavar="N", help="ranks here; default: one a visible GPU"
+            )
+            added.add_argument(
+                "--restarts", type=int, default=0, metavar="N", help="start all ranks again after a crash, this often"
+            )
 
     added = verb("ablate", _ablate, "train a grid of arms x seeds, continuing what is there, and compare the arms")
     added.add_argument("grid", help="grid file, or a shipped one such as ablation/embedded")
@@ -276,12 +289,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit code 0; 2 for bad input, in one line; 5 for a loss that is not finite; 130 for Ctrl-C."""
-    args = _parse(arguments)
+    """Run one verb.
+
+    Exit code 0 done; 1 a bug (with its traceback); in one line 2 bad input, 4 no whole checkpoint or none can be
+    written, 5 loss not finite, 6 memory full, 7 another rank lost, 8 crash loop, 75 stopped by a signal with the state
+    saved (start it again), 130 Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(arguments)
+    args.arguments = list(arguments)
     try:
         return args.run(args)
     except UserError as error:
-        print(f"fastdeitlt: error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):  # by another rank
+            print(f"fastdeitlt: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("fastdeitlt: stopped; the same command continues from the last checkpoint", file=sys.stderr)

@@ -14,9 +14,15 @@ SLURM's own variables. The folder of runs must be one that every machine sees.
 # N rows in all, B rows of a rank
 
 import atexit
+import ctypes
+import faulthandler
+import hashlib
 import logging
 import os
 import re
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,10 +32,15 @@ import torch
 from torch import Tensor
 from torch import distributed as collective
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import RankLostError, UserError
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1
+ROLL_CALL_S = 3.0
+"""How long ranks that failed wait for each other to say so, before they name those that did not."""
+
+_store: collective.Store | None = None
 
 
 def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
@@ -40,12 +51,28 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         timeout_s: seconds after which a rank that waits for another gives up.
     """
     if _told("WORLD_SIZE", 1) > 1 and not collective.is_initialized():
+        global _store
+        _end_with_launcher()
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where a rank hangs
         device = device_of(device_type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        collective.init_process_group(_backend(device), timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        _store, place, world = next(collective.rendezvous("env://", timeout=timeout))
+        _store.set_timeout(timeout)
+        store = collective.PrefixStore("group", _store)
+        collective.init_process_group(_backend(device), store=store, rank=place, world_size=world, timeout=timeout)
         atexit.register(stop)
     return rank(), get_world()
+
+
+def _end_with_launcher() -> None:
+    """Ask Linux to kill this rank when its launcher dies, however it dies, so that no rank is left behind."""
+    launcher = os.environ.get("FASTDEITLT_LAUNCHER")
+    if launcher and os.getppid() != int(launcher):
+        raise RankLostError("the launcher of this rank has ended before it began")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
@@ -54,15 +81,80 @@ def group(device_type: str, timeout_s: int = 600) -> Iterator[tuple[int, int]]:
 
     The group outlives the run, because engines keep it; the process leaves it at its exit, but not after an error:
     the others may be waiting in it, and leaving would wait for them.
+
+    Raises:
+        RankLostError: another rank died, or did not answer in ``timeout_s``; names it.
     """
     ranks = start(device_type, timeout_s)
     try:
         yield ranks
     except BaseException as error:
-        if ranks[1] > 1:
+        if ranks[1] == 1:
+            raise
+        atexit.unregister(stop)
+        if isinstance(error, UserError):
+            error.told = _already_said(str(error))  # type: ignore[attr-defined]
+            raise
+        if not _lost_contact(error):
             log.error("rank %d of %d stops: %s: %s", *ranks, type(error).__name__, error)
-            atexit.unregister(stop)
-        raise
+            raise
+        said = " ".join(str(error).split())[:160]
+        raise RankLostError(
+            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({said}); its own message says why; the "
+            "same command continues from the last checkpoint"
+        ) from error
+
+
+def _already_said(message: str) -> bool:
+    """Whether another rank has ended with the same message, so that one of them shows it."""
+    try:
+        assert _store is not None
+        _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
+        return _store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
+    except (RuntimeError, collective.DistError):
+        return False
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank."""
+    return isinstance(error, collective.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _absent() -> str:
+    """The ranks that do not answer a roll call."""
+    try:
+        assert _store is not None
+        _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
+        _store.set(f"failed/{rank()}", "")
+        time.sleep(ROLL_CALL_S)
+        missing = [str(r) for r in range(get_world()) if not _store.check([f"failed/{r}"])]
+    except (RuntimeError, collective.DistError):
+        return "rank 0, which holds the meeting point"
+    return f"rank {', '.join(missing)}" if missing else "the network: every rank is there"
+
+
+class Agreement:
+    """The highest of a number that each rank names, one call late, through host memory.
+
+    Each call collects what the previous one started, which has had a step's time to finish.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = collective.new_group(backend="gloo") if get_world() > 1 else None
+        self._said: Tensor | None = None
+        self._pending: Any = None
+
+    def highest(self, number: int) -> int:
+        """The ranks' highest ``number`` of the call before; alone, this call's."""
+        if self._group is None:
+            return number
+        found = 0
+        if self._said is not None:
+            self._pending.wait()
+            found = int(self._said)
+        self._said = torch.tensor(number)
+        self._pending = collective.all_reduce(self._said, collective.ReduceOp.MAX, group=self._group, async_op=True)
+        return found
 
 
 def start_alone(device: torch.device) -> None:

@@ -3,21 +3,35 @@
 # B images in a micro-batch, C channels, H height, W width, K classes
 
 import logging
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastdeitlt import checkpoint, optim
+from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
-from fastdeitlt.loss import JointLoss, joint_loss
+from fastdeitlt.loss import JointLoss, decision_weight, joint_loss
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 
 log = logging.getLogger("fastdeitlt")
+
+
+class LocalSums(NamedTuple):
+    """A rank's part of a loss whose DIST term is a weighted mean over all ranks; 0-d float32 tensors."""
+
+    weight_sum: Tensor
+    cls_loss: Tensor
+    dist_sum: Tensor
+
+    def joined(self, alpha: float) -> JointLoss:
+        """The losses; their mean over ranks divides by the weights of all ranks. One sum over ranks, no host sync."""
+        mean_weight = distributed.sum_over_ranks(self.weight_sum.detach().clone()) / distributed.get_world()
+        dist_loss = self.dist_sum / mean_weight
+        return JointLoss((1 - alpha) * self.cls_loss + alpha * dist_loss, self.cls_loss, dist_loss)
 
 
 class JointForward(nn.Module):
@@ -43,6 +57,9 @@ class JointForward(nn.Module):
         object.__setattr__(self, "teacher", teacher)
         self.cfg = cfg
         self.device_type = device.type
+        # soft distillation divides by the number of images, which is the same on all ranks
+        self.is_global = cfg.loss.normalise == "global" and cfg.loss.distillation == "hard"
+        self.one = torch.ones((), device=device)
         self.counts = torch.tensor(class_counts, device=device) if cfg.loss.base not in ("ce", "bce") else None
 
     def forward(
@@ -53,8 +70,8 @@ class JointForward(nn.Module):
         lam: Tensor | None,
         dist_weights_K: Tensor,
         cls_weights_K: Tensor | None,
-    ) -> JointLoss:
-        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device."""
+    ) -> JointLoss | LocalSums:
+        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device; sums where the mean is one over all ranks."""
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
         labels: dict[str, Any] = {
@@ -69,7 +86,7 @@ class JointForward(nn.Module):
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
         if self.teacher is None or teacher_logits_BK is None:
             return self._label_losses(cls_logits_BK, dist_logits_BK, labels_B, dist_weights_K, cls_weights_K, labels)
-        return joint_loss(
+        losses = joint_loss(
             cls_logits_BK,
             dist_logits_BK,
             labels_B,
@@ -80,9 +97,14 @@ class JointForward(nn.Module):
             distillation=c.distillation,
             tau=c.tau,
             alpha=c.alpha,
+            normaliser=self.one if self.is_global else None,
             impl=c.impl,
             **labels,
         )
+        if not self.is_global:
+            return losses
+        weight_sum = decision_weight(teacher_logits_BK, dist_weights_K, self.teacher.class_map)
+        return LocalSums(weight_sum, losses.cls_loss, losses.dist_loss)
 
     def _label_losses(
         self,
@@ -127,6 +149,39 @@ class Engine(Protocol):
         """Put weights and optimizer state back."""
 
 
+class FiniteGuard:
+    """Leaves out the update of a step whose gradient norm is not finite; decided on the device, without a host sync.
+
+    More than ``skips`` such steps in a row are a failure, after which no update is made any more. The host learns of
+    it from the norms, at its next report.
+
+    Args:
+        optimizer: torch's fused AdamW leaves the whole step out; another with a tensor as learning rate takes one of
+            rate and gradient 0; one without (apex, DeepSpeed's FusedAdam) is not guarded.
+        skips: train.nonfinite_skips.
+        device: of the gradients.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, skips: int, device: torch.device) -> None:
+        self.optimizer, self.skips = optimizer, skips
+        self.in_a_row, self.failed = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def watch(self, norm: Tensor) -> None:
+        """Called before each optimizer step with the norm that decides."""
+        bad = 1 - norm.isfinite().float()
+        self.in_a_row.add_(bad).mul_(bad)
+        self.failed.copy_(torch.maximum(self.failed, (self.in_a_row > self.skips).float()))
+        skip = torch.maximum(bad, self.failed)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+            return
+        rates = {id(g["lr"]): g["lr"] for g in self.optimizer.param_groups if isinstance(g["lr"], Tensor)}
+        grads = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if rates:
+            torch._foreach_mul_(list(rates.values()), 1 - skip)
+            torch._foreach_copy_(grads, [torch.where(skip > 0, 0.0, g) for g in grads])
+
+
 class PlainEngine:
     """One rank, no sharding."""
 
@@ -137,11 +192,13 @@ class PlainEngine:
         self.parameters = [p for p in joint.student.parameters() if p.requires_grad]
         self.clip_norm = cfg.optim.clip_norm
         self.micro_batches_per_step = micro_batches_per_step
+        self.guard = FiniteGuard(self.optimizer, cfg.train.nonfinite_skips, self.parameters[0].device)
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
-        return self._forward(
+        losses = self._forward(
             batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K
         )
+        return losses.joined(self.joint.cfg.loss.alpha) if isinstance(losses, LocalSums) else losses
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.micro_batches_per_step).backward()
@@ -151,6 +208,7 @@ class PlainEngine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        self.guard.watch(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -166,12 +224,36 @@ class PlainEngine:
         checkpoint.load_optimizer(self.joint.student, self.optimizer, optimizer)
 
 
+def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
+    if cfg.loss.normalise == "rank":
+        return
+    if plan.virtual_ranks > plan.world:
+        raise UserError(
+            f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks} on {plan.world} ranks; a rank that "
+            "plays several in turn does not know the weights of the later ones when it needs them; use as many "
+            f"virtual ranks as real ones (train.virtual_ranks={plan.world}), or loss.normalise=rank"
+        )
+    if joint.teacher is None or cfg.loss.reweight_cls:
+        what = "both heads learn the labels" if joint.teacher is None else "loss.reweight_cls weights the CLS loss too"
+        raise UserError(
+            f"loss.normalise=global: is the mean of the distillation loss alone, and {what}; use loss.normalise=rank"
+        )
+
+
 def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
     """The engine that ``train.engine`` names; `auto` is plain at one rank and DeepSpeed at more, and says so.
 
     Raises:
-        UserError: `plain` at more than one rank, or offload where nothing is sharded.
+        UserError: `plain` at more than one rank, offload where nothing is sharded, weights that are not float32, or a
+            global mean that this set-up cannot form.
     """
+    _check_global_mean(joint, cfg, plan)
+    dtypes = {p.dtype for p in joint.student.parameters()} - {torch.float32}
+    if dtypes:
+        raise UserError(
+            f"engine: the student has weights of {dtypes.pop()}, expected float32; use train.precision=bf16, which "
+            "autocasts: with bfloat16 weights DeepSpeed's stage 0 takes a hidden optimizer step before training"
+        )
     t, kind = cfg.train, cfg.train.engine
     if kind == "auto":
         kind = "deepspeed" if plan.world > 1 else "plain"

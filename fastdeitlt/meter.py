@@ -1,9 +1,8 @@
 """What the loop costs: losses, images a second, share of time spent waiting for data, MFU, time left.
 
-Losses are summed on the device; the host reads them once in ``train.log_every`` optimizer steps, and nowhere else.
+Losses stay on the device; the host reads them once in ``train.log_every`` optimizer steps, and nowhere else.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeitlt import distributed
+from fastdeitlt import distributed, watch
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.errors import NonFiniteError
 from fastdeitlt.loss import JointLoss
 from fastdeitlt.models.teacher import Teacher
@@ -34,7 +33,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def _forward_flops(teacher: nn.Module, img_size: int, device: torch.device) -> float:
+def forward_flops(teacher: nn.Module, img_size: int, device: torch.device) -> float:
     """FLOPs of one image's forward pass, counted by running it."""
     with FlopCounterMode(display=False) as counter:
         teacher(torch.zeros(1, 3, img_size, img_size, device=device))
@@ -58,60 +57,80 @@ class Meter:
         self.total = plan.optimizer_steps * cfg.train.epochs
         # backward costs twice the forward; the teacher runs forward only
         self.flops = 3 * flops_per_image(student) + (
-            _forward_flops(teacher, student.img_size, device) if teacher else 0.0
+            forward_flops(teacher, student.img_size, device) if teacher else 0.0
         )
         self.peak = peak_flops(device)
-        self.sums = torch.zeros(4, device=device)
+        self.device = device
+        self.norms = watch.Norms(cfg.train.nonfinite_skips)
         self.first, self.done = done, done
-        self.micro = 0
         self._start_window()
         self.begun, self.away = time.perf_counter(), 0.0
         run.start_progress(self.total, done)
 
     def _start_window(self) -> None:
-        self.window, self.waited, self.images, self.window_done = time.perf_counter(), 0.0, 0, self.done
-        self.micro = 0
-        self.sums.zero_()
+        self.window, self.images, self.window_done = time.perf_counter(), 0, self.done
+        self.waited, self.worked, self._arrived = 0.0, 0.0, self._now()
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._micro_batches: list[tuple[int, MicroBatch]] = []
+
+    def _now(self) -> float | torch.cuda.Event:
+        """A moment of the device's own time line."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def wait(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, timing how long it took to come."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
+        self._arrived = self._now()
         return batch
 
-    def add(self, losses: JointLoss) -> None:
-        """Count a micro-batch; nothing leaves the device."""
-        self.sums[:3] += torch.stack([losses.loss.detach(), losses.cls_loss.detach(), losses.dist_loss.detach()])
-        self.micro += 1
+    def add(self, losses: JointLoss, micro_batch: MicroBatch) -> None:
+        """Count a micro-batch after its backward pass; nothing leaves the device."""
+        self._losses.append(torch.stack([loss.detach() for loss in losses]))
+        self._micro_batches.append((self.done + 1, micro_batch))
         self.images += self.plan.batch_size * self.plan.world
+        now, arrived = self._now(), self._arrived
+        if isinstance(now, float) and isinstance(arrived, float):
+            self.worked += now - arrived
+        else:
+            self._spans.append((arrived, now))  # type: ignore[arg-type]
 
     def step(self, done: int, epoch: int, rate: float, norm: Tensor) -> None:
         """Count an optimizer step; report every ``log_every`` of them and at the end."""
         self.done, self.epoch, self.rate = done, epoch, rate
-        self.sums[3] += norm
+        self._norms.append(norm)
         if done % self.cfg.train.log_every == 0 or done == self.total:
             self.report()
 
     def report(self) -> None:
-        """Read the sums of the steps since the last report, log them, and refuse to go on when they are not finite.
+        """Read the losses of the steps since the last report, log them, and refuse to go on when they are not finite.
 
         Raises:
-            NonFiniteError: the loss or the gradient norm is NaN or infinite.
+            NonFiniteError: the loss or the gradient norm is NaN or infinite, in more steps than may be left out.
         """
         steps = self.done - self.window_done
         if steps == 0:
             return
-        summed = distributed.sum_over_ranks(self.sums).tolist()  # sync: the only one of the loop
-        now = time.perf_counter()
+        losses_Mx3, norms_S = torch.stack(self._losses), torch.stack(self._norms).to(self.device)
+        finite_M = losses_Mx3.isfinite().all(1)
+        sums = torch.where(finite_M[:, None], losses_Mx3, 0.0).sum(0)
+        summed, good_R, wait_R, work_R = self._exchange(sums, finite_M.sum())
+        norms: list[float] = norms_S.tolist()
+        now, window = time.perf_counter(), f"steps {self.window_done + 1} to {self.done}"
+        failed = self.norms.failure(norms, self.window_done + 1)
+        if failed is not None:
+            self._fail(failed, window, losses_Mx3[:, 0].tolist(), norms, good_R)
+        watch.warn_of_straggler(wait_R, work_R, window)
         ranks, seconds = self.plan.world, now - self.window
-        loss, cls_loss, dist_loss = (value / (self.micro * ranks) for value in summed[:3])
-        norm = summed[3] / (steps * ranks)
-        if not math.isfinite(loss + norm):
-            raise NonFiniteError(
-                f"steps {self.window_done + 1} to {self.done}: loss {loss}, gradient norm {norm}; training stopped; "
-                f"the last checkpoint in {self.run.folder} is sound; lower optim.lr or set optim.clip_norm=1"
-            )
+        loss, cls_loss, dist_loss = (value / max(sum(good_R), 1.0) for value in summed)
+        norm = sum(n for n in norms if n < float("inf")) / steps
         speed = self.images / seconds
         left = (now - self.begun - self.away) / (self.done - self.first) * (self.total - self.done)
         facts = {"epoch": self.epoch, "loss": loss, "cls_loss": cls_loss, "dist_loss": dist_loss, "lr": self.rate}
@@ -128,6 +147,32 @@ class Meter:
             f"data wait {facts['data_wait']:.0%}{mfu}  {left:.0f} s left",
         )
         self._start_window()
+
+    def _exchange(self, sums: Tensor, good: Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
+        """One sum over ranks: the three losses, and each rank's finite micro-batches, seconds of waiting and work."""
+        ranks, rank = self.plan.world, self.plan.rank
+        told = torch.zeros(3 + 3 * ranks, device=self.device)
+        told[:3], told[3 + rank] = sums, good
+        if self._spans:
+            self._spans[-1][1].synchronize()
+            self.worked += sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
+        told[3 + ranks + rank], told[3 + 2 * ranks + rank] = self.waited, self.worked
+        values = distributed.sum_over_ranks(told).tolist()  # sync: the only one of the loop
+        return values[:3], *(values[3 + i * ranks : 3 + (i + 1) * ranks] for i in range(3))  # type: ignore[return-value]
+
+    def _fail(self, step: int, window: str, losses: list[float], norms: list[float], good_R: list[float]) -> None:
+        micro_batches = [micro for _, micro in self._micro_batches]
+        at = [(number, loss) for (number, _), loss in zip(self._micro_batches, losses, strict=True)]
+        file = watch.dump(
+            self.run.folder, step, at, micro_batches, lr=self.rate, grad_norms=[repr(norm) for norm in norms]
+        )
+        bad = [str(rank) for rank, good in enumerate(good_R) if good < len(losses)]
+        raise NonFiniteError(
+            f"{window}: the {'loss' if bad else 'gradient'} is not finite from step {step} on"
+            f"{' on rank ' + ', '.join(bad) if bad and self.plan.world > 1 else ''}; training stopped before that "
+            f"update, {file.name} in {self.run.folder} names the images, and the last checkpoint there is sound; lower "
+            "optim.lr or set optim.clip_norm=1"
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +24,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdeitlt import config, distributed
-from fastdeitlt.checkpoint import Checkpoints
+from fastdeitlt.checkpoint import Checkpoints, sweep
 from fastdeitlt.config import Config
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError
+from fastdeitlt.run_files import read_json
 
 log = logging.getLogger("fastdeitlt")
 console = Console()
@@ -41,11 +45,14 @@ MAY_CHANGE = (
     "train.zero_stage",
     "train.offload",
     "train.timeout_s",
+    "train.keep",
     "train.log_every",
     "train.save_every_epochs",
     "train.save_every_steps",
     "evaluate.batch_size",
 )
+RESTARTS = 3
+"""Starts from one step that may die before the run refuses the next."""
 PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
 
 
@@ -94,6 +101,9 @@ def _commit() -> str | None:
 class Run:
     """One run's folder: config.yaml, env.json, metrics.jsonl, summary.csv, tensorboard/, checkpoints/.
 
+    ``PREEMPTED`` is in it from the moment a signal stopped the run until it goes on; ``starts.json`` counts the starts
+    from the same step that died.
+
     Args:
         cfg: the resolved configuration; the folder is cfg.runs_dir/cfg.name.
         resume: auto (continue if there is something), never (a new folder beside an old one), must, or the path of a
@@ -107,8 +117,9 @@ class Run:
     def __init__(self, cfg: Config, resume: str = "auto") -> None:
         self.cfg = _with_ranks(cfg)
         self.is_main = distributed.rank() == 0
+        self.must = resume not in ("auto", "never")
         self.folder = distributed.on_main(lambda: self._take(resume))
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep)
         self._progress: Progress | None = None
         self._board: SummaryWriter | None = None
         self.started = time.perf_counter()
@@ -131,11 +142,17 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"run folder {folder}: another process is using it; wait, or set name=...") from None
+            owner = folder / ".owner"
+            by = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
+            raise UserError(f"run folder {folder}: another process is using it{by}; wait, or set name=...") from None
+        write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
+        sweep(folder / "checkpoints")
         if saved.exists():
             _refuse_changes(config.load(str(saved)), self.cfg, folder)
         write_atomically(saved, config.dump(self.cfg))
-        write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
+        now = environment()
+        _warn_of_changes(read_json(folder / "env.json"), now)
+        write_atomically(folder / "env.json", json.dumps(now, indent=1))
         return folder
 
     def __enter__(self) -> "Run":
@@ -144,12 +161,44 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress:
-            self._progress.stop()
-        if self._board:
-            self._board.close()
+        try:
+            if self._progress:
+                self._progress.stop()
+            if self._board:
+                self._board.close()
+            self.checkpoints.finish(must=error is None)
+        finally:
+            if self.is_main:
+                if _is_clean(error):
+                    (self.folder / "starts.json").unlink(missing_ok=True)
+                self._lock.release()
+
+    def count_start(self, step: int) -> None:
+        """Rank 0: note a start from ``step``, which a death before the next checkpoint leaves in the folder.
+
+        Raises:
+            CrashLoopError: too many starts from there have died.
+        """
+        path = self.folder / "starts.json"
+        before = read_json(path)
+        died = before.get("died", 0) + 1 if before.get("step") == step else 0
+        if died > RESTARTS:
+            raise CrashLoopError(
+                f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint; find out "
+                f"why (its messages, the system's log), then remove {path} to try again"
+            )
+        write_atomically(path, json.dumps({"step": step, "died": died}))
+        (self.folder / "PREEMPTED").unlink(missing_ok=True)
+
+    def stopped(self, number: int, step: int) -> StoppedError:
+        """The error that ends a run whose state after ``step`` is saved, because a signal asked for it."""
+        name = signal.Signals(number).name
         if self.is_main:
-            self._lock.release()
+            write_atomically(self.folder / "PREEMPTED", json.dumps({"signal": name, "step": step}))
+        code = 130 if number == signal.SIGINT else 75
+        return StoppedError(
+            f"{self.folder}: stopped by {name}, saved after step {step}; the same command goes on", code
+        )
 
     @property
     def finished(self) -> bool:
@@ -160,8 +209,8 @@ class Run:
         """Drop logged records after ``step``, so that a resumed run's log reads as if it had never stopped."""
         path = self.folder / "metrics.jsonl"
         if self.is_main and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             write_atomically(path, "".join(kept))
 
     def start_progress(self, total: int, step: int) -> None:
@@ -204,6 +253,35 @@ class Run:
         """The lines of metrics.jsonl so far."""
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a logged record; infinite for a line that a crash has spoilt."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+
+
+def _is_clean(error: BaseException | None) -> bool:
+    """Whether the run ended for a reason it gave itself, rather than by a crash that the next start may meet again."""
+    crashes = (RankLostError, MemoryFullError, CrashLoopError)
+    return (
+        error is None
+        or isinstance(error, KeyboardInterrupt)
+        or (isinstance(error, UserError) and not isinstance(error, crashes))
+    )
+
+
+def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what a resumed run runs on that it did not before: its results may differ in the last bits."""
+    flat = [{**e, **e["packages"]} for e in (before, now) if isinstance(e.get("packages"), dict)]
+    if len(flat) < 2:
+        return
+    changed = [name for name in flat[0] if name in flat[1] and flat[0][name] != flat[1][name] and name != "packages"]
+    if changed:
+        listed = ", ".join(f"{name} {flat[0][name]} -> {flat[1][name]}" for name in changed)
+        log.warning("resumed on another machine or code (%s): the last bits may differ", listed)
 
 
 def write_atomically(path: Path, text: str) -> None:

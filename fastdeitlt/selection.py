@@ -250,12 +250,14 @@ class Selector:
 
 
 def _hash_set(images: LongTailSet | None) -> str | None:
-    """Of which images in which order, and their labels; not of what the files hold."""
+    """Of which images in which order, and their labels; of pixels only where the set came decoded."""
     if images is None:
         return None
     digest = hashlib.sha256(np.asarray(images.labels, dtype=np.int64).tobytes())
     for path in images.paths:
-        digest.update(f"{Path(path).name}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{path}\n".encode("utf-8", "surrogateescape"))
+    if images.images_NHWC is not None:
+        digest.update(np.ascontiguousarray(images.images_NHWC).data)
     return digest.hexdigest()
 
 
@@ -264,5 +266,7 @@ def _hash_weights(teacher: Teacher | None) -> str | None:
         return None
     digest = hashlib.sha256()
     for name, tensor in teacher.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import JointForward
+from fastdeitlt.engine import FiniteGuard, JointForward, LocalSums
 from fastdeitlt.errors import UserError
 from fastdeitlt.loss import JointLoss
 
@@ -33,14 +33,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Compiled(nn.Module):
     """What DeepSpeed wraps. Its hooks sit on this module, so the graph inside stays whole."""
 
-    _forward: Callable[..., JointLoss]
+    _forward: Callable[..., JointLoss | LocalSums]
 
     def __init__(self, joint: JointForward, compiled: bool) -> None:
         super().__init__()
         self.joint = joint
         object.__setattr__(self, "_forward", torch.compile(joint, fullgraph=True) if compiled else joint)
 
-    def forward(self, *inputs: Tensor | None) -> JointLoss:
+    def forward(self, *inputs: Tensor | None) -> JointLoss | LocalSums:
         return self._forward(*inputs)
 
 
@@ -78,6 +78,8 @@ class DeepSpeedEngine:
                 group["lr"] = torch.tensor(float(group["lr"]))  # beside the moments
         self.clip_norm = cfg.optim.clip_norm
         self.micro_batches_per_step = plan.micro_batches_per_step
+        self.alpha = cfg.loss.alpha
+        self.guard = FiniteGuard(self.optimizer, cfg.train.nonfinite_skips, device)
         self._deepspeed = _import(device)
         self.engine, self.zero, _, _ = self._deepspeed.initialize(
             model=_Compiled(joint, cfg.train.compile),
@@ -90,7 +92,10 @@ class DeepSpeedEngine:
 
     @property
     def _clips_itself(self) -> bool:
-        """DeepSpeed clips only where it keeps gradients out of reach; it waits for the device to do so."""
+        """DeepSpeed clips only where it keeps gradients out of reach; it waits for the device to do so.
+
+        There it also leaves out the update of a gradient that is not finite, as ``FiniteGuard`` does elsewhere.
+        """
         return self.stage == 3 or self.offload
 
     def _settings(self, batch_size: int) -> dict[str, Any]:
@@ -113,7 +118,10 @@ class DeepSpeedEngine:
         }
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
-        return self.engine(batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K)
+        losses = self.engine(
+            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K
+        )
+        return losses.joined(self.alpha) if isinstance(losses, LocalSums) else losses
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss / self.micro_batches_per_step, scale_wrt_gas=False)
@@ -142,6 +150,7 @@ class DeepSpeedEngine:
             norm = distributed.sum_over_ranks(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
         if self.clip_norm:
             torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.guard.watch(norm)
         return norm
 
     def weights(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 # B images in a micro-batch, K classes
 
 import logging
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from fastdeitlt.meter import Meter
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.optim import Ema, learning_rate
+from fastdeitlt.preemption import StopRequest
 from fastdeitlt.run import Run
 from fastdeitlt.selection import Selector
+from fastdeitlt.watch import memory_hint
 
 log = logging.getLogger("fastdeitlt")
 
@@ -37,9 +40,13 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         The run folder.
 
     Raises:
-        UserError: anything wrong with configuration, data, teacher or saved state; before the first step.
+        UserError: anything wrong with configuration, data, teacher or saved state, before the first step; later a
+            loss that is not finite, memory that is full, a rank that is lost, a signal (the subclasses, errors.py).
     """
-    with distributed.group(cfg.train.device, cfg.train.timeout_s) as (rank, world), Run(cfg, resume) as run:
+    with ExitStack() as stack:
+        rank, world = stack.enter_context(distributed.group(cfg.train.device, cfg.train.timeout_s))
+        run = stack.enter_context(Run(cfg, resume))
+        stack.enter_context(memory_hint(run.cfg, run.folder))
         cfg, ranks = run.cfg, run.cfg.train.virtual_ranks
         if run.finished:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
@@ -48,7 +55,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         sets = open_sets(cfg.data)  # 1 which images
         images, num_classes = sets.train, sets.train.num_classes
         plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)
-        source = open_source(images, cfg.data, device)  # 2 read, decode
+        source = open_source(images, cfg.data, device, share=plan.virtual_ranks // world)  # 2 read, decode
         torch.manual_seed(cfg.train.seed)
         student = create_student(num_classes=num_classes, **cfg.student.model_dump()).to(device)  # 4 student
         size = student.img_size
@@ -58,8 +65,10 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
         selector = Selector(cfg, run, sets, student, teacher, ema, device)
         done = restore(run, engine, ema, selector)
+        stop = stack.enter_context(StopRequest())
         meter = Meter(cfg, run, plan, student, teacher, device, done)
         drw_weights_K = drw_weights(images.counts, cfg.loss.drw_beta).to(device)
+        every_epochs = cfg.train.save_every_epochs
 
         for epoch in range(done // plan.optimizer_steps, cfg.train.epochs):
             reweight = 0 <= cfg.loss.drw_epoch <= epoch
@@ -75,7 +84,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                     seed_drop_path(cfg.train.seed, micro_batch)
                     losses = engine.forward(batch, dist_weights_K, cls_weights_K)
                     engine.backward(losses.loss)
-                    meter.add(losses)
+                    meter.add(losses, micro_batch)
                 rate = learning_rate(step.clock, cfg, ranks)
                 norm = engine.step(rate)
                 if ema:
@@ -84,13 +93,17 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                 meter.step(done, epoch, rate, norm)
                 if cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0:
                     save(run, engine, ema, selector, meter, done)
+                if number := stop.agreed():
+                    save(run, engine, ema, selector, meter, done, wait=True)
+                    raise run.stopped(number, done)
             batches.close()
-            last = epoch + 1 == cfg.train.epochs
+            last, before_drw = epoch + 1 == cfg.train.epochs, epoch + 1 == cfg.loss.drw_epoch
             with meter.paused():
                 if last or (epoch + 1) % cfg.evaluate.every == 0:
                     selector.evaluate(done, epoch, last)  # 9 evaluate
-                if last or (cfg.train.save_every_epochs and (epoch + 1) % cfg.train.save_every_epochs == 0):
-                    save(run, engine, ema, selector, meter, done)  # 8 checkpoint
+                if last or before_drw or (every_epochs and (epoch + 1) % every_epochs == 0):
+                    milestone = "before-drw" if before_drw else ""
+                    save(run, engine, ema, selector, meter, done, wait=last, milestone=milestone)  # 8 checkpoint
         source.close()
         selector.finish(done, epoch=cfg.train.epochs - 1)
         log.info("report: %s", distributed.on_main(lambda: report.write_report(run.folder)))  # 10 report
@@ -113,31 +126,41 @@ def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-def save(run: Run, engine: Engine, ema: Ema | None, selector: Selector, meter: Meter, done: int) -> None:
+def save(
+    run: Run,
+    engine: Engine,
+    ema: Ema | None,
+    selector: Selector,
+    meter: Meter,
+    done: int,
+    wait: bool = False,
+    milestone: str = "",
+) -> None:
     """Checkpoint after ``done`` optimizer steps: weights, optimizer, average, and the best result so far.
 
     The meter reports first: it refuses weights that came from a loss that is not finite, and a resumed run then logs
     the same intervals as one that never stopped.
     """
     meter.report()
-    tensors = {"optimizer": engine.optimizer_tensors()}
+    parts = {"model": engine.weights(), "optimizer": engine.optimizer_tensors()}
     if ema:
-        tensors["ema"] = ema.state
-    manifest = selector.manifest() | {"best": selector.best}
-    distributed.on_main(lambda: run.checkpoints.save(done, engine.weights(), manifest, **tensors))
+        parts["ema"] = ema.state
+    manifest = selector.manifest() | {"best": selector.best, "fingerprint": selector.fingerprint}
+    distributed.on_main(lambda: run.checkpoints.save(done, parts, manifest, wait=wait, milestone=milestone))
 
 
 def restore(run: Run, engine: Engine, ema: Ema | None, selector: Selector) -> int:
     """Continue from the run's newest whole checkpoint, if there is one; the optimizer steps already done."""
-    found = distributed.on_main(run.checkpoints.newest)
-    if found is None:
-        run.rewind(0)
+    folder, manifest = distributed.on_main(lambda: run.checkpoints.newest(run.must)) or (None, {"step": 0})
+    done: int = manifest["step"]
+    distributed.on_main(lambda: run.count_start(done))
+    run.rewind(done)
+    if folder is None:
         return 0
-    folder, manifest = found
+    selector.check_fingerprint(manifest, run.folder)
     engine.load(checkpoint.load_tensors(folder), checkpoint.load_tensors(folder, "optimizer"))
     if ema:
         ema.load(checkpoint.load_tensors(folder, "ema"))
     selector.best = manifest["best"]
-    run.rewind(manifest["step"])
-    log.info("resumed %s after step %d", run.folder, manifest["step"])
-    return manifest["step"]
+    log.info("resumed %s after step %d", run.folder, done)
+    return done

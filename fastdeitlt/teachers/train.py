@@ -96,8 +96,8 @@ def save(
     The meter reports first, which refuses weights that came from a loss that is not finite.
     """
     meter.report()
-    tensors = {"optimizer": checkpoint.optimizer_tensors(network, optimizer)}
-    run.checkpoints.save(done, network.state_dict(), selector.manifest() | {"best": selector.best}, **tensors)
+    parts = {"model": network.state_dict(), "optimizer": checkpoint.optimizer_tensors(network, optimizer)}
+    run.checkpoints.save(done, parts, selector.manifest() | {"best": selector.best})
 
 
 def restore(run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, selector: TeacherSelector) -> int:

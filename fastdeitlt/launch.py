@@ -1,0 +1,142 @@
+"""`train` alone on a machine with several GPUs: one process each, and an end of all of them with the first that fails.
+
+torchrun, deepspeed and srun do the same (distributed.py); this one needs no command of its own, and its exit code is
+the code of what went wrong rather than 1.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import torch
+
+from fastdeitlt.config import Config
+from fastdeitlt.errors import RankLostError, UserError
+from fastdeitlt.preemption import SIGNALS
+
+log = logging.getLogger("fastdeitlt")
+GRACE_S = 5.0
+"""What the other ranks have to end by themselves once one has failed."""
+RESTARTABLE = (1, RankLostError.exit_code)
+"""Exit codes after which ``restarts`` tries again: a crash, a lost rank."""
+
+
+def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
+    """How many processes `train` starts here: those asked for, else one a visible GPU; 1 inside another launcher.
+
+    Args:
+        cfg: the run.
+        asked: --processes; 0 = not given.
+        env: os.environ.
+
+    Raises:
+        UserError: some were asked for, and another launcher has started this process.
+    """
+    if "FASTDEITLT_LAUNCHER" in env:
+        return 1
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if asked:
+            raise UserError("--processes: another launcher has started this process; let one of the two do it")
+        return 1
+    if asked:
+        return asked
+    if cfg.train.device == "cpu" or cfg.train.engine == "plain":
+        return 1
+    gpus, ranks = torch.cuda.device_count(), cfg.train.virtual_ranks
+    count = next((n for n in range(gpus, 0, -1) if not ranks or ranks % n == 0), 1)
+    if count < gpus:
+        log.info("using %d of %d GPUs: train.virtual_ranks=%d is a multiple of that", count, gpus, ranks)
+    return count
+
+
+def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
+    """Run ``fastdeitlt ARGUMENTS`` as ``count`` ranks on this machine.
+
+    Args:
+        count: ranks.
+        arguments: of the command line.
+        restarts: how often to start all ranks again after a crash or a lost rank.
+
+    Returns:
+        0, or the exit code of the rank that failed first; 7 for one that was killed.
+    """
+    ranks = _Ranks(count, arguments)
+    before = {number: signal.signal(number, ranks.forward) for number in SIGNALS}
+    try:
+        for left in range(restarts, -1, -1):
+            code = ranks.run()
+            if code not in RESTARTABLE or not left or ranks.asked_to_stop:
+                break
+            log.warning("starting all ranks again (%d more restarts)", left - 1)
+        return code
+    finally:
+        ranks.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Ranks:
+    def __init__(self, count: int, arguments: Sequence[str]) -> None:
+        self.count, self.arguments = count, arguments
+        self.asked_to_stop = 0
+        self.alive: list[subprocess.Popen[bytes]] = []
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Signals to the launcher are for the ranks, which save and end; the launcher waits for them."""
+        self.asked_to_stop = number
+        for rank in self.alive:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    def run(self) -> int:
+        """Start all, wait until they end, and say which failed first."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.count)))
+        shared = {"WORLD_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"OMP_NUM_THREADS": threads, "FASTDEITLT_LAUNCHER": str(os.getpid())}
+        command = [sys.executable, "-P", "-m", "fastdeitlt.cli", *self.arguments]
+        for rank in range(self.count):
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.alive.append(subprocess.Popen(command, env=env))
+        while not (failed := self._failed()) and any(rank.poll() is None for rank in self.alive):
+            time.sleep(0.05)
+        deadline = time.monotonic() + GRACE_S
+        while failed and time.monotonic() < deadline and any(rank.poll() is None for rank in self.alive):
+            time.sleep(0.05)
+        self.kill()
+        # a rank that lost another reports that it did: what the other one reports is the cause
+        failed |= {r: c for r, c in self._failed().items() if r not in failed and c != -signal.SIGKILL}
+        self.alive = []
+        if not failed:
+            return 0
+        rank, code = next(
+            ((r, c) for r, c in failed.items() if c != RankLostError.exit_code), next(iter(failed.items()))
+        )
+        if code < 0:
+            if self.asked_to_stop and -code == self.asked_to_stop:  # before the loop that would have saved
+                return 130 if -code == signal.SIGINT else 75
+            log.error("rank %d of %d died of %s", rank, self.count, signal.Signals(-code).name)
+            return RankLostError.exit_code
+        return code
+
+    def _failed(self) -> dict[int, int]:
+        return {rank: process.returncode for rank, process in enumerate(self.alive) if process.poll()}
+
+    def kill(self) -> None:
+        """End the ranks that are left; a Python one first shows where it hangs (SIGUSR2)."""
+        left = [rank for rank in self.alive if rank.poll() is None]
+        for rank in left:
+            rank.send_signal(signal.SIGUSR2)
+        if left:
+            time.sleep(0.2)
+        for rank in left:
+            rank.kill()
+            rank.wait()
