@@ -115,6 +115,19 @@ def _profile(args: argparse.Namespace) -> int:
     return 0
 
 
+def _analyze(args: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    from fastdeitlt import run
+
+    run.set_up_logging()
+    runs = [word for word in args.runs if "=" not in word]
+    overrides = [word for word in args.runs if "=" in word]
+    options = {name: vars(args)[name] for name in vars(args).keys() - {"verb", "run", "what", "runs", "arguments"}}
+    import_module(f"fastdeitlt.analysis.{args.what}").main(runs, overrides, **options)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     from fastdeitlt import report
 
@@ -251,6 +264,22 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, default=Path("profile"), help="folder for trace and tables")
     added.add_argument("--steps", type=int, default=3, help="optimizer steps to record")
     added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
+
+    analyses = verb("analyze", _analyze, "look into runs: what a teacher teaches, how flat it is").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+
+    def analysis(name: str, text: str) -> argparse.ArgumentParser:
+        added = analyses.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "runs", nargs="+", metavar="RUN", help="run folders; words with '=' are settings, section.field=value"
+        )
+        added.add_argument("--json", type=Path, help="write the numbers there too")
+        return added
+
+    added = analysis("teacher", "what a student will be taught on its own images, sharpness, feature rank")
+    added.add_argument("--recipe", help="the student's recipe, where RUN is a teacher rather than a student's run")
+    added.add_argument("--images", type=int, default=2048, metavar="N", help="training images to look at")
 
     added = verb("report", _report, "write the HTML report of a run, or compare several")
     added.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder; several are compared")
