@@ -29,9 +29,10 @@ from benchmarks import harness
 from fastdeitlt import config
 from fastdeitlt.data import augment
 from fastdeitlt.data.batches import train_batches
+from fastdeitlt.data.decoder import Decoder
 from fastdeitlt.data.files import read_encoded
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.reader import Decoder, Stream
+from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resident import Resident
 from fastdeitlt.data.resize import crop_resize
 from fastdeitlt.data.sampler import MicroBatch, Plan

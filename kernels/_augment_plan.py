@@ -41,9 +41,11 @@ class Plan(NamedTuple):
     """Most bytes of an image between the two resizing passes."""
 
 
-def make_plan(starts_B: np.ndarray, sizes_B2: np.ndarray, draws: Draws, mix: MixDraw, size: int) -> Plan:
+def make_plan(
+    starts_B: np.ndarray, sizes_B2: np.ndarray, boxes_B4: np.ndarray, draws: Draws, mix: MixDraw, size: int
+) -> Plan:
     """Rows and jobs of a batch; arguments as ``augment``'s."""
-    boxes_B4 = draws.boxes(sizes_B2).astype(np.int64)
+    boxes_B4 = boxes_B4.astype(np.int64)
     height_B, width_B = boxes_B4[:, 2], boxes_B4[:, 3]
     stride_B = 3 * sizes_B2[:, 1].astype(np.int64)
     columns_first_B = height_B - size > np.maximum(0, 2 * (width_B - size))

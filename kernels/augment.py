@@ -52,6 +52,7 @@ def augment(
     cfg: AugmentConfig,
     size: int,
     *,
+    boxes_B4: np.ndarray | None = None,
     patch: int = 0,
     images: bool = True,
     dtype: torch.dtype = torch.bfloat16,
@@ -64,17 +65,21 @@ def augment(
         draws, mix: what happens; recipe ``deit``, ``crop_jitter`` without its jitter, or ``none``.
         cfg: mean and std.
         size: output side.
+        boxes_B4: the crops (top, left, height, width) in what ``sizes_B2`` says is there; None = as drawn for images of
+            these sizes.
         patch: side of the patches to write; 0 = none.
         images: write ``images_BCHW``.
         dtype: of the outputs; everything before is float32 or integer.
 
     Raises:
-        UserError: pixels that are not uint8 or not on a CUDA device; images outside them; a side the patch does not
-            divide; a padded crop or more than two operations; a batch to be mixed with an odd number of images.
+        UserError: pixels that are not uint8 or not on a CUDA device; images outside them, crops outside images; a side
+            the patch does not divide; a padded crop or more than two operations; a batch to be mixed with an odd number
+            of images.
     """
-    _check(pixels, starts_B, sizes_B2, draws, mix, size, patch, dtype)
+    boxes_B4 = draws.boxes(sizes_B2) if boxes_B4 is None else boxes_B4
+    _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, size, patch, dtype)
     check_launchable("augment", pixels)
-    plan = make_plan(starts_B, sizes_B2, draws, mix, size)
+    plan = make_plan(starts_B, sizes_B2, boxes_B4, draws, mix, size)
     rows, jobs = (_upload(array, pixels.device) for array in (plan.rows, plan.jobs))
     first, second, separate = jobs.split([2 * plan.num_first, 2 * plan.num_second, plan.num_separate])
     crops = _resize(pixels, rows, plan, size)
@@ -103,15 +108,17 @@ def reference(
     cfg: AugmentConfig,
     size: int,
     *,
+    boxes_B4: np.ndarray | None = None,
     patch: int = 0,
     images: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Augmented:
     """``augment`` in torch operations on any device."""
-    _check(pixels, starts_B, sizes_B2, draws, mix, size, patch, dtype)
+    boxes_B4 = draws.boxes(sizes_B2) if boxes_B4 is None else boxes_B4
+    _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, size, patch, dtype)
     places = zip(starts_B.tolist(), sizes_B2.tolist(), strict=True)
     sources = [pixels[start : start + 3 * height * width].view(height, width, 3) for start, (height, width) in places]
-    crops = torch_augment.crop_resize(sources, draws.boxes(sizes_B2), size, exact=True)
+    crops = torch_augment.crop_resize(sources, boxes_B4, size, exact=True)
     mixed = mixup.apply(torch_augment.apply(crops, draws, cfg), mix).to(dtype)
     grid = (len(draws), 3, size // patch, patch, size // patch, patch) if patch else ()
     patches = mixed.reshape(grid).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * patch * patch) if patch else None
@@ -119,7 +126,7 @@ def reference(
 
 
 def _check(
-    pixels: Tensor, starts_B: np.ndarray, sizes_B2: np.ndarray, draws: Draws, mix: MixDraw,
+    pixels: Tensor, starts_B: np.ndarray, sizes_B2: np.ndarray, boxes_B4: np.ndarray, draws: Draws, mix: MixDraw,
     size: int, patch: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     check("augment", "pixels", pixels, (None,), (torch.uint8,))
@@ -128,6 +135,10 @@ def _check(
         raise UserError(f"augment: {batch} draws, but starts {starts_B.shape} and sizes {sizes_B2.shape}")
     if batch and (starts_B.min() < 0 or ends_B.max() > len(pixels)):
         raise UserError(f"augment: images end at byte {ends_B.max()}, but pixels has {len(pixels)}; give their own set")
+    if boxes_B4.shape != (batch, 4) or (boxes_B4[:, :2] + boxes_B4[:, 2:] > sizes_B2).any() or (boxes_B4 < 0).any():
+        raise UserError(
+            f"augment: {batch} crops, but boxes {boxes_B4.shape} reach outside the images; crop inside them"
+        )
     if patch and size % patch:
         raise UserError(f"augment: size {size} does not divide into patches of {patch}")
     if dtype not in DTYPES:

@@ -58,15 +58,12 @@ def deliver(images, requests, share=1, **options):
         stream.close()
 
 
-RESIZE_LEVELS = 0
-"""Grey levels by which a training crop may differ from Pillow's."""
-
-
 def assert_like_pillow(crops_BHWC, images, wanted):
-    """The crops of a request are those Pillow makes of its boxes."""
-    difference = crops_BHWC.numpy().astype(int) - pillow_crops(images, wanted)
+    """The crops of a request are those Pillow makes of its boxes, up to what ``data.resize`` says of host crops."""
+    difference = np.abs(crops_BHWC.numpy().astype(int) - pillow_crops(images, wanted))
     assert crops_BHWC.dtype == torch.uint8
-    assert np.abs(difference).max() <= RESIZE_LEVELS
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.01
 
 
 def pillow_crops(images, wanted):

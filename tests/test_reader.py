@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data import reader
+from fastdeitlt.data import decoder, reader
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.errors import UserError
 
@@ -106,7 +106,7 @@ def test_an_error_of_the_sampler_reaches_the_consumer(tmp_path):
 UNPARSEABLE = """
 import sys, numpy as np, torch
 from fastdeitlt.data.files import Encoded
-from fastdeitlt.data.reader import Decoder
+from fastdeitlt.data.decoder import Decoder
 good = np.fromfile(sys.argv[1], np.uint8)
 decoder = Decoder(2, torch.device("cpu"))
 region = np.tile(np.array([[0, 0, 20, 20]], np.int32), (32, 1))
@@ -138,7 +138,7 @@ def test_every_operator_of_the_graph_exists_for_its_device(device):
         "gpu": backend.RegisteredGPUOps(),
         "mixed": backend.RegisteredMixedOps(),
     }
-    graph = reader.decode_graph(2, torch.device(device))
+    graph = decoder.decode_graph(2, torch.device(device))
     graph.start_py_workers()  # forms the graph, which checks argument names
     operators = [re.search(r"OpSpec for (\w+):.*?device: (\w+)", str(op.spec), re.S).groups() for op in graph._ops]
     assert ("decoders__ImageSlice", "cpu" if device == "cpu" else "mixed") in operators
@@ -147,7 +147,7 @@ def test_every_operator_of_the_graph_exists_for_its_device(device):
 
 
 def test_large_images_are_decoded_in_more_than_one_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_DECODE", 4)
+    monkeypatch.setattr(decoder, "MAX_DECODE", 4)
     images = make_set(tmp_path)
     wanted = request(range(11))
     (crops,), _ = deliver(images, [wanted])

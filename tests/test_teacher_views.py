@@ -7,9 +7,9 @@ from torchvision.transforms import functional as torchvision
 
 from fastdeitlt import config
 from fastdeitlt.config import AugmentConfig
+from fastdeitlt.data import colour
+from fastdeitlt.data.colour import CIFAR10_POLICY, View
 from fastdeitlt.data.randaugment import OPS
-from fastdeitlt.teachers import colour
-from fastdeitlt.teachers.colour import CIFAR10_POLICY, View
 from fastdeitlt.teachers.views import view_recipes
 
 CROP = AugmentConfig(recipe="crop_jitter", crop_scale=(0.2, 1.0))

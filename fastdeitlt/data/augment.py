@@ -9,6 +9,7 @@ rand-m9-mstd0.5-inc1; RandAugment arXiv 1909.13719, random erasing arXiv 1708.04
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig
-from fastdeitlt.data import counter
+from fastdeitlt.data import buffers, counter
 from fastdeitlt.data.randaugment import OPS, chunk_size, rand_augment
 from fastdeitlt.data.resize import centre_crop, crop_resize
 
-__all__ = ["CropRequest", "Draws", "apply", "centre_crop", "crop_resize", "draw", "noise", "normalise"]
+__all__ = ["CropRequest", "Draws", "Regions", "apply", "centre_crop", "crop_resize", "draw", "noise", "normalise"]
 
 ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
@@ -97,6 +98,20 @@ class CropRequest:
     resize: int | None = None
 
 
+@dataclass(frozen=True)
+class Regions:
+    """The pixels a batch of crops is made of, for the fused kernel."""
+
+    pixels: Tensor
+    """uint8 on the device: images, or regions of them, [H, W, 3] one after the other."""
+    starts_B: np.ndarray
+    """int64: where the pixels of each one begin."""
+    sizes_B2: np.ndarray
+    """Their (height, width)."""
+    boxes_B4: np.ndarray
+    """The crop of each one (top, left, height, width), inside these pixels."""
+
+
 def _sides(area: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Height and width in pixels, at least 1, of boxes of this area and height / width ratio."""
     height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -159,32 +174,49 @@ def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
     return np.where(applied_B1, np.concatenate([place_B2, box_B2], axis=1), 0).astype(np.int32)
 
 
-def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+def apply(
+    crops_BHWC: Tensor,
+    draws: Draws,
+    cfg: AugmentConfig,
+    dtype: torch.dtype = torch.float32,
+    pool: Executor | None = None,
+) -> Tensor:
     """Augment uint8 crops as drawn: flip, shift, RandAugment, normalise, erase.
 
     Args:
         crops_BHWC: uint8 on any device; not changed.
         draws: one entry an image, drawn for this size.
         cfg: mean and std.
+        pool: threads for crops on the host; None = the calling thread.
 
     Returns:
         images_BCHW of ``dtype``, channels last in memory.
     """
-    images_BHWC = crops_BHWC.clone()
+    images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
+    step = chunk_size(crops_BHWC)  # an image goes all the way while it is in the cache
+    parts = [slice(start, start + step) for start in range(0, len(crops_BHWC), step)]
+
+    def augment(part: slice) -> None:
+        _apply(crops_BHWC[part], draws[part], cfg, images_BHWC[part])
+
+    list(pool.map(augment, parts) if pool else map(augment, parts))
+    return images_BHWC.permute(0, 3, 1, 2)
+
+
+def _apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, images_BHWC: Tensor) -> None:
+    pixels_BHWC = crops_BHWC.clone()
     for b in np.flatnonzero(draws.flip_B).tolist():
-        images_BHWC[b] = crops_BHWC[b].flip(1)
+        pixels_BHWC[b] = crops_BHWC[b].flip(1)
     if draws.shift_B2.any():
-        images_BHWC = _shift(images_BHWC, draws.shift_B2)
-    rand_augment(images_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
-    images_BCHW = normalise(images_BHWC, cfg.mean, cfg.std, dtype)
-    erased, step = np.flatnonzero(draws.erase_B4[:, 2]), chunk_size(crops_BHWC)
-    for part in np.split(erased, range(step, len(erased), step)):
-        boxes = draws.erase_B4[part]
-        for b, box, noise_HWC in zip(part, boxes.tolist(), noise(draws.noise_B[part], boxes, crops_BHWC), strict=True):
-            top, left, height, width = box
-            erased_CHW = noise_HWC[:height, :width].permute(2, 0, 1)
-            images_BCHW[b, :, top : top + height, left : left + width] = erased_CHW
-    return images_BCHW
+        pixels_BHWC = _shift(pixels_BHWC, draws.shift_B2)
+    rand_augment(pixels_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
+    _normalise(pixels_BHWC, cfg.mean, cfg.std, images_BHWC)
+    erased = np.flatnonzero(draws.erase_B4[:, 2])
+    boxes = draws.erase_B4[erased]
+    values = noise(draws.noise_B[erased], boxes, crops_BHWC)
+    for b, box, noise_HWC in zip(erased.tolist(), boxes.tolist(), values, strict=True):
+        top, left, height, width = box
+        images_BHWC[b, top : top + height, left : left + width] = noise_HWC[:height, :width]
 
 
 def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
@@ -202,15 +234,19 @@ def normalise(
     crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(crop / 255 - mean) / std as images_BCHW, channels last in memory; computed in float32, stored as ``dtype``."""
-    batch, height, width, channels = crops_BHWC.shape
+    images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
+    step = chunk_size(crops_BHWC)
+    for start in range(0, len(crops_BHWC), step):
+        _normalise(crops_BHWC[start : start + step], mean, std, images_BHWC[start : start + step])
+    return images_BHWC.permute(0, 3, 1, 2)
+
+
+def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], images_BHWC: Tensor) -> None:
+    width = crops_BHWC.shape[2]
     # a whole row of constants, because broadcasting three of them keeps the loop from vectorising
     scale, offset = (value_C.repeat(width) for value_C in affine(mean, std, crops_BHWC.device))
-    rows = torch.empty(batch, height, width * channels, dtype=dtype, device=crops_BHWC.device)
-    step = chunk_size(crops_BHWC)
-    for start in range(0, batch, step):
-        part = slice(start, start + step)
-        rows[part] = torch.mul(crops_BHWC[part].reshape(-1, height, width * channels), scale).add_(offset)
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    scaled = crops_BHWC.flatten(2).float().mul_(scale)
+    torch.add(scaled, offset, out=images_BHWC.flatten(2))
 
 
 @lru_cache(maxsize=8)

@@ -6,17 +6,21 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastdeitlt.config import Config
-from fastdeitlt.data import augment, mixup
-from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.config import AugmentConfig, Config
+from fastdeitlt.data import colour, mixup
+from fastdeitlt.data.augment import CropRequest, Regions
+from fastdeitlt.data.colour import ViewDraws
 from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.errors import UserError
 
 T = TypeVar("T")
 
@@ -24,8 +28,19 @@ T = TypeVar("T")
 class Source(Protocol):
     """Where decoded images come from: ``reader.Stream`` or ``resident.Resident``."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where crops and regions are."""
+
+    @property
+    def pool(self) -> Executor:
+        """Threads for work on parts of a batch on the host."""
+
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
         """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order."""
+
+    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
+        """The pixels that crops are made of, on the device, one ``Regions`` a request with draws, in order."""
 
     def close(self) -> None:
         """Stop threads and give memory back."""
@@ -36,7 +51,7 @@ class Batch:
     """One micro-batch, ready for the step."""
 
     images_BCHW: Tensor
-    """Normalised, mixed; float."""
+    """Normalised, mixed; float32, or bfloat16 from the fused kernel when the step computes in it."""
     labels_B: Tensor
     partner_B: Tensor | None
     """Labels of the images mixed in; None when mixing is off."""
@@ -60,30 +75,61 @@ def train_batches(
         mixing: Mixup and CutMix on.
         size: height and width in pixels.
     """
-    labels_N = torch.from_numpy(images.labels)
+    labels_N, view = torch.from_numpy(images.labels), colour.view_of(cfg.augment)
+    fused = use_kernel(cfg.augment, source.device)
 
     def prepare() -> Iterator[Batch]:
-        waiting: deque[tuple[MicroBatch, augment.Draws]] = deque()
+        waiting: deque[tuple[MicroBatch, ViewDraws]] = deque()
 
         def requests() -> Iterator[CropRequest]:
             for micro in micro_batches:
                 key = {"seed": cfg.train.seed, "epoch": micro.epoch}
-                draws = augment.draw(micro.sample_B, micro.copy_B, **key, cfg=cfg.augment, size=size)
+                draws = colour.draw(micro.sample_B, micro.copy_B, **key, view=view, size=size)
                 waiting.append((micro, draws))
-                yield CropRequest(micro.sample_B, size, draws)
+                yield CropRequest(micro.sample_B, size, draws.draws)
 
-        for crops_BHWC in source.crops(requests()):
+        def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
+            if isinstance(pixels, Regions):
+                return _augment_fused(pixels, draws, mix, cfg, size)
+            return mixup.apply(colour.apply(pixels, draws, view, source.pool), mix)
+
+        for pixels in source.regions(requests()) if fused else source.crops(requests()):
             micro, draws = waiting.popleft()
-            images_BCHW = augment.apply(crops_BHWC, draws, cfg.augment)
+            mix = MixDraw()
+            if mixing:
+                mix = mixup.draw(cfg.train.seed, micro.epoch, micro.index, micro.virtual_rank, cfg.mixup, size)
+            images_BCHW = augmented(pixels, draws, mix)
             labels_B = labels_N[torch.from_numpy(micro.sample_B)].to(images_BCHW.device, non_blocking=True)
-            if not mixing:
-                yield Batch(images_BCHW, labels_B, None, None)
-                continue
-            mix = mixup.draw(cfg.train.seed, micro.epoch, micro.index, micro.virtual_rank, cfg.mixup, size)
-            lam = torch.tensor(mix.lam).to(images_BCHW.device, non_blocking=True)
-            yield Batch(mixup.apply(images_BCHW, mix), labels_B, labels_B.flip(0), lam)
+            lam = torch.tensor(mix.lam).to(images_BCHW.device, non_blocking=True) if mixing else None
+            yield Batch(images_BCHW, labels_B, labels_B.flip(0) if mixing else None, lam)
 
     return prefetch(prepare(), depth=2)
+
+
+def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
+    """Whether ``augment.impl`` means the fused kernel for batches on this device.
+
+    Raises:
+        UserError: `triton`, for a recipe that the kernel does not know.
+    """
+    known = cfg.recipe in ("deit", "none")
+    if cfg.impl == "triton" and not known:
+        raise UserError(
+            f"augment.impl=triton: the kernel knows the recipes deit and none, got {cfg.recipe}; use augment.impl=auto"
+        )
+    return cfg.impl == "triton" or (cfg.impl == "auto" and known and device.type == "cuda")
+
+
+def _augment_fused(regions: Regions, draws: ViewDraws, mix: MixDraw, cfg: Config, size: int) -> Tensor:
+    from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
+
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    mixed = kernel.augment(
+        regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
+        boxes_B4=regions.boxes_B4, dtype=dtype,
+    ).images_BCHW  # fmt: skip
+    assert mixed is not None
+    return mixed
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

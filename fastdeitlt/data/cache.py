@@ -20,9 +20,10 @@ from filelock import FileLock
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
+from fastdeitlt.data.decoder import DECODER
 from fastdeitlt.data.files import shrunk
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.reader import DECODER, Stream
+from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.workers import num_threads
 from fastdeitlt.errors import UserError
 
@@ -47,9 +48,9 @@ class DecodedSet:
     """int64: the image that stands for each one: itself, or if it could not be read another of its class."""
 
     @cached_property
-    def starts(self) -> list[int]:
-        """Where each image begins in ``pixels``, and the end [N + 1]."""
-        return [0, *np.cumsum(num_bytes(self.sizes_N2)).tolist()]
+    def starts(self) -> np.ndarray:
+        """Where each image begins in ``pixels``, and the end: int64 [N + 1]."""
+        return np.concatenate([[0], num_bytes(self.sizes_N2).cumsum()])
 
     @property
     def unreadable(self) -> list[int]:

@@ -53,7 +53,7 @@ def draw(seed: int, epoch: int, index: int, virtual_rank: int, cfg: MixupConfig,
 
 
 def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
-    """The mixed batch, a new tensor of the same layout (the input itself when nothing is mixed).
+    """Mix a batch in place, and return it.
 
     Raises:
         UserError: an odd batch, which has an image without partner.
@@ -62,12 +62,20 @@ def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
         return images_BCHW
     if len(images_BCHW) % 2:
         raise UserError(f"mixup: got a batch of {len(images_BCHW)} images, expected an even number; drop or add one")
-    if mix.box is None:
-        return images_BCHW.mul(mix.lam).add_(images_BCHW.flip(0).mul_(1.0 - mix.lam))
-    y0, y1, x0, x1 = mix.box
-    mixed_BCHW = images_BCHW.clone()
-    mixed_BCHW[:, :, y0:y1, x0:x1] = images_BCHW[:, :, y0:y1, x0:x1].flip(0)
-    return mixed_BCHW
+    y0, y1, x0, x1 = mix.box or (0, None, 0, None)
+    window_BCHW = images_BCHW[:, :, y0:y1, x0:x1]
+    half = len(window_BCHW) // 2
+    step = half if images_BCHW.device.type != "cpu" else 1  # on the host a pair stays in the cache
+    for start in range(0, half, step):
+        first, second = window_BCHW[start : start + step], window_BCHW[len(window_BCHW) - start - step :][:step]
+        own, other = first.clone(), second.flip(0)
+        if mix.box is None:
+            first.mul_(mix.lam).add_(other * (1.0 - mix.lam))
+            second.copy_(other.mul_(mix.lam).add_(own.mul_(1.0 - mix.lam)).flip(0))
+        else:
+            first.copy_(other)
+            second.copy_(own.flip(0))
+    return images_BCHW
 
 
 def mixed_target(labels_B: Tensor, partner_B: Tensor, lam: float, classes: int, smoothing: float) -> Tensor:

@@ -1,8 +1,6 @@
-"""Stage 2: read and decode image files as they are needed. No other module imports DALI.
+"""Stage 2: read and decode image files as they are needed.
 
 What comes out is a pure function of the files and the request, so a run resumed in mid-epoch just asks from there on.
-DALI only turns the bytes of a file into the pixels of a region. We read the bytes, because DALI 2.4 ends the process on
-files it cannot parse, and resize ourselves, because its resize takes a CPU longer than decoding and is not Pillow's.
 """
 
 # N images in the set, B images of a request, U distinct images of a group of requests, H height, W width, S output side
@@ -12,92 +10,35 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
-import nvidia.dali
 import torch
-from nvidia.dali import Pipeline, fn, math, types
 from PIL import Image
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.augment import CropRequest, Regions
+from fastdeitlt.data.decoder import Decoder
 from fastdeitlt.data.files import FORMATS, PILLOW_ERRORS, Encoded, UnreadableError, read_encoded, shrunk
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.resize import centre_crop, crop_resize, resize
+from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import Workers, num_threads
 from fastdeitlt.errors import UserError
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
+Made = TypeVar("Made", Tensor, Regions)
+Wanted = tuple[CropRequest, np.ndarray, np.ndarray]
+"""A request, its boxes inside the decoded regions, and the region of each of its images."""
+Make = Callable[[list[Tensor], list[Wanted]], list[Made]]
 
-DECODER = f"dali {nvidia.dali.__version__}"
-MAX_DECODE = 256
-"""Most images in one run of the decoding graph."""
 DECODE_GROUP = 32
 """Whole images decoded at a time when the set is decoded once."""
-
-
-def decode_graph(threads: int, device: torch.device) -> Pipeline:
-    """The DALI graph, not yet built: inputs ``encoded`` (bytes) and ``region`` (top, left, height, width).
-
-    Orientation tags are ignored, as timm and Pillow's ``Image.open`` do. ``peek_image_shape`` is there for safety: a
-    header that does not parse raises in it, but ends the process in the decoder.
-    """
-    on_gpu = device.type == "cuda"
-    graph = Pipeline(MAX_DECODE, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=1)
-    with graph:
-        encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-        region = fn.external_source(name="region", dtype=types.DALIDataType.INT32, ndim=1)
-        size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.DALIDataType.INT32)[:2]
-        pixels = fn.decoders.image_slice(
-            encoded,
-            start=region[:2],
-            shape=math.min(region[2:], size - region[:2]),
-            axis_names="HW",
-            device="mixed" if on_gpu else "cpu",
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
-        graph.set_outputs(pixels)
-    return graph
-
-
-class Decoder:
-    """Regions of encoded images to RGB pixels: uint8 [height, width, 3] tensors on the device, one an image.
-
-    On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled rather than clipped.
-    """
-
-    def __init__(self, threads: int, device: torch.device) -> None:
-        self._new_graph = partial(decode_graph, threads, device)
-        self._graph: Pipeline | None = None
-
-    def __call__(self, files: list[Encoded], regions_B4: np.ndarray) -> list[Tensor]:
-        """Decode.
-
-        Args:
-            regions_B4: int32 (top, left, height, width), inside the images.
-
-        Raises:
-            RuntimeError: DALI could not decode one of them; it does not say which.
-        """
-        pixels: list[Tensor] = []
-        for start in range(0, len(files), MAX_DECODE):
-            part = slice(start, start + MAX_DECODE)
-            graph, self._graph = self._graph or self._new_graph(), None  # a graph that raised is dead
-            (out,) = graph.run(encoded=[file.data for file in files[part]], region=regions_B4[part])
-            self._graph = graph
-            pixels += [torch.from_dlpack(out[i]) for i in range(len(out))]
-        return pixels
-
-    def close(self) -> None:
-        """End DALI's threads."""
-        self._graph = None
 
 
 class Stream:
@@ -108,7 +49,7 @@ class Stream:
 
     Args:
         images: the set.
-        cfg: ``num_threads`` and ``on_error``.
+        cfg: ``num_threads``, ``on_error`` and ``jpeg_engine_share``.
         device: where decoding ends and crops are made.
         share: consecutive requests that are decoded together. An image that appears in them more than once (the copies
             of repeated augmentation, which go to different virtual ranks) is then read and decoded once.
@@ -116,13 +57,19 @@ class Stream:
 
     def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> None:
         self.skipped: list[str] = []
-        self._images, self._device, self._share = images, device, share
+        self._images, self.device, self._share = images, device, share
         self._skip = cfg.on_error == "skip"
         self._unreadable: set[int] = set()
         self._refusing = threading.Lock()
         self._workers = Workers(num_threads(cfg.num_threads))
-        self._decoder = Decoder(self._workers.count, device)
+        self._side = side_stream(device)
+        self._decoder = Decoder(self._workers.count, device, cfg.jpeg_engine_share)
         self._host_decoder = Decoder(self._workers.count, torch.device("cpu"))
+
+    @property
+    def pool(self) -> Executor:
+        """Threads for work on parts of a batch on the host."""
+        return self._workers.pool
 
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
         """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``.
@@ -130,10 +77,15 @@ class Stream:
         Raises:
             UserError: an image cannot be read, or with skip none of a class can; names the file and the reason.
         """
-        requests = iter(requests)
-        groups = iter(lambda: list(islice(requests, self._share)), [])
-        for crops in self._workers.ahead(self._start_crops, groups):
-            yield from crops
+        yield from self._deliver(requests, self._cut)
+
+    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
+        """What the crops of requests with draws are made of, in order: of each image the part that its crops share.
+
+        Raises:
+            UserError: as ``crops``.
+        """
+        yield from self._deliver(requests, self._gather)
 
     def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Whole images [H, W, 3] on the host, with the index of the file each is from (another's if it was replaced).
@@ -164,14 +116,22 @@ class Stream:
         self._decoder.close()
         self._host_decoder.close()
 
-    def _start_crops(self, group: list[CropRequest]) -> Callable[[], list[Tensor]]:
+    def _deliver(self, requests: Iterable[CropRequest], make: Make[Made]) -> Iterator[Made]:
+        requests = iter(requests)
+        groups = iter(lambda: list(islice(requests, self._share)), [])
+        for group in self._workers.ahead(partial(self._start_group, make), groups):
+            yield from group
+
+    def _start_group(self, make: Make[Made], group: list[CropRequest]) -> Callable[[], list[Made]]:
         sample_U, index_B = np.unique(np.concatenate([r.sample_B for r in group]), return_inverse=True)
         index = np.split(index_B, np.cumsum([len(r.sample_B) for r in group])[:-1])
         reads = self._workers.split(self._read, sample_U.tolist())
-        return lambda: self._crops(group, index, _results(reads))
+        return lambda: self._group(make, group, index, _results(reads))
 
-    def _crops(self, group: list[CropRequest], index: list[np.ndarray], files_U: list[Encoded]) -> list[Tensor]:
-        """Crops of each request; ``index`` has the position in ``files_U`` of each of its images."""
+    def _group(
+        self, make: Make[Made], group: list[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
+    ) -> list[Made]:
+        """What ``make`` makes of each request; ``index`` has the position in ``files_U`` of each of its images."""
         size_U2 = np.array([(file.height, file.width) for file in files_U])
         boxes = [_boxes(request, size_U2[index_B]) for request, index_B in zip(group, index, strict=True)]
         first_U2, last_U2 = size_U2.copy(), np.zeros_like(size_U2)
@@ -179,21 +139,33 @@ class Stream:
             np.minimum.at(first_U2, index_B, box_B4[:, :2])
             np.maximum.at(last_U2, index_B, box_B4[:, :2] + box_B4[:, 2:])
         regions_U4 = np.concatenate([first_U2, last_U2 - first_U2], 1).astype(np.int32)
+        for box_B4, index_B in zip(boxes, index, strict=True):
+            box_B4[:, :2] -= first_U2[index_B]
         try:
-            pixels_U = self._decoder(files_U, regions_U4)
+            with aside(self._side) as made:  # DALI uses the pixels' memory again once they are dropped
+                pixels_U = self._decoder(files_U, regions_U4)
+                wanted = make(pixels_U, list(zip(group, boxes, index, strict=True)))
+                made.extend(one.pixels if isinstance(one, Regions) else one for one in wanted)
         except RuntimeError as error:
-            return self._crops(group, index, self._replace(self._decoder, files_U, regions_U4, error))
+            return self._group(make, group, index, self._replace(self._decoder, files_U, regions_U4, error))
+        return wanted
+
+    def _cut(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Tensor]:
         crops = []
-        for request, box_B4, index_B in zip(group, boxes, index, strict=True):
+        for request, box_B4, index_B in wanted:
             pixels_B = [pixels_U[u] for u in index_B]
             if request.draws is None:
-                crops.append(centre_crop(pixels_B, request.resize or request.size, request.size, self._workers.pool))
-                continue
-            box_B4[:, :2] -= first_U2[index_B]
-            crops.append(crop_resize(pixels_B, box_B4, request.size, self._workers.pool))
-        if self._device.type == "cuda":  # DALI uses the pixels' memory again once they are dropped
-            torch.cuda.current_stream(self._device).synchronize()
+                crops.append(centre_crop(pixels_B, request.resize or request.size, request.size, self.pool))
+            else:
+                crops.append(crop_resize(pixels_B, box_B4, request.size, self.pool))
         return crops
+
+    def _gather(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Regions]:
+        sizes_U2 = np.array([pixels.shape[:2] for pixels in pixels_U])
+        ends_U = 3 * sizes_U2.prod(axis=1).cumsum()
+        starts_U = ends_U - 3 * sizes_U2.prod(axis=1)
+        together = torch.cat([pixels.flatten() for pixels in pixels_U])
+        return [Regions(together, starts_U[index_B], sizes_U2[index_B], box_B4) for _, box_B4, index_B in wanted]
 
     def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[tuple[int, Tensor]]]:
         reads = self._workers.split(self._read, samples)

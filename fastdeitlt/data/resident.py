@@ -5,21 +5,24 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.augment import CropRequest, Regions
 from fastdeitlt.data.cache import DecodedSet, num_bytes, open_decoded, pack, stored_sizes
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resize import centre_crop, crop_resize
+from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import Workers, num_threads
 from fastdeitlt.errors import UserError
 
@@ -58,13 +61,23 @@ class Resident:
             with closing(Stream(images, cfg, device)) as stream:
                 decoded = open_decoded(images, cfg, stream)
         pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
-        self._decoded, self._device = replace(decoded, pixels=pixels), device
+        self._decoded, self.device = replace(decoded, pixels=pixels), device
+        self._side = side_stream(device)
         self._workers = Workers(num_threads(cfg.num_threads))
         self.skipped = [images.paths[i] for i in decoded.unreadable]
+
+    @property
+    def pool(self) -> Executor:
+        """Threads for work on parts of a batch on the host."""
+        return self._workers.pool
 
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
         """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``."""
         yield from self._workers.ahead(lambda request: partial(self._crops, request), requests)
+
+    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
+        """What the crops of requests with draws are made of, in order: the held set itself if it is on the device."""
+        yield from self._workers.ahead(lambda request: partial(self._regions, request), requests)
 
     def close(self) -> None:
         """End all threads and give memory back. May be called twice."""
@@ -80,9 +93,37 @@ class Resident:
         else:
             boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
             crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, pool)
-        if crops_BHWC.device.type == self._device.type:
+        if crops_BHWC.device.type == self.device.type:
             return crops_BHWC
-        return crops_BHWC.pin_memory().to(self._device, non_blocking=True)
+        return crops_BHWC.pin_memory().to(self.device, non_blocking=True)
+
+    def _regions(self, request: CropRequest) -> Regions:
+        if request.draws is None:
+            raise ValueError("regions are for requests with draws")
+        slot_B, decoded = self._decoded.slot_N[request.sample_B], self._decoded
+        sizes_B2 = decoded.sizes_N2[slot_B]
+        boxes_B4 = request.draws.boxes(sizes_B2)
+        if decoded.pixels.device.type == self.device.type:
+            return Regions(decoded.pixels, decoded.starts[slot_B], sizes_B2, boxes_B4)
+        staged = stage([decoded.image(slot) for slot in slot_B.tolist()], boxes_B4, self.device, self.pool)
+        with aside(self._side) as made:
+            made.append(staged.pixels.to(self.device, non_blocking=True))
+        return replace(staged, pixels=made[0])
+
+
+def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device, pool: Executor) -> Regions:
+    """The boxes of host images, copied next to each other into memory from which ``device`` reads fast."""
+    sizes_B2 = boxes_B4[:, 2:]
+    ends_B = num_bytes(sizes_B2).cumsum()
+    starts_B = ends_B - num_bytes(sizes_B2)
+    staged = torch.empty(int(ends_B[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def copy(image: Tensor, box: list[int], start: int, end: int) -> None:
+        top, left, height, width = box
+        staged[start:end].view(height, width, 3).copy_(image[top : top + height, left : left + width])
+
+    list(pool.map(copy, images, boxes_B4.tolist(), starts_B.tolist(), ends_B.tolist()))
+    return Regions(staged, starts_B, sizes_B2, np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1))
 
 
 def open_source(images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> Stream | Resident:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import Config
-from fastdeitlt.data import counter
+from fastdeitlt.data import colour, counter
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.batches import Source, prefetch
+from fastdeitlt.data.colour import View, ViewDraws
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.teachers import colour
-from fastdeitlt.teachers.colour import View, ViewDraws
 
 ORDER, STEP = 210, 211
 """Streams of the generator."""
@@ -53,12 +52,7 @@ class Plan:
 
 def view_recipes(cfg: Config) -> list[View]:
     """How each view is made: the network's (for PaCo the queries'), and for PaCo the keys'."""
-    first = View(cfg.augment)
-    match cfg.augment.recipe:
-        case "autoaugment_cutout":
-            first = View(cfg.augment, policy=True, cutout=0.5)
-        case "crop_jitter":
-            first = View(cfg.augment, jitter_prob=1.0)
+    first = colour.view_of(cfg.augment)
     if cfg.teacher_training.loss != "paco":
         return [first]
     cropped = cfg.augment.model_copy(update={"recipe": "crop_jitter"})

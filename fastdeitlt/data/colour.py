@@ -1,4 +1,4 @@
-"""Colour stages of the CNN recipes: ColorJitter, gray, blur (SimCLR), AutoAugment's CIFAR-10 policy, Cutout.
+"""Stage 3, colour of the CNN recipes: ColorJitter, gray, blur (SimCLR), AutoAugment's CIFAR-10 policy, Cutout.
 
 Jitter and policy become operations of ``augment.apply``; what that has not (hue, gray, blur, Cutout) follows on the
 normalised images. Differences from the references: hue comes after the other jitters instead of in random order, and
@@ -8,6 +8,7 @@ the policy's warps are bicubic and filled as RandAugment's.
 # B batch, C channels (3), H height, W width, S output side, n operations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,6 +75,17 @@ class View:
     blur_prob: float = 0.0
     policy: bool = False
     cutout: float = 0.0
+
+
+def view_of(cfg: AugmentConfig) -> View:
+    """The view that ``augment.recipe`` names."""
+    match cfg.recipe:
+        case "autoaugment_cutout":
+            return View(cfg, policy=True, cutout=0.5)
+        case "crop_jitter":
+            return View(cfg, jitter_prob=1.0)
+        case _:
+            return View(cfg)
 
 
 @dataclass(frozen=True)
@@ -144,9 +156,13 @@ def _draw_cutout(key_B: np.ndarray, share: float, size: int) -> np.ndarray:
     return np.concatenate([centre_B2 - half, centre_B2 + half], axis=1).clip(0, size)
 
 
-def apply(crops_BHWC: Tensor, draws: ViewDraws, view: View) -> Tensor:
-    """A view of uint8 crops as drawn: images_BCHW, normalised float32, channels last in memory."""
-    images_BCHW = augment.apply(crops_BHWC, draws.draws, view.augment)
+def apply(crops_BHWC: Tensor, draws: ViewDraws, view: View, pool: Executor | None = None) -> Tensor:
+    """A view of uint8 crops as drawn: images_BCHW, normalised float32, channels last in memory.
+
+    Args:
+        pool: as ``augment.apply``.
+    """
+    images_BCHW = augment.apply(crops_BHWC, draws.draws, view.augment, pool=pool)
     device = images_BCHW.device
     if view.policy or view.hue or view.gray_prob or view.blur_prob:
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (view.augment.mean, view.augment.std))
