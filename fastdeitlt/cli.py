@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--steps", type=int, default=3, help="optimizer steps to record")
     added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
 
-    analyses = verb("analyze", _analyze, "look into runs: what a teacher teaches, how flat it is").add_subparsers(
+    analyses = verb("analyze", _analyze, "look into runs: where a student looks, what a teacher teaches").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
 
@@ -276,6 +276,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--json", type=Path, help="write the numbers there too")
         return added
+
+    added = analysis("student", "where CLS and DIST look, attention distance, feature rank, likeness of tokens")
+    added.add_argument("--images", type=int, default=2048, metavar="N", help="test images to look at")
 
     added = analysis("teacher", "what a student will be taught on its own images, sharpness, feature rank")
     added.add_argument("--recipe", help="the student's recipe, where RUN is a teacher rather than a student's run")

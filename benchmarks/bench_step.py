@@ -1,0 +1,71 @@
+"""The whole training step, images on the device to new weights: ours lever by lever, timm's task, the official loop.
+
+    python -m benchmarks.bench_step [--case NAME ...] [--rounds 12] [--only NAME ...] [--check]
+
+One process, interleaved rounds, the same weights, batch, precision and work; losses of three steps are compared before
+any time is taken. The rate is images a second; the ratio is to timm's compiled task.
+"""
+
+import argparse
+import functools
+import sys
+
+import torch
+
+from benchmarks import harness, peers
+from benchmarks.peers import Workload
+from fastdeitlt.models import create_student
+from fastdeitlt.models.vit import flops_per_image
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CASES = {
+    "ti8-32": Workload("deit_tiny_distilled_patch8_32", 32, 10, 64, "resnet8", "fp32", CPU),
+    "ti4-32": Workload("deit_tiny_distilled_patch4_32", 32, 100, 32, "resnet32", "fp32", CPU),
+    "ti8-64": Workload("deit_tiny_distilled_patch8_64", 64, 100, 32, "resnet8", "fp32", CPU),
+    "s16-224": Workload("deit_small_distilled_patch16_224", 224, 1000, 256, "resnet50", "bf16", GPU),
+    "b16-224": Workload("deit_base_distilled_patch16_224", 224, 1000, 256, "resnet50", "bf16", GPU),
+    "b16-224-inat": Workload("deit_base_distilled_patch16_224", 224, 8142, 256, "resnet50", "bf16", GPU),
+}
+
+
+def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peers.Step]:
+    """Those that can run on the workload's device."""
+    names = [name for name in peers.LEVERS if work.device.type == "cuda" or name not in peers.GPU_ONLY]
+    return {name: peers.LEVERS[name](work) for name in names if only is None or name in only}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=sorted(CASES), help="default: those of this machine's device")
+    parser.add_argument("--only", nargs="+", choices=list(peers.LEVERS), help="these contestants and the baseline")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--check", action="store_true", help="compare losses, take no time, write nothing")
+    options = parser.parse_args(arguments)
+    device = GPU if torch.cuda.is_available() else CPU
+    only = [*options.only, peers.BASELINE] if options.only else None
+    for name in options.case or [name for name, work in CASES.items() if work.device == device]:
+        work = CASES[name]
+        steps = contestants(work, only)
+        losses = peers.check_equal(steps, work)
+        print(f"{name}: losses agree: " + ", ".join(f"{loss:.5f}" for loss in next(iter(losses.values()))))
+        if options.check:
+            continue
+        batch = work.batch(0)
+        calls = {label: functools.partial(step, batch) for label, step in steps.items()}
+        student = create_student(work.student, work.num_classes, work.img_size)
+        case = harness.Case(
+            name, calls, peers.BASELINE, useful_flops=int(3 * flops_per_image(student) * work.batch_size),
+            eager=frozenset(calls),
+        )  # fmt: skip
+        rows = harness.rows("step", case, harness.measure(calls, device, options.rounds, case.eager), device)
+        for row in rows:
+            row |= {"images_per_s": work.batch_size / row["median_ms"] * 1e3, "precision": work.precision}
+            row |= {"student": work.student, "teacher": work.teacher, "batch": work.batch_size}
+            print(f"{harness.line(row)}  {row['images_per_s']:.1f} img/s")
+        file = harness.append("step", rows)
+        print(f"rows appended to {file.relative_to(harness.ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Whole training steps of the same work: timm's distillation task, the official loop re-stated, ours lever by lever.
+
+A contestant is built from a ``Workload``; its ``step(batch)`` does everything from images on the device to new weights
+and a new moving average, and returns the loss. All start from the same weights; ``check_equal`` takes some steps with
+each and compares losses, so that forward, backward and optimizer are known to agree before any time is taken.
+"""
+
+# B images in a batch, C channels, H height, W width, K classes
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeitlt import config, distributed
+from fastdeitlt.data.batches import Batch
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.engine import JointForward, build_engine
+from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.models.fold import fold_batchnorm
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.optim import Ema, parameter_groups
+
+RATE, DECAY, EMA_DECAY, SMOOTHING = 1e-4, 0.05, 0.99996, 0.1
+Step = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contestant trains.
+
+    Args:
+        student: our name of it; timm's model has the same size, patch and heads.
+        img_size: side in pixels.
+        num_classes: K.
+        batch_size: B.
+        teacher: arch of ``create_teacher``.
+        precision: bf16 (autocast) or fp32.
+        device: where.
+    """
+
+    student: str
+    img_size: int
+    num_classes: int
+    batch_size: int
+    teacher: str
+    precision: str
+    device: torch.device
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The student that all start from."""
+        torch.manual_seed(0)
+        return create_student(self.student, self.num_classes, self.img_size, drop_path=0.0).state_dict()
+
+    @functools.cached_property
+    def network(self) -> nn.Module:
+        """The teacher's CNN, with batch-norm statistics other than 0 and 1."""
+        torch.manual_seed(1)
+        network = create_teacher(self.teacher, self.num_classes)
+        for name, buffer in network.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+        return network.eval().requires_grad_(False)
+
+    def batch(self, seed: int) -> Batch:
+        """A mixed batch of noise."""
+        generator = torch.Generator().manual_seed(seed)
+        size = (self.batch_size, 3, self.img_size, self.img_size)
+        images_BCHW = torch.randn(size, generator=generator).to(self.device)
+        labels_B = torch.randint(self.num_classes, (self.batch_size,), generator=generator).to(self.device)
+        return Batch(images_BCHW, labels_B, labels_B.flip(0), torch.tensor(0.3, device=self.device))
+
+    def autocast(self) -> torch.autocast:
+        """The step's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def best_attention(device: torch.device) -> AbstractContextManager[None]:
+    """cuDNN's or Flash attention on a GPU, where torch does not choose cuDNN's by itself; torch's only one on a CPU."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
+
+
+def timm_student(work: Workload) -> nn.Module:
+    """timm's distilled DeiT with the shared weights."""
+    import timm
+
+    size, patch = work.student.split("_")[1], int(work.student.split("_patch")[1].split("_")[0])
+    options = {"img_size": work.img_size, "patch_size": patch, "num_classes": work.num_classes}
+    student = timm.create_model(f"deit_{size}_distilled_patch16_224", **options)
+    student.load_state_dict(work.weights)
+    return student.to(work.device).train()
+
+
+def dense_target(batch: Batch, num_classes: int) -> Tensor:
+    """timm's Mixup makes this of the labels in every step."""
+    from timm.data.mixup import one_hot
+
+    off, on = SMOOTHING / num_classes, 1 - SMOOTHING + SMOOTHING / num_classes
+    assert batch.partner_B is not None and batch.lam is not None
+    own, other = (one_hot(labels_B, num_classes, on, off) for labels_B in (batch.labels_B, batch.partner_B))
+    return own * batch.lam + other * (1 - batch.lam)
+
+
+def timm_task(work: Workload, compiled: bool) -> Step:
+    """timm 1.0's TokenDistillationTask with fused AdamW and its moving average, the best attention backend forced."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.task import TokenDistillationTask
+
+    task = TokenDistillationTask(
+        timm_student(work),
+        copy.deepcopy(work.network).to(work.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        criterion=SoftTargetCrossEntropy(),
+        distill_type="hard",
+        task_loss_weight=0.5,
+        device=work.device,
+        verbose=False,
+    ).train()
+    task.setup_ema(decay=EMA_DECAY)
+    groups = parameter_groups(task.trainable_module, DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(RATE, device=work.device), fused=True)
+    if compiled:
+        task.compile()
+
+    def step(batch: Batch) -> Tensor:
+        target_BK = dense_target(batch, work.num_classes)
+        with best_attention(work.device), work.autocast():
+            loss = task(batch.images_BCHW, target_BK)["loss"]
+        with best_attention(work.device):
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema()
+        return loss.detach()
+
+    return step
+
+
+def official_loop(work: Workload) -> Step:
+    """The published code's step as its notes describe it: eager, autocast, the teacher's decision mapped through numpy
+    on the host, a gradient norm nobody reads, four ``item()`` and a synchronize, and an average parameter by parameter.
+
+    Written anew from facts (val-iisc/DeiT-LT engine.py, losses.py); torch's attention stands for xformers'.
+    """
+    student, teacher = timm_student(work), copy.deepcopy(work.network).to(work.device)
+    student.set_distilled_training(True)  # type: ignore[operator]
+    average = copy.deepcopy(student).eval()
+    optimizer = torch.optim.AdamW(parameter_groups(student, DECAY), lr=RATE)
+    class_map = np.arange(work.num_classes)
+    weights_K = torch.ones(work.num_classes, device=work.device)
+
+    def step(batch: Batch) -> Tensor:
+        target_BK = dense_target(batch, work.num_classes)
+        with work.autocast():
+            cls_logits_BK, dist_logits_BK = student(batch.images_BCHW)
+            with torch.no_grad():
+                teacher_logits_BK = teacher(batch.images_BCHW)
+            cls_loss = torch.sum(-target_BK * F.log_softmax(cls_logits_BK, dim=-1), dim=-1).mean()
+            decision_B = class_map[teacher_logits_BK.argmax(1).detach().cpu().numpy()]
+            decision_B = torch.from_numpy(decision_B).to(work.device)
+            dist_loss = F.cross_entropy(dist_logits_BK, decision_B, weight=weights_K)
+            loss = 0.5 * cls_loss + 0.5 * dist_loss
+            similarity = F.cosine_similarity(cls_logits_BK, dist_logits_BK).mean()
+        for value in (loss, cls_loss, dist_loss, similarity):
+            value.item()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.norm(torch.stack([torch.norm(p.grad) for p in student.parameters() if p.grad is not None]))
+        optimizer.step()
+        if work.device.type == "cuda":
+            torch.cuda.synchronize()
+        with torch.no_grad():
+            live = student.state_dict()
+            for name, held in average.state_dict().items():
+                held.copy_(held * EMA_DECAY + (1 - EMA_DECAY) * live[name])
+        return loss.detach()
+
+    return step
+
+
+def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
+    """fastdeitlt's step: JointForward, an engine, Ema.
+
+    Args:
+        shortcut: the last block computes only the CLS and DIST rows.
+        settings: config fields, section and name joined by two underscores (``train__compile=False``).
+    """
+    values = {name.replace("__", "."): value for name, value in settings.items()}
+    recipe = {
+        "train.precision": work.precision, "train.batch_size": work.batch_size, "optim.ema_decay": EMA_DECAY,
+        "optim.weight_decay": DECAY, "mixup.smoothing": SMOOTHING, "train.engine": "plain",
+        "train.device": work.device.type,
+    }  # fmt: skip
+    cfg = config.build(recipe | values)
+    student = create_student(
+        work.student, work.num_classes, work.img_size, 0.0,
+        attention=cfg.student.attention, last_block_shortcut=shortcut,
+    )  # fmt: skip
+    student.load_state_dict(work.weights)
+    student = student.to(work.device).train()
+    network = fold_batchnorm(copy.deepcopy(work.network)).to(memory_format=torch.channels_last)
+    teacher = Teacher(network, work.num_classes).to(work.device)
+    joint = JointForward(student, teacher, [1] * work.num_classes, cfg, work.device)
+    if cfg.train.engine == "deepspeed":
+        distributed.start_alone(work.device)
+    engine = build_engine(joint, cfg, Plan(work.batch_size, work.batch_size, 1, 1, 1))
+    ema = Ema(student, EMA_DECAY, engine.optimizer)
+    weights_K = torch.ones(work.num_classes, device=work.device)
+
+    def step(batch: Batch) -> Tensor:
+        losses = engine.forward(batch, weights_K, None)
+        engine.backward(losses.loss)
+        engine.step(RATE)
+        ema.update()
+        return losses.loss.detach()
+
+    return step
+
+
+LEVERS: dict[str, Callable[[Workload], Step]] = {
+    "official loop": official_loop,
+    "timm, eager": lambda work: timm_task(work, compiled=False),
+    "timm, compiled": lambda work: timm_task(work, compiled=True),
+    "ours, eager, whole last block": lambda w: ours(w, shortcut=False, train__compile=False, student__attention="sdpa"),
+    "+ last-block shortcut": lambda w: ours(w, train__compile=False, student__attention="sdpa"),
+    "+ compile": lambda w: ours(w, student__attention="sdpa", loss__impl="torch"),
+    "+ flat AdamW with average": lambda w: ours(
+        w, student__attention="sdpa", loss__impl="torch", optim__backend="fastdeitlt"
+    ),
+    "+ kernels": lambda w: ours(w, student__attention="triton", loss__impl="triton", optim__backend="fastdeitlt"),
+    "as shipped (auto)": lambda w: ours(w),
+    "as shipped, DeepSpeed": lambda w: ours(w, train__engine="deepspeed", train__zero_stage=1),
+}
+"""Contestants in the order of the waterfall. ``+ kernels`` needs a GPU."""
+GPU_ONLY = frozenset({"+ kernels"})
+BASELINE = "timm, compiled"
+
+
+def check_equal(
+    steps: Mapping[str, Step], work: Workload, num_steps: int = 3, tolerance: float | None = None
+) -> dict[str, list[float]]:
+    """Take the same steps with every contestant; their losses.
+
+    Args:
+        tolerance: largest relative difference from the first contestant's loss; None: 1e-4 in fp32, 2e-2 in bf16.
+
+    Raises:
+        AssertionError: a contestant's loss differs, so its time would mean nothing.
+    """
+    allowed = tolerance if tolerance is not None else 1e-4 if work.precision == "fp32" else 2e-2
+    losses = {name: [float(step(work.batch(i))) for i in range(num_steps)] for name, step in steps.items()}
+    first, expected = next(iter(losses.items()))
+    for name, got in losses.items():
+        if not np.allclose(got, expected, rtol=allowed, atol=0):
+            raise AssertionError(f"{name}: losses {got}, but {first} has {expected}; nothing is timed")
+    return losses

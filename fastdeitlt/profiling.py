@@ -1,0 +1,276 @@
+"""`profile`: where a step's time goes. A trace for Perfetto, time by stage, and a table by operation.
+
+The table's bytes and FLOPs are counted by running the same step once more under a dispatch counter, so they are of
+torch's own operations. A fused kernel of the compiled graph has a time but no such count. On a GPU the stages are NVTX
+ranges too, Proton writes its own profile, and the allocator's history is saved for pytorch.org/memory_viz.
+"""
+
+# B images in a micro-batch
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fastdeitlt import config, distributed
+from fastdeitlt.bench_setup import Setup, set_up
+from fastdeitlt.data.batches import Batch, train_batches
+from fastdeitlt.data.resident import open_source
+from fastdeitlt.engine import build_engine
+from fastdeitlt.optim import Ema, peak_learning_rate
+from fastdeitlt.timer import bandwidth, matmul_rate, synchronise
+
+STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
+WARM_UP_STEPS = 2
+SHOWN = 25
+
+
+@dataclass
+class Operation:
+    """One row of the table, sums over the recorded steps.
+
+    Args:
+        name: operation or kernel.
+        calls: how often it ran.
+        time_ms: on the device; on a CPU its own time without what it called.
+        bytes: of its inputs and outputs, each once. None = not known.
+        flops: of its matrix products. None = not known.
+        share_of_roofline: least time that bytes and FLOPs need here, over its time. None = not known.
+    """
+
+    name: str
+    calls: int
+    time_ms: float
+    bytes: int | None = None
+    flops: int | None = None
+    share_of_roofline: float | None = None
+
+
+class Costs(TorchDispatchMode):
+    """Counts bytes and FLOPs by operation while it is on; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = defaultdict(int)
+        self.flops: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        name = f"{func.namespace}::{func._schema.name.partition('::')[2]}"
+        tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        self.bytes[name] += sum(t.numel() * t.element_size() for t in tensors.values())
+        if func.overloadpacket in flop_registry:
+            self.flops[name] += int(flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out))
+        return out
+
+
+@contextmanager
+def stage(name: str, device: torch.device) -> Iterator[None]:
+    """A named range in the trace, and for NVIDIA's tools on a GPU."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.profiler.record_function(name))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.nvtx.range(name))
+        yield
+
+
+def profile(
+    config_name: str,
+    overrides: Sequence[str] = (),
+    out: str | Path = "profile",
+    *,
+    num_steps: int = 3,
+    synthetic: bool = False,
+) -> list[Operation]:
+    """Record some optimizer steps; print the tables and write trace.json, operations.json and, on a GPU, memory.pickle.
+
+    Args:
+        config_name, overrides: as for training. An empty ``teacher.path`` means a fresh teacher.
+        out: folder, made if it is not there.
+        num_steps: optimizer steps in the trace, after two that warm up.
+        synthetic: random images on the device in place of the data set.
+
+    Returns:
+        The table, longest time first.
+
+    Raises:
+        UserError: what training would have raised.
+    """
+    cfg = config.load(config_name, list(overrides))
+    device = distributed.device_of(cfg.train.device)
+    setup = set_up(cfg, device, synthetic=synthetic)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = device.type == "cuda"
+    if cfg.train.compile and not gpu:
+        import torch._inductor.config as inductor
+
+        inductor.cpp.enable_kernel_profile = True  # or its fused loops would have no name
+    with ExitStack() as stack:
+        step = _step(setup, stack)
+        for _ in range(WARM_UP_STEPS):
+            step()
+        synchronise(device)
+        if gpu:
+            torch.cuda.memory._record_memory_history(max_entries=200_000)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+        with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
+            for _ in range(num_steps):
+                step()
+            synchronise(device)
+        recorded.export_chrome_trace(str(folder / "trace.json"))
+        if gpu:
+            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            _proton(step, num_steps, folder)
+        costs = Costs()
+        if not cfg.train.compile:
+            with costs:
+                for _ in range(num_steps):
+                    step()
+    events = list(recorded.key_averages())
+    rows = table(events, costs, setup)
+    written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
+    stages = {event.key: _ms(event, gpu, total=True) for event in events if event.key in STAGES}
+    (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
+    _show(rows, stages, setup, num_steps, folder)
+    return rows
+
+
+def _step(setup: Setup, stack: ExitStack) -> Any:
+    """An optimizer step with its stages named."""
+    cfg, device = setup.cfg, setup.device
+    engine = build_engine(setup.joint, cfg, setup.plan)
+    ema = Ema(setup.joint.student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    rate, ones_K = peak_learning_rate(cfg), torch.ones(len(setup.counts), device=device)
+    batches = _batches(setup, stack)
+    if not cfg.train.compile:  # within one compiled graph there are no stages
+        for name, module in (("student", setup.joint.student), ("teacher", setup.teacher)):
+            _name(module, name, device)
+
+    def step() -> None:
+        for _ in range(setup.micro_batches):
+            with stage("data", device):
+                batch = next(batches)
+            with stage("forward", device):
+                losses = engine.forward(batch, ones_K, None)
+            with stage("backward", device):
+                engine.backward(losses.loss)
+        with stage("optimizer", device):
+            engine.step(rate)
+        if ema:
+            with stage("average", device):
+                ema.update()
+
+    return step
+
+
+def _name(module: nn.Module, name: str, device: torch.device) -> None:
+    """Name the module's forward pass."""
+    open_stages: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        open_stages.append(stage(name, device))
+        open_stages[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        open_stages.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end)
+
+
+def _batches(setup: Setup, stack: ExitStack) -> Iterator[Batch]:
+    """Batches without end: of training, or the one on the device."""
+    images, cfg = setup.images, setup.cfg
+    if images is None:
+        while True:
+            yield setup.batch
+    source = stack.enter_context(closing(open_source(images, cfg.data, setup.device)))
+    for epoch in range(1_000_000):
+        micro_batches = chain.from_iterable(step.micro_batches for step in setup.plan.steps(epoch))
+        batches = train_batches(micro_batches, source, images, cfg, mixing=cfg.mixup.on, size=setup.size)
+        yield from stack.enter_context(closing(batches))
+
+
+def _proton(step: Any, num_steps: int, folder: Path) -> None:
+    """Triton's own profiler: its time by kernel in ``proton.hatchet``, for ``proton-viewer``."""
+    import triton.profiler as proton
+
+    proton.start(str(folder / "proton"), context="shadow")
+    for _ in range(num_steps):
+        step()
+    proton.finalize()
+
+
+def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:
+    """The rows of a profile, stages left out, longest first."""
+    gpu = setup.device.type == "cuda"
+    rows = []
+    for event in events:
+        if (
+            event.key in STAGES
+            or event.is_user_annotation
+            or event.key.startswith(("ProfilerStep", "autograd::engine"))
+        ):
+            continue
+        row = Operation(event.key, event.count, _ms(event, gpu))
+        if row.time_ms <= 0:
+            continue
+        if event.key in costs.bytes:
+            row.bytes, row.flops = costs.bytes[event.key], costs.flops.get(event.key, 0)
+            dtype = torch.bfloat16 if setup.cfg.train.precision == "bf16" else torch.float32
+            least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, dtype))
+            row.share_of_roofline = 1e3 * least_s / row.time_ms
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.time_ms)
+
+
+def _ms(event: Any, gpu: bool, total: bool = False) -> float:
+    kind = ("device_time_total" if total else "self_device_time_total") if gpu else None
+    kind = kind or ("cpu_time_total" if total else "self_cpu_time_total")
+    return getattr(event, kind) / 1e3
+
+
+def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_steps: int, folder: Path) -> None:
+    console, gpu = Console(), setup.device.type == "cuda"
+    by_stage = Table(title=f"{setup.cfg.name}: ms a step by stage ({'device' if gpu else 'CPU'} time)")
+    by_stage.add_column("stage")
+    by_stage.add_column("ms", justify="right")
+    for name in STAGES:
+        if name in stages:
+            by_stage.add_row(f"  {name}" if name in ("student", "teacher") else name, f"{stages[name] / num_steps:.2f}")
+    console.print(by_stage)
+    found = Table(title=f"the {SHOWN} longest of {len(rows)} operations, sums over {num_steps} steps")
+    for column in ("operation", "calls", "ms", "share", "MB", "GFLOP", "of the roofline"):
+        found.add_column(column, justify="left" if column == "operation" else "right", overflow="fold")
+    whole = sum(row.time_ms for row in rows)
+    for row in rows[:SHOWN]:
+        known = row.bytes is not None and row.flops is not None and row.share_of_roofline is not None
+        counted = (
+            (f"{row.bytes / 1e6:,.1f}", f"{row.flops / 1e9:,.2f}", f"{row.share_of_roofline:.0%}") if known else ()
+        )  # type: ignore[operator]
+        found.add_row(
+            row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *(counted or ("-",) * 3)
+        )
+    console.print(found)
+    console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)")
+    if setup.cfg.train.compile:
+        console.print("bytes, FLOPs and roofline: not counted inside a compiled graph; train.compile=false counts them")
+    if not gpu:
+        console.print("no GPU: kernel times, NVTX ranges, Proton and the memory snapshot cannot be had here")
