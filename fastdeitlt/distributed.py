@@ -37,6 +37,8 @@ from fastdeitlt.errors import RankLostError, UserError
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
+MEETING_S = 300
+"""Ranks of a busy machine or a queue start minutes apart."""
 ROLL_CALL_S = 3.0
 """How long ranks that failed wait for each other to say so, before they name those that did not."""
 
@@ -58,7 +60,14 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         timeout = timedelta(seconds=timeout_s)
-        _store, place, world = next(collective.rendezvous("env://", timeout=timeout))
+        try:
+            _store, place, world = next(collective.rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
+        except collective.DistError as error:
+            said = " ".join(str(error).split())[:160]
+            raise RankLostError(
+                f"the ranks did not find each other in {MEETING_S} s at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} ({said}); is each of them started, and the address reachable?"
+            ) from error
         _store.set_timeout(timeout)
         store = collective.PrefixStore("group", _store)
         collective.init_process_group(_backend(device), store=store, rank=place, world_size=world, timeout=timeout)

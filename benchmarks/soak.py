@@ -1,0 +1,215 @@
+"""Soak: one run killed again and again beside one that nothing touches; both must end with the same bits.
+
+    python -m benchmarks.soak --minutes 30      # kills every 20 to 60 s
+    python -m benchmarks.soak --minutes 1       # a quick look: kills every 3 to 8 s
+
+Two ranks train the embedded images with a checkpoint every few steps. In turn the launcher and all ranks die of
+SIGKILL, one rank does, the launcher gets SIGTERM (all ranks save and stop with exit code 75), or a kill is aimed at the
+moment a checkpoint is being written; then the same command starts again. At the end weights, moving average, optimizer
+state, every logged loss and the test results are compared bit for bit with the untouched run's. The seconds between
+kills count from a life's first new step; time in which the machine freezes this process does not count.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdeitlt import config, embedded
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.models import create_teacher
+
+TIMES = ("images_per_s", "data_wait", "eta_s")
+KINDS = ("kill all", "kill one rank", "stop by signal", "kill while saving")
+TICK_S = 0.05
+SETTINGS = {
+    "data.dataset": "list",
+    "student.name": "deit_tiny_distilled_patch16_32",
+    "student.depth": 1,
+    "student.drop_path": 0.2,
+    "augment.crop_scale": [0.5, 1.0],
+    "teacher.img_size": 28,
+    "train.batch_size": 16,
+    "train.virtual_ranks": 2,
+    "train.compile": False,
+    "train.precision": "fp32",
+    "train.device": "cpu",
+    "train.log_every": 1,
+    "train.save_every_steps": 20,
+    "train.save_every_epochs": 0,
+    "train.timeout_s": 3600,
+    "optim.ema_decay": 0.99,
+    "evaluate.crop_pct": 1.0,
+}
+
+
+class AwakeClock:
+    """Seconds since the start without the gaps in which this process did not run."""
+
+    def __init__(self) -> None:
+        self.seconds, self._last = 0.0, time.monotonic()
+
+    def tick(self) -> float:
+        """Sleep a tick and count it, but never more than ten of them."""
+        time.sleep(TICK_S)
+        now = time.monotonic()
+        self.seconds += min(now - self._last, 10 * TICK_S)
+        self._last = now
+        return self.seconds
+
+
+def settings(folder: Path, steps: int) -> Path:
+    """A configuration of about ``steps`` optimizer steps, with a teacher, across the switch to re-weighting."""
+    root = embedded.unpack()
+    torch.manual_seed(1)
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
+        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
+    }
+    teacher = save_model_folder(folder / "teacher", create_teacher("resnet8", 10, "fastdeitlt").state_dict(), manifest)
+    flat: dict[str, Any] = SETTINGS | {"data.root": str(root), "runs_dir": str(folder), "teacher.path": str(teacher)}
+    for split, every in (("train", 3), ("val", 11), ("test", 7)):
+        path = folder / f"{split}.txt"
+        path.write_text("\n".join((root / f"{split}.txt").read_text().splitlines()[::every]))
+        flat[f"data.{split}_list"] = str(path)
+    images = len((folder / "train.txt").read_text().splitlines())
+    epochs = max(4, math.ceil(steps / (images // 256 * 256 // 32)))
+    flat |= {"train.epochs": epochs, "loss.drw_epoch": epochs * 2 // 3, "evaluate.every": max(1, epochs // 8)}
+    flat["optim.warmup_epochs"] = 1
+    path = folder / "soak.yaml"
+    path.write_text(config.dump(config.build(flat)))
+    return path
+
+
+def start(path: Path, name: str, log: Path) -> subprocess.Popen[bytes]:
+    """The command that a user types, with its output appended to ``log``."""
+    command = [sys.executable, "-P", "-m", "fastdeitlt.cli", "train", str(path), f"name={name}", "--processes", "2"]
+    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, env=os.environ | THREADS)
+
+
+THREADS = {"OMP_NUM_THREADS": "1"}
+
+
+def children(pid: int) -> list[int]:
+    """The ranks that a launcher has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that are still running (a zombie is not)."""
+    return [p for p in pids if (stat := Path(f"/proc/{p}/stat")).exists() and stat.read_text().split(") ")[1][0] != "Z"]
+
+
+def steps_logged(run: Path) -> int:
+    """Lines of the run's log."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def strike(kind: str, launcher: subprocess.Popen[bytes], run: Path, clock: AwakeClock) -> None:
+    """End the run in one of the ways of ``KINDS``."""
+    ranks = children(launcher.pid)
+    if kind == "kill while saving":
+        patience = clock.seconds + 10
+        while not list((run / "checkpoints").glob(".step-*.tmp-*")) and clock.seconds < patience:
+            clock.seconds += 0.001
+            time.sleep(0.001)
+    if kind in ("kill all", "kill while saving"):
+        for pid in (launcher.pid, *ranks):
+            os.kill(pid, signal.SIGKILL)
+    elif kind == "kill one rank":
+        os.kill(random.choice(ranks), signal.SIGKILL)
+    else:
+        launcher.send_signal(signal.SIGTERM)
+
+
+def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock) -> dict[str, Any]:
+    """Run to the end through kills; what happened."""
+    run, codes, kills, seconds = folder / "killed", [], dict.fromkeys(KINDS, 0), []
+    while True:
+        launcher, begun = start(path, "killed", folder / "killed.log"), steps_logged(run)
+        while launcher.poll() is None and steps_logged(run) <= begun + 1:  # a life begins with its first new step
+            begun = min(begun, steps_logged(run))
+            clock.tick()
+        end = clock.seconds + random.uniform(*gap_s)
+        while launcher.poll() is None and clock.seconds < end:
+            clock.tick()
+        if launcher.poll() is not None:
+            codes.append(launcher.returncode)
+            break
+        kind, ranks = KINDS[sum(kills.values()) % len(KINDS)], children(launcher.pid)
+        strike(kind, launcher, run, clock)
+        struck = clock.seconds
+        while launcher.poll() is None or alive(ranks):
+            clock.tick()
+        kills[kind] += 1
+        codes.append(launcher.returncode)
+        seconds.append(round(clock.seconds - struck, 2))
+        print(f"{clock.seconds:7.0f} s  {kind:18} exit {launcher.returncode:4} after {seconds[-1]} s", flush=True)
+        if kind == "stop by signal" and launcher.returncode != 75:
+            raise SystemExit(f"SIGTERM: exit code {launcher.returncode}, expected 75; see {folder / 'killed.log'}")
+    return {"kills": kills, "exit_codes": codes, "longest_end_s": max(seconds, default=0.0)}
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What is not the same bit for bit."""
+    found = []
+    for part in ("model", "ema", "optimizer"):
+        a, b = (load_tensors(run / "checkpoints" / "last", part) for run in (one, other))
+        found += [f"{part} {k}" for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])]
+    logs = []
+    for run in (one, other):
+        read_manifest(run / "checkpoints" / "last")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in line.items() if k not in TIMES} for line in lines])
+    if logs[0] != logs[1]:
+        found.append(f"logs ({len(logs[0])} and {len(logs[1])} lines)")
+    if len({(run / "results.json").read_text() for run in (one, other)}) > 1:
+        found.append("results.json")
+    return found
+
+
+def main() -> int:
+    """Command line; exit code 1 when the runs differ or one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0, help="about how long the killed run lasts")
+    parser.add_argument("--steps-per-second", type=float, default=4.0, help="of this machine; chooses the length")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--folder", type=Path, help="where the runs go; default: a new temporary folder")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    gap_s = (20.0, 60.0) if arguments.minutes >= 5 else (3.0, 8.0)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = settings(folder, round(arguments.minutes * 60 * arguments.steps_per_second))
+    clock = AwakeClock()
+    whole = start(path, "whole", folder / "whole.log")
+    found = soak(path, folder, gap_s, clock)
+    lasted = clock.seconds
+    while whole.poll() is None:
+        clock.tick()
+    if whole.returncode or found["exit_codes"][-1]:
+        print(f"exit codes: untouched {whole.returncode}, killed {found['exit_codes'][-1]}; see {folder}")
+        return 1
+    wrong = differences(folder / "whole", folder / "killed")
+    steps = read_manifest(folder / "whole" / "checkpoints" / "last")["step"]
+    left = [p.name for p in (folder / "killed" / "checkpoints").glob(".*")]
+    print(json.dumps({"steps": steps, "awake_minutes": round(lasted / 60, 1), **found, "drafts_left": left}))
+    print(f"{len(wrong)} differences{': ' + ', '.join(wrong[:5]) if wrong else ', bit for bit the same'}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
