@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--steps", type=int, default=3, help="optimizer steps to record")
     added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
 
-    analyses = verb("analyze", _analyze, "look into runs: where a student looks, what a teacher teaches").add_subparsers(
+    analyses = verb("analyze", _analyze, "where a student looks, what a teacher teaches").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
 

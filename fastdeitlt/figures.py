@@ -163,6 +163,36 @@ def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: 
         return _svg(figure)
 
 
+def over_blocks(lines: Mapping[str, Sequence[float]], ylabel: str) -> Markup:
+    """One line a name over the blocks of a model, numbered from 1."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        for index, (name, values) in enumerate(lines.items()):
+            x = np.arange(1, len(values) + 1)
+            axes.plot(x, values, "o-", markersize=3, label=name, color=RUN_COLOURS[index % len(RUN_COLOURS)])
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.set_ylim(bottom=min(0, *(min(values) for values in lines.values())))
+        axes.set_xlabel("block")
+        axes.set_ylabel(ylabel)
+        axes.legend(loc="best", ncols=2)
+        return _svg(figure)
+
+
+def distances(distance_LH: Sequence[Sequence[float]], uniform: float) -> Markup:
+    """Mean attention distance in pixels: a dot a head over the blocks; dotted, that of even attention."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        for block, heads in enumerate(distance_LH, 1):
+            axes.plot([block] * len(heads), heads, "o", markersize=4, alpha=0.6, color=COLOURS["CLS"])
+        axes.axhline(uniform, color=FAINT, linewidth=1, linestyle=":")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.set_xlim(0.5, len(distance_LH) + 0.5)
+        axes.set_ylim(0, 1.15 * max(uniform, *(max(heads) for heads in distance_LH)))
+        axes.set_xlabel("block")
+        axes.set_ylabel("pixels")
+        return _svg(figure)
+
+
 def _new() -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE_INCHES)
     return figure, figure.subplots(gridspec_kw=MARGINS)

@@ -36,6 +36,16 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Gallery:
+    """Pictures with captions."""
+
+    kind: ClassVar[str] = "gallery"
+    caption: str
+    pictures: list[tuple[str, str]]
+    """(address, caption); the address is a data: URI, which is all that the page may load."""
+
+
+@dataclass(frozen=True)
 class Code:
     """Preformatted text."""
 
@@ -52,7 +62,7 @@ class Fold:
     block: "Table | Code"
 
 
-Block = Table | Figure | Code | Fold
+Block = Table | Figure | Gallery | Code | Fold
 
 
 @dataclass(frozen=True)

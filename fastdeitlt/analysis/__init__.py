@@ -10,7 +10,7 @@ from pathlib import Path
 from fastdeitlt.page import Section
 from fastdeitlt.run_files import read_json
 
-REPORTED = ("teacher",)
+REPORTED = ("student", "teacher")
 """Modules with a section in the report, in its order."""
 
 

@@ -1,0 +1,73 @@
+"""What a student's tokens hold, block by block: feature rank, likeness of CLS and DIST, likeness of the patches."""
+
+# B images, N tokens, D width, L blocks, P patches
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdeitlt.models.vit import NUM_PREFIX, DistilledViT
+from fastdeitlt.teachers.flatness import feature_rank
+
+CENTRINGS = ("sample", "feature")
+
+
+class Tokens:
+    """CLS and DIST after each block, and how alike the patches are there; filled by ``watch_tokens``."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.prefix: list[list[Tensor]] = [[] for _ in range(num_blocks)]
+        """Block -> [B, 2, D] of each batch, on the CPU."""
+        self.patch_similarity: list[list[Tensor]] = [[] for _ in range(num_blocks)]
+        """Block -> [B] of each batch: mean cosine of two different patches of an image."""
+
+    def add(self, block: int, x_BND: Tensor) -> None:
+        """Note the residual stream after a block."""
+        self.prefix[block].append(x_BND[:, :NUM_PREFIX].float().cpu())
+        self.patch_similarity[block].append(patch_similarity(x_BND[:, NUM_PREFIX:].float()).cpu())
+
+    def ranks(self) -> dict[str, dict[str, list[int]]]:
+        """Token -> centring -> rank (99 % of the energy) after each block; see ``feature_rank``."""
+        whole = [torch.cat(parts) for parts in self.prefix]
+        return {
+            name: {centring: [feature_rank(x_B2D[:, token], centring) for x_B2D in whole] for centring in CENTRINGS}
+            for token, name in enumerate(("CLS", "DIST"))
+        }
+
+    def cosines(self) -> list[float]:
+        """Mean cosine of CLS and DIST after each block, before any norm."""
+        whole = [torch.cat(parts) for parts in self.prefix]
+        return [float(F.cosine_similarity(x_B2D[:, 0], x_B2D[:, 1], dim=1).mean()) for x_B2D in whole]
+
+    def patch_similarities(self) -> list[float]:
+        """Mean cosine of two patches of an image after each block; near 1, patches no longer differ."""
+        return [float(torch.cat(parts).mean()) for parts in self.patch_similarity]
+
+
+def patch_similarity(x_BPD: Tensor) -> Tensor:
+    """Mean cosine of two different patches of an image, [B]; NaN for one patch."""
+    patches = x_BPD.shape[1]
+    total_B = F.normalize(x_BPD, dim=-1).sum(1).square().sum(-1)  # all pairs, each patch with itself among them
+    return (total_B - patches) / (patches * (patches - 1)) if patches > 1 else torch.full_like(total_B, torch.nan)
+
+
+@contextmanager
+def watch_tokens(student: DistilledViT) -> Iterator[Tokens]:
+    """Tokens that every forward pass (eval mode) of the student adds to."""
+    tokens = Tokens(len(student.blocks))
+
+    def catch(index: int) -> object:
+        def hook(_module: object, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
+            tokens.add(index, output[0])
+
+        return hook
+
+    hooks = [block.register_forward_hook(catch(index)) for index, block in enumerate(student.blocks)]  # type: ignore
+    try:
+        yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
