@@ -14,6 +14,7 @@ from PIL import Image
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import files, reader
 from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.scan import scan_file
 from fastdeitlt.errors import UserError
 
 EXIF_ROTATED = Image.Exif()
@@ -87,6 +88,34 @@ def test_a_bad_file_stops_training_with_its_name_and_the_reason(tmp_path, kind):
     assert "on_error=skip" in message
     assert "\n" not in message
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_stops_training_is_found_by_the_check(tmp_path, kind):
+    images = make_set(tmp_path, {4: BAD[kind][0]})
+    problems = [scan_file(str(tmp_path), path).problem for path in images.paths]
+    assert [bool(problem) for problem in problems] == [index == 4 for index in range(len(SIZES))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_training_takes_passes_the_check(tmp_path, kind):
+    make_set(tmp_path, {1: KINDS[kind]})
+    assert scan_file(str(tmp_path), "01.jpg").problem == ""
+
+
+@pytest.mark.parametrize("contents", [None, encoded(picture(60, 80), "PNG")[:4000]], ids=["gone", "overwritten"])
+def test_a_file_that_changes_after_the_start_is_named(tmp_path, contents):
+    images = make_set(tmp_path)
+    stream = reader.Stream(images, DataConfig(num_threads=2), CPU)
+    batches = stream.crops([request([i, i + 1]) for i in range(9)])
+    next(batches)
+    (tmp_path / "09.jpg").unlink()
+    if contents:
+        (tmp_path / "09.jpg").write_bytes(contents)
+    with pytest.raises(UserError, match=r"09\.jpg"):
+        list(batches)
+    stream.close()
 
 
 @pytest.mark.parametrize("kind", BAD)

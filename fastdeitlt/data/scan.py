@@ -15,8 +15,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-READABLE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
-"""What the reader decodes, in Pillow's names."""
+from fastdeitlt.data.files import FORMATS, UnreadableError, read_encoded
+
+READABLE_FORMATS = (*FORMATS, "MPO")
+"""What the reader decodes, in Pillow's names (MPO is a JPEG with more of them behind it)."""
 HUGE_FILE_BYTES = 256 * 2**20
 HUGE_IMAGE_PIXELS = 50_000_000
 _EXIF_ORIENTATION = 0x0112
@@ -68,6 +70,11 @@ def scan_file(root: str, name: str) -> Scan:
         return Scan(f"cannot be read ({error.strerror})")
     notes = () if _inside(root, file) else ("reached through a link that leaves the root",)
     problem, odd = _decode(data)
+    if not problem:  # whatever else the reader would refuse
+        try:
+            read_encoded(file)
+        except UnreadableError as error:
+            problem = f"refused by the reader ({error})"
     return Scan(problem, notes + odd, hashlib.sha256(data).digest())
 
 

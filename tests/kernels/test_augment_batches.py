@@ -1,0 +1,81 @@
+"""Training batches of the fused kernel are those of torch, whatever the source."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from fastdeitlt.kernels.augment import augment
+from image_files import make_set
+
+from fastdeitlt.config import AugmentConfig, Config, DataConfig, TrainConfig
+from fastdeitlt.data import augment as torch_augment
+from fastdeitlt.data import resize
+from fastdeitlt.data.batches import Batch, Source, train_batches
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.resident import Resident, stage
+from fastdeitlt.data.sampler import MicroBatch
+
+SIZE = 12
+MICRO_BATCHES = [
+    MicroBatch(0, 0, 0, np.array([3, 0, 10, 3]), np.array([0, 0, 0, 1])),
+    MicroBatch(0, 0, 1, np.array([0, 10, 7, 8]), np.array([1, 1, 0, 0])),
+]
+
+
+def config(impl: str, precision: str = "fp32") -> Config:
+    return Config(augment=AugmentConfig(impl=impl), train=TrainConfig(precision=precision))
+
+
+def batches(source: Source, images: LongTailSet, cfg: Config, mixing: bool = True) -> list[Batch]:
+    return list(train_batches(MICRO_BATCHES, source, images, cfg, mixing=mixing, size=SIZE))
+
+
+def open_one(kind: str, images: LongTailSet, device: torch.device) -> Stream | Resident:
+    data = DataConfig(num_threads=2, residency="host" if kind == "host" else "device")
+    return Stream(images, data, device, share=2) if kind == "stream" else Resident(images, data, device)
+
+
+@pytest.fixture(autouse=True)
+def exact_crops_and_own_cache(tmp_path_factory, monkeypatch) -> None:
+    """Pillow's crops on the host too; ``data.resize`` says how far the fast ones are from them."""
+    monkeypatch.setattr(resize, "_vectorised", lambda crop, size: resize._pillow(crop, (size, size)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize(("kind", "mixing"), [("stream", True), ("host", True), ("device", False)])
+def test_batches_are_equal_in_float32(kind: str, mixing: bool, tmp_path, device: torch.device) -> None:
+    images = make_set(tmp_path)
+    with closing(open_one(kind, images, device)) as source:
+        ours, expected = (batches(source, images, config(impl), mixing) for impl in ("triton", "torch"))
+    for got, wanted in zip(ours, expected, strict=True):
+        assert torch.equal(got.images_BCHW, wanted.images_BCHW)
+        assert torch.equal(got.labels_B, wanted.labels_B)
+        assert (got.lam is None) == (wanted.lam is None) == (not mixing)
+        assert not mixing or (got.lam == wanted.lam and torch.equal(got.partner_B, wanted.partner_B))
+
+
+def test_a_bfloat16_step_gets_the_rounded_images(tmp_path, device: torch.device) -> None:
+    images = make_set(tmp_path)
+    with closing(open_one("device", images, device)) as source:
+        half, full = (batches(source, images, config(*how)) for how in (("triton", "bf16"), ("torch", "fp32")))
+    assert all(torch.equal(a.images_BCHW, b.images_BCHW.bfloat16()) for a, b in zip(half, full, strict=True))
+
+
+def test_staged_boxes_give_what_the_whole_images_give(device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.array([(30, 17), (9, 40), (25, 25), (64, 50)])
+    images = [torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    draws = torch_augment.draw(np.arange(4), np.zeros(4, int), seed=1, epoch=0, cfg=AugmentConfig(), size=SIZE)
+    with ThreadPoolExecutor(2) as pool:
+        staged = stage(images, draws.boxes(sizes), device, pool)
+    together = torch.cat([image.flatten() for image in images]).to(device)
+    starts = np.cumsum([0, *(image.numel() for image in images[:-1])])
+    how = (draws, MixDraw(0.4), AugmentConfig(), SIZE)
+    whole = augment(together, starts, sizes, *how)
+    boxed = augment(staged.pixels.to(device), staged.starts_B, staged.sizes_B2, *how, boxes_B4=staged.boxes_B4)
+    assert len(staged.pixels) < len(together)
+    assert torch.equal(whole.images_BCHW, boxed.images_BCHW)
