@@ -122,8 +122,9 @@ def _analyze(args: argparse.Namespace) -> int:
 
     run.set_up_logging()
     runs = [word for word in args.runs if "=" not in word]
-    overrides = [word for word in args.runs if "=" in word]
-    options = {name: vars(args)[name] for name in vars(args).keys() - {"verb", "run", "what", "runs", "arguments"}}
+    overrides = [word for word in (*args.runs, *args.overrides) if "=" in word]
+    common = {"verb", "run", "what", "runs", "overrides", "arguments"}
+    options = {name: value for name, value in vars(args).items() if name not in common}
     import_module(f"fastdeitlt.analysis.{args.what}").main(runs, overrides, **options)
     return 0
 
@@ -275,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
             "runs", nargs="+", metavar="RUN", help="run folders; words with '=' are settings, section.field=value"
         )
         added.add_argument("--json", type=Path, help="write the numbers there too")
+        added.set_defaults(overrides=[])
         return added
 
     added = analysis("student", "where CLS and DIST look, attention distance, feature rank, likeness of tokens")
@@ -328,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved (start it again), 130 Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     args.arguments = list(arguments)
     try:
         return args.run(args)

@@ -156,6 +156,9 @@ class TeacherConfig(Section):
     """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
     map_classes: bool = False
     """The teacher's classes are ordered by falling class size, as in released LDAM teachers of ImageNet-LT and iNat."""
+    check: bool = True
+    """Before the first step, stop if the teacher is right on far fewer clean training images than it should be: its
+    classes are in another order, or its input differs."""
 
 
 class LossConfig(Section):

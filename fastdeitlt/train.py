@@ -24,6 +24,7 @@ from fastdeitlt.optim import Ema, learning_rate
 from fastdeitlt.preemption import StopRequest
 from fastdeitlt.run import Run
 from fastdeitlt.selection import Selector
+from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.watch import memory_hint
 
 log = logging.getLogger("fastdeitlt")
@@ -65,6 +66,8 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
         selector = Selector(cfg, run, sets, student, teacher, ema, device)
         done = restore(run, engine, ema, selector)
+        if teacher and cfg.teacher.check and done == 0:
+            distributed.on_main(lambda: check_decisions(teacher, images, source, cfg, size))
         stop = stack.enter_context(StopRequest())
         meter = Meter(cfg, run, plan, student, teacher, device, done)
         drw_weights_K = drw_weights(images.counts, cfg.loss.drw_beta).to(device)

@@ -74,7 +74,7 @@ def cfg(tmp_path_factory):
         "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
     }
     path = save_model_folder(folder / "teacher", network.state_dict(), manifest)
-    return config.build(settings | {"teacher.path": str(path)})
+    return config.build(settings | {"teacher.path": str(path), "teacher.check": False})
 
 
 def _named(cfg, name):

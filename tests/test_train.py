@@ -136,7 +136,7 @@ def tiny(teacher_folder, tmp_path_factory):
         kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
         (lists / f"{split}.txt").write_text("\n".join(kept))
         data[f"data.{split}_list"] = str(lists / f"{split}.txt")
-    return TINY | data | {"teacher.path": str(teacher_folder)}
+    return TINY | data | {"teacher.path": str(teacher_folder), "teacher.check": False}  # it knows nothing
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,17 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
-from fastdeitlt.checkpoint import load_tensors, read_manifest
+from fastdeitlt.analysis import sections
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.cli import main
 from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
 from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
+from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
-from fastdeitlt.teachers.diagnose import check_class_map, diagnose_teacher
+from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
@@ -27,6 +30,7 @@ from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.teachers.step import Step, autocast_dtype, build_objective
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.teachers.views import Plan
+from fastdeitlt.train import train
 
 COLOURS = [(220, 40, 40), (40, 220, 40), (40, 40, 220)]
 COUNTS = {"train": (14, 8, 5), "val": (4, 4, 4), "test": (5, 5, 5)}
@@ -281,17 +285,66 @@ def test_a_diagnosis_shows_that_harder_images_confuse_the_teacher(trained: tuple
     json.dumps(facts)
 
 
-def test_a_wrong_class_order_stops_the_run_with_the_reason(trained: tuple[Config, Path]) -> None:
+def test_analyze_prints_writes_and_reports_a_teacher(
+    trained: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, folder = trained
-    cfg = student(cfg, folder)
-    cfg = cfg.model_copy(update={"student": cfg.student.model_copy(update={"img_size": 16})})
+    monkeypatch.setenv("COLUMNS", "200")
+    run, recipe_file, numbers = folder.parents[1], tmp_path / "student.yaml", tmp_path / "numbers.json"
+    recipe_file.write_text(config.dump(student(cfg, folder)))
+    command = ["analyze", "teacher", str(run), "--images", "20", "--json", str(numbers)]
+    assert main(command) == 2
+    assert "name the recipe whose images it will teach on" in capsys.readouterr().err
+    assert main([*command, "mixup.prob=0", "--recipe", str(recipe_file)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("augmented, mixed, resized", "hard targets, %", "largest eigenvalue of the Hessian", "feature rank"):
+        assert text in shown
+    facts = json.loads(numbers.read_text())[str(run)]
+    assert facts["images"] == 20
+    assert facts["mixed"] == facts["augmented"]  # the override turned mixing off
+    assert json.loads((run / "analysis" / "teacher.json").read_text()) == facts
+    (reported,) = [s for s in sections(run) if s.title == "Teacher"]
+    assert reported.blocks[0].svg.startswith("<svg")
+
+
+def small_student(cfg: Config, folder: Path, runs: Path, **teacher: object) -> Config:
+    """A student's run of a few steps on the squares, by the teacher in ``folder``."""
+    flat = config.flatten(student(cfg, folder)) | {
+        "runs_dir": str(runs), "name": "s", "student.name": "deit_tiny_distilled_patch8_16", "student.img_size": 16,
+        "student.depth": 1, "train.epochs": 1, "loss.drw_epoch": -1, "augment.repeats": 1,
+    }  # fmt: skip
+    return config.build(flat | {f"teacher.{name}": value for name, value in teacher.items()})
+
+
+def in_another_order(folder: Path, to: Path) -> Path:
+    """The teacher's weights in a folder that names another order of its classes."""
+    manifest = {k: v for k, v in read_manifest(folder).items() if k not in ("files", "sha256")}
+    return save_model_folder(to, load_tensors(folder), manifest | {"class_map": [1, 2, 0]})
+
+
+def test_a_wrong_class_order_stops_the_run_before_its_first_step(trained: tuple[Config, Path], tmp_path: Path) -> None:
+    cfg, folder = trained
+    wrong = in_another_order(folder, tmp_path / "wrong")
+    with pytest.raises(UserError, match=r"right on 27 clean training images, its folder says .*so the class map is"):
+        train(small_student(cfg, wrong, tmp_path / "runs"))
+    assert not (tmp_path / "runs" / "s" / "metrics.jsonl").exists()
+    assert (train(small_student(cfg, wrong, tmp_path / "off", check=False)) / "results.json").is_file()
+    assert (train(small_student(cfg, folder, tmp_path / "right")) / "results.json").is_file()
+
+
+def test_a_released_teacher_must_be_right_more_often_than_chance(
+    trained: tuple[Config, Path], data: Path, tmp_path: Path
+) -> None:
+    cfg, folder = trained
+    released = export_official(folder, "official_ldam", tmp_path / "released.pth")
+    cfg = small_student(cfg, released, tmp_path, arch="resnet8")
     images = open_sets(cfg.data).train
     source = open_source(images, cfg.data, torch.device("cpu"))
     teacher = open_teacher(cfg.teacher, cfg.augment.mean, cfg.augment.std, 16, 3)
-    assert check_class_map(teacher, images, source, cfg) > 80
+    assert check_decisions(teacher, images, source, cfg, 16) > 80
     teacher.class_map = torch.tensor([1, 2, 0])
-    with pytest.raises(UserError, match=r"right on 27 clean training images, its folder says .*another order"):
-        check_class_map(teacher, images, source, cfg)
+    with pytest.raises(UserError, match=r"expected at least 57\.7 %; in another order"):
+        check_decisions(teacher, images, source, cfg, 16)
     source.close()
 
 

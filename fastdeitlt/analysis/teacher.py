@@ -1,8 +1,155 @@
 """`analyze teacher`: what a student is taught on its own images, how flat the teacher is, its feature rank."""
 
+# K classes
+
+import json as json_module
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdeitlt import config, figures, page
+from fastdeitlt.config import Config
+from fastdeitlt.errors import UserError
+from fastdeitlt.metrics import GROUPS, cell
+from fastdeitlt.page import Section
+from fastdeitlt.run import write_atomically
+from fastdeitlt.saved import run_of
+from fastdeitlt.teachers.diagnose import diagnose_teacher
+
+log = logging.getLogger("fastdeitlt")
+CONDITIONS = {
+    "clean": "clean, the teacher's preprocessing",
+    "augmented": "augmented",
+    "mixed": "augmented, mixed",
+    "mixed_resized": "augmented, mixed, resized: what it teaches",
+}
+SHOTS = GROUPS[1:]
+MAX_CLASS_ROWS = 100
 
 
 def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, images: int, json: Path | None) -> None:
-    """Diagnose each teacher, print the tables, and write them."""
+    """Diagnose teachers, print the tables, write RUN/analysis/teacher.json (which the report of RUN shows).
+
+    Args:
+        runs: students' runs, whose teacher is meant; with ``recipe``, teachers (runs, model folders, checkpoints).
+        overrides: settings over the student's.
+        recipe: the student's recipe or configuration; its ``data`` are the teacher's run's where it has one.
+        images: training images to look at.
+        json: file for the numbers of all teachers, by RUN.
+
+    Raises:
+        UserError: a run without a teacher, a teacher without a recipe, or whatever is wrong with teacher or data.
+    """
+    if images < 2:
+        raise UserError(f"analyze teacher: --images is {images}, expected at least 2")
+    found = {}
+    for run in runs:
+        path, cfg = _student_of(run, recipe, overrides)
+        found[run] = facts = diagnose_teacher(path, cfg, images)
+        for table in tables(facts):
+            Console().print(table)
+        if folder := run_of(Path(run)):
+            (folder / "analysis").mkdir(exist_ok=True)
+            write_atomically(folder / "analysis" / "teacher.json", json_module.dumps(facts, indent=1))
+            log.info("%s", folder / "analysis" / "teacher.json")
+    if json:
+        write_atomically(json, json_module.dumps(found, indent=1))
+
+
+def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Config]:
+    """(the teacher's path, the student's configuration)."""
+    folder = run_of(Path(run))
+    own = folder / "config.yaml" if folder else None
+    if recipe:
+        # the teacher's data are the student's, as in train --with-teacher
+        data = config.flatten(config.load(str(own))) if own else {}
+        inherited = {name: value for name, value in data.items() if name.startswith("data.")}
+        cfg = config.load(recipe)
+        return run, config.build(config.flatten(cfg) | inherited | config.parse_overrides(list(overrides)))
+    cfg = config.load(str(own), list(overrides)) if own else Config()
+    if not cfg.teacher.path:
+        raise UserError(
+            f"analyze teacher: {run} is no student's run with a teacher; for a teacher itself name the recipe whose "
+            "images it will teach on, such as --recipe quickstart"
+        )
+    return cfg.teacher.path, cfg
+
+
+def tables(facts: dict[str, Any]) -> list[Table]:
+    """The tables for a terminal."""
+    shown = []
+    for block in section(facts).blocks:
+        if isinstance(block, page.Table):
+            table = Table(title=block.caption, title_justify="left")
+            for number, name in enumerate(block.header):
+                table.add_column(name, justify="right" if number else "left")
+            for row in block.rows:
+                table.add_row(*row)
+            shown.append(table)
+    return shown
+
+
+def section(facts: dict[str, Any]) -> Section:
+    """The part of the report."""
+    conditions = {name: facts[name] for name in CONDITIONS}
+    heights = {"all": [f["accuracy"] for f in conditions.values()]}
+    heights |= {shot: [f["agreement"][shot] or math.nan for f in conditions.values()] for shot in SHOTS}
+    colours = dict(zip(heights, (figures.COLOURS["AVG"], *figures.RUN_COLOURS), strict=False))
+    names = ["clean", "augmented", "mixed", "mixed, resized"]
+    return Section(
+        "Teacher",
+        f"{facts['path']} on {facts['images']:,} training images as the student's recipe makes them. Right: the hard "
+        "decision is the label of the larger share of the image; either: the label of one of its two. Entropy is that "
+        "of the softmax, in nats. Head, mid and tail: agreement with the label, official split.",
+        [
+            page.Figure("Agreement of the teacher with the labels, in %", figures.bars(names, heights, colours)),
+            _condition_table(conditions),
+            _target_table(facts),
+            _flatness_table(facts),
+        ],
+    )
+
+
+def _condition_table(conditions: dict[str, Any]) -> page.Table:
+    rows = [
+        [
+            CONDITIONS[name],
+            *(cell(value) for value in (f["accuracy"], f["either"])),
+            f"{f['entropy']:.3f}",
+            *(cell(f["agreement"][shot]) for shot in SHOTS),
+        ]
+        for name, f in conditions.items()
+    ]
+    return page.Table("Teacher on training images", ["images", "right", "either", "entropy", *SHOTS], rows)
+
+
+def _target_table(facts: dict[str, Any]) -> page.Table:
+    """Shares of hard targets beside those of labels: of each class if they are few, else of each group."""
+    counts = facts["hard_targets"]
+    totals = {kind: max(sum(counts[kind]), 1) for kind in counts}
+    names = facts["class_names"] or [f"class {k}" for k in range(len(counts["labels"]))]
+    bins = {name: [k] for k, name in enumerate(names)} if len(names) <= MAX_CLASS_ROWS else facts["groups"]
+    rows = []
+    for name, ids in bins.items():
+        number = {kind: sum(counts[kind][k] for k in ids) for kind in ("labels", "targets")}
+        share = {kind: 100 * number[kind] / totals[kind] for kind in number}
+        rows.append([name, f"{number['labels']:,}", *(f"{share[kind]:.1f}" for kind in ("labels", "targets"))])
+    header = ["", "labels", "labels, %", "hard targets, %"]
+    return page.Table("How often each class is the label, and how often it is taught", header, rows)
+
+
+def _flatness_table(facts: dict[str, Any]) -> page.Table:
+    sharp, rank = facts["sharpness"], facts["feature_rank"]
+    rows = [["loss on clean training images", f"{sharp['loss']:.4f}"]]
+    rows += [[f"rise of the loss at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
+    rows += [
+        ["largest eigenvalue of the Hessian", f"{sharp['top_eigenvalue']:.1f}"],
+        ["feature rank (99 % of the energy), centred by sample", f"{rank['sample']} of {rank['width']}"],
+        ["feature rank, centred by feature", f"{rank['feature']} of {rank['width']}"],
+    ]
+    return page.Table("Sharpness and feature rank", ["", ""], rows)

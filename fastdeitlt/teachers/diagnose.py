@@ -17,7 +17,6 @@ from fastdeitlt.data.batches import Source, train_batches
 from fastdeitlt.data.longtail import LongTailSet, open_sets, shot_groups
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.errors import UserError
 from fastdeitlt.models.manifest import Manifest, read_folder
 from fastdeitlt.models.resnet_cifar import NormedLinear
 from fastdeitlt.models.teacher import Teacher, load_teacher, open_teacher
@@ -40,7 +39,7 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> d
         ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
         size) and ``mixed_resized`` (at the student's size, then resized: what training feeds it), each with
         ``accuracy`` against the label with the larger share in %, ``either`` against any of the two in %, ``entropy``
-        of the softmax in nats, ``agreement`` by head, mid and tail in % (official split).
+        of the softmax in nats, ``agreement`` by head, mid and tail in % (official split; None: no image of them).
         ``hard_targets``: images of each class by ``labels`` and by ``targets``, the argmax of mixed_resized.
         ``sharpness``: ``loss``, ``gap`` (rise of the loss a radius away along the gradient) by radius, and
         ``top_eigenvalue`` of the Hessian, of clean images with running batch-norm statistics.
@@ -52,7 +51,7 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> d
     device = distributed.device_of(cfg.train.device)
     images = open_sets(cfg.data).train
     source = open_source(images, cfg.data, device)
-    manifest = _manifest(path)
+    manifest = manifest_of(path)
     own = manifest.preprocess if manifest and manifest.preprocess else None
     teacher_cfg = cfg.teacher.model_copy(update={"path": str(path)})
     own_size = own.img_size if own and own.img_size else cfg.teacher.img_size or _student_size(cfg)
@@ -64,7 +63,7 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> d
 
     sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
     labels_N = torch.from_numpy(images.labels[sample_N])
-    clean = list(_clean_batches(source, sample_N, own_size, own.crop_pct if own else 1.0, mean, std))
+    clean = list(clean_batches(source, sample_N, own_size, own.crop_pct if own else 1.0, mean, std))
     groups = shot_groups(images.counts, "official", cfg.data.dataset)
     score = _Scorer(groups, scale, teacher.class_map)
     with torch.inference_mode():
@@ -73,6 +72,8 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> d
     facts: dict[str, Any] = {
         "path": str(path),
         "images": len(sample_N),
+        "class_names": images.class_names,
+        "groups": {name: ids.tolist() for name, ids in groups.items()},
         "clean": score(logits_NK, labels_N, labels_N, torch.ones(len(labels_N)))[0],
     }
     order_N = sample_N[np.random.default_rng(0).permutation(len(sample_N))]
@@ -100,38 +101,6 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> d
     return facts
 
 
-def check_class_map(teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, num_images: int = 512) -> float:
-    """Accuracy of the student's teacher on clean training images, in %; stops a run whose classes are mixed up.
-
-    Args:
-        teacher: as the student's run opened it, with its class map.
-        images, source: the training set.
-        cfg: the student's run; the accuracy to expect is read from the model folder ``cfg.teacher.path``.
-        num_images: training images used, evenly spaced in the list.
-
-    Raises:
-        UserError: less than half of the stored accuracy (without one: than twice chance).
-    """
-    manifest = _manifest(cfg.teacher.path)
-    stored = ((manifest.model_extra or {}).get("accuracy") or {}).get("train") if manifest else None
-    sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
-    size = _student_size(cfg)
-    batches = _clean_batches(source, sample_N, size, cfg.evaluate.crop_pct, cfg.augment.mean, cfg.augment.std)
-    predicted_N = torch.cat([teacher(batch).argmax(1) for batch in batches])
-    if teacher.class_map is not None:
-        predicted_N = teacher.class_map[predicted_N]
-    accuracy = 100 * float((predicted_N.cpu() == torch.from_numpy(images.labels[sample_N])).float().mean())
-    limit = stored / 2 if stored else 200 / images.num_classes
-    if accuracy < limit:
-        known = f"its folder says {stored:.1f} %" if stored else f"chance is {100 / images.num_classes:.2f} %"
-        raise UserError(
-            f"teacher {cfg.teacher.path}: {accuracy:.1f} % right on {len(sample_N)} clean training images, {known}; "
-            "its classes are probably in another order (teacher.map_classes) or its input differs (teacher.img_size, "
-            "teacher.normalise)"
-        )
-    return accuracy
-
-
 class _Scorer:
     """Turns logits of a teacher into the numbers of one condition."""
 
@@ -153,9 +122,13 @@ class _Scorer:
             "accuracy": hit_N.mean().item(),
             "either": ((targets_N == labels_N) | (targets_N == partner_N)).float().mean().item() * 100,
             "entropy": -(log_probs_NK.exp() * log_probs_NK).sum(1).mean().item(),
-            "agreement": {name: hit_N[torch.isin(main_N, ids)].mean().item() for name, ids in self.groups.items()},
+            "agreement": {name: _mean(hit_N[torch.isin(main_N, ids)]) for name, ids in self.groups.items()},
         }
         return facts, targets_N
+
+
+def _mean(values_N: Tensor) -> float | None:
+    return values_N.mean().item() if len(values_N) else None
 
 
 def _teach(
@@ -174,9 +147,10 @@ def _teach(
         yield teacher(batch.images_BCHW), labels_B, partner_B, torch.full((len(labels_B),), lam)
 
 
-def _clean_batches(
+def clean_batches(
     source: Source, sample_N: np.ndarray, size: int, crop_pct: float, mean: tuple, std: tuple
 ) -> Iterator[Tensor]:
+    """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
     requests = [
         CropRequest(sample_N[i : i + 256], size, resize=round(size / crop_pct)) for i in range(0, len(sample_N), 256)
     ]
@@ -200,7 +174,7 @@ def _student_size(cfg: Config) -> int:
     return cfg.student.img_size or int(cfg.student.name.rsplit("_", 1)[-1])
 
 
-def _manifest(path: str | Path) -> Manifest | None:
+def manifest_of(path: str | Path) -> Manifest | None:
     """The manifest of a model or run folder; None for a released checkpoint."""
     if not Path(path).is_dir():
         return None
