@@ -3,7 +3,8 @@
     python -m benchmarks.bench_add_layernorm [--tune] [--rounds 20]
 
 Useful bytes: two streams read and two written forward (4 T); with drop path three read and two written backward (5 T).
-Liger normalises only, so its row adds with torch first; it is left out where it is not installed.
+Liger normalises only, so its row adds with torch first; it is left out where it is not installed. "count" leaves a
+tenth of the samples out of the branch and of the norm: in torch by index_add and index_select, in the kernel in place.
 """
 
 import sys
@@ -41,16 +42,31 @@ def triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Ten
     return module.add_layernorm(x, branch, weight, bias, scale_B, impl="triton")
 
 
+def count_eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block does where drop path leaves samples out."""
+    residual = x.index_add(0, samples, branch / KEEP)
+    return residual, F.layer_norm(
+        residual.index_select(0, samples), x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), 1e-6
+    )
+
+
+def count_triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours."""
+    scale_B = x.new_full((len(x),), 1 / KEEP, dtype=torch.float32)
+    chosen = {"branch_samples_K": samples, "normed_samples_K": samples}
+    return module.add_layernorm(x, branch, weight, bias, scale_B, impl="triton", **chosen)
+
+
 def passes(
-    implementation: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], scale_B: Tensor
+    implementation: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], extra: Tensor
 ) -> dict[str, harness.Call]:
     """Forward alone, and backward alone on a kept graph."""
-    outputs = implementation(*tensors, scale_B)
+    outputs = implementation(*tensors, extra)
     upstream = [torch.randn_like(output) for output in outputs]
 
     def forward() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return implementation(*tensors, scale_B)
+            return implementation(*tensors, extra)
 
     return {
         "forward": forward,
@@ -80,6 +96,25 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
                 baseline="inductor",
                 useful_bytes=streams * 2 * tensors[0].numel(),
             )
+        yield from count_cases(shape, device)
+
+
+def count_cases(shape: tuple[int, int, int], device: torch.device) -> Iterable[harness.Case]:
+    """The sum and the norm where a tenth of the samples is left out."""
+    (x, branch, weight, bias), _ = problem(shape, device)
+    samples = torch.arange(shape[0], device=device)[torch.arange(shape[0], device=device) % 10 > 0]
+    tensors = [x, branch[: len(samples)].detach().requires_grad_(), weight, bias]
+    peers = {"torch": count_eager, "inductor": torch.compile(count_eager, dynamic=False), "triton": count_triton}
+    calls = {name: passes(implementation, tensors, samples) for name, implementation in peers.items()}
+    full, kept = 2 * x.numel(), 2 * tensors[1].numel()
+    # stream in and out, branch in, norm out; stream, both gradients in, its gradient out, branch gradient out
+    for direction, useful in (("forward", 2 * full + 2 * kept), ("backward", 3 * full + 2 * kept)):
+        yield harness.Case(
+            f"count {direction} B={shape[0]} N={shape[1]} D={shape[2]}",
+            {name: call[direction] for name, call in calls.items()},
+            baseline="inductor",
+            useful_bytes=useful,
+        )
 
 
 def tune(device: torch.device) -> None:
@@ -98,6 +133,9 @@ def tune(device: torch.device) -> None:
         ]  # fmt: skip
         harness.tune("add_layernorm", table, ("forward", block), forward, calls["forward"], device)
         harness.tune("add_layernorm", table, ("backward", block), backward, calls["backward"], device)
+        peers = {"torch": passes(torch.compile(eager, dynamic=False), tensors, scale_B), "triton": calls}
+        both = {name: lambda call=call: (call["forward"](), call["backward"]()) for name, call in peers.items()}
+        harness.best(shape[2], both, device)
 
 
 def main() -> int:

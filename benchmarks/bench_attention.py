@@ -112,9 +112,7 @@ def tune(device: torch.device) -> None:
                 working.append(config)
             harness.tune("attention", table, key, working, call, device)
         both = {impl: lambda call=call: (call["forward"](), call["backward"]()) for impl, call in calls.items()}
-        timings = harness.measure(both, device, rounds=9)
-        best = min(timings, key=lambda impl: timings[impl].median)
-        print(f"    ({gpu!r}, ({shape[1]}, {shape[3]})): {best!r},  # BEST")
+        harness.best((shape[1], shape[3]), both, device)
 
 
 def main() -> int:

@@ -81,6 +81,8 @@ def tune(device: torch.device) -> None:
             blocks = [block for block in (size, size // 2, size // 4, 4096, 2048, 1024) if 16 <= block <= largest]
             configs = [LaunchConfig({"BLOCK": b}, w) for b in sorted({*blocks}) for w in (1, 2, 4, 8, 16)]
             harness.tune("joint_loss", TUNED, (direction, size, 2), configs, case.candidates["triton"], device)
+        both = {"torch": case.candidates["inductor"], "triton": case.candidates["triton"]}
+        harness.best(num_classes, both, device)
 
 
 if __name__ == "__main__":

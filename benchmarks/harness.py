@@ -132,6 +132,14 @@ def tune(
     print(f"    ({gpu!r}, {key!r}): LaunchConfig({blocks}, {warps}, {stages}, {measured!r}),")
 
 
+def best(key: Any, calls: Mapping[str, Call], device: torch.device) -> None:
+    """Print the line for an op's BEST: which implementation is fastest at ``key``, forward and backward together."""
+    timings = measure(calls, device, rounds=9)
+    fastest = min(timings, key=lambda name: timings[name].median)
+    times = ", ".join(f"{name} {timing.median * 1e3:.0f} us" for name, timing in timings.items())
+    print(f"    ({torch.cuda.get_device_name(device)!r}, {key!r}): {fastest!r},  # BEST: {times}")
+
+
 def main(
     op: str,
     cases: Callable[[torch.device], Iterable[Case]],

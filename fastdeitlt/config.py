@@ -130,6 +130,9 @@ class StudentConfig(Section):
     add_layernorm: Literal["auto", "triton", "torch"] = "auto"
     """Who adds residual branches and norms the sum: our kernel in one pass, or torch. auto: the faster one measured on
     this GPU, else torch."""
+    bias_gelu: Literal["auto", "triton", "torch"] = "auto"
+    """Who adds the bias and applies GELU in the MLP: our kernel, whose backward sums the bias gradient in the same
+    pass, or torch. auto: as add_layernorm."""
     drop_path_law: Literal["bernoulli", "count"] = "bernoulli"
     """bernoulli: each sample drops a branch on its own, which is computed and multiplied by 0 (timm, the recipes).
     count: a fixed number of the batch's samples, drawn for each branch, is not computed: less work, dependent draws."""
@@ -186,7 +189,7 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, cosine schedule, EMA."""
+    """AdamW or LAMB, cosine schedule, EMA."""
 
     lr: float = Field(5e-4, gt=0)
     """Base learning rate for a batch of 512 images."""
@@ -201,8 +204,12 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices; biases, norms, tokens and position embeddings have none."""
     clip_norm: float = Field(0.0, ge=0)
     """Global gradient norm above which gradients are scaled down. 0 = off."""
+    algorithm: Literal["adamw", "lamb"] = "adamw"
+    """adamw: the recipes'. lamb: for very large batches (You et al. 2020); needs apex."""
     backend: Literal["auto", "fastdeitlt", "torch", "apex", "deepspeed"] = "auto"
-    """Implementation of AdamW."""
+    """Who takes the step. torch: its fused AdamW. fastdeitlt: our kernel over one flat buffer, with the moving average
+    in the same pass. apex: NVIDIA's FusedAdam or FusedLAMB, built from source. deepspeed: its FusedAdam, which it
+    compiles. The last two need a GPU. auto: torch; for lamb apex."""
     warmup_epochs: float = Field(5, ge=0)
     """Epochs of linear warm-up."""
     warmup_lr: float = Field(1e-6, ge=0)
@@ -320,6 +327,9 @@ class TeacherTrainingConfig(Section):
     """How rho changes over epochs: constant; linear, rising to sam_rho in the last; step through sam_rho_steps."""
     sam_rho_steps: tuple[tuple[int, float], ...] = ()
     """step: (first epoch, rho) pairs."""
+    sam_scope: Literal["global", "rank"] = "global"
+    """Several ranks: the perturbation climbs the gradient of the whole batch, or each rank its own part's (as the SAM
+    paper on several accelerators: no exchange in the first pass, and a smaller batch to be flat for)."""
     sam_bn_twice: bool = False
     """Update batch-norm statistics in both passes, as the reference does."""
     lr: float = Field(0.1, gt=0)
@@ -341,7 +351,10 @@ class TeacherTrainingConfig(Section):
     epochs: int = Field(200, ge=1)
     """Passes over the training set."""
     batch_size: int = Field(128, ge=1)
-    """Images in a batch."""
+    """Images in an optimizer step, over all ranks and micro-batches."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches that a rank's part of a batch goes through the network in, to save memory. Batch norm sees one at a
+    time."""
     clip_norm: float = Field(0.0, ge=0)
     """Global gradient norm above which gradients are scaled down. 0 = off."""
 

@@ -210,7 +210,7 @@ class PlainEngine:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         self.guard.watch(norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.joint.student.zero_grad()  # apex's and DeepSpeed's optimizers have a zero_grad of their own
         return norm
 
     def weights(self) -> dict[str, Tensor]:

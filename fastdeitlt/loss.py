@@ -77,7 +77,7 @@ def joint_loss(
         cls_weights: [K] float32 weights of the CLS loss by class. None = all 1.
         normaliser: 0-d float32 that replaces ``sum_b w[t_b]`` (``decision_weight``, averaged over ranks, makes the
             weighted mean global). None = this batch's own.
-        impl: "torch", "triton", or "auto" = triton on CUDA where it is installed.
+        impl: "torch", "triton", or "auto" = the one measured fastest on this GPU, else torch.
 
     Returns:
         loss, cls_loss, dist_loss, all differentiable. With ``weights`` the DIST loss is the weighted mean over the
@@ -288,7 +288,15 @@ def _use_triton(impl: str, logits: Tensor) -> bool:
             "joint_loss: impl=triton, but triton is not installed; install a CUDA build of torch or use torch"
         )
     fits = HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64
-    return impl == "triton" or (impl == "auto" and fits)
+    return impl == "triton" or (impl == "auto" and fits and _fastest(logits.size(1), logits.device) == "triton")
+
+
+@torch.compiler.assume_constant_result
+def _fastest(num_classes: int, device: torch.device) -> str:
+    from fastdeitlt.kernels._launch import best
+    from fastdeitlt.kernels.joint_loss import BEST
+
+    return best("joint_loss", BEST, num_classes, device, "torch")
 
 
 def _triton_joint_loss() -> Callable[..., JointLoss]:

@@ -72,19 +72,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW over ``parameter_groups`` with the implementation that ``optim.backend`` names.
+    """AdamW or LAMB over ``parameter_groups`` with the implementation that ``optim.backend`` names.
 
     The learning rate is a tensor on the parameters' device where the implementation takes one, so that changing it
-    neither syncs nor recompiles. `auto` is torch's fused one: none of the others has been measured on a GPU yet.
-    `fastdeitlt` updates the moving average in the same pass.
+    neither syncs nor recompiles. `auto` is torch's fused AdamW, since none of the others has been measured on a GPU
+    yet, and apex for LAMB. `fastdeitlt` updates the moving average in the same pass.
 
     Raises:
-        UserError: the named implementation is not installed.
+        UserError: the named implementation is not installed, needs a GPU, or does not do what ``optim.algorithm`` asks.
     """
     o = cfg.optim
     groups = parameter_groups(model, o.weight_decay)
     device = groups[1]["params"][0].device
-    backend = "torch" if o.backend == "auto" else o.backend
+    backend = {"adamw": "torch", "lamb": "apex"}[o.algorithm] if o.backend == "auto" else o.backend
+    if o.algorithm == "lamb" and backend != "apex":
+        raise UserError(
+            f"optim.algorithm=lamb: only NVIDIA apex has it, got optim.backend={backend}; use optim.backend=apex"
+        )
     arguments: dict[str, Any] = {"betas": o.betas, "eps": o.eps}
     lr = learning_rate(0.0, cfg)
     match backend:
@@ -97,34 +101,39 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
             optimizer = FlatAdamW(groups, lr=lr, ema_decay=o.ema_decay, **arguments)
         case "apex":
-            optimizer = _apex()(groups, lr=lr, adam_w_mode=True, **arguments)
+            fused_adam, fused_lamb = _apex()
+            _needs_gpu("apex", device)
+            if o.algorithm == "lamb":  # it clips to norm 1 unless told otherwise; the engine clips
+                optimizer = fused_lamb(groups, lr=lr, adam_w_mode=True, max_grad_norm=math.inf, **arguments)
+            else:
+                optimizer = fused_adam(groups, lr=lr, adam_w_mode=True, **arguments)
         case "deepspeed":
-            optimizer = _deepspeed(device)(groups, lr=lr, adam_w_mode=True, **arguments)
+            _needs_gpu("deepspeed", device)
+            from deepspeed.ops.adam import FusedAdam
+
+            optimizer = FusedAdam(groups, lr=lr, adam_w_mode=True, **arguments)
         case _:
             raise UserError(f"optim.backend: got {backend!r}, expected auto, fastdeitlt, torch, apex or deepspeed")
-    log.info("optimizer: AdamW by %s", backend)
+    log.info("optimizer: %s by %s", {"adamw": "AdamW", "lamb": "LAMB"}[o.algorithm], backend)
     return optimizer
 
 
-def _apex() -> type:
-    """NVIDIA's FusedAdam. PyPI's `apex` is another project, so the compiled extension is what is probed."""
+def _apex() -> tuple[type, type]:
+    """NVIDIA's FusedAdam and FusedLAMB. PyPI's `apex` is another project, so the compiled extension is probed."""
     try:
         import amp_C  # noqa: F401
-        from apex.optimizers import FusedAdam
+        from apex.optimizers import FusedAdam, FusedLAMB
     except ImportError as error:
         raise UserError(
             f"optim.backend=apex: NVIDIA apex with its CUDA extensions is not installed ({error}); build it from "
             "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch"
         ) from None
-    return FusedAdam
+    return FusedAdam, FusedLAMB
 
 
-def _deepspeed(device: torch.device) -> type:
+def _needs_gpu(backend: str, device: torch.device) -> None:
     if device.type != "cuda":
-        raise UserError(f"optim.backend=deepspeed: its FusedAdam needs a GPU, got {device}; use optim.backend=torch")
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam
+        raise UserError(f"optim.backend={backend}: needs a GPU, got {device}; use optim.backend=torch")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -227,10 +227,10 @@ def _share(whole: Tensor, parameter: Any) -> Tensor:
 
 def _with_torch_adamw(cfg: Config) -> Config:
     """The run with the implementation that takes DeepSpeed's flat parts and keeps its step counter with them."""
-    if cfg.optim.backend not in ("auto", "torch"):
+    if cfg.optim.backend not in ("auto", "torch") or cfg.optim.algorithm != "adamw":
         raise UserError(
-            f"optim.backend: got {cfg.optim.backend}, and the DeepSpeed engine shards torch's AdamW; "
-            "use optim.backend=torch"
+            f"optim.backend: got {cfg.optim.backend} ({cfg.optim.algorithm}), and the DeepSpeed engine shards torch's "
+            "AdamW; use optim.backend=torch optim.algorithm=adamw"
         )
     return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"backend": "torch"})})
 

@@ -333,5 +333,6 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
     integers = {"M": "i32", "p_branch_rows": "*i32", "p_normed_rows": "*i32"}
     known = full | types | integers | {"eps": "fp32"}
     signature = {name: known.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
-    note = f"D={width} {config.blocks} " + " ".join(sorted({*types.values()})) + f" without {', '.join(absent)}"
+    blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
+    note = f"D={width} {blocks}" + (f" without {', '.join(absent)}" if absent else "")
     return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, note=note)

@@ -25,13 +25,15 @@ from fastdeitlt.kernels._joint_loss_device import (
     joint_loss_fwd_kernel,
     joint_loss_reduce_kernel,
 )
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, interpreted, tuned
+from fastdeitlt.kernels._launch import AotConfig, BestTable, LaunchConfig, TunedTable, check, interpreted, tuned
 from torch import Tensor
 
 from fastdeitlt.loss import JointLoss, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_BLOCK = 1024
+BEST: BestTable = {}
+"""(GPU, classes) -> fastest implementation, for ``fastdeitlt.loss``; benchmarks.bench_joint_loss writes the lines."""
 TUNED: TunedTable = {}
 """(GPU, (pass, classes rounded up to a power of two, bytes of a logit)) -> setting, as bench_joint_loss prints it."""
 

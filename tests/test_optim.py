@@ -1,6 +1,8 @@
 """Schedule, parameter groups and moving average against the reference."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from torch import nn
 
 from fastdeitlt import config, optim
+from fastdeitlt.data.batches import Batch
+from fastdeitlt.engine import JointForward, PlainEngine
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 
@@ -78,6 +82,48 @@ def test_ema_refuses_another_models_state():
     ema = optim.Ema(nn.Linear(3, 2), 0.9)
     with pytest.raises(UserError, match=r"weight has \(2, 4\), expected \(2, 3\)"):
         ema.load(optim.Ema(nn.Linear(4, 2), 0.9).state)
+
+
+class _Recorded(torch.optim.SGD):
+    """Stands for apex's optimizers: their ``zero_grad`` takes no argument, their rate is a number."""
+
+    def __init__(self, groups, lr, **options):
+        super().__init__(groups, lr)
+        self.options = options
+
+    def zero_grad(self):
+        raise AssertionError("the engine clears the gradients")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "backend", "name", "more"),
+    [("adamw", "apex", "FusedAdam", {}), ("lamb", "auto", "FusedLAMB", {"max_grad_norm": float("inf")})],
+)
+def test_apex_gets_every_setting_and_takes_a_step(algorithm, backend, name, more, monkeypatch):
+    kinds = {kind: type(kind, (_Recorded,), {}) for kind in ("FusedAdam", "FusedLAMB")}
+    for module, content in (("amp_C", {}), ("apex", {}), ("apex.optimizers", kinds)):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        sys.modules[module].__dict__.update(content)
+    monkeypatch.setattr(optim, "_needs_gpu", lambda backend, device: None)
+    options = {"optim.backend": backend, "optim.algorithm": algorithm, "optim.betas": [0.8, 0.99], "optim.eps": 1e-7}
+    cfg = config.build(options | {"train.compile": False, "train.precision": "fp32"})
+    student = create_student("deit_tiny_distilled_patch16_32", 3, depth=1).train()
+    engine = PlainEngine(JointForward(student, None, [1] * 3, cfg, torch.device("cpu")), cfg, 1)
+    assert type(engine.optimizer).__name__ == name
+    assert engine.optimizer.options == {"adam_w_mode": True, "betas": (0.8, 0.99), "eps": 1e-7, **more}
+    before = student.head.weight.detach().clone()
+    engine.backward(
+        engine.forward(Batch(torch.randn(2, 3, 32, 32), torch.arange(2), None, None), torch.ones(3), None)[0]
+    )
+    engine.step(0.5)
+    assert engine.optimizer.param_groups[0]["lr"] == 0.5 and not torch.equal(before, student.head.weight)
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_lamb_by_another_backend_is_refused():
+    cfg = config.build({"optim.algorithm": "lamb", "optim.backend": "torch"})
+    with pytest.raises(UserError, match=r"only NVIDIA apex has it, got optim\.backend=torch"):
+        optim.build_optimizer(nn.Linear(3, 2), cfg)
 
 
 @pytest.mark.parametrize("backend", ["apex", "deepspeed"])

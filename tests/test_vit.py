@@ -245,6 +245,7 @@ def test_bad_students_are_refused_by_name(arguments: tuple, message: str) -> Non
     ("option", "message"),
     [
         ({"add_layernorm": "trition"}, "expected one of auto, torch, triton; did you mean triton"),
+        ({"bias_gelu": "gelu"}, "expected one of auto, torch, triton"),
         ({"drop_path_law": "batch"}, "expected one of bernoulli, count"),
     ],
 )
@@ -273,7 +274,7 @@ def test_flops_are_what_torch_counts(last_block_shortcut: bool, monkeypatch: pyt
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    monkeypatch.setattr("fastdeitlt.models.vit.attend", explicit)
+    monkeypatch.setattr("fastdeitlt.models.layers.attend", explicit)
     model = small(last_block_shortcut=last_block_shortcut, attention="sdpa").train()
     with (
         FlopCounterMode(display=False) as counter,

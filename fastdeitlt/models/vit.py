@@ -4,117 +4,45 @@ Source: DeiT (arXiv 2012.12877) section 4; DeiT-LT (arXiv 2404.02900); parameter
 of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
 """
 # B batch, S of its samples, C channels, H W height and width of images_BCHW, N tokens (CLS, DIST, patches), M of them,
-# D width, K classes; after the qkv projection: H heads, E width of a head (D = H E)
+# D width, K classes
 
 import re
-from collections.abc import Callable
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt.config import near
 from fastdeitlt.errors import UserError
+from fastdeitlt.models.layers import (
+    MLP_RATIO,
+    Attention,
+    Hidden,
+    Mlp,
+    PatchEmbed,
+    SelfAttention,
+    attention_functions,
+    hidden_function,
+)
 from fastdeitlt.models.residual import DROP_PATH_LAWS, AddNorm, Kept, add_norm_function, draw_kept, select
 
 NUM_PREFIX = 2  # CLS and DIST stand before the patch tokens
-MLP_RATIO = 4
 # width, heads, depth
 SIZES = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 16, 24)}
 PATCHES = (2, 4, 8, 16)
 _NAME = re.compile(r"deit_(tiny|small|base|large)_distilled_patch(2|4|8|16)_([1-9]\d{0,3})")
 
-# of all tokens from (qkv_BN3HE,); of the first M from (q_BMHE, kv_BN2HE)
-Attention = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
-
-
-def attend(qkv_BN3HE: Tensor) -> Tensor:
-    """Softmax attention of every token to every token, from the packed output of the qkv projection.
-
-    Returns:
-        [B, N, D], heads side by side.
-    """
-    q_BHNE, k_BHNE, v_BHNE = qkv_BN3HE.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
-
-
-def attend_first(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
-    """Softmax attention of the first M tokens to all N tokens. Returns [B, M, D]."""
-    k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
-
-
-def attention_functions(name: str) -> Attention:
-    """The two functions of an implementation (kernels/attention.py); "auto" on a machine without a GPU is "sdpa"."""
-    if name == "sdpa" or (name == "auto" and not torch.cuda.is_available()):
-        return attend, attend_first
-    from fastdeitlt.kernels.attention import IMPLS, attention, attention_first
-
-    if name not in IMPLS:
-        raise UserError(f"student attention {name!r}: unknown, expected one of {', '.join(IMPLS)}{near(name, IMPLS)}")
-    return partial(attention, impl=name), partial(attention_first, impl=name)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map (a convolution whose stride is its kernel)."""
-
-    def __init__(self, patch: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
-
-
-class RowLinear(nn.Linear):
-    """A linear map of which a call may ask for some of the output rows only."""
-
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        return F.linear(x, self.weight[rows], self.bias[rows])
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, width: int, heads: int, attention: Attention) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = RowLinear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.attend, self.attend_first = attention
-
-    def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
-        """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
-        if num_queries is None:
-            return self.proj(self.attend(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
-        width = x_BND.shape[-1]
-        q_BMHE = self.qkv(x_BND[:, :num_queries], slice(width)).unflatten(-1, (self.heads, -1))
-        kv_BN2HE = self.qkv(x_BND, slice(width, None)).unflatten(-1, (2, self.heads, -1))
-        return self.proj(self.attend_first(q_BMHE, kv_BN2HE))
-
-
-class Mlp(nn.Module):
-    """Two linear maps with exact GELU between them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, MLP_RATIO * width)
-        self.fc2 = nn.Linear(MLP_RATIO * width, width)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BND)))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block; each residual branch is dropped a sample with probability ``drop_path``."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, attention: Attention, add_norm: AddNorm) -> None:
+    def __init__(
+        self, width: int, heads: int, drop_path: float, attention: Attention, add_norm: AddNorm, hidden: Hidden
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = SelfAttention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, hidden)
         self.drop_path = drop_path
         self.add_norm = add_norm
 
@@ -153,6 +81,7 @@ class DistilledViT(nn.Module):
         last_block_shortcut: in training, compute only the CLS and DIST rows in the last block (about 7 % less work).
         attention: see ``attention_functions``.
         add_layernorm: see ``add_norm_function``.
+        bias_gelu: see ``hidden_function``.
     """
 
     def __init__(
@@ -169,6 +98,7 @@ class DistilledViT(nn.Module):
         last_block_shortcut: bool = True,
         attention: str = "auto",
         add_layernorm: str = "auto",
+        bias_gelu: str = "auto",
     ) -> None:
         super().__init__()
         self.img_size, self.patch, self.num_classes, self.width = img_size, patch, num_classes, width
@@ -177,7 +107,11 @@ class DistilledViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
-        functions = attention_functions(attention), add_norm_function(add_layernorm, width)
+        functions = (
+            attention_functions(attention),
+            add_norm_function(add_layernorm, width),
+            hidden_function(bias_gelu, width),
+        )
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, rate, *functions) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -253,6 +187,7 @@ def create_student(
     attention: str = "auto",
     *,
     add_layernorm: str = "auto",
+    bias_gelu: str = "auto",
     drop_path_law: str = "bernoulli",
     last_block_shortcut: bool = True,
 ) -> DistilledViT:
@@ -265,6 +200,7 @@ def create_student(
         depth: number of blocks. 0 or None = 12 (large: 24).
         attention: auto, triton, sdpa, cudnn, flash or math; see ``attention_functions``.
         add_layernorm: auto, triton or torch; see ``add_norm_function``.
+        bias_gelu: auto, triton or torch; see ``hidden_function``.
         drop_path_law: bernoulli or count; see ``draw_kept``.
 
     Raises:
@@ -301,7 +237,7 @@ def create_student(
     return DistilledViT(
         img_size=side, patch=patch, num_classes=num_classes, width=width, heads=heads, depth=depth or blocks,
         drop_path=drop_path, drop_path_law=drop_path_law, last_block_shortcut=last_block_shortcut, attention=attention,
-        add_layernorm=add_layernorm,
+        add_layernorm=add_layernorm, bias_gelu=bias_gelu,
     )  # fmt: skip
 
 

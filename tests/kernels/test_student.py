@@ -10,8 +10,8 @@ import torch
 from fastdeitlt.models import create_student
 
 DATA = Path(__file__).parents[1] / "data"
-TRITON = {"attention": "triton", "add_layernorm": "triton"}
-TORCH = {"attention": "sdpa", "add_layernorm": "torch"}
+TRITON = {"attention": "triton", "add_layernorm": "triton", "bias_gelu": "triton"}
+TORCH = {"attention": "sdpa", "add_layernorm": "torch", "bias_gelu": "torch"}
 GPU = torch.cuda.is_available()
 TOLERANCE = 2e-2 if GPU else 2e-5
 """Largest error as a share of the largest value: bfloat16 on a GPU, where attention takes no float32."""

@@ -1,0 +1,122 @@
+"""The MLP's bias and GELU, forward and backward with the bias gradient: the Triton kernel beside torch and inductor.
+
+    python -m benchmarks.bench_bias_gelu [--tune] [--rounds 20]
+
+Useful bytes: u read and h written; u and the gradient of h read and that of u written. The product before it is left
+out: torch adds the bias within it, so torch's side starts from the sum and its backward still sums the bias gradient.
+``whole`` is the linear map, bias and GELU, forward and backward: what decides, since the bias is free within a product.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from fastdeitlt.kernels import bias_gelu as module
+from fastdeitlt.kernels._launch import LaunchConfig
+from torch import Tensor
+
+from benchmarks import harness
+
+# rows, width of the hidden layer: ViT-T, -S, -B and -L at 198 tokens
+SHAPES = ((512 * 198, 768), (256 * 198, 1536), (256 * 198, 3072), (128 * 198, 4096))
+
+
+def eager(u: Tensor, bias: Tensor) -> Tensor:
+    """Bias, then GELU."""
+    return F.gelu(u + bias.to(u.dtype))
+
+
+def triton(u: Tensor, bias: Tensor) -> Tensor:
+    """Ours."""
+    return module.bias_gelu(u, bias, impl="triton")
+
+
+def linear_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The hidden layer as a block has it."""
+    return F.gelu(F.linear(x, weight, bias.to(x.dtype)))
+
+
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The hidden layer around ours."""
+    return module.bias_gelu(F.linear(x, weight), bias, impl="triton")
+
+
+def passes(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, harness.Call]:
+    """Forward alone, backward alone on a kept graph, and both."""
+    out = implementation(*tensors)
+    upstream = torch.randn_like(out)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return implementation(*tensors)
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(out, tensors, upstream, retain_graph=True),
+        "whole": lambda: torch.autograd.grad(implementation(*tensors), tensors, upstream),
+    }
+
+
+def problem(rows: int, width: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """u and bias; x, weight and bias."""
+    low = {"device": device, "dtype": torch.bfloat16}
+    u, x, weight = (torch.randn(size, **low) for size in ((rows, width), (rows, width // 4), (width, width // 4)))
+    bias = torch.randn(width, device=device)
+    return [t.requires_grad_() for t in (u, bias)], [t.requires_grad_() for t in (x, weight * width**-0.5, bias)]
+
+
+def cases(device: torch.device) -> Iterable[harness.Case]:
+    """Each width forward, backward, and with its linear map."""
+    for rows, width in SHAPES:
+        alone, linear = problem(rows, width, device)
+        peers = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
+        calls = {name: passes(implementation, alone) for name, implementation in peers.items()}
+        for direction, streams in (("forward", 2), ("backward", 3)):
+            yield harness.Case(
+                f"{direction} M={rows} F={width}",
+                {name: call[direction] for name, call in calls.items()},
+                baseline="inductor",
+                useful_bytes=streams * 2 * rows * width,
+            )
+        whole = whole_layer(linear)
+        yield harness.Case(f"whole M={rows} F={width}", whole, "inductor", useful_flops=6 * rows * width * width // 4)
+
+
+def whole_layer(linear: list[Tensor]) -> dict[str, harness.Call]:
+    """The hidden layer, forward and backward."""
+    compiled = torch.compile(linear_eager, dynamic=False)
+    peers = {"torch": linear_eager, "inductor": compiled, "triton": linear_triton}
+    return {name: passes(implementation, linear)["whole"] for name, implementation in peers.items()}
+
+
+def tune(device: torch.device) -> None:
+    """Search tiles, warps, stages and programs a multiprocessor, width by width, then compare whole layers."""
+    table = module.TUNED
+    for rows, width in SHAPES:
+        alone, linear = problem(rows, width, device)
+        calls = passes(triton, alone)
+        tiles = [
+            (r, b) for r in (1, 2, 4, 8, 16) for b in (128, 256, 512, 1024) if 1024 <= r * b <= 4096 and b <= width
+        ]
+        forward = [LaunchConfig({"ROWS": r, "BLOCK": b}, w) for r, b in tiles for w in (2, 4, 8)]
+        backward = [
+            LaunchConfig({"ROWS": r, "BLOCK": b, "PROGRAMS": p}, w, s)
+            for r, b in tiles for p in (2, 4, 8) for w in (4, 8) for s in (1, 2, 3)
+        ]  # fmt: skip
+        harness.tune("bias_gelu", table, ("forward", width), forward, calls["forward"], device)
+        harness.tune("bias_gelu", table, ("backward", width), backward, calls["backward"], device)
+        whole = whole_layer(linear)
+        harness.best(width, {"torch": whole["inductor"], "triton": whole["triton"]}, device)
+
+
+def main() -> int:
+    """Measure on a GPU; say that a machine without one measures nothing."""
+    if not torch.cuda.is_available():
+        print("no GPU: nothing is measured; the kernel needs one, and on a CPU the MLP is torch's own")
+        return 0
+    return harness.main("bias_gelu", cases, tune, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

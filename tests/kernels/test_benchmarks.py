@@ -1,0 +1,59 @@
+"""Benchmarks of kernels that only a GPU times: every candidate runs here once at a small shape, and they agree."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastdeitlt.kernels import attention as kernel_attention
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks import bench_add_layernorm, bench_attention, bench_bias_gelu, harness
+
+GPU = torch.cuda.is_available()
+SMALL = {
+    bench_attention: ((2, 20, 2, 32), (1, 66, 1, 64)),
+    bench_add_layernorm: ((10, 3, 64),),
+    bench_bias_gelu: ((12, 512),),
+}
+
+
+@pytest.fixture(params=SMALL, ids=lambda bench: bench.__name__.split("_", 1)[1])
+def bench(request, monkeypatch):
+    monkeypatch.setattr(request.param, "SHAPES", SMALL[request.param])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    if not GPU:
+        monkeypatch.setattr(bench_attention, "IMPLS", ("triton", "flash", "sdpa"))
+    return request.param
+
+
+def test_candidates_of_every_case_run_and_agree(bench, device):
+    seen = set()
+    for case in bench.cases(device):
+        results = {name: call() for name, call in case.candidates.items()}
+        assert case.baseline in results and case.useful_bytes + case.useful_flops > 0
+        expected = results[case.baseline]
+        if "forward" in case.name:  # each candidate has an upstream gradient of its own
+            for result in results.values():
+                torch.testing.assert_close(result, expected, rtol=5e-2, atol=5e-2)
+        seen.add(case.name)
+    assert any("backward" in name for name in seen)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU tunes for real")
+def test_tuning_searches_every_pass_and_compares_whole_ones(bench, device, monkeypatch):
+    tried, compared = {}, []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some GPU")
+    monkeypatch.setattr(kernel_attention, "interpreted", lambda: False)  # hundreds of settings
+
+    def tune(op, table, key, configs, call, device):
+        tried[key] = len(list(configs))
+        call()
+
+    monkeypatch.setattr(harness, "tune", tune)
+    monkeypatch.setattr(
+        harness, "best", lambda key, calls, device: compared.append([call() for call in calls.values()])
+    )
+    bench.tune(device)
+    assert len(tried) >= 2 and all(count > 1 for count in tried.values()) and len(compared) == len(SMALL[bench])
