@@ -15,9 +15,10 @@ import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +28,45 @@ from fastdeitlt.errors import CheckpointError, UserError
 
 log = logging.getLogger("fastdeitlt")
 MANIFEST = "manifest.json"
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _File(BaseModel):
+    sha256: str
+    bytes: int = 0
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    num_classes: int = Field(ge=1, le=10**6)
+    img_size: int = Field(ge=1, le=10**4)
+    name: str = ""
+    arch: str = ""
+    depth: int = Field(0, ge=0, le=1000)
+
+
+class _Preprocess(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[_Positive, _Positive, _Positive] = (1.0, 1.0, 1.0)
+    img_size: int = Field(1, ge=1, le=10**4)
+    crop_pct: float = Field(1.0, gt=0, le=1)
+
+
+class _Manifest(BaseModel):
+    """The facts that readers rely on. Each may be missing; one of the wrong type or range is refused."""
+
+    model_config = ConfigDict(extra="allow", strict=False)
+    format: Literal["fastdeitlt"]
+    files: dict[str, _File]
+    kind: Literal["student", "teacher"] = "student"
+    step: int = Field(0, ge=0)
+    best: dict[str, Any] | None = None
+    model: _Model | None = None
+    preprocess: _Preprocess | None = None
+    class_map: list[int] | None = None
+    class_names: list[str] | None = None
+    class_counts: list[int] | None = None
 
 
 def _sha256(path: Path) -> str:
@@ -113,12 +153,19 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"model folder {path}: no readable {MANIFEST} ({error}); give a folder written by train"
         ) from None
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("format") != "fastdeitlt" or "model.safetensors" not in files:
+    if not isinstance(manifest, dict) or "model.safetensors" not in (manifest.get("files") or ()):
         raise UserError(f"model folder {path}: {MANIFEST} is not a fastdeitlt manifest; give a folder written by train")
-    for name, facts in files.items():
+    try:
+        checked = _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"model folder {path}: {MANIFEST} is not a fastdeitlt manifest ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}); give a folder written by train"
+        ) from None
+    for name, facts in checked.files.items():
         file = path / Path(name).name
-        expected = facts.get("sha256") if isinstance(facts, dict) else None
+        expected = facts.sha256
         if not file.is_file():
             raise UserError(f"model folder {path}: {name} is missing; copy the folder again or use an older checkpoint")
         if _sha256(file) != expected:
@@ -329,7 +376,10 @@ class Checkpoints:
         """
         for path in self._steps():
             try:
-                return path, read_manifest(path)
+                manifest = read_manifest(path)
+                if manifest.get("step") != int(path.name.removeprefix("step-")) or "best" not in manifest:
+                    raise UserError(f"model folder {path}: {MANIFEST} is not that of a checkpoint of this step")
+                return path, manifest
             except UserError as error:
                 log.warning("%s; trying the one before", error)
                 path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))

@@ -517,6 +517,8 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        except RecursionError:
+            raise UserError(f"override {override[:40]!r}...: nested too deeply") from None
         if isinstance(values[name], str):
             values[name] = _number(values[name])
     return values

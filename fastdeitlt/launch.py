@@ -21,6 +21,8 @@ from fastdeitlt.errors import RankLostError, UserError
 from fastdeitlt.preemption import SIGNALS
 
 log = logging.getLogger("fastdeitlt")
+PROGRAM = [sys.executable, "-P", "-m", "fastdeitlt.cli"]
+"""What a rank is started as."""
 GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has failed."""
 RESTARTABLE = (1, RankLostError.exit_code)
@@ -102,7 +104,7 @@ class _Ranks:
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.count)))
         shared = {"WORLD_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared |= {"OMP_NUM_THREADS": threads, "FASTDEITLT_LAUNCHER": str(os.getpid())}
-        command = [sys.executable, "-P", "-m", "fastdeitlt.cli", *self.arguments]
+        command = [*PROGRAM, *self.arguments]
         for rank in range(self.count):
             env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             self.alive.append(subprocess.Popen(command, env=env))

@@ -10,6 +10,7 @@ from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import Result
+from fastdeitlt.posthoc import PostHoc
 
 Record = dict[str, Any]
 
@@ -23,6 +24,8 @@ class RunFiles:
     environment: dict[str, Any]
     steps: list[Record]
     evaluations: list[Record]
+    signs: list[Record]
+    """Checks for signs of failure, one record an evaluation since re-weighting began."""
     results: dict[str, Any]
     class_names: list[str] | None
 
@@ -43,6 +46,11 @@ class RunFiles:
     def teacher(self) -> Result | None:
         """The teacher's scores on the same set."""
         return Result.from_json(self.results["teacher"]) if self.results.get("teacher") else None
+
+    @property
+    def post_hoc(self) -> PostHoc | None:
+        """What was fitted on validation images, scored on the test images."""
+        return PostHoc.from_json(self.results["posthoc"]) if self.results.get("posthoc") else None
 
     @property
     def is_teacher(self) -> bool:
@@ -91,6 +99,7 @@ def read_run(folder: str | Path) -> RunFiles:
         environment=read_json(folder / "env.json"),
         steps=_place_in_epochs([record for record in records if record.get("kind") == "step"]),
         evaluations=[record for record in records if record.get("kind") == "eval"],
+        signs=[record for record in records if record.get("kind") == "signs"],
         results=results,
         class_names=next((m["class_names"] for m in manifests if m.get("class_names")), None),
     )
@@ -123,8 +132,10 @@ def _read_records(path: Path) -> list[Record]:
             break
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number}: not JSON ({error}); remove the line") from None
+        if isinstance(record, dict) and record.get("kind") == "step" and not isinstance(record.get("epoch"), int):
+            raise UserError(f"{path} line {number}: a step without its epoch; remove the line")
         if not isinstance(record, dict):
             raise UserError(f"{path} line {number}: got {line.strip()[:40]!r}, expected an object; remove the line")
         records.append(record)

@@ -103,7 +103,7 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_no_draft(tmp_path, monke
 def test_only_the_two_newest_checkpoints_are_kept_and_last_points_at_the_newest(tmp_path):
     found = Checkpoints(tmp_path)
     for step in (1, 2, 10):
-        found.save(step, {"model": STATE}, {}, wait=True)
+        found.save(step, {"model": STATE}, {"best": None}, wait=True)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000010"]
     assert read_manifest(tmp_path / "last")["step"] == 10
     assert found.newest()[1]["step"] == 10

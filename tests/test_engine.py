@@ -1,5 +1,6 @@
-"""DeepSpeed at every ZeRO stage takes the plain engine's steps, on one rank and on two, and trades state with it."""
+"""DeepSpeed at each ZeRO stage takes the plain engine's steps, on one, two and four ranks, and trades state with it."""
 
+import functools
 import logging
 import os
 import socket
@@ -21,7 +22,9 @@ from fastdeitlt.models.teacher import Teacher
 
 CPU = torch.device("cpu")
 STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
-STEPS, VIRTUAL_RANKS, ACCUMULATE = 4, 2, 2
+STEPS, VIRTUAL_RANKS, ACCUMULATE = 4, 4, 2
+BF16_BOUND = 5e-3
+"""On losses of about 2.4 over four steps: gradients are summed in another order, and bfloat16 rounds what follows."""
 SHORT = 2
 """The step with fewer micro-batches, as an epoch's last may have."""
 
@@ -41,28 +44,42 @@ def _config(**changes):
     return config.build(settings | {f"train.{name}": value for name, value in changes.items()})
 
 
-def _engine(cfg, rank=0, world=1):
+class Varied(torch.nn.Module):
+    """A teacher that decides otherwise for every image."""
+
+    class_map = None
+
+    def forward(self, images_BCHW):
+        return images_BCHW[:, 0, 0, :11]
+
+
+def _engine(cfg, rank=0, world=1, plan=None, teacher=None):
     torch.manual_seed(0)
-    # odd widths of head and set: parts of unequal size on two ranks
+    # odd widths of head and set: parts of unequal size on the ranks
     student = create_student("deit_tiny_distilled_patch16_32", 11, depth=1, drop_path=0.0).train()
-    teacher = Teacher(create_teacher("resnet8", 11, "fastdeitlt"), 11)
-    plan = Plan(200, 4, ACCUMULATE, 1, VIRTUAL_RANKS, rank, world)
+    teacher = teacher or Teacher(create_teacher("resnet8", 11, "fastdeitlt"), 11)
+    plan = plan or Plan(200, 4, ACCUMULATE, 1, VIRTUAL_RANKS, rank, world)
     return build_engine(JointForward(student, teacher, [5] * 11, cfg, CPU), cfg, plan)
+
+
+def _batch(step, index, virtual_rank):
+    generator = torch.Generator().manual_seed(100 * step + 10 * index + virtual_rank)
+    labels = torch.randint(11, (4,), generator=generator)
+    return Batch(torch.randn(4, 3, 32, 32, generator=generator), labels, labels.flip(0), torch.tensor(0.3))
+
+
+WEIGHTS_K = torch.linspace(0.5, 1.5, 11)
 
 
 def _run(engine, rank=0, world=1, steps=range(STEPS), poison=None):
     """{(step, micro-step, virtual rank): loss} of this rank, and the norm of every step."""
-    mine = range(VIRTUAL_RANKS) if world == 1 else (rank,)
+    each = VIRTUAL_RANKS // world
     losses, norms = {}, []
     for step in steps:
         for index in range(1 if step == SHORT else ACCUMULATE):
-            for virtual_rank in mine:
+            for virtual_rank in range(rank * each, (rank + 1) * each):
                 place = (step, index, virtual_rank)
-                generator = torch.Generator().manual_seed(100 * step + 10 * index + virtual_rank)
-                labels = torch.randint(11, (4,), generator=generator)
-                images = torch.randn(4, 3, 32, 32, generator=generator)
-                batch = Batch(images, labels, labels.flip(0), torch.tensor(0.3))
-                loss = engine.forward(batch, torch.linspace(0.5, 1.5, 11), None).loss
+                loss = engine.forward(_batch(*place), WEIGHTS_K, None).loss
                 engine.backward(loss * float("nan") if place == poison else loss)
                 losses[place] = loss.item()
         norms.append(engine.step(1e-3 * (step + 1)).item())
@@ -116,60 +133,129 @@ def test_bf16_takes_no_hidden_step_before_training(stage):
     _assert_same(_state(sharded), _state(plain))
 
 
-def _one_of_two(rank, port, folder):
+def _one_of_several(rank, world, port, folder):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.start("cpu", timeout_s=60)
+    distributed.start("cpu", timeout_s=120)
     half = torch.load(folder / "half.pt", weights_only=True)
     found = {}
-    for stage, offload in STAGES:
-        engine = _engine(_config(engine="auto", zero_stage=stage, offload=offload), rank, 2)
-        losses, norms = _run(engine, rank, 2)
+    for stage, offload in STAGES if world == 2 else [(stage, False) for stage in range(4)]:
+        engine = _engine(_config(engine="auto", zero_stage=stage, offload=offload), rank, world)
+        losses, norms = _run(engine, rank, world)
         end = _state(engine)
         engine.load(*half)
-        again, _ = _run(engine, rank, 2, range(2, STEPS))
+        again, _ = _run(engine, rank, world, range(2, STEPS))
         found[stage, offload] = (losses, norms, end, again, _state(engine))
-    engine = _engine(_config(engine="auto", zero_stage=2), rank, 2)
-    found["nan"] = _run(engine, rank, 2, range(2), poison=(1, 0, 0))[1]
+    if world == 2:
+        found["bf16"] = _run(_engine(_config(engine="auto", zero_stage=2, precision="bf16"), rank, 2), rank, 2)[0]
+        for stage in (1, 3):
+            engine = _engine(_config(engine="auto", zero_stage=stage), rank, 2)
+            _run(engine, rank, 2, range(1))
+            before = _state(engine)[0]
+            norms = _run(engine, rank, 2, range(1, 2), poison=(1, 0, 0))[1]
+            found["nan", stage] = (norms, before, _state(engine)[0])
+        found["global"] = _run_globally(rank)
     torch.save(found, folder / f"rank{rank}.pt")
     distributed.stop()
 
 
+def _run_globally(rank):
+    """Two steps of two ranks of four images whose weighted mean is one: losses, weights."""
+    cfg = config.build(config.flatten(_config(zero_stage=1, virtual_ranks=2)) | {"loss.normalise": "global"})
+    engine = _engine(cfg, plan=Plan(200, 4, ACCUMULATE, 1, 2, rank, 2), teacher=Varied())
+    losses = []
+    for step in range(2):
+        for index in range(ACCUMULATE):
+            found = engine.forward(_batch(step, index, rank), WEIGHTS_K, None)
+            engine.backward(found.loss)
+            losses.append([loss.item() for loss in found])
+        engine.step(1e-3)
+    return losses, _state(engine)[0]
+
+
 @pytest.fixture(scope="module")
-def two_ranks(plain, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    torch.save(plain[2], folder / "half.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_one_of_two, (port, folder), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def several(plain, tmp_path_factory):
+    """world -> what each rank found; the ranks are started once."""
+
+    @functools.cache
+    def found(world):
+        folder = tmp_path_factory.mktemp(f"ranks{world}")
+        torch.save(plain[2], folder / "half.pt")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torch.multiprocessing.spawn(_one_of_several, (world, port, folder), nprocs=world)
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+    return found
 
 
-@pytest.mark.parametrize(("stage", "offload"), STAGES)
-def test_every_stage_takes_the_plain_steps_on_two_ranks(plain, two_ranks, stage, offload):
+STAGES_AND_RANKS = [(2, *place) for place in STAGES] + [(4, stage, False) for stage in range(4)]
+
+
+@pytest.mark.parametrize(("world", "stage", "offload"), STAGES_AND_RANKS)
+def test_every_stage_takes_the_plain_steps_on_several_ranks(plain, several, world, stage, offload):
     losses, norms, _, end = plain
-    both = [found[stage, offload] for found in two_ranks]
-    assert both[0][0] | both[1][0] == pytest.approx(losses, abs=1e-6)
-    for rank in both:
+    ranks = [found[stage, offload] for found in several(world)]
+    assert _joined(found[0] for found in ranks) == pytest.approx(losses, abs=1e-6)
+    for rank in ranks:
         assert rank[1] == pytest.approx(norms, rel=1e-6)
-        _assert_same([rank[2][0]], [end[0]])  # weights, on both
-    _assert_same(both[0][2], end)  # whole moments, on rank 0
+        _assert_same([rank[2][0]], [end[0]])  # weights, on all
+    _assert_same(ranks[0][2], end)  # whole moments, on rank 0
 
 
-@pytest.mark.parametrize(("stage", "offload"), STAGES)
-def test_two_ranks_continue_what_one_began(plain, two_ranks, stage, offload):
+@pytest.mark.parametrize(("world", "stage", "offload"), STAGES_AND_RANKS)
+def test_several_ranks_continue_what_one_began(plain, several, world, stage, offload):
     losses, _, _, end = plain
-    both = [found[stage, offload] for found in two_ranks]
-    assert both[0][3] | both[1][3] == pytest.approx({k: v for k, v in losses.items() if k[0] >= 2}, abs=1e-6)
-    _assert_same(both[0][4], end)
+    ranks = [found[stage, offload] for found in several(world)]
+    expected = {place: loss for place, loss in losses.items() if place[0] >= 2}
+    assert _joined(found[3] for found in ranks) == pytest.approx(expected, abs=1e-6)
+    _assert_same(ranks[0][4], end)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_both(two_ranks):
-    for found in two_ranks:
-        finite = [torch.tensor(norm).isfinite().item() for norm in found["nan"]]
-        assert finite == [True, False]
+def test_bf16_on_two_ranks_stays_within_its_bound(several):
+    plain, _ = _run(_engine(_config(engine="plain", precision="bf16")))
+    assert _joined(found["bf16"] for found in several(2)) == pytest.approx(plain, abs=BF16_BOUND)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_of_any(several, stage):
+    for found in several(2):
+        norms, before, after = found["nan", stage]
+        assert not torch.tensor(norms).isfinite().any()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_global_mean_of_two_ranks_is_that_of_one_with_both_batches(several):
+    cfg = _config(engine="plain", virtual_ranks=1, batch_size=8)
+    engine = _engine(cfg, plan=Plan(200, 8, ACCUMULATE, 1, 1), teacher=Varied())
+    expected = []
+    for step in range(2):
+        for index in range(ACCUMULATE):
+            parts = [_batch(step, index, rank) for rank in range(2)]
+            images, labels, partner = (torch.cat([getattr(p, name) for p in parts]) for name in FIELDS)
+            found = engine.forward(Batch(images, labels, partner, torch.tensor(0.3)), WEIGHTS_K, None)
+            engine.backward(found.loss)
+            expected.append([loss.item() for loss in found])
+        engine.step(1e-3)
+    ranks = [found["global"] for found in several(2)]
+    mean = torch.tensor([losses for losses, _ in ranks]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor(expected), atol=1e-6, rtol=0)
+    _assert_same([ranks[0][1]], [engine.weights()])
+    own = _run_own_means(_engine(_config(engine="plain"), plan=Plan(200, 4, ACCUMULATE, 1, 2), teacher=Varied()))
+    assert abs(own - mean[0, 0].item()) > 1e-4  # the means of each rank's own are something else
+
+
+def _run_own_means(engine):
+    return sum(engine.forward(_batch(0, 0, rank), WEIGHTS_K, None).loss.item() for rank in range(2)) / 2
+
+
+FIELDS = ("images_BCHW", "labels_B", "partner_B")
+
+
+def _joined(parts):
+    return {place: loss for part in parts for place, loss in part.items()}
 
 
 SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
@@ -219,7 +305,7 @@ def test_the_teacher_is_neither_sharded_nor_saved():
 @pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
-        ({"engine": "plain"}, 2, r"train\.engine=plain: .* 2 ranks; use train\.engine=auto"),
+        ({"engine": "plain", "virtual_ranks": 2}, 2, r"train\.engine=plain: .* 2 ranks; use train\.engine=auto"),
         ({"engine": "deepspeed", "zero_stage": 3, "compile": True}, 1, r"train\.zero_stage=3: .*train\.compile=false"),
         ({"engine": "auto", "offload": True}, 1, r"train\.offload: .*got the plain engine.*train\.offload=false"),
         ({"engine": "deepspeed", "offload": True, "zero_stage": 0}, 1, r"train\.offload: .*zero_stage=0"),
@@ -228,6 +314,43 @@ def test_the_teacher_is_neither_sharded_nor_saved():
 def test_what_cannot_work_is_refused_with_the_way_out(changes, world, message):
     with pytest.raises(UserError, match=message):
         _engine(_config(**changes), 0, world)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"loss\.normalise=global: got train\.virtual_ranks=4 on 1 ranks.*train\.virtual_ranks=1"),
+        ({"loss.reweight_cls": True, "train.virtual_ranks": 1}, r"loss\.reweight_cls weights the CLS loss too"),
+    ],
+)
+def test_a_global_mean_that_cannot_be_formed_is_refused(changes, message):
+    cfg = config.build(config.flatten(_config()) | {"loss.normalise": "global"} | changes)
+    with pytest.raises(UserError, match=message):
+        _engine(cfg, plan=Plan(200, 4, ACCUMULATE, 1, cfg.train.virtual_ranks))
+
+
+def test_bfloat16_weights_are_refused_with_the_reason():
+    student = create_student("deit_tiny_distilled_patch16_32", 11, depth=1).to(torch.bfloat16)
+    cfg = _config(engine="deepspeed", zero_stage=0)
+    with pytest.raises(UserError, match=r"weights of torch\.bfloat16.*hidden optimizer step"):
+        build_engine(JointForward(student, None, [5] * 11, cfg, CPU), cfg, Plan(200, 4, 1, 1, 1))
+
+
+@pytest.mark.parametrize(("backend", "skips"), [("torch", 0), ("torch", 2), ("fastdeitlt", 0)])
+def test_an_update_that_is_not_finite_is_left_out(backend, skips):
+    """Weights stay as they were; with skips the run goes on afterwards, without it nothing moves any more."""
+    cfg = config.build(config.flatten(_config(engine="plain", nonfinite_skips=skips)) | {"optim.backend": backend})
+    engine = _engine(cfg)
+    _run(engine, steps=range(1))
+    before = _state(engine)
+    _run(engine, steps=range(1, 2), poison=(1, 1, 2))
+    _assert_same([_state(engine)[0]], [before[0]], tolerance=0)
+    if backend == "torch":
+        _assert_same(_state(engine), before, tolerance=0)
+    _run(engine, steps=range(2, 3))
+    moved = any(not torch.equal(value, before[0][name]) for name, value in engine.weights().items())
+    assert moved == (skips > 0)
+    assert all(value.isfinite().all() for value in engine.weights().values())
 
 
 def test_another_adamw_than_torchs_is_refused():

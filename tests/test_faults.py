@@ -1,0 +1,332 @@
+"""Every fault ends in seconds with its exit code, leaves no process, and the run goes on bit for bit afterwards.
+
+One run on two ranks meets them in turn, each start continuing what the last one left; at the end it is compared with a
+run that nothing touched. ``pytest tests/test_faults.py -s -k seconds`` prints how long each took to end.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import TIMES, tiny_run
+
+from fastdeitlt import cli, config, launch
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.engine import PlainEngine
+from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
+from fastdeitlt.meter import Meter
+from fastdeitlt.run import RESTARTS, Run
+from fastdeitlt.train import train
+from fastdeitlt.watch import Norms, dump, warn_of_straggler
+
+FAULTS = {
+    # fault: (step at whose start rank 1 meets it, exit code, what is said)
+    "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
+    "sigint": (4, 130, "stopped by SIGINT, saved after step"),
+    "raise": (5, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
+    "hang": (5, 7, "lost contact with rank 1"),
+    "memory": (6, 6, "out of memory with train.batch_size=8 on rank 1"),
+    "nan": (6, 5, "not finite from step 6 on on rank 1; training stopped before that update"),
+    "kill": (7, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
+}
+HANG_TIMEOUT_S = 12
+SLOW_STEP = 8
+
+
+class Launch:
+    """One start of the program on two ranks, with a fault that rank 1 meets once."""
+
+    def __init__(self, cfg, name, fault):
+        folder = Path(cfg.runs_dir)
+        path, self.note, log = folder / "config.yaml", folder / f"{name}-{fault}", folder / f"{name}-{fault}.log"
+        timeout = HANG_TIMEOUT_S if fault == "hang" else cfg.train.timeout_s
+        path.write_text(config.dump(cfg))
+        command = [sys.executable, __file__, fault, str(self.note), "train", str(path), f"name={name}"]
+        command += [f"train.timeout_s={timeout}", "--processes", "2", "--restarts", "1" if fault == "kill" else "0"]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        with log.open("wb") as out:
+            self.code = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, env=env | {"OMP_NUM_THREADS": "1"}, check=False
+            ).returncode
+        self.seconds = time.time() - float(self.note.read_text()) if self.note.exists() else 0.0
+        self.said = log.read_text()
+
+
+def _main(fault, note, *arguments):
+    """The program, in the launcher and in its ranks, with a fault in rank 1."""
+    torch.set_num_threads(1)
+    launch.PROGRAM = [sys.executable, __file__, fault, note]
+    if os.environ.get("RANK") == "1":
+        _inject(fault, Path(note))
+    return cli.main(arguments)
+
+
+def _inject(fault, note):
+    """Rank 1 meets the fault when it waits for the first batch of a step; `none`: it is slow in some steps."""
+    wait, add = Meter.wait, Meter.add
+
+    def faulty(self, batches):
+        batch = wait(self, batches)
+        if fault == "none" or note.exists() or self.done + 1 != FAULTS[fault][0]:
+            return batch
+        note.write_text(str(time.time()))
+        if fault in ("sigterm", "sigint"):
+            os.kill(os.getppid(), getattr(signal, fault.upper()))
+        elif fault in ("hang", "kill"):
+            os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
+        elif fault == "raise":
+            raise RuntimeError("a bug")
+        elif fault == "memory":
+            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+        return dataclasses.replace(batch, images_BCHW=batch.images_BCHW * (float("nan") if fault == "nan" else 1.0))
+
+    def slow(self, *rest):
+        if fault == "none" and self.done + 1 == SLOW_STEP:
+            time.sleep(1.0)
+        add(self, *rest)
+
+    Meter.wait, Meter.add = faulty, slow
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """{fault: Launch} in order, `none` for the untouched run; the last one finishes what the faults interrupted."""
+    cfg = tiny_run(tmp_path_factory.mktemp("faults"))
+    often = {"save_every_steps": 1, "zero_stage": 1}  # a straggler shows where gradients are summed in the step
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=often)})
+    launches = {fault: Launch(cfg, "faulty", fault) for fault in FAULTS}
+    return launches | {"none": Launch(cfg, "whole", "none"), "folder": Path(cfg.runs_dir)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_all_ranks_with_its_code_and_says_why(story, fault):
+    _, code, said = FAULTS[fault]
+    assert story[fault].note.exists(), story[fault].said
+    assert story[fault].code == code, story[fault].said
+    assert said in story[fault].said
+    assert story[fault].said.count(said) == 1  # one rank says it
+
+
+@pytest.mark.parametrize("fault", ["sigterm", "sigint", "memory", "nan"])
+def test_an_expected_end_has_no_traceback(story, fault):
+    assert "Traceback" not in story[fault].said
+
+
+def test_seconds_from_each_fault_to_the_end_of_the_launch(story):
+    for fault in FAULTS:
+        print(f"\n{fault:8} exit {story[fault].code:4}  {story[fault].seconds:6.1f} s", end="")
+    assert all(story[fault].seconds < 120 for fault in FAULTS)
+
+
+def test_no_process_is_left(story):
+    mine = str(story["folder"]).encode()
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if mine in _bytes(p)]
+    assert not left
+
+
+def _bytes(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_run_through_all_faults_ends_as_the_untouched_one_bit_for_bit(story):
+    faulty, whole = story["folder"] / "faulty", story["folder"] / "whole"
+    for part in ("model", "ema", "optimizer"):
+        got, expected = (load_tensors(run / "checkpoints" / "last", part) for run in (faulty, whole))
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (faulty, whole)]
+    bare = [[{k: v for k, v in line.items() if k not in TIMES} for line in log] for log in logs]
+    assert bare[0] == bare[1]
+    assert (faulty / "results.json").read_text() == (whole / "results.json").read_text()
+    assert not list((faulty / "checkpoints").glob(".*"))
+    assert not (faulty / "PREEMPTED").exists() and not (faulty / "starts.json").exists()
+
+
+def test_a_straggler_is_named_with_what_it_was_slow_at(story):
+    assert f"steps {SLOW_STEP} to {SLOW_STEP}: rank 1 holds the others up" in story["none"].said
+    assert "most of it in forward and backward" in story["none"].said
+
+
+def test_the_images_of_a_loss_that_is_not_finite_are_named(story):
+    found = json.loads((story["folder"] / "faulty" / "nonfinite.rank1.json").read_text())
+    (entry,) = found["micro_batches"][:1]
+    assert found["step"] == entry["step"] == 6 and len(entry["images"]) == 8 and entry["virtual_rank"] == 1
+
+
+def test_a_stop_leaves_a_mark_for_wrappers(tmp_path, monkeypatch):
+    """One rank, in this process: SIGUSR1 after the third step."""
+    cfg, real = tiny_run(tmp_path), PlainEngine.step
+
+    def step(self, rate):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, rate)
+
+    monkeypatch.setattr(PlainEngine, "step", step)
+    with pytest.raises(UserError, match="SIGUSR1, saved after step 3") as caught:
+        train(cfg)
+    assert caught.value.exit_code == 75
+    run = tmp_path / cfg.name
+    assert json.loads((run / "PREEMPTED").read_text()) == {"signal": "SIGUSR1", "step": 3}
+    assert read_manifest(run / "checkpoints" / "last")["step"] == 3
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    # on other images of the same names: refused
+    labels = (tmp_path / "train.txt").read_text().splitlines()
+    (tmp_path / "train.txt").write_text("\n".join([*labels[1:], labels[0]]))
+    with pytest.raises(UserError, match=r"images or labels of the train set changed.*--resume never"):
+        train(cfg)
+    (tmp_path / "train.txt").write_text("\n".join(labels))
+    weights = tmp_path / "teacher"
+    other = {k: v + 1 if v.is_floating_point() else v for k, v in load_tensors(weights).items()}
+    save_model_folder(weights, other, {k: v for k, v in read_manifest(weights).items() if k != "files"})
+    with pytest.raises(UserError, match=r"the teacher's weights changed"):
+        train(cfg)
+
+
+def test_a_skipped_step_is_left_out_and_too_many_stop_the_run(tmp_path, monkeypatch):
+    cfg, real = tiny_run(tmp_path), PlainEngine.backward
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"nonfinite_skips": 1})})
+    bad = {7}  # micro-steps; six make a step
+
+    def backward(self, loss):
+        self.count = getattr(self, "count", 0) + 1
+        real(self, loss * float("nan") if self.count in bad else loss)
+
+    monkeypatch.setattr(PlainEngine, "backward", backward)
+    train(cfg.model_copy(update={"name": "one"}))
+    bad.update({13, 19})
+    with pytest.raises(NonFiniteError, match="gradient is not finite from step 2 on"):
+        train(cfg.model_copy(update={"name": "three"}))
+
+
+def test_memory_that_the_host_refuses_is_one_line(tmp_path, monkeypatch):
+    def huge(self, *rest):
+        torch.empty(2**55)
+
+    monkeypatch.setattr(PlainEngine, "forward", huge)
+    with pytest.raises(MemoryFullError, match=r"train\.batch_size=4 train\.virtual_ranks=4 has the same learning rate"):
+        train(tiny_run(tmp_path))
+
+
+def test_a_crash_loop_stops_after_three_restarts_without_a_checkpoint(tmp_path):
+    cfg = config.build({"name": "r", "runs_dir": str(tmp_path)})
+
+    def crash(step):
+        with pytest.raises(RuntimeError, match="bug"), Run(cfg) as run:
+            run.count_start(step)
+            raise RuntimeError("bug")
+
+    for _ in range(RESTARTS + 1):
+        crash(5)
+    with pytest.raises(CrashLoopError, match=r"4 starts from step 5 died.*starts\.json"), Run(cfg) as run:
+        run.count_start(5)
+    crash(6)  # progress
+    with pytest.raises(UserError, match="typo"), Run(cfg) as run:  # an end that explains itself
+        run.count_start(6)
+        raise UserError("typo")
+    assert not (tmp_path / "r" / "starts.json").exists()
+
+
+def test_a_disk_that_fills_up_is_survived_until_the_third_save(tmp_path):
+    """A real limit on the size of files stops the writes half-way; training itself goes on."""
+    cfg = tiny_run(tmp_path)
+    often = cfg.train.model_copy(update={"save_every_steps": 1})
+    (tmp_path / "config.yaml").write_text(config.dump(cfg.model_copy(update={"train": often})))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    command = [sys.executable, "-P", "-m", "fastdeitlt.cli", "train", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stdout.count("training goes on") == 2
+    assert "(3 failed saves in a row)" in done.stderr and "Traceback" not in done.stderr
+    assert "step 3/9" in done.stdout
+    assert not list((tmp_path / cfg.name / "checkpoints").iterdir())
+
+
+class Canary:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "predict", "export", "resume"])
+def test_pickled_code_in_a_checkpoint_never_runs(tmp_path, verb, capsys):
+    canary, evil = tmp_path / "canary", tmp_path / "evil.pth.tar"
+    with evil.open("wb") as file:
+        pickle.dump({"state_dict": {"w": Canary(canary)}}, file)
+    cfg = tiny_run(tmp_path)
+    if verb == "resume":
+        folder = tmp_path / cfg.name / "checkpoints" / "step-00000003"
+        folder.mkdir(parents=True)
+        evil.rename(folder / "model.safetensors")
+        (folder / "optimizer.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        files = {f.name: {"sha256": sha256(f.read_bytes()).hexdigest()} for f in folder.glob("*.safetensors")}
+        manifest = {"format": "fastdeitlt", "step": 3, "best": None, "files": files}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "config.yaml").write_text(config.dump(cfg))
+    arguments = {
+        "train": ["train", str(tmp_path / "config.yaml"), f"teacher.path={evil}"],
+        "resume": ["train", str(tmp_path / "config.yaml"), "--resume", "must"],
+        "eval": ["eval", str(evil)],
+        "predict": ["predict", str(evil), str(tmp_path)],
+        "export": ["export", str(evil), str(tmp_path / "out")],
+    }
+    if verb == "resume":
+        (tmp_path / cfg.name / "config.yaml").write_text(config.dump(cfg))
+    assert cli.main(arguments[verb]) == 2
+    assert not canary.exists()
+    assert capsys.readouterr().err.startswith("fastdeitlt: error: ")
+
+
+def test_norms_say_spikes_and_count_what_is_left_out(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    norms = Norms(skips=1)
+    assert norms.failure([1.0, 1.1, 30.0, 1.0], 1) is None
+    assert "step 3: gradient norm 30, usually 1.01" in caplog.text
+    assert norms.failure([float("nan"), 1.0, float("inf")], 5) is None
+    assert caplog.text.count("left out") == 2
+    assert norms.failure([float("nan")], 8) == 7  # with the one of the window before
+
+
+def test_ranks_alike_are_no_stragglers(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    warn_of_straggler([0.1, 0.1, 0.1], [1.0, 1.2, 1.1], "steps 1 to 2")
+    warn_of_straggler([3.0], [1.0], "steps 1 to 2")
+    assert not caplog.text
+    warn_of_straggler([0.1, 3.0, 0.1], [1.0, 1.2, 1.1], "steps 1 to 2")
+    assert "rank 1 holds the others up: 4.20 s where the usual rank took 1.20 s" in caplog.text
+    assert "most of it in waiting for data" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_without_a_loss_that_is_lists_the_whole_step(tmp_path):
+    micro = [MicroBatch(0, i, 0, np.array([i, 9]), np.array([0, 0])) for i in range(3)]
+    file = dump(tmp_path, 2, [(1, 0.5), (2, 0.5), (2, 0.6)], micro, lr=0.1)
+    found = json.loads(file.read_text())
+    assert [entry["images"] for entry in found["micro_batches"]] == [[1, 9], [2, 9]]
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
