@@ -39,6 +39,7 @@ SETTINGS = {
     "student.drop_path": 0.2,
     "augment.crop_scale": [0.5, 1.0],
     "teacher.img_size": 28,
+    "teacher.check": False,  # it knows nothing
     "train.batch_size": 16,
     "train.virtual_ranks": 2,
     "train.compile": False,

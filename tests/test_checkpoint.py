@@ -1,16 +1,19 @@
 """Model folders are whole or absent, and what is read back is what was written."""
 
 import json
+import logging
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from fastdeitlt import checkpoint
-from fastdeitlt.checkpoint import Checkpoints, load_tensors, read_manifest, save_model_folder
-from fastdeitlt.errors import UserError
+from fastdeitlt.checkpoint import Checkpoints, load_tensors, read_manifest, save_model_folder, sweep
+from fastdeitlt.errors import CheckpointError, UserError
 
 STATE = {
     "w": torch.arange(6.0).view(2, 3),
@@ -59,21 +62,129 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("point", ["save_file", "_flush", "_replace_folder"])
-def test_a_kill_while_saving_leaves_the_old_folder(tmp_path, point):
-    """The process ends at a named point, as with kill -9; the folder of before still loads, and saving works again."""
-    save_model_folder(tmp_path / "m", {"w": torch.zeros(2)}, {"step": 1})
-    code = (
-        "import os, sys, torch; from fastdeitlt import checkpoint as c;"
-        f"c.{point} = lambda *a, **k: os._exit(9);"
-        "c.save_model_folder(sys.argv[1], {'w': torch.ones(2)}, {'step': 2})"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], check=False)
+SAVE_TWICE = """
+import os, sys
+from pathlib import Path
+import torch
+from fastdeitlt import checkpoint
+folder, point = Path(sys.argv[1]), sys.argv[2]
+found = checkpoint.Checkpoints(folder)
+
+def save(step):
+    parts = {"model": {"w": torch.full((2,), float(step))}}
+    found.save(step, parts, {"best": None}, wait=True, milestone="before-drw")
+
+save(1)
+rename, replace = Path.rename, Path.replace
+if point == "before the rename":
+    Path.rename = lambda self, to: os._exit(9)
+elif point == "between the renames":
+    Path.rename = lambda self, to: os._exit(9) if ".tmp-" in self.name and self.name[1] == "b" else rename(self, to)
+elif point == "before last":
+    Path.replace = lambda self, to: os._exit(9)
+else:
+    setattr(checkpoint, point, lambda *rest, **more: os._exit(9))
+save(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "survivor"),
+    [("save_file", 1), ("_flush", 1), ("before the rename", 1), ("between the renames", 2), ("before last", 2)],
+)
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, point, survivor):
+    """The process ends at a named point, as with kill -9; what is there loads, and the next start cleans up."""
+    done = subprocess.run([sys.executable, "-c", SAVE_TWICE, str(tmp_path), point], check=False)
     assert done.returncode == 9
-    assert read_manifest(tmp_path / "m")["step"] == 1
-    assert torch.equal(load_tensors(tmp_path / "m")["w"], torch.zeros(2))
-    save_model_folder(tmp_path / "m", {"w": torch.ones(2)}, {"step": 3})
-    assert read_manifest(tmp_path / "m")["step"] == 3
+    sweep(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    path, manifest = Checkpoints(tmp_path).newest()
+    assert manifest["step"] == survivor
+    assert torch.equal(load_tensors(path)["w"], torch.full((2,), float(survivor)))
+    assert read_manifest(tmp_path / "last")["step"] == 1
+    assert read_manifest(tmp_path / "before-drw")["step"] == (2 if point == "before last" else 1)
+
+
+def _save(found, step, value=0.0, **options):
+    found.save(step, {"model": {"w": torch.full((3,), value)}}, {"best": None}, **options)
+
+
+def test_a_save_in_the_background_holds_the_weights_of_its_step(tmp_path, monkeypatch):
+    go, real = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *rest: (go.wait(10), real(*rest)))
+    found, weights = Checkpoints(tmp_path), torch.zeros(3)
+    found.save(1, {"model": {"w": weights}}, {"best": None})
+    weights.fill_(7.0)  # the next step, while the writer waits
+    assert not list(tmp_path.glob("step-*"))
+    go.set()
+    found.finish()
+    assert torch.equal(load_tensors(tmp_path / "last")["w"], torch.zeros(3))
+
+
+def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
+    running, most = [], []
+    real = checkpoint.save_model_folder
+
+    def slow(*rest, **parts):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return real(*rest, **parts)
+
+    monkeypatch.setattr(checkpoint, "save_model_folder", slow)
+    found = Checkpoints(tmp_path)
+    for step in range(4):
+        _save(found, step)
+    found.finish()
+    assert most == [1, 1, 1, 1] and read_manifest(tmp_path / "last")["step"] == 3
+
+
+def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    found, real = Checkpoints(tmp_path), checkpoint.save_file
+
+    def full(*rest):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    _save(found, 1)
+    _save(found, 2)
+    assert "training goes on (1 of 3 failed saves)" in caplog.text
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    _save(found, 3)  # reports the second
+    _save(found, 4)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    _save(found, 5)
+    _save(found, 6)
+    _save(found, 7)
+    with pytest.raises(CheckpointError, match=r"No space left.*3 failed saves in a row"):
+        _save(found, 8)
+    with pytest.raises(CheckpointError, match="4 failed saves in a row"):
+        _save(found, 9, wait=True)
+    assert read_manifest(tmp_path / "last")["step"] == 4
+
+
+def test_a_milestone_is_kept_when_its_checkpoint_goes(tmp_path):
+    found = Checkpoints(tmp_path, keep=3)
+    for step in range(1, 6):
+        _save(found, step, float(step), wait=True, milestone="before-drw" if step == 1 else "")
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (3, 4, 5)]
+    assert read_manifest(tmp_path / "before-drw")["step"] == 1
+    assert torch.equal(load_tensors(tmp_path / "before-drw")["w"], torch.ones(3))
+
+
+def test_resume_must_refuses_when_no_checkpoint_is_whole(tmp_path):
+    found = Checkpoints(tmp_path)
+    assert found.newest(must=True) is None  # none yet
+    for step in (1, 2):
+        _save(found, step, wait=True)
+        (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints.*--resume auto") as caught:
+        found.newest(must=True)
+    assert caught.value.exit_code == 4
+    assert found.newest() is None
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 2
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
-"""The spine on two ranks: the one-rank run's results, resume on as many or fewer, and the end of all with one."""
+"""The spine on two ranks and two nodes: the one-rank run's results, resume on as many or fewer, one end for all."""
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,44 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TIMES, tiny_run
 
-from fastdeitlt import config, distributed, embedded
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt import config, distributed, launch
+from fastdeitlt.checkpoint import load_tensors, read_manifest
 from fastdeitlt.engine import PlainEngine
 from fastdeitlt.errors import UserError
-from fastdeitlt.models import create_teacher
 from fastdeitlt.train import train
 
-# 8 micro-steps of a virtual rank in an epoch, three to an optimizer step: the third has two. 77 test images: odd.
-SETTINGS = {
-    "data.dataset": "list",
-    "student.name": "deit_tiny_distilled_patch16_32",
-    "student.depth": 1,
-    "student.drop_path": 0.2,
-    "augment.crop_scale": [0.5, 1.0],
-    "train.batch_size": 8,
-    "train.accumulate": 3,
-    "train.virtual_ranks": 2,
-    "train.epochs": 3,
-    "train.compile": False,
-    "train.precision": "fp32",
-    "train.device": "cpu",
-    "train.log_every": 1,
-    "train.save_every_steps": 2,
-    "train.zero_stage": 2,
-    "train.timeout_s": 60,
-    "loss.drw_epoch": 2,
-    "optim.lr_scale": "none",
-    "optim.eps": 1e-4,
-    "optim.clip_norm": 1.0,
-    "optim.ema_decay": 0.9,
-    "optim.warmup_epochs": 1,
-    "teacher.img_size": 28,
-    "evaluate.every": 2,
-    "evaluate.crop_pct": 1.0,
-    "evaluate.batch_size": 16,
-}
-TIMES = ("images_per_s", "data_wait", "eta_s")
 KILLED_AT = 5
 
 
@@ -58,41 +29,37 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    """A run of 3 epochs of 3 steps on the embedded images, with a teacher."""
-    root, folder = embedded.unpack(), tmp_path_factory.mktemp("spine")
-    settings = SETTINGS | {"data.root": str(root), "runs_dir": str(folder)}
-    for split, every in (("train", 19), ("val", 11), ("test", 13)):
-        lines = (root / f"{split}.txt").read_text().splitlines()
-        kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
-        (folder / f"{split}.txt").write_text("\n".join(kept))
-        settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
-    torch.manual_seed(1)
-    network = create_teacher("resnet8", 10, "fastdeitlt")
-    manifest = {
-        "kind": "teacher",
-        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
-        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
-    }
-    path = save_model_folder(folder / "teacher", network.state_dict(), manifest)
-    return config.build(settings | {"teacher.path": str(path), "teacher.check": False})
+    return tiny_run(tmp_path_factory.mktemp("spine"))
 
 
 def _named(cfg, name):
     return cfg.model_copy(update={"name": name})
 
 
-def _launch(cfg, *jobs):
-    """torchrun this file on two ranks; a job is a run's name, or ``name!`` for one that rank 1 does not survive."""
+def _launch(cfg, *jobs, nodes=1):
+    """torchrun this file on two ranks; a job is a run's name, or ``name!`` for one that rank 1 does not survive.
+
+    Two nodes are two launchers with a rank each, which know each other by their addresses alone.
+    """
     path = Path(cfg.runs_dir) / "config.yaml"
     path.write_text(config.dump(cfg))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         environment.pop(name, None)
-    done = subprocess.run(
-        [*command, __file__, str(path), *jobs], capture_output=True, text=True, check=False, env=environment
-    )
-    return done.returncode, done.stdout + done.stderr
+    launchers = []
+    for node in range(nodes):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node_rank", str(node)]
+        command += ["--nproc_per_node", str(2 // nodes), "--rdzv_backend", "c10d", "--rdzv_id", "test"]
+        command += ["--rdzv_endpoint", meeting, "--rdzv_conf", f"is_host={int(node == 0)}"]
+        command += ["--local_addr", f"127.0.0.{node + 1}", __file__, str(path), *jobs]
+        launchers.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        )
+    said = [launcher.communicate()[0] for launcher in launchers]
+    return max(launcher.returncode for launcher in launchers), "\n".join(said)
 
 
 def _main(path, *jobs):
@@ -142,7 +109,7 @@ def runs(cfg):
     train(_named(cfg, "one"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         _half_on_one_rank(_named(cfg, "one_then_two"), monkeypatch)
-    code, said = _launch(cfg, "two", "killed!")
+    code, said = _launch(cfg, "two", "killed!", nodes=2)
     ended = time.time()
     assert code != 0, said
     shutil.copytree(folder / "killed", folder / "two_then_one", symlinks=True)
@@ -231,6 +198,48 @@ def test_slurm_is_left_alone_when_it_did_not_start_the_ranks(already):
     before = dict(env)
     distributed.adopt_slurm(env)
     assert env == before
+
+
+REQUEUE = Path(__file__).parent.parent / "docs" / "slurm.sbatch"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (7, True), (2, False), (5, False)])
+def test_the_slurm_script_requeues_what_can_go_on(tmp_path, code, requeued):
+    """srun and scontrol are stand-ins: the script's own decisions are what is tested."""
+    for name, line in (("srun", f'echo "$@"; exit {code}'), ("scontrol", f"echo $@ > {tmp_path}/requeued")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
+    done = subprocess.run(["bash", str(REQUEUE), "imagenet_lt"], env=env, capture_output=True, text=True, check=False)
+    asked = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else None
+    assert asked == (["requeue", "42"] if requeued else None), done.stderr
+    assert done.returncode == (0 if requeued else code)
+    assert "fastdeitlt train imagenet_lt" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "virtual_ranks", "asked", "env", "count"),
+    [
+        (8, 0, 0, {}, 8),
+        (8, 4, 0, {}, 4),
+        (8, 6, 0, {}, 6),
+        (3, 4, 0, {}, 2),
+        (0, 0, 0, {}, 1),
+        (8, 0, 2, {}, 2),
+        (8, 0, 0, {"RANK": "0"}, 1),
+        (8, 0, 0, {"SLURM_STEP_NUM_TASKS": "8"}, 1),
+        (8, 0, 2, {"FASTDEITLT_LAUNCHER": "1", "RANK": "0"}, 1),
+    ],
+)
+def test_train_starts_a_process_a_visible_gpu(monkeypatch, gpus, virtual_ranks, asked, env, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cfg = config.build({"train.virtual_ranks": virtual_ranks})
+    assert launch.processes(cfg, asked, env) == count
+
+
+def test_two_launchers_at_once_are_refused():
+    with pytest.raises(UserError, match="another launcher"):
+        launch.processes(config.build({}), 2, {"RANK": "0"})
 
 
 def test_alone_there_is_nothing_to_exchange():
