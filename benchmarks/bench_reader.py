@@ -247,6 +247,7 @@ def main() -> None:
     }
     machine = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
     out = harness.ROOT / "benchmarks" / "results" / f"reader_{machine}_{datetime.date.today():%Y%m}.jsonl"
+    out.parent.mkdir(exist_ok=True)
     with out.open("a") as file:
         for row in results:
             if "median_ms" in row:

@@ -39,6 +39,8 @@ MAY_CHANGE = (
     "data.root",
     "data.residency",
     "data.num_threads",
+    "data.jpeg_engine_share",
+    "augment.impl",
     "train.device",
     "train.compile",
     "train.engine",

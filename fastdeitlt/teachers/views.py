@@ -4,6 +4,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,21 +23,44 @@ ORDER, STEP = 210, 211
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one rank puts through the network at once: its micro-batch of a step."""
+
+    views: list[Tensor]
+    """Each images_BCHW, normalised, on the source's device."""
+    labels_B: Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The images of an optimizer step: this rank's parts, and the labels of all ranks' in their order."""
+
+    parts: list[Part]
+    labels_B: Tensor
+
+
+@dataclass(frozen=True)
 class Plan:
     """The batches of an epoch: a new order of all images each time, drawn from (seed, epoch) alone.
 
-    PaCo leaves an incomplete last batch out, because a batch replaces a whole part of its queue.
+    A batch is cut into nearly equal parts, in order: over ranks, then a rank's into micro-batches; a last one that is
+    too small for that is left out. PaCo leaves any incomplete last batch out, because a batch replaces a whole part of
+    its queue.
     """
 
     n: int
     batch_size: int
     seed: int
     drop_last: bool
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
 
     @property
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
-        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+        whole, rest = divmod(self.n, self.batch_size)
+        return whole + (rest >= self.world * self.accumulate and not self.drop_last)
 
     def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """Indices sample_B of each batch from number ``start`` on."""
@@ -45,9 +69,14 @@ class Plan:
         for index in range(start, self.steps):
             yield order_N[index * self.batch_size : (index + 1) * self.batch_size]
 
+    def parts(self, sample_B: np.ndarray) -> list[np.ndarray]:
+        """This rank's parts of a batch."""
+        return np.array_split(np.array_split(sample_B, self.world)[self.rank], self.accumulate)
+
     def step_seed(self, epoch: int, index: int) -> int:
-        """Seed of everything else that is random in a step."""
-        return int(counter.words(counter.keys(self.seed, epoch, index), STEP, 1)[0, 0] >> np.uint64(1))
+        """Seed of everything else that is random in a step on this rank."""
+        seed = int(counter.words(counter.keys(self.seed, epoch, index), STEP, 1)[0, 0] >> np.uint64(1))
+        return (seed + self.rank) % 2**63
 
 
 def view_recipes(cfg: Config) -> list[View]:
@@ -68,33 +97,38 @@ def view_recipes(cfg: Config) -> list[View]:
 
 def teacher_batches(
     cfg: Config, source: Source, images: LongTailSet, plan: Plan, epoch: int, start: int = 0
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """(views, labels_B) of an epoch's batches from number ``start`` on, prepared two ahead in a thread.
+) -> Iterator[StepBatch]:
+    """An epoch's batches from number ``start`` on, their parts prepared two ahead in a thread.
 
-    A view is images_BCHW, normalised, on the source's device. Everything random is drawn from (seed, epoch, image).
+    Everything random is drawn from (seed, epoch, image).
     """
     size = cfg.teacher_training.img_size
     recipes = view_recipes(cfg)
     labels_N = torch.from_numpy(images.labels)
 
-    def prepare() -> Iterator[tuple[list[Tensor], Tensor]]:
+    def labels_of(sample_B: np.ndarray) -> Tensor:
+        return labels_N[torch.from_numpy(sample_B)].to(source.device, non_blocking=True)
+
+    def prepare() -> Iterator[Part]:
         waiting: deque[tuple[np.ndarray, ViewDraws]] = deque()
 
         def requests() -> Iterator[CropRequest]:
-            for sample_B in plan.samples(epoch, start):
-                for copy, view in enumerate(recipes):
-                    copy_B = np.full(len(sample_B), copy)
-                    draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
-                    waiting.append((sample_B, draws))
-                    yield CropRequest(sample_B, size, draws.draws)
+            for batch_B in plan.samples(epoch, start):
+                for sample_B in plan.parts(batch_B):
+                    for copy, view in enumerate(recipes):
+                        copy_B = np.full(len(sample_B), copy)
+                        draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
+                        waiting.append((sample_B, draws))
+                        yield CropRequest(sample_B, size, draws.draws)
 
         ready: list[Tensor] = []
         for crops_BHWC in source.crops(requests()):
             sample_B, draws = waiting.popleft()
-            ready.append(colour.apply(crops_BHWC, draws, recipes[len(ready)]))
+            ready.append(colour.apply(crops_BHWC, draws, recipes[len(ready)], source.pool))
             if len(ready) == len(recipes):
-                labels_B = labels_N[torch.from_numpy(sample_B)].to(crops_BHWC.device, non_blocking=True)
-                yield ready, labels_B
+                yield Part(ready, labels_of(sample_B))
                 ready = []
 
-    return prefetch(prepare(), depth=2)
+    with closing(prefetch(prepare(), depth=2 * plan.accumulate)) as parts:
+        for batch_B in plan.samples(epoch, start):
+            yield StepBatch([next(parts) for _ in range(plan.accumulate)], labels_of(batch_B))
