@@ -23,7 +23,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ ROLL_CALL_S = 3.0
 """How long ranks that failed wait for each other to say so, before they name those that did not."""
 
 _store: collective.Store | None = None
+_timeout: timedelta | None = None
 
 
 def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
@@ -53,13 +54,13 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         timeout_s: seconds after which a rank that waits for another gives up.
     """
     if _told("WORLD_SIZE", 1) > 1 and not collective.is_initialized():
-        global _store
+        global _store, _timeout
         _end_with_launcher()
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where a rank hangs
         device = device_of(device_type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        timeout = timedelta(seconds=timeout_s)
+        timeout = _timeout = timedelta(seconds=timeout_s)
         try:
             _store, place, world = next(collective.rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
         except collective.DistError as error:
@@ -149,7 +150,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._group: Any = collective.new_group(backend="gloo") if get_world() > 1 else None
+        self._group: Any = collective.new_group(backend="gloo", timeout=_timeout) if get_world() > 1 else None
         self._said: Tensor | None = None
         self._pending: Any = None
 
@@ -245,6 +246,43 @@ def gather_interleaved(rows_B: Tensor, total: int, device: torch.device) -> Tens
     parts = [torch.empty_like(padded) for _ in range(world)]
     collective.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
+
+
+def sum_together(tensors: Sequence[Tensor]) -> None:
+    """In-place sum of each tensor over ranks, in one exchange, without a host sync; nothing when alone."""
+    if get_world() == 1 or not tensors:
+        return
+    flat = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
+
+
+def average_together(tensors: Sequence[Tensor]) -> None:
+    """In-place mean of each tensor over ranks, in one exchange, without a host sync; nothing when alone."""
+    if get_world() > 1 and tensors:
+        sum_together(tensors)
+        torch._foreach_div_(list(tensors), get_world())
+
+
+def gather_split(rows_B: Tensor, total: int) -> Tensor:
+    """All rows in order, on the device of every rank, where the ranks have what ``numpy.array_split`` would give them.
+
+    Args:
+        rows_B: this rank's rows [B, ...].
+        total: rows of all ranks, N.
+
+    Returns:
+        [N, ...].
+    """
+    world = get_world()
+    if world == 1:
+        return rows_B
+    sizes = [total // world + (r < total % world) for r in range(world)]
+    padded = rows_B.new_zeros(sizes[0], *rows_B.shape[1:])
+    padded[: len(rows_B)] = rows_B
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    collective.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def on_main(work: Callable[[], T]) -> T:

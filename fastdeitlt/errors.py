@@ -40,6 +40,6 @@ class CrashLoopError(UserError):
 class StoppedError(UserError):
     """Asked to stop, by SIGTERM or SIGUSR1 (exit code 75: start it again) or Ctrl-C (130); the state is saved."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int = 75) -> None:
         super().__init__(message)
         self.exit_code = exit_code
