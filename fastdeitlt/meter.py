@@ -163,15 +163,13 @@ class Meter:
     def _fail(self, step: int, window: str, losses: list[float], norms: list[float], good_R: list[float]) -> None:
         micro_batches = [micro for _, micro in self._micro_batches]
         at = [(number, loss) for (number, _), loss in zip(self._micro_batches, losses, strict=True)]
-        file = watch.dump(
-            self.run.folder, step, at, micro_batches, lr=self.rate, grad_norms=[repr(norm) for norm in norms]
-        )
+        watch.dump(self.run.folder, step, at, micro_batches, lr=self.rate, grad_norms=[repr(norm) for norm in norms])
         bad = [str(rank) for rank, good in enumerate(good_R) if good < len(losses)]
+        where = f" (rank {', '.join(bad)})" if bad and self.plan.world > 1 else ""
         raise NonFiniteError(
-            f"{window}: the {'loss' if bad else 'gradient'} is not finite from step {step} on"
-            f"{' on rank ' + ', '.join(bad) if bad and self.plan.world > 1 else ''}; training stopped before that "
-            f"update, {file.name} in {self.run.folder} names the images, and the last checkpoint there is sound; lower "
-            "optim.lr or set optim.clip_norm=1"
+            f"{window}: the {'loss' if bad else 'gradient'} is not finite from step {step}{where}; training stopped "
+            f"before that update; {self.run.folder}/nonfinite.rank*.json name the images, and the last checkpoint is "
+            "sound; lower optim.lr or set optim.clip_norm=1"
         )
 
     @contextmanager

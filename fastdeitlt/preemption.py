@@ -35,6 +35,10 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The signals end the process again, as before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -107,6 +107,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                 if last or before_drw or (every_epochs and (epoch + 1) % every_epochs == 0):
                     milestone = "before-drw" if before_drw else ""
                     save(run, engine, ema, selector, meter, done, wait=last, milestone=milestone)  # 8 checkpoint
+        stop.close()  # nothing is left to save
         source.close()
         selector.finish(done, epoch=cfg.train.epochs - 1)
         log.info("report: %s", distributed.on_main(lambda: report.write_report(run.folder)))  # 10 report

@@ -39,7 +39,7 @@ FAULTS = {
     "raise": (5, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
     "hang": (5, 7, "lost contact with rank 1"),
     "memory": (6, 6, "out of memory with train.batch_size=8 on rank 1"),
-    "nan": (6, 5, "not finite from step 6 on on rank 1; training stopped before that update"),
+    "nan": (6, 5, "the loss is not finite from step 6 (rank 1); training stopped before that update"),
     "kill": (7, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
 }
 HANG_TIMEOUT_S = 12
@@ -212,7 +212,7 @@ def test_a_skipped_step_is_left_out_and_too_many_stop_the_run(tmp_path, monkeypa
     monkeypatch.setattr(PlainEngine, "backward", backward)
     train(cfg.model_copy(update={"name": "one"}))
     bad.update({13, 19})
-    with pytest.raises(NonFiniteError, match="gradient is not finite from step 2 on"):
+    with pytest.raises(NonFiniteError, match="gradient is not finite from step 2;"):
         train(cfg.model_copy(update={"name": "three"}))
 
 
