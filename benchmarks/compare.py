@@ -3,10 +3,10 @@
     python -m benchmarks.compare BEFORE AFTER [--noise 0.05]
 
 Takes rows of ``benchmarks/results/*.jsonl`` or of ``fastdeitlt bench --json``. Rows are matched by op, case and
-candidate; of several in a file the last counts. A row is slower when its median rose by more than the bound: the larger
-of ``--noise`` and the two rows' own spread, (p80 - p20) / (2 median) each, added. Where rows name the same baseline, the
-ratio to it is compared instead, which is steadier across machines and days. Ends with 1 if anything became slower or
-vanished, 2 if the files cannot be compared.
+candidate; of several in a file the last counts. A row is slower when its median rose by more than the bound: the
+larger of ``--noise`` and the sum of both rows' own spread, (p80 - p20) / (2 median). Where both rows name the same
+baseline, the ratio to it is compared instead, which is steadier across machines and days. Ends with 1 if anything
+became slower or vanished, with 2 if the files cannot be compared.
 """
 
 import argparse

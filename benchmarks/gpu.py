@@ -1,44 +1,148 @@
-"""Everything that needs a GPU, in one command: kernel tests compiled, tuning, times beside the peers, result rows.
+"""Everything that needs a GPU, in one command: tests, floors, tuning, times beside the peers, and the budget.
 
-    python -m benchmarks.gpu [op ...] [--no-tune]
+    python -m benchmarks.gpu [STAGE ...] [--no-tune] [--dry] [--list]
 
-Needs the package installed (``pip install --no-deps -e .`` is enough where torch and pytest are). Prints the lines to
-paste into each op's TUNED table; rows go to ``benchmarks/results``. Ends with 1 if a test or a benchmark failed.
+Stages, in the order in which each needs the one before: tests (of the kernels, compiled), floors (the matrix products
+and the copy), one a kernel (``bench_<op>``, with tuning), steps (ours beside timm and the official loop), parts
+(``fastdeitlt bench``), profile, budget. Rows go to ``benchmarks/results``, lines for the TUNED tables to the terminal.
+The budget sets what was measured beside the floor and the goal of each part and ends with 1 where a goal is missed.
+``--dry`` runs every stage at its smallest on a machine without a GPU: what runs there, runs; a kernel's benchmark says
+that it measures nothing. Needs the package installed (``pip install --no-deps -e .`` is enough where torch and pytest
+are). Ends with 1 if a stage failed.
 """
 
 import argparse
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.aot import ops
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Key = tuple[str, str, str]
+
+STEP = ("step", "b16-224")
+ATTENTION, STREAM = "B=256 N=198 H=12 D=64", "B=256 N=198 D=768"
+# what, op, start of the case, candidate, column, goal on one H200, whether more is better; a column "over NAME" is the
+# time of that candidate over this one's
+BUDGET: tuple[tuple[str, str, str, str, str, float, bool], ...] = (
+    ("full step, images/s", *STEP, "as shipped (auto)", "images_per_s", 4300, True),
+    ("full step / official loop", *STEP, "as shipped (auto)", "over official loop", 3.0, True),
+    ("full step / timm compiled", *STEP, "as shipped (auto)", "over timm, compiled", 1.4, True),
+    ("DeepSpeed / plain", *STEP, "as shipped, DeepSpeed", "over as shipped (auto)", 1 / 1.01, True),
+    ("student only, images/s", "bench", "gpu-budget", "student only", "images_per_s", 5000, True),
+    ("teacher forward, images/s", "bench", "gpu-budget", "teacher only", "images_per_s", 24000, True),
+    ("attention forward, TFLOP/s", "attention", f"forward {ATTENTION}", "triton", "tflop_per_s", 250, True),
+    ("attention backward, TFLOP/s", "attention", f"backward {ATTENTION}", "triton", "tflop_per_s", 200, True),
+    ("attention forward / best SDPA", "attention", f"forward {ATTENTION}", "triton", "speedup", 1.3, True),
+    ("attention backward / best SDPA", "attention", f"backward {ATTENTION}", "triton", "speedup", 1.3, True),
+    ("add+LayerNorm forward, GB/s", "add_layernorm", f"forward {STREAM}", "triton", "gb_per_s", 3650, True),
+    ("add+LayerNorm backward, GB/s", "add_layernorm", f"backward {STREAM}", "triton", "gb_per_s", 3400, True),
+    ("joint loss, ms at K=1000", "joint_loss", "B=1024 K=1000 ", "triton", "median_ms", 0.010, False),
+    ("joint loss, GB/s at K=8142", "joint_loss", "B=1024 K=8142 ", "triton", "gb_per_s", 3400, True),
+    ("AdamW and average, ms", "adamw_ema", "", "fastdeitlt", "median_ms", 0.90, False),
+    ("augmentation, ms a batch of 256", "augment", "375 x 500 to 224 px B=256", "triton", "median_ms", 0.512, False),
+)
+NEEDS_IMAGES = (
+    "end to end / synthetic: needs a data set: fastdeitlt bench imagenet_lt data.root=...; goal 0.97 resident"
+)
 
 
-def run(name: str, *command: str) -> bool:
+def commands(dry: bool, tune: bool) -> dict[str, list[str]]:
+    """Stage -> Python command, in order."""
+    few = ["--rounds", "1"] if dry else []
+    gpu_config = [
+        "imagenet_lt",
+        "name=gpu-budget",
+        "train.batch_size=256",
+        "train.accumulate=1",
+        "train.virtual_ranks=1",
+    ]
+    config = ["quickstart", "name=gpu-budget", "student.depth=1", "train.batch_size=4"] if dry else gpu_config
+    found = {"tests": ["-m", "pytest", "-q", *(["--collect-only"] if dry else []), "tests/kernels"]}
+    found["floors"] = ["-m", "benchmarks.bench_floors", *few, *(["--batch", "16"] if dry else [])]
+    for op in ops():
+        if (ROOT / "benchmarks" / f"bench_{op}.py").exists():
+            options = ["--help"] if dry else ["--tune"] if tune else []
+            found[op] = ["-m", f"benchmarks.bench_{op}", *options]
+    found["steps"] = ["-m", "benchmarks.bench_step", *(["--case", "dry", "--check"] if dry else [])]
+    parts = str(RESULTS / "parts_gpu.json") if not dry else "/dev/null"
+    found["parts"] = ["-m", "fastdeitlt.cli", "bench", *config, "--synthetic", "--json", parts]
+    found["parts"] += ["--quick", "--batches"] if dry else []
+    found["profile"] = ["-m", "fastdeitlt.cli", "profile", *config, "--synthetic", "--steps", "1", "--out"]
+    found["profile"] += [str(ROOT / "runs" / "gpu-profile")]
+    return found
+
+
+def run(name: str, command: list[str]) -> bool:
     """Run a Python command from the repository root, say how it ended."""
-    print(f"== {name}", flush=True)
+    print(f"== {name}: python {' '.join(command)}", flush=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 0
     print(f"== {name}: {'done' if done else 'FAILED'}", flush=True)
     return done
 
 
-def main() -> int:
+def measured(gpu: str | None) -> dict[Key, Mapping[str, Any]]:
+    """The newest row of each (op, case, candidate) of a GPU; ``bench``'s own file counts as well."""
+    found: dict[Key, Mapping[str, Any]] = {}
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if row.get("gpu") == gpu:
+                found[row["op"], row["case"], row["candidate"]] = row
+    parts = RESULTS / "parts_gpu.json"
+    if parts.exists():
+        written = json.loads(parts.read_text(encoding="utf-8"))
+        if written["environment"]["gpu"] == gpu:
+            found |= {(row["op"], row["case"], row["candidate"]): row for row in written["rows"]}
+    return found
+
+
+def budget(rows: Mapping[Key, Mapping[str, Any]]) -> bool:
+    """Print each part's goal, what was measured and their ratio (above 1 = better); whether all are met."""
+    met = True
+    for what, op, case, candidate, column, goal, more in BUDGET:
+        found = {key[2]: row for key, row in rows.items() if key[0] == op and key[1].startswith(case)}
+        over, row = found.get(column.removeprefix("over ")), found.get(candidate, {})
+        got = over["median_ms"] / row["median_ms"] if over and row else row.get(column)
+        if got is None:
+            met = False
+            print(f"{what:32} goal {goal:9,.4g}   not measured")
+            continue
+        ratio = got / goal if more else goal / got
+        floor = f", {row['share_of_floor']:.0%} of the floor" if "share_of_floor" in row else ""
+        print(f"{what:32} goal {goal:9,.4g}   measured {got:9,.4g}   ratio {ratio:.2f}{floor}")
+        met &= ratio >= 1
+    print(NEEDS_IMAGES)
+    return met
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benched = [op for op in ops() if (ROOT / "benchmarks" / f"bench_{op}.py").exists()]
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"default all: {', '.join(benched)}")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--no-tune", action="store_true", help="keep the committed launch settings")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.ops) - set(benched):
-        parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(benched)}")
-    if not torch.cuda.is_available():
-        parser.error("no GPU is visible; the kernels' correctness without one: pytest tests/kernels")
-    tune = [] if arguments.no_tune else ["--tune"]
-    good = [run("kernel tests", "-m", "pytest", "-q", "tests/kernels")]
-    good += [run(op, "-m", f"benchmarks.bench_{op}", *tune) for op in arguments.ops or benched]
+    parser.add_argument("--dry", action="store_true", help="every stage at its smallest; works without a GPU")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    options = parser.parse_args(arguments)
+    known = commands(options.dry, not options.no_tune)
+    if unknown := set(options.stages) - {*known, "budget"}:
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(known)}, budget")
+    if options.list:
+        print("\n".join(f"{name}: python {' '.join(command)}" for name, command in known.items()))
+        return 0
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if gpu is None and not options.dry:
+        parser.error("no GPU is visible; --dry runs what can run without one, pytest tests/kernels checks the kernels")
+    RESULTS.mkdir(exist_ok=True)
+    good = [run(name, command) for name, command in known.items() if not options.stages or name in options.stages]
+    if not options.stages or "budget" in options.stages:
+        met = budget(measured(gpu))
+        good.append(met or options.dry)
     return 0 if all(good) else 1
 
 

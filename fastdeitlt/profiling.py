@@ -9,7 +9,7 @@ ranges too, Proton writes its own profile, and the allocator's history is saved 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -20,10 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastdeitlt import config, distributed
 from fastdeitlt.bench_setup import Setup, set_up
@@ -36,6 +37,16 @@ from fastdeitlt.timer import bandwidth, matmul_rate, synchronise
 STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
 WARM_UP_STEPS = 2
 SHOWN = 25
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
+}
+"""Formulas by operation: torch's, and attention on a CPU, which it leaves out."""
 
 
 @dataclass
@@ -74,8 +85,8 @@ class Costs(TorchDispatchMode):
         name = f"{func.namespace}::{func._schema.name.partition('::')[2]}"
         tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
         self.bytes[name] += sum(t.numel() * t.element_size() for t in tensors.values())
-        if func.overloadpacket in flop_registry:
-            self.flops[name] += int(flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out))
+        if func.overloadpacket in FLOPS:
+            self.flops[name] += int(FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out))
         return out
 
 
@@ -143,10 +154,9 @@ def profile(
             with costs:
                 for _ in range(num_steps):
                     step()
-    events = list(recorded.key_averages())
-    rows = table(events, costs, setup)
+    rows = table(recorded.events() or [], costs, setup)
     written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
-    stages = {event.key: _ms(event, gpu, total=True) for event in events if event.key in STAGES}
+    stages = {event.key: _ms(event, gpu, total=True) for event in recorded.key_averages() if event.key in STAGES}
     (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
     _show(rows, stages, setup, num_steps, folder)
     return rows
@@ -219,26 +229,29 @@ def _proton(step: Any, num_steps: int, folder: Path) -> None:
 
 
 def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:
-    """The rows of a profile, stages left out, longest first."""
+    """The rows of a profile, longest first: counted operations with all that they called, the rest without."""
     gpu = setup.device.type == "cuda"
-    rows = []
+    rows: dict[str, Operation] = {}
+
+    def visit(event: Any) -> None:
+        counted = event.name in costs.bytes
+        row = rows.setdefault(event.name, Operation(event.name, 0, 0.0))
+        row.calls += 1
+        row.time_ms += _ms(event, gpu, total=counted)
+        for child in () if counted else event.cpu_children:
+            visit(child)
+
     for event in events:
-        if (
-            event.key in STAGES
-            or event.is_user_annotation
-            or event.key.startswith(("ProfilerStep", "autograd::engine"))
-        ):
-            continue
-        row = Operation(event.key, event.count, _ms(event, gpu))
-        if row.time_ms <= 0:
-            continue
-        if event.key in costs.bytes:
-            row.bytes, row.flops = costs.bytes[event.key], costs.flops.get(event.key, 0)
-            dtype = torch.bfloat16 if setup.cfg.train.precision == "bf16" else torch.float32
-            least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, dtype))
-            row.share_of_roofline = 1e3 * least_s / row.time_ms
-        rows.append(row)
-    return sorted(rows, key=lambda row: -row.time_ms)
+        if event.cpu_parent is None and event.device_type == DeviceType.CPU:
+            visit(event)
+    dtype = torch.bfloat16 if setup.cfg.train.precision == "bf16" else torch.float32
+    for name in costs.bytes.keys() & rows.keys():
+        row = rows[name]
+        row.bytes, row.flops = costs.bytes[name], costs.flops.get(name, 0)
+        least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, dtype))
+        row.share_of_roofline = 1e3 * least_s / row.time_ms if row.time_ms else None
+    kept = [row for row in rows.values() if row.time_ms > 0 and row.name not in STAGES]
+    return sorted(kept, key=lambda row: -row.time_ms)
 
 
 def _ms(event: Any, gpu: bool, total: bool = False) -> float:
@@ -261,13 +274,10 @@ def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_ste
         found.add_column(column, justify="left" if column == "operation" else "right", overflow="fold")
     whole = sum(row.time_ms for row in rows)
     for row in rows[:SHOWN]:
-        known = row.bytes is not None and row.flops is not None and row.share_of_roofline is not None
-        counted = (
-            (f"{row.bytes / 1e6:,.1f}", f"{row.flops / 1e9:,.2f}", f"{row.share_of_roofline:.0%}") if known else ()
-        )  # type: ignore[operator]
-        found.add_row(
-            row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *(counted or ("-",) * 3)
-        )
+        mega, giga = (None if value is None else value / unit for value, unit in ((row.bytes, 1e6), (row.flops, 1e9)))
+        counts = ((mega, "{:,.1f}"), (giga, "{:,.2f}"), (row.share_of_roofline, "{:.0%}"))
+        known = ["-" if value is None else form.format(value) for value, form in counts]
+        found.add_row(row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *known)
     console.print(found)
     console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)")
     if setup.cfg.train.compile:

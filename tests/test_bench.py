@@ -1,0 +1,175 @@
+"""`fastdeitlt bench` and the benchmarks around it: every part measured, peers that agree, a model that adds up."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks import bench_scaling, bench_step, gpu, peers, simulate
+from fastdeitlt import timer
+from fastdeitlt.bench import bench
+from fastdeitlt.cli import main
+
+TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nothing here is about the numbers."""
+    monkeypatch.setattr(timer, "WARM_UP_CALLS", 1)
+    monkeypatch.setattr("fastdeitlt.bench.QUICK_ROUNDS", 2)
+    monkeypatch.setattr("fastdeitlt.bench.QUICK_DATA_BATCHES", 3)
+    monkeypatch.setattr("fastdeitlt.bench.matmul_rate", lambda device, dtype: 1e9)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_part_is_measured_and_written(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert main(["bench", "quickstart", *TINY, "--quick", "--batches", "4", "--json", str(out)]) == 0
+    written = json.loads(out.read_text())
+    rows = {row["candidate"]: row for row in written["rows"]}
+    assert list(rows) == ["full step", "student only", "teacher only", "data only", "end to end", "batch 4"]
+    for row in rows.values():
+        assert row["images_per_s"] == pytest.approx(1e3 * row["images"] / row["median_ms"])
+    assert rows["batch 4"]["images"] == 4 and rows["full step"]["images"] == 8
+    facts = written["facts"]
+    assert 0 <= facts["data wait, share of the end-to-end time"] <= 1
+    flops = facts["model GFLOP an image (student x 3, teacher x 1)"]
+    assert facts["achieved GFLOP/s"] == pytest.approx(rows["full step"]["images_per_s"] * flops)
+    assert facts["MFU against the measured matmul"] == pytest.approx(facts["achieved GFLOP/s"])
+    assert facts["power W (NVML)"] is None and "scaling over ranks" in written["left_out"]
+    said = capsys.readouterr().out
+    assert "cannot be measured here" in said and "not measured" in said
+
+
+def test_without_the_data_set_the_step_is_still_measured():
+    result = bench("imagenet_lt", [*TINY, "student.name=deit_tiny_distilled_patch16_32", "teacher.arch=resnet8",
+                                   "teacher.img_size=32", "train.accumulate=2", "train.virtual_ranks=2"],
+                   quick=True, synthetic=True, batches=[])  # fmt: skip
+    rows = {row["candidate"]: row for row in result["rows"]}
+    assert list(rows) == ["full step", "student only", "teacher only"]
+    assert rows["full step"]["images"] == 8 * 2 * 2, "an optimizer step is all micro-batches of all virtual ranks"
+    assert set(result["left_out"]) == {"data only", "end to end", "scaling over ranks"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "imagenet_lt"], "--synthetic measures"),
+        (["bench", "imagenet_lt", "--synthetic", "data.dataset=folder"], "data.dataset=folder"),
+        (["bench", "quickstart", "train.batchsize=4"], "batch_size"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_two_ranks_are_started_and_counted_together():
+    result = bench("quickstart", TINY, quick=True, synthetic=True, batches=[], ranks=[2])
+    row = result["rows"][-1]
+    assert row["candidate"] == "2 ranks" and "failed" not in row, row
+    assert row["images_per_s"] == pytest.approx(2 * 1e3 * row["images"] / row["median_ms"])
+
+
+EAGER = [
+    "timm, eager",
+    "official loop",
+    "ours, eager, whole last block",
+    "+ last-block shortcut",
+    "as shipped, DeepSpeed",
+]
+
+
+def test_peers_take_the_same_steps_and_a_wrong_one_is_caught(monkeypatch):
+    eager = peers.ours
+
+    def ours(work, **settings):
+        return eager(work, **settings | {"train__compile": False})
+
+    monkeypatch.setattr(peers, "ours", ours)
+    work = bench_step.CASES["dry"]
+    steps = bench_step.contestants(work, EAGER)
+    assert set(steps) == set(EAGER)
+    losses = peers.check_equal(steps, work)
+    assert losses["timm, eager"][0] != losses["timm, eager"][1], "weights move"
+    right = eager(work, train__compile=False)
+    with pytest.raises(AssertionError, match="wrong"):
+        peers.check_equal({"right": right, "wrong": lambda batch: 1.001 * right(batch)}, work, 1)
+
+
+def test_exponents_are_slopes():
+    assert bench_scaling.exponent((1, 10, 100), (2.0, 20.0, 200.0)) == pytest.approx(1)
+    assert bench_scaling.exponent((1, 10, 100), (3.0, 300.0, 30000.0)) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", ["sampler by data set", "list reading by data set", "scoring by classes"])
+def test_what_grows_runs_at_its_smallest(name):
+    rows = list(bench_scaling.run(name, bench_scaling.growths(small=True)[name], rounds=1))
+    assert len(rows) == 2 and rows[0]["exponent"] == rows[1]["exponent"]
+
+
+def test_the_simulation_adds_up_by_hand():
+    job = simulate.Job(images=1280, parameters=10**9, step_ms=100.0, batch=10, zero=1)
+    cluster = simulate.Cluster(
+        gpus_per_node=4, intra_gb_s=100, inter_gb_s=10, disk_gb_s=2, mtbf_hours=1000, restart_s=60
+    )
+    one, four, eight = (simulate.predict(job, cluster, n) for n in (1, 4, 8))
+    assert (one.exchange, one.efficiency, one.images_per_s) == (0.0, 1.0, 100.0)
+    assert four.exchange == pytest.approx(2 * 3 / 4 * 4e9 / 100e9) and four.step == pytest.approx(0.16)
+    assert eight.exchange == pytest.approx(2 * 7 / 8 * 4e9 / 10e9), "the slow link"
+    assert one.checkpoint == pytest.approx(16e9 / 2e9)
+    assert one.checkpoint_every == pytest.approx((2 * 8 * 1000 * 3600) ** 0.5)
+    assert one.epoch == pytest.approx(128 * 0.1 / (1 - one.lost))
+    third = simulate.predict(simulate.Job(1280, 10**9, 100.0, 10, accumulate=2, zero=3), cluster, 4)
+    assert third.exchange == pytest.approx(3 * 2 * 3 / 4 * 4e9 / 100e9), "after every micro-batch"
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "place"), [(3 * 256 * 341, "device"), (3 * 500 * 375, "host"), (2_000_000, "stream")]
+)
+def test_residency_follows_what_is_free(bytes_, place):
+    assert simulate.residency(bytes_, 115_846, device_gb=80, host_gb=300, ranks_per_host=2) == place
+
+
+def test_a_simulation_without_a_measured_step_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        simulate.main(["--gpus", "8"])
+    assert "--step-ms" in capsys.readouterr().err
+
+
+def test_the_gpu_script_needs_a_gpu_and_lists_its_stages(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no GPU" in capsys.readouterr().err
+    assert gpu.main(["--list"]) == 0
+    listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed[:2] == ["tests", "floors"] and listed[-3:] == ["steps", "parts", "profile"]
+    assert {"attention", "add_layernorm", "joint_loss", "adamw_ema", "augment"} <= set(listed)
+
+
+def test_the_budget_is_met_only_when_everything_is_measured_and_good(capsys):
+    rows = {}
+    for _, op, case, candidate, column, goal, _more in gpu.BUDGET:
+        row = rows.setdefault((op, case, candidate), {"median_ms": 1.0})
+        if column.startswith("over "):
+            rows.setdefault((op, case, column.removeprefix("over ")), {"median_ms": 1.0})
+        else:
+            row[column] = goal
+    for key, factor in (("official loop", 3.0), ("timm, compiled", 1.4)):
+        rows["step", "b16-224", key]["median_ms"] = factor
+    assert gpu.budget(rows)
+    rows["step", "b16-224", "as shipped (auto)"]["images_per_s"] = 4299
+    assert not gpu.budget(rows)
+    del rows["bench", "gpu-budget", "teacher only"]
+    assert not gpu.budget(rows) and "not measured" in capsys.readouterr().out
