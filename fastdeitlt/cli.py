@@ -5,10 +5,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastdeitlt.errors import UserError
 
+if TYPE_CHECKING:
+    from fastdeitlt.config import Config
+
 Verb = Callable[[argparse.Namespace], int]
+EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
+"""The last two are of teachers."""
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -16,12 +22,8 @@ def _train(args: argparse.Namespace) -> int:
 
     cfg = config.load(args.config, args.overrides)
     run.set_up_logging()
-    if not args.with_teacher:  # the teacher trains on one
-        from fastdeitlt import launch
-
-        count = launch.processes(cfg, args.processes, os.environ)
-        if count > 1:
-            return launch.launch(count, args.arguments, args.restarts)
+    if (code := _as_ranks(cfg, args)) is not None:
+        return code
     if args.dry_run:
         from fastdeitlt.dryrun import dry_run
 
@@ -43,8 +45,18 @@ def _train_teacher(args: argparse.Namespace) -> int:
 
     cfg = config.load(args.config, args.overrides)
     run.set_up_logging()
+    if (code := _as_ranks(cfg, args)) is not None:
+        return code
     train_teacher(cfg, args.resume)
     return 0
+
+
+def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
+    """Run the same command as several ranks, if there are to be some; their exit code."""
+    from fastdeitlt import launch
+
+    count = launch.processes(cfg, args.processes, os.environ)
+    return launch.launch(count, args.arguments, args.restarts) if count > 1 else None
 
 
 def _ablate(args: argparse.Namespace) -> int:
@@ -90,6 +102,11 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.format.startswith("official_"):
+        from fastdeitlt.teachers.convert import export_official
+
+        print(export_official(args.model, args.format, args.out))
+        return 0
     from fastdeitlt.export import export
 
     print(export(args.model, args.out, args.format))
@@ -249,10 +266,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, help="write .csv or .json there")
     added.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
 
-    added = verb("export", _export, "write a model for other programs: timm folder, ONNX, torch.export")
+    added = verb("export", _export, "write a model for other programs: timm, ONNX, torch.export, the official code")
     added.add_argument("model", type=Path, help="run folder or model folder")
     added.add_argument("out", type=Path)
-    added.add_argument("--format", choices=("timm", "onnx", "pt2"), default="timm")
+    added.add_argument("--format", choices=EXPORTS, default="timm")
 
     added = configured("bench", _bench, "images a second of a configuration here, part by part; MFU, memory, scaling")
     added.add_argument("--quick", action="store_true", help="few rounds, no scaling over ranks; no compiling on a CPU")

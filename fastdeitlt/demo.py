@@ -1,11 +1,16 @@
 """Teacher and student in one go: `train --with-teacher`, and `demo` on the embedded images."""
 
 import hashlib
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from fastdeitlt import config
 from fastdeitlt.config import Config
+from fastdeitlt.data.longtail import open_sets
+from fastdeitlt.run import MAY_CHANGE
+from fastdeitlt.teachers.selection import data_fingerprint
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train
 
@@ -29,14 +34,21 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
     shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith("data.")}
     shared |= {"train.seed": cfg.train.seed, "train.device": cfg.train.device, "runs_dir": cfg.runs_dir}
     flat = config.flatten(teacher_cfg) | shared
-    # the folder carries a hash of all that shapes the teacher, so that equal settings find it again and others do not
-    named = "".join(
-        f"{name}={flat[name]!r}\n" for name in sorted(flat) if name not in ("name", "runs_dir", "data.root")
-    )
-    flat["name"] = f"{teacher_cfg.name}-{hashlib.sha256(named.encode()).hexdigest()[:8]}"
+    flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
     teacher = train_teacher(config.build(flat))
     log.info("teacher: %s", teacher)
     return train(config.build(config.flatten(cfg) | {"teacher.path": str(teacher)}), resume)
+
+
+def _teacher_key(flat: dict[str, Any], cfg: Config) -> str:
+    """A hash of all that shapes the teacher, settings and images, so that equal ones find it again and others do not.
+
+    Where the images lie and on what it trains does not count.
+    """
+    named = {name: value for name, value in flat.items() if name not in (*MAY_CHANGE, "name")}
+    sets = open_sets(cfg.data)
+    content = [data_fingerprint(images) for images in (sets.train, sets.val) if images is not None]
+    return hashlib.sha256(json.dumps([named, content], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def demo(seed: int = 0, runs_dir: str = "runs") -> Path:

@@ -11,12 +11,11 @@ from timm.layers import resample_abs_pos_embed
 
 from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.errors import UserError
-from fastdeitlt.models import create_student, create_teacher, load_teacher
+from fastdeitlt.models import create_student
 from fastdeitlt.models.convert import (
     load_student_checkpoint,
     load_student_state,
     official_student,
-    official_teacher,
     resample_pos_embed,
 )
 from fastdeitlt.models.vit import DistilledViT
@@ -147,24 +146,6 @@ def test_unreadable_students_are_explained(tmp_path: Path) -> None:
         load_student_checkpoint(tmp_path / "list.pth")
     with pytest.raises(UserError, match="expected model or ema"):
         load_student_checkpoint(tmp_path / "list.pth", "best")
-
-
-@pytest.mark.parametrize("style", ["official_paco", "official_ldam"])
-def test_teachers_go_out_in_the_official_keys(tmp_path: Path, style: str) -> None:
-    network = create_teacher("resnet8", 4, "fastdeitlt" if style == "official_paco" else style).eval()
-    torch.save(official_teacher(network, "resnet8", style), tmp_path / "out.pth")
-    content = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
-    official = create_teacher("resnet8", 4, style).eval()
-    official.load_state_dict({key.removeprefix("module."): value for key, value in content.items()}, strict=True)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(official(images), network(images))
-        assert torch.equal(load_teacher(tmp_path / "out.pth", "resnet8", 4)(images), network(images))
-
-
-def test_a_cosine_head_has_no_paco_keys() -> None:
-    with pytest.raises(UserError, match="cosine head"):
-        official_teacher(create_teacher("resnet8", 4, "official_ldam"), "resnet8", "official_paco")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

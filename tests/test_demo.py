@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from fastdeitlt import cli, config, demo, dryrun
 from fastdeitlt.errors import UserError
@@ -36,13 +37,18 @@ def test_an_equal_teacher_is_found_again_and_another_is_not(trained):
     assert len(set(names)) == 3
 
 
-def test_the_teacher_takes_the_students_images(trained):
-    student = config.load(
-        "quickstart", ["data.dataset=list", "data.root=/x", "data.train_list=/x/t.txt", "train.seed=5"]
-    )
+def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(trained, tmp_path):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "train.txt").write_text("a.png 0\nb.png 1\n")
+    data = ["data.dataset=list", f"data.root={tmp_path}", "data.train_list=train.txt", "train.seed=5"]
+    student = config.load("quickstart", data)
     demo.train_both(student, config.load("teacher/quickstart"))
     assert trained[0].data == student.data
     assert trained[0].train.seed == 5
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "b.png")
+    demo.train_both(student, config.load("teacher/quickstart"))
+    assert trained[2].name != trained[0].name
 
 
 def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Teachers end to end on a tiny set of coloured squares: training, resuming, folders, conversion, diagnosis."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from fastdeitlt import config
+from fastdeitlt import config, distributed
 from fastdeitlt.analysis import sections
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.cli import main
@@ -24,12 +26,13 @@ from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
+from fastdeitlt.teachers.losses import build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.step import Step, autocast_dtype, build_objective
+from fastdeitlt.teachers.step import LogitObjective, Step, autocast_dtype, build_objective, build_optimizer
 from fastdeitlt.teachers.train import train_teacher
-from fastdeitlt.teachers.views import Plan
+from fastdeitlt.teachers.views import Part, Plan, StepBatch
 from fastdeitlt.train import train
 
 COLOURS = [(220, 40, 40), (40, 220, 40), (40, 40, 220)]
@@ -59,7 +62,11 @@ def recipe(data: Path, runs: Path, *changes: str) -> Config:
         "arch=resnet8", "img_size=16", "loss=ldam", "normed_head=true", "schedule=cosine", "warmup_epochs=1",
         "epochs=4", "drw_epoch=3", "batch_size=9", "lr=0.05",
     ]  # fmt: skip
-    ours = [c if "." in c.partition("=")[0] else f"teacher_training.{c}" for c in (*base, *changes)]
+
+    def named(change: str) -> str:
+        return change if "." in change.partition("=")[0] or change.startswith("name=") else f"teacher_training.{change}"
+
+    ours = [named(change) for change in (*base, *changes)]
     others = ["train.compile=false", "train.precision=fp32", "train.device=cpu", "evaluate.crop_pct=1.0"]
     augment = ["augment.recipe=pad_crop", "augment.pad=2"]
     return config.load(
@@ -187,7 +194,7 @@ def test_both_passes_of_sam_compile_to_one_whole_graph_each(loss: str) -> None:
     graphs = CompileCounter()
     compiled = torch.compile(objective, backend=graphs, fullgraph=True, dynamic=False)
     images, labels = torch.randn(8, 3, 16, 16), torch.randint(3, (8,))
-    shared = objective.prepare([images, images], labels)
+    shared = objective.prepare([images, images])
     for frozen in (False, True, False, True):
         with frozen_batch_stats(objective.network, frozen):
             compiled(images, labels, torch.ones(3), *shared).backward()
@@ -202,6 +209,78 @@ def test_bfloat16_is_only_used_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPa
         assert autocast_dtype("fp32", torch.device("cuda")) is None
 
 
+def flat_step(loss: str, sam: str, parts: int, ranks: int = 1, scope: str = "global") -> list[torch.Tensor]:
+    """The weights after two steps of a network without batch norm on a batch that comes in parts."""
+    rank = distributed.rank()
+    cfg = config.load(
+        "teacher/quickstart",
+        [
+            f"teacher_training.{name}"
+            for name in (f"loss={loss}", f"sam={sam}", "sam_rho=0.5", f"sam_scope={scope}", "normed_head=false")
+        ]
+        + ["train.precision=fp32"],
+    )
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    counts, cpu = [9, 5, 1], torch.device("cpu")
+    objective = LogitObjective(network, build_loss(cfg.teacher_training, counts, cpu), per_image=loss == "focal")
+    step = Step(objective, build_optimizer(network, cfg.teacher_training), cfg, cpu)
+    images, labels = torch.randn(11, 3, 2, 2), torch.randint(3, (11,))
+    plan = Plan(11, 11, 0, drop_last=False, rank=rank, world=ranks, accumulate=parts)
+    own = [torch.from_numpy(part) for part in plan.parts(np.arange(11))]
+    batch = StepBatch([Part([images[part]], labels[part]) for part in own], labels)
+    for seed in range(2):
+        loss_value = distributed.sum_over_ranks(step(batch, torch.tensor([0.3, 1.0, 4.0]), seed))
+    return [loss_value, *(p.detach() for p in network.parameters())]
+
+
+@pytest.mark.parametrize("loss", ["ldam", "focal"])
+@pytest.mark.parametrize("sam", ["none", "sam", "asam"])
+def test_micro_batches_give_the_step_of_the_whole_batch(loss: str, sam: str) -> None:
+    for whole, cut in zip(flat_step(loss, sam, 1), flat_step(loss, sam, 3), strict=True):
+        torch.testing.assert_close(cut, whole)
+
+
+def as_rank(rank: int, port: int, folder: str, cfgs: list[Config]) -> None:
+    """A rank of two: flat steps with both perturbations, then whole trainings."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    distributed.start("cpu")
+    after = {scope: flat_step("ldam", "sam", 2, ranks=2, scope=scope) for scope in ("global", "rank")}
+    torch.save(after, f"{folder}/flat-{rank}")
+    for index, cfg in enumerate(cfgs):
+        torch.save(load_tensors(train_teacher(cfg)), f"{folder}/run{index}-{rank}")
+    distributed.stop()
+
+
+def test_ranks_take_the_step_of_the_whole_batch_and_train_one_teacher(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    cfgs = [
+        recipe(data, tmp_path / "runs", "epochs=6", "drw_epoch=5", "name=two", "batch_size=8", "accumulate=2"),
+        recipe(data, tmp_path / "runs", *PACO, "epochs=2", "name=paco"),
+    ]
+    torch.multiprocessing.spawn(as_rank, (port, str(tmp_path), cfgs), nprocs=2)
+    flat = [torch.load(tmp_path / f"flat-{rank}", weights_only=True) for rank in (0, 1)]
+    for scope in ("global", "rank"):
+        assert all(torch.equal(a, b) for a, b in zip(flat[0][scope], flat[1][scope], strict=True))
+    for got, whole in zip(flat[0]["global"], flat_step("ldam", "sam", 1), strict=True):
+        torch.testing.assert_close(got, whole)
+    assert not torch.allclose(flat[0]["rank"][1], flat[0]["global"][1])
+    for index in (0, 1):
+        first, second = (torch.load(tmp_path / f"run{index}-{rank}", weights_only=True) for rank in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    results = json.loads((tmp_path / "runs" / "two" / "results.json").read_text())
+    assert results["test"]["heads"]["TEACHER"]["top1"]["official"]["all"] > 60
+    assert train_teacher(cfgs[0]) == tmp_path / "runs" / "two" / "checkpoints" / "best"  # one rank takes it over
+
+
+def test_more_parts_than_images_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one image for each of 1 ranks x 10 micro-batches"):
+        train_teacher(recipe(data, tmp_path, "accumulate=10"))
+
+
 def test_paco_moves_its_key_encoder_and_queue_once_a_step() -> None:
     torch.manual_seed(0)
     cfg = TeacherTrainingConfig(loss="paco", paco_queue=8, paco_momentum=0.9, batch_size=4)
@@ -212,9 +291,10 @@ def test_paco_moves_its_key_encoder_and_queue_once_a_step() -> None:
     before = paco.linear_k.weight.clone()
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     for step in range(3):
-        (keys,) = objective.prepare([images, images], labels)
+        objective.begin()
+        (keys,) = objective.prepare([images, images])
         objective(images, labels, None, keys).backward()
-        objective.finish(labels, keys)
+        objective.finish(labels, [(keys,)])
         place = slice(4 * (step % 2), 4 * (step % 2) + 4)
         assert torch.equal(paco.queue[place], keys)
         assert paco.queue_l[place].tolist() == labels.tolist()
@@ -246,7 +326,10 @@ def test_a_plain_cnn_can_be_wrapped_for_pacos_loader_but_a_cosine_head_cannot(
     trained: tuple[Config, Path], data: Path, tmp_path: Path
 ) -> None:
     plain = train_teacher(recipe(data, tmp_path, "loss=ce", "normed_head=false", "epochs=1", "drw_epoch=-1"))
-    released = export_official(plain, "official_paco", tmp_path / "wrapped.pth")
+    released = tmp_path / "wrapped.pth"
+    assert main(["export", str(plain), str(released), "--format", "official_paco"]) == 0
+    with pytest.raises(UserError, match="exists; give a new name"):
+        export_official(plain, "official_paco", released)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(
         load_teacher(released, "resnet8", 3, "official_paco")(images), load_teacher(plain, "", 3)(images)

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: students of the official code, of timm and of a run."""
+"""Students in and out: checkpoints of the official code, of timm and of a run. Teachers: teachers/convert.py."""
 # N tokens (CLS, DIST, patches), D width, H W patch grid
 
 import argparse
@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.manifest import read_folder
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
-from fastdeitlt.models.teacher import create_teacher, head_name
 from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
 
 
@@ -134,32 +133,3 @@ def _official_info(content: Any) -> dict[str, Any]:
 def official_student(model: DistilledViT) -> dict[str, Any]:
     """What the official code's ``--resume`` and ``--eval`` take of a student; write it with torch.save."""
     return {"model": model.state_dict()}
-
-
-def official_teacher(network: nn.Module, arch: str, style: str) -> dict[str, Any]:
-    """What the official code's ``--teacher-path`` takes; write it with torch.save.
-
-    Args:
-        network: the bare CNN (``load_teacher(...).network``).
-        style: official_ldam, or official_paco (the key encoder is a copy; projection and queue, which inference does
-            not read, are fresh).
-
-    Raises:
-        UserError: another style, or an architecture that PaCo's wrapper does not take.
-    """
-    state = network.state_dict()
-    if style == "official_ldam":
-        return {"arch": arch, "state_dict": state}
-    if style != "official_paco":
-        raise UserError(f"teacher style {style!r}: unknown, expected official_paco or official_ldam")
-    head = head_name(network)
-    if f"{head}.bias" not in state:
-        raise UserError(f"teacher {arch}: has a cosine head, which official_paco does not know; use official_ldam")
-    wrapper = create_teacher(arch, len(state[f"{head}.bias"]), style).state_dict()
-    for key, value in state.items():
-        if key.startswith(f"{head}."):
-            query, momentum = key.replace(head, "linear", 1), key.replace(head, "linear_k", 1)
-        else:
-            query, momentum = f"encoder_q.{key}", f"encoder_k.{key}"
-        wrapper[query] = wrapper[momentum] = value
-    return {"arch": arch, "state_dict": {f"module.{key}": value for key, value in wrapper.items()}}

@@ -25,8 +25,11 @@ def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
         path: the file to write.
 
     Raises:
-        UserError: unknown style; a PaCo wrapper asked for as official_ldam; a cosine head asked for as official_paco.
+        UserError: ``path`` exists; unknown style; a PaCo wrapper asked for as official_ldam; a cosine head asked for as
+            official_paco.
     """
+    if Path(path).exists():
+        raise UserError(f"export {path}: exists; give a new name or remove it")
     state, manifest = read_folder(Path(folder), "teacher")
     is_paco = any(key.startswith("encoder_q.") for key in state)
     if style not in STYLES:

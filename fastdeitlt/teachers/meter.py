@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import NonFiniteError
 from fastdeitlt.run import Run
@@ -42,7 +43,7 @@ class Meter:
             start = time.perf_counter()
 
     def step(self, loss: Tensor, images: int, done: int, epoch: int, rate: float, rho: float) -> None:
-        """Count a step; report every ``train.log_every`` of them and at the end."""
+        """Count a step by this rank's share of its loss and all ranks' images; report every ``train.log_every``."""
         self.loss += loss
         self.images += images
         self.done, self.epoch, self.rate, self.rho = done, epoch, rate, rho
@@ -58,7 +59,7 @@ class Meter:
         steps = self.done - self.window_done
         if steps == 0:
             return
-        loss = self.loss.item() / steps  # sync: the only one of the loop
+        loss = distributed.sum_over_ranks(self.loss).item() / steps  # sync: the only one of the loop
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"steps {self.window_done + 1} to {self.done}: loss {loss}; training stopped, the last checkpoint in "

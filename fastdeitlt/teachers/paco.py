@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdeitlt import distributed
 from fastdeitlt.config import TeacherTrainingConfig
 from fastdeitlt.models.teacher import Paco
 from fastdeitlt.teachers.losses import paco_loss
@@ -17,8 +18,9 @@ from fastdeitlt.teachers.losses import paco_loss
 class PacoObjective(nn.Module):
     """PaCo's loss of two views: queries of the first against keys of the second, the queue and the class centres.
 
-    One process holds the whole batch, so the reference's shuffle of keys between GPUs has no counterpart. With SAM both
-    passes see the same keys and queue, and the momentum encoder and the queue move once a step.
+    A query is compared with the queries and keys of its own part of the batch and with the queue, which takes the keys
+    of all parts and ranks. The reference's shuffle of keys between GPUs has no counterpart. With SAM both passes see
+    the same keys and queue, and the momentum encoder and the queue move once a step.
 
     Args:
         paco: encoders, heads and queue.
@@ -36,10 +38,14 @@ class PacoObjective(nn.Module):
         self._pairs = list(zip(keys, queries, strict=True))
 
     @torch.no_grad()
-    def prepare(self, views: Sequence[Tensor], labels_B: Tensor) -> tuple[Tensor, ...]:
-        """Move the key encoder towards the query encoder; unit keys_BD of the second view."""
+    def begin(self) -> None:
+        """Move the key encoder towards the query encoder."""
         keys, queries = zip(*self._pairs, strict=True)
         torch._foreach_lerp_([k.data for k in keys], [q.data for q in queries], 1 - self.cfg.paco_momentum)
+
+    @torch.no_grad()
+    def prepare(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Unit keys_BD of the second view."""
         return (self._project(self.network.encoder_k, views[1])[0],)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor, weights_K: Tensor | None, *shared: Tensor) -> Tensor:
@@ -61,13 +67,18 @@ class PacoObjective(nn.Module):
             len(paco.queue),
         )
 
+    def share(self, labels_B: Tensor, whole_B: Tensor, weights_K: Tensor | None) -> float:
+        """A part's share of the batch, by images."""
+        return len(labels_B) / len(whole_B)
+
     @torch.no_grad()
-    def finish(self, labels_B: Tensor, *shared: Tensor) -> None:
-        """Put the keys in the queue in the place of the oldest."""
-        paco, (keys_BD,), size = self.network, shared, len(labels_B)
+    def finish(self, whole_B: Tensor, shared: Sequence[tuple[Tensor, ...]]) -> None:
+        """Put the keys of all ranks in the queue in the place of the oldest."""
+        paco, size = self.network, len(whole_B)
+        keys_BD = distributed.gather_split(torch.cat([keys_BD for (keys_BD,) in shared]), size)
         place_B = (paco.queue_ptr + torch.arange(size, device=keys_BD.device)) % len(paco.queue)
         paco.queue.index_copy_(0, place_B, keys_BD)
-        paco.queue_l.index_copy_(0, place_B, labels_B)
+        paco.queue_l.index_copy_(0, place_B, whole_B)
         paco.queue_ptr.add_(size).remainder_(len(paco.queue))
 
     @staticmethod

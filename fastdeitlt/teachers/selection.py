@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdeitlt import checkpoint
+from fastdeitlt import checkpoint, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
@@ -26,6 +26,8 @@ from fastdeitlt.teachers.step import autocast_dtype
 log = logging.getLogger("fastdeitlt")
 CLEAN_IMAGES = 10_000
 """Training images on which the clean accuracy is taken: all of a smaller set, else evenly spaced ones."""
+READ_FILES = 256
+"""Files whose content is part of a set's fingerprint."""
 
 
 def score_teacher(
@@ -39,6 +41,8 @@ def score_teacher(
 ) -> Result:
     """Accuracy of a teacher on a set under its own preprocessing (centre crop, ``cfg.augment``'s mean and std).
 
+    Ranks share the images; each gets the whole result.
+
     Args:
         network: maps images_BCHW to logits_BK in the data set's class order.
         source: gives the images of ``images``.
@@ -49,8 +53,9 @@ def score_teacher(
         limit: use at most so many images, evenly spaced in the list. 0 = all.
     """
     size = cfg.teacher_training.img_size
-    chosen = np.linspace(0, len(images) - 1, limit).astype(np.int64) if 0 < limit < len(images) else None
-    logits_NK, _, labels_N = collect_logits(
+    total = min(limit or len(images), len(images))
+    chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
+    logits_BK, _, _ = collect_logits(
         OneHead(network),
         source,
         images,
@@ -61,17 +66,28 @@ def score_teacher(
         std=cfg.augment.std,
         device=device,
         autocast_dtype=autocast_dtype(cfg.train.precision, device),
-        sample_N=chosen,
+        sample_N=chosen_N[distributed.rank() :: distributed.get_world()],
     )
-    return score_single(logits_NK, labels_N, counts, cfg.data.dataset)
+    logits_NK = distributed.gather_interleaved(logits_BK, total, device)
+    return score_single(logits_NK, torch.from_numpy(images.labels[chosen_N]), counts, cfg.data.dataset)
 
 
 def data_fingerprint(images: LongTailSet) -> str:
-    """sha256 over the names, labels and (of sets that come decoded) pixels of a set, in order."""
-    digest = hashlib.sha256("\n".join(images.paths).encode())
-    digest.update(images.labels.tobytes())
+    """sha256 of a set's content, in order: names, labels, and the pixels of a set that comes decoded.
+
+    Of files, the content of up to 256, evenly spaced in the list: a set that was resized or stored anew differs in all.
+    """
+    digest = hashlib.sha256("\n".join(images.paths).encode("utf-8", "surrogateescape"))
+    digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     if images.images_NHWC is not None:
         digest.update(np.ascontiguousarray(images.images_NHWC).data)
+        return digest.hexdigest()
+    for index in np.unique(np.linspace(0, len(images) - 1, READ_FILES).astype(np.int64)):
+        path = Path(images.root) / images.paths[index]
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError:  # the reader says what is wrong with it, or leaves it out (data.on_error)
+            digest.update(b"unreadable")
     return digest.hexdigest()
 
 
@@ -120,11 +136,13 @@ class TeacherSelector:
             self._log(step, epoch, name, result)
         self._keep({name: result.accuracy("TEACHER") for name, result in results.items()})
         shown = results[names[-1] if names else "train"]
-        console.print(shown.table("official"))
+        if self.run.is_main:
+            console.print(shown.table("official"))
         self.close()
         selected = {"selected": self.best, "published": self.cfg.published}
         whole = selected | {name: result.to_json() for name, result in results.items()}
-        write_atomically(self.run.folder / "results.json", json.dumps(whole, indent=1))
+        if self.run.is_main:
+            write_atomically(self.run.folder / "results.json", json.dumps(whole, indent=1))
 
     def manifest(self) -> dict[str, Any]:
         """What a reader of the weights needs to know."""
@@ -154,7 +172,7 @@ class TeacherSelector:
 
     def _keep(self, accuracy: dict[str, float]) -> None:
         facts = self.manifest() | {"selected": self.best, "accuracy": accuracy}
-        checkpoint.save_model_folder(self.folder, self.network.state_dict(), facts)
+        distributed.on_main(lambda: checkpoint.save_model_folder(self.folder, self.network.state_dict(), facts))
 
     def close(self) -> None:
         """Close the sources that were opened here."""

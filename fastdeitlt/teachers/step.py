@@ -2,38 +2,44 @@
 
 # B batch, C channels, H height, W width, K classes
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastdeitlt import distributed
 from fastdeitlt.config import Config, TeacherTrainingConfig
 from fastdeitlt.models.teacher import Paco, create_teacher
 from fastdeitlt.teachers.losses import Loss, build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import SAM, frozen_batch_stats
-
-log = logging.getLogger("fastdeitlt")
+from fastdeitlt.teachers.views import StepBatch
 
 
 class Objective(Protocol):
-    """A network and its loss. A step calls ``prepare`` once, itself once a pass, then ``finish`` once."""
+    """A network and its loss. A step calls ``begin``, each part's ``prepare``, itself once a pass, then ``finish``."""
 
     @property
     def network(self) -> nn.Module:
         """What is trained."""
 
-    def prepare(self, views: Sequence[Tensor], labels_B: Tensor) -> tuple[Tensor, ...]:
-        """Whatever both passes share."""
+    def begin(self) -> None:
+        """Whatever precedes the step."""
+
+    def prepare(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Whatever both passes over a part share."""
+
+    def share(self, labels_B: Tensor, whole_B: Tensor, weights_K: Tensor | None) -> Tensor | float:
+        """What a part's loss is multiplied by, so that the parts of all ranks add up to the whole batch's loss."""
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor, weights_K: Tensor | None, *shared: Tensor) -> Tensor:
         """The loss, 0-d float32."""
 
-    def finish(self, labels_B: Tensor, *shared: Tensor) -> None:
-        """Whatever follows the step."""
+    def finish(self, whole_B: Tensor, shared: Sequence[tuple[Tensor, ...]]) -> None:
+        """Whatever follows the step; ``whole_B`` are the labels of all ranks' parts, ``shared`` this rank's."""
 
 
 class LogitObjective(nn.Module):
@@ -42,19 +48,29 @@ class LogitObjective(nn.Module):
     Args:
         network: maps images_BCHW to logits_BK.
         loss: of (logits_BK, labels_B, weights_K).
+        per_image: the loss is a mean over images, rather than over their weights.
     """
 
-    def __init__(self, network: nn.Module, loss: Loss) -> None:
+    def __init__(self, network: nn.Module, loss: Loss, per_image: bool = False) -> None:
         super().__init__()
-        self.network, self.loss = network, loss
+        self.network, self.loss, self.per_image = network, loss, per_image
 
-    def prepare(self, views: Sequence[Tensor], labels_B: Tensor) -> tuple[Tensor, ...]:
+    def begin(self) -> None:
+        """Nothing precedes."""
+
+    def prepare(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return ()
+
+    def share(self, labels_B: Tensor, whole_B: Tensor, weights_K: Tensor | None) -> Tensor | float:
+        """By images, or by their weights."""
+        if self.per_image or weights_K is None:
+            return len(labels_B) / len(whole_B)
+        return weights_K[labels_B].sum() / weights_K[whole_B].sum()
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor, weights_K: Tensor | None, *shared: Tensor) -> Tensor:
         return self.loss(self.network(images_BCHW), labels_B, weights_K)
 
-    def finish(self, labels_B: Tensor, *shared: Tensor) -> None:
+    def finish(self, whole_B: Tensor, shared: Sequence[tuple[Tensor, ...]]) -> None:
         """Nothing follows."""
 
 
@@ -71,7 +87,7 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
         objective = PacoObjective(paco, torch.tensor(list(counts), device=device), cfg)
     else:
         network = create_teacher(cfg.arch, num_classes, normed_head=cfg.normed_head)
-        objective = LogitObjective(network, build_loss(cfg, counts, device))
+        objective = LogitObjective(network, build_loss(cfg, counts, device), per_image=cfg.loss == "focal")
     objective.network.to(device).to(memory_format=torch.channels_last).train()
     return objective
 
@@ -95,10 +111,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 class Step:
     """One optimizer step, without waiting for the device.
 
+    Gradients of micro-batches add up, and those of ranks are summed in one exchange a pass, so that the step is that of
+    the whole batch; only batch norm sees a part at a time. With ``sam_scope: rank`` each rank climbs its own gradient.
+    Running statistics are the mean of the ranks'. Momentum is not sharded: that of a ResNet-50 takes 100 MB.
+
     Args:
         objective: network and loss.
         optimizer: SAM or any other.
-        cfg: the run: precision, compilation, clipping, batch-norm statistics in SAM's second pass.
+        cfg: the run: precision, compilation, clipping, whose gradient SAM climbs, batch-norm statistics in its second
+            pass.
         device: where it runs.
     """
 
@@ -109,26 +130,27 @@ class Step:
         # the last batch of an epoch may be smaller: one graph for each size rather than one for any
         self._loss = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.train.compile else objective
         dtype = autocast_dtype(cfg.train.precision, device)
-        if dtype is None and cfg.train.precision == "bf16":
-            log.info("train.precision=bf16: this CPU has no bfloat16 instructions, float32 is used")
         self._autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
-        self._clip_norm = cfg.teacher_training.clip_norm
-        self._freeze_second = not cfg.teacher_training.sam_bn_twice
+        t = cfg.teacher_training
+        self._clip_norm, self._freeze_second, self._own_climb = t.clip_norm, not t.sam_bn_twice, t.sam_scope == "rank"
         self._parameters = [p for p in objective.network.parameters() if p.requires_grad]
+        self._statistics = running_statistics(objective.network)
 
-    def __call__(self, views: Sequence[Tensor], labels_B: Tensor, weights_K: Tensor | None, seed: int) -> Tensor:
+    def __call__(self, batch: StepBatch, weights_K: Tensor | None, seed: int) -> Tensor:
         """Step once; dropout is seeded by ``seed`` and the same in both passes.
 
         Returns:
-            The loss at the weights before the step, 0-d on the device.
+            This rank's share of the loss at the weights before the step, 0-d on the device.
         """
+        self.objective.begin()
         with self._autocast():
-            shared = self.objective.prepare(views, labels_B)
-        loss = self._backward(views[0], labels_B, weights_K, shared, seed)
+            shared = [self.objective.prepare(part.views) for part in batch.parts]
+        is_sam = isinstance(self.optimizer, SAM)
+        loss = self._pass(batch, weights_K, shared, seed, alone=is_sam and self._own_climb)
         if isinstance(self.optimizer, SAM):
             self.optimizer.first_step()
             with frozen_batch_stats(self.objective.network, self._freeze_second):
-                self._backward(views[0], labels_B, weights_K, shared, seed)
+                self._pass(batch, weights_K, shared, seed)
         if self._clip_norm:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         if isinstance(self.optimizer, SAM):
@@ -136,14 +158,34 @@ class Step:
         else:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.objective.finish(labels_B, *shared)
+        self.objective.finish(batch.labels_B, shared)
+        distributed.average_together(self._statistics)
         return loss
 
-    def _backward(
-        self, images_BCHW: Tensor, labels_B: Tensor, weights_K: Tensor | None, shared: tuple[Tensor, ...], seed: int
+    def _pass(
+        self,
+        batch: StepBatch,
+        weights_K: Tensor | None,
+        shared: Sequence[tuple[Tensor, ...]],
+        seed: int,
+        alone: bool = False,
     ) -> Tensor:
+        """Forward and backward of all parts; the gradients are then those of the whole batch, or of this rank's."""
         torch.manual_seed(seed)
-        with self._autocast():
-            loss = self._loss(images_BCHW, labels_B, weights_K, *shared)
-        loss.backward()
-        return loss.detach()
+        total = torch.zeros((), device=batch.labels_B.device)
+        for part, given in zip(batch.parts, shared, strict=True):
+            with self._autocast():
+                loss = self._loss(part.views[0], part.labels_B, weights_K, *given)
+            if len(part.labels_B) < len(batch.labels_B):
+                loss = loss * self.objective.share(part.labels_B, batch.labels_B, weights_K)
+            loss.backward()
+            total += loss.detach()
+        if not alone:
+            distributed.sum_together([p.grad for p in self._parameters if p.grad is not None])
+        return total
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances of a network's batch norms."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]

@@ -1,6 +1,7 @@
 """The teacher's spine: one flat CNN from data to model folder, one line a stage."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.optim import set_learning_rate
+from fastdeitlt.preemption import StopRequest
 from fastdeitlt.run import Run
 from fastdeitlt.teachers.meter import Meter
 from fastdeitlt.teachers.sam import SAM
@@ -38,22 +40,20 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         UserError: anything wrong with configuration, data or saved state; before the first step.
         NonFiniteError: the loss is NaN or infinite.
     """
-    t = cfg.teacher_training
-    if distributed.start(cfg.train.device)[1] > 1:
-        raise UserError("train-teacher: got several ranks, expected one; start it without torchrun")
-    device = distributed.device_of(cfg.train.device)
-    with Run(cfg, resume) as run:
+    with ExitStack() as stack:
+        rank, world = stack.enter_context(distributed.group(cfg.train.device, cfg.train.timeout_s))
+        run = stack.enter_context(Run(_for_any_ranks(cfg), resume))
+        cfg, t = run.cfg, run.cfg.teacher_training
         best = run.folder / "checkpoints" / "best"
         if run.finished:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
             return best
+        device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # which images
         images = sets.train
-        plan = Plan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco")
-        if plan.steps == 0:
-            raise UserError(
-                f"teacher_training.batch_size: got {t.batch_size}, the set has {len(images)} images; lower it"
-            )
+        cut = {"rank": rank, "world": world, "accumulate": t.accumulate}
+        plan = Plan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco", **cut)
+        _refuse_small(plan)
         source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)))  # read, decode
         torch.manual_seed(cfg.train.seed)
         objective = build_objective(t, images.counts, device)  # network, loss
@@ -61,6 +61,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         take_step = Step(objective, optimizer, cfg, device)
         selector = TeacherSelector(cfg, run, sets, source, objective.network, device)
         done = restore(run, objective.network, optimizer, selector)
+        stop = stack.enter_context(StopRequest())
         meter = Meter(cfg, run, plan, device, done)
         drw_weights_K = drw_weights(images.counts, t.drw_beta).to(device)
 
@@ -71,12 +72,15 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
                 optimizer.set_rho(rho)
             weights_K = drw_weights_K if 0 <= t.drw_epoch <= epoch else torch.ones_like(drw_weights_K)
             batches = teacher_batches(cfg, source, images, plan, epoch, done % plan.steps)  # augment
-            for index, (views, labels_B) in enumerate(meter.timed(batches), done % plan.steps):
-                loss = take_step(views, labels_B, weights_K, plan.step_seed(epoch, index))  # forward, backward, step
+            for index, batch in enumerate(meter.timed(batches), done % plan.steps):
+                loss = take_step(batch, weights_K, plan.step_seed(epoch, index))  # forward, backward, step
                 done += 1
-                meter.step(loss, len(labels_B), done, epoch, rate, rho)
+                meter.step(loss, len(batch.labels_B), done, epoch, rate, rho)
                 if cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0:
                     save(run, objective.network, optimizer, selector, meter, done)
+                if number := stop.agreed():
+                    save(run, objective.network, optimizer, selector, meter, done, wait=True)
+                    raise run.stopped(number, done)
             last = epoch + 1 == t.epochs
             with meter.paused():
                 if last or (epoch + 1) % cfg.evaluate.every == 0:
@@ -88,8 +92,30 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
     return best
 
 
+def _for_any_ranks(cfg: Config) -> Config:
+    """The run without its number of ranks: a batch is that of all of them, so any number may continue it."""
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 1})})
+
+
+def _refuse_small(plan: Plan) -> None:
+    parts = plan.world * plan.accumulate
+    if plan.batch_size < parts:
+        raise UserError(
+            f"teacher_training.batch_size: got {plan.batch_size}, expected at least one image for each of {plan.world} "
+            f"ranks x {plan.accumulate} micro-batches; use fewer"
+        )
+    if plan.steps == 0:
+        raise UserError(f"teacher_training.batch_size: got {plan.batch_size}, the set has {plan.n} images; lower it")
+
+
 def save(
-    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, selector: TeacherSelector, meter: Meter, done: int
+    run: Run,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    selector: TeacherSelector,
+    meter: Meter,
+    done: int,
+    wait: bool = False,
 ) -> None:
     """Checkpoint after ``done`` steps: weights (PaCo's key encoder and queue with them), momentum, the best so far.
 
@@ -97,19 +123,25 @@ def save(
     """
     meter.report()
     parts = {"model": network.state_dict(), "optimizer": checkpoint.optimizer_tensors(network, optimizer)}
-    run.checkpoints.save(done, parts, selector.manifest() | {"best": selector.best})
+    manifest = selector.manifest() | {"best": selector.best}
+    distributed.on_main(lambda: run.checkpoints.save(done, parts, manifest, wait=wait))
 
 
 def restore(run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, selector: TeacherSelector) -> int:
     """Continue from the run's newest whole checkpoint, if there is one; the steps already done."""
-    found = run.checkpoints.newest()
-    if found is None:
-        run.rewind(0)
+    folder, manifest = distributed.on_main(lambda: run.checkpoints.newest(run.must)) or (None, {"step": 0})
+    done: int = manifest["step"]
+    distributed.on_main(lambda: run.count_start(done))
+    run.rewind(done)
+    if folder is None:
         return 0
-    folder, manifest = found
+    if manifest.get("data_sha256", selector.data_sha256) != selector.data_sha256:
+        raise UserError(
+            f"run folder {run.folder}: images or labels of the training set changed since the checkpoint; bring back "
+            "the old files, or use --resume never for a new folder"
+        )
     network.load_state_dict(checkpoint.load_tensors(folder))
     checkpoint.load_optimizer(network, optimizer, checkpoint.load_tensors(folder, "optimizer"))
     selector.best = manifest["best"]
-    run.rewind(manifest["step"])
-    log.info("resumed %s after step %d", run.folder, manifest["step"])
-    return int(manifest["step"])
+    log.info("resumed %s after step %d", run.folder, done)
+    return done
