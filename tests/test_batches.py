@@ -90,6 +90,25 @@ def test_auto_takes_the_kernel_on_a_gpu_and_torch_on_a_cpu() -> None:
     assert not batches.use_kernel(AugmentConfig(impl="torch"), torch.device("cuda"))
 
 
+def test_data_threads_keep_to_a_core_and_the_step_keeps_its_own(tmp_path, monkeypatch) -> None:
+    images, seen = make_set(tmp_path), set()
+    apply = colour.apply
+
+    def spy(crops_BHWC: Tensor, draws, view, pool) -> Tensor:
+        seen.update({torch.get_num_threads(), *(pool.submit(torch.get_num_threads).result() for _ in range(3))})
+        return apply(crops_BHWC, draws, view, pool)
+
+    monkeypatch.setattr(colour, "apply", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        made(images, micro_batches())
+        assert seen == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_odd_batch_cannot_be_mixed_but_can_be_used(tmp_path) -> None:
     images = make_set(tmp_path)
     odd = [replace(m, sample_B=m.sample_B[:3], copy_B=m.copy_B[:3]) for m in micro_batches()]

@@ -20,6 +20,7 @@ from fastdeitlt.data.colour import ViewDraws
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.workers import keep_to_one_core
 from fastdeitlt.errors import UserError
 
 T = TypeVar("T")
@@ -124,10 +125,11 @@ def _augment_fused(regions: Regions, draws: ViewDraws, mix: MixDraw, cfg: Config
     from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
 
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    mixed = kernel.augment(
-        regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
-        boxes_B4=regions.boxes_B4, dtype=dtype,
-    ).images_BCHW  # fmt: skip
+    with torch.cuda.device_of(regions.pixels):  # a thread starts on the first GPU, whatever the rank's is
+        mixed = kernel.augment(
+            regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
+            boxes_B4=regions.boxes_B4, dtype=dtype,
+        ).images_BCHW  # fmt: skip
     assert mixed is not None
     return mixed
 
@@ -137,6 +139,7 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
 
     An exception of the producer is raised where its item would have been.
     """
+    torch.get_num_threads()
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -150,6 +153,7 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         return False
 
     def produce() -> None:
+        keep_to_one_core()
         try:
             for item in items:
                 if not put(item, None):

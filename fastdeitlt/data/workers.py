@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -20,6 +22,14 @@ def num_threads(configured: int = 0) -> int:
     return configured or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def keep_to_one_core() -> None:
+    """Torch does not split this thread's operations: the pool already has a thread a core.
+
+    Threads that computed before keep their number; ``torch.get_num_threads`` makes sure that one did.
+    """
+    torch.set_num_threads(1)
+
+
 class Workers:
     """``count`` threads for parts of a batch and one that puts batches together, in order, ahead of the consumer.
 
@@ -28,8 +38,9 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.pool = ThreadPoolExecutor(count, "fastdeitlt-data")
-        self._assembler = ThreadPoolExecutor(1, "fastdeitlt-batch")
+        torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(count, "fastdeitlt-data", keep_to_one_core)
+        self._assembler = ThreadPoolExecutor(1, "fastdeitlt-batch", keep_to_one_core)
 
     def split(self, work: Callable[[list[T]], R], items: list[T]) -> list[Future[R]]:
         """Start ``work`` on contiguous parts of ``items``, one a thread (long lists: more); results in order."""
