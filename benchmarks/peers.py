@@ -201,12 +201,12 @@ def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
     recipe = {
         "train.precision": work.precision, "train.batch_size": work.batch_size, "optim.ema_decay": EMA_DECAY,
         "optim.weight_decay": DECAY, "mixup.smoothing": SMOOTHING, "train.engine": "plain",
-        "train.device": work.device.type,
+        "train.device": work.device.type, "student.name": work.student, "student.img_size": work.img_size,
+        "student.drop_path": 0.0,
     }  # fmt: skip
     cfg = config.build(recipe | values)
     student = create_student(
-        work.student, work.num_classes, work.img_size, 0.0,
-        attention=cfg.student.attention, last_block_shortcut=shortcut,
+        num_classes=work.num_classes, **cfg.student.model_dump(), last_block_shortcut=shortcut
     )  # fmt: skip
     student.load_state_dict(work.weights)
     student = student.to(work.device).train()
@@ -229,19 +229,20 @@ def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
     return step
 
 
+TORCH = {"student__attention": "sdpa", "student__add_layernorm": "torch", "student__bias_gelu": "torch",
+         "loss__impl": "torch"}  # fmt: skip
+TRITON = dict.fromkeys(TORCH, "triton")
 LEVERS: dict[str, Callable[[Workload], Step]] = {
     "official loop": official_loop,
     "timm, eager": lambda work: timm_task(work, compiled=False),
     "timm, compiled": lambda work: timm_task(work, compiled=True),
-    "ours, eager, whole last block": lambda w: ours(w, shortcut=False, train__compile=False, student__attention="sdpa"),
-    "+ last-block shortcut": lambda w: ours(w, train__compile=False, student__attention="sdpa"),
-    "+ compile": lambda w: ours(w, student__attention="sdpa", loss__impl="torch"),
-    "+ flat AdamW with average": lambda w: ours(
-        w, student__attention="sdpa", loss__impl="torch", optim__backend="fastdeitlt"
-    ),
-    "+ kernels": lambda w: ours(w, student__attention="triton", loss__impl="triton", optim__backend="fastdeitlt"),
-    "as shipped (auto)": lambda w: ours(w),
-    "as shipped, DeepSpeed": lambda w: ours(w, train__engine="deepspeed", train__zero_stage=1),
+    "ours, eager, whole last block": lambda work: ours(work, shortcut=False, train__compile=False, **TORCH),
+    "+ last-block shortcut": lambda work: ours(work, train__compile=False, **TORCH),
+    "+ compile": lambda work: ours(work, **TORCH),
+    "+ flat AdamW with average": lambda work: ours(work, optim__backend="fastdeitlt", **TORCH),
+    "+ kernels": lambda work: ours(work, optim__backend="fastdeitlt", **TRITON),
+    "as shipped (auto)": lambda work: ours(work),
+    "as shipped, DeepSpeed": lambda work: ours(work, train__engine="deepspeed", train__zero_stage=1),
 }
 """Contestants in the order of the waterfall. ``+ kernels`` needs a GPU."""
 GPU_ONLY = frozenset({"+ kernels"})

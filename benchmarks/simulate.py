@@ -24,9 +24,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32, MOMENTS = 4, 2
-ZERO_TRAFFIC = {0: 2.0, 1: 2.0, 2: 2.0, 3: 3.0}
-"""Gradient-sized messages that a rank sends a step, times (N - 1) / N: reduce-scatter and all-gather are one each, and
-stage 3 gathers the weights once more for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,22 @@ class Prediction:
     lost: float
 
 
+def messages(zero: int, accumulate: int) -> int:
+    """Messages of the gradients' size that a rank sends in an optimizer step, each times (N - 1) / N.
+
+    A reduce-scatter of gradients and an all-gather of weights; stage 2 reduces after every micro-batch, stage 3 also
+    gathers for every forward and again for every backward pass.
+    """
+    return {0: 2, 1: 2, 2: accumulate + 1, 3: 3 * accumulate}[zero]
+
+
 def exchange_s(job: Job, cluster: Cluster, gpus: int) -> float:
     """A ring over all GPUs at the speed of its slowest link: volume / bandwidth + messages x latency."""
     if gpus == 1:
         return 0.0
     link = cluster.intra_gb_s if gpus <= cluster.gpus_per_node else min(cluster.intra_gb_s, cluster.inter_gb_s)
-    rounds = 1 if job.zero < 2 else job.accumulate  # stages 2 and 3 exchange after every micro-batch
-    traffic = ZERO_TRAFFIC[job.zero] * (gpus - 1) / gpus * FP32 * job.parameters * rounds
-    return traffic / (link * 1e9) + ZERO_TRAFFIC[job.zero] * (gpus - 1) * cluster.latency_us * 1e-6 * rounds
+    sent = messages(job.zero, job.accumulate) * (gpus - 1)
+    return sent / gpus * FP32 * job.parameters / (link * 1e9) + sent * cluster.latency_us * 1e-6
 
 
 def checkpoint_s(job: Job, cluster: Cluster) -> float:

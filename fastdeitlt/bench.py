@@ -223,7 +223,7 @@ def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
-        command += ["fastdeitlt.cli", "bench", config_name, *overrides, "--quick", "--json", str(out)]
+        command += ["fastdeitlt.cli", "bench", config_name, *overrides, "--quick", "--batches", "--json", str(out)]
         command += ["--synthetic"] if synthetic else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not out.is_file():
