@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeitlt import config, figures
+from fastdeitlt import config, figures, shift
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import GROUPS, cell
+from fastdeitlt.metrics import GROUPS, Result, cell
 from fastdeitlt.page import Block, Figure, Page, Section, Table, best_cells, write
-from fastdeitlt.run_files import RunFiles, column, read_run
+from fastdeitlt.run_files import Record, RunFiles, column, read_run
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -51,10 +51,23 @@ def _results(runs: list[RunFiles]) -> Section:
             if rows:
                 blocks.append(Table(f"{head}, {split} split", ["", *GROUPS], rows, best=best_cells(rows)))
     if scored:
+        blocks.append(_measures(scored))
         heights = {name: [result.accuracy(None, g, "official") for g in GROUPS] for name, result in scored.items()}
         svg = figures.bars(GROUPS, heights, _colours(runs))
         blocks.append(Figure("Accuracy in %, official split", svg))
     return Section("Result", note, blocks)
+
+
+def _measures(scored: dict[str, Result]) -> Table:
+    """What the head that predicts is worth beside accuracy on balanced classes."""
+    rows = []
+    for name, result in scored.items():
+        head, shifted = result.heads[result.main], shift.accuracies(result)[result.main]
+        shown = [head.balanced_accuracy, head.macro_f1, shifted["forward 50"], shifted["backward 50"]]
+        calibration = [head.ece["official"]["all"], head.nll["official"]["all"]]
+        rows.append([name, *(cell(value) for value in shown), cell(calibration[0]), cell(calibration[1], 3)])
+    header = ["", "balanced", "macro F1", "forward 50", "backward 50", "ECE", "NLL"]
+    return Table("Other measures (forward, backward: shifted test)", header, rows)
 
 
 def _curves(runs: list[RunFiles]) -> Section:
@@ -69,10 +82,23 @@ def _curves(runs: list[RunFiles]) -> Section:
         if lines:
             svg = figures.curves(lines, "accuracy in %", _colours(runs), percent=True)
             blocks.append(Figure(f"Accuracy on the selection set, {group} classes", svg))
+    cosines = {run.name: [e for e in run.evaluations if "cosine_all" in e] for run in runs}
+    lines = {
+        name: ([e["epoch"] + 1 for e in points], column(points, "cosine_all"))
+        for name, points in ((name, _of_one_kind(points)) for name, points in cosines.items())
+        if points
+    }
+    if lines:
+        blocks.append(Figure("Cosine of CLS and DIST features", figures.curves(lines, "cosine", _colours(runs))))
     losses = {run.name: (column(run.steps, "time"), column(run.steps, "loss")) for run in runs if run.steps}
     if losses:
         blocks.append(Figure("Training loss", figures.curves(losses, "loss", _colours(runs))))
     return Section("Learning", "Accuracies are those that chose the weights.", blocks)
+
+
+def _of_one_kind(points: list[Record]) -> list[Record]:
+    """The evaluations of the first one's weights: the model's own, or their average."""
+    return [e for e in points if e["weights"] == points[0]["weights"]]
 
 
 def _speed(runs: list[RunFiles]) -> Section:

@@ -127,12 +127,17 @@ def class_accuracy(result: Result) -> Markup:
         return _svg(figure)
 
 
-def reliability(result: Result) -> Markup:
-    """Accuracy against confidence of each head in fifteen bins; on the diagonal, confidence means what it says."""
+def reliability(result: Result, names: Mapping[str, str] | None = None) -> Markup:
+    """Accuracy against confidence in fifteen bins; on the diagonal, confidence means what it says.
+
+    Args:
+        names: scores to draw -> their name in the figure; None: all heads.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1, linestyle=":")
-        for name, head in result.heads.items():
+        for key, name in (names or dict(zip(result.heads, result.heads, strict=True))).items():
+            head = result.heads[key]
             x = [100 * bar.confidence for bar in head.reliability]
             y = [100 * bar.accuracy for bar in head.reliability]
             size = [4 + 60 * bar.num_images / result.num_images for bar in head.reliability]
@@ -160,6 +165,21 @@ def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: 
         axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel("accuracy in %")
         axes.legend(loc="upper center", ncols=len(values), handlelength=1, columnspacing=1.2)
+        return _svg(figure)
+
+
+def shifts(names: Sequence[str], lines: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
+    """Accuracy in per cent over shifted test sets, in their order; a line a name, "AVG, told" dashed."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new()
+        for name, values in lines.items():
+            style = "--" if name.endswith("told") else "-"
+            axes.plot(range(len(names)), values, f"o{style}", markersize=3, label=name, color=colours[name])
+        axes.set_xticks(range(len(names)), [name.rpartition(" ")[2].replace("uniform", "1") for name in names])
+        axes.set_ylim(*PERCENT)
+        axes.set_xlabel("forward (frequent classes first)        uniform        backward", fontsize=8.5)
+        axes.set_ylabel("accuracy in %")
+        axes.legend(loc="best", ncols=2)
         return _svg(figure)
 
 

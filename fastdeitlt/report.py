@@ -3,17 +3,18 @@
 # K classes
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import rich.table
 
-from fastdeitlt import config, figures
+from fastdeitlt import analysis, config, figures
 from fastdeitlt.compare import compare
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import GROUPS, Result, cell
 from fastdeitlt.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
+from fastdeitlt.published import published_table
+from fastdeitlt.report_scores import score_sections
 from fastdeitlt.run_files import RunFiles, column, read_run
 
 __all__ = ["compare", "results_table", "write_report"]
@@ -22,7 +23,6 @@ SPLITS = {
     "threshold": "Threshold split: over 100, 20 to 100, under 20 images",
     "official": "Official split: index ranges of the DeiT-LT code, else thirds",
 }
-MAX_CLASS_ROWS = 200
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -32,7 +32,8 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: see ``read_run``.
     """
     run = read_run(run_dir)
-    sections = [_headline(run), _learning(run), *_classes(run), _speed(run), *_set_up(run)]
+    looked = analysis.sections(run.folder)
+    sections = [_headline(run), _signs(run), _learning(run), *score_sections(run), *looked, _speed(run), *_set_up(run)]
     page = Page(run.name, _lead(run), [section for section in sections if section.blocks], _tiles(run))
     return write(page, run.folder / "report.html")
 
@@ -80,6 +81,7 @@ def _headline(run: RunFiles) -> Section:
         return Section("Result", note, [])
     _, result = run.tested
     blocks: list[Block] = [_accuracy_table(run, result, split) for split in SPLITS]
+    blocks += _published(run, result)
     heads = {name: head.top1["official"] for name, head in result.heads.items()}
     if run.teacher:
         heads["TEACHER"] = run.teacher.heads[run.teacher.main].top1["official"]
@@ -107,6 +109,37 @@ def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
     return Table(SPLITS[split], header, rows, quiet=frozenset(others), best=best_cells(rows[: len(ours)]))
 
 
+def _published(run: RunFiles, result: Result) -> list[Block]:
+    """The published table for the run's training set, this run in front under both splits."""
+    found = published_table(run.cfg.data) if run.cfg else None
+    if found is None:
+        return []
+    name, published = found
+    rows = [["this run", *(cell(result.accuracy(None, group, split)) for group in GROUPS), split] for split in SPLITS]
+    rows += [[p.method, *(cell(v) for v in (p.overall, p.head, p.mid, p.tail)), p.split or "-"] for p in published]
+    others = frozenset(p.method for p in published)
+    return [Table(f"Published on {name} (DeiT-LT, CVPR 2024)", ["", *GROUPS, "split"], rows, quiet=others, wide=True)]
+
+
+def _signs(run: RunFiles) -> Section:
+    """What the run's own watch said (signs.py)."""
+    title = "Signs of failure"
+    if not run.signs:
+        return Section(title, "", [])
+    last, checks = run.signs[-1], len(run.signs)
+    names = {sign["name"]: sign for sign in last["signs"]}
+    rows = []
+    for name, sign in names.items():
+        epochs = [r["epoch"] + 1 for r in run.signs if any(x["seen"] and x["name"] == name for x in r["signs"])]
+        when = f"{len(epochs)} of {checks}" + (f", last after epoch {epochs[-1]}" if epochs else "")
+        rows.append([name, "yes" if sign["seen"] else "no", when, sign["text"]])
+    note = (
+        f"Checked at each evaluation since re-weighting began, {checks} so far, on the images that choose the weights "
+        f"(official split); the text is that of epoch {last['epoch'] + 1}, {last['weights']} weights."
+    )
+    return Section(title, note, [Table("", ["sign", "seen", "evaluations", "figures"], rows, text=True, wide=True)])
+
+
 def _learning(run: RunFiles) -> Section:
     recipe = run.cfg and (run.cfg.teacher_training if run.is_teacher else run.cfg.loss)
     drw_epoch = recipe.drw_epoch if recipe else -1
@@ -128,6 +161,7 @@ def _learning(run: RunFiles) -> Section:
         if lines:
             svg = figures.curves(lines, "accuracy in %", figures.COLOURS, drw_epoch, percent=True)
             blocks.append(Figure(f"Accuracy on {split}, {title}, {weights} weights", svg))
+    blocks += _heads_over_time(run, weights, drw_epoch)
     note = "Losses are averages between log lines."
     if drw_epoch >= 0:
         loss = "loss" if run.is_teacher else "DIST loss"
@@ -135,80 +169,27 @@ def _learning(run: RunFiles) -> Section:
     return Section("Learning", note, blocks)
 
 
-def _classes(run: RunFiles) -> list[Section]:
-    if run.tested is None:
+def _heads_over_time(run: RunFiles, weights: str, drw_epoch: int) -> list[Block]:
+    """How alike the heads' features are, and the tail on images seen and not seen in training."""
+    points = [e for e in run.evaluations if e["weights"] == weights and "cosine_all" in e]
+    if not points:
         return []
-    _, result = run.tested
-    per_class: list[Block] = [
-        Figure("Accuracy of a class against its training images", figures.class_accuracy(result)),
-        _confusions(run, result),
-        Fold("Every class", _class_table(run, result)),
-    ]
-    calibration: list[Block] = [
-        Figure("Accuracy against confidence", figures.reliability(result)),
-        _calibration_table(result),
-    ]
-    return [
-        Section(
-            "Classes",
-            "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head: with few "
-            "test images a class they are wide, and single classes should not be compared.",
-            per_class,
-        ),
-        Section(
-            "Calibration",
-            "On the diagonal a confidence of 70 % is right 70 % of the time. ECE is the mean gap in per cent (15 "
-            "bins), NLL the negative log-likelihood in nats, Brier the squared error of the probabilities.",
-            calibration,
-        ),
-    ]
-
-
-def _confusions(run: RunFiles, result: Result) -> Table:
-    name, head = result.main, result.heads[result.main]
-    rows = [
-        [
-            run.class_name(pair.label),
-            run.class_name(pair.predicted),
-            f"{pair.num_images} of {result.support_K[pair.label]}",
-            f"{result.counts_K[pair.label]:,} / {result.counts_K[pair.predicted]:,}",
-        ]
-        for pair in head.confusions
-    ]
-    header = ["class", "taken for", "test images", "training images"]
-    return Table(f"Most frequent confusions of {name}", header, rows, text=True)
-
-
-def _class_table(run: RunFiles, result: Result) -> Table:
-    first = result.main
-    accuracy = {name: result.class_accuracy(name) for name in result.heads}
-    interval = result.class_interval(first)
-    order = np.argsort(-np.array(result.counts_K), kind="stable")
-    caption = "Accuracy in per cent by class, largest first"
-    if len(order) > MAX_CLASS_ROWS:
-        order = np.argsort(np.nan_to_num(accuracy[first], nan=math.inf), kind="stable")[:MAX_CLASS_ROWS]
-        caption = f"Accuracy in per cent of the {MAX_CLASS_ROWS} worst of {len(result.counts_K):,} classes"
-    rows = [
-        [
-            run.class_name(k),
-            f"{result.counts_K[k]:,}",
-            f"{result.support_K[k]:,}",
-            *(cell(accuracy[name][k]) for name in result.heads),
-            f"{cell(interval[k, 0], 0)} to {cell(interval[k, 1], 0)}",
-        ]
-        for k in order
-    ]
-    return Table(caption, ["class", "training", "test", *result.heads, f"95 % interval of {first}"], rows)
-
-
-def _calibration_table(result: Result) -> Table:
-    rows = [
-        [f"{name} {group}", *(cell(*pair) for pair in zip(values, (1, 3, 3), strict=True))]
-        for name, head in result.heads.items()
-        for group in GROUPS
-        for values in [[measure["threshold"][group] for measure in (head.ece, head.nll, head.brier)]]
-    ]
-    return Table("By head and group (threshold split)", ["", "ECE", "NLL", "Brier"], rows)
+    epochs = [e["epoch"] + 1 for e in points]
+    groups = {"all": figures.INK, "head": figures.RUN_COLOURS[0], "tail": figures.RUN_COLOURS[1]}
+    cosines = {group: (epochs, column(points, f"cosine_{group}")) for group in groups}
+    svg = figures.curves(cosines, "cosine", groups, drw_epoch)
+    blocks: list[Block] = [Figure("Cosine of CLS and DIST features", svg)]
+    points = [e for e in points if e.get("tail_seen")]
+    if points:
+        epochs = [e["epoch"] + 1 for e in points]
+        lines = {
+            name: (epochs, [Result.from_json(e[key]).accuracy("AVG", "tail", "official") for e in points])
+            for name, key in (("training images", "tail_seen"), ("held-out images", "result"))
+        }
+        colours = dict(zip(lines, figures.RUN_COLOURS[1::-1], strict=False))
+        svg = figures.curves(lines, "accuracy in %", colours, drw_epoch, percent=True)
+        blocks.append(Figure("AVG on tail classes: training images, held-out images", svg))
+    return blocks
 
 
 def _speed(run: RunFiles) -> Section:
@@ -245,10 +226,22 @@ def _set_up(run: RunFiles) -> list[Section]:
         ]
         commit = run.environment.get("commit")
         lines = [f"git checkout {commit}"] if commit else []
-        lines.append(f"fastdeitlt train {run.folder.name}/config.yaml name={run.name}-again")
+        verb = "train-teacher" if run.is_teacher else "train"
+        lines.append(f"fastdeitlt {verb} {run.name}/config.yaml name={run.name}-again")
+        lines += _not_looked_into(run)
         sections.append(Section("Configuration", "Every setting that is not the default, and what it means.", changed))
         sections.append(Section("Run it again", "With config.yaml from this run's folder:", [Code("\n".join(lines))]))
     return sections
+
+
+def _not_looked_into(run: RunFiles) -> list[str]:
+    """Commands for the analyses that this page does not show yet."""
+    wanted = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
+    missing = [name for name in wanted if not (run.folder / "analysis" / f"{name}.json").is_file()]
+    if not missing:
+        return []
+    lines = [f"fastdeitlt analyze {name} {run.name}" for name in missing]
+    return ["", "# what this page does not show yet", *lines, f"fastdeitlt report {run.name}"]
 
 
 def _changes(run: RunFiles) -> list[list[str]]:

@@ -4,14 +4,20 @@ import json
 import re
 from html.parser import HTMLParser
 
+import browser
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from fastdeitlt import config
+from fastdeitlt.analysis import overlay
+from fastdeitlt.analysis.student import write as write_analysis
 from fastdeitlt.compare import compare
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import score, score_single
+from fastdeitlt.posthoc import METHODS, post_hoc
+from fastdeitlt.published import TABLES, published_table
 from fastdeitlt.report import results_table, write_report
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
@@ -49,9 +55,15 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
         for weights in ("model", "ema"):
             result = score(*logits(0.25 * epoch, 0.2 * epoch, seed), COUNTS, "fashion_mnist_lt").to_json()
             step = (epoch + 1) * STEPS_PER_EPOCH
-            records.append(
-                {"kind": "eval", "step": step, "epoch": epoch, "weights": weights, "set": "val", "result": result}
-            )
+            facts = {"epoch": epoch, "weights": weights, "set": "val", "result": result, "tail_seen": result}
+            cosines = {f"cosine_{group}": 0.95 - epoch / 40 for group in ("all", "head", "mid", "tail")}
+            records.append({"kind": "eval", "step": step, **facts, **cosines})
+        if epoch >= 9:
+            signs = [
+                {"name": "tail expert", "seen": epoch == 9, "text": f"DIST and CLS {EVIL}"},
+                {"name": "head", "seen": False, "text": "AVG holds the head classes: 90.0 %"},
+            ]
+            records.append({"kind": "signs", "step": step, "epoch": epoch, "weights": "ema", "signs": signs})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cls, dist, labels = logits(3.2, 2.6, seed)
     results = {
@@ -59,13 +71,32 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
         "teacher": score_single(
             dist * 0.8 + torch.randn_like(dist) * 0.2, labels, COUNTS, "fashion_mnist_lt"
         ).to_json(),
+        "posthoc": post_hoc(logits(3.2, 2.6, seed + 1), (cls, dist, labels), COUNTS, "fashion_mnist_lt").to_json(),
         "published": {"all": 87.5, "head": 94.5, "mid": 84.1, "tail": 85.0},
         "selected": {"step": 60, "epoch": 11, "weights": "ema", "accuracy": 70.0, "on": "val"},
     }
     (folder / "results.json").write_text(json.dumps(results))
+    write_analysis(analysis_facts(names), folder)
     (folder / "checkpoints" / "best").mkdir(parents=True)
     (folder / "checkpoints" / "best" / "manifest.json").write_text(json.dumps({"class_names": names}))
     return folder
+
+
+def analysis_facts(names):
+    """What ``analyze student`` finds, made up."""
+    picture = overlay.data_uri(overlay.strip(np.zeros((8, 8, 3), np.uint8), [np.eye(4, dtype=np.float32)] * 4))
+    groups = {"head": names[0], "mid": names[5], "tail": names[9]}
+    return {
+        "set": "test", "images": 400, "distance": [[10.0, 12.0, 15.0], [9.0, 14.0, 16.0]], "uniform_distance": 16.1,
+        "rank": {token: {"sample": [5, 9], "feature": [6, 8]} for token in ("CLS", "DIST")},
+        "cosine": [0.9, 0.4], "patch_similarity": [0.2, 0.6],
+        "maps": {g: {"images": 100, "likeness": 0.9, "spread_cls": 0.8, "spread_dist": 0.7} for g in ("all", *groups)},
+        "gallery": [
+            {"group": group, "class": name, "training_images": 7, "picture": picture,
+             "predicted": {"AVG": name, "CLS": names[0], "DIST": name}}
+            for group, name in groups.items()
+        ],
+    }  # fmt: skip
 
 
 class Reader(HTMLParser):
@@ -114,16 +145,20 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
     html, page = path.read_text(encoding="utf-8"), read(path)
     for title in (
         "Result",
+        "Signs of failure",
         "Learning",
         "Classes",
         "Calibration",
+        "Fitted on validation images",
+        "Other class frequencies",
+        "Attention and features",
         "Speed",
         "Environment",
         "Configuration",
         "Run it again",
     ):
         assert f"<h2>{title}</h2>" in html
-    assert path == folder / "report.html" and page.tags.count("svg") == 8
+    assert path == folder / "report.html" and page.tags.count("svg") == 15
     top1 = json.loads((folder / "results.json").read_text())["test"]["heads"]["DIST"]["top1"]
     for table, split in zip(page.tables, ("threshold", "official"), strict=False):
         rows = {row[0]: row[1:] for row in table}
@@ -137,8 +172,9 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
 
 def test_the_page_asks_the_network_for_nothing_and_runs_nothing(tmp_path):
     page = read(write_report(make_run(tmp_path / "quick")))
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert all(address.startswith("#") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("img") == 3
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     html = (tmp_path / "quick" / "report.html").read_text()
     outside = {a for a in re.findall(r"https?://[^\"'\s<)]+", html) if not a.startswith("http://www.w3.org/")}
     assert outside == set() and "@import" not in html
@@ -148,7 +184,7 @@ def test_class_names_and_run_names_are_text_and_never_markup(tmp_path):
     folder = make_run(tmp_path / "<img src=x onerror=alert(1)>", names=[EVIL] * 10)
     html = write_report(folder).read_text(encoding="utf-8")
     page = Reader(html)  # fails on an event handler
-    assert "script" not in page.tags and "img" not in page.tags
+    assert "script" not in page.tags and page.tags.count("img") == 3
     assert "&lt;script&gt;" in html and any(EVIL in row for table in page.tables for row in table)
 
 
@@ -228,6 +264,85 @@ def test_a_teacher_s_run_has_a_report_of_its_own(tmp_path):
     assert "teacher resnet32 on fashion_mnist_lt" in html and "marks epoch 6" in html
     assert [row[0] for row in page.tables[0]] == ["", "TEACHER", "chance"]
     compare([folder, make_run(tmp_path / "student")])
+
+
+def test_the_published_table_of_the_data_set_has_the_run_in_front_under_both_splits(tmp_path):
+    folder = make_run(tmp_path / "run", overrides=["data.dataset=cifar10_lt"])
+    table = next(table for table in read(write_report(folder)).tables if table[0][-1] == "split")
+    assert [row[-1] for row in table[1:3]] == ["threshold", "official"] and table[1][0] == "this run"
+    assert ["ViT-B", "62.6", "-", "-", "-", "-"] in table
+    assert table[-1] == ["DeiT-LT-B (PaCo+SAM)", "87.5", "94.5", "84.1", "85.0", "official"]
+    other = config.load("quickstart", ["data.dataset=cifar10_lt", "data.imbalance_factor=0.1"])
+    assert published_table(other.data) is None
+
+
+def test_a_published_row_s_split_is_the_one_that_gives_back_its_overall_accuracy():
+    sizes = {10: {"official": (3, 4, 3)}, 100: {"official": (36, 35, 29)}}
+    sizes |= {1000: {"official": (390, 445, 165), "threshold": (385, 479, 136)}, 8142: {"both": (842, 3701, 3599)}}
+    checked = 0
+    for name, rows in TABLES.items():
+        classes = {"CIFAR-10-": 10, "CIFAR-100": 100, "ImageNet-": 1000, "iNaturali": 8142}[name[:9]]
+        for row in rows:
+            if not row.split:
+                continue
+            away = {
+                split: abs(np.average([row.head, row.mid, row.tail], weights=weights) - row.overall)
+                for split, weights in sizes[classes].items()
+            }
+            assert min(away, key=away.get) == row.split and away[row.split] < 0.3
+            checked += 1
+    assert checked == 20
+
+
+def test_what_validation_can_fit_and_shifted_classes_are_shown_as_results_json_has_them(tmp_path):
+    folder = make_run(tmp_path / "run")
+    page = read(write_report(folder))
+    fitted = json.loads((folder / "results.json").read_text())["posthoc"]
+    table = next(table for table in page.tables if [row[0] for row in table[3:]] == list(METHODS))
+    top1 = fitted["result"]["heads"]["fusion"]["top1"]["official"]
+    assert table[list(METHODS).index("fusion") + 3][1:5] == [f"{top1[g]:.1f}" for g in ("all", "head", "mid", "tail")]
+    assert [row[0] for row in page.tables if row[0][0] == "method"] == [["method", "values"]]
+    shifted = next(table for table in page.tables if table[0][0] == "test classes")
+    assert shifted[0][1:] == ["AVG", "CLS", "DIST", "AVG, told"] and len(shifted) == 12
+
+
+def test_signs_of_failure_say_how_often_and_what(tmp_path):
+    page = read(write_report(make_run(tmp_path / "run")))
+    table = next(table for table in page.tables if table[0][0] == "sign")
+    assert table[1][:3] == ["tail expert", "no", "1 of 2, last after epoch 10"] and EVIL in table[1][3]
+    assert table[2] == ["head", "no", "0 of 2", "AVG holds the head classes: 90.0 %"]
+
+
+def test_a_page_without_analyses_names_the_commands_that_make_them(tmp_path):
+    folder = make_run(tmp_path / "run", overrides=["teacher.path=somewhere"])
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "fastdeitlt analyze teacher run" in html and "analyze student" not in html
+    (folder / "analysis" / "student.json").unlink()
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "fastdeitlt analyze student run" in html and "Attention and features" not in html
+
+
+@pytest.mark.skipif(browser.find() is None, reason="no Chromium (make test installs one as root with apt-get)")
+def test_in_a_browser_nothing_overflows_breaks_or_fails_at_phone_and_desktop_width(tmp_path):
+    runs = [make_run(tmp_path / ("long-name-" * 8), seed=0), make_run(tmp_path / "b", overrides=["loss.alpha=0.7"])]
+    (tmp_path / "bad.html").write_text(
+        "<div style='width: 2000px'>wide</div><img src='absent.png'><script>oops()</script>"
+    )
+    with browser.Browser() as chromium:
+        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+        for page in (write_report(runs[0]), compare(runs)):
+            for width in (390, 1280):
+                assert chromium.open(page, width) == []
+                chromium.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+                assert chromium.evaluate(overflow) <= 0 and chromium.evaluate(broken) == 0
+                small = (
+                    "[...document.querySelectorAll('figure svg')].every(svg => svg.getBoundingClientRect().width > 280)"
+                )
+                assert chromium.evaluate(small)
+                assert chromium.requests() == [page.absolute().as_uri()]
+        assert len(chromium.open(tmp_path / "bad.html", 390)) >= 2  # the checks can fail
+        assert chromium.evaluate(overflow) > 0 and chromium.evaluate(broken) == 1
 
 
 def test_bad_folders_are_named(tmp_path):

@@ -225,7 +225,7 @@ def _block_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]
 
 
 def _map_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    header = ["classes", "images", "likeness CLS-DIST", "spread CLS", "spread DIST"]
+    header = ["classes", "images", "likeness", "spread CLS", "spread DIST"]
     rows = [
         [group, f"{m['images']:,}", *(cell(m[key], 3) for key in ("likeness", "spread_cls", "spread_dist"))]
         for group, m in facts["maps"].items()

@@ -1,0 +1,142 @@
+"""The report's sections made of scores alone: classes, calibration, what validation can fit, shifted classes."""
+
+# K classes
+
+import math
+
+import numpy as np
+
+from fastdeitlt import figures, shift
+from fastdeitlt.metrics import GROUPS, Result, cell
+from fastdeitlt.page import Block, Figure, Fold, Section, Table, best_cells
+from fastdeitlt.posthoc import HEADER, PostHoc
+from fastdeitlt.run_files import RunFiles
+
+MAX_CLASS_ROWS = 200
+
+
+def score_sections(run: RunFiles) -> list[Section]:
+    """Classes, calibration, what validation images can fit, other frequencies of classes; nothing without scores."""
+    if run.tested is None:
+        return []
+    _, result = run.tested
+    fitted = run.post_hoc
+    return [_classes(run, result), _calibration(result, fitted), *_fitted(fitted), _shifted(result, fitted)]
+
+
+def _classes(run: RunFiles, result: Result) -> Section:
+    blocks: list[Block] = [
+        Figure("Accuracy of a class against its training images", figures.class_accuracy(result)),
+        _confusions(run, result),
+        Fold("Every class", _class_table(run, result)),
+    ]
+    return Section(
+        "Classes",
+        "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head: with few "
+        "test images a class they are wide, and single classes should not be compared.",
+        blocks,
+    )
+
+
+def _calibration(result: Result, fitted: PostHoc | None) -> Section:
+    blocks: list[Block] = [Figure("Accuracy against confidence, as trained", figures.reliability(result))]
+    if fitted:
+        names = {"AVG, temperature": "AVG", "CLS, temperature": "CLS", "DIST, temperature": "DIST"}
+        svg = figures.reliability(fitted.result, names)
+        blocks.append(Figure("The same with a temperature for each head, fitted on validation images", svg))
+    blocks.append(_calibration_table(result))
+    return Section(
+        "Calibration",
+        "On the diagonal a confidence of 70 % is right 70 % of the time. ECE is the mean gap in per cent (15 "
+        "bins), NLL the negative log-likelihood in nats, Brier the squared error of the probabilities.",
+        blocks,
+    )
+
+
+def _fitted(fitted: PostHoc | None) -> list[Section]:
+    if fitted is None:
+        return []
+    rows = [row[:-1] for row in fitted.rows()]
+    accuracies = best_cells([row[: 1 + len(GROUPS)] for row in rows])
+    meaning = [[method, text] for method, text in fitted.meaning.items()]
+    return [
+        Section(
+            "Fitted on validation images",
+            f"What can still be changed without training, fitted on {fitted.num_fitted:,} validation images with every "
+            "class counting the same, scored on the test images (official split). T divides the logits; tau is the "
+            "strength with which the log of the training frequencies is subtracted; alpha is the weight of the DIST "
+            "head, 0.5 as trained.",
+            [
+                Table("Accuracy, ECE in %, NLL in nats", HEADER[:-1], rows, best=accuracies, wide=True),
+                Table("What was fitted", ["method", "values"], meaning, text=True, wide=True),
+            ],
+        )
+    ]
+
+
+def _shifted(result: Result, fitted: PostHoc | None) -> Section:
+    lines = shift.accuracies(result)
+    known = {"AVG, told": fitted.prior_known} if fitted else {}
+    colours = {**figures.COLOURS, "AVG, told": figures.RUN_COLOURS[2]}
+    names = list(shift.SHIFTS)
+    series = {name: [values[shifted] for shifted in names] for name, values in (lines | known).items()}
+    rows = [[shifted, *(cell(values[shifted]) for values in (lines | known).values())] for shifted in names]
+    told = (
+        " Told: AVG with the class prior fitted on validation images and the test set's prior added." if fitted else ""
+    )
+    return Section(
+        "Other class frequencies",
+        "Expected accuracy where the test set has a long tail itself: forward, the classes frequent in training are "
+        f"frequent in the test too, by the ratio given; backward, the rare ones are.{told}",
+        [
+            Figure("Accuracy by shift of the test classes, in %", figures.shifts(names, series, colours)),
+            Fold("The numbers", Table("Accuracy in %", ["test classes", *(lines | known)], rows)),
+        ],
+    )
+
+
+def _confusions(run: RunFiles, result: Result) -> Table:
+    name, head = result.main, result.heads[result.main]
+    rows = [
+        [
+            run.class_name(pair.label),
+            run.class_name(pair.predicted),
+            f"{pair.num_images} of {result.support_K[pair.label]}",
+            f"{result.counts_K[pair.label]:,} / {result.counts_K[pair.predicted]:,}",
+        ]
+        for pair in head.confusions
+    ]
+    header = ["class", "taken for", "test images", "training images"]
+    return Table(f"Most frequent confusions of {name}", header, rows, text=True)
+
+
+def _class_table(run: RunFiles, result: Result) -> Table:
+    first = result.main
+    accuracy = {name: result.class_accuracy(name) for name in result.heads}
+    interval = result.class_interval(first)
+    order = np.argsort(-np.array(result.counts_K), kind="stable")
+    caption = "Accuracy in per cent by class, largest first"
+    if len(order) > MAX_CLASS_ROWS:
+        order = np.argsort(np.nan_to_num(accuracy[first], nan=math.inf), kind="stable")[:MAX_CLASS_ROWS]
+        caption = f"Accuracy in per cent of the {MAX_CLASS_ROWS} worst of {len(result.counts_K):,} classes"
+    rows = [
+        [
+            run.class_name(k),
+            f"{result.counts_K[k]:,}",
+            f"{result.support_K[k]:,}",
+            *(cell(accuracy[name][k]) for name in result.heads),
+            f"{cell(interval[k, 0], 0)} to {cell(interval[k, 1], 0)}",
+        ]
+        for k in order
+    ]
+    return Table(caption, ["class", "training", "test", *result.heads, f"95 % interval of {first}"], rows)
+
+
+def _calibration_table(result: Result) -> Table:
+    rows = [
+        [f"{name} {group}", *(cell(*pair) for pair in zip(values, (1, 3, 3), strict=True))]
+        for name, head in result.heads.items()
+        for group in GROUPS
+        for values in [[measure["threshold"][group] for measure in (head.ece, head.nll, head.brier)]]
+    ]
+    return Table("By head and group (threshold split)", ["", "ECE", "NLL", "Brier"], rows)
