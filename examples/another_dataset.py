@@ -1,0 +1,81 @@
+"""Write a small data set of another domain as class folders: ``python examples/another_dataset.py digits FOLDER``.
+
+digits: handwritten digits that scikit-learn carries (pip install scikit-learn), cut to a long tail.
+solar-cells: electroluminescence images of solar cells that elpv-dataset carries (pip install elpv-dataset), as
+long-tailed as they were collected.
+
+FOLDER gets {train,val,test}/<class>/<number>.png, which ``data.dataset=folder`` reads. Always writes the same images.
+"""
+
+# N images in the set, K classes
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastdeitlt.data.longtail import cifar_lt_counts
+
+Split = dict[str, list[int]]  # split -> images of each class [K]
+SEED = 0
+
+
+def digits() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
+    """(images, labels_N, class names, counts): 8 x 8 pixels; 110 to 5 training images a class, 20 val, 40 test."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = list((found.images * (255 / 16)).round().astype(np.uint8))
+    counts = {"train": cifar_lt_counts(1100, 10, 1 / 22), "val": [20] * 10, "test": [40] * 10}
+    return images, found.target, [str(name) for name in found.target_names], counts
+
+
+def solar_cells() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
+    """(images, labels_N, class names, counts): kind of cell by rated defect, 8 classes; a tenth val, a quarter test."""
+    from elpv_dataset.utils import load_dataset
+
+    images, defect_N, kind_N = load_dataset()
+    names = [f"{kind}-{percent}" for kind in ("mono", "poly") for percent in ("000", "033", "067", "100")]
+    labels_N = 4 * (kind_N == "poly") + np.rint(3 * defect_N).astype(int)
+    total_K = np.bincount(labels_N, minlength=len(names))
+    counts = {"val": (total_K // 10).tolist(), "test": (total_K // 4).tolist()}
+    counts["train"] = (total_K - counts["val"] - counts["test"]).tolist()
+    return list(images), labels_N, names, counts
+
+
+SETS: dict[str, Callable[[], tuple[list[np.ndarray], np.ndarray, list[str], Split]]] = {
+    "digits": digits,
+    "solar-cells": solar_cells,
+}
+
+
+def choose(labels_N: np.ndarray, counts: Split) -> Iterator[tuple[str, int, int]]:
+    """(split, class, image) of every image taken; no image is taken twice."""
+    generator = np.random.RandomState(SEED)
+    for label in range(len(counts["train"])):
+        shuffled = generator.permutation(np.flatnonzero(labels_N == label)).tolist()
+        for split in ("test", "val", "train"):
+            for _ in range(counts[split][label]):
+                yield split, label, shuffled.pop()
+
+
+def main() -> None:
+    """Write one set."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"{args.folder} exists; give a new folder")
+    images, labels_N, names, counts = SETS[args.set]()
+    for split, label, index in choose(labels_N, counts):
+        file = args.folder / split / names[label] / f"{index:05d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[index]).save(file)
+    print(f"{args.folder}: " + ", ".join(f"{split} {sum(counts[split]):,}" for split in counts))
+
+
+if __name__ == "__main__":
+    main()

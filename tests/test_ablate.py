@@ -1,0 +1,311 @@
+"""The grid: what is trained, with which settings, in which order, what is trained again, and what the table says."""
+
+import csv
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastdeitlt import ablate, ablation_table, cli, config, demo, embedded
+from fastdeitlt.ablation_table import paired_t_test
+from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.metrics import score, score_single
+
+COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
+SHORT = {
+    "student": {"train.epochs": 2, "loss.drw_epoch": 1, "student.depth": 1, "train.batch_size": 16},
+    "teacher": {
+        "teacher_training.epochs": 2,
+        "teacher_training.drw_epoch": 1,
+        "teacher_training.warmup_epochs": 1,
+    },
+}
+GRID = {
+    "name": "grid",
+    "student": "quickstart",
+    "teacher": "teacher/quickstart",
+    "seeds": [0, 1],
+    "settings": SHORT,
+    "arms": {
+        "base": {},
+        "vit": {"teacher": "none", "student": {"loss.drw_epoch": -1}},
+        "no-drw": {"student": {"loss.drw_epoch": -1}},
+        "sgd": {"teacher": {"teacher_training.sam": "none"}},
+    },
+}
+
+
+@pytest.fixture
+def grid_file(tmp_path):
+    """Writes a grid and gives its path."""
+
+    def write(**changes):
+        file = tmp_path / "grid.yaml"
+        file.write_text(yaml.safe_dump(GRID | changes, sort_keys=False))
+        return str(file)
+
+    return write
+
+
+def _scores(correct, images=20):
+    """Logits of heads that are right on the first ``correct`` images of each class."""
+    labels_N = torch.arange(10).repeat_interleave(images)
+    right_N = torch.arange(images).repeat(10) < correct
+    return torch.nn.functional.one_hot(torch.where(right_N, labels_N, (labels_N + 1) % 10), 10).float(), labels_N
+
+
+def _results(folder, correct, teacher_correct=None):
+    """A finished run's results with an accuracy of 5 x ``correct`` %."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logits, labels = _scores(correct)
+    teacher = None if teacher_correct is None else score_single(_scores(teacher_correct)[0], labels, COUNTS).to_json()
+    test = score(logits, logits, labels, COUNTS).to_json()
+    (folder / "results.json").write_text(json.dumps({"test": test, "teacher": teacher}))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What would be trained, in place of training it; a student named in ``trained.diverging`` diverges."""
+
+    class Calls(list):
+        diverging = ()
+
+    calls = Calls()
+
+    def train(cfg, resume="auto"):
+        calls.append(cfg)
+        if cfg.name in calls.diverging:
+            raise NonFiniteError("loss is nan")
+        folder = Path(cfg.runs_dir) / cfg.name
+        _results(folder, 10 + cfg.train.seed, teacher_correct=8 if cfg.teacher.path else None)
+        (folder / "config.yaml").write_text(config.dump(cfg))
+        return folder
+
+    def train_teacher(cfg):
+        calls.append(cfg)
+        return f"{cfg.runs_dir}/{cfg.name}/best"
+
+    monkeypatch.setattr(demo, "train_teacher", train_teacher)
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(ablate, "train", train)
+    monkeypatch.setattr(ablate, "diagnose_teacher", lambda path, cfg, n: {"mixed_resized": {"accuracy": 33.0}})
+    return calls
+
+
+def test_all_arms_of_a_seed_come_before_the_next_seed_and_settings_win_in_order(grid_file):
+    arms = GRID["arms"] | {"slow": {"student": {"optim.lr": 1e-4}}}
+    runs = ablate.plan(
+        ablate.read_grid(grid_file(arms=arms)), ["optim.lr=3e-4", "runs_dir=r", "teacher_training.lr=0.2"]
+    )
+    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for seed in (0, 1) for arm in arms]
+    base, vit, _, sgd, slow = runs[:5]
+    assert (base.student.optim.lr, slow.student.optim.lr) == (3e-4, 1e-4)  # override over recipe, arm over override
+    assert base.student.train.epochs == 2  # settings over recipe
+    assert base.student.data.dataset == "fashion_mnist_lt"  # recipe
+    assert base.folder == Path("r/grid/base-seed0")
+    assert runs[5].student.train.seed == 1
+    assert vit.teacher is None and vit.student.teacher.path == ""
+    assert base.teacher.teacher_training.lr == 0.2
+    assert (base.teacher.teacher_training.sam, sgd.teacher.teacher_training.sam) == ("sam", "none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": [1]}, "did you mean seeds"),
+        ({"arms": {}}, "arms"),
+        ({"seeds": []}, "seeds"),
+        ({"student": "quickstrat"}, "did you mean quickstart"),
+        ({"arms": {"base": {}, "x": {"student": {"loss.drw": 3}}}}, "arm x: unknown config name 'loss.drw'"),
+        ({"arms": {"base": {}, "x": {"teacher": {"teacher_training.epochs": 0}}}}, "arm x, teacher: "),
+        ({"arms": {"base": {}, "x": {"student": {"train.seed": 3}}}}, "train.seed is set by the grid"),
+        ({"arms": {"base": {}, "x": {"student": {"teacher.path": "t"}}}}, "teacher.path is set by the grid"),
+        ({"arms": {"base": {}, "x": {"student": {"optim.lr": 1e-3}}}}, "arm x: has the settings of arm base"),
+        ({"arms": {"base": {}, "a b": {"student": {"optim.lr": 1}}}}, "name: got 'a b-seed0'"),
+        ({"teacher": ""}, "arm sgd: has settings of a teacher"),
+        ({"settings": {"teacher": "none"}}, "leave the grid's teacher recipe out"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_faulty_grid_is_one_line_and_code_2(grid_file, capsys, changes, words):
+    assert cli.main(["ablate", grid_file(**changes)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arms", "no-dwr"], "did you mean no-drw"),
+        (["--seeds", "7"], "seeds 7 are not in"),
+        (["train.seed=4"], "train.seed is set by the grid"),
+        (["data.root=/nowhere", "data.dataset=folder"], "/nowhere"),
+        (["student.name=deit_tiny_distilled_patch5_32"], "patch5"),
+        (["teacher_training.arch=resnet9"], "resnet9"),
+        (["train.batch_size=4096"], "train.batch_size"),
+        (["--table"], "no finished run"),
+    ],
+    ids=" ".join,
+)
+def test_what_would_fail_later_fails_before_the_first_run(grid_file, trained, tmp_path, capsys, arguments, words):
+    settings = {"student": {"train.epochs": 2, "loss.drw_epoch": 1}, "teacher": SHORT["teacher"]}
+    arguments = ["ablate", grid_file(settings=settings), f"runs_dir={tmp_path / 'runs'}", *arguments]
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert trained == []
+
+
+def test_a_teacher_file_is_opened_before_the_first_run(grid_file, trained, tmp_path):
+    (tmp_path / "t.pth").write_bytes(b"not a checkpoint")
+    arms = {"base": {}, "taught": {"student": {"teacher.path": str(tmp_path / "t.pth")}}}
+    with pytest.raises(UserError, match=r"arm taught: .*t\.pth"):
+        ablate.ablate(grid_file(arms=arms, teacher="", settings={}), [f"runs_dir={tmp_path}"])
+    assert trained == []
+
+
+def test_equal_teachers_are_shared_and_finished_runs_skipped(grid_file, trained, tmp_path):
+    runs = [f"runs_dir={tmp_path / 'runs'}"]
+    folder = ablate.ablate(grid_file(), runs, seeds=[0])
+    assert [cfg.name for cfg in trained if cfg.teacher_training.epochs != 2] == [
+        "base-seed0",
+        "vit-seed0",
+        "no-drw-seed0",
+        "sgd-seed0",
+    ]
+    teachers = {cfg.name for cfg in trained if cfg.teacher_training.epochs == 2}
+    assert len(teachers) == 2  # base and no-drw have one, sgd another, vit none
+    (folder / "no-drw-seed0" / "results.json").unlink()
+    trained.clear()
+    ablate.ablate(grid_file(), runs, arms=["base", "no-drw"])
+    students = [cfg.name for cfg in trained if cfg.teacher_training.epochs != 2]
+    assert students == ["no-drw-seed0", "base-seed1", "no-drw-seed1"]
+    trained.clear()
+    ablate.ablate(grid_file(), runs, table_only=True)
+    assert trained == []
+
+
+def test_a_diverged_run_is_told_at_the_end_and_stops_no_other(grid_file, trained, tmp_path, capsys):
+    trained.diverging = ("vit-seed0",)
+    assert cli.main(["ablate", grid_file(), f"runs_dir={tmp_path / 'runs'}"]) == 5
+    assert "1 runs diverged" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "runs/grid/results.csv").open()))
+    seeds = {row["arm"]: row["seeds"] for row in rows if row["head"] == "AVG"}
+    assert seeds == {"base": "2", "vit": "1", "no-drw": "2", "sgd": "2"}
+
+
+def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
+    ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base"])
+    with pytest.raises(UserError, match=r"base-seed0: holds a run with other settings \(optim.lr: 0.001 -> 0.002\)"):
+        ablate.ablate(grid_file(), [f"runs_dir={tmp_path}", "optim.lr=0.002"])
+
+
+def test_the_dry_run_lists_runs_with_steps_and_states_and_trains_nothing(grid_file, trained, tmp_path, capsys):
+    runs = f"runs_dir={tmp_path / 'runs'}"
+    ablate.ablate(grid_file(), [runs], seeds=[0], arms=["vit"])
+    last = tmp_path / "runs/grid/no-drw-seed0/checkpoints/last"
+    last.mkdir(parents=True)
+    (last / "manifest.json").write_text('{"step": 154}')
+    trained.clear()
+    capsys.readouterr()
+    assert cli.main(["ablate", grid_file(), runs, "--seeds", "0", "--dry-run"]) == 0
+    # 2,304 of 2,478 images an epoch in batches of 16, two epochs; the teacher's batches are of 128
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert "288" in lines["base-seed0"] and "new" in lines["base-seed0"]
+    assert "finished" in lines["vit-seed0"]
+    assert "interrupted at step 154" in lines["no-drw-seed0"]
+    assert "40" in lines["teacher-quickstart of base-seed0"]
+    assert not any("of no-drw-seed0" in name for name in lines)  # it has base's
+    assert trained == []
+
+
+def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
+    finished = []
+    for arm, correct in {"base": (10, 11, 12), "better": (12, 12, 15), "alone": (9,)}.items():
+        for seed, number in enumerate(correct):
+            folder = tmp_path / f"{arm}-seed{seed}"
+            _results(folder, number, teacher_correct=14)
+            (folder / ablation_table.OOD_FILE).write_text(json.dumps({"mixed_resized": {"accuracy": 41.5}}))
+            finished.append((arm, seed, folder))
+    ablation_table.write(tmp_path, ["base", "better", "alone"], finished)
+    rows = {
+        row["arm"]: row
+        for row in csv.DictReader((tmp_path / "results.csv").open())
+        if (row["head"], row["group"], row["split"]) == ("AVG", "tail", "official")
+    }
+    base, better = rows["base"], rows["better"]
+    assert (float(base["mean"]), float(base["deviation"])) == (55, 5)
+    assert float(better["difference"]) == pytest.approx(10)
+    # differences 10, 5, 15: t = 10 / (5 / sqrt 3), two degrees of freedom
+    assert float(better["p"]) == pytest.approx(0.0741799, rel=1e-5)
+    assert rows["alone"]["deviation"] == "" and rows["alone"]["p"] == ""
+    text = (tmp_path / "results.md").read_text()
+    assert "| base | 3 | 70.0 ± 0.0 | 41.5 ± 0.0 | 55.0 ± 5.0 |" in text
+    assert "| better | 3 | +10.0 | 0.074 |" in text
+    assert "| alone | 1 | -5.0 | - |" in text
+    svg = (tmp_path / "results.svg").read_text()
+    assert "<svg" in svg and "better" in svg
+
+
+@pytest.mark.parametrize(
+    ("differences", "t", "p"),
+    [  # scipy.stats.ttest_1samp(differences, 0) of scipy 1.17
+        ([0.5, -0.2], 0.4285714285714286, 0.7422378831816868),
+        ([1.2, 0.7, 2.1], 3.2551538350846374, 0.08281966404388959),
+        ([1.2, 0.7, 2.1, -0.3], 1.8476918269240126, 0.16179538047146924),
+        ([3, 1, 4, 1, 5, 9, 2, 6], 3.9878657557711255, 0.005270757241602),
+    ],
+)
+def test_the_paired_test_is_students(differences, t, p):
+    assert paired_t_test(differences) == pytest.approx((t, p), rel=1e-9)
+    assert paired_t_test([-d for d in differences]) == pytest.approx((-t, p), rel=1e-9)
+
+
+def test_the_paired_test_without_spread_or_pairs():
+    assert paired_t_test([0, 0, 0]) == (0, 1)
+    assert paired_t_test([2, 2, 2])[1] == 0
+    assert all(value != value for value in paired_t_test([1.0]))
+
+
+SHIPPED = sorted(config.find("ablation/embedded").parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_grids_are_valid(path):
+    grid = ablate.read_grid(f"ablation/{path.stem}")
+    assert grid.name == f"ablation-{path.stem}"
+    assert len(grid.seeds) >= 3
+    assert len(ablate.plan(grid)) == len(grid.seeds) * len(grid.arms)
+
+
+def test_a_grid_cut_off_continues_and_ends_with_its_table(tmp_path, grid_file, monkeypatch):
+    root, lists = embedded.unpack(), tmp_path / "lists"
+    lists.mkdir()
+    data = {"data.dataset": "list", "data.root": str(root)}
+    for split, every in (("train", 19), ("val", 25), ("test", 25)):
+        lines = (root / f"{split}.txt").read_text().splitlines()
+        kept = lines[::every] + (lines[-20::5] if split == "train" else [])  # every class has some
+        (lists / f"{split}.txt").write_text("\n".join(kept))
+        data[f"data.{split}_list"] = str(lists / f"{split}.txt")
+    arms = {name: GRID["arms"][name] for name in ("base", "vit")}
+    settings = {"student": SHORT["student"] | data, "teacher": SHORT["teacher"]}
+    path = grid_file(seeds=[0], settings=settings, arms=arms)
+    overrides = [f"runs_dir={tmp_path / 'runs'}", "train.precision=fp32"]
+
+    def interrupted(cfg, resume="auto"):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "train", interrupted)
+        assert cli.main(["ablate", path, *overrides]) == 130
+    done = tmp_path / "runs/grid/base-seed0/results.json"
+    before = done.stat().st_mtime_ns
+    assert cli.main(["ablate", path, *overrides]) == 0
+    assert done.stat().st_mtime_ns == before
+    rows = list(csv.DictReader((tmp_path / "runs/grid/results.csv").open()))
+    arms_and_heads = {(row["arm"], row["head"]) for row in rows}
+    assert arms_and_heads == {*product(("base", "vit"), ("AVG", "CLS", "DIST")), ("base", "TEACHER")}
+    assert [row["mean"] for row in rows if row["group"] == "OOD"] != []
