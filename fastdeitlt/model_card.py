@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastdeitlt.metrics import GROUPS, Result, cell
+from fastdeitlt.posthoc import PostHoc
 from fastdeitlt.saved import Saved
 
 CARD = """---
@@ -81,4 +82,18 @@ def _results(results: dict[str, Any]) -> str:
     for split in result.num_classes:
         for head, scores in result.heads.items():
             lines.append(f"| {split} | {head} | " + " | ".join(cell(scores.top1[split][g]) for g in GROUPS) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _calibration(results, result)])
+
+
+def _calibration(results: dict[str, Any], result: Result) -> str:
+    """How far confidence is from accuracy, and the temperature that was fitted, if one was."""
+    head = result.heads[result.main]
+    text = f"Expected calibration error of {result.main}: {cell(head.ece['threshold']['all'])} % (15 bins)."
+    if not results.get("posthoc"):
+        return text
+    fitted, method = PostHoc.from_json(results["posthoc"]), "AVG, temperature"
+    after = fitted.result.heads[method].ece["threshold"]["all"]
+    return (
+        f"{text} With the logits divided by {1 / fitted.weights[method][0]:.3f}, a temperature fitted on "
+        f"{fitted.num_fitted:,} validation images: {cell(after)} %. These weights do not contain it."
+    )

@@ -1,7 +1,11 @@
 """Evaluation: every image once, the right mean for every group, honest gaps where there is nothing to measure."""
 
+import csv
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
+from fastdeitlt import embedded
 from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.longtail import LongTailSet
@@ -290,3 +295,39 @@ def test_the_verb_names_a_split_or_data_set_that_does_not_fit(tmp_path):
         evaluate(folder, split="holdout")
     with pytest.raises(UserError, match="manifest"):
         evaluate(tmp_path)
+
+
+def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
+    """61 test and 33 validation images on two ranks: one has an image more, and the last batches are smaller."""
+    root = embedded.unpack()
+    lists = []
+    for split, number in (("train", 300), ("val", 33), ("test", 61)):
+        lines = (root / f"{split}.txt").read_text().splitlines()
+        chosen = [lines[i] for i in np.linspace(0, len(lines) - 1, number).astype(int)]
+        (tmp_path / f"{split}.txt").write_text("\n".join(chosen))
+        lists.append(f"data.{split}_list={tmp_path / split}.txt")
+    settings = ["train.precision=fp32", "train.device=cpu", "data.residency=host", "data.dataset=list"]
+    settings += [f"data.root={root}", "evaluate.batch_size=8", *lists]
+    model = save_ten(tmp_path / "model")
+    evaluate(model, settings, json_path=tmp_path / "one.json", csv_path=tmp_path / "one.csv")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    verb = ["-m", "fastdeitlt.cli", "eval", str(model), *settings, "--json", str(tmp_path / "two.json")]
+    verb += ["--csv", str(tmp_path / "two.csv")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([*launch, *verb], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("threshold split") == 1  # one rank prints
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert sum(one["support_K"]) == 61 and one["posthoc"]["num_fitted"] == 33
+    assert two["support_K"] == one["support_K"]
+    for head, scores in one["heads"].items():
+        assert two["heads"][head]["correct_K"] == scores["correct_K"]
+        assert two["heads"][head]["nll"]["threshold"]["all"] == pytest.approx(
+            scores["nll"]["threshold"]["all"], rel=1e-4
+        )
+    rows = list(csv.reader((tmp_path / "two.csv").open()))
+    assert rows == list(csv.reader((tmp_path / "one.csv").open()))
+    assert (
+        rows[0][:7] == ["class", "name", "training images", "images", "AVG", "AVG low", "AVG high"] and len(rows) == 11
+    )
