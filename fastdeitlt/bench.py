@@ -240,8 +240,7 @@ def _powers_of_two(most: int) -> list[int]:
 def _facts(setup: Setup, images_per_s: float, watts: list[float]) -> dict[str, Any]:
     """What the rate means: FLOPs, MFU against datasheet and matmul, memory, power; None = cannot be known here."""
     device, flops = setup.device, setup.flops
-    dtype = torch.bfloat16 if setup.cfg.train.precision == "bf16" else torch.float32
-    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, dtype), peak_flops(device)
+    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, setup.dtype), peak_flops(device)
     gpu = device.type == "cuda"
     memory = (
         torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -250,7 +249,7 @@ def _facts(setup: Setup, images_per_s: float, watts: list[float]) -> dict[str, A
     return {
         "model GFLOP an image (student x 3, teacher x 1)": flops / 1e9,
         "achieved GFLOP/s": achieved / 1e9,
-        f"measured matmul GFLOP/s ({setup.cfg.train.precision})": matmul / 1e9,
+        f"measured matmul GFLOP/s ({str(setup.dtype).removeprefix('torch.')})": matmul / 1e9,
         "MFU against the measured matmul": achieved / matmul,
         "MFU against the datasheet": achieved / peak if peak else None,
         "peak memory MiB" + ("" if gpu else " (of the process)"): memory / 2**20,

@@ -18,6 +18,7 @@ from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.train import teacher_of
 
 KNOWN_CLASSES = {
@@ -60,9 +61,14 @@ class Setup:
         """Model FLOPs an image: backward costs twice the forward, the teacher runs forward only."""
         return 3 * flops_per_image(self.joint.student) + forward_flops(self.teacher, self.size, self.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the step's matrix products have."""
+        return autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
+
     def autocast(self) -> torch.autocast:
         """The step's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def set_up(

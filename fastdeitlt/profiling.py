@@ -244,11 +244,10 @@ def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:
     for event in events:
         if event.cpu_parent is None and event.device_type == DeviceType.CPU:
             visit(event)
-    dtype = torch.bfloat16 if setup.cfg.train.precision == "bf16" else torch.float32
     for name in costs.bytes.keys() & rows.keys():
         row = rows[name]
         row.bytes, row.flops = costs.bytes[name], costs.flops.get(name, 0)
-        least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, dtype))
+        least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, setup.dtype))
         row.share_of_roofline = 1e3 * least_s / row.time_ms if row.time_ms else None
     kept = [row for row in rows.values() if row.time_ms > 0 and row.name not in STAGES]
     return sorted(kept, key=lambda row: -row.time_ms)
