@@ -1,6 +1,6 @@
 """A teacher's training step with SAM beside plain SGD's, images on the device to new weights.
 
-    python -m benchmarks.bench_sam [--case NAME ...] [--rounds 20]
+    python -m benchmarks.bench_sam [--case NAME ...] [--rounds 20] [--check]
 
 One process, interleaved rounds, the same network, batch and precision. SAM runs the network forward and backward twice,
 so twice SGD's time is the floor; what is over is the perturbation. ``davda54`` is the two-pass loop of the usual
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=sorted(CASES), help="default: this device's")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--check", action="store_true", help="take each step once, no time, write nothing")
     options = parser.parse_args(arguments)
     device = GPU if torch.cuda.is_available() else CPU
     for name in options.case or [name for name, (where, *_) in CASES.items() if where.type == device.type]:
@@ -92,6 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
             for kind in kinds
         }
         calls["davda54"] = usual(kinds["sam"], device, batch, num_classes)
+        if options.check:
+            for call in calls.values():
+                call()
+            continue
         case = harness.Case(f"{name}, batch {count}", calls, "SGD", eager=frozenset(calls))
         rows = harness.rows("sam", case, harness.measure(calls, device, options.rounds, case.eager), device)
         for row in rows:

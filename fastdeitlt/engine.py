@@ -16,6 +16,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.loss import JointLoss, decision_weight, joint_loss
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.precision import autocast_dtype
 
 log = logging.getLogger("fastdeitlt")
 
@@ -56,7 +57,7 @@ class JointForward(nn.Module):
         self.student = student
         object.__setattr__(self, "teacher", teacher)
         self.cfg = cfg
-        self.device_type = device.type
+        self.device_type, self.dtype = device.type, autocast_dtype(cfg.train.precision, device)
         # soft distillation divides by the number of images, which is the same on all ranks
         self.is_global = cfg.loss.normalise == "global" and cfg.loss.distillation == "hard"
         self.one = torch.ones((), device=device)
@@ -81,7 +82,7 @@ class JointForward(nn.Module):
             "base": c.base,
             "counts": self.counts,
         }
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"):
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
         if self.teacher is None or teacher_logits_BK is None:

@@ -25,6 +25,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import Result, score, score_single
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.posthoc import PostHoc, post_hoc
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.saved import Saved, open_saved, run_of
 
 
@@ -194,7 +195,7 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
             mean=saved.mean,
             std=saved.std,
             device=device,
-            autocast_dtype=torch.bfloat16 if cfg.train.precision == "bf16" else None,
+            autocast_dtype=autocast_dtype(cfg.train.precision, device),
         )
     finally:
         source.close()

@@ -28,6 +28,7 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
 from fastdeitlt.posthoc import post_hoc
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import Run, console, write_atomically
 from fastdeitlt.saved import open_saved
 
@@ -191,7 +192,7 @@ class Selector:
             mean=cfg.augment.mean,
             std=cfg.augment.std,
             device=self.device,
-            autocast_dtype=torch.bfloat16 if cfg.train.precision == "bf16" else None,
+            autocast_dtype=autocast_dtype(cfg.train.precision, self.device),
         )
 
     def _score(self, logits: tuple[Tensor, Tensor, Tensor]) -> Result:

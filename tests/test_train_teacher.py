@@ -22,6 +22,7 @@ from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
@@ -30,7 +31,7 @@ from fastdeitlt.teachers.losses import build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.step import LogitObjective, Step, autocast_dtype, build_objective, build_optimizer
+from fastdeitlt.teachers.step import LogitObjective, Step, build_objective, build_optimizer
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.teachers.views import Part, Plan, StepBatch
 from fastdeitlt.train import train

@@ -20,8 +20,8 @@ from fastdeitlt.data.longtail import LongTailSet, Sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.evaluate import OneHead, collect_logits
 from fastdeitlt.metrics import GROUPS, Result, score_single
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import Run, console, write_atomically
-from fastdeitlt.teachers.step import autocast_dtype
 
 log = logging.getLogger("fastdeitlt")
 CLEAN_IMAGES = 10_000

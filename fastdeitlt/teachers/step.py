@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdeitlt import distributed
 from fastdeitlt.config import Config, TeacherTrainingConfig
 from fastdeitlt.models.teacher import Paco, create_teacher
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers.losses import Loss, build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import SAM, frozen_batch_stats
@@ -97,15 +98,6 @@ def build_optimizer(network: nn.Module, cfg: TeacherTrainingConfig) -> torch.opt
     parameters = [p for p in network.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, foreach=True)
     return sgd if cfg.sam == "none" else SAM(parameters, sgd, cfg.sam_rho, adaptive=cfg.sam == "asam")
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What ``train.precision`` means on a device: bfloat16, or None for float32.
-
-    A CPU without bfloat16 instructions emulates them (on AVX2 nine times slower than float32), so it keeps float32.
-    """
-    emulated = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if precision == "bf16" and not emulated else None
 
 
 class Step:
