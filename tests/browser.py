@@ -24,7 +24,7 @@ class Browser:
         timeout_s: the browser is ended after so long, whatever it does; a command then fails.
     """
 
-    def __init__(self, timeout_s=120):
+    def __init__(self, timeout_s=600):
         self._timer = threading.Timer(timeout_s, self._end)
 
     def __enter__(self):

@@ -8,7 +8,10 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from fastdeitlt.errors import UserError
+from fastdeitlt.metrics import score
+from fastdeitlt.model_card import model_card
 from fastdeitlt.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc
+from fastdeitlt.saved import Saved
 
 COUNTS = [500, 120, 60, 20, 8]
 
@@ -151,3 +154,17 @@ def test_it_survives_json_with_gaps_and_refuses_something_else():
     assert [row[0] for row in found.rows()] == ["AVG", "AVG, class prior, tau = 1", *METHODS]
     with pytest.raises(UserError, match="post-hoc scores: num_fitted"):
         PostHoc.from_json({})
+
+
+def test_the_model_card_of_an_export_names_the_temperature():
+    val, test = heads(seed=1), heads(seed=2)
+    fitted, plain = post_hoc(val, test, COUNTS), score(*test, COUNTS)
+    info = {"model": {"name": "deit_tiny_distilled_patch8_32"}}
+    results = {"test": plain.to_json(), "posthoc": fitted.to_json()}
+    saved = Saved(
+        torch.nn.Identity(), "student", list("abcde"), torch.arange(5), (0.5,), (0.5,), 32, 1.0, info, results
+    )
+    card = model_card(saved, "deit", {})
+    assert f"divided by {1 / fitted.weights['AVG, temperature'][0]:.3f}" in card and "600 validation images" in card
+    del results["posthoc"]
+    assert "Expected calibration error of AVG" in model_card(saved, "deit", {})
