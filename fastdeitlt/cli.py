@@ -354,6 +354,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not getattr(error, "told", False):  # by another rank
             print(f"fastdeitlt: error: {error}", file=sys.stderr)
+        if "FASTDEITLT_LAUNCHER" in os.environ:  # the others wait; Python's own end takes seconds to free everything
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         print("fastdeitlt: stopped; the same command continues from the last checkpoint", file=sys.stderr)

@@ -115,7 +115,8 @@ class _Ranks:
             time.sleep(0.05)
         self.kill()
         # a rank that lost another reports that it did: what the other one reports is the cause
-        failed |= {r: c for r, c in self._failed().items() if r not in failed and c != -signal.SIGKILL}
+        ours = (-signal.SIGKILL, -signal.SIGUSR2)
+        failed |= {r: c for r, c in self._failed().items() if r not in failed and c not in ours}
         self.alive = []
         if not failed:
             return 0
