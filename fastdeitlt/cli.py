@@ -229,12 +229,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--with-teacher", metavar="RECIPE", help="train this teacher first, such as teacher/quickstart"
             )
             added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
-            added.add_argument(
-                "--processes", type=int, default=0, metavar="N", help="ranks here; default: one a visible GPU"
-            )
-            added.add_argument(
-                "--restarts", type=int, default=0, metavar="N", help="start all ranks again after a crash, this often"
-            )
+        added.add_argument(
+            "--processes", type=int, default=0, metavar="N", help="ranks here; default: one a visible GPU"
+        )
+        added.add_argument(
+            "--restarts", type=int, default=0, metavar="N", help="start all ranks again after a crash, this often"
+        )
 
     added = verb("ablate", _ablate, "train a grid of arms x seeds, continuing what is there, and compare the arms")
     added.add_argument("grid", help="grid file, or a shipped one such as ablation/embedded")

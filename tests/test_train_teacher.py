@@ -1,7 +1,6 @@
 """Teachers end to end on a tiny set of coloured squares: training, resuming, folders, conversion, diagnosis."""
 
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from teacher_ranks import as_rank, flat_step
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from fastdeitlt import config, distributed
+from fastdeitlt import config
 from fastdeitlt.analysis import sections
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.cli import main
@@ -27,13 +27,12 @@ from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
-from fastdeitlt.teachers.losses import build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.step import LogitObjective, Step, build_objective, build_optimizer
+from fastdeitlt.teachers.step import Step, build_objective
 from fastdeitlt.teachers.train import train_teacher
-from fastdeitlt.teachers.views import Part, Plan, StepBatch
+from fastdeitlt.teachers.views import Plan
 from fastdeitlt.train import train
 
 COLOURS = [(220, 40, 40), (40, 220, 40), (40, 40, 220)]
@@ -95,6 +94,7 @@ def test_a_sam_teacher_learns_and_its_folder_says_how_well(trained: tuple[Config
     results = json.loads((folder.parents[1] / "results.json").read_text())
     assert results["selected"]["on"] == "val"
     assert train_teacher(cfg) == folder  # finished: nothing is trained again
+    assert main(["train-teacher", str(folder.parents[1] / "config.yaml"), "name=t"]) == 0
 
 
 def test_the_folder_gives_the_accuracy_it_claims(trained: tuple[Config, Path]) -> None:
@@ -210,48 +210,11 @@ def test_bfloat16_is_only_used_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPa
         assert autocast_dtype("fp32", torch.device("cuda")) is None
 
 
-def flat_step(loss: str, sam: str, parts: int, ranks: int = 1, scope: str = "global") -> list[torch.Tensor]:
-    """The weights after two steps of a network without batch norm on a batch that comes in parts."""
-    rank = distributed.rank()
-    cfg = config.load(
-        "teacher/quickstart",
-        [
-            f"teacher_training.{name}"
-            for name in (f"loss={loss}", f"sam={sam}", "sam_rho=0.5", f"sam_scope={scope}", "normed_head=false")
-        ]
-        + ["train.precision=fp32"],
-    )
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-    counts, cpu = [9, 5, 1], torch.device("cpu")
-    objective = LogitObjective(network, build_loss(cfg.teacher_training, counts, cpu), per_image=loss == "focal")
-    step = Step(objective, build_optimizer(network, cfg.teacher_training), cfg, cpu)
-    images, labels = torch.randn(11, 3, 2, 2), torch.randint(3, (11,))
-    plan = Plan(11, 11, 0, drop_last=False, rank=rank, world=ranks, accumulate=parts)
-    own = [torch.from_numpy(part) for part in plan.parts(np.arange(11))]
-    batch = StepBatch([Part([images[part]], labels[part]) for part in own], labels)
-    for seed in range(2):
-        loss_value = distributed.sum_over_ranks(step(batch, torch.tensor([0.3, 1.0, 4.0]), seed))
-    return [loss_value, *(p.detach() for p in network.parameters())]
-
-
 @pytest.mark.parametrize("loss", ["ldam", "focal"])
 @pytest.mark.parametrize("sam", ["none", "sam", "asam"])
 def test_micro_batches_give_the_step_of_the_whole_batch(loss: str, sam: str) -> None:
     for whole, cut in zip(flat_step(loss, sam, 1), flat_step(loss, sam, 3), strict=True):
         torch.testing.assert_close(cut, whole)
-
-
-def as_rank(rank: int, port: int, folder: str, cfgs: list[Config]) -> None:
-    """A rank of two: flat steps with both perturbations, then whole trainings."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    distributed.start("cpu")
-    after = {scope: flat_step("ldam", "sam", 2, ranks=2, scope=scope) for scope in ("global", "rank")}
-    torch.save(after, f"{folder}/flat-{rank}")
-    for index, cfg in enumerate(cfgs):
-        torch.save(load_tensors(train_teacher(cfg)), f"{folder}/run{index}-{rank}")
-    distributed.stop()
 
 
 def test_ranks_take_the_step_of_the_whole_batch_and_train_one_teacher(data: Path, tmp_path: Path) -> None:
