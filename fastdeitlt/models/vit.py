@@ -7,6 +7,7 @@ of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
 # D width, K classes
 
 import re
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -142,17 +143,14 @@ class DistilledViT(nn.Module):
 
     def _run(self, images_BCHW: Tensor, num_queries: int | None) -> Tensor:
         """Tokens after the final norm, [B, N, D], or the first ``num_queries``, which the last block then computes."""
-        x_BND, blocks = self._embed(images_BCHW), list(self.blocks)
-        rates = [block.drop_path if self.training else 0.0 for block in blocks]
-        kept = [tuple(draw_kept(x_BND, rate, self.drop_path_law) for _ in range(2)) for rate in rates]
-        norms = [*(block.norm1 for block in blocks[1:]), self.norm]
-        firsts = [*(attn for attn, _ in kept), None]
-        normed_SND = blocks[0].norm1(select(x_BND, firsts[0]))
+        x_BND, blocks = self._embed(images_BCHW), cast(list[Block], list(self.blocks))
+        law, rates = self.drop_path_law, [block.drop_path if self.training else 0.0 for block in blocks]
+        kept = [(draw_kept(x_BND, rate, law), draw_kept(x_BND, rate, law)) for rate in rates]
+        nexts = [(block.norm1, attn) for block, (attn, _) in zip(blocks, kept, strict=True)] + [(self.norm, None)]
+        normed_SND = blocks[0].norm1(select(x_BND, kept[0][0]))
         for i, block in enumerate(blocks):
-            last = i == len(blocks) - 1
-            x_BND, normed_SND = block(
-                x_BND, normed_SND, kept[i], norms[i], firsts[i + 1], num_queries if last else None
-            )
+            queries = num_queries if i == len(blocks) - 1 else None
+            x_BND, normed_SND = block(x_BND, normed_SND, kept[i], *nexts[i + 1], queries)
         return normed_SND
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:

@@ -112,4 +112,27 @@ def _correct_bfloat16() -> None:
     builder.create_fma, builder.create_dot, interpreter.ReduceOps.apply = create_fma, create_dot, apply
 
 
+def _write_in_place() -> None:
+    """Tensors of the CPU are not copied for the interpreter; copying them onto themselves afterwards only costs."""
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
+
+
 _correct_bfloat16()
+if not torch.cuda.is_available():
+    _write_in_place()
+
+
+@pytest.fixture
+def far_program(monkeypatch: pytest.MonkeyPatch):
+    """``far_program(x)`` runs a kernel's program x alone: launch it with the grid (1,) or (1, n).
+
+    Tensors beyond 2^31 elements are then addressed where they are, in memory of which only the pages touched exist.
+    """
+
+    def shift(by: int) -> None:
+        def set_grid_idx(self, x, y, z):
+            self.grid_idx = (x + by, y, z)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+    return shift

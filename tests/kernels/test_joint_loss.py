@@ -10,6 +10,7 @@ import torch
 from fastdeitlt.kernels.joint_loss import joint_loss, reference
 from hypothesis import strategies as st
 
+from fastdeitlt.data.longtail import drw_weights
 from fastdeitlt.errors import UserError
 from fastdeitlt.loss import joint_loss as public_joint_loss
 
@@ -166,6 +167,24 @@ def test_classes_whose_teacher_logits_are_all_minus_infinity_choose_the_first(de
     (cls_logits, dist_logits, labels, teacher), options = example(2, 12, device, weights=True)
     teacher[0] = -torch.inf
     assert_matches([cls_logits, dist_logits, labels, teacher], options)
+
+
+@pytest.mark.parametrize("base", ["ce", "bce", "balanced_softmax", "logit_adjustment"])
+def test_classes_without_images_change_nothing_for_the_others(base, device):
+    """Their DRW weight is 0 and their prior tiny; a teacher that chooses one adds nothing to the DIST loss."""
+    counts = [50, 0, 20, 0, 3, 1]
+    arguments, _ = example(6, 6, device)
+    arguments[3][0] = torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0, 0.0])
+    options = {"base": base, "weights": drw_weights(counts, 0.999).to(device)}
+    if base in ("balanced_softmax", "logit_adjustment"):
+        options["counts"] = torch.tensor(counts, device=device)
+    got, expected = (
+        with_gradients(public_joint_loss, arguments, options | {"impl": impl}) for impl in ("triton", "torch")
+    )
+    for a, b in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not got[1][1][0].any()
 
 
 def test_tied_teacher_logits_choose_the_first(device):

@@ -1,0 +1,88 @@
+"""The whole trainer with every kernel of the step on, in Triton's interpreter, against the same run in torch."""
+
+import json
+
+import pytest
+import torch
+from fastdeitlt.kernels import adamw_ema
+from fastdeitlt.kernels._launch import LaunchConfig
+
+from fastdeitlt import config, embedded
+from fastdeitlt.checkpoint import load_tensors, save_model_folder
+from fastdeitlt.models import create_teacher
+from fastdeitlt.train import train
+
+GPU = torch.cuda.is_available()
+KERNELS = {
+    "student.attention": "triton",
+    "student.add_layernorm": "triton",
+    "student.bias_gelu": "triton",
+    "loss.impl": "triton",
+    "optim.backend": "fastdeitlt",
+}
+TORCH = {
+    "student.attention": "sdpa",
+    "student.add_layernorm": "torch",
+    "student.bias_gelu": "torch",
+    "loss.impl": "torch",
+    "optim.backend": "torch",
+}
+RUN = {
+    "data.dataset": "list",
+    "student.name": "deit_tiny_distilled_patch16_32",
+    "student.depth": 2,
+    "student.drop_path": 0.4,
+    "train.batch_size": 8,
+    "train.epochs": 2,
+    "train.compile": False,
+    "train.precision": "bf16" if GPU else "fp32",
+    "train.log_every": 1,
+    "loss.drw_epoch": 1,
+    "optim.lr_scale": "none",
+    "optim.ema_decay": 0.9,
+    "optim.warmup_epochs": 1,
+    "optim.clip_norm": 1.0,
+    "teacher.img_size": 28,
+    "teacher.check": False,
+    "evaluate.every": 2,
+}
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = (5e-2, 5e-2) if GPU else (2e-5, 2e-3)
+"""Relative error of a step's losses; largest error of a weight tensor as a share of its largest value."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Lists of 32 training images and a few others, and a random teacher."""
+    folder, root = tmp_path_factory.mktemp("data"), embedded.unpack()
+    settings = {"data.root": str(root), "runs_dir": str(folder / "runs"), "teacher.path": str(folder / "teacher")}
+    for split, count in (("train", 32), ("val", 10), ("test", 10)):
+        lines = (root / f"{split}.txt").read_text().splitlines()
+        (folder / f"{split}.txt").write_text("\n".join(lines[:: len(lines) // count][:count]))
+        settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
+    torch.manual_seed(1)
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
+        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
+    }
+    save_model_folder(folder / "teacher", create_teacher("resnet8", 10, "fastdeitlt").state_dict(), manifest)
+    return RUN | settings
+
+
+def test_training_with_every_kernel_follows_torch(base, monkeypatch):
+    # the weights in few programs: the interpreter runs one after the other
+    monkeypatch.setattr(adamw_ema, "DEFAULT", LaunchConfig({"BLOCK": 1 << 17}))
+    losses, weights = [], []
+    for name, choice in (("kernels", KERNELS), ("torch", TORCH)):
+        run = train(config.build(base | choice | {"name": name}))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([[row[key] for key in ("loss", "cls_loss", "dist_loss")] for row in rows if "cls_loss" in row])
+        last = run / "checkpoints" / "last"
+        weights.append({(part, k): v for part in ("model", "ema") for k, v in load_tensors(last, part).items()})
+    assert len(losses[0]) == 8
+    for got, expected in zip(*losses, strict=True):
+        assert got == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    for name, expected in weights[1].items():
+        if "qkv.bias" not in name[1]:  # the keys' bias has no gradient but rounding, which AdamW scales up
+            error = (weights[0][name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+            assert error <= WEIGHT_TOLERANCE, f"{name}: {error}"
