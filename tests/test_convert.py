@@ -106,7 +106,7 @@ def test_model_folder_loads_and_its_hash_is_checked(tmp_path: Path) -> None:
 
 
 def test_teacher_folder_is_no_student(tmp_path: Path) -> None:
-    facts = {"kind": "teacher", "model": {"arch": "resnet8", "num_classes": 3}}
+    facts = {"kind": "teacher", "model": {"arch": "resnet8", "num_classes": 3, "img_size": 16}}
     folder = save_model_folder(tmp_path / "t", {"a": torch.zeros(1)}, facts)
     with pytest.raises(UserError, match="got a teacher, expected a student"):
         load_student_checkpoint(folder)

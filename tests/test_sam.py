@@ -8,21 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sam_ranks import SGD, distributed_steps, problem
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdeitlt.teachers import SAM
-from fastdeitlt.teachers.sam import first_pass, frozen_batch_stats
+from fastdeitlt.teachers.sam import frozen_batch_stats
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "sam.json").read_text())
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
-
-
-def problem(seed: int = 0, norm: bool = False) -> tuple[nn.Sequential, Tensor, Tensor]:
-    torch.manual_seed(seed)
-    layers = [nn.Linear(5, 6), *([nn.BatchNorm1d(6)] if norm else []), nn.Tanh(), nn.Linear(6, 3)]
-    return nn.Sequential(*layers), torch.randn(12, 5), torch.randint(3, (12,))
 
 
 def steps(model: nn.Module, sam: SAM, x: Tensor, y: Tensor, count: int) -> None:
@@ -236,31 +230,6 @@ def test_a_step_never_waits_for_the_device(adaptive: bool) -> None:
             with frozen_batch_stats(model):
                 F.cross_entropy(model(x), labels).backward()
             sam.second_step()
-
-
-def distributed_steps(rank: int, rendezvous: str, results: str) -> None:
-    from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-    from torch.nn.parallel import DistributedDataParallel
-
-    init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    part = slice(6 * rank, 6 * rank + 6)
-    after = {}
-    for scope in ("global", "rank", "zero"):
-        model, x, y = problem()
-        shared = DistributedDataParallel(model)
-        base = ZeroRedundancyOptimizer(shared.parameters(), torch.optim.SGD, **SGD) if scope == "zero" else None
-        options = {} if base else SGD
-        sam = SAM(shared.parameters(), base or torch.optim.SGD, 0.5, **options)
-        for _ in range(2):
-            with first_pass(shared, "rank" if scope == "rank" else "global"):
-                F.cross_entropy(shared(x[part]), y[part]).backward()
-            sam.first_step()
-            F.cross_entropy(shared(x[part]), y[part]).backward()
-            sam.second_step()
-        after[scope] = [p.detach() for p in model.parameters()]
-    torch.save(after, f"{results}-{rank}")
-    destroy_process_group()
 
 
 def test_ranks_share_a_step_with_the_global_or_their_own_perturbation(tmp_path: Path) -> None:

@@ -240,13 +240,13 @@ def test_model_folder_brings_architecture_normalisation_and_class_order(tmp_path
     ("facts", "message"),
     [
         ({"kind": "student"}, "got a student, expected a teacher"),
-        ({"model": {"arch": "resnet8"}}, r"manifest\.json, model\.num_classes: Field required"),
+        ({"model": {"arch": "resnet8", "img_size": 16}}, r"model\.num_classes: Field required"),
         ({"preprocess": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, r"preprocess\.std\.1: Input should be greater than 0"),
         ({"class_map": [0, 1]}, "class map: got 2 entries"),
     ],
 )
 def test_malformed_model_folders_are_named(tmp_path: Path, facts: dict, message: str) -> None:
-    model = {"arch": "resnet8", "num_classes": 4}
+    model = {"arch": "resnet8", "num_classes": 4, "img_size": 16}
     whole = {"kind": "teacher", "model": model, **facts}
     folder = save_model_folder(tmp_path / "t", create_teacher("resnet8", 4).state_dict(), whole)
     with pytest.raises(UserError, match=message):
