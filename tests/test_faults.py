@@ -36,14 +36,14 @@ FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
     "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
     "sigint": (4, 130, "stopped by SIGINT, saved after step"),
-    "raise": (5, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
-    "hang": (5, 7, "lost contact with rank 1"),
-    "memory": (6, 6, "out of memory with train.batch_size=8 on rank 1"),
-    "nan": (6, 5, "the loss is not finite from step 6 (rank 1); training stopped before that update"),
-    "kill": (7, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
+    "raise": (6, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
+    "hang": (7, 7, "lost contact with rank 1"),
+    "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
+    "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
+    "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
 }
 HANG_TIMEOUT_S = 12
-SLOW_STEP = 8
+SLOW_STEP = 12
 
 
 class Launch:
@@ -105,7 +105,11 @@ def _inject(fault, note):
 def story(tmp_path_factory):
     """{fault: Launch} in order, `none` for the untouched run; the last one finishes what the faults interrupted."""
     cfg = tiny_run(tmp_path_factory.mktemp("faults"))
-    often = {"save_every_steps": 1, "zero_stage": 1}  # a straggler shows where gradients are summed in the step
+    often = {
+        "epochs": 5,
+        "save_every_steps": 1,
+        "zero_stage": 1,
+    }  # a straggler shows where gradients are summed in the step
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=often)})
     launches = {fault: Launch(cfg, "faulty", fault) for fault in FAULTS}
     return launches | {"none": Launch(cfg, "whole", "none"), "folder": Path(cfg.runs_dir)}
@@ -166,7 +170,7 @@ def test_a_straggler_is_named_with_what_it_was_slow_at(story):
 def test_the_images_of_a_loss_that_is_not_finite_are_named(story):
     found = json.loads((story["folder"] / "faulty" / "nonfinite.rank1.json").read_text())
     (entry,) = found["micro_batches"][:1]
-    assert found["step"] == entry["step"] == 6 and len(entry["images"]) == 8 and entry["virtual_rank"] == 1
+    assert found["step"] == entry["step"] == 9 and len(entry["images"]) == 8 and entry["virtual_rank"] == 1
 
 
 def test_a_stop_leaves_a_mark_for_wrappers(tmp_path, monkeypatch):
@@ -276,7 +280,7 @@ class Canary:
 def test_pickled_code_in_a_checkpoint_never_runs(tmp_path, verb, capsys):
     canary, evil = tmp_path / "canary", tmp_path / "evil.pth.tar"
     with evil.open("wb") as file:
-        pickle.dump({"state_dict": {"w": Canary(canary)}}, file)
+        pickle.dump({"state_dict": {"w": Canary(canary)}}, file, protocol=2)
     cfg = tiny_run(tmp_path)
     if verb == "resume":
         folder = tmp_path / cfg.name / "checkpoints" / "step-00000003"
