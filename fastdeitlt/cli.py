@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -354,14 +355,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not getattr(error, "told", False):  # by another rank
             print(f"fastdeitlt: error: {error}", file=sys.stderr)
-        if "FASTDEITLT_LAUNCHER" in os.environ:  # the others wait; Python's own end takes seconds to free everything
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
+        _leave_others(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         print("fastdeitlt: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception:
+        if "FASTDEITLT_LAUNCHER" in os.environ:
+            traceback.print_exc()
+        _leave_others(1)
+        raise
+
+
+def _leave_others(code: int) -> None:
+    """End a rank of several at once: the others wait for it, and Python takes seconds to free everything."""
+    if "FASTDEITLT_LAUNCHER" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
