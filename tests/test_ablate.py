@@ -16,7 +16,13 @@ from fastdeitlt.metrics import score, score_single
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 SHORT = {
-    "student": {"train.epochs": 2, "loss.drw_epoch": 1, "student.depth": 1, "train.batch_size": 16},
+    "student": {
+        "optim.lr": 1e-3,
+        "train.epochs": 2,
+        "loss.drw_epoch": 1,
+        "student.depth": 1,
+        "train.batch_size": 16,
+    },
     "teacher": {
         "teacher_training.epochs": 2,
         "teacher_training.drw_epoch": 1,
