@@ -143,6 +143,11 @@ def _absent() -> str:
     return f"rank {', '.join(missing)}" if missing else "the network: every rank is there"
 
 
+def all_ranks(backend: str | None = None) -> Any:
+    """Another group of all ranks, with the run's time-out: torch gives a new group half an hour."""
+    return collective.new_group(backend=backend, timeout=_timeout)
+
+
 class Agreement:
     """The highest of a number that each rank names, one call late, through host memory.
 
@@ -150,7 +155,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._group: Any = collective.new_group(backend="gloo", timeout=_timeout) if get_world() > 1 else None
+        self._group = all_ranks("gloo") if get_world() > 1 else None
         self._said: Tensor | None = None
         self._pending: Any = None
 

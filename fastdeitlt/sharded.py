@@ -248,6 +248,9 @@ def _import(device: torch.device) -> Any:
             f"train.engine=deepspeed: DeepSpeed cannot be imported ({error}); install it with "
             "'DS_BUILD_OPS=0 pip install deepspeed==0.19.8', or use train.engine=plain on one rank"
         ) from None
+    groups = deepspeed.utils.groups
+    if groups._WORLD_GROUP is None and distributed.get_world() > 1:  # its own would not notice a rank that hangs
+        groups._WORLD_GROUP = distributed.all_ranks()
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
