@@ -32,7 +32,7 @@ RUN = {
     "student.name": "deit_tiny_distilled_patch16_32",
     "student.depth": 2,
     "student.drop_path": 0.4,
-    "train.batch_size": 8,
+    "train.batch_size": 4,
     "train.epochs": 2,
     "train.compile": False,
     "train.precision": "bf16" if GPU else "fp32",
@@ -52,10 +52,10 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = (5e-2, 5e-2) if GPU else (2e-5, 2e-3)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Lists of 32 training images and a few others, and a random teacher."""
+    """Lists of 16 training images and a few others, and a random teacher."""
     folder, root = tmp_path_factory.mktemp("data"), embedded.unpack()
     settings = {"data.root": str(root), "runs_dir": str(folder / "runs"), "teacher.path": str(folder / "teacher")}
-    for split, count in (("train", 32), ("val", 10), ("test", 10)):
+    for split, count in (("train", 16), ("val", 10), ("test", 10)):
         lines = (root / f"{split}.txt").read_text().splitlines()
         (folder / f"{split}.txt").write_text("\n".join(lines[:: len(lines) // count][:count]))
         settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
