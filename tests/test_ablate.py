@@ -24,6 +24,7 @@ SHORT = {
         "train.batch_size": 16,
     },
     "teacher": {
+        "teacher_training.batch_size": 128,
         "teacher_training.epochs": 2,
         "teacher_training.drw_epoch": 1,
         "teacher_training.warmup_epochs": 1,
