@@ -180,7 +180,7 @@ class LossConfig(Section):
     drw_beta: float = Field(0.9999, ge=0, lt=1)
     """Beta of the effective number of samples (Cui et al. 2019)."""
     normalise: Literal["rank", "global"] = "rank"
-    """What the weighted mean of the DIST loss is divided by: the sum of weights of the (virtual) rank's own micro-batch,
+    """What the weighted mean of the DIST loss is divided by: the sum of weights of the (virtual) rank's micro-batch,
     as the reference does, or the mean of that sum over all ranks, so that the mean is one over the whole micro-step."""
     reweight_cls: bool = False
     """Weight the CLS loss too once re-weighting starts (official --weighted-baseloss)."""
