@@ -56,7 +56,6 @@ NEEDS_IMAGES = (
 
 def commands(dry: bool, tune: bool) -> dict[str, list[str]]:
     """Stage -> Python command, in order."""
-    few = ["--rounds", "1"] if dry else []
     gpu_config = [
         "imagenet_lt",
         "name=gpu-budget",
@@ -66,7 +65,7 @@ def commands(dry: bool, tune: bool) -> dict[str, list[str]]:
     ]
     config = ["quickstart", "name=gpu-budget", "student.depth=1", "train.batch_size=4"] if dry else gpu_config
     found = {"tests": ["-m", "pytest", "-q", *(["--collect-only"] if dry else []), "tests/kernels"]}
-    found["floors"] = ["-m", "benchmarks.bench_floors", *few, *(["--batch", "16"] if dry else [])]
+    found["floors"] = ["-m", "benchmarks.bench_floors", *(["--dry", "--rounds", "1", "--batch", "16"] if dry else [])]
     for op in ops():
         if (ROOT / "benchmarks" / f"bench_{op}.py").exists():
             options = ["--help"] if dry else ["--tune"] if tune else []

@@ -53,6 +53,7 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda if gpu else None,

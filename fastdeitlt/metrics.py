@@ -23,6 +23,7 @@ from fastdeitlt.errors import NonFiniteError, UserError
 
 GROUPS = ("all", "head", "mid", "tail")
 NUM_BINS = 15
+CHUNK = 2**18  # logits scored at a time: bounds the float64 scratch memory
 NUM_CONFUSIONS = 10
 WILSON_Z = 1.959963984540054  # two-sided 95 %
 
@@ -229,7 +230,8 @@ def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> Non
 
 def _score_head(logits_NK: Tensor, labels_N: Tensor, class_ids: dict[str, dict[str, Tensor]]) -> HeadResult:
     num_classes = logits_NK.shape[1]
-    parts = [_per_image(*part) for part in zip(logits_NK.split(4096), labels_N.split(4096), strict=True)]
+    rows = max(1, CHUNK // num_classes)
+    parts = [_per_image(*part) for part in zip(logits_NK.split(rows), labels_N.split(rows), strict=True)]
     predicted_N, confidence_N, hit_N, hit5_N, nll_N, brier_N = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
