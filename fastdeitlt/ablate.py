@@ -302,6 +302,6 @@ def _finish(run: ArmRun) -> bool:
     ood = run.folder / ablation_table.OOD_FILE
     teacher = config.load(str(run.folder / "config.yaml")).teacher.path
     if teacher and not ood.exists():
-        facts = diagnose_teacher(teacher, run.student, OOD_IMAGES)
+        facts = diagnose_teacher(teacher, run.student, OOD_IMAGES, flatness=False)
         write_atomically(ood, json.dumps(facts, indent=1))
     return True

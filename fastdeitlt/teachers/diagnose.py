@@ -27,13 +27,14 @@ COSINE_SCALE = 30.0
 """Logit scale of a cosine head whose recipe is not known (LDAM's)."""
 
 
-def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> dict[str, Any]:
+def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flatness: bool = True) -> dict[str, Any]:
     """Diagnose a teacher on training images as the student's recipe ``cfg`` makes them.
 
     Args:
         path: model folder, run folder or released checkpoint.
         cfg: the student's run (data, augmentation, mixing, sizes, teacher section).
         num_images: training images used, evenly spaced in the list.
+        flatness: also take ``sharpness`` and ``feature_rank``, which cost many passes.
 
     Returns:
         ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
@@ -89,14 +90,15 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048) -> d
         "labels": labels_N.bincount(minlength=num_classes).tolist(),
         "targets": targets_N.bincount(minlength=num_classes).tolist(),
     }
-    every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
-    own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
-    facts["sharpness"] = sharpness(network, torch.cat(clean)[::every], own_labels_N[::every].to(device), scale)
-    facts["feature_rank"] = {
-        "sample": feature_rank(features_ND, "sample"),
-        "feature": feature_rank(features_ND, "feature"),
-        "width": features_ND.shape[1],
-    }
+    if flatness:
+        every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
+        own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
+        facts["sharpness"] = sharpness(network, torch.cat(clean)[::every], own_labels_N[::every].to(device), scale)
+        facts["feature_rank"] = {
+            "sample": feature_rank(features_ND, "sample"),
+            "feature": feature_rank(features_ND, "feature"),
+            "width": features_ND.shape[1],
+        }
     source.close()
     return facts
 
