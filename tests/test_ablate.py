@@ -98,7 +98,8 @@ def trained(monkeypatch):
     monkeypatch.setattr(demo, "train_teacher", train_teacher)
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr(ablate, "train", train)
-    monkeypatch.setattr(ablate, "diagnose_teacher", lambda path, cfg, n: {"mixed_resized": {"accuracy": 33.0}})
+    facts = {"mixed_resized": {"accuracy": 33.0}}
+    monkeypatch.setattr(ablate, "diagnose_teacher", lambda path, cfg, n, flatness: facts)
     return calls
 
 
