@@ -149,7 +149,7 @@ import sys, numpy, torch
 from PIL import Image
 from fastdeitlt import embedded
 from fastdeitlt.data.files import read_encoded
-from fastdeitlt.data.reader import DECODER, Decoder
+from fastdeitlt.data.decoder import DECODER, Decoder
 path = sorted(embedded.unpack().rglob("*.png"))[0]
 file = read_encoded(str(path))
 (pixels,) = Decoder(1, torch.device("{device}"))([file], numpy.array([[0, 0, file.height, file.width]], numpy.int32))
