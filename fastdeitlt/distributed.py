@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch import distributed as collective
 
-from fastdeitlt.errors import RankLostError, UserError
+from fastdeitlt.errors import RankLostError, StoppedError, UserError
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
@@ -103,7 +103,9 @@ def group(device_type: str, timeout_s: int = 600) -> Iterator[tuple[int, int]]:
             raise
         atexit.unregister(stop)
         if isinstance(error, UserError):
-            error.told = _already_said(str(error))  # type: ignore[attr-defined]
+            # all ranks stop together: the first says it, whoever is quicker; it holds the store, so it cannot be asked
+            said_by_another = ranks[0] > 0 if isinstance(error, StoppedError) else _already_said(str(error))
+            error.told = said_by_another  # type: ignore[attr-defined]
             raise
         if not _lost_contact(error):
             log.error("rank %d of %d stops: %s: %s", *ranks, type(error).__name__, error)
