@@ -153,7 +153,7 @@ def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp
     assert "training goes on (1 of 3 failed saves)" in caplog.text
     monkeypatch.setattr(checkpoint, "save_file", real)
     _save(found, 3)  # reports the second
-    _save(found, 4)
+    _save(found, 4, wait=True)
     monkeypatch.setattr(checkpoint, "save_file", full)
     _save(found, 5)
     _save(found, 6)
