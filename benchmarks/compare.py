@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NOISE = 0.05
-"""Least change that counts: what the same code differs by in two quiet runs here (docs/performance.md)."""
+"""Least change that counts; a chosen bound, beside which the rows' own spread counts."""
 Key = tuple[str, str, str]
 
 
