@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdeitlt import config, distributed
+from fastdeitlt import config, distributed, optim
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import JointForward, PlainEngine, build_engine
+from fastdeitlt.engine import FiniteGuard, JointForward, PlainEngine, build_engine
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
@@ -336,9 +336,20 @@ def test_bfloat16_weights_are_refused_with_the_reason():
         build_engine(JointForward(student, None, [5] * 11, cfg, CPU), cfg, Plan(200, 4, 1, 1, 1))
 
 
-@pytest.mark.parametrize(("backend", "skips"), [("torch", 0), ("torch", 2), ("fastdeitlt", 0)])
-def test_an_update_that_is_not_finite_is_left_out(backend, skips):
+def _like_apex(model, cfg):
+    """As apex and DeepSpeed's FusedAdam: the rate is a number, and nothing on the device can stop the step."""
+    groups = optim.parameter_groups(model, cfg.optim.weight_decay)
+    return torch.optim.Adam(groups, lr=1e-3, decoupled_weight_decay=True)
+
+
+GUARDED = [("torch", 0), ("torch", 2), ("fastdeitlt", 0), ("fastdeitlt", 2), ("apex", 0), ("apex", 2)]
+
+
+@pytest.mark.parametrize(("backend", "skips"), GUARDED)
+def test_an_update_that_is_not_finite_is_left_out(backend, skips, monkeypatch):
     """Weights stay as they were; with skips the run goes on afterwards, without it nothing moves any more."""
+    if backend == "apex":
+        monkeypatch.setattr(optim, "build_optimizer", _like_apex)
     cfg = config.build(config.flatten(_config(engine="plain", nonfinite_skips=skips)) | {"optim.backend": backend})
     engine = _engine(cfg)
     _run(engine, steps=range(1))
@@ -350,7 +361,22 @@ def test_an_update_that_is_not_finite_is_left_out(backend, skips):
     _run(engine, steps=range(2, 3))
     moved = any(not torch.equal(value, before[0][name]) for name, value in engine.weights().items())
     assert moved == (skips > 0)
-    assert all(value.isfinite().all() for value in engine.weights().values())
+    assert all(value.isfinite().all() for part in _state(engine) for value in part.values())
+
+
+def test_guarding_a_rate_that_is_a_number_never_waits_for_the_device():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9, weight_decay=0.1)
+    guard = FiniteGuard(optimizer, 1, CPU)
+    seen = []
+    for gradient in (1.0, float("nan"), float("inf")):
+        weight.grad = torch.full((3,), gradient)
+        with NoSync():
+            guard.watch(weight.grad.norm())
+            optimizer.step()
+        seen.append(weight.detach().clone())
+    assert not torch.equal(seen[0], torch.ones(3))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
 def test_another_adamw_than_torchs_is_refused():
