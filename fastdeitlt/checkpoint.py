@@ -130,6 +130,24 @@ def save_model_folder(
     return path
 
 
+def add_facts(path: str | Path, facts: dict[str, Any]) -> None:
+    """Add to the manifest of a model folder what was found out after its weights were written. Atomic.
+
+    Raises:
+        CheckpointError: it cannot be written; the folder is as it was.
+        UserError: see ``read_manifest``.
+    """
+    path = Path(path)
+    whole, draft = read_manifest(path) | facts, path / f".{MANIFEST}.tmp"
+    try:
+        draft.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        _flush(draft)
+        draft.replace(path / MANIFEST)
+        _flush(path)
+    except OSError as error:
+        raise CheckpointError(f"model folder {path}: {MANIFEST} cannot be written ({error})") from error
+
+
 def _replace_folder(draft: Path, path: Path) -> None:
     """Rename needs an absent target, so an old folder steps aside first and is removed last."""
     aside = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"

@@ -99,7 +99,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from fastdeitlt.predict import main
 
-    return main(args.model, args.inputs, top_k=args.top_k, out=args.out, strict=args.strict)
+    return main(args.model, args.inputs, top_k=args.top_k, out=args.out, strict=args.strict, raw=args.raw)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -266,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--top-k", type=int, default=5)
     added.add_argument("--out", type=Path, help="write .csv or .json there")
     added.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    added.add_argument("--raw", action="store_true", help="probabilities without the temperatures of validation images")
 
     added = verb("export", _export, "write a model for other programs: timm, ONNX, torch.export, the official code")
     added.add_argument("model", type=Path, help="run folder or model folder")

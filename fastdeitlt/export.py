@@ -1,7 +1,8 @@
 """Write a saved student for other programs, and check what was written against the original on real images.
 
 timm: a folder that ``timm.create_model("local-dir:<folder>", pretrained=True)`` reads, with a model card; equal bit for
-bit. onnx: one file, batch size free, outputs avg, cls and dist. pt2: the same through torch.export.
+bit. onnx: one file, batch size free, outputs avg, cls and dist. pt2: the same through torch.export. All give logits as
+trained; the temperatures that calibrate them, where some were fitted, are in ``facts``.
 """
 
 # B batch, H height, W width, C channels, K classes
@@ -95,7 +96,8 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
 
 
 def facts(saved: Saved) -> dict[str, Any]:
-    """What travels with each export: class names and map, how to prepare images."""
+    """What travels with each export: class names and map, how to prepare images, temperatures of its raw logits."""
+    fitted = saved.calibration.temperatures if saved.calibration else {}
     return {
         "class_names": saved.class_names,
         "class_map": saved.class_map.tolist(),
@@ -106,6 +108,7 @@ def facts(saved: Saved) -> dict[str, Any]:
         "interpolation": "bicubic",
         "dataset": saved.info.get("dataset"),
         "outputs": OUTPUTS,
+        "temperatures": {head.lower(): value for head, value in fitted.items()} or None,
     }
 
 
@@ -134,7 +137,8 @@ def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
     save_for_hf(
         twin,
         str(out),
-        model_config={"label_names": saved.class_names, "class_map": travels["class_map"]},
+        model_config={"label_names": saved.class_names}
+        | {name: travels[name] for name in ("class_map", "temperatures")},
         model_args=model_args,
         safe_serialization=True,
         data_config={"input_size": (3, side, side)} | {name: travels[name] for name in own},

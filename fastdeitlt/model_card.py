@@ -33,6 +33,10 @@ Class names are `label_names` in `config.json`. `class_map` there is the output 
 
 {results}
 
+## Probabilities
+
+{calibration}
+
 ## Licence
 
 Not stated. The licence of these weights is for whoever publishes them to state here, in keeping with the licence of the
@@ -55,6 +59,7 @@ def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> s
         arguments=f" with {arguments}" if arguments else "",
         data=_data(saved),
         results=_results(saved.results),
+        calibration=_calibration(saved),
     )
 
 
@@ -82,18 +87,27 @@ def _results(results: dict[str, Any]) -> str:
     for split in result.num_classes:
         for head, scores in result.heads.items():
             lines.append(f"| {split} | {head} | " + " | ".join(cell(scores.top1[split][g]) for g in GROUPS) + " |")
-    return "\n".join([*lines, "", _calibration(results, result)])
+    return "\n".join(lines)
 
 
-def _calibration(results: dict[str, Any], result: Result) -> str:
-    """How far confidence is from accuracy, and the temperature that was fitted, if one was."""
-    head = result.heads[result.main]
-    text = f"Expected calibration error of {result.main}: {cell(head.ece['threshold']['all'])} % (15 bins)."
-    if not results.get("posthoc"):
-        return text
-    fitted, method = PostHoc.from_json(results["posthoc"]), "AVG, temperature"
-    after = fitted.result.heads[method].ece["threshold"]["all"]
-    return (
-        f"{text} With the logits divided by {1 / fitted.weights[method][0]:.3f}, a temperature fitted on "
-        f"{fitted.num_fitted:,} validation images: {cell(after)} %. These weights do not contain it."
-    )
+def _calibration(saved: Saved) -> str:
+    """The temperatures that were fitted, and how far confidence is from accuracy without and with them."""
+    lines = ["The model gives logits as trained."]
+    if fitted := saved.calibration:
+        shown = ", ".join(f"{head} {value:.3f}" for head, value in fitted.temperatures.items())
+        lines.append(
+            f"Divide them by their temperature before the softmax: {shown} (`temperatures` in `config.json`), fitted "
+            f"on {fitted.num_fitted:,} validation images with every class counting the same. They leave the order of "
+            "the classes as it is, and are not part of the weights."
+        )
+    else:
+        lines.append("No temperature comes with them: none was fitted on validation images.")
+    name = next((name for name in ("test", "val") if saved.results.get(name)), None)
+    if name is None:
+        return " ".join(lines)
+    result = Result.from_json(saved.results[name])
+    errors = [f"as trained {cell(result.heads[result.main].ece['threshold']['all'])} %"]
+    if saved.results.get("posthoc"):
+        after = PostHoc.from_json(saved.results["posthoc"]).result.heads["AVG, temperature"]
+        errors.append(f"with a fitted temperature {cell(after.ece['threshold']['all'])} %")
+    return " ".join([*lines, f"Expected calibration error of AVG on {name} images (15 bins): {', '.join(errors)}."])

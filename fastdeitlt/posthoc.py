@@ -223,6 +223,12 @@ def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
     )
 
 
+def temperatures(val: tuple[Tensor, Tensor, Tensor], counts: Sequence[int]) -> dict[str, float]:
+    """Temperature of AVG, CLS and DIST fitted on (cls_logits_NK, dist_logits_NK, labels_N): they divide the logits."""
+    log_prior_K = log_prior(counts)
+    return {head: 1 / fit(f"{head}, temperature", *val, log_prior_K)[0] for head in ("AVG", "CLS", "DIST")}
+
+
 def post_hoc(
     val: tuple[Tensor, Tensor, Tensor],
     test: tuple[Tensor, Tensor, Tensor],

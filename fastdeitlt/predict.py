@@ -27,6 +27,8 @@ from fastdeitlt.data.resize import centre_crop
 from fastdeitlt.errors import UserError
 from fastdeitlt.saved import Saved, open_saved
 
+HEADS = ("AVG", "CLS", "DIST")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -47,6 +49,8 @@ class Prediction:
     cls: Choice | None = None
     dist: Choice | None = None
     error: str = ""
+    temperatures: dict[str, float] | None = None
+    """By which the logits of AVG, CLS and DIST were divided; None: nothing was fitted, or ``raw``."""
 
 
 def predict(
@@ -56,6 +60,7 @@ def predict(
     batch_size: int = 64,
     device: str = "auto",
     strict: bool = False,
+    raw: bool = False,
 ) -> list[Prediction]:
     """Classify image files, and those below folders, in the order given (a folder's sorted by name).
 
@@ -65,6 +70,8 @@ def predict(
         top_k: classes an image, at most all of them.
         device: auto, cpu or cuda.
         strict: raise at the first file that cannot be read, instead of giving its row an ``error``.
+        raw: probabilities as the network gives them, without the temperatures that were fitted on validation images
+            (every class counting the same). The order of the classes does not depend on it.
 
     Raises:
         UserError: no model, a teacher, no images, a ``top_k`` or ``batch_size`` below 1, or with ``strict`` a file
@@ -81,6 +88,7 @@ def predict(
         raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
     where = distributed.device_of(device)
     saved.model.to(where)
+    temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
     rows: list[Prediction] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), batch_size):
@@ -90,7 +98,8 @@ def predict(
             if strict and errors:
                 raise UserError("; ".join(f"{path}: {error}" for path, error in list(errors.items())[:3]))
             images = {path: image for path, image in decoded.items() if isinstance(image, Tensor)}
-            found = dict(zip(images, _predict_batch(saved, images, top_k, where), strict=True)) if images else {}
+            answers = _predict_batch(saved, images, top_k, where, temperatures) if images else []
+            found = dict(zip(images, answers, strict=True))
             rows += [found.get(path) or Prediction(str(path), [], error=errors[path]) for path in part]
     return rows
 
@@ -113,17 +122,24 @@ def _decode(path: Path) -> Tensor | str:
         return str(error) or type(error).__name__
 
 
-def _predict_batch(saved: Saved, images: dict[Path, Tensor], top_k: int, device: torch.device) -> list[Prediction]:
+def _predict_batch(
+    saved: Saved,
+    images: dict[Path, Tensor],
+    top_k: int,
+    device: torch.device,
+    temperatures: dict[str, float] | None,
+) -> list[Prediction]:
     crops_BHWC = centre_crop(list(images.values()), saved.resize, saved.img_size).to(device)
     with torch.inference_mode():
         cls_logits_BK, dist_logits_BK = saved.model.forward_heads(saved.normalise(crops_BHWC))  # type: ignore[operator]
+    heads = {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
     best = [
-        _best((cls_logits_BK + dist_logits_BK) / 2, top_k, saved.class_names),
-        _best(cls_logits_BK, 1, saved.class_names),
-        _best(dist_logits_BK, 1, saved.class_names),
+        _best(logits_BK / (temperatures or {}).get(head, 1), top_k if head == "AVG" else 1, saved.class_names)
+        for head, logits_BK in heads.items()
     ]
     return [
-        Prediction(str(path), average, cls[0], dist[0]) for path, average, cls, dist in zip(images, *best, strict=True)
+        Prediction(str(path), average, cls[0], dist[0], temperatures=temperatures)
+        for path, average, cls, dist in zip(images, *best, strict=True)
     ]
 
 
@@ -135,7 +151,7 @@ def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choi
     ]
 
 
-def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, strict: bool) -> int:
+def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, strict: bool, raw: bool = False) -> int:
     """The verb: print a table, or write .csv or .json. Exit code 1 if some files could not be read.
 
     Raises:
@@ -143,7 +159,7 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
     """
     if out is not None and (out.suffix not in (".csv", ".json") or not out.absolute().parent.is_dir()):
         raise UserError(f"predict: got --out {out}, expected a .csv or .json file in a folder that exists")
-    rows = predict(model, inputs, top_k, strict=strict)
+    rows = predict(model, inputs, top_k, strict=strict, raw=raw)
     if out is None:
         Console().print(table(rows))
     elif out.suffix == ".json":
@@ -158,7 +174,10 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
 
 def table(rows: Sequence[Prediction]) -> Table:
     """A table for a terminal: the best classes with their probability, and the decisions of CLS and DIST."""
-    table = Table(Column("image", overflow="fold"), "AVG", "CLS", "DIST")
+    fitted = next((row.temperatures for row in rows if row.temperatures), None)
+    told = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
+    how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
+    table = Table(Column("image", overflow="fold"), "AVG", "CLS", "DIST", caption=how, caption_justify="left")
     for row in rows:
         best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
         heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]
@@ -167,15 +186,18 @@ def table(rows: Sequence[Prediction]) -> Table:
 
 
 def to_csv(rows: Sequence[Prediction]) -> str:
-    """One line an image: path, class and probability of AVG by rank, of CLS and of DIST, error."""
+    """One line an image: path, class and probability of AVG by rank, of CLS and of DIST, temperatures, error."""
     ranks = range(1, 1 + max((len(row.top) for row in rows), default=0))
     header = [f"{what}{rank}" for rank in ranks for what in ("class", "probability")]
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["path", *header, "cls_class", "cls_probability", "dist_class", "dist_probability", "error"])
+    heads = ["cls_class", "cls_probability", "dist_class", "dist_probability"]
+    temperatures = [f"{head.lower()}_temperature" for head in HEADS]
+    writer.writerow(["path", *header, *heads, *temperatures, "error"])
     for row in rows:
         cells: list[str | float] = []
         for choice in [*row.top, *[None] * (len(ranks) - len(row.top)), row.cls, row.dist]:
             cells += [choice.name, round(choice.probability, 6)] if choice else ["", ""]
+        cells += [round((row.temperatures or {}).get(head, 1.0), 6) for head in HEADS] if row.top else [""] * len(HEADS)
         writer.writerow([row.path, *cells, row.error])
     return text.getvalue()

@@ -15,6 +15,7 @@ from fastdeitlt.data.augment import normalise
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.convert import load_student_checkpoint
+from fastdeitlt.models.manifest import Calibration
 from fastdeitlt.models.teacher import check_class_map
 from fastdeitlt.run_files import read_json
 
@@ -37,6 +38,8 @@ class Saved:
     img_size: int
     crop_pct: float
     """img_size over the short side that images are resized to before the centre crop."""
+    calibration: Calibration | None = None
+    """Temperatures fitted on validation images, if the model's run had some."""
     info: dict[str, Any] = field(default_factory=dict)
     """Everything else that the file says, e.g. ``model``, ``dataset``, ``class_counts``."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +93,7 @@ def open_saved(path: str | Path) -> Saved:
         std=tuple(preprocess.get("std", IMAGENET_STD)),
         img_size=preprocess.get("img_size") or info["model"]["img_size"],
         crop_pct=preprocess.get("crop_pct", DEFAULT_CROP_PCT),
+        calibration=Calibration(**info["calibration"]) if info.get("calibration") else None,
         info=info,
         results=read_json(run / "results.json") if (run := run_of(path)) else {},
     )

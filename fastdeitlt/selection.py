@@ -27,7 +27,7 @@ from fastdeitlt.metrics import GROUPS, Result, score, score_single
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
-from fastdeitlt.posthoc import post_hoc
+from fastdeitlt.posthoc import post_hoc, temperatures
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import Run, console, write_atomically
 from fastdeitlt.saved import open_saved
@@ -106,9 +106,12 @@ class Selector:
             self._log(step, epoch, "selected", split, result)
             results[split] = result.to_json()
             results["teacher"] = teacher.to_json() if teacher else None
-            if split == "test" and self.sets.val:
-                val = self._logits(self.sets.val, self.student)
-                results["posthoc"] = post_hoc(val, logits, self.sets.train.counts, self.cfg.data.dataset).to_json()
+            if self.sets.val:
+                val = logits if split == "val" else self._logits(self.sets.val, self.student)
+                fitted = {"temperatures": temperatures(val, self.sets.train.counts), "num_fitted": len(self.sets.val)}
+                distributed.on_main(lambda: checkpoint.add_facts(folder, {"calibration": fitted}))
+                if split == "test":
+                    results["posthoc"] = post_hoc(val, logits, self.sets.train.counts, self.cfg.data.dataset).to_json()
             if self.run.is_main:
                 console.print(result.table("official", teacher))
             distributed.on_main(lambda: self._look(split, images))

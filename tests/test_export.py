@@ -77,6 +77,20 @@ def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
     assert "does not say how many images" in card and "the model was not tested" in card
 
 
+def test_temperatures_travel_beside_the_logits_and_are_not_in_them(tmp_path):
+    fitted = {"AVG": 2.5, "CLS": 4.0, "DIST": 0.5}
+    student = save_student(tmp_path / "model", calibration={"temperatures": fitted, "num_fitted": 40})
+    folder = export(tmp_path / "model", tmp_path / "timm", "timm")
+    told = {"avg": 2.5, "cls": 4.0, "dist": 0.5}
+    assert json.loads((folder / "config.json").read_text())["temperatures"] == told
+    assert "AVG 2.500, CLS 4.000, DIST 0.500" in (folder / "README.md").read_text()
+    extra = {FACTS: ""}
+    module = torch.export.load(export(tmp_path / "model", tmp_path / "m.pt2", "pt2"), extra_files=extra).module()
+    assert json.loads(extra[FACTS])["temperatures"] == told
+    with torch.no_grad():
+        assert torch.allclose(module(images(2))[0], student(images(2)), atol=1e-5)
+
+
 def test_onnx_has_a_free_batch_three_outputs_and_the_facts(saved):
     path = export(saved[0], saved[2] / "model.onnx", "onnx")
     onnx.checker.check_model(str(path))
@@ -90,6 +104,7 @@ def test_onnx_has_a_free_batch_three_outputs_and_the_facts(saved):
         assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(got, expected, strict=True))
     told = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
     assert told["class_names"] == [CLASS_NAMES[label] for label in (1, 3, 0, 2)]  # by class of the model
+    assert told["temperatures"] is None  # the run fitted none
     assert told["class_map"] == [2, 0, 3, 1] and told["crop_pct"] == 0.8 and told["mean"] == [0.5, 0.4, 0.3]
 
 

@@ -1,6 +1,7 @@
 """What is fitted on validation images: the best fit there is, the textbook's formulas, nothing from the test set."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import score
 from fastdeitlt.model_card import model_card
-from fastdeitlt.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc
+from fastdeitlt.models.manifest import Calibration
+from fastdeitlt.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
 from fastdeitlt.saved import Saved
 
 COUNTS = [500, 120, 60, 20, 8]
@@ -161,10 +163,19 @@ def test_the_model_card_of_an_export_names_the_temperature():
     fitted, plain = post_hoc(val, test, COUNTS), score(*test, COUNTS)
     info = {"model": {"name": "deit_tiny_distilled_patch8_32"}}
     results = {"test": plain.to_json(), "posthoc": fitted.to_json()}
+    found = temperatures(val, COUNTS)
+    assert {head: 1 / weight for head in found for weight in fitted.weights[f"{head}, temperature"]} == found
     saved = Saved(
-        torch.nn.Identity(), "student", list("abcde"), torch.arange(5), (0.5,), (0.5,), 32, 1.0, info, results
-    )
+        torch.nn.Identity(), "student", list("abcde"), torch.arange(5), (0.5,), (0.5,), 32, 1.0,
+        Calibration(temperatures=found, num_fitted=600), info, results,
+    )  # fmt: skip
     card = model_card(saved, "deit", {})
-    assert f"divided by {1 / fitted.weights['AVG, temperature'][0]:.3f}" in card and "600 validation images" in card
+    assert f"softmax: AVG {found['AVG']:.3f}, CLS {found['CLS']:.3f}" in card and "600 validation images" in card
+    after = fitted.result.heads["AVG, temperature"].ece["threshold"]["all"]
+    assert (
+        f"as trained {plain.heads['AVG'].ece['threshold']['all']:.1f} %, with a fitted temperature {after:.1f} %"
+        in card
+    )
     del results["posthoc"]
-    assert "Expected calibration error of AVG" in model_card(saved, "deit", {})
+    card = model_card(replace(saved, calibration=None), "deit", {})
+    assert "as trained" in card and "No temperature comes with them" in card and "with a fitted" not in card

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_model import CLASS_NAMES, SIZE, save_images, save_student
 
+from fastdeitlt.checkpoint import add_facts
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.lists import LongTailSet
 from fastdeitlt.data.reader import Stream
@@ -42,6 +43,39 @@ def test_predictions_equal_those_of_evaluation_through_the_training_reader(saved
         assert [choice.probability for choice in row.top] == pytest.approx(prob[order].tolist(), abs=1e-5)
         assert row.cls.class_id == int(cls.argmax()) and row.dist.class_id == int(dist.argmax())
     assert len({round(row.top[0].probability, 3) for row in rows}) == 5  # images tell apart, so order matters
+
+
+def test_fitted_temperatures_are_applied_and_told_and_leave_the_order(saved, tmp_path, capsys, monkeypatch):
+    paths = saved[2]
+    fitted = {"AVG": 2.5, "CLS": 4.0, "DIST": 0.5}
+    save_student(tmp_path / "model")
+    add_facts(tmp_path / "model", {"calibration": {"temperatures": fitted, "num_fitted": 40}})
+    raw, warm = (predict(tmp_path / "model", paths, top_k=4, device="cpu", raw=raw) for raw in (True, False))
+    assert raw == predict(saved[0], paths, top_k=4, device="cpu") and raw[0].temperatures is None
+    for before, after in zip(raw, warm, strict=True):
+        assert [choice.class_id for choice in after.top] == [choice.class_id for choice in before.top]
+        logs = torch.tensor([choice.probability for choice in before.top], dtype=torch.float64).log()
+        expected = (logs / fitted["AVG"]).softmax(0).tolist()
+        assert [choice.probability for choice in after.top] == pytest.approx(expected, abs=1e-5)
+        assert after.cls.probability < before.cls.probability and after.dist.probability > before.dist.probability
+        assert after.temperatures == fitted
+    for options, told, words in (({}, fitted, "AVG 2.50"), ({"raw": True}, None, "as the network gives them")):
+        assert main(tmp_path / "model", paths, top_k=2, out=tmp_path / "rows.json", strict=True, **options) == 0
+        assert [row["temperatures"] for row in json.loads((tmp_path / "rows.json").read_text())] == [told] * len(paths)
+        assert main(tmp_path / "model", paths, top_k=2, out=tmp_path / "rows.csv", strict=True, **options) == 0
+        with (tmp_path / "rows.csv").open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert {float(line["cls_temperature"]) for line in lines} == {told["CLS"] if told else 1.0}
+        monkeypatch.setenv("COLUMNS", "200")
+        main(tmp_path / "model", paths, top_k=2, out=None, strict=True, **options)
+        assert words in capsys.readouterr().out
+
+
+def test_temperatures_that_make_no_sense_are_refused(saved, tmp_path):
+    for fitted in ({"AVG": 0.0}, {"AVG": "hot"}, {"TEACHER": 1.0}):
+        save_student(tmp_path / "model", calibration={"temperatures": fitted, "num_fitted": 40})
+        with pytest.raises(UserError, match=r"manifest\.json, calibration\.temperatures"):
+            predict(tmp_path / "model", saved[2])
 
 
 def test_a_class_map_gives_each_class_of_the_model_its_own_name(saved, tmp_path):

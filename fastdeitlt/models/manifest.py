@@ -9,7 +9,8 @@ from fastdeitlt.checkpoint import find_model_folder, load_tensors, read_manifest
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.state import State
 
-Deviation = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Head = Annotated[str, Field(pattern="^(AVG|CLS|DIST)$")]
 
 
 class _Facts(BaseModel):
@@ -29,9 +30,17 @@ class Preprocess(_Facts):
     """What the model expects of its images."""
 
     mean: tuple[float, float, float]
-    std: tuple[Deviation, Deviation, Deviation]
+    std: tuple[Positive, Positive, Positive]
     img_size: int = Field(0, ge=0)
     crop_pct: float = Field(1.0, gt=0, le=1)
+
+
+class Calibration(_Facts):
+    """Temperatures by which logits are divided before the softmax, fitted on validation images (posthoc.py)."""
+
+    temperatures: dict[Head, Positive]
+    num_fitted: int = Field(ge=1)
+    """Validation images."""
 
 
 class Manifest(_Facts):
@@ -42,6 +51,8 @@ class Manifest(_Facts):
     class_map: list[int] | None = None
     class_names: list[str] | None = None
     preprocess: Preprocess | None = None
+    calibration: Calibration | None = None
+    """None: nothing was fitted; probabilities are the softmax of the logits as they are."""
 
 
 def read_folder(path: Path, kind: str, weights: str = "model") -> tuple[State, Manifest]:
