@@ -3,6 +3,7 @@
 # B images in a micro-batch, C channels, H height, W width, K classes
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -126,6 +127,16 @@ class JointForward(nn.Module):
         return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
 
 
+def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
+    """One graph of student, teacher and loss.
+
+    The compiler's layout optimization is off: because the teacher's convolutions are in the graph it would lay out all
+    4-d tensors channels-last, among them those of attention, and copy them in every block. The teacher is channels-last
+    already.
+    """
+    return torch.compile(joint, fullgraph=True, options={"layout_optimization": False})
+
+
 class Engine(Protocol):
     """Backward, accumulation and step of one rank."""
 
@@ -176,7 +187,7 @@ class FiniteGuard:
             self.kept = [torch.empty_like(p, requires_grad=False) for p in self._weights()]
             optimizer.register_step_post_hook(self._put_back)
 
-    def _weights(self) -> list[nn.Parameter]:
+    def _weights(self) -> list[Tensor]:
         return [p for g in self.optimizer.param_groups for p in g["params"]]
 
     def watch(self, norm: Tensor) -> None:
@@ -209,7 +220,7 @@ class PlainEngine:
 
     def __init__(self, joint: JointForward, cfg: Config, micro_batches_per_step: int) -> None:
         self.joint = joint
-        self._forward = torch.compile(joint, fullgraph=True) if cfg.train.compile else joint
+        self._forward = compiled(joint) if cfg.train.compile else joint
         self.optimizer = optim.build_optimizer(joint.student, cfg)
         self.parameters = [p for p in joint.student.parameters() if p.requires_grad]
         self.clip_norm = cfg.optim.clip_norm

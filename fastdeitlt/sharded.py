@@ -23,7 +23,7 @@ from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import FiniteGuard, JointForward, LocalSums
+from fastdeitlt.engine import FiniteGuard, JointForward, LocalSums, compiled
 from fastdeitlt.errors import UserError
 from fastdeitlt.loss import JointLoss
 
@@ -35,10 +35,10 @@ class _Compiled(nn.Module):
 
     _forward: Callable[..., JointLoss | LocalSums]
 
-    def __init__(self, joint: JointForward, compiled: bool) -> None:
+    def __init__(self, joint: JointForward, is_compiled: bool) -> None:
         super().__init__()
         self.joint = joint
-        object.__setattr__(self, "_forward", torch.compile(joint, fullgraph=True) if compiled else joint)
+        object.__setattr__(self, "_forward", compiled(joint) if is_compiled else joint)
 
     def forward(self, *inputs: Tensor | None) -> JointLoss | LocalSums:
         return self._forward(*inputs)

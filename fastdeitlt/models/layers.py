@@ -75,22 +75,45 @@ def hidden_function(name: str, width: int) -> Hidden:
     return known[name]
 
 
+class Linear(nn.Linear):
+    """A linear map, of which a call may ask for some of the output rows only.
+
+    A CPU's product with bias first writes the bias to all of its output. Compiled there, whatever reads the product
+    adds the bias instead; for GPUs the compiler does so by itself.
+    """
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        weight, bias = self.weight[rows], self.bias[rows]
+        if x.device.type == "cpu" and torch.compiler.is_compiling():
+            product = F.linear(x, weight)
+            return product + bias.to(product.dtype)
+        return F.linear(x, weight, bias)
+
+
+class PatchProjection(nn.Conv2d):
+    """Non-overlapping patches through one linear map: a convolution's weight, in a matrix product.
+
+    cuDNN's gradients of a convolution need not repeat themselves bit for bit; those of a product do.
+    """
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Patches row by row, [B, N, D]."""
+        patch = self.kernel_size[0]
+        patches_BCIPJQ = images_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+        patches_BNE = patches_BCIPJQ.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches_BNE, self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map (a convolution whose stride is its kernel)."""
+    """Images to tokens."""
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.proj = PatchProjection(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
-
-
-class RowLinear(nn.Linear):
-    """A linear map of which a call may ask for some of the output rows only."""
-
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        return F.linear(x, self.weight[rows], self.bias[rows])
+        tokens_BND: Tensor = self.proj(images_BCHW)
+        return tokens_BND
 
 
 class SelfAttention(nn.Module):
@@ -99,8 +122,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, attention: Attention) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = RowLinear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.attend, self.attend_first = attention
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
@@ -118,8 +141,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: Hidden) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, MLP_RATIO * width)
-        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+        self.fc1 = Linear(width, MLP_RATIO * width)
+        self.fc2 = Linear(MLP_RATIO * width, width)
         self.hidden = hidden
 
     def forward(self, x_BND: Tensor) -> Tensor:
