@@ -25,6 +25,8 @@ STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), 
 STEPS, VIRTUAL_RANKS, ACCUMULATE = 4, 4, 2
 BF16_BOUND = 5e-3
 """On losses of about 2.4 over four steps: gradients are summed in another order, and bfloat16 rounds what follows."""
+BF16_WEIGHT_BOUND = 1e-3
+"""On weights that four steps move by up to 1e-2."""
 SHORT = 2
 """The step with fewer micro-batches, as an epoch's last may have."""
 
@@ -123,16 +125,6 @@ def test_every_stage_takes_the_plain_steps_on_one_rank(plain, stage, offload):
     _assert_same(_state(engine), end)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_bf16_takes_no_hidden_step_before_training(stage):
-    plain, sharded = (_engine(_config(engine=e, zero_stage=stage, precision="bf16")) for e in ("plain", "deepspeed"))
-    losses, norms = _run(plain)
-    got_losses, got_norms = _run(sharded)
-    assert got_losses == losses
-    assert got_norms == pytest.approx(norms, rel=1e-6)
-    _assert_same(_state(sharded), _state(plain))
-
-
 def _one_of_several(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -148,7 +140,9 @@ def _one_of_several(rank, world, port, folder):
         again, _ = _run(engine, rank, world, range(2, STEPS))
         found[stage, offload] = (losses, norms, end, again, _state(engine))
     if world == 2:
-        found["bf16"] = _run(_engine(_config(engine="auto", zero_stage=2, precision="bf16"), rank, 2), rank, 2)[0]
+        for stage in (0, 2):
+            engine = _engine(_config(engine="auto", zero_stage=stage, precision="bf16"), rank, 2)
+            found["bf16", stage] = (_run(engine, rank, 2)[0], _state(engine))
         for stage in (1, 3):
             engine = _engine(_config(engine="auto", zero_stage=stage), rank, 2)
             _run(engine, rank, 2, range(1))
@@ -214,9 +208,36 @@ def test_several_ranks_continue_what_one_began(plain, several, world, stage, off
     _assert_same(ranks[0][4], end)
 
 
-def test_bf16_on_two_ranks_stays_within_its_bound(several):
-    plain, _ = _run(_engine(_config(engine="plain", precision="bf16")))
-    assert _joined(found["bf16"] for found in several(2)) == pytest.approx(plain, abs=BF16_BOUND)
+@pytest.fixture(scope="module")
+def plain_bf16():
+    engine = _engine(_config(engine="plain", precision="bf16"))
+    losses, _ = _run(engine)
+    return losses, engine.weights()
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_bf16_stays_within_its_bounds_and_takes_no_hidden_step(plain_bf16, request, world, stage):
+    """Losses, weights, and a step count of the steps taken: none was hidden before the first."""
+    if world == 1:
+        engine = _engine(_config(engine="deepspeed", zero_stage=stage, precision="bf16"))
+        losses, (weights, moments) = _run(engine)[0], _state(engine)
+    else:
+        ranks = [found["bf16", stage] for found in request.getfixturevalue("several")(2)]
+        losses, (weights, moments) = _joined(losses for losses, _ in ranks), ranks[0][1]
+    assert losses == pytest.approx(plain_bf16[0], abs=BF16_BOUND)
+    _assert_same([weights], [plain_bf16[1]], BF16_WEIGHT_BOUND)
+    assert all(value == STEPS for name, value in moments.items() if name.endswith("/step"))
+
+
+def test_a_hidden_step_would_break_the_bounds_of_bf16(plain_bf16):
+    """What DeepSpeed's own bf16 mode does at stage 0: a step of zero gradients before training."""
+    engine, (losses, weights) = _engine(_config(engine="plain", precision="bf16")), plain_bf16
+    for parameter in engine.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    engine.step(1e-3)
+    hidden = _run(engine)[0]
+    assert max(abs(hidden[place] - loss) for place, loss in losses.items()) > 10 * BF16_BOUND
+    assert max((engine.weights()[n] - value).abs().max() for n, value in weights.items()) > 5 * BF16_WEIGHT_BOUND
 
 
 @pytest.mark.parametrize("stage", [1, 3])
