@@ -102,12 +102,12 @@ def allow_posterize_to_black() -> None:
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: ImageOps.posterize(image, max(bits, 1))
 
 
-def timm_loader(images: LongTailSet, threads: int) -> Iterable[Any]:
+def timm_loader(images: LongTailSet, threads: int, size: int = SIZE, batch: int = BATCH) -> Iterable[Any]:
     """timm's create_loader with the recipe's arguments."""
     from timm.data import ImageDataset, create_loader
 
     workers: dict[str, Any] = {"num_workers": threads, "persistent_workers": True, "use_prefetcher": False}
-    return create_loader(ImageDataset(images.root), (3, SIZE, SIZE), BATCH, **TIMM_RECIPE, **workers)
+    return create_loader(ImageDataset(images.root), (3, size, size), batch, **TIMM_RECIPE, **workers)
 
 
 def torchvision_loader(images: LongTailSet, threads: int) -> Iterable[Any]:

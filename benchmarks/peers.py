@@ -115,7 +115,17 @@ def dense_target(batch: Batch, num_classes: int) -> Tensor:
 
 
 def timm_task(work: Workload, compiled: bool) -> Step:
-    """timm 1.0's TokenDistillationTask with fused AdamW and its moving average, the best attention backend forced."""
+    """``timm_update`` of a batch whose dense target it makes first."""
+    update = timm_update(work, compiled)
+    return lambda batch: update(batch.images_BCHW, dense_target(batch, work.num_classes))
+
+
+def timm_update(work: Workload, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """timm 1.0's TokenDistillationTask with fused AdamW and its moving average, the best attention backend forced.
+
+    Returns:
+        images_BCHW and dense target_BK to the loss.
+    """
     from timm.loss import SoftTargetCrossEntropy
     from timm.task import TokenDistillationTask
 
@@ -134,10 +144,9 @@ def timm_task(work: Workload, compiled: bool) -> Step:
     if compiled:
         task.compile()
 
-    def step(batch: Batch) -> Tensor:
-        target_BK = dense_target(batch, work.num_classes)
+    def update(images_BCHW: Tensor, target_BK: Tensor) -> Tensor:
         with best_attention(work.device), work.autocast():
-            loss = task(batch.images_BCHW, target_BK)["loss"]
+            loss = task(images_BCHW, target_BK)["loss"]
         with best_attention(work.device):
             loss.backward()
         optimizer.step()
@@ -145,7 +154,7 @@ def timm_task(work: Workload, compiled: bool) -> Step:
         task.update_ema()
         return loss.detach()
 
-    return step
+    return update
 
 
 def official_loop(work: Workload) -> Step:

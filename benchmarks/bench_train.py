@@ -1,0 +1,112 @@
+"""Images a second of training itself, JPEG files to new weights: timm's loader and task, ours streaming, ours resident.
+
+    pip install scikit-image scikit-learn        # for their sample photos
+    python -m benchmarks.bench_train [--images 512] [--rounds 7] [--workers 1]
+
+Every round is one pass over the same photos (``bench_reader``) by each contestant in turn: RandAugment, crops, erasing,
+Mixup or CutMix of each batch, student, teacher, joint loss, AdamW, moving average. timm has its create_loader with as
+many worker processes as we have decoding threads, its Mixup, and its distillation task compiled; teacher, student and
+precision are the same. Each image is seen once: repeated augmentation, which here costs one decode for three images,
+is left out.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import bench_step, harness, peers
+from benchmarks.bench_reader import CLASSES, allow_posterize_to_black, make_photos, timm_loader
+from benchmarks.peers import Step, Workload
+from fastdeitlt import config
+from fastdeitlt.data.batches import train_batches
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.sampler import MicroBatch
+
+CASES = {
+    "cpu": Workload("deit_tiny_distilled_patch8_64", 64, CLASSES, 32, "resnet8", "fp32", bench_step.CPU),
+    "gpu": replace(bench_step.CASES["b16-224"], num_classes=CLASSES),
+}
+BASELINE = "timm"
+
+
+def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Call:
+    """One pass of timm: loader, Mixup, compiled task."""
+    from timm.data import Mixup
+
+    loader = timm_loader(images, workers, work.img_size, work.batch_size)
+    list(loader)  # the workers are forked before there are other threads
+    mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=peers.SMOOTHING, num_classes=work.num_classes)
+    update = peers.timm_update(work, compiled=True)
+
+    def epoch() -> None:
+        for images_BCHW, labels_B in loader:
+            images_BCHW, target_BK = mix(images_BCHW.to(work.device), labels_B.to(work.device))
+            loss = update(images_BCHW, target_BK)
+        loss.item()
+
+    return epoch
+
+
+def our_epoch(step: Step, source: Stream | Resident, work: Workload, images: LongTailSet) -> None:
+    """One pass of ours: draw, crop, augment, mix, step."""
+    order = np.random.default_rng(0).permutation(len(images))
+    parts = order.reshape(-1, work.batch_size)
+    micro_batches = [MicroBatch(0, i, 0, part, np.zeros_like(part)) for i, part in enumerate(parts)]
+    for batch in train_batches(micro_batches, source, images, config.Config(), mixing=True, size=work.img_size):
+        loss = step(batch)
+    loss.item()
+
+
+def contestants(work: Workload, images: LongTailSet, workers: int, stack: ExitStack) -> dict[str, harness.Call]:
+    """timm, and ours with each residency; the two of ours train the same weights, which changes no time."""
+    timm = timm_epoch(work, images, workers)
+    step = peers.ours(work)
+    settings: dict[str, Any] = {"num_threads": workers}
+    stream = stack.enter_context(closing(Stream(images, config.DataConfig(**settings), work.device)))
+    resident = Resident(images, config.DataConfig(**settings, residency="device"), work.device)
+    stack.enter_context(closing(resident))
+    return {
+        BASELINE: timm,
+        "ours, streamed": partial(our_epoch, step, stream, work, images),
+        "ours, resident": partial(our_epoch, step, resident, work, images),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512, help="a multiple of the batch")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=1, help="timm's worker processes, our decoding threads")
+    options = parser.parse_args(arguments)
+    work = CASES["gpu" if torch.cuda.is_available() else "cpu"]
+    allow_posterize_to_black()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
+        photos = Path(folder) / "photos"
+        photos.mkdir()
+        images = make_photos(photos, options.images // work.batch_size * work.batch_size)
+        calls = contestants(work, images, options.workers, stack)
+        name = f"{work.student}, {len(images)} images, {options.workers} workers"
+        case = harness.Case(name, calls, BASELINE, eager=frozenset(calls))
+        rows = harness.rows("train", case, harness.measure(calls, work.device, options.rounds, case.eager), work.device)
+    for row in rows:
+        row |= {"images_per_s": len(images) / row["median_ms"] * 1e3, "precision": work.precision}
+        row |= {"student": work.student, "teacher": work.teacher, "batch": work.batch_size}
+        print(f"{harness.line(row)}  {row['images_per_s']:.1f} img/s")
+    print(f"rows appended to {harness.append('train', rows).relative_to(harness.ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
