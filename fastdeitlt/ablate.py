@@ -299,9 +299,9 @@ def _finish(run: ArmRun) -> bool:
         except NonFiniteError as error:
             log.error("%s: %s; going on with the next", run.folder, error)
             return False
-    ood = run.folder / ablation_table.OOD_FILE
+    files = [run.folder / name for name in (ablation_table.TEACHER_FILE, ablation_table.OOD_FILE)]
     teacher = config.load(str(run.folder / "config.yaml")).teacher.path
-    if teacher and not ood.exists():
+    if teacher and not any(file.is_file() for file in files):
         facts = diagnose_teacher(teacher, run.student, OOD_IMAGES, flatness=False)
-        write_atomically(ood, json.dumps(facts, indent=1))
+        write_atomically(files[1], json.dumps(facts, indent=1))
     return True

@@ -19,8 +19,10 @@ from fastdeitlt.metrics import GROUPS, cell
 from fastdeitlt.run import write_atomically
 from fastdeitlt.run_files import read_json, read_run
 
+TEACHER_FILE = Path("analysis", "teacher.json")
+"""In a run folder, left by ``train``: ``diagnose_teacher`` of its teacher on its own images."""
 OOD_FILE = "teacher_ood.json"
-"""In a run folder: ``diagnose_teacher`` of its teacher on its own images."""
+"""The same where ``train`` left none: in runs of earlier versions and with ``evaluate.analyze_images=0``."""
 SPLITS = ("official", "threshold")
 
 Metric = tuple[str, str, str]  # head, group, split
@@ -82,7 +84,7 @@ def read_values(folder: Path) -> Values:
         for group in GROUPS
         for split in SPLITS
     }
-    if ood := read_json(folder / OOD_FILE):
+    if ood := read_json(folder / TEACHER_FILE) or read_json(folder / OOD_FILE):
         values["TEACHER", "OOD", "training"] = float(ood["mixed_resized"]["accuracy"])
     return values
 

@@ -274,6 +274,9 @@ class EvaluateConfig(Section):
     """Which set chooses the best checkpoint: validation; none (the last one); or test, as published numbers do."""
     weights: Literal["model", "ema", "both"] = "both"
     """Which weights are evaluated; the better on the selection set is reported when both."""
+    analyze_images: int = Field(1024, ge=0)
+    """After training, look into student and teacher on up to so many images each, for the report (`analyze`; sharpness
+    is left to the verb). 0 = leave it out."""
     baseline_head: float = Field(0.0, ge=0, le=100)
     """Accuracy in % on head classes (official split) of a run to compare with, such as a plain ViT's: training warns
     when AVG falls 10 points below. 0 = this run's own best before re-weighting."""

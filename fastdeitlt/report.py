@@ -15,7 +15,7 @@ from fastdeitlt.metrics import GROUPS, Result, cell
 from fastdeitlt.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
 from fastdeitlt.published import published_table
 from fastdeitlt.report_scores import score_sections
-from fastdeitlt.run_files import RunFiles, column, read_run
+from fastdeitlt.run_files import RunFiles, column, read_json, read_run
 
 __all__ = ["compare", "results_table", "write_report"]
 
@@ -237,7 +237,8 @@ def _set_up(run: RunFiles) -> list[Section]:
 def _not_looked_into(run: RunFiles) -> list[str]:
     """Commands for the analyses that this page does not show yet."""
     wanted = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
-    missing = [name for name in wanted if not (run.folder / "analysis" / f"{name}.json").is_file()]
+    there = {name: read_json(run.folder / "analysis" / f"{name}.json") for name in wanted}
+    missing = [name for name, facts in there.items() if not facts or (name == "teacher" and "sharpness" not in facts)]
     if not missing:
         return []
     lines = [f"fastdeitlt analyze {name} {run.name}" for name in missing]

@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "train.save_every_epochs",
     "train.save_every_steps",
     "evaluate.batch_size",
+    "evaluate.analyze_images",
 )
 RESTARTS = 3
 """Starts from one step that may die before the run refuses the next."""

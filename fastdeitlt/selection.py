@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdeitlt import checkpoint, distributed, signs
-from fastdeitlt.analysis.student import look, write
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets, shot_groups
@@ -30,11 +29,8 @@ from fastdeitlt.optim import Ema
 from fastdeitlt.posthoc import post_hoc, temperatures
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import Run, console, write_atomically
-from fastdeitlt.saved import open_saved
 
 log = logging.getLogger("fastdeitlt")
-NUM_LOOKED_AT = 1024
-"""Test images that attention and features are measured on at the end."""
 
 
 class Selector:
@@ -114,7 +110,6 @@ class Selector:
                     results["posthoc"] = post_hoc(val, logits, self.sets.train.counts, self.cfg.data.dataset).to_json()
             if self.run.is_main:
                 console.print(result.table("official", teacher))
-            distributed.on_main(lambda: self._look(split, images))
         for source in self._sources.values():
             source.close()
         if self.run.is_main:
@@ -224,13 +219,6 @@ class Selector:
             if sign.seen:
                 log.warning("epoch %d, %s weights: %s", epoch + 1, weights, sign.text)
         self.run.record("signs", step, epoch=epoch, weights=weights, signs=[sign.to_json() for sign in found])
-
-    def _look(self, split: str, images: LongTailSet) -> None:
-        """Where the chosen weights look and what their features are, for the report."""
-        saved, counts = open_saved(self.run.folder), self.sets.train.counts
-        saved.model.to(self.device)
-        facts = look(saved, self._source(images), images, counts, self.cfg.data.dataset, NUM_LOOKED_AT)
-        write({"set": split} | facts, self.run.folder)
 
     def _cosines(self, cosine_N: Tensor, labels_N: Tensor) -> dict[str, float]:
         """Mean cosine of CLS and DIST features: of all images, and of each group (official split) that has any."""

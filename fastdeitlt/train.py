@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdeitlt import checkpoint, distributed, report
+from fastdeitlt import analysis, checkpoint, distributed, report
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet, class_order, drw_weights, open_sets
@@ -110,7 +110,9 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         stop.close()  # nothing is left to save
         source.close()
         selector.finish(done, epoch=cfg.train.epochs - 1)
-        log.info("report: %s", distributed.on_main(lambda: report.write_report(run.folder)))  # 10 report
+        if run.is_main:  # the others do not wait
+            analysis.look_into(run.folder, cfg.evaluate.analyze_images)
+            log.info("report: %s", report.write_report(run.folder))  # 10 report
     return run.folder
 
 

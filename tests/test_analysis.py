@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -10,14 +12,16 @@ import timm
 import torch
 from PIL import Image
 from small_model import SIZE, save_student
+from tiny_run import tiny_run
 
-from fastdeitlt.analysis import attention, overlay, sections
+from fastdeitlt.analysis import attention, look_into, overlay, sections
 from fastdeitlt.analysis.features import patch_similarity, watch_tokens
 from fastdeitlt.analysis.student import look, main, section, tables, write
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.saved import open_saved
+from fastdeitlt.train import train
 
 NUM_TOKENS = 2 + 16  # 4 x 4 patches of 8 px
 
@@ -173,3 +177,42 @@ def test_the_verb_names_what_does_not_fit(tmp_path):
         main([str(tmp_path / "four")], [], images=10, json=None)
     with pytest.raises(UserError, match="--images is 0"):
         main([str(tmp_path / "four")], [], images=0, json=None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of the smallest training there is."""
+    return train(tiny_run(tmp_path_factory.mktemp("trained")))
+
+
+def test_training_leaves_a_report_with_attention_and_teacher_and_fitted_temperatures(trained):
+    page = (trained / "report.html").read_text()
+    for title in ("Attention and features", "Teacher", "Feature rank", "Accuracy against confidence, as trained"):
+        assert f">{title}<" in page
+    assert page.count("data:image/png;base64,") > 2
+    facts = json.loads((trained / "analysis" / "teacher.json").read_text())
+    assert set(facts) >= {"clean", "augmented", "mixed", "mixed_resized", "feature_rank"} and "sharpness" not in facts
+    assert f"analyze teacher {trained.name}" in page and f"analyze student {trained.name}" not in page
+    fitted = open_saved(trained).calibration
+    weights = json.loads((trained / "results.json").read_text())["posthoc"]["weights"]
+    assert fitted.temperatures == {head: 1 / weights[f"{head}, temperature"][0] for head in ("AVG", "CLS", "DIST")}
+
+
+def test_an_analysis_that_fails_is_told_and_spoils_nothing(trained, tmp_path, caplog, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "analysis")
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("/teacher\n", "/absent\n"))
+    look_into(run, 8)
+    assert [record.levelname for record in caplog.records if "analyze teacher" in record.message] == ["WARNING"]
+    assert "absent" in caplog.text and "Traceback" not in caplog.text
+    assert [path.name for path in (run / "analysis").glob("*.json")] == ["student.json"]
+    (run / "config.yaml").write_text(settings)
+    shutil.rmtree(run / "analysis")
+    look_into(run, 0)
+    assert not (run / "analysis").exists()
+    look_into(run, 8)
+    facts = {name: json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("student", "teacher")}
+    assert {name: f["images"] for name, f in facts.items()} == {"student": 8, "teacher": 8}

@@ -6,6 +6,7 @@ import base64
 import json as json_module
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,32 +47,38 @@ def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Pa
         UserError: not a student, no images, or another data set than the student's.
     """
     for path in runs:
-        saved, run = open_saved(path), run_of(Path(path))
-        if not isinstance(saved.model, DistilledViT):
-            raise UserError(
-                f"model {path}: got a {saved.kind}, expected a student (analyze teacher looks into teachers)"
-            )
-        if images < 1:
-            raise UserError(f"analyze student: --images is {images}, expected at least 1")
-        cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
-        device = distributed.device_of(cfg.train.device)
-        sets = open_sets(cfg.data)
-        name, chosen = list(sets)[-1]  # test, else validation, else training images
-        if chosen.num_classes != saved.num_classes:
-            raise UserError(
-                f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {chosen.num_classes}; give the "
-                "data set that it was trained on (data.dataset=...)"
-            )
-        source = open_source(chosen, cfg.data, device)
-        saved.model.to(device)
-        facts = {"set": name} | look(saved, source, chosen, sets.train.counts, cfg.data.dataset, images)
-        source.close()
+        facts = _open_and_look(path, overrides, images)
         for table in tables(facts):
             Console().print(table)
-        if run:
+        if run := run_of(Path(path)):
             log.info("%s", write(facts, run))
         if json:
             write_atomically(json, json_module.dumps(facts, indent=1))
+
+
+def leave(run_dir: Path, num_images: int) -> None:
+    """Look into the student of a run that has just been trained."""
+    write(_open_and_look(str(run_dir), (), num_images), run_dir)
+
+
+def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str, Any]:
+    saved, run = open_saved(path), run_of(Path(path))
+    if not isinstance(saved.model, DistilledViT):
+        raise UserError(f"model {path}: got a {saved.kind}, expected a student (analyze teacher looks into teachers)")
+    if images < 1:
+        raise UserError(f"analyze student: --images is {images}, expected at least 1")
+    cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
+    device = distributed.device_of(cfg.train.device)
+    sets = open_sets(cfg.data)
+    name, chosen = list(sets)[-1]  # test, else validation, else training images
+    if chosen.num_classes != saved.num_classes:
+        raise UserError(
+            f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {chosen.num_classes}; give the "
+            "data set that it was trained on (data.dataset=...)"
+        )
+    saved.model.to(device)
+    with closing(open_source(chosen, cfg.data, device)) as source:
+        return {"set": name} | look(saved, source, chosen, sets.train.counts, cfg.data.dataset, images)
 
 
 def write(facts: dict[str, Any], run_dir: Path) -> Path:

@@ -54,11 +54,23 @@ def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, i
         for table in tables(facts):
             Console().print(table)
         if folder := run_of(Path(run)):
-            (folder / "analysis").mkdir(exist_ok=True)
-            write_atomically(folder / "analysis" / "teacher.json", json_module.dumps(facts, indent=1))
-            log.info("%s", folder / "analysis" / "teacher.json")
+            log.info("%s", _write(facts, folder))
     if json:
         write_atomically(json, json_module.dumps(found, indent=1))
+
+
+def leave(run_dir: Path, num_images: int) -> None:
+    """Look into the teacher of a student that has just been trained, if it had one; without its sharpness."""
+    cfg = config.load(str(run_dir / "config.yaml"))
+    if cfg.teacher.path:
+        _write(diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False), run_dir)
+
+
+def _write(facts: dict[str, Any], run_dir: Path) -> Path:
+    path = run_dir / "analysis" / "teacher.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json_module.dumps(facts, indent=1))
+    return path
 
 
 def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Config]:
@@ -144,12 +156,14 @@ def _target_table(facts: dict[str, Any]) -> page.Table:
 
 
 def _flatness_table(facts: dict[str, Any]) -> page.Table:
-    sharp, rank = facts["sharpness"], facts["feature_rank"]
-    rows = [["loss on clean training images", f"{sharp['loss']:.4f}"]]
-    rows += [[f"rise of the loss at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
+    """Sharpness, where it was taken, and feature rank."""
+    rank, rows = facts["feature_rank"], []
+    if sharp := facts.get("sharpness"):
+        rows = [["loss on clean training images", f"{sharp['loss']:.4f}"]]
+        rows += [[f"rise of the loss at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
+        rows += [["largest eigenvalue of the Hessian", f"{sharp['top_eigenvalue']:.1f}"]]
     rows += [
-        ["largest eigenvalue of the Hessian", f"{sharp['top_eigenvalue']:.1f}"],
         ["feature rank (99 % of the energy), centred by sample", f"{rank['sample']} of {rank['width']}"],
         ["feature rank, centred by feature", f"{rank['feature']} of {rank['width']}"],
     ]
-    return page.Table("Sharpness and feature rank", ["", ""], rows)
+    return page.Table("Sharpness and feature rank" if sharp else "Feature rank", ["", ""], rows)

@@ -34,7 +34,7 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
         path: model folder, run folder or released checkpoint.
         cfg: the student's run (data, augmentation, mixing, sizes, teacher section).
         num_images: training images used, evenly spaced in the list.
-        flatness: also take ``sharpness`` and ``feature_rank``, which cost many passes.
+        flatness: also take ``sharpness``, which costs far more than the rest.
 
     Returns:
         ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
@@ -85,6 +85,11 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
     ):
         seen = _teach(teacher, source, images, cfg, order_N, mixing, at)
         facts[name], targets_N = score(*(torch.cat(column) for column in zip(*seen, strict=True)))
+    facts["feature_rank"] = {
+        "sample": feature_rank(features_ND, "sample"),
+        "feature": feature_rank(features_ND, "feature"),
+        "width": features_ND.shape[1],
+    }
     num_classes = images.num_classes
     facts["hard_targets"] = {
         "labels": labels_N.bincount(minlength=num_classes).tolist(),
@@ -94,11 +99,6 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
         every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
         own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
         facts["sharpness"] = sharpness(network, torch.cat(clean)[::every], own_labels_N[::every].to(device), scale)
-        facts["feature_rank"] = {
-            "sample": feature_rank(features_ND, "sample"),
-            "feature": feature_rank(features_ND, "feature"),
-            "width": features_ND.shape[1],
-        }
     source.close()
     return facts
 
