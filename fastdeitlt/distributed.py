@@ -33,6 +33,7 @@ from torch import Tensor
 from torch import distributed as collective
 
 from fastdeitlt.errors import RankLostError, StoppedError, UserError
+from fastdeitlt.stopwatch import WORK
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
@@ -229,7 +230,8 @@ def get_world() -> int:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """In-place sum over ranks, on the device, without a host sync; nothing when alone."""
     if get_world() > 1:
-        collective.all_reduce(tensor)
+        with WORK.paused():
+            collective.all_reduce(tensor)
     return tensor
 
 

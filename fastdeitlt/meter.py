@@ -20,6 +20,7 @@ from fastdeitlt.loss import JointLoss
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.run import Run
+from fastdeitlt.stopwatch import WORK
 
 # Datasheet, dense bf16 with float32 accumulation, FLOP/s.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
@@ -69,38 +70,25 @@ class Meter:
 
     def _start_window(self) -> None:
         self.window, self.images, self.window_done = time.perf_counter(), 0, self.done
-        self.waited, self.worked, self._arrived = 0.0, 0.0, self._now()
+        self.waited = 0.0
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._micro_batches: list[tuple[int, MicroBatch]] = []
-
-    def _now(self) -> float | torch.cuda.Event:
-        """A moment of the device's own time line."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def wait(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, timing how long it took to come."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
-        self._arrived = self._now()
+        WORK.start(self.device)
         return batch
 
     def add(self, losses: JointLoss, micro_batch: MicroBatch) -> None:
         """Count a micro-batch after its backward pass; nothing leaves the device."""
+        WORK.stop()
         self._losses.append(torch.stack([loss.detach() for loss in losses]))
         self._micro_batches.append((self.done + 1, micro_batch))
         self.images += self.plan.batch_size * self.plan.world
-        now, arrived = self._now(), self._arrived
-        if isinstance(now, float) and isinstance(arrived, float):
-            self.worked += now - arrived
-        else:
-            self._spans.append((arrived, now))  # type: ignore[arg-type]
 
     def step(self, done: int, epoch: int, rate: float, norm: Tensor) -> None:
         """Count an optimizer step; report every ``log_every`` of them and at the end."""
@@ -153,10 +141,7 @@ class Meter:
         ranks, rank = self.plan.world, self.plan.rank
         told = torch.zeros(3 + 3 * ranks, device=self.device)
         told[:3], told[3 + rank] = sums, good
-        if self._spans:
-            self._spans[-1][1].synchronize()
-            self.worked += sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
-        told[3 + ranks + rank], told[3 + 2 * ranks + rank] = self.waited, self.worked
+        told[3 + ranks + rank], told[3 + 2 * ranks + rank] = self.waited, WORK.read()
         values = distributed.sum_over_ranks(told).tolist()  # sync: the only one of the loop
         return values[:3], *(values[3 + i * ranks : 3 + (i + 1) * ranks] for i in range(3))  # type: ignore[return-value]
 

@@ -19,6 +19,7 @@ from fastdeitlt.engine import FiniteGuard, JointForward, PlainEngine, build_engi
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.stopwatch import WORK
 
 CPU = torch.device("cpu")
 STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
@@ -139,6 +140,8 @@ def _one_of_several(rank, world, port, folder):
         engine.load(*half)
         again, _ = _run(engine, rank, world, range(2, STEPS))
         found[stage, offload] = (losses, norms, end, again, _state(engine))
+        if world == 2 and not offload:
+            found["collectives", stage] = _collectives(engine, rank)
     if world == 2:
         for stage in (0, 2):
             engine = _engine(_config(engine="auto", zero_stage=stage, precision="bf16"), rank, 2)
@@ -152,6 +155,43 @@ def _one_of_several(rank, world, port, folder):
         found["global"] = _run_globally(rank)
     torch.save(found, folder / f"rank{rank}.pt")
     distributed.stop()
+
+
+class _Spied:
+    """A collective that was started and notes at its end, too, whether the stopwatch runs."""
+
+    def __init__(self, handle, note):
+        self.handle, self.note = handle, note
+
+    def wait(self):
+        self.note()
+        return self.handle.wait()
+
+
+def _collectives(engine, rank):
+    """Of each collective, and wait for one, inside forward and backward: whether the stopwatch ran meanwhile."""
+    seen, backend = [], sys.modules["deepspeed.comm.comm"].cdb
+
+    def spied(collective):
+        def call(*args, **kwargs):
+            seen.append(WORK.runs)
+            handle = collective(*args, **kwargs)
+            return handle and _Spied(handle, lambda: seen.append(WORK.runs))
+
+        return call
+
+    places = [(torch.distributed, "all_reduce"), (torch.distributed, "reduce")]
+    places += [(backend, "all_gather_function"), (backend, "reduce_scatter_function")]
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in places:
+            patch.setattr(owner, name, spied(getattr(owner, name)))
+        WORK.start(CPU)
+        loss = engine.forward(_batch(0, 0, rank), WEIGHTS_K, None).loss
+        forward = len(seen)
+        engine.backward(loss)
+        assert WORK.runs
+        WORK.stop()
+    return seen[:forward], seen[forward:]
 
 
 def _run_globally(rank):
@@ -240,6 +280,15 @@ def test_a_hidden_step_would_break_the_bounds_of_bf16(plain_bf16):
     assert max((engine.weights()[n] - value).abs().max() for n, value in weights.items()) > 5 * BF16_WEIGHT_BOUND
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_the_stopwatch_of_a_ranks_work_stands_still_in_every_collective(several, stage):
+    """They are in the step at stages 0 and 1, in backward at 2, in forward as well at 3."""
+    for found in several(2):
+        forward, backward = found["collectives", stage]
+        assert bool(forward) == (stage == 3) and bool(backward) == (stage >= 2)
+        assert not any(forward + backward)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_of_any(several, stage):
     for found in several(2):
@@ -309,7 +358,7 @@ def test_student_teacher_and_loss_compile_to_one_graph_inside_deepspeed(monkeypa
         return graph.forward
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **kw: real(module, backend=count, **kw))
+    monkeypatch.setattr(torch, "compile", lambda module, options=None, **kw: real(module, backend=count, **kw))
     compiled = _run(_engine(_config(engine="deepspeed", zero_stage=2, compile=True)), steps=range(1))
     assert len(graphs) == 1
     eager = _run(_engine(_config(engine="deepspeed", zero_stage=2)), steps=range(1))
