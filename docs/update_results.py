@@ -1,6 +1,7 @@
-"""Put a grid's table and figure into docs/results.md: ``python docs/update_results.py runs/ablation-embedded``.
+"""Put grids' tables and figures into docs/results.md: ``python docs/update_results.py runs/ablation-embedded ...``.
 
-Run ``fastdeitlt ablate GRID --table`` first; both are taken from the grid's folder as they are.
+Run ``fastdeitlt ablate GRID --table`` first; both are taken from each grid's folder as they are, and go between the
+marks with the folder's name.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-BEGIN, END = "<!-- grid -->\n", "<!-- end of grid -->\n"
+END = "<!-- end of grid -->\n"
 
 
 def where_and_with_what(grid: Path) -> str:
@@ -22,20 +23,25 @@ def where_and_with_what(grid: Path) -> str:
     return f"{' / '.join(sorted(devices))}; {' / '.join(sorted(versions))}; commit {', '.join(sorted(commits))}.\n"
 
 
-def main() -> None:
-    """Replace what is between the marks."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grid", type=Path, help="folder with results.md, results.svg and the runs")
-    grid = parser.parse_args().grid
+def update(grid: Path) -> None:
+    """Replace what is between the grid's marks."""
     page = DOCS / "results.md"
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- grid {grid.name} -->\n")
     _, end, after = rest.partition(END)
     if not begin or not end or not (grid / "results.md").is_file():
         sys.exit(f"{page} has no marks, or {grid} no results.md; run `fastdeitlt ablate GRID --table` first")
-    shutil.copyfile(grid / "results.svg", DOCS / "results.svg")
+    shutil.copyfile(grid / "results.svg", DOCS / f"{grid.name}.svg")
     table = (grid / "results.md").read_text(encoding="utf-8")
-    figure = "![Accuracy of each arm: a dot a seed, a bar at their mean](results.svg)\n"
-    page.write_text(f"{before}{BEGIN}{where_and_with_what(grid)}\n{table}\n{figure}{END}{after}", encoding="utf-8")
+    figure = f"![Accuracy of each arm: a dot a seed, a bar at their mean]({grid.name}.svg)\n"
+    page.write_text(f"{before}{begin}{where_and_with_what(grid)}\n{table}\n{figure}{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """The grids that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("grids", type=Path, nargs="+", help="folders with results.md, results.svg and the runs")
+    for grid in parser.parse_args().grids:
+        update(grid.resolve())
 
 
 if __name__ == "__main__":
