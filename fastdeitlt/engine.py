@@ -14,6 +14,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
+from fastdeitlt.flat_adamw import FlatAdamW
 from fastdeitlt.loss import JointLoss, decision_weight, joint_loss
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
@@ -165,14 +166,14 @@ class FiniteGuard:
     """Leaves out the update of a step whose gradient norm is not finite; decided on the device, without a host sync.
 
     More than ``skips`` such steps in a row are a failure, after which no update is made any more. The host learns of
-    it from the norms, at its next report. Weights stay as they were bit for bit; moments too with torch's AdamW, and
-    with the others they take a gradient of 0.
+    it from the norms, at its next report. Weights stay as they were bit for bit; moments too with torch's AdamW and
+    FlatAdamW, and with the others they take a gradient of 0.
 
     Args:
-        optimizer: torch's fused AdamW leaves the whole step out; another with a tensor as learning rate takes one of
-            rate and gradient 0. One with a number (apex, DeepSpeed's FusedAdam: their kernels are handed a flag to do
-            nothing, and their source has the line that reads it commented out) takes one of gradient 0, after which
-            its weights are put back from a copy; that costs the weights' memory once more.
+        optimizer: torch's fused AdamW and FlatAdamW leave the whole step out; another with a tensor as learning rate
+            takes one of rate and gradient 0. One with a number (apex, DeepSpeed's FusedAdam: their kernels are handed a
+            flag to do nothing, and their source has the line that reads it commented out) takes one of gradient 0,
+            after which its weights are put back from a copy; that costs the weights' memory once more.
         skips: train.nonfinite_skips.
         device: of the gradients.
     """
@@ -198,6 +199,9 @@ class FiniteGuard:
         self.skip = torch.maximum(bad, self.failed)
         if self.is_torch:
             self.optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+            return
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.grad_scale = torch.where(self.skip > 0, 0.0, self.optimizer.grad_scale)
             return
         grads = [p.grad for p in self._weights() if p.grad is not None]
         torch._foreach_copy_(grads, [torch.where(self.skip > 0, 0.0, g) for g in grads])
@@ -238,12 +242,22 @@ class PlainEngine:
 
     def step(self, learning_rate: float) -> Tensor:
         optim.set_learning_rate(self.optimizer, learning_rate)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        norm = self._clip()
         self.guard.watch(norm)
         self.optimizer.step()
         self.joint.student.zero_grad()  # apex's and DeepSpeed's optimizers have a zero_grad of their own
+        return norm
+
+    def _clip(self) -> Tensor:
+        """The gradient norm; FlatAdamW scales the gradients where it reads them, for others it is a pass of its own."""
+        if isinstance(self.optimizer, FlatAdamW):
+            norm = self.optimizer.gather()
+            if self.clip_norm:
+                self.optimizer.grad_scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            return norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         return norm
 
     def weights(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""AdamW with its weights in one flat buffer, so that step, clip and moving average are one pass over memory.
+"""AdamW with its weights in one flat buffer: step, gradient scale and moving average are one pass over memory.
 
 The parameters become views of the buffer, first those with weight decay, then those without. State has the names and
 the shapes of torch.optim.AdamW, so that either takes over the other's checkpoint.
@@ -18,18 +18,18 @@ ALIGNMENT = 64
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """AdamW through ``kernels.adamw_ema``, with gradient clipping and the moving average of the weights built in.
+    """AdamW through ``kernels.adamw_ema``, with a factor on the gradients and the moving average built in.
 
     Args:
         groups: parameters, or groups with a ``weight_decay`` each; at most one of them other than 0.
         lr: learning rate, a float or a 0-d tensor; kept as a tensor on the device under ``group["lr"]``.
         betas, eps, weight_decay: as torch.optim.AdamW.
         ema_decay: decay of the average a step. 0 = no average.
-        clip_norm: global gradient norm above which gradients are scaled down. 0 = off.
 
     Attributes:
         ema: parameter -> view of its moving average; empty without one.
-        grad_norm: 0-d norm of the last step's gradients before clipping, on the device; 0 while clipping is off.
+        grad_scale: 0-d factor on the gradients of the next step alone, on the device (clipping); 0 leaves that step
+            out, even if a gradient is not finite.
 
     Raises:
         UserError: parameters that are not float32 on one device, or two different weight decays.
@@ -43,16 +43,17 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         ema_decay: float = 0.0,
-        clip_norm: float = 0.0,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         parameters = self._ordered()
         device = parameters[0].device
-        self.ema_decay, self.clip_norm = ema_decay, clip_norm
+        self.ema_decay = ema_decay
         self._lr = torch.as_tensor(lr, dtype=torch.float32).to(device)
         for group in self.param_groups:
             group["lr"] = self._lr
-        self.grad_norm = torch.zeros((), device=device)
+        self._one = torch.ones((), device=device)
+        self.grad_scale = self._one
+        self._gathered = False
         self._allocate(parameters)
 
     def _ordered(self) -> list[nn.Parameter]:
@@ -115,26 +116,34 @@ class FlatAdamW(torch.optim.Optimizer):
                 state[name] = view
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Clip, update weights and average, in three launches besides the gathering of the gradients.
+    def gather(self) -> Tensor:
+        """Collect the gradients for the next step; their 0-d norm, on the device.
 
         Raises:
             UserError: a parameter without gradient.
+        """
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if len(grads) < len(self._parameters):
+            missing = next(tuple(p.shape) for p in self._parameters if p.grad is None)
+            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze it or use it")
+        torch._foreach_copy_(self._grad_views, grads)
+        self._gathered = True
+        return torch.linalg.vector_norm(self._grads)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update weights and average in one launch, with the gradients gathered now if ``gather`` was not called.
+
+        Raises:
+            UserError: see ``gather``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        if len(grads) < len(self._parameters):
-            missing = next(tuple(p.shape) for p in self._parameters if p.grad is None)
-            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze it or use it")
+        if not self._gathered:
+            self.gather()
         self._adopt()
-        torch._foreach_copy_(self._grad_views, grads)
-        scale = None
-        if self.clip_norm:
-            self.grad_norm = torch.linalg.vector_norm(self._grads)
-            scale = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         first = self.param_groups[0]
         adamw_ema(
             self._weights,
@@ -142,13 +151,14 @@ class FlatAdamW(torch.optim.Optimizer):
             self._exp_avg,
             self._exp_avg_sq,
             lr=self._lr,
-            step=self._steps.add_(1)[0],
+            step=self._steps.add_(self.grad_scale != 0)[0],
             num_decayed=self._num_decayed,
             weight_decay=max(group["weight_decay"] for group in self.param_groups),
             betas=first["betas"],
             eps=first["eps"],
-            scale=scale,
+            scale=self.grad_scale,
             ema=self._ema,
             ema_decay=self.ema_decay,
         )
+        self.grad_scale, self._gathered = self._one, False
         return loss

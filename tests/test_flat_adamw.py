@@ -47,20 +47,43 @@ def assert_same_weights(a, b, tolerance=1e-6):
 
 def test_ten_clipped_steps_and_their_average_equal_torch():
     ours, theirs = model(), model()
-    optimizer, peer = flat(ours, clip_norm=CLIP_NORM), torch.optim.AdamW(groups(theirs), lr=1e-2)
+    optimizer, peer = flat(ours), torch.optim.AdamW(groups(theirs), lr=1e-2)
     average = [p.detach().clone() for p in theirs.parameters()]
     for step in range(10):
-        train(ours, optimizer, [step])
+        optimizer.zero_grad()
+        backward(ours, step)
+        our_norm = optimizer.gather()
+        optimizer.grad_scale = (CLIP_NORM / (our_norm + 1e-6)).clamp(max=1)
+        optimizer.step()
         peer.zero_grad()
         backward(theirs, step)
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), CLIP_NORM)
         peer.step()
         for mean, p in zip(average, theirs.parameters(), strict=True):
             mean.lerp_(p.detach(), 1 - EMA_DECAY)
-        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-4, atol=0)
+        torch.testing.assert_close(our_norm, norm, rtol=1e-4, atol=0)
     assert_same_weights(ours, theirs, 2e-6)
     for p, mean in zip(ours.parameters(), average, strict=True):
         torch.testing.assert_close(optimizer.ema[p], mean, rtol=2e-6, atol=2e-6)
+
+
+def test_a_scale_of_0_leaves_one_step_out_and_moves_the_average():
+    network = model()
+    optimizer = flat(network)
+    train(network, optimizer, [0])
+    before = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
+    average = [mean.clone() for mean in optimizer.ema.values()]
+    optimizer.zero_grad()
+    backward(network, 1)
+    next(network.parameters()).grad.fill_(torch.nan)
+    optimizer.gather()
+    optimizer.grad_scale = torch.zeros(())
+    optimizer.step()
+    torch.testing.assert_close((network.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
+    for (p, mean), old in zip(optimizer.ema.items(), average, strict=True):
+        torch.testing.assert_close(mean, old.lerp(p.detach(), 1 - EMA_DECAY))
+    train(network, optimizer, [2])
+    assert not torch.equal(network[0].weight, before[0]["0.weight"])
 
 
 def test_the_learning_rate_is_one_tensor_that_may_be_filled_or_replaced():

@@ -105,6 +105,20 @@ def test_a_nan_gradient_stays_in_its_own_weight(device):
     assert weights.isnan().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_scale_of_0_leaves_the_step_out_and_only_moves_the_average(step, device):
+    weights, grads, *moments = buffers(1300, device)
+    grads[7], grads[1200] = torch.nan, torch.inf
+    before = [x.clone() for x in (weights, *moments)]
+    ema, low = torch.zeros(1300, device=device), torch.full((1300,), torch.nan, dtype=torch.bfloat16, device=device)
+    clock = {"lr": scalar(1, device), "step": scalar(step, device), "num_decayed": 600, "scale": scalar(0, device)}
+    adamw_ema(weights, grads, *moments, **clock, **OPTIONS, ema=ema, ema_decay=0.75, low=low)
+    for got, expected in zip((weights, *moments), before, strict=True):
+        assert torch.equal(got, expected)
+    torch.testing.assert_close(ema, weights / 4)
+    assert torch.equal(low, weights.bfloat16())
+
+
 def test_the_op_is_registered_correctly(device):
     weights, grads, *moments = buffers(40, device)
     ema, low = weights.clone(), weights.bfloat16()
