@@ -154,7 +154,7 @@ def test_the_gpu_script_needs_a_gpu_and_lists_its_stages(monkeypatch, capsys):
     assert "no GPU" in capsys.readouterr().err
     assert gpu.main(["--list"]) == 0
     listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed[:2] == ["tests", "floors"] and listed[-3:] == ["steps", "parts", "profile"]
+    assert listed[:2] == ["tests", "floors"] and listed[-4:] == ["steps", "train", "parts", "profile"]
     assert {"attention", "add_layernorm", "joint_loss", "adamw_ema", "augment"} <= set(listed)
 
 
