@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -293,5 +294,8 @@ def _import(device: torch.device) -> Any:
         groups._WORLD_GROUP = distributed.all_ranks()
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # an optimizer of DeepSpeed's that is not used here compiles itself: torch's compiler takes 3 s of a rank's start
+    with mock.patch.object(torch, "compile", lambda function: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

@@ -4,7 +4,6 @@ One run on two ranks meets them in turn, each start continuing what the last one
 run that nothing touched. ``pytest tests/test_faults.py -s -k seconds`` prints how long each took to end.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -14,36 +13,27 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
+import fault_ranks
 import numpy as np
 import pytest
 import torch
+from fault_ranks import FAULTS, SLOW_STEP
 from tiny_run import TIMES, tiny_run
 
-from fastdeitlt import cli, config, launch
+from fastdeitlt import cli, config
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.engine import PlainEngine
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
-from fastdeitlt.meter import Meter
 from fastdeitlt.run import RESTARTS, Run
 from fastdeitlt.train import train
 from fastdeitlt.watch import Norms, dump, warn_of_straggler
 
-FAULTS = {
-    # fault: (step at whose start rank 1 meets it, exit code, what is said)
-    "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
-    "sigint": (4, 130, "stopped by SIGINT, saved after step"),
-    "raise": (6, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
-    "hang": (7, 7, "lost contact with rank 1"),
-    "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
-    "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
-    "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
-}
 HANG_TIMEOUT_S = 12
-SLOW_STEP = 12
 
 
 class Launch:
@@ -54,7 +44,7 @@ class Launch:
         path, self.note, log = folder / "config.yaml", folder / f"{name}-{fault}", folder / f"{name}-{fault}.log"
         timeout = HANG_TIMEOUT_S if fault == "hang" else cfg.train.timeout_s
         path.write_text(config.dump(cfg))
-        command = [sys.executable, __file__, fault, str(self.note), "train", str(path), f"name={name}"]
+        command = [sys.executable, fault_ranks.__file__, fault, str(self.note), "train", str(path), f"name={name}"]
         command += [f"train.timeout_s={timeout}", "--processes", "2", "--restarts", "1" if fault == "kill" else "0"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         with log.open("wb") as out:
@@ -65,54 +55,22 @@ class Launch:
         self.said = log.read_text()
 
 
-def _main(fault, note, *arguments):
-    """The program, in the launcher and in its ranks, with a fault in rank 1."""
-    torch.set_num_threads(1)
-    launch.PROGRAM = [sys.executable, __file__, fault, note]
-    if os.environ.get("RANK") == "1":
-        _inject(fault, Path(note))
-    return cli.main(arguments)
-
-
-def _inject(fault, note):
-    """Rank 1 meets the fault when it waits for the first batch of a step; `none`: it is slow in some steps."""
-    wait, add = Meter.wait, Meter.add
-
-    def faulty(self, batches):
-        batch = wait(self, batches)
-        if fault == "none" or note.exists() or self.done + 1 != FAULTS[fault][0]:
-            return batch
-        note.write_text(str(time.time()))
-        if fault in ("sigterm", "sigint"):
-            os.kill(os.getppid(), getattr(signal, fault.upper()))
-        elif fault in ("hang", "kill"):
-            os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
-        elif fault == "raise":
-            raise RuntimeError("a bug")
-        elif fault == "memory":
-            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
-        return dataclasses.replace(batch, images_BCHW=batch.images_BCHW * (float("nan") if fault == "nan" else 1.0))
-
-    def slow(self, *rest):
-        if fault == "none" and self.done + 1 == SLOW_STEP:
-            time.sleep(1.0)
-        add(self, *rest)
-
-    Meter.wait, Meter.add = faulty, slow
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """{fault: Launch} in order, `none` for the untouched run; the last one finishes what the faults interrupted."""
-    cfg = tiny_run(tmp_path_factory.mktemp("faults"))
-    often = {
-        "epochs": 5,
-        "save_every_steps": 1,
-        "zero_stage": 1,
-    }  # a straggler shows where gradients are summed in the step
-    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=often)})
-    launches = {fault: Launch(cfg, "faulty", fault) for fault in FAULTS}
-    return launches | {"none": Launch(cfg, "whole", "none"), "folder": Path(cfg.runs_dir)}
+    folder = tmp_path_factory.mktemp("faults")
+    cfg = tiny_run(folder)
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"epochs": 4, "save_every_steps": 1})})
+    launches = {"folder": folder}
+    for fault in FAULTS:
+        with ThreadPoolExecutor(1) as pool:
+            launched = pool.submit(Launch, cfg, "faulty", fault)
+            if fault == "hang":  # while the other ranks wait for the one that hangs
+                while not (folder / "faulty-hang").exists() and not launched.done():
+                    time.sleep(0.1)
+                launches["none"] = Launch(cfg, "whole", "none")
+            launches[fault] = launched.result()
+    return launches
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -248,21 +206,23 @@ def test_a_crash_loop_stops_after_three_restarts_without_a_checkpoint(tmp_path):
     assert not (tmp_path / "r" / "starts.json").exists()
 
 
-def test_a_disk_that_fills_up_is_survived_until_the_third_save(tmp_path):
+def test_a_disk_that_fills_up_is_survived_until_the_third_save(tmp_path, capsys):
     """A real limit on the size of files stops the writes half-way; training itself goes on."""
     cfg = tiny_run(tmp_path)
     often = cfg.train.model_copy(update={"save_every_steps": 1})
     (tmp_path / "config.yaml").write_text(config.dump(cfg.model_copy(update={"train": often})))
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    command = [sys.executable, "-P", "-m", "fastdeitlt.cli", "train", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
-    assert done.returncode == 4, done.stdout + done.stderr
-    assert done.stdout.count("training goes on") == 2
-    assert "(3 failed saves in a row)" in done.stderr and "Traceback" not in done.stderr
-    assert "step 3/9" in done.stdout
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        code = cli.main(["train", str(tmp_path / "config.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out, err = capsys.readouterr()
+    assert code == 4, out + err
+    assert out.count("training goes on") == 2
+    assert "(3 failed saves in a row)" in err and "Traceback" not in err
+    assert "step 3/9" in out
     assert not list((tmp_path / cfg.name / "checkpoints").iterdir())
 
 
@@ -330,7 +290,3 @@ def test_a_gradient_that_is_not_finite_without_a_loss_that_is_lists_the_whole_st
     file = dump(tmp_path, 2, [(1, 0.5), (2, 0.5), (2, 0.6)], micro, lr=0.1)
     found = json.loads(file.read_text())
     assert [entry["images"] for entry in found["micro_batches"]] == [[1, 9], [2, 9]]
-
-
-if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))

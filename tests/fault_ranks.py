@@ -1,0 +1,67 @@
+"""The program with a fault that rank 1 meets once: ``python fault_ranks.py FAULT NOTE train ...``.
+
+It is the launcher and each of its ranks. The launcher imports no more than the program's own.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from fastdeitlt import cli, launch
+
+FAULTS = {
+    # fault: (step at whose start rank 1 meets it, exit code, what is said)
+    "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
+    "sigint": (4, 130, "stopped by SIGINT, saved after step"),
+    "raise": (6, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
+    "hang": (7, 7, "lost contact with rank 1"),
+    "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
+    "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
+    "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
+}
+SLOW_STEP = 12
+"""At which rank 1 works a second longer on each micro-batch, with the fault ``none``."""
+
+
+def main(fault, note, *arguments):
+    """The program; writes the moment of the fault to the file ``note``."""
+    launch.PROGRAM = [sys.executable, __file__, fault, note]
+    if os.environ.get("RANK") == "1":
+        _inject(fault, Path(note))
+    return cli.main(arguments)
+
+
+def _inject(fault, note):
+    """Rank 1 meets the fault when it waits for the first batch of a step."""
+    import torch
+
+    from fastdeitlt.meter import Meter
+
+    wait = Meter.wait
+
+    def faulty(self, batches):
+        batch = wait(self, batches)
+        if fault == "none":
+            time.sleep(self.done + 1 == SLOW_STEP)
+            return batch
+        if note.exists() or self.done + 1 != FAULTS[fault][0]:
+            return batch
+        note.write_text(str(time.time()))
+        if fault in ("sigterm", "sigint"):
+            os.kill(os.getppid(), getattr(signal, fault.upper()))
+        elif fault in ("hang", "kill"):
+            os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
+        elif fault == "raise":
+            raise RuntimeError("a bug")
+        elif fault == "memory":
+            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+        return dataclasses.replace(batch, images_BCHW=batch.images_BCHW * (float("nan") if fault == "nan" else 1.0))
+
+    Meter.wait = faulty
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
