@@ -65,10 +65,11 @@ def _ablate(args: argparse.Namespace) -> int:
     from fastdeitlt.ablate import ablate
 
     run.set_up_logging()
+    settings = [word for word in args.arms if "=" in word]  # those that follow --arms
     folder = ablate(
         args.grid,
-        args.overrides,
-        arms=args.arms,
+        [*args.overrides, *settings],
+        arms=[word for word in args.arms if word not in settings],
         seeds=args.seeds,
         dry_run=args.dry_run,
         table_only=args.table,

@@ -219,7 +219,7 @@ def test_the_dry_run_lists_runs_with_steps_and_states_and_trains_nothing(grid_fi
     (last / "manifest.json").write_text('{"step": 154}')
     trained.clear()
     capsys.readouterr()
-    assert cli.main(["ablate", grid_file(), runs, "--seeds", "0", "--dry-run"]) == 0
+    assert cli.main(["ablate", grid_file(), "--dry-run", "--seeds", "0", "--arms", "base", "vit", "no-drw", runs]) == 0
     # 2,304 of 2,478 images an epoch in batches of 16, two epochs; the teacher's batches are of 128
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert "288" in lines["base-seed0"] and "new" in lines["base-seed0"]
