@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fastdeitlt.errors import UserError
 
@@ -430,7 +431,14 @@ def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+def _field(name: str) -> FieldInfo:
+    section, _, field = name.rpartition(".")
+    model: Any = Config.model_fields[section].annotation if section else Config
+    return model.model_fields[field]
+
+
 FIELDS = tuple(_field_names(Config))
+TEXTS = frozenset(name for name in FIELDS if _field(name).annotation is str)
 
 
 def near(name: str, known: list[str] | tuple[str, ...]) -> str:
@@ -453,20 +461,36 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, but a name that is given twice in one mapping is an error rather than the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = getattr(key, "value", None)
+            if isinstance(name, str) and name != "<<":  # "<<" takes over another mapping, which the names here win over
+                if name in seen:
+                    raise UserError(f"{name} is given twice (line {key.start_mark.line + 1}); remove one")
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; empty if the file is.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or holds something else.
+        UserError: the file cannot be read, is not YAML, gives a name twice, or holds something else.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path}: cannot be read ({error}); give a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
     except RecursionError:
         raise UserError(f"config file {path}: nested too deeply; a config has two levels") from None
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -516,6 +540,9 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"override {override!r}: expected section.field=value")
+        if name in TEXTS and text.strip()[:1] not in ("'", '"'):
+            values[name] = text.strip()  # as typed: a run may be called nan or 2026
+            continue
         try:
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -573,6 +600,4 @@ def dump(config: Config) -> str:
 
 def describe(name: str) -> str:
     """The documentation of a dotted field name, on one line."""
-    section, _, field = name.rpartition(".")
-    model: Any = Config.model_fields[section].annotation if section else Config
-    return " ".join((model.model_fields[field].description or "").split())
+    return " ".join((_field(name).description or "").split())

@@ -99,11 +99,12 @@ def curves(
 def class_accuracy(result: Result) -> Markup:
     """Accuracy of each class against its number of training images; AVG with 95 % Wilson intervals if classes are few.
 
-    Many classes become the mean of each of up to twelve equal groups of classes of similar size.
+    Many classes become the mean of each of up to twelve equal groups of classes of similar size. A class without
+    training images stands on the log axis where one with half an image would.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
-        counts_K = np.array(result.counts_K)
+        counts_K = np.maximum(result.counts_K, 0.5)
         few = len(counts_K) <= MAX_INTERVALS
         for name in result.heads:
             x, y = _by_size(counts_K, result.class_accuracy(name), few)
@@ -232,7 +233,7 @@ def _by_size(counts_K: np.ndarray, accuracy_K: np.ndarray, few: bool) -> tuple[n
     order = order[np.isfinite(accuracy_K[order])]
     if few:
         return counts_K[order], accuracy_K[order]
-    pieces = np.array_split(order, 12)
+    pieces = np.array_split(order, min(12, len(order)))
     return np.array([counts_K[p].mean() for p in pieces]), np.array([accuracy_K[p].mean() for p in pieces])
 
 

@@ -28,6 +28,20 @@ def test_overrides_win_over_the_file_and_origins_say_so():
     assert cfg.origins["optim.eps"] == "default"
 
 
+@pytest.mark.parametrize("text", ["nan", "1e5", "true", "null", "2026", "007", "off", "1_000"])
+def test_a_name_that_yaml_would_make_a_number_of_stays_text(text, tmp_path):
+    cfg = config.load("quickstart", [f"name={text}", f"runs_dir={text}", "train.epochs=60"])
+    assert (cfg.name, cfg.runs_dir, cfg.train.epochs) == (text, text, 60)
+    (tmp_path / "c.yaml").write_text(config.dump(cfg))
+    assert config.load(str(tmp_path / "c.yaml")).name == text
+
+
+def test_texts_may_be_quoted_and_emptied():
+    cfg = config.load("quickstart", ["name='a-b'", 'data.root="/a: b"'])
+    assert (cfg.name, cfg.data.root) == ("a-b", "/a: b")
+    assert config.load("quickstart", ["teacher.path=x", "teacher.path="]).teacher.path == ""
+
+
 def test_dumped_config_reads_back_equal(tmp_path):
     cfg = config.load("quickstart", ["name=x"])
     (tmp_path / "c.yaml").write_text(config.dump(cfg))
@@ -64,6 +78,25 @@ def test_broken_files_are_refused_in_one_line(tmp_path, text):
     with pytest.raises(UserError) as caught:
         config.load(str(tmp_path / "c.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\ntrain:\n  epochs: 3\nname: b\n", r"c\.yaml: name is given twice \(line 4\)"),
+        ("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n", r"c\.yaml: epochs is given twice \(line 4\)"),
+        ("train: {epochs: 3}\ntrain: {seed: 1}\n", "train is given twice"),
+    ],
+)
+def test_a_name_given_twice_is_refused(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        config.load(str(tmp_path / "c.yaml"))
+
+
+def test_merge_keys_may_be_overridden(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: &a {num_threads: 1}\ndata2: {<<: *a, num_threads: 2}\n")
+    assert config.read_yaml(tmp_path / "c.yaml")["data2"] == {"num_threads": 2}
 
 
 def test_unknown_recipe_names_the_nearest():

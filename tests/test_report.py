@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdeitlt import config
+from fastdeitlt import config, figures
 from fastdeitlt.analysis import overlay
 from fastdeitlt.analysis.student import write as write_analysis
 from fastdeitlt.compare import compare
@@ -226,6 +226,15 @@ def test_thousands_of_classes_do_not_make_thousands_of_rows(tmp_path):
     page = read(write_report(tmp_path))
     assert max(len(table) for table in page.tables) == 201
     assert (tmp_path / "report.html").stat().st_size < 600_000
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("counts", [[40, 0, 9, 0], [0, 0, 0, 0], [*range(1, 50), 0]])
+def test_classes_without_training_images_are_drawn_without_a_warning(counts):
+    labels_N = torch.arange(4 * len(counts)) % len(counts)
+    logits_NK = torch.randn(len(labels_N), len(counts), generator=torch.Generator().manual_seed(0))
+    svg = figures.class_accuracy(score(logits_NK, logits_NK, labels_N, counts))
+    assert svg.startswith("<svg") and "nan" not in svg.lower()
 
 
 def test_the_terminal_table_has_teacher_chance_and_published(tmp_path):
