@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ SETTINGS = {
     "train.precision": "fp32",
     "train.device": "cpu",
     "train.log_every": 1,
-    "train.save_every_steps": 20,
+    "train.save_every_steps": 10,
     "train.save_every_epochs": 0,
     "train.timeout_s": 3600,
     "optim.ema_decay": 0.99,
@@ -103,9 +104,11 @@ THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 def children(pid: int) -> list[int]:
-    """The ranks that a launcher has started."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
+    """The ranks that a launcher has started and that have not ended."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # the launcher has ended
+        return []
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -119,21 +122,19 @@ def steps_logged(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def strike(kind: str, launcher: subprocess.Popen[bytes], run: Path, clock: AwakeClock) -> None:
+def strike(kind: str, launcher: subprocess.Popen[bytes], ranks: list[int], run: Path, clock: AwakeClock) -> None:
     """End the run in one of the ways of ``KINDS``."""
-    ranks = children(launcher.pid)
     if kind == "kill while saving":
         patience = clock.seconds + 10
         while not list((run / "checkpoints").glob(".step-*.tmp-*")) and clock.seconds < patience:
             clock.seconds += 0.001
             time.sleep(0.001)
-    if kind in ("kill all", "kill while saving"):
-        for pid in (launcher.pid, *ranks):
-            os.kill(pid, signal.SIGKILL)
-    elif kind == "kill one rank":
-        os.kill(random.choice(ranks), signal.SIGKILL)
-    else:
+    if kind == "stop by signal":
         launcher.send_signal(signal.SIGTERM)
+        return
+    for pid in [random.choice(ranks)] if kind == "kill one rank" else [launcher.pid, *ranks]:
+        with suppress(ProcessLookupError):  # Linux kills the ranks once their launcher is gone
+            os.kill(pid, signal.SIGKILL)
 
 
 def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock) -> dict[str, Any]:
@@ -147,14 +148,15 @@ def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock
         end = clock.seconds + random.uniform(*gap_s)
         while launcher.poll() is None and clock.seconds < end:
             clock.tick()
-        if launcher.poll() is not None:
-            codes.append(launcher.returncode)
-            break
         kind, ranks = KINDS[sum(kills.values()) % len(KINDS)], children(launcher.pid)
-        strike(kind, launcher, run, clock)
+        if ranks:
+            strike(kind, launcher, ranks, run, clock)
         struck = clock.seconds
         while launcher.poll() is None or alive(ranks):
             clock.tick()
+        if not ranks or launcher.returncode == 0:  # it came to its end before the strike
+            codes.append(launcher.returncode)
+            break
         kills[kind] += 1
         codes.append(launcher.returncode)
         seconds.append(round(clock.seconds - struck, 2))
