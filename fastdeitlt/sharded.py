@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         plan: of this rank.
 
     Raises:
-        UserError: stage 3 with train.compile, or another optim.backend than torch's.
+        UserError: stage 3 with train.compile, or an optimizer that cannot be sharded.
     """
 
     def __init__(self, joint: JointForward, cfg: Config, plan: Plan) -> None:
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         if self.stage == 3:
             joint.student = copy.deepcopy(self.student)
         self.sharded = joint.student
-        self.optimizer = optim.build_optimizer(self.sharded, _with_torch_adamw(cfg))
+        self.optimizer = optim.build_optimizer(self.sharded, _shardable(cfg))
         if self.offload:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]))  # beside the moments
@@ -266,14 +266,26 @@ def _stand_still_in_collectives(backend: Any) -> None:
             setattr(backend, name, timed(getattr(backend, name)))
 
 
-def _with_torch_adamw(cfg: Config) -> Config:
-    """The run with the implementation that takes DeepSpeed's flat parts and keeps its step counter with them."""
-    if cfg.optim.backend not in ("auto", "torch") or cfg.optim.algorithm != "adamw":
+def _shardable(cfg: Config) -> Config:
+    """The run with an implementation that its ZeRO stage does not break; where states are sharded, torch's AdamW.
+
+    It takes DeepSpeed's flat parts and keeps a step counter with each.
+    """
+    o, stage = cfg.optim, cfg.train.zero_stage
+    if stage and o.algorithm == "lamb":
         raise UserError(
-            f"optim.backend: got {cfg.optim.backend} ({cfg.optim.algorithm}), and the DeepSpeed engine shards torch's "
-            "AdamW; use optim.backend=torch optim.algorithm=adamw"
+            f"optim.algorithm=lamb: scales each step by the norms of whole weights, and train.zero_stage={stage} cuts "
+            "them in parts; use train.zero_stage=0, or optim.algorithm=adamw"
         )
-    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"backend": "torch"})})
+    if o.algorithm == "lamb" or (stage == 0 and o.backend in ("apex", "deepspeed")):
+        return cfg
+    if o.backend not in ("auto", "torch"):
+        less = ", or train.zero_stage=0, which shards no state" if o.backend != "fastdeitlt" else ""
+        raise UserError(
+            f"optim.backend: got {o.backend}, and the DeepSpeed engine at train.zero_stage={stage} takes torch's "
+            f"AdamW; use optim.backend=torch{less}"
+        )
+    return cfg.model_copy(update={"optim": o.model_copy(update={"backend": "torch"})})
 
 
 def _import(device: torch.device) -> Any:

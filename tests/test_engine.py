@@ -152,6 +152,8 @@ def _one_of_several(rank, world, port, folder):
             before = _state(engine)[0]
             norms = _run(engine, rank, 2, range(1, 2), poison=(1, 0, 0))[1]
             found["nan", stage] = (norms, before, _state(engine)[0])
+        engine = _lamb_engine("auto", rank, 2)
+        found["lamb"] = (*_run(engine, rank, 2), _state(engine))
         found["global"] = _run_globally(rank)
     torch.save(found, folder / f"rank{rank}.pt")
     distributed.stop()
@@ -449,11 +451,50 @@ def test_guarding_a_rate_that_is_a_number_never_waits_for_the_device():
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
-def test_another_adamw_than_torchs_is_refused():
-    cfg = _config(engine="deepspeed")
-    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"backend": "apex"})})
-    with pytest.raises(UserError, match=r"optim\.backend: got apex.*optim\.backend=torch"):
-        _engine(cfg)
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "message"),
+    [
+        (1, {"backend": "apex"}, r"optim\.backend: got apex.*optim\.backend=torch, or train\.zero_stage=0"),
+        (2, {"backend": "deepspeed"}, r"optim\.backend: got deepspeed.*train\.zero_stage=2 takes torch's AdamW"),
+        (0, {"backend": "fastdeitlt"}, r"optim\.backend: got fastdeitlt.*use optim\.backend=torch$"),
+        (2, {"algorithm": "lamb"}, r"norms of whole weights, and train\.zero_stage=2 cuts.*train\.zero_stage=0"),
+    ],
+)
+def test_an_optimizer_that_sharding_would_break_is_refused(stage, optimizer, message):
+    cfg = _config(engine="deepspeed", zero_stage=stage)
+    with pytest.raises(UserError, match=message):
+        _engine(cfg.model_copy(update={"optim": cfg.optim.model_copy(update=optimizer)}))
+
+
+class Lamb(torch.optim.Optimizer):
+    """In the place of apex's, which needs a GPU: the rate is a number, the trust ratio one of each whole weight."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.setdefault(p, {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)})
+                state["exp_avg"].lerp_(p.grad, 0.1)
+                state["exp_avg_sq"].lerp_(p.grad.square(), 0.01)
+                update = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-4) + group["weight_decay"] * p
+                ratio = p.norm() / update.norm()
+                p.sub_(group["lr"] * torch.where(ratio > 0, ratio, 1.0) * update)
+
+
+def _lamb_engine(engine, rank=0, world=1):
+    cfg = config.build(config.flatten(_config(engine=engine, zero_stage=0)) | {"optim.algorithm": "lamb"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "build_optimizer", lambda m, c: Lamb(optim.parameter_groups(m, 0.05), {"lr": 1e-3}))
+        return _engine(cfg, rank, world)
+
+
+def test_stage_0_on_two_ranks_takes_the_plain_steps_of_lamb(several):
+    engine = _lamb_engine("plain")
+    losses, norms = _run(engine)
+    ranks = [found["lamb"] for found in several(2)]
+    assert _joined(found[0] for found in ranks) == pytest.approx(losses, abs=1e-6)
+    assert ranks[0][1] == pytest.approx(norms, rel=1e-6)
+    _assert_same(ranks[0][2], _state(engine))
 
 
 def test_auto_is_plain_on_one_rank_and_says_so(caplog, monkeypatch):
