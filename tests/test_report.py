@@ -77,9 +77,28 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
     }
     (folder / "results.json").write_text(json.dumps(results))
     write_analysis(analysis_facts(names), folder)
+    (folder / "analysis" / "teacher.json").write_text(json.dumps(teacher_facts(names)))
     (folder / "checkpoints" / "best").mkdir(parents=True)
     (folder / "checkpoints" / "best" / "manifest.json").write_text(json.dumps({"class_names": names}))
     return folder
+
+
+def teacher_facts(names):
+    """What ``diagnose_teacher`` leaves, made up."""
+    condition = {
+        "accuracy": 67.1, "either": 71.2, "entropy": 0.29, "agreement": {"head": 71.2, "mid": 50.3, "tail": None}
+    }  # fmt: skip
+    counts = [max(count // 2, 1) for count in range(len(names), 0, -1)]
+    return {
+        "path": "runs/teacher-quickstart-1efd5b1b/checkpoints/best",
+        "images": 2048,
+        "class_names": ["Papilio polyxenes asterius", *names[1:-1], "Zygoballus rufipes"],
+        "groups": {"head": [0, 1, 2], "mid": [3, 4, 5, 6], "tail": [7, 8, 9]},
+        **dict.fromkeys(("clean", "augmented", "mixed", "mixed_resized"), condition),
+        "hard_targets": {"labels": counts, "targets": counts[::-1]},
+        "sharpness": {"loss": 0.35, "gap": {"0.01": 0.03, "0.5": 9.36}, "top_eigenvalue": 95.9},
+        "feature_rank": {"sample": 26, "feature": 27, "width": 64},
+    }
 
 
 def analysis_facts(names):
@@ -152,13 +171,14 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
         "Fitted on validation images",
         "Other class frequencies",
         "Attention and features",
+        "Teacher",
         "Speed",
         "Environment",
         "Configuration",
         "Run it again",
     ):
         assert f"<h2>{title}</h2>" in html
-    assert path == folder / "report.html" and page.tags.count("svg") == 15
+    assert path == folder / "report.html" and page.tags.count("svg") == 16
     top1 = json.loads((folder / "results.json").read_text())["test"]["heads"]["DIST"]["top1"]
     for table, split in zip(page.tables, ("threshold", "official"), strict=False):
         rows = {row[0]: row[1:] for row in table}
@@ -325,6 +345,13 @@ def test_signs_of_failure_say_how_often_and_what(tmp_path):
 def test_a_page_without_analyses_names_the_commands_that_make_them(tmp_path):
     folder = make_run(tmp_path / "run", overrides=["teacher.path=somewhere"])
     html = write_report(folder).read_text(encoding="utf-8")
+    assert "Teacher teacher-quickstart-1efd5b1b on 2,048 training images" in html and "fastdeitlt analyze" not in html
+    kept = {key: value for key, value in teacher_facts(NAMES).items() if key != "sharpness"}  # what train leaves
+    (folder / "analysis" / "teacher.json").write_text(json.dumps(kept))
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "fastdeitlt analyze teacher run" in html and "feature rank, by sample" in html and "Hessian" not in html
+    (folder / "analysis" / "teacher.json").unlink()
+    html = write_report(folder).read_text(encoding="utf-8")
     assert "fastdeitlt analyze teacher run" in html and "analyze student" not in html
     (folder / "analysis" / "student.json").unlink()
     html = write_report(folder).read_text(encoding="utf-8")
@@ -339,6 +366,11 @@ def test_in_a_browser_nothing_overflows_breaks_or_fails_at_phone_and_desktop_wid
     )
     with browser.Browser() as chromium:
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        hidden = (  # columns of the teacher's tables that only scrolling would show
+            "[...document.querySelectorAll('section')].filter(s => s.querySelector('h2').textContent == 'Teacher')"
+            ".flatMap(s => [...s.querySelectorAll('.scroll')]).filter(t => t.scrollWidth > t.clientWidth)"
+            ".map(t => t.textContent.trim().split('\\n')[0])"
+        )
         broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
         for page in (write_report(runs[0]), compare(runs)):
             for width in (390, 1280):
@@ -349,6 +381,7 @@ def test_in_a_browser_nothing_overflows_breaks_or_fails_at_phone_and_desktop_wid
                     "[...document.querySelectorAll('figure svg')].every(svg => svg.getBoundingClientRect().width > 280)"
                 )
                 assert chromium.evaluate(small)
+                assert chromium.evaluate(hidden) == []
                 assert chromium.requests() == [page.absolute().as_uri()]
         assert len(chromium.open(tmp_path / "bad.html", 390)) >= 2  # the checks can fail
         assert chromium.evaluate(overflow) > 0 and chromium.evaluate(broken) == 1

@@ -344,7 +344,7 @@ def test_analyze_prints_writes_and_reports_a_teacher(
     assert "name the recipe whose images it will teach on" in capsys.readouterr().err
     assert main([*command, "mixup.prob=0", "--recipe", str(recipe_file)]) == 0
     shown = capsys.readouterr().out
-    for text in ("augmented, mixed, resized", "hard targets, %", "largest eigenvalue of the Hessian", "feature rank"):
+    for text in ("resized", "taught, %", "largest Hessian eigenvalue", "feature rank, by sample"):
         assert text in shown
     facts = json.loads(numbers.read_text())[str(run)]
     assert facts["images"] == 20

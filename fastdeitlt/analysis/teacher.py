@@ -22,12 +22,7 @@ from fastdeitlt.saved import run_of
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 
 log = logging.getLogger("fastdeitlt")
-CONDITIONS = {
-    "clean": "clean, the teacher's preprocessing",
-    "augmented": "augmented",
-    "mixed": "augmented, mixed",
-    "mixed_resized": "augmented, mixed, resized: what it teaches",
-}
+CONDITIONS = {"clean": "clean", "augmented": "augmented", "mixed": "mixed", "mixed_resized": "resized"}
 SHOTS = GROUPS[1:]
 MAX_CLASS_ROWS = 100
 
@@ -112,14 +107,18 @@ def section(facts: dict[str, Any]) -> Section:
     heights = {"all": [f["accuracy"] for f in conditions.values()]}
     heights |= {shot: [f["agreement"][shot] or math.nan for f in conditions.values()] for shot in SHOTS}
     colours = dict(zip(heights, (figures.COLOURS["AVG"], *figures.RUN_COLOURS), strict=False))
-    names = ["clean", "augmented", "mixed", "mixed, resized"]
     return Section(
         "Teacher",
-        f"{facts['path']} on {facts['images']:,} training images as the student's recipe makes them. Right: the hard "
-        "decision is the label of the larger share of the image; either: the label of one of its two. Entropy is that "
-        "of the softmax, in nats. Head, mid and tail: agreement with the label, official split.",
+        f"Teacher {_name(facts['path'])} on {facts['images']:,} training images: clean, as in its own evaluation; "
+        "augmented by the student's recipe; mixed besides; and resized from the student's size, which is what it "
+        "teaches on. Right: the hard decision is the label of the larger share of the image (groups by the official "
+        "split); either: the label of one of its two. Entropy is that of the softmax. Feature rank counts the singular "
+        "values that hold 99 % of the energy; sharpness is the rise of the loss that far along its gradient.",
         [
-            page.Figure("Agreement of the teacher with the labels, in %", figures.bars(names, heights, colours)),
+            page.Figure(
+                "Decisions of the teacher that are right, in %",
+                figures.bars(list(CONDITIONS.values()), heights, colours),
+            ),
             _condition_table(conditions),
             _target_table(facts),
             _flatness_table(facts),
@@ -127,17 +126,21 @@ def section(facts: dict[str, Any]) -> Section:
     )
 
 
+def _name(path: str) -> str:
+    """Of the teacher's run or file."""
+    return next(part for part in reversed(Path(path).parts) if part not in ("checkpoints", "best", "last"))
+
+
 def _condition_table(conditions: dict[str, Any]) -> page.Table:
     rows = [
         [
             CONDITIONS[name],
-            *(cell(value) for value in (f["accuracy"], f["either"])),
+            *(cell(value) for value in (f["accuracy"], *(f["agreement"][shot] for shot in SHOTS), f["either"])),
             f"{f['entropy']:.3f}",
-            *(cell(f["agreement"][shot]) for shot in SHOTS),
         ]
         for name, f in conditions.items()
     ]
-    return page.Table("Teacher on training images", ["images", "right", "either", "entropy", *SHOTS], rows)
+    return page.Table("Right and either, in %; entropy, in nats", ["images", *GROUPS, "either", "nats"], rows)
 
 
 def _target_table(facts: dict[str, Any]) -> page.Table:
@@ -150,8 +153,9 @@ def _target_table(facts: dict[str, Any]) -> page.Table:
     for name, ids in bins.items():
         number = {kind: sum(counts[kind][k] for k in ids) for kind in ("labels", "targets")}
         share = {kind: 100 * number[kind] / totals[kind] for kind in number}
-        rows.append([name, f"{number['labels']:,}", *(f"{share[kind]:.1f}" for kind in ("labels", "targets"))])
-    header = ["", "labels", "labels, %", "hard targets, %"]
+        ratio = f"{share['targets'] / share['labels']:.1f}" if share["labels"] else "-"
+        rows.append([name, *(f"{share[kind]:.1f}" for kind in ("labels", "targets")), ratio])
+    header = ["", "label, %", "taught, %", "ratio"]
     return page.Table("How often each class is the label, and how often it is taught", header, rows)
 
 
@@ -159,11 +163,11 @@ def _flatness_table(facts: dict[str, Any]) -> page.Table:
     """Sharpness, where it was taken, and feature rank."""
     rank, rows = facts["feature_rank"], []
     if sharp := facts.get("sharpness"):
-        rows = [["loss on clean training images", f"{sharp['loss']:.4f}"]]
-        rows += [[f"rise of the loss at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
-        rows += [["largest eigenvalue of the Hessian", f"{sharp['top_eigenvalue']:.1f}"]]
+        rows = [["loss, clean images", f"{sharp['loss']:.4f}"]]
+        rows += [[f"its rise at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
+        rows += [["largest Hessian eigenvalue", f"{sharp['top_eigenvalue']:.1f}"]]
     rows += [
-        ["feature rank (99 % of the energy), centred by sample", f"{rank['sample']} of {rank['width']}"],
-        ["feature rank, centred by feature", f"{rank['feature']} of {rank['width']}"],
+        ["feature rank, by sample", f"{rank['sample']} of {rank['width']}"],
+        ["feature rank, by feature", f"{rank['feature']} of {rank['width']}"],
     ]
-    return page.Table("Sharpness and feature rank" if sharp else "Feature rank", ["", ""], rows)
+    return page.Table("Sharpness and feature rank" if sharp else "Feature rank", ["", "value"], rows)
