@@ -260,7 +260,7 @@ def test_student_teacher_and_loss_compile_to_one_graph(monkeypatch, precision):
         return graph.forward
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **kw: real(module, backend=count, **kw))
+    monkeypatch.setattr(torch, "compile", lambda module, options=None, **kw: real(module, backend=count, **kw))
     compiled, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8}))
     eager, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8, "train.compile": False}))
     assert len(graphs) == 1

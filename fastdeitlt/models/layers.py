@@ -91,13 +91,16 @@ class Linear(nn.Linear):
 
 
 class PatchProjection(nn.Conv2d):
-    """Non-overlapping patches through one linear map: a convolution's weight, in a matrix product.
+    """Non-overlapping patches through one linear map: a convolution whose stride is its kernel.
 
-    cuDNN's gradients of a convolution need not repeat themselves bit for bit; those of a product do.
+    Trained as a matrix product, which is faster and whose gradients repeat bit for bit, as cuDNN's of a convolution
+    need not; evaluated as timm does it, so that logits are equal bit for bit.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Patches row by row, [B, N, D]."""
+        if not self.training:
+            return super().forward(images_BCHW).flatten(2).transpose(1, 2)
         patch = self.kernel_size[0]
         patches_BCIPJQ = images_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
         patches_BNE = patches_BCIPJQ.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
