@@ -1,10 +1,13 @@
 """Analysis of a student: weights equal to timm's, the definitions' known values, pictures of the right maps."""
 
 import base64
+import gc
+import importlib
 import io
 import json
 import logging
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -180,9 +183,34 @@ def test_the_verb_names_what_does_not_fit(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def made():
+    """Weak references to what the training of ``trained`` made, by name."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, made):
     """The run folder of the smallest training there is."""
-    return train(tiny_run(tmp_path_factory.mktemp("trained")))
+    module = importlib.import_module("fastdeitlt.train")
+
+    def watched(name):
+        make = getattr(module, name)
+
+        def make_and_note(*args, **kwargs):
+            made[name] = weakref.ref(thing := make(*args, **kwargs))
+            return thing
+
+        return make_and_note
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create_student", "teacher_of", "build_engine", "open_source", "Selector", "Meter", "Ema", "Run"):
+            patch.setattr(module, name, watched(name))
+        return train(tiny_run(tmp_path_factory.mktemp("trained")))
+
+
+def test_a_process_that_trains_many_runs_keeps_none_of_them(trained, made):
+    gc.collect()
+    assert len(made) == 8 and {name for name, thing in made.items() if thing() is not None} == set()
 
 
 def test_training_leaves_a_report_with_attention_and_teacher_and_fitted_temperatures(trained):
