@@ -1,7 +1,7 @@
-"""Put grids' tables and figures into docs/results.md: ``python docs/update_results.py runs/ablation-embedded ...``.
+"""Put grids' tables and figures into these pages: ``python docs/update_results.py runs/ablation-embedded ...``.
 
 Run ``fastdeitlt ablate GRID --table`` first; both are taken from each grid's folder as they are, and go between the
-marks with the folder's name.
+marks with the folder's name, in whichever page has them.
 """
 
 import argparse
@@ -25,11 +25,14 @@ def where_and_with_what(grid: Path) -> str:
 
 def update(grid: Path) -> None:
     """Replace what is between the grid's marks."""
-    page = DOCS / "results.md"
-    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- grid {grid.name} -->\n")
+    mark = f"<!-- grid {grid.name} -->\n"
+    page = next((page for page in sorted(DOCS.glob("*.md")) if mark in page.read_text(encoding="utf-8")), None)
+    if page is None or not (grid / "results.md").is_file():
+        sys.exit(f"no page has the marks, or {grid} no results.md; run `fastdeitlt ablate GRID --table` first")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(mark)
     _, end, after = rest.partition(END)
-    if not begin or not end or not (grid / "results.md").is_file():
-        sys.exit(f"{page} has no marks, or {grid} no results.md; run `fastdeitlt ablate GRID --table` first")
+    if not end:
+        sys.exit(f"{page}: {mark.strip()} has no {END.strip()}")
     shutil.copyfile(grid / "results.svg", DOCS / f"{grid.name}.svg")
     table = (grid / "results.md").read_text(encoding="utf-8")
     figure = f"![Accuracy of each arm: a dot a seed, a bar at their mean]({grid.name}.svg)\n"
