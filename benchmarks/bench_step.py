@@ -21,6 +21,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CASES = {
     "dry": Workload("deit_tiny_distilled_patch16_32", 32, 10, 4, "resnet8", "fp32", CPU),
     "ti8-32": Workload("deit_tiny_distilled_patch8_32", 32, 10, 64, "resnet8", "fp32", CPU),
+    "ti8-32-bf16": Workload("deit_tiny_distilled_patch8_32", 32, 10, 64, "resnet8", "bf16", CPU),
     "ti4-32": Workload("deit_tiny_distilled_patch4_32", 32, 100, 32, "resnet32", "fp32", CPU),
     "ti8-64": Workload("deit_tiny_distilled_patch8_64", 64, 100, 32, "resnet8", "fp32", CPU),
     "s16-224": Workload("deit_small_distilled_patch16_224", 224, 1000, 256, "resnet50", "bf16", GPU),

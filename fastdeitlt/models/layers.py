@@ -25,13 +25,21 @@ def attend(qkv_BN3HE: Tensor) -> Tensor:
         [B, N, D], heads side by side.
     """
     q_BHNE, k_BHNE, v_BHNE = qkv_BN3HE.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
+    return _softmax_attention(q_BHNE, k_BHNE, v_BHNE)
 
 
 def attend_first(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
     """Softmax attention of the first M tokens to all N tokens. Returns [B, M, D]."""
     k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
+    return _softmax_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE)
+
+
+def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+    if q_BHME.device.type == "cpu" and q_BHME.dtype == torch.bfloat16:
+        # the backward of torch's attention on a CPU takes eight times as long in bfloat16 as in float32
+        with torch.autocast("cpu", enabled=False):
+            return _softmax_attention(q_BHME.float(), k_BHNE.float(), v_BHNE.float()).bfloat16()
+    return F.scaled_dot_product_attention(q_BHME, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
 
 
 def attention_functions(name: str) -> Attention:
@@ -78,15 +86,14 @@ def hidden_function(name: str, width: int) -> Hidden:
 class Linear(nn.Linear):
     """A linear map, of which a call may ask for some of the output rows only.
 
-    A CPU's product with bias first writes the bias to all of its output. Compiled there, whatever reads the product
-    adds the bias instead; for GPUs the compiler does so by itself.
+    A CPU's float32 product with bias first writes the bias to all of its output. Compiled there, whatever reads the
+    product adds the bias instead; for GPUs the compiler does so by itself.
     """
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         weight, bias = self.weight[rows], self.bias[rows]
-        if x.device.type == "cpu" and torch.compiler.is_compiling():
-            product = F.linear(x, weight)
-            return product + bias.to(product.dtype)
+        if x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+            return F.linear(x, weight) + bias
         return F.linear(x, weight, bias)
 
 
