@@ -23,7 +23,9 @@ CASES = {
     "ti8-32": Workload("deit_tiny_distilled_patch8_32", 32, 10, 64, "resnet8", "fp32", CPU),
     "ti8-32-bf16": Workload("deit_tiny_distilled_patch8_32", 32, 10, 64, "resnet8", "bf16", CPU),
     "ti4-32": Workload("deit_tiny_distilled_patch4_32", 32, 100, 32, "resnet32", "fp32", CPU),
+    "ti4-32-bf16": Workload("deit_tiny_distilled_patch4_32", 32, 100, 32, "resnet32", "bf16", CPU),
     "ti8-64": Workload("deit_tiny_distilled_patch8_64", 64, 100, 32, "resnet8", "fp32", CPU),
+    "ti8-64-bf16": Workload("deit_tiny_distilled_patch8_64", 64, 100, 32, "resnet8", "bf16", CPU),
     "s16-224": Workload("deit_small_distilled_patch16_224", 224, 1000, 256, "resnet50", "bf16", GPU),
     "b16-224": Workload("deit_base_distilled_patch16_224", 224, 1000, 256, "resnet50", "bf16", GPU),
     "b16-224-inat": Workload("deit_base_distilled_patch16_224", 224, 8142, 256, "resnet50", "bf16", GPU),
@@ -57,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         student = create_student(work.student, work.num_classes, work.img_size)
         case = harness.Case(
             name, calls, peers.BASELINE, useful_flops=int(3 * flops_per_image(student) * work.batch_size),
-            eager=frozenset(calls),
+            dtype=torch.bfloat16 if work.precision == "bf16" else torch.float32, eager=frozenset(calls),
         )  # fmt: skip
         rows = harness.rows("step", case, harness.measure(calls, device, options.rounds, case.eager), device)
         for row in rows:

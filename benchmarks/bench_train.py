@@ -34,7 +34,7 @@ from fastdeitlt.data.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch
 
 CASES = {
-    "cpu": Workload("deit_tiny_distilled_patch8_64", 64, CLASSES, 32, "resnet8", "fp32", bench_step.CPU),
+    "cpu": Workload("deit_tiny_distilled_patch8_64", 64, CLASSES, 32, "resnet8", "bf16", bench_step.CPU),
     "gpu": replace(bench_step.CASES["b16-224"], num_classes=CLASSES),
 }
 BASELINE = "timm"

@@ -34,6 +34,7 @@ class Case:
         candidates: name -> call; a call does all its work on every invocation.
         baseline: the candidate the others are compared with: the best alternative, not the slowest.
         useful_bytes, useful_flops: least work of the op, for the share of the floor; 0 = not stated.
+        dtype: of the matrix products that the floor supposes; None: see ``timer.matmul_rate``.
         eager: candidates that a CUDA graph cannot hold.
     """
 
@@ -42,6 +43,7 @@ class Case:
     baseline: str
     useful_bytes: int = 0
     useful_flops: int = 0
+    dtype: torch.dtype | None = None
     eager: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -89,7 +91,7 @@ def green(op: str) -> bool:
 def rows(op: str, case: Case, timings: Mapping[str, Timing], device: torch.device) -> list[dict[str, Any]]:
     """One JSON row a candidate: times, ratio to the baseline (above 1 = faster), rates and share of the floor."""
     floor_s = case.useful_bytes / bandwidth(device) if case.useful_bytes else 0.0
-    floor_s = max(floor_s, case.useful_flops / matmul_rate(device) if case.useful_flops else 0.0)
+    floor_s = max(floor_s, case.useful_flops / matmul_rate(device, case.dtype) if case.useful_flops else 0.0)
     result = []
     for name, timing in timings.items():
         seconds = timing.median / 1e3
