@@ -188,7 +188,7 @@ def main() -> int:
     """Command line; exit code 1 when the runs differ or one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="about how long the killed run lasts")
-    parser.add_argument("--steps-per-second", type=float, default=4.0, help="of this machine; chooses the length")
+    parser.add_argument("--steps-per-second", type=float, default=10.0, help="of this machine; chooses the length")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--folder", type=Path, help="where the runs go; default: a new temporary folder")
     arguments = parser.parse_args()
