@@ -26,7 +26,7 @@ def test_a_profile_has_stages_operations_and_a_trace(tmp_path, capsys):
     assert stages["student"] + stages["teacher"] < stages["forward"]
     rows = {row["name"]: row for row in written["operations"]}
     assert [row["time_ms"] for row in rows.values()] == sorted((r["time_ms"] for r in rows.values()), reverse=True)
-    # fc1, fc2 and proj of one block, key and value, query, two heads, two steps
+    # patches, fc1, fc2 and proj of one block, key and value, query, two heads; two steps
     assert rows["aten::addmm"]["calls"] == 2 * 8 and rows["aten::addmm"]["flops"] > 0
     assert rows["aten::_scaled_dot_product_flash_attention_for_cpu"]["flops"] > 0
     mm = rows["aten::addmm"]
