@@ -172,7 +172,8 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
     """
     if not finished:
         raise UserError(f"ablate: no finished run under {folder}; run the grid first")
-    values: dict[str, dict[int, Values]] = {arm: {} for arm in arms}
+    ran = {arm for arm, _, _ in finished} | {arms[0]}
+    values: dict[str, dict[int, Values]] = {arm: {} for arm in arms if arm in ran}
     for arm, seed, run in finished:
         values[arm][seed] = read_values(run)
     summaries = summarise(values)
@@ -185,7 +186,9 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
             mean, deviation, difference, p = ("" if math.isnan(n) else f"{n:.6g}" for n in numbers)
             table.writerow([arm, *metric, s.num_seeds, mean, deviation, s.num_pairs, difference, p])
     write_atomically(folder / "results.csv", text.getvalue())
-    write_atomically(folder / "results.md", markdown(arms[0], summaries))
+    absent = [f"`{arm}`" for arm in arms if arm not in ran]
+    note = f"\nNo run of {', '.join(absent)} is finished.\n" if absent else ""
+    write_atomically(folder / "results.md", markdown(arms[0], summaries) + note)
     write_atomically(folder / "results.svg", figure(values))
     Console().print(_brief(arms[0], summaries))
 

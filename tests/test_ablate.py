@@ -205,6 +205,13 @@ def test_a_diverged_run_is_told_at_the_end_and_stops_no_other(grid_file, trained
     assert seeds == {"base": "2", "vit": "1", "no-drw": "2", "sgd": "2"}
 
 
+def test_arms_without_a_finished_run_are_named_under_the_table(grid_file, trained, tmp_path):
+    folder = ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base", "vit"])
+    text = (folder / "results.md").read_text()
+    assert "| vit | 1 |" in text and "| sgd |" not in text
+    assert "No run of `no-drw`, `sgd` is finished." in text
+
+
 def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
     ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base"])
     with pytest.raises(UserError, match=r"base-seed0: holds a run with other settings \(optim.lr: 0.001 -> 0.002\)"):
