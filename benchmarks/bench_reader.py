@@ -91,15 +91,20 @@ def noise(seed: int, side: int = 600) -> Image.Image:
     return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
 
 
+def one_pass(num_images: int, batch: int) -> list[MicroBatch]:
+    """Each image once, in a fixed random order."""
+    order = np.random.default_rng(0).permutation(num_images)
+    parts = [order[start : start + batch] for start in range(0, num_images, batch)]
+    return [MicroBatch(0, i, 0, part, np.zeros_like(part)) for i, part in enumerate(parts)]
+
+
 def ours(source: Stream | Resident, images: LongTailSet, virtual_ranks: int = 0) -> None:
     """Draw, crop, augment; each image once, or with virtual ranks the repeated augmentation of one real rank."""
     if virtual_ranks:
         steps = Plan(len(images), BATCH, 1, 3, virtual_ranks).steps(0)
         micro_batches = [micro for step in steps for micro in step.micro_batches]
     else:
-        order = np.random.default_rng(0).permutation(len(images))
-        parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-        micro_batches = [MicroBatch(0, i, 0, part, np.zeros_like(part)) for i, part in enumerate(parts)]
+        micro_batches = one_pass(len(images), BATCH)
     total = 0
     for batch in train_batches(micro_batches, source, images, CFG, mixing=False, size=SIZE):
         total += len(batch.images_BCHW)

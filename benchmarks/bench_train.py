@@ -20,18 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import bench_step, harness, peers
-from benchmarks.bench_reader import CLASSES, allow_posterize_to_black, make_photos, timm_loader
+from benchmarks.bench_reader import CLASSES, allow_posterize_to_black, make_photos, one_pass, timm_loader
 from benchmarks.peers import Step, Workload
 from fastdeitlt import config
 from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resident import Resident
-from fastdeitlt.data.sampler import MicroBatch
 
 CASES = {
     "cpu": Workload("deit_tiny_distilled_patch8_64", 64, CLASSES, 32, "resnet8", "bf16", bench_step.CPU),
@@ -60,9 +58,7 @@ def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Cal
 
 def our_epoch(step: Step, source: Stream | Resident, work: Workload, images: LongTailSet) -> None:
     """One pass of ours: draw, crop, augment, mix, step."""
-    order = np.random.default_rng(0).permutation(len(images))
-    parts = order.reshape(-1, work.batch_size)
-    micro_batches = [MicroBatch(0, i, 0, part, np.zeros_like(part)) for i, part in enumerate(parts)]
+    micro_batches = one_pass(len(images), work.batch_size)
     for batch in train_batches(micro_batches, source, images, config.Config(), mixing=True, size=work.img_size):
         loss = step(batch)
     loss.item()

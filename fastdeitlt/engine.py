@@ -253,7 +253,7 @@ class PlainEngine:
         if isinstance(self.optimizer, FlatAdamW):
             norm = self.optimizer.gather()
             if self.clip_norm:
-                self.optimizer.grad_scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+                self.optimizer.grad_scale = optim.clip_coefficient(norm, self.clip_norm)
             return norm
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:

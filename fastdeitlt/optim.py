@@ -145,6 +145,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
+    """0-d factor that brings gradients of a 0-d norm to at most ``clip_norm``; torch.nn.utils.clip_grad_norm_'s."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 class Ema:
     """Exponential moving average of weights and floating-point buffers, ema = decay * ema + (1 - decay) * weight.
 

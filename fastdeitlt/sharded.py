@@ -155,7 +155,7 @@ class DeepSpeedEngine:
             gradients = [part for parts in self.zero.averaged_gradients.values() for part in parts]
             norm = distributed.sum_over_ranks(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
         if self.clip_norm:
-            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(gradients, optim.clip_coefficient(norm, self.clip_norm))
         self.guard.watch(norm)
         return norm
 
