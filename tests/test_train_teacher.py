@@ -2,6 +2,7 @@
 
 import json
 import socket
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from teacher_ranks import as_rank, flat_step
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
@@ -23,6 +24,7 @@ from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.teachers import flatness
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
@@ -395,10 +397,29 @@ def test_a_released_teacher_must_be_right_more_often_than_chance(
     source.close()
 
 
-def test_the_top_eigenvalue_of_a_quadratic() -> None:
+def test_the_top_eigenvalue_of_a_quadratic_in_two_shares() -> None:
     weight = nn.Parameter(torch.ones(3))
-    curvature = torch.tensor([1.0, -7.0, 4.0])
-    assert top_eigenvalue(lambda: 0.5 * (curvature * weight**2).sum(), [weight], 50) == pytest.approx(-7.0, rel=1e-4)
+
+    def share(*curvature: float) -> Tensor:
+        return 0.5 * (torch.tensor(curvature) * weight**2).sum()
+
+    shares = [partial(share, 1.0, -10.0, 4.0), partial(share, 0.0, 3.0, 0.0)]
+    assert top_eigenvalue(shares, [weight], 50) == pytest.approx(-7.0, rel=1e-4)
+
+
+def test_sharpness_in_chunks_is_that_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, images, labels = create_teacher("resnet8", 3), torch.randn(5, 3, 8, 8), torch.arange(5) % 3
+    network(images * 3 + 1)  # statistics of batch norm that are not those of these images
+    whole = sharpness(network.train(), images, labels, scale=2.0)
+    sizes = []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(flatness, "CHUNK_PIXELS", 3 * 8 * 8 + 1)
+    chunked = sharpness(network.train(), images, labels, scale=2.0)
+    assert set(sizes) == {3, 2}  # no graph of more images
+    assert chunked["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert chunked["gap"] == pytest.approx(whole["gap"], rel=1e-4)
+    assert chunked["top_eigenvalue"] == pytest.approx(whole["top_eigenvalue"], rel=1e-5)
 
 
 def test_sharpness_leaves_the_network_as_it_was() -> None:

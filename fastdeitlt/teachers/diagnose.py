@@ -64,12 +64,12 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
 
     sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
     labels_N = torch.from_numpy(images.labels[sample_N])
-    clean = list(clean_batches(source, sample_N, own_size, own.crop_pct if own else 1.0, mean, std))
+    prepared = own_size, own.crop_pct if own else 1.0, mean, std
     groups = shot_groups(images.counts, "official", cfg.data.dataset)
     score = _Scorer(groups, scale, teacher.class_map)
     with torch.inference_mode():
-        logits_NK = torch.cat([network(batch) for batch in clean])
-        features_ND = torch.cat([_features(network, batch) for batch in clean])
+        clean = [(network(batch), _features(network, batch)) for batch in clean_batches(source, sample_N, *prepared)]
+    logits_NK, features_ND = (torch.cat(column) for column in zip(*clean, strict=True))
     facts: dict[str, Any] = {
         "path": str(path),
         "images": len(sample_N),
@@ -98,7 +98,8 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
     if flatness:
         every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
         own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
-        facts["sharpness"] = sharpness(network, torch.cat(clean)[::every], own_labels_N[::every].to(device), scale)
+        some_BCHW = torch.cat(list(clean_batches(source, sample_N[::every], *prepared)))
+        facts["sharpness"] = sharpness(network, some_BCHW, own_labels_N[::every].to(device), scale)
     source.close()
     return facts
 
