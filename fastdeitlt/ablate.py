@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, ValidationError
 from rich.table import Table
 
-from fastdeitlt import ablation_table, config
+from fastdeitlt import ablation_table, analysis, config
 from fastdeitlt.config import Config, Section
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.sampler import Plan
@@ -19,9 +19,8 @@ from fastdeitlt.demo import train_both
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import open_teacher
-from fastdeitlt.run import MAY_CHANGE, console, write_atomically
+from fastdeitlt.run import MAY_CHANGE, console
 from fastdeitlt.run_files import read_json
-from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
 from fastdeitlt.train import train
@@ -299,9 +298,6 @@ def _finish(run: ArmRun) -> bool:
         except NonFiniteError as error:
             log.error("%s: %s; going on with the next", run.folder, error)
             return False
-    files = [run.folder / name for name in (ablation_table.TEACHER_FILE, ablation_table.OOD_FILE)]
-    teacher = config.load(str(run.folder / "config.yaml")).teacher.path
-    if teacher and not any(file.is_file() for file in files):
-        facts = diagnose_teacher(teacher, run.student, OOD_IMAGES, flatness=False)
-        write_atomically(files[1], json.dumps(facts, indent=1))
+    if not (run.folder / ablation_table.TEACHER_FILE).is_file():  # trained with evaluate.analyze_images=0
+        analysis.look_into(run.folder, OOD_IMAGES, ["teacher"])
     return True

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,9 @@ from fastdeitlt.metrics import GROUPS, cell
 from fastdeitlt.run import write_atomically
 from fastdeitlt.run_files import read_json, read_run
 
+log = logging.getLogger("fastdeitlt")
 TEACHER_FILE = Path("analysis", "teacher.json")
-"""In a run folder, left by ``train``: ``diagnose_teacher`` of its teacher on its own images."""
-OOD_FILE = "teacher_ood.json"
-"""The same where ``train`` left none: in runs of earlier versions and with ``evaluate.analyze_images=0``."""
+"""In a run folder: ``diagnose_teacher`` of its teacher on its own images."""
 SPLITS = ("official", "threshold")
 
 Metric = tuple[str, str, str]  # head, group, split
@@ -84,8 +84,11 @@ def read_values(folder: Path) -> Values:
         for group in GROUPS
         for split in SPLITS
     }
-    if ood := read_json(folder / TEACHER_FILE) or read_json(folder / OOD_FILE):
+    if ood := read_json(folder / TEACHER_FILE):
         values["TEACHER", "OOD", "training"] = float(ood["mixed_resized"]["accuracy"])
+    elif run.teacher:
+        told = "%s: no %s, so it is left out of *teacher, OOD*; `fastdeitlt analyze teacher %s` writes it"
+        log.warning(told, folder, TEACHER_FILE, folder)
     return values
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from fastdeitlt import ablate, ablation_table, cli, config, demo, embedded
 from fastdeitlt.ablation_table import paired_t_test
+from fastdeitlt.analysis import teacher as analysis_of_teacher
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.metrics import score, score_single
 
@@ -99,7 +101,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr(ablate, "train", train)
     facts = {"mixed_resized": {"accuracy": 33.0}}
-    monkeypatch.setattr(ablate, "diagnose_teacher", lambda path, cfg, n, flatness: facts)
+    monkeypatch.setattr(analysis_of_teacher, "diagnose_teacher", lambda path, cfg, n, flatness: facts)
     return calls
 
 
@@ -196,6 +198,23 @@ def test_equal_teachers_are_shared_and_finished_runs_skipped(grid_file, trained,
     assert trained == []
 
 
+def test_what_training_left_out_is_looked_into_once_and_missed_plainly(
+    grid_file, trained, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    only = {"overrides": [f"runs_dir={tmp_path}"], "seeds": [0], "arms": ["base"]}
+    folder = ablate.ablate(grid_file(), **only)  # the training above analyses nothing
+    file = folder / "base-seed0" / ablation_table.TEACHER_FILE
+    assert json.loads(file.read_text()) == {"mixed_resized": {"accuracy": 33.0}}
+    assert "OOD,training,1,33" in (folder / "results.csv").read_text()
+    file.unlink()
+    ablate.ablate(grid_file(), **only, table_only=True)
+    assert "base-seed0: no analysis/teacher.json" in caplog.text
+    assert "OOD" not in (folder / "results.csv").read_text()
+    ablate.ablate(grid_file(), **only)
+    assert file.is_file()
+
+
 def test_a_diverged_run_is_told_at_the_end_and_stops_no_other(grid_file, trained, tmp_path, capsys):
     trained.diverging = ("vit-seed0",)
     assert cli.main(["ablate", grid_file(), f"runs_dir={tmp_path / 'runs'}"]) == 5
@@ -243,7 +262,8 @@ def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
         for seed, number in enumerate(correct):
             folder = tmp_path / f"{arm}-seed{seed}"
             _results(folder, number, teacher_correct=14)
-            (folder / ablation_table.OOD_FILE).write_text(json.dumps({"mixed_resized": {"accuracy": 41.5}}))
+            (folder / "analysis").mkdir()
+            (folder / ablation_table.TEACHER_FILE).write_text(json.dumps({"mixed_resized": {"accuracy": 41.5}}))
             finished.append((arm, seed, folder))
     ablation_table.write(tmp_path, ["base", "better", "alone"], finished)
     rows = {

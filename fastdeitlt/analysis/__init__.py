@@ -5,6 +5,7 @@ run folder as analysis/<module>.json, from which ``section`` makes the part of t
 """
 
 import logging
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -17,17 +18,17 @@ REPORTED = ("student", "teacher")
 """Modules with a section in the report, in its order."""
 
 
-def look_into(run_dir: Path, num_images: int) -> None:
-    """Leave both analyses of a finished student's run in its folder, each on up to ``num_images`` images; 0: none.
+def look_into(run_dir: Path, num_images: int, names: Sequence[str] = REPORTED) -> None:
+    """Leave analyses of a finished student's run in its folder, each on up to ``num_images`` images; 0: none.
 
     One that fails is told in the log and spoils nothing: the report then names the command that tries it again.
     """
-    for name in REPORTED if num_images else ():
+    for name in names if num_images else ():
         try:
             import_module(f"{__name__}.{name}").leave(run_dir, num_images)
         except Exception as error:  # whatever it is, the run is trained and tested
             trace = not isinstance(error, UserError)
-            log.warning("analyze %s: %s; the report is written without it", name, error, exc_info=trace)
+            log.warning("analyze %s: %s; going on without it", name, error, exc_info=trace)
 
 
 def sections(run_dir: Path) -> list[Section]:
