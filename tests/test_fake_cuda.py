@@ -1,0 +1,326 @@
+"""The steps of student and teacher, their data in torch operations and evaluation, on CUDA tensors without a GPU.
+
+Nothing is computed: this holds that every tensor is where it must be and that the host never waits within a step.
+What it cannot hold is in fake_cuda.py; scores are taken on the CPU and need values.
+"""
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import CUDA, HostWaitError, fake_cuda, outside, run_backward
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn.functional import cross_entropy
+
+from fastdeitlt import config
+from fastdeitlt.data import augment, mixup, warps
+from fastdeitlt.data.batches import Batch, train_batches
+from fastdeitlt.data.longtail import LongTailSet, drw_weights
+from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.engine import JointForward, build_engine
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluate import OneHead, WithCosine, collect_logits
+from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.models.fold import fold_batchnorm
+from fastdeitlt.models.teacher import Paco, Teacher
+from fastdeitlt.optim import Ema
+from fastdeitlt.teachers import views
+from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
+from fastdeitlt.teachers.views import Part, StepBatch, teacher_batches
+from fastdeitlt.train import seed_drop_path
+
+B, K, SIZE = 4, 10, 32
+COUNTS = [50] * 6 + [5] * 4
+SMALL = {
+    "student.name": "deit_tiny_distilled_patch16_32",
+    "student.depth": 1,
+    "student.drop_path": 0.5,
+    "student.attention": "sdpa",
+    "student.add_layernorm": "torch",
+    "student.bias_gelu": "torch",
+    "loss.impl": "torch",
+    "loss.reweight_cls": True,
+    "optim.backend": "torch",
+    "optim.clip_norm": 1.0,
+    "optim.ema_decay": 0.9,
+    "train.compile": False,
+    "train.batch_size": B,
+    "train.accumulate": 2,
+    "train.engine": "plain",
+}
+KERNELS = {
+    "student.attention": "triton",
+    "student.add_layernorm": "triton",
+    "student.bias_gelu": "triton",
+    "loss.impl": "triton",
+}
+COUNT = {"student.drop_path_law": "count"}
+STUDENTS = {
+    "torch": {"student.depth": 2},
+    "kernels": KERNELS | {"student.depth": 2},
+    "flat AdamW": KERNELS | {"optim.backend": "fastdeitlt"},
+    "drop path by count": COUNT,
+    "drop path by count, kernels": COUNT | KERNELS,
+    "float32": {"train.precision": "fp32"},
+    "no clipping, no average": {"optim.clip_norm": 0.0, "optim.ema_decay": 0.0},
+    "soft distillation": {"loss.distillation": "soft", "loss.tau": 2.0},
+    "bce": {"loss.base": "bce"},
+    "balanced softmax, kernels": KERNELS | {"loss.base": "balanced_softmax"},
+    "mean over all ranks": {"loss.normalise": "global", "loss.reweight_cls": False},
+}
+TWICE = ("torch", "flat AdamW")
+"""Names whose second step, which finds the optimizer's state there, is taken too."""
+
+
+@pytest.fixture(autouse=True)
+def no_fake_tensor_is_kept():
+    """Constants are kept by device; a fake one would meet the next test."""
+    yield
+    for kept in (augment.affine, augment.normal_table, warps._fill, warps._pulse):
+        kept.cache_clear()
+
+
+def images(batch=B, size=SIZE, dtype=torch.bfloat16):
+    return torch.randn(batch, 3, size, size, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def mixed_batch(cfg):
+    """As the fused kernel gives it."""
+    labels_B = torch.arange(B, device=CUDA)
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    return Batch(images(dtype=dtype), labels_B, labels_B.flip(0), torch.full((), 0.3, device=CUDA))
+
+
+def small_student(cfg):
+    return create_student(num_classes=K, **cfg.student.model_dump())
+
+
+def small_teacher(**options):
+    network = fold_batchnorm(create_teacher("resnet8", K)).to(memory_format=torch.channels_last)
+    return Teacher(network, K, **options)
+
+
+def take_steps(cuda, cfg, student, teacher, steps=1, spoil=lambda batch: None):
+    """Optimizer steps of ``train`` with re-weighting, seeds, accumulation, clipping, NaN guard and average."""
+    student.to(CUDA).train()
+    joint = JointForward(student, None if teacher is None else teacher.to(CUDA), COUNTS, cfg, CUDA)
+    engine = build_engine(joint, cfg, Plan(64, B, cfg.train.accumulate, 1, 1))
+    ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    weights_K = drw_weights(COUNTS, 0.9999).to(CUDA)
+    batch = mixed_batch(cfg)
+    micro_batch = MicroBatch(0, 0, 0, np.arange(B), np.zeros(B, int))
+    with cuda.step():
+        for _ in range(steps):
+            for _ in range(cfg.train.accumulate):
+                spoil(batch)
+                seed_drop_path(0, micro_batch)
+                losses = engine.forward(batch, weights_K, weights_K if cfg.loss.reweight_cls else None)
+                engine.backward(losses.loss)
+            grads = [p.grad for p in student.parameters()]
+            assert all(grad.device == CUDA and grad.dtype == torch.float32 for grad in grads)
+            norm = engine.step(1e-3)
+            if ema:
+                ema.update()
+    assert [t.device for t in (*losses, norm)] == [CUDA] * 4
+    assert all(p.grad is None for p in student.parameters())
+    assert {t.device for t in engine.optimizer_tensors().values()} == {CUDA}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_students_step_stays_on_the_gpu(name):
+    cfg = config.build(SMALL | STUDENTS[name])
+    student, teacher = small_student(cfg), small_teacher()
+    with fake_cuda() as cuda:
+        take_steps(cuda, cfg, student, teacher, steps=2 if name in TWICE else 1)
+
+
+def test_a_teacher_of_another_size_normalisation_and_order_stays_on_the_gpu():
+    cfg = config.build(SMALL)
+    change = {"scale_C": torch.ones(3), "shift_C": torch.zeros(3)}
+    for antialias in (False, True):
+        teacher = small_teacher(class_map=torch.arange(K).flip(0), img_size=28, antialias=antialias, **change)
+        student = small_student(cfg)
+        with fake_cuda() as cuda:
+            take_steps(cuda, cfg, student, teacher)
+
+
+def test_without_a_teacher_the_step_stays_on_the_gpu():
+    cfg = config.build(SMALL | {"loss.base": "logit_adjustment"})
+    student = small_student(cfg)
+    with fake_cuda() as cuda:
+        take_steps(cuda, cfg, student, None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda batch: batch.lam.item(), "_local_scalar_dense"),
+        (lambda batch: batch.labels_B.tolist(), "_local_scalar_dense"),
+        (lambda batch: bool(batch.lam > 0), "_local_scalar_dense"),
+        (lambda batch: batch.images_BCHW + torch.ones(B, 3, SIZE, SIZE), "same device"),
+        (lambda batch: batch.labels_B.cpu(), "to the host"),
+        (lambda batch: torch.tensor(0.3, device=CUDA), "to the device"),
+        (lambda batch: torch.ones(1 << 20).to(CUDA, non_blocking=True), "to the device"),
+    ],
+)
+def test_a_step_that_waits_or_mixes_devices_fails(spoil, said):
+    cfg = config.build(SMALL)
+    student, teacher = small_student(cfg), small_teacher()
+    with fake_cuda() as cuda, pytest.raises((RuntimeError, DataDependentOutputException, HostWaitError), match=said):
+        take_steps(cuda, cfg, student, teacher, spoil=spoil)
+
+
+def test_a_pinned_copy_is_no_wait():
+    with fake_cuda() as cuda, cuda.step():
+        assert torch.ones(1 << 20).pin_memory().to(CUDA, non_blocking=True).device == CUDA
+
+
+def test_the_backward_pass_in_python_is_torchs():
+    """On values: a student with the kernels' ops, whose backward passes are Python's."""
+    cfg = config.build(SMALL | KERNELS | {"student.drop_path": 0.0, "student.add_layernorm": "torch"})
+    torch.manual_seed(0)
+    student = small_student(cfg).train()
+    loss = sum(cross_entropy(x, torch.arange(B)) for x in student(torch.randn(B, 3, SIZE, SIZE)))
+    loss.backward(retain_graph=True)
+    expected = [p.grad for p in student.parameters()]
+    student.zero_grad()
+    run_backward((loss,), (torch.ones(()),), True, False)
+    for parameter, grad in zip(student.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_the_kernel_for_attention_refuses_float32_on_a_gpu():
+    cfg = config.build(SMALL | KERNELS | {"train.precision": "fp32"})
+    student, teacher = small_student(cfg), small_teacher()
+    with fake_cuda() as cuda, pytest.raises(UserError, match="bfloat16 or float16 on a GPU"):
+        take_steps(cuda, cfg, student, teacher)
+
+
+TEACHERS = [
+    *(({"loss": loss, "sam": "sam", "clip_norm": 1.0}) for loss in ("ce", "ldam", "focal")),
+    {"loss": "balanced_softmax", "sam": "asam", "normed_head": True},
+    {"loss": "vs", "sam": "none"},
+    {"loss": "logit_adjustment", "sam": "none"},
+    {"loss": "paco", "sam": "sam", "batch_size": 7, "paco_queue": 14},
+]
+
+
+@pytest.mark.parametrize("recipe", TEACHERS, ids=lambda recipe: f"{recipe['loss']}-{recipe['sam']}")
+def test_a_teachers_step_stays_on_the_gpu(recipe, monkeypatch):
+    monkeypatch.setattr("fastdeitlt.teachers.step.Paco", outside(Paco))  # it copies its encoder
+    settings = {f"teacher_training.{name}": value for name, value in recipe.items()}
+    cfg = config.build({"train.compile": False, "teacher_training.arch": "resnet8"} | settings)
+    with fake_cuda() as cuda:
+        objective = build_objective(cfg.teacher_training, COUNTS, CUDA)
+        take_step = Step(objective, build_optimizer(objective.network, cfg.teacher_training), cfg, CUDA)
+        parts = [Part([images(n), images(n)], torch.randint(K, (n,), device=CUDA)) for n in (4, 3)]
+        batch = StepBatch(parts, torch.cat([part.labels_B for part in parts]))
+        weights_K = None if recipe["loss"] == "paco" else torch.ones(K, device=CUDA)
+        with cuda.step():
+            for seed in range(2):
+                loss = take_step(batch, weights_K, seed)
+    assert loss.device == CUDA and loss.shape == ()
+
+
+@pytest.fixture
+def data_in_a_row(monkeypatch):
+    """Threads of the data path are not in the fake mode and streams there are none: all in a row, in the caller's."""
+
+    def place(cuda):
+        monkeypatch.setattr("fastdeitlt.data.workers.Workers.ahead", lambda self, start, xs: (start(x)() for x in xs))
+        for module in ("data.batches", "data.resident", "teachers.views"):
+            monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device: device)
+            monkeypatch.setattr(f"fastdeitlt.{module}.aside", cuda.aside)
+        for module in ("data.batches", "teachers.views"):
+            monkeypatch.setattr(f"fastdeitlt.{module}.prefetch", lambda items, depth: items)
+
+    return place
+
+
+def long_tail(num_images=24, size=40):
+    """Images that come decoded, of two classes."""
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
+    labels = np.arange(num_images) % 2
+    return LongTailSet(
+        [str(i) for i in range(num_images)], labels, np.bincount(labels).tolist(), images_NHWC=images_NHWC
+    )
+
+
+def resident_set(where):
+    return Resident(long_tail(), config.DataConfig(residency=where, num_threads=1), CUDA)
+
+
+EVERY_OPERATION = {"augment.rand_prob": 1.0, "augment.erase_prob": 1.0, "augment.impl": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "where"),
+    [("deit", "device"), ("pad_crop", "device"), ("autoaugment_cutout", "device"), ("crop_jitter", "host")],
+)
+def test_batches_made_by_torch_wait_on_their_own_stream_alone(recipe, where, data_in_a_row):
+    cfg = config.build(EVERY_OPERATION | {"augment.recipe": recipe})
+    micro = [MicroBatch(0, 0, 0, np.arange(24), np.zeros(24, int))]
+    with fake_cuda() as cuda:
+        data_in_a_row(cuda)
+        source = resident_set(where)
+        with cuda.step():
+            (batch,) = train_batches(micro, source, long_tail(), cfg, mixing=True, size=SIZE)
+        source.close()
+    assert {t.device for t in (batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam)} == {CUDA}
+    assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("view", ["same", "simclr"])
+def test_a_teachers_views_wait_on_their_own_stream_alone(view, data_in_a_row):
+    settings = {"teacher_training.loss": "paco", "teacher_training.paco_view": view}
+    settings |= {
+        "teacher_training.batch_size": 24,
+        "teacher_training.paco_queue": 24,
+        "teacher_training.img_size": SIZE,
+    }
+    cfg = config.build(EVERY_OPERATION | settings)
+    with fake_cuda() as cuda:
+        data_in_a_row(cuda)
+        source = resident_set("device")
+        with cuda.step():
+            (batch,) = teacher_batches(cfg, source, long_tail(), views.Plan(24, 24, 0, True), 0)
+        source.close()
+    (part,) = batch.parts
+    assert {t.device for t in (*part.views, part.labels_B, batch.labels_B)} == {CUDA} and len(part.views) == 2
+
+
+@pytest.mark.parametrize("mix", [MixDraw(0.3), MixDraw(0.3, (2, 9, 4, 20))])
+def test_mixing_does_not_wait(mix):
+    with fake_cuda() as cuda:
+        batch = images()
+        with cuda.step():
+            assert mixup.apply(batch, mix) is batch
+
+
+def test_a_pool_is_not_handed_work_on_the_gpu():
+    """Its threads would be on another stream than the caller."""
+    draws = augment.draw(np.arange(4), np.zeros(4, int), seed=0, epoch=0, cfg=config.AugmentConfig(), size=SIZE)
+    with fake_cuda():
+        crops = torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8, device=CUDA)
+        augment.apply(crops, draws, config.AugmentConfig(), pool=None)
+        augment.apply(crops, draws, config.AugmentConfig(), pool=object())
+
+
+def test_evaluation_waits_once_for_all_batches(data_in_a_row):
+    """For the logits, after the last batch. (Sets on the host are resized by Pillow, which needs pixels.)"""
+    cfg = config.build(SMALL)
+    how = {"size": SIZE, "resize": 36, "batch_size": 5, "mean": (0.5,) * 3, "std": (0.2,) * 3, "device": CUDA}
+    for model in (WithCosine(small_student(cfg)), OneHead(small_teacher())):
+        with fake_cuda() as cuda:
+            data_in_a_row(cuda)
+            source, model = resident_set("device"), model.to(CUDA)
+            augment.affine(how["mean"], how["std"], CUDA)
+            seen, forward = [], model.forward_heads
+            model.forward_heads = lambda x, seen=seen, forward=forward: seen.append(len(x)) or forward(x)
+            with cuda.step(), pytest.raises(HostWaitError, match="to the host"):
+                collect_logits(model, source, long_tail(), autocast_dtype=torch.bfloat16, **how)
+            assert seen == [5, 5, 5, 5, 4]
+            cls_NK, dist_NK, labels_N = collect_logits(model, source, long_tail(), **how)
+            source.close()
+        assert cls_NK.shape == dist_NK.shape == (24, K) and cls_NK.device.type == labels_N.device.type == "cpu"
