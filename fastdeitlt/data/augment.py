@@ -199,7 +199,8 @@ def apply(
     def augment(part: slice) -> None:
         _apply(crops_BHWC[part], draws[part], cfg, images_BHWC[part])
 
-    list(pool.map(augment, parts) if pool else map(augment, parts))
+    # a thread of the pool would not be on the caller's CUDA stream
+    list(pool.map(augment, parts) if pool and crops_BHWC.device.type == "cpu" else map(augment, parts))
     return images_BHWC.permute(0, 3, 1, 2)
 
 

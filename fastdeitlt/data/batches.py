@@ -20,6 +20,7 @@ from fastdeitlt.data.colour import ViewDraws
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import keep_to_one_core
 from fastdeitlt.errors import UserError
 
@@ -77,7 +78,7 @@ def train_batches(
         size: height and width in pixels.
     """
     labels_N, view = torch.from_numpy(images.labels), colour.view_of(cfg.augment)
-    fused = use_kernel(cfg.augment, source.device)
+    fused, side = use_kernel(cfg.augment, source.device), side_stream(source.device)
 
     def prepare() -> Iterator[Batch]:
         waiting: deque[tuple[MicroBatch, ViewDraws]] = deque()
@@ -92,7 +93,11 @@ def train_batches(
         def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
             if isinstance(pixels, Regions):
                 return _augment_fused(pixels, draws, mix, cfg, size)
-            return mixup.apply(colour.apply(pixels, draws, view, source.pool), mix)
+            with aside(
+                side
+            ) as made:  # its draws are copied to the device, which on the step's stream would wait for it
+                made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
+            return made[0]
 
         for pixels in source.regions(requests()) if fused else source.crops(requests()):
             micro, draws = waiting.popleft()

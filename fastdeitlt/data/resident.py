@@ -88,14 +88,16 @@ class Resident:
         slot_B = self._decoded.slot_N[request.sample_B]
         pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
         pool = self._workers.pool if request.size > SMALL else None
-        if request.draws is None:
-            crops_BHWC = centre_crop(pixels_B, request.resize or request.size, request.size, pool)
-        else:
-            boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
-            crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, pool)
-        if crops_BHWC.device.type == self.device.type:
-            return crops_BHWC
-        return crops_BHWC.pin_memory().to(self.device, non_blocking=True)
+        with aside(self._side) as made:
+            if request.draws is None:
+                crops_BHWC = centre_crop(pixels_B, request.resize or request.size, request.size, pool)
+            else:
+                boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
+                crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, pool)
+            if crops_BHWC.device.type != self.device.type:
+                crops_BHWC = crops_BHWC.pin_memory().to(self.device, non_blocking=True)
+            made.append(crops_BHWC)
+        return crops_BHWC
 
     def _regions(self, request: CropRequest) -> Regions:
         if request.draws is None:

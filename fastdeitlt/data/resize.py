@@ -116,9 +116,9 @@ def _two_passes(images: Sequence[Tensor], out_height: int, out_width: int) -> Te
     for padded, image in zip(padded_BHWC, images, strict=True):
         padded[: image.shape[0], : image.shape[1]] = image
     rows = padded_BHWC.transpose(1, 2).reshape(batch, width, height * channels)
-    rows = _convolve(coefficients(sides_B2[:, 1], out_width).to(rows.device), rows)
+    rows = _convolve(_dense(sides_B2[:, 1], out_width, rows.device), rows)
     columns = rows.view(batch, out_width, height, channels).transpose(1, 2).reshape(batch, height, -1)
-    columns = _convolve(coefficients(sides_B2[:, 0], out_height).to(rows.device), columns)
+    columns = _convolve(_dense(sides_B2[:, 0], out_height, rows.device), columns)
     return columns.view(batch, out_height, out_width, channels).to(torch.uint8)
 
 
@@ -128,8 +128,20 @@ def _convolve(weights_BSn: Tensor, values_Bnm: Tensor) -> Tensor:
     return sums.add_(PRECISION // 2).mul_(1.0 / PRECISION).floor_().clamp_(0.0, 255.0)
 
 
-def coefficients(sides_B: np.ndarray, size: int) -> Tensor:
-    """Pillow's integer coefficients (in 1/2^22) from ``sides_B`` input pixels to ``size``: float64 [B, S, max(sides)].
+def _dense(sides_B: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """``coefficients`` as matrices, float64 [B, S, max(sides)]: the host makes and sends the taps alone."""
+    weights_BST, first_BS = (part.to(device) for part in coefficients(sides_B, size))
+    batch, longest, taps = len(sides_B), int(sides_B.max()), weights_BST.shape[2]
+    place_BST = (first_BS[:, :, None] + torch.arange(taps, device=device)).clamp_(max=longest - 1)
+    dense_BSn = torch.zeros(batch, size, longest, dtype=torch.float64, device=device)
+    return dense_BSn.scatter_add_(2, place_BST, weights_BST)  # taps past the last pixel are 0
+
+
+def coefficients(sides_B: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+    """Pillow's integer coefficients (in 1/2^22) from ``sides_B`` input pixels to ``size``, and each first input pixel.
+
+    Returns:
+        float64 [B, S, T], T the most taps, those left over 0; int64 [B, S].
 
     Source: Pillow ``precompute_coeffs`` and ``normalize_coeffs_8bpc``.
     """
@@ -139,11 +151,12 @@ def coefficients(sides_B: np.ndarray, size: int) -> Tensor:
     centre_BS1 = (np.arange(size)[None, :, None] + 0.5) * scale_B11
     first_BS1 = np.maximum(np.trunc(centre_BS1 - SUPPORT * stretch_B11 + 0.5), 0.0)
     last_BS1 = np.minimum(np.trunc(centre_BS1 + SUPPORT * stretch_B11 + 0.5), sides_B11)
-    pixel_n = np.arange(int(sides_B.max()))
-    x_BSn = np.abs((pixel_n - centre_BS1 + 0.5) * (1.0 / stretch_B11))
-    near_BSn = (1.5 * x_BSn - 2.5) * x_BSn * x_BSn + 1.0
-    far_BSn = (((x_BSn - 5.0) * x_BSn + 8.0) * x_BSn - 4.0) * -0.5
-    weights_BSn = np.where(x_BSn < 1.0, near_BSn, np.where(x_BSn < 2.0, far_BSn, 0.0))
-    weights_BSn *= (pixel_n >= first_BS1) & (pixel_n < last_BS1)
-    weights_BSn /= weights_BSn.sum(axis=2, keepdims=True)
-    return torch.from_numpy(np.trunc(weights_BSn * PRECISION + np.copysign(0.5, weights_BSn)))
+    pixel_BST = first_BS1 + np.arange(int((last_BS1 - first_BS1).max()))
+    x_BST = np.abs((pixel_BST - centre_BS1 + 0.5) * (1.0 / stretch_B11))
+    near_BST = (1.5 * x_BST - 2.5) * x_BST * x_BST + 1.0
+    far_BST = (((x_BST - 5.0) * x_BST + 8.0) * x_BST - 4.0) * -0.5
+    weights_BST = np.where(x_BST < 1.0, near_BST, np.where(x_BST < 2.0, far_BST, 0.0))
+    weights_BST *= pixel_BST < last_BS1
+    weights_BST /= weights_BST.cumsum(axis=2)[:, :, -1:]  # summed one by one, as Pillow does
+    whole_BST = np.trunc(weights_BST * PRECISION + np.copysign(0.5, weights_BST))
+    return torch.from_numpy(whole_BST), torch.from_numpy(first_BS1[:, :, 0].astype(np.int64))

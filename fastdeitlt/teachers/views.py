@@ -17,6 +17,7 @@ from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.batches import Source, prefetch
 from fastdeitlt.data.colour import View, ViewDraws
 from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.side_stream import aside, side_stream
 
 ORDER, STEP = 210, 211
 """Streams of the generator."""
@@ -104,7 +105,7 @@ def teacher_batches(
     """
     size = cfg.teacher_training.img_size
     recipes = view_recipes(cfg)
-    labels_N = torch.from_numpy(images.labels)
+    labels_N, side = torch.from_numpy(images.labels), side_stream(source.device)
 
     def labels_of(sample_B: np.ndarray) -> Tensor:
         return labels_N[torch.from_numpy(sample_B)].to(source.device, non_blocking=True)
@@ -124,7 +125,11 @@ def teacher_batches(
         ready: list[Tensor] = []
         for crops_BHWC in source.crops(requests()):
             sample_B, draws = waiting.popleft()
-            ready.append(colour.apply(crops_BHWC, draws, recipes[len(ready)], source.pool))
+            with aside(
+                side
+            ) as made:  # its draws are copied to the device, which on the step's stream would wait for it
+                made.append(colour.apply(crops_BHWC, draws, recipes[len(ready)], source.pool))
+            ready += made
             if len(ready) == len(recipes):
                 yield Part(ready, labels_of(sample_B))
                 ready = []
