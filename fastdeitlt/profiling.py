@@ -35,6 +35,8 @@ from fastdeitlt.optim import Ema, peak_learning_rate
 from fastdeitlt.timer import bandwidth, matmul_rate, synchronise
 
 STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
+AUTOGRAD = "autograd::engine::evaluate_function"
+"""How the profiler names what autograd's thread does."""
 WARM_UP_STEPS = 2
 SHOWN = 25
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -138,7 +140,7 @@ def profile(
             step()
         synchronise(device)
         if gpu:
-            torch.cuda.memory._record_memory_history(max_entries=200_000)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
         with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
             for _ in range(num_steps):
@@ -148,17 +150,18 @@ def profile(
         if gpu:
             torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-            _proton(step, num_steps, folder)
         costs = Costs()
         if not cfg.train.compile:
             with costs:
                 for _ in range(num_steps):
                     step()
-    rows = table(recorded.events() or [], costs, setup)
-    written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
-    stages = {event.key: _ms(event, gpu, total=True) for event in recorded.key_averages() if event.key in STAGES}
-    (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
-    _show(rows, stages, setup, num_steps, folder)
+        events = recorded.events() or []
+        rows, stages = table(events, costs, setup), stage_times(events, gpu)
+        written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
+        (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
+        _show(rows, stages, setup, num_steps, folder)
+        if gpu:
+            _proton(step, num_steps, folder)
     return rows
 
 
@@ -219,13 +222,35 @@ def _batches(setup: Setup, stack: ExitStack) -> Iterator[Batch]:
 
 
 def _proton(step: Any, num_steps: int, folder: Path) -> None:
-    """Triton's own profiler: its time by kernel in ``proton.hatchet``, for ``proton-viewer``."""
+    """Triton's own profiler: its time by kernel in ``proton.hatchet``, for ``proton-viewer``.
+
+    It needs CUPTI, of which a process has one subscriber; torch's profiler may still be it.
+    """
     import triton.profiler as proton
 
-    proton.start(str(folder / "proton"), context="shadow")
-    for _ in range(num_steps):
-        step()
-    proton.finalize()
+    try:
+        proton.start(str(folder / "proton"), context="shadow")
+        for _ in range(num_steps):
+            step()
+        proton.finalize()
+    except RuntimeError as error:
+        Console().print(f"Proton: no profile, {' '.join(str(error).split())}")
+
+
+def stage_times(events: Sequence[Any], gpu: bool) -> dict[str, float]:
+    """Milliseconds by stage, sums over the recorded steps.
+
+    With a GPU autograd works in a thread of its own: what it begins during a stage is that stage's.
+    """
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    autograd = [e for e in host if gpu and e.cpu_parent is None and e.name.startswith(AUTOGRAD)]
+    found: dict[str, float] = defaultdict(float)
+    for event in host:
+        if event.name in STAGES:
+            span = event.time_range
+            within = [e for e in autograd if e.thread != event.thread and span.start <= e.time_range.start <= span.end]
+            found[event.name] += sum(_ms(e, gpu, total=True) for e in (event, *within))
+    return dict(found)
 
 
 def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:

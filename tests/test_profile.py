@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from fastdeitlt.cli import main
-from fastdeitlt.profiling import Costs
+from fastdeitlt.profiling import AUTOGRAD, Costs, _proton, stage_times
 
 ARGUMENTS = ["student.depth=1", "train.batch_size=4", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
 
@@ -44,3 +46,37 @@ def test_costs_are_counted_exactly():
         layer(x).relu_().view(-1)
     assert costs.flops == {"aten::addmm": 2 * 8 * 16 * 32}
     assert costs.bytes == {"aten::addmm": 4 * (8 * 16 + 16 * 32 + 32 + 8 * 32), "aten::relu_": 4 * 8 * 32}
+
+
+def test_on_a_gpu_the_backward_stage_has_what_autograds_thread_launched():
+    """As the profiler records it there: the kernels hang on events of another thread, and stages are events twice."""
+
+    def event(name, thread, start, end, kernel_us=0, device=DeviceType.CPU):
+        made = FunctionEvent(0, name, thread, start, end, use_device="cuda", device_type=device)
+        if kernel_us:
+            made.append_kernel("kernel", 0, kernel_us)
+        return made
+
+    main_thread, engine, data = 1, 2, 3
+    events = [
+        event("forward", main_thread, 0, 10, kernel_us=7000),
+        event("forward", main_thread, 0, 10, device=DeviceType.CUDA),
+        event(f"{AUTOGRAD}: MmBackward0", engine, 5, 6, kernel_us=100),  # of the backward pass before
+        event("backward", main_thread, 20, 30),
+        event(f"{AUTOGRAD}: MmBackward0", engine, 21, 22, kernel_us=2000),
+        event(f"{AUTOGRAD}: AddBackward0", engine, 23, 24, kernel_us=3000),
+        event("aten::add", data, 25, 26, kernel_us=400),  # of the next images
+        event("backward", main_thread, 40, 50),
+        event(f"{AUTOGRAD}: MmBackward0", engine, 41, 60, kernel_us=1000),
+    ]
+    assert stage_times(events[3:], gpu=True) == {"backward": 6.0}
+    assert stage_times(events[:2], gpu=True) == {"forward": 7.0}
+
+
+def test_a_profile_survives_proton(tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Failed to execute cuptiSubscribe with error 39")
+
+    monkeypatch.setattr("triton.profiler.start", refuse)
+    _proton(lambda: None, 1, tmp_path)
+    assert "Proton: no profile, Failed to execute cuptiSubscribe with error 39" in capsys.readouterr().out
