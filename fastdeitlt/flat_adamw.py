@@ -122,13 +122,16 @@ class FlatAdamW(torch.optim.Optimizer):
         Raises:
             UserError: a parameter without gradient.
         """
+        self._collect()
+        return torch.linalg.vector_norm(self._grads)
+
+    def _collect(self) -> None:
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if len(grads) < len(self._parameters):
             missing = next(tuple(p.shape) for p in self._parameters if p.grad is None)
             raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze it or use it")
         torch._foreach_copy_(self._grad_views, grads)
         self._gathered = True
-        return torch.linalg.vector_norm(self._grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -142,7 +145,7 @@ class FlatAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._gathered:
-            self.gather()
+            self._collect()
         self._adopt()
         first = self.param_groups[0]
         adamw_ema(

@@ -174,3 +174,17 @@ def test_a_parameter_without_gradient_is_named():
     optimizer = flat(network)
     with pytest.raises(UserError, match=r"a parameter of shape \(7, 5\) has no gradient"):
         optimizer.step()
+
+
+def test_a_step_without_gather_takes_no_norm(monkeypatch):
+    """Nobody would read it; the weights are those of a step that had one."""
+    asked, alone = model(), model()
+    optimizers = flat(asked), flat(alone)
+    for network, optimizer in zip((asked, alone), optimizers, strict=True):
+        backward(network, 0)
+        if network is asked:
+            optimizer.gather()
+    monkeypatch.setattr(torch.linalg, "vector_norm", None)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same_weights(asked, alone, tolerance=0)
