@@ -1,6 +1,6 @@
 """AdamW + clip + EMA over a DeiT-B's weights: one pass beside torch's fused and foreach steps, and apex if installed.
 
-    python -m benchmarks.bench_adamw_ema [--tune] [--rounds 20]
+    python -m benchmarks.bench_adamw_ema [--rounds 20]
 
 Useful bytes: weights, two moments and the average in and out, gradients in: 36 a weight (the clip coefficient is given;
 every candidate leaves the norm out). Buffers are far larger than L2.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 
 import torch
-from fastdeitlt.kernels.adamw_ema import TUNED, adamw_ema
+from fastdeitlt.kernels.adamw_ema import adamw_ema
 from torch import Tensor, nn
 
 from benchmarks import harness
@@ -69,14 +69,5 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
     yield harness.Case(f"{size / 1e6:.1f} M weights float32", candidates, baseline="fused", useful_bytes=36 * size)
 
 
-def tune(device: torch.device) -> None:
-    """Search block and warps."""
-    from fastdeitlt.kernels._launch import LaunchConfig
-
-    (case,) = cases(device)
-    configs = [LaunchConfig({"BLOCK": block}, warps) for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8, 16)]
-    harness.tune("adamw_ema", TUNED, "adamw_ema", configs, case.candidates["fastdeitlt"], device)
-
-
 if __name__ == "__main__":
-    sys.exit(harness.main("adamw_ema", cases, tune, __doc__))
+    sys.exit(harness.main("adamw_ema", cases, __doc__))

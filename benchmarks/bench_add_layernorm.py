@@ -1,6 +1,6 @@
 """Residual add and LayerNorm, forward and backward: the Triton kernel beside eager torch, inductor and Liger.
 
-    python -m benchmarks.bench_add_layernorm [--tune] [--rounds 20]
+    python -m benchmarks.bench_add_layernorm [--rounds 20]
 
 Useful bytes: two streams read and two written forward (4 T); with drop path three read and two written backward (5 T).
 Liger normalises only, so its row adds with torch first; it is left out where it is not installed. "count" leaves a
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels import add_layernorm as module
-from fastdeitlt.kernels._launch import LaunchConfig
 from torch import Tensor
 
 from benchmarks import harness
@@ -117,33 +116,12 @@ def count_cases(shape: tuple[int, int, int], device: torch.device) -> Iterable[h
         )
 
 
-def tune(device: torch.device) -> None:
-    """Search rows a tile, warps, stages and programs a multiprocessor, width by width."""
-    table = module.TUNED
-    assert isinstance(table, dict)
-    for shape in SHAPES:
-        block = 1 << (shape[2] - 1).bit_length()
-        tensors, scale_B = problem(shape, device)
-        calls = passes(triton, tensors, scale_B)
-        rows = [r for r in (1, 2, 4, 8, 16) if 512 <= r * block <= 8192]
-        forward = [LaunchConfig({"ROWS": r, "BLOCK_D": block}, w, 1) for r in rows for w in (1, 2, 4, 8)]
-        backward = [
-            LaunchConfig({"ROWS": r, "BLOCK_D": block, "PROGRAMS": p}, w, s)
-            for r in rows for p in (1, 2, 4, 8) for w in (2, 4, 8) for s in (1, 2, 3)
-        ]  # fmt: skip
-        harness.tune("add_layernorm", table, ("forward", block), forward, calls["forward"], device)
-        harness.tune("add_layernorm", table, ("backward", block), backward, calls["backward"], device)
-        peers = {"torch": passes(torch.compile(eager, dynamic=False), tensors, scale_B), "triton": calls}
-        both = {name: lambda call=call: (call["forward"](), call["backward"]()) for name, call in peers.items()}
-        harness.best(shape[2], both, device)
-
-
 def main() -> int:
     """Measure on a GPU; say that a machine without one measures nothing."""
     if not torch.cuda.is_available():
         print("no GPU: nothing is measured; the kernel needs one, and on a CPU add_layernorm is torch's own")
         return 0
-    return harness.main("add_layernorm", cases, tune, __doc__)
+    return harness.main("add_layernorm", cases, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """Attention on the packed qkv, forward and backward: the Triton kernel beside torch's cuDNN and Flash backends.
 
-    python -m benchmarks.bench_attention [--tune] [--rounds 20]
+    python -m benchmarks.bench_attention [--rounds 20]
 
 Useful FLOPs count the N x N products of the N tokens there are (two forward, five backward), not the tiles' padding.
-Useful bytes: qkv read and the output written; qkv, output and its gradient read and the gradient written. ``--tune``
-tries launch settings shape by shape, then prints the line of ``BEST`` for "auto".
+Useful bytes: qkv read and the output written; qkv, output and its gradient read and the gradient written.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
-from fastdeitlt.kernels import _attention_launch as launch
-from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels.attention import attention, attention_first
 from torch import Tensor
 
@@ -74,53 +71,12 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
             )
 
 
-def candidates(problem: launch.Problem) -> Mapping[str, list[LaunchConfig]]:
-    """Settings to try, by pass; some spill or do not fit and are left out when they fail."""
-    rows = (launch.ONE_PROGRAM,) if problem.one_program else (64, 128)
-    forward = [
-        LaunchConfig({"ROWS": r, "BLOCK_M": m, "TAIL": t, "BLOCK_N": n}, w, s)
-        for r in {64, 128, *rows} for m, w in ((64, 4), (128, 8)) if m <= r
-        for t in (0, 16) for n in ((64,) if problem.whole_row else (64, 128)) for s in (1, 2, 3)
-    ]  # fmt: skip
-    backward = [
-        LaunchConfig({"ROWS": r, "BLOCK_N": n, "TAIL": t}, w, s)
-        for r in rows for n in (32, 64) for t in (0, 16) for w in (4, 8) for s in (1, 2, 3)
-    ]  # fmt: skip
-    keys = [LaunchConfig({"BLOCK_N": n, "BLOCK_M": m}, w, s)
-            for n in (64, 128) for m in (32, 64) for w in (4, 8) for s in (1, 2, 3)]  # fmt: skip
-    return {"forward": forward, "backward": backward} | ({} if problem.one_program else {"backward_keys": keys})
-
-
-def tune(device: torch.device) -> None:
-    """Search the settings of every pass and shape, then name the fastest implementation of forward and backward."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    gpu, table = torch.cuda.get_device_name(device), launch.TUNED
-    assert isinstance(table, dict)
-    for shape in SHAPES:
-        tensors = inputs(shape, device, few=False)
-        problem = launch.Problem.of(tensors[0], None, shape[1])
-        calls = runnable(attention, tensors)
-        for name, configs in candidates(problem).items():
-            call, key, working = calls["triton"][name.removesuffix("_keys")], problem.key(name), []
-            for config in configs:
-                table[gpu, key] = config
-                try:
-                    call()
-                except (OutOfResources, PTXASError, RuntimeError):
-                    continue
-                working.append(config)
-            harness.tune("attention", table, key, working, call, device)
-        both = {impl: lambda call=call: (call["forward"](), call["backward"]()) for impl, call in calls.items()}
-        harness.best((shape[1], shape[3]), both, device)
-
-
 def main() -> int:
     """Measure on a GPU; say that a machine without one measures nothing."""
     if not torch.cuda.is_available():
         print("no GPU: nothing is measured; the kernel needs one, and on a CPU attention is torch's own")
         return 0
-    return harness.main("attention", cases, tune, __doc__)
+    return harness.main("attention", cases, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Augmentation: each RandAugment operation and the whole recipe beside timm's; on a GPU the fused kernels.
 
-    python -m benchmarks.bench_augment [--tune] [--rounds 20]
+    python -m benchmarks.bench_augment [--rounds 20]
 
 The same laws for every candidate, on photos. On the CPU a case is a batch in one thread: timm on Pillow images against
 ours on the uint8 batch, each operation and then everything from crop to erased float batch. On a GPU, crop to mixed
@@ -121,16 +121,5 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
     yield from chain_cases()
 
 
-def tune(device: torch.device) -> None:
-    """Search block and warps of each kernel."""
-    from fastdeitlt.kernels._launch import LaunchConfig
-    from fastdeitlt.kernels.augment import TUNED
-
-    configs = [LaunchConfig({"BLOCK": block}, warps) for block in (256, 512, 1024, 2048) for warps in (2, 4, 8)]
-    for case, (side, _, _) in zip(gpu_cases(device), GPU_SHAPES, strict=True):
-        for kernel in ("convolve", "histogram", "operate", "finish"):
-            harness.tune("augment", TUNED, (kernel, side), configs, case.candidates["triton"], device)
-
-
 if __name__ == "__main__":
-    sys.exit(harness.main("augment", cases, tune, __doc__))
+    sys.exit(harness.main("augment", cases, __doc__))

@@ -1,6 +1,6 @@
 """The MLP's bias and GELU, forward and backward with the bias gradient: the Triton kernel beside torch and inductor.
 
-    python -m benchmarks.bench_bias_gelu [--tune] [--rounds 20]
+    python -m benchmarks.bench_bias_gelu [--rounds 20]
 
 Useful bytes: u read and h written; u and the gradient of h read and that of u written. The product before it is left
 out: torch adds the bias within it, so torch's side starts from the sum and its backward still sums the bias gradient.
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels import bias_gelu as module
-from fastdeitlt.kernels._launch import LaunchConfig
 from torch import Tensor
 
 from benchmarks import harness
@@ -90,32 +89,12 @@ def whole_layer(linear: list[Tensor]) -> dict[str, harness.Call]:
     return {name: passes(implementation, linear)["whole"] for name, implementation in peers.items()}
 
 
-def tune(device: torch.device) -> None:
-    """Search tiles, warps, stages and programs a multiprocessor, width by width, then compare whole layers."""
-    table = module.TUNED
-    for rows, width in SHAPES:
-        alone, linear = problem(rows, width, device)
-        calls = passes(triton, alone)
-        tiles = [
-            (r, b) for r in (1, 2, 4, 8, 16) for b in (128, 256, 512, 1024) if 1024 <= r * b <= 4096 and b <= width
-        ]
-        forward = [LaunchConfig({"ROWS": r, "BLOCK": b}, w) for r, b in tiles for w in (2, 4, 8)]
-        backward = [
-            LaunchConfig({"ROWS": r, "BLOCK": b, "PROGRAMS": p}, w, s)
-            for r, b in tiles for p in (2, 4, 8) for w in (4, 8) for s in (1, 2, 3)
-        ]  # fmt: skip
-        harness.tune("bias_gelu", table, ("forward", width), forward, calls["forward"], device)
-        harness.tune("bias_gelu", table, ("backward", width), backward, calls["backward"], device)
-        whole = whole_layer(linear)
-        harness.best(width, {"torch": whole["inductor"], "triton": whole["triton"]}, device)
-
-
 def main() -> int:
     """Measure on a GPU; say that a machine without one measures nothing."""
     if not torch.cuda.is_available():
         print("no GPU: nothing is measured; the kernel needs one, and on a CPU the MLP is torch's own")
         return 0
-    return harness.main("bias_gelu", cases, tune, __doc__)
+    return harness.main("bias_gelu", cases, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Joint loss with both gradients: ours beside eager torch, inductor and the official formulation.
 
-    python -m benchmarks.bench_joint_loss [--tune] [--rounds 20]
+    python -m benchmarks.bench_joint_loss [--rounds 20]
 
 Forward and backward of a mixed, DRW-weighted batch in bfloat16 (float32 on a CPU). Useful bytes: three logits read, two
 gradients written. Small batches stay in L2, as they do in training, where the heads have just written them.
@@ -70,20 +70,5 @@ def _both_passes(loss: Callable[..., Any], heads: list[Tensor], *arguments: Tens
     return call
 
 
-def tune(device: torch.device) -> None:
-    """Search block and warps of both passes, shape by shape."""
-    from fastdeitlt.kernels._launch import LaunchConfig
-    from fastdeitlt.kernels.joint_loss import TUNED
-
-    for case, (_, num_classes) in zip(cases(device), SHAPES, strict=True):
-        size = 1 << (num_classes - 1).bit_length()
-        for direction, largest in (("forward", 16384), ("backward", 4096)):
-            blocks = [block for block in (size, size // 2, size // 4, 4096, 2048, 1024) if 16 <= block <= largest]
-            configs = [LaunchConfig({"BLOCK": b}, w) for b in sorted({*blocks}) for w in (1, 2, 4, 8, 16)]
-            harness.tune("joint_loss", TUNED, (direction, size, 2), configs, case.candidates["triton"], device)
-        both = {"torch": case.candidates["inductor"], "triton": case.candidates["triton"]}
-        harness.best(num_classes, both, device)
-
-
 if __name__ == "__main__":
-    sys.exit(harness.main("joint_loss", cases, tune, __doc__))
+    sys.exit(harness.main("joint_loss", cases, __doc__))

@@ -1,12 +1,12 @@
 """Everything that needs a GPU, in one command: tests, floors, tuning, times beside the peers, and the budget.
 
-    python -m benchmarks.gpu [STAGE ...] [--no-tune] [--dry] [--list]
+    python -m benchmarks.gpu [STAGE ...] [--dry] [--list]
 
 Stages, in the order in which each needs the one before: tests (of the kernels, compiled), floors (the matrix products
-and the copy), one a kernel (``bench_<op>``, with tuning), steps (ours beside timm and the official loop), train (the
-same from JPEG files), parts (``fastdeitlt bench``), profile, budget. Rows go to ``benchmarks/results``, lines for the
-TUNED tables to the terminal. The budget sets what was measured beside the floor and the goal of each part and ends
-with 1 where a goal is missed.
+and the copy), tune and tune-inat18 (``fastdeitlt tune``, into the measurements that ship with the kernels), one a
+kernel (``bench_<op>``), steps (ours beside timm and the official loop), train (the same from JPEG files), parts
+(``fastdeitlt bench``), profile, budget. Rows go to ``benchmarks/results``. The budget sets what was measured beside the
+floor and the goal of each part and ends with 1 where a goal is missed.
 ``--dry`` runs every stage at its smallest on a machine without a GPU: what runs there, runs; a kernel's benchmark says
 that it measures nothing. Needs the package installed (``pip install --no-deps -e .`` is enough where torch and pytest
 are). Ends with 1 if a stage failed.
@@ -25,8 +25,10 @@ import torch
 from benchmarks.aot import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS, MEASURED = ROOT / "benchmarks" / "results", ROOT / "kernels" / "measured"
 Key = tuple[str, str, str]
+ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
+"""Settings under which a step is one batch of 256 images."""
 
 STEP = ("step", "b16-224")
 ATTENTION, STREAM = "B=256 N=198 H=12 D=64", "B=256 N=198 D=768"
@@ -54,22 +56,18 @@ BUDGET: tuple[tuple[str, str, str, str, str, float, bool], ...] = (
 )
 
 
-def commands(dry: bool, tune: bool) -> dict[str, list[str]]:
+def commands(dry: bool) -> dict[str, list[str]]:
     """Stage -> Python command, in order."""
-    gpu_config = [
-        "imagenet_lt",
-        "name=gpu-budget",
-        "train.batch_size=256",
-        "train.accumulate=1",
-        "train.virtual_ranks=1",
-    ]
-    config = ["quickstart", "name=gpu-budget", "student.depth=1", "train.batch_size=4"] if dry else gpu_config
+    config = ["imagenet_lt", "name=gpu-budget", *ONE_BATCH]
+    config = ["quickstart", "name=gpu-budget", "student.depth=1", "train.batch_size=4"] if dry else config
     found = {"tests": ["-m", "pytest", "-q", *(["--collect-only"] if dry else []), "tests/kernels"]}
     found["floors"] = ["-m", "benchmarks.bench_floors", *(["--dry", "--rounds", "1", "--batch", "16"] if dry else [])]
+    for name, recipe in (("tune", "imagenet_lt"), ("tune-inat18", "inat18")):
+        options = ["--help"] if dry else [recipe, *ONE_BATCH, "--out", str(MEASURED)]
+        found[name] = ["-m", "fastdeitlt.cli", "tune", *options]
     for op in ops():
         if (ROOT / "benchmarks" / f"bench_{op}.py").exists():
-            options = ["--help"] if dry else ["--tune"] if tune else []
-            found[op] = ["-m", f"benchmarks.bench_{op}", *options]
+            found[op] = ["-m", f"benchmarks.bench_{op}", *(["--help"] if dry else [])]
     found["steps"] = ["-m", "benchmarks.bench_step", *(["--case", "dry", "--check"] if dry else [])]
     found["train"] = ["-m", "benchmarks.bench_train"]
     found["train"] += ["--help"] if dry else ["--images", "8192", "--workers", "12", "--rounds", "3"]
@@ -125,11 +123,10 @@ def budget(rows: Mapping[Key, Mapping[str, Any]]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
-    parser.add_argument("--no-tune", action="store_true", help="keep the committed launch settings")
     parser.add_argument("--dry", action="store_true", help="every stage at its smallest; works without a GPU")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args(arguments)
-    known = commands(options.dry, not options.no_tune)
+    known = commands(options.dry)
     if unknown := set(options.stages) - {*known, "budget"}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(known)}, budget")
     if options.list:

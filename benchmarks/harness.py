@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastdeitlt.timer import Call, Timing, bandwidth, cpu_name, matmul_rate, measure
+from fastdeitlt.timer import Call, Timing, bandwidth, capturing_stream, cpu_name, matmul_rate, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,68 +108,28 @@ def rows(op: str, case: Case, timings: Mapping[str, Timing], device: torch.devic
     return result
 
 
-def tune(
-    op: str,
-    table: MutableMapping[Any, Any],
-    key: Any,
-    configs: Iterable[Any],
-    call: Call,
-    device: torch.device,
-) -> None:
-    """Time ``call`` under each launch configuration, leave the fastest in ``table`` and print its line for the source.
-
-    Args:
-        table: the op's TUNED, which ``call`` reads at every launch.
-        key: the shape's part of its key.
-        configs: ``LaunchConfig``s to try.
-    """
-    gpu = torch.cuda.get_device_name(device)
-    results = []
-    for config in configs:
-        table[gpu, key] = config
-        results.append((measure({op: call}, device, rounds=9)[op].median, config))
-    best_ms, best = min(results, key=lambda result: result[0])
-    table[gpu, key] = best
-    measured = f"{gpu}, {datetime.date.today():%Y-%m}, bench_{op}: {best_ms * 1e3:.1f} us"
-    blocks, warps, stages = dict(best.blocks), best.num_warps, best.num_stages
-    print(f"    ({gpu!r}, {key!r}): LaunchConfig({blocks}, {warps}, {stages}, {measured!r}),")
-
-
-def best(key: Any, calls: Mapping[str, Call], device: torch.device) -> None:
-    """Print the line for an op's BEST: which implementation is fastest at ``key``, forward and backward together."""
-    timings = measure(calls, device, rounds=9)
-    fastest = min(timings, key=lambda name: timings[name].median)
-    times = ", ".join(f"{name} {timing.median * 1e3:.0f} us" for name, timing in timings.items())
-    print(f"    ({torch.cuda.get_device_name(device)!r}, {key!r}): {fastest!r},  # BEST: {times}")
-
-
 def main(
     op: str,
     cases: Callable[[torch.device], Iterable[Case]],
-    tuner: Callable[[torch.device], None] | None = None,
     description: str | None = None,
 ) -> int:
-    """Command line of a ``bench_<op>`` file: check, tune if asked, measure, print, append rows; the exit code."""
+    """Command line of a ``bench_<op>`` file: check, measure, print, append rows; the exit code."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="try launch configurations first (needs a GPU)")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if arguments.tune and device.type != "cuda":
-        parser.error("--tune needs a GPU, none is visible")
     if not green(op):
         print(f"tests/kernels/test_{op}.py fails: a wrong kernel has no speed; nothing measured", file=sys.stderr)
         return 1
     if device.type != "cuda":
         print("no GPU: the Triton kernels' times cannot be measured here; only the torch implementations are compared")
-    if arguments.tune and tuner:
-        tuner(device)
     print(machine())
-    for case in cases(device):
-        found = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
-        for row in found:
-            print(line(row))
-        file = append(op, found)
+    with capturing_stream(device):
+        for case in cases(device):
+            found = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
+            for row in found:
+                print(line(row))
+            file = append(op, found)
     print(f"rows appended to {file.relative_to(ROOT)}")
     return 0
 

@@ -116,8 +116,8 @@ def _row(cfg: Config, name: str, found: Timing, images: int) -> Row:
 
 def _parts(setup: Setup) -> dict[str, Callable[[], object]]:
     """Full step, student alone, teacher alone: each all the work on ``images_per_call`` images."""
-    full = _step(setup, setup.joint)
-    alone = _step(setup, JointForward(setup.second_student(), None, setup.counts, setup.cfg, setup.device))
+    full = step_of(setup, setup.joint)
+    alone = step_of(setup, JointForward(setup.second_student(), None, setup.counts, setup.cfg, setup.device))
     teacher = setup.joint.teacher
     assert teacher is not None
     forward = torch.compile(teacher) if setup.cfg.train.compile else teacher
@@ -130,7 +130,7 @@ def _parts(setup: Setup) -> dict[str, Callable[[], object]]:
     return {"full step": full, "student only": alone, "teacher only": teacher_only}
 
 
-def _step(setup: Setup, joint: JointForward, take: Callable[[], Batch] | None = None) -> Callable[[], Tensor]:
+def step_of(setup: Setup, joint: JointForward, take: Callable[[], Batch] | None = None) -> Callable[[], Tensor]:
     """An optimizer step as ``train`` takes it, with the moving average; ``take`` gives its batches."""
     cfg = setup.cfg
     engine: Engine = build_engine(joint, cfg, setup.plan)
@@ -180,7 +180,7 @@ def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
                 waited.append(time.perf_counter() - start)
                 return batch
 
-            step = _step(
+            step = step_of(
                 setup, JointForward(setup.second_student(), setup.teacher, setup.counts, cfg, setup.device), take
             )
             for _ in range(-(-WARM_UP_BATCHES // setup.micro_batches)):
@@ -212,7 +212,7 @@ def _at_batch(like: Setup, size: int, rounds: int) -> Row:
     name = f"batch {size}"
     try:
         setup = set_up(cfg.model_copy(update={"train": train}), device, synthetic=True, counts=like.counts)
-        found = measure({name: _step(setup, setup.joint)}, device, rounds, eager=frozenset((name,)))[name]
+        found = measure({name: step_of(setup, setup.joint)}, device, rounds, eager=frozenset((name,)))[name]
     except torch.OutOfMemoryError:
         return {"op": "bench", "case": cfg.name, "candidate": name, "failed": "does not fit in the device's memory"}
     return _row(cfg, name, found, setup.images_per_call)

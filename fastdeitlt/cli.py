@@ -125,6 +125,15 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from fastdeitlt import run
+    from fastdeitlt.tune import tune
+
+    run.set_up_logging()
+    tune(args.config, args.overrides, out=args.out, with_step=not args.ops_only)
+    return 0
+
+
 def _profile(args: argparse.Namespace) -> int:
     from fastdeitlt import run
     from fastdeitlt.profiling import profile
@@ -280,6 +289,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--ranks", type=int, nargs="*", metavar="N", help="numbers of processes to measure the step on")
     added.add_argument("--batches", type=int, nargs="*", metavar="B", help="micro-batch sizes to measure the step at")
     added.add_argument("--json", type=Path, help="write the results there")
+
+    added = configured("tune", _tune, "measure what `auto` takes on this GPU at a configuration's shapes")
+    added.add_argument("--out", type=Path, help="folder for the measurements; default: the user's cache")
+    added.add_argument("--ops-only", action="store_true", help="let each op decide alone, not the training step")
 
     added = configured("profile", _profile, "where a step's time goes: trace for Perfetto, table by kernel and stage")
     added.add_argument("--out", type=Path, default=Path("profile"), help="folder for trace and tables")

@@ -126,8 +126,8 @@ class StudentConfig(Section):
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block; earlier blocks rise linearly from 0. 0 = off."""
     attention: Literal["auto", "triton", "sdpa", "cudnn", "flash", "math"] = "auto"
-    """Who computes attention: our kernel, torch's choice, one of torch's backends. auto: the fastest measured on this
-    GPU, else torch's choice."""
+    """Who computes attention: our kernel, torch's choice, one of torch's backends. auto: the fastest that `fastdeitlt
+    tune` measured on this GPU, else torch's choice."""
     add_layernorm: Literal["auto", "triton", "torch"] = "auto"
     """Who adds residual branches and norms the sum: our kernel in one pass, or torch. auto: the faster one measured on
     this GPU, else torch."""
@@ -186,7 +186,7 @@ class LossConfig(Section):
     reweight_cls: bool = False
     """Weight the CLS loss too once re-weighting starts (official --weighted-baseloss)."""
     impl: Literal["auto", "torch", "triton"] = "auto"
-    """Which implementation computes the loss."""
+    """Who computes the loss: our kernel, or torch. auto: the faster one measured on this GPU, else torch."""
 
 
 class OptimConfig(Section):
@@ -210,7 +210,8 @@ class OptimConfig(Section):
     backend: Literal["auto", "fastdeitlt", "torch", "apex", "deepspeed"] = "auto"
     """Who takes the step. torch: its fused AdamW. fastdeitlt: our kernel over one flat buffer, with the moving average
     in the same pass. apex: NVIDIA's FusedAdam or FusedLAMB, built from source. deepspeed: its FusedAdam, which it
-    compiles. The last two need a GPU. auto: torch; for lamb apex."""
+    compiles. The last two need a GPU. auto: torch, or fastdeitlt where `fastdeitlt tune` found the training step faster
+    with it on this GPU; for lamb apex."""
     warmup_epochs: float = Field(5, ge=0)
     """Epochs of linear warm-up."""
     warmup_lr: float = Field(1e-6, ge=0)

@@ -65,7 +65,7 @@ class Report:
 def doctor() -> Report:
     """Look at this machine and this environment; takes some seconds, changes nothing."""
     checks = (
-        python, packages, torch, torchvision, gpu, dali_on_cpu, dali_on_gpu, triton, deepspeed, onnx, apex,
+        python, packages, torch, torchvision, gpu, dali_on_cpu, dali_on_gpu, triton, kernel_choice, deepspeed, onnx, apex,
         kernels_name, cores, memory, shared_memory, open_files, disk,
     )  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
@@ -184,6 +184,19 @@ def triton() -> Row:
     )
     works, said = probe(code)
     return Row("triton", "ok" if works else "warn", said, "" if works else "pip install triton; without it impl=torch")
+
+
+def kernel_choice() -> Row:
+    """Whether `auto` knows which kernels are fastest on this GPU."""
+    if not shutil.which("nvidia-smi"):
+        return Row("kernel choice", "missing", "no GPU: auto takes torch's")
+    works, said = probe(
+        "import torch; from fastdeitlt.kernels._measured import rows_of; gpu = torch.cuda.get_device_name(); "
+        "print(len(rows_of(gpu)), 'measurements of', gpu)"
+    )
+    known = works and not said.startswith("0 ")
+    fix = "" if known else "fastdeitlt tune RECIPE measures which kernels win; until then auto takes torch's"
+    return Row("kernel choice", "ok" if known else "warn", said, fix)
 
 
 def deepspeed() -> Row:

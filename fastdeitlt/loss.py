@@ -291,12 +291,10 @@ def _use_triton(impl: str, logits: Tensor) -> bool:
     return impl == "triton" or (impl == "auto" and fits and _fastest(logits.size(1), logits.device) == "triton")
 
 
-@torch.compiler.assume_constant_result
 def _fastest(num_classes: int, device: torch.device) -> str:
-    from fastdeitlt.kernels._launch import best
-    from fastdeitlt.kernels.joint_loss import BEST
+    from fastdeitlt.kernels.joint_loss import choose
 
-    return best("joint_loss", BEST, num_classes, device, "torch")
+    return choose(num_classes, device)
 
 
 def _triton_joint_loss() -> Callable[..., JointLoss]:

@@ -87,9 +87,17 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "gpu": gpu,
         "world": distributed.get_world(),
+        "kernel measurements": _kernel_measurements(gpu) if gpu else None,
         "packages": versions,
         "commit": _commit(),
     }
+
+
+def _kernel_measurements(gpu: str) -> str:
+    """What decides which kernels `auto` takes."""
+    from fastdeitlt.kernels._measured import fingerprint
+
+    return fingerprint(gpu)
 
 
 def _commit() -> str | None:

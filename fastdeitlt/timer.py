@@ -2,13 +2,16 @@
 
 On a GPU a sample is a CUDA graph of several calls between two events, so that launches from Python do not count; a
 candidate that cannot be captured (it reads the device from the host) runs eagerly. On a CPU it is perf_counter.
+A backward runs on the stream of its forward, and a graph holds what runs on the capturing stream, so whoever times a
+backward makes its forward, too, inside ``capturing_stream``.
 """
 
 import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +52,19 @@ def measure(
     return {name: timing(values, graph[name]) for name, values in samples.items()}
 
 
+@contextmanager
+def capturing_stream(device: torch.device) -> Iterator[None]:
+    """Everything inside runs on one stream that a CUDA graph can capture, as the default stream cannot be."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def timing(values: list[float], graph: bool = False) -> Timing:
     """Median and quantiles of samples in ms."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
@@ -65,7 +81,7 @@ def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], fl
     synchronise(device)
     repeats = max(1, min(1000, int(SAMPLE_MS / 1e3 / (time.perf_counter() - start))))
     if device.type == "cuda":
-        return _cuda_sampler(call, max(repeats, 5), capture)
+        return _cuda_sampler(call, max(repeats, 5), capture, device)
 
     def sample() -> float:
         start = time.perf_counter()
@@ -76,20 +92,18 @@ def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], fl
     return sample
 
 
-def _cuda_sampler(call: Call, repeats: int, capture: bool) -> Callable[[], float]:
+def _cuda_sampler(call: Call, repeats: int, capture: bool, device: torch.device) -> Callable[[], float]:
     def loop() -> None:
         for _ in range(repeats):
             call()
 
     run = loop
     if capture:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with capturing_stream(device) if _on_default_stream(device) else nullcontext():
             loop()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            loop()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+                loop()
         run = graph.replay
         run()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -102,6 +116,10 @@ def _cuda_sampler(call: Call, repeats: int, capture: bool) -> Callable[[], float
         return begin.elapsed_time(end) / repeats
 
     return sample
+
+
+def _on_default_stream(device: torch.device) -> bool:
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 def synchronise(device: torch.device) -> None:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from fastdeitlt.kernels._attention_device import attention_bwd_kernel, attention_bwd_keys_kernel, attention_fwd_kernel
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, tuned
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, launch
+from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
 FEW_ROWS, SHORT_ROW_TOKENS = 16, 80
 WHOLE_ROW_TOKENS, WHOLE_ROW_WIDTH = 256, 64
 ONE_PROGRAM = 1024  # rows of a program that takes a whole head
-TUNED: TunedTable = {}
-"""(GPU, (pass, tokens, query rows, head width)) -> setting; benchmarks.bench_attention writes the lines."""
 
 
 class Problem(NamedTuple):
@@ -61,7 +60,7 @@ class Problem(NamedTuple):
         return self.rows <= FEW_ROWS or self.whole_row
 
     def key(self, name: str) -> tuple[str, int, int, int]:
-        """Key of ``TUNED``."""
+        """What a pass's setting depends on: pass, tokens, query rows, head width."""
         return name, self.tokens, self.rows, self.width
 
 
@@ -155,11 +154,11 @@ def _options(config: LaunchConfig) -> dict[str, int]:
 def launch_forward(q: Tensor, kv: Tensor | None, query_rows: int, out: Tensor, lse: Tensor) -> None:
     """Fill ``out`` [B, R, H D] and ``lse`` [B, H, R]."""
     problem = Problem.of(q, kv, query_rows)
-    config = tuned(TUNED, problem.key("forward"), q.device, forward_config(problem))
+    config = setting("attention", problem.key("forward"), q.device, forward_config(problem))
     grid = (q.shape[0] * problem.heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),)
     keys = q[:, :, 1:] if kv is None else kv
-    with torch.cuda.device_of(q):
-        attention_fwd_kernel[grid](q, keys, out, lse, **forward_constexprs(problem, config), **_options(config))
+    constexprs = forward_constexprs(problem, config)
+    launch(attention_fwd_kernel, grid, q, q, keys, out, lse, **constexprs, **_options(config))
 
 
 def launch_backward(
@@ -167,20 +166,22 @@ def launch_backward(
 ) -> None:
     """Fill ``dq`` and ``dkv``; a packed gradient is one tensor, its dQ of rows that asked nothing is zero."""
     problem = Problem.of(q, kv, out.shape[1])
-    config = tuned(TUNED, problem.key("backward"), q.device, backward_config(problem, architecture(q.device)))
+    default = backward_config(problem, architecture(q.device))
+    config = setting("attention", problem.key("backward"), q.device, default)
     heads = q.shape[0] * problem.heads
     keys, dkeys = (q[:, :, 1:], dq[:, :, 1:]) if kv is None else (kv, dkv)
     delta = lse if problem.one_program else torch.empty_like(lse)
-    with torch.cuda.device_of(q):
-        attention_bwd_kernel[(heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),)](
-            q, keys, out, grad_out, lse, delta, dq, dkeys, **backward_constexprs(problem, config), **_options(config)
-        )
-        if problem.one_program:
-            return
-        config = tuned(TUNED, problem.key("backward_keys"), q.device, keys_config(problem))
-        attention_bwd_keys_kernel[(heads * triton.cdiv(problem.tokens, config.blocks["BLOCK_N"]),)](
-            q, keys, grad_out, lse, delta, dkeys, **problem.constexprs, **config.options
-        )
+    launch(
+        attention_bwd_kernel, (heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),), q,
+        q, keys, out, grad_out, lse, delta, dq, dkeys, **backward_constexprs(problem, config), **_options(config),
+    )  # fmt: skip
+    if problem.one_program:
+        return
+    config = setting("attention", problem.key("backward_keys"), q.device, keys_config(problem))
+    launch(
+        attention_bwd_keys_kernel, (heads * triton.cdiv(problem.tokens, config.blocks["BLOCK_N"]),), q,
+        q, keys, grad_out, lse, delta, dkeys, **problem.constexprs, **config.options,
+    )  # fmt: skip
 
 
 def aot_configs() -> list[AotConfig]:

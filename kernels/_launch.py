@@ -1,11 +1,13 @@
-"""What every kernel file shares: where Triton can run, argument checks, launch settings, ahead-of-time configurations.
+"""What every kernel file shares: where Triton can run, launches, argument checks, ahead-of-time configurations.
 
 Nothing here touches a GPU at import.
 """
 
 import functools
 import logging
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,47 +27,16 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched: block sizes by constexpr name, warps, pipeline stages.
-
-    ``measured`` says on which GPU, when and by which benchmark the setting won, or that nobody measured it.
-    """
+    """How one kernel is launched: block sizes by constexpr name, warps, pipeline stages."""
 
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 1
-    measured: str = "not measured"
 
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-TunedTable = MutableMapping[tuple[str, Hashable], LaunchConfig]
-
-
-def tuned(table: TunedTable, key: Hashable, device: torch.device, default: LaunchConfig) -> LaunchConfig:
-    """The setting measured for this GPU, ``table[gpu name, key]``, or ``default`` for a GPU or key nobody measured."""
-    return table.get((_gpu_name(device.index), key), default) if device.type == "cuda" and table else default
-
-
-BestTable = Mapping[tuple[str, Hashable], str]
-
-
-def best(op: str, table: BestTable, key: Hashable, device: torch.device, default: str) -> str:
-    """What "auto" takes: the implementation measured fastest on this GPU, ``table[gpu name, key]``, or ``default``.
-
-    A GPU or key that nobody measured is said once an op; on a CPU nothing else than the default makes sense.
-    """
-    if device.type != "cuda":
-        return default
-    gpu = _gpu_name(device.index)
-    if (gpu, key) not in table:
-        say_once(
-            f"{op}: auto takes torch's, nothing is measured on {gpu} at {key}; "
-            f"'python -m benchmarks.gpu {op}' measures, 'triton' takes the kernel"
-        )
-    return table.get((gpu, key), default)
 
 
 @functools.cache
@@ -74,9 +45,42 @@ def say_once(message: str) -> None:
     log.warning(message)
 
 
-@functools.cache
-def _gpu_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
+_compiler: Callable[..., object] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of ``near``; inside ``compiling``, compile it and run nothing."""
+    if _compiler:
+        _compiler(_compile, kernel, grid, near, arguments, options)
+        return
+    with torch.cuda.device_of(near):
+        kernel[grid](*arguments, **options)
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], near: Tensor, arguments: tuple[Any, ...], options: Any) -> None:
+    if not interpreted():
+        with torch.cuda.device_of(near):
+            kernel.warmup(*arguments, grid=grid, **options)
+
+
+@contextmanager
+def compiling(workers: int) -> Iterator[list[Future[None]]]:
+    """Inside, ``launch`` compiles in so many threads what it would run; the results stay with Triton.
+
+    Yields the compilations: one that failed keeps its exception, and the real launch will raise it again.
+    """
+    global _compiler
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(workers) as pool:
+
+        def submit(*call: Any) -> None:
+            pending.append(pool.submit(*call))
+
+        _compiler = submit
+        try:
+            yield pending
+        finally:
+            _compiler = None
 
 
 @functools.cache

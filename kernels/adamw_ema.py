@@ -18,14 +18,20 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, interpreted, tuned
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
+from fastdeitlt.kernels._measured import fastest, setting
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
 DEFAULT = LaunchConfig({"BLOCK": 1024}, num_warps=8)
-TUNED: TunedTable = {}
-"""(GPU, "adamw_ema") -> setting; ``benchmarks.bench_adamw_ema`` prints the lines."""
+KEY = ("step",)
+"""Of its measurements: the shape does not matter."""
+
+
+def choose(device: torch.device) -> str:
+    """Whose AdamW "auto" takes: the one measured fastest, else torch's."""
+    return fastest("adamw_ema", KEY, device, "torch")
 
 
 @torch.no_grad()
@@ -129,9 +135,10 @@ def _launch(
     lr: Tensor, step: Tensor, scale: Tensor | None, num_decayed: int, weight_decay: float, beta1: float, beta2: float,
     eps: float, ema_decay: float,
 ) -> None:  # fmt: skip
-    config = tuned(TUNED, "adamw_ema", weights.device, DEFAULT)
+    config = setting("adamw_ema", KEY, weights.device, DEFAULT)
     size = weights.numel()
-    _adamw_ema_kernel[(triton.cdiv(size, config.blocks["BLOCK"]),)](
+    launch(
+        _adamw_ema_kernel, (triton.cdiv(size, config.blocks["BLOCK"]),), weights,
         weights, grads, exp_avg, exp_avg_sq, ema, low, lr, step, scale, size, num_decayed, weight_decay,
         math.log(beta1), math.log(beta2), 1 - beta1, 1 - beta2, eps, 1 - ema_decay, **config.options,
     )  # fmt: skip

@@ -18,17 +18,8 @@ import torch
 import torch.nn.functional as F
 import triton
 from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
-from fastdeitlt.kernels._launch import (
-    AotConfig,
-    BestTable,
-    LaunchConfig,
-    TunedTable,
-    best,
-    check,
-    interpreted,
-    num_sms,
-    tuned,
-)
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms
+from fastdeitlt.kernels._measured import fastest, setting
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
@@ -36,20 +27,22 @@ from fastdeitlt.errors import UserError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 IMPLS = ("auto", "triton", "torch")
 MAX_WIDTH = 4096
-BEST: BestTable = {}
-"""(GPU, width) -> fastest implementation; benchmarks.bench_add_layernorm writes the lines."""
-TUNED: TunedTable = {}
-"""(GPU, (pass, width rounded up to a power of two)) -> setting; benchmarks.bench_add_layernorm writes the lines."""
 
 
-def launch_config(forward: bool, width: int, device: torch.device) -> LaunchConfig:
+def key(forward: bool, width: int, stream: torch.dtype) -> tuple[str, int, int]:
+    """What a pass's setting depends on: pass, width rounded up to a power of two, bytes of the stream's type."""
+    return "forward" if forward else "backward", max(16, triton.next_power_of_2(width)), stream.itemsize
+
+
+def launch_config(forward: bool, width: int, stream: torch.dtype, device: torch.device) -> LaunchConfig:
     """The measured setting, or by default tiles of 2,048 elements or one row, four of them on a multiprocessor."""
-    block = max(16, triton.next_power_of_2(width))
+    found = key(forward, width, stream)
+    block = found[1]
     blocks = {"ROWS": max(1, 2048 // block), "BLOCK_D": block}
     if not forward:
         blocks["PROGRAMS"] = 4
     default = LaunchConfig(blocks, num_warps=4 if block <= 2048 else 8, num_stages=1 if forward else 2)
-    return tuned(TUNED, ("forward" if forward else "backward", block), device, default)
+    return setting("add_layernorm", found, device, default)
 
 
 def reference(
@@ -84,15 +77,15 @@ def _launch_forward(
     normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
-    config = launch_config(True, width, x.device)
+    config = launch_config(True, width, x.dtype, x.device)
     residual, normed, mean, rstd = _outputs(
         x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype
     )
-    with torch.cuda.device_of(x):
-        add_layernorm_fwd_kernel[(triton.cdiv(rows, config.blocks["ROWS"]),)](
-            x, branch, branch_rows, normed_rows, scale, weight, bias, None if branch is None else residual, normed,
-            mean, rstd, rows, eps, TOKENS=rows // x.shape[0], D=width, **config.options,
-        )  # fmt: skip
+    launch(
+        add_layernorm_fwd_kernel, (triton.cdiv(rows, config.blocks["ROWS"]),), x,
+        x, branch, branch_rows, normed_rows, scale, weight, bias, None if branch is None else residual, normed,
+        mean, rstd, rows, eps, TOKENS=rows // x.shape[0], D=width, **config.options,
+    )  # fmt: skip
     return residual, normed, mean, rstd
 
 
@@ -102,18 +95,18 @@ def _launch_backward(
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = mean.numel(), residual.shape[-1]
-    config = launch_config(False, width, residual.device)
+    config = launch_config(False, width, residual.dtype, residual.device)
     block = config.blocks["ROWS"]
     programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
     dx, dbranch = torch.empty_like(residual), _branch_gradient(residual, num_branch, branch_dtype)
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
-    with torch.cuda.device_of(residual):
-        add_layernorm_bwd_kernel[(programs,)](
-            grad_residual, grad_normed, residual, branch_rows, normed_rows, scale, weight, mean, rstd, dx,
-            None if branch_dtype is None else dbranch, sums, rows, TOKENS=rows // residual.shape[0], D=width,
-            ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    launch(
+        add_layernorm_bwd_kernel, (programs,), residual,
+        grad_residual, grad_normed, residual, branch_rows, normed_rows, scale, weight, mean, rstd, dx,
+        None if branch_dtype is None else dbranch, sums, rows, TOKENS=rows // residual.shape[0], D=width,
+        ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return dx, dbranch, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(weight.dtype)
 
 
@@ -295,7 +288,7 @@ def add_layernorm(
 @torch.compiler.assume_constant_result
 def choose(impl: str, width: int, device: torch.device) -> str:
     """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch."""
-    return best("add_layernorm", BEST, width, device, "torch") if impl == "auto" else impl
+    return fastest("add_layernorm", (width,), device, "torch") if impl == "auto" else impl
 
 
 def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:
@@ -323,7 +316,8 @@ def aot_configs() -> list[AotConfig]:
 
 def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]) -> AotConfig:
     forward = kernel is add_layernorm_fwd_kernel
-    config = launch_config(forward, width, torch.device("cpu"))
+    stream = torch.float32 if "p_x" in types else torch.bfloat16
+    config = launch_config(forward, width, stream, torch.device("cpu"))
     constexprs: dict[str, Any] = {"TOKENS": 198, "D": width, "ROWS": config.blocks["ROWS"]}
     constexprs |= {"BLOCK_D": config.blocks["BLOCK_D"]} | ({} if forward else {"STAGES": config.num_stages})
     if not forward:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
-from fastdeitlt.kernels._launch import BestTable, best, check, interpreted, say_once
+from fastdeitlt.kernels._launch import check, interpreted, say_once
+from fastdeitlt.kernels._measured import fastest
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeitlt.errors import UserError
 
-__all__ = ["BEST", "IMPLS", "WIDTHS", "aot_configs", "attention", "attention_first", "choose", "reference"]
+__all__ = ["IMPLS", "WIDTHS", "aot_configs", "attention", "attention_first", "choose", "reference"]
 
 IMPLS = ("auto", "triton", "sdpa", "cudnn", "flash", "math")
 WIDTHS = (32, 64, 96, 128)
@@ -30,8 +31,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 1024
 LOG2E = math.log2(math.e)
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-BEST: BestTable = {}
-"""(GPU, (tokens, head width)) -> fastest implementation; benchmarks.bench_attention writes the lines."""
 
 
 def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
@@ -134,7 +133,7 @@ def choose(impl: str, tokens: int, width: int, dtype: torch.dtype, device: torch
         return "sdpa"
     if impl != "auto":
         return impl
-    return "sdpa" if dtype == torch.float32 else best("attention", BEST, (tokens, width), device, "sdpa")
+    return "sdpa" if dtype == torch.float32 else fastest("attention", (tokens, width), device, "sdpa")
 
 
 def attention(qkv_BN3HD: Tensor, *, query_rows: int | None = None, impl: str = "auto") -> Tensor:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import triton
 from fastdeitlt.kernels._augment_plan import Plan, make_plan
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, TunedTable, check, check_launchable, tuned
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, check_launchable, launch
+from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig
@@ -29,9 +30,9 @@ from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.errors import UserError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TUNED: TunedTable = {}
-"""(GPU, (kernel, side)) -> setting; nobody measured one yet."""
 COEFFICIENT_BLOCK = 16
+SEARCHED = ("convolve", "histogram", "operate", "finish")
+"""Kernels whose setting may be measured; they and the output's side are its key."""
 
 
 class Augmented(NamedTuple):
@@ -84,16 +85,17 @@ def augment(
     first, second, separate = jobs.split([2 * plan.num_first, 2 * plan.num_second, plan.num_separate])
     crops = _resize(pixels, rows, plan, size)
     tables = torch.empty(max(plan.num_first + plan.num_second, 1), 3, 256, dtype=torch.uint8, device=pixels.device)
-    launch = _setting("operate", size, pixels.device)
-    blocks = triton.cdiv(size * size * 3, launch.blocks["BLOCK"])
+    config = _setting("operate", size, pixels.device)
+    blocks = triton.cdiv(size * size * 3, config.blocks["BLOCK"])
     if plan.num_first:
         _make_tables(first, rows, crops, tables, 0, gpu.FIRST.value, size)
     operated = crops
     if plan.num_separate:
         operated = torch.empty_like(crops)
-        gpu.operate_kernel[(plan.num_separate, blocks)](
-            separate, rows, crops, operated, tables, S=size, **launch.options, enable_fp_fusion=False
-        )
+        launch(
+            gpu.operate_kernel, (plan.num_separate, blocks), crops,
+            separate, rows, crops, operated, tables, S=size, **config.options, enable_fp_fusion=False,
+        )  # fmt: skip
     if plan.num_second:
         _make_tables(second, rows, operated, tables, plan.num_first, gpu.SECOND.value, size)
     return _finish(rows, crops, operated, tables, mix, cfg, size, patch, images, dtype)
@@ -154,10 +156,14 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
+def default_config(kernel: str) -> LaunchConfig:
+    """Setting of a kernel that nobody measured."""
     # an operation keeps sixteen float64 taps: half the elements a thread leaves registers for more warps
-    block = 512 if kernel in ("operate", "finish") else 1024
-    return tuned(TUNED, (kernel, size), device, LaunchConfig({"BLOCK": block}, num_warps=4))
+    return LaunchConfig({"BLOCK": 512 if kernel in ("operate", "finish") else 1024}, num_warps=4)
+
+
+def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
+    return setting("augment", (kernel, size), device, default_config(kernel))
 
 
 def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
@@ -165,32 +171,36 @@ def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
     batch, device = len(rows) - 1, pixels.device
     weights = torch.empty(batch, 2, size, plan.taps, dtype=torch.int32, device=device)
     first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)
-    gpu.coefficients_kernel[(batch, 2, triton.cdiv(size, COEFFICIENT_BLOCK))](
-        rows, weights, first, S=size, K=plan.taps, BLOCK=COEFFICIENT_BLOCK, num_warps=4, enable_fp_fusion=False
-    )
+    launch(
+        gpu.coefficients_kernel, (batch, 2, triton.cdiv(size, COEFFICIENT_BLOCK)), rows,
+        rows, weights, first, S=size, K=plan.taps, BLOCK=COEFFICIENT_BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     between = torch.empty(batch, plan.intermediate, dtype=torch.uint8, device=device)
     crops = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
-    launch = _setting("convolve", size, device)
+    config = _setting("convolve", size, device)
     passes = ((pixels, between, 0, plan.intermediate), (between, crops, plan.intermediate, size * size * 3))
     for number, (source, target, source_size, target_size) in enumerate(passes):
-        gpu.convolve_kernel[(batch, triton.cdiv(target_size, launch.blocks["BLOCK"]))](
+        launch(
+            gpu.convolve_kernel, (batch, triton.cdiv(target_size, config.blocks["BLOCK"])), rows,
             rows, weights, first, source, target, source_size, target_size,
-            PASS=number, S=size, K=plan.taps, **launch.options,
+            PASS=number, S=size, K=plan.taps, **config.options,
         )  # fmt: skip
     return crops
 
 
 def _make_tables(jobs: Tensor, rows: Tensor, images: Tensor, tables: Tensor, slot: int, field: int, size: int) -> None:
     """Fill the tables from ``slot`` on, for the images and statistics that the jobs name."""
-    num_jobs, launch = len(jobs) // 2, _setting("histogram", size, images.device)
+    num_jobs, config = len(jobs) // 2, _setting("histogram", size, images.device)
     counts = torch.zeros(num_jobs, gpu.HISTOGRAM.value, dtype=torch.int32, device=images.device)
     lumas = torch.zeros(num_jobs, dtype=torch.int32, device=images.device)
-    gpu.histogram_kernel[(num_jobs, triton.cdiv(size * size * 3, launch.blocks["BLOCK"]))](
-        jobs, images, counts, lumas, S=size, **launch.options
-    )
-    gpu.table_kernel[(num_jobs, 3)](
-        jobs, rows, counts, lumas, tables, slot, FIELD=field, S=size, num_warps=1, enable_fp_fusion=False
-    )
+    launch(
+        gpu.histogram_kernel, (num_jobs, triton.cdiv(size * size * 3, config.blocks["BLOCK"])), images,
+        jobs, images, counts, lumas, S=size, **config.options,
+    )  # fmt: skip
+    launch(
+        gpu.table_kernel, (num_jobs, 3), images,
+        jobs, rows, counts, lumas, tables, slot, FIELD=field, S=size, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _finish(
@@ -202,10 +212,11 @@ def _finish(
     images_BHWC = torch.empty(batch, size, size, 3, dtype=dtype, device=device) if images else None
     patches = torch.empty(batch * size * size // patch**2, 3 * patch**2, dtype=dtype, device=device) if patch else None
     how = gpu.UNMIXED if mix.lam == 1.0 else gpu.CUTMIX if mix.box else gpu.MIXUP
-    launch = _setting("finish", size, device)
-    gpu.finish_kernel[((batch + 1) // 2, triton.cdiv(size * size * 3, launch.blocks["BLOCK"]))](
+    config = _setting("finish", size, device)
+    launch(
+        gpu.finish_kernel, ((batch + 1) // 2, triton.cdiv(size * size * 3, config.blocks["BLOCK"])), crops,
         rows, crops, operated, tables, torch_augment.normal_table(device), scale, offset, images_BHWC, patches, batch,
-        MIX=how.value, P=patch or 1, S=size, **launch.options, enable_fp_fusion=False,
+        MIX=how.value, P=patch or 1, S=size, **config.options, enable_fp_fusion=False,
     )  # fmt: skip
     return Augmented(None if images_BHWC is None else images_BHWC.permute(0, 3, 1, 2), patches)
 

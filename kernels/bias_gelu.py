@@ -18,27 +18,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastdeitlt.kernels._launch import (
-    AotConfig,
-    BestTable,
-    LaunchConfig,
-    TunedTable,
-    best,
-    check,
-    interpreted,
-    num_sms,
-    tuned,
-)
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms
+from fastdeitlt.kernels._measured import fastest, setting
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 IMPLS = ("auto", "triton", "torch")
-BEST: BestTable = {}
-"""(GPU, width) -> fastest implementation; benchmarks.bench_bias_gelu writes the lines."""
-TUNED: TunedTable = {}
-"""(GPU, (pass, width)) -> setting; benchmarks.bench_bias_gelu writes the lines."""
 FORWARD = LaunchConfig({"ROWS": 4, "BLOCK": 512}, num_warps=4)
 BACKWARD = LaunchConfig({"ROWS": 8, "BLOCK": 256, "PROGRAMS": 4}, num_warps=4, num_stages=2)
 """Defaults; the backward has PROGRAMS on a multiprocessor for all columns together."""
@@ -104,26 +91,25 @@ def bias_gelu_bwd_kernel(
 
 def _launch_forward(u: Tensor, bias: Tensor) -> Tensor:
     h, width = torch.empty_like(u), u.shape[-1]
-    config = tuned(TUNED, ("forward", width), u.device, FORWARD)
+    config = setting("bias_gelu", ("forward", width), u.device, FORWARD)
     rows = u.numel() // width
     grid = (triton.cdiv(rows, config.blocks["ROWS"]), triton.cdiv(width, config.blocks["BLOCK"]))
-    with torch.cuda.device_of(u):
-        bias_gelu_fwd_kernel[grid](u, bias, h, rows, WIDTH=width, **config.options)
+    launch(bias_gelu_fwd_kernel, grid, u, u, bias, h, rows, WIDTH=width, **config.options)
     return h
 
 
 def _launch_backward(dh: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     du, width = torch.empty_like(u), u.shape[-1]
-    config = tuned(TUNED, ("backward", width), u.device, BACKWARD)
+    config = setting("bias_gelu", ("backward", width), u.device, BACKWARD)
     rows, block, columns = u.numel() // width, config.blocks["ROWS"], triton.cdiv(width, config.blocks["BLOCK"])
     programs = triton.cdiv(num_sms(u.device) * config.blocks["PROGRAMS"], columns)
     programs = min(programs, triton.cdiv(rows, block))
     sums = torch.empty(programs, width, dtype=torch.float32, device=u.device)
-    with torch.cuda.device_of(u):
-        bias_gelu_bwd_kernel[(programs, columns)](
-            dh, u, bias, du, sums, rows, WIDTH=width, ROWS=block, BLOCK=config.blocks["BLOCK"],
-            STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    launch(
+        bias_gelu_bwd_kernel, (programs, columns), u,
+        dh, u, bias, du, sums, rows, WIDTH=width, ROWS=block, BLOCK=config.blocks["BLOCK"],
+        STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return du, sums.sum(0).to(bias.dtype)
 
 
@@ -194,7 +180,7 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
 @torch.compiler.assume_constant_result
 def choose(impl: str, width: int, device: torch.device) -> str:
     """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch."""
-    return best("bias_gelu", BEST, width, device, "torch") if impl == "auto" else impl
+    return fastest("bias_gelu", (width,), device, "torch") if impl == "auto" else impl
 
 
 def aot_configs() -> list[AotConfig]:

@@ -25,23 +25,26 @@ from fastdeitlt.kernels._joint_loss_device import (
     joint_loss_fwd_kernel,
     joint_loss_reduce_kernel,
 )
-from fastdeitlt.kernels._launch import AotConfig, BestTable, LaunchConfig, TunedTable, check, interpreted, tuned
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
+from fastdeitlt.kernels._measured import fastest, setting
 from torch import Tensor
 
 from fastdeitlt.loss import JointLoss, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_BLOCK = 1024
-BEST: BestTable = {}
-"""(GPU, classes) -> fastest implementation, for ``fastdeitlt.loss``; benchmarks.bench_joint_loss writes the lines."""
-TUNED: TunedTable = {}
-"""(GPU, (pass, classes rounded up to a power of two, bytes of a logit)) -> setting, as bench_joint_loss prints it."""
+
+
+def key(forward: bool, num_classes: int, element_size: int) -> tuple[str, int, int]:
+    """What a pass's setting depends on: pass, classes rounded up to a power of two, bytes of a logit."""
+    return "forward" if forward else "backward", triton.next_power_of_2(num_classes), element_size
 
 
 def launch_config(forward: bool, num_classes: int, element_size: int, device: torch.device) -> LaunchConfig:
     """The measured setting; by default the forward takes a row of up to 8,192 classes in one block, and the backward
     blocks of 2,048 bytes, 16 a lane."""
-    size = triton.next_power_of_2(num_classes)
+    found = key(forward, num_classes, element_size)
+    size = found[1]
     if forward:
         block = size if size <= 8192 else 4096
         warps = block // 256
@@ -49,7 +52,13 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
         block = min(size, 2048 // element_size)
         warps = block * element_size // 512
     default = LaunchConfig({"BLOCK": block}, num_warps=min(max(warps, 1), 8))
-    return tuned(TUNED, ("forward" if forward else "backward", size, element_size), device, default)
+    return setting("joint_loss", found, device, default)
+
+
+@torch.compiler.assume_constant_result
+def choose(num_classes: int, device: torch.device) -> str:
+    """What "auto" takes: the implementation measured fastest, else torch."""
+    return fastest("joint_loss", (num_classes,), device, "torch")
 
 
 class _Inputs(NamedTuple):
@@ -121,14 +130,16 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     batch, teacher_classes = inputs.teacher_logits.shape
     loss, cls_loss, dist_loss, norms, stats, decision = _outputs(inputs)
     num_classes, element_size = max(inputs.cls_logits.size(1), teacher_classes), inputs.cls_logits.element_size()
-    launch = launch_config(True, num_classes, element_size, stats.device)
-    joint_loss_fwd_kernel[(batch,)](
+    config = launch_config(True, num_classes, element_size, stats.device)
+    launch(
+        joint_loss_fwd_kernel, (batch,), stats,
         *inputs.pointers(), decision, stats, batch, inputs.smoothing, 1 / inputs.tau,
-        J=teacher_classes, SMOOTH=inputs.smoothing > 0, **inputs.constants(), **launch.options,
+        J=teacher_classes, SMOOTH=inputs.smoothing > 0, **inputs.constants(), **config.options,
     )  # fmt: skip
-    joint_loss_reduce_kernel[(1,)](
-        stats, inputs.normaliser, loss, cls_loss, dist_loss, norms, inputs.alpha, B=batch, BLOCK=REDUCE_BLOCK
-    )
+    launch(
+        joint_loss_reduce_kernel, (1,), stats,
+        stats, inputs.normaliser, loss, cls_loss, dist_loss, norms, inputs.alpha, B=batch, BLOCK=REDUCE_BLOCK,
+    )  # fmt: skip
     return loss, cls_loss, dist_loss, norms, stats, decision
 
 
@@ -137,10 +148,11 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     batch, num_classes = inputs.cls_logits.shape
     grad_cls = torch.empty(batch, num_classes, dtype=inputs.cls_logits.dtype, device=stats.device)
     grad_dist = torch.empty_like(grad_cls)
-    launch = launch_config(False, num_classes, grad_cls.element_size(), stats.device)
-    joint_loss_bwd_kernel[(batch, triton.cdiv(num_classes, launch.blocks["BLOCK"]))](
+    config = launch_config(False, num_classes, grad_cls.element_size(), stats.device)
+    launch(
+        joint_loss_bwd_kernel, (batch, triton.cdiv(num_classes, config.blocks["BLOCK"])), stats,
         *inputs.pointers(), decision, stats, norms, *gradients, grad_cls, grad_dist, batch,
-        inputs.smoothing, 1 / inputs.tau, inputs.alpha, **inputs.constants(), **launch.options,
+        inputs.smoothing, 1 / inputs.tau, inputs.alpha, **inputs.constants(), **config.options,
     )  # fmt: skip
     return grad_cls, grad_dist
 
@@ -255,9 +267,9 @@ def aot_configs() -> list[AotConfig]:
 
 def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, bool]) -> AotConfig:
     forward = kernel is joint_loss_fwd_kernel
-    launch = launch_config(forward, num_classes, 4 if kind == "fp32" else 2, torch.device("cpu"))
+    config = launch_config(forward, num_classes, 4 if kind == "fp32" else 2, torch.device("cpu"))
     strides = dict.fromkeys(("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE"), num_classes)
-    constexprs = {**strides, "K": num_classes, "SOFT": False, "BCE": False, **variant, **launch.blocks}
+    constexprs = {**strides, "K": num_classes, "SOFT": False, "BCE": False, **variant, **config.blocks}
     if forward:
         constexprs |= {"J": num_classes, "SMOOTH": True}
     integers = dict.fromkeys(("p_labels", "p_partner", "p_class_map"), "*i64") | {"p_decision": "*i32", "B": "i32"}
@@ -268,8 +280,8 @@ def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, boo
         for name in kernel.arg_names
         if name not in constexprs
     }
-    note = " ".join([f"K={num_classes}", *variant, f"BLOCK={launch.blocks['BLOCK']}"])
-    return AotConfig(kernel, signature, constexprs, launch.num_warps, launch.num_stages, note=note)
+    note = " ".join([f"K={num_classes}", *variant, f"BLOCK={config.blocks['BLOCK']}"])
+    return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, note=note)
 
 
 def _aot_reduce() -> AotConfig:

@@ -26,6 +26,7 @@ from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.workers import num_threads
 from fastdeitlt.errors import UserError
+from fastdeitlt.user_cache import user_cache
 
 log = logging.getLogger("fastdeitlt")
 
@@ -77,7 +78,7 @@ def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
 def stored_sizes(images: LongTailSet, cfg: DataConfig, stream: Stream) -> np.ndarray:
     """(height, width) at which images are stored, int32 [N, 2]: as the cache has them, else by the files' headers."""
     try:
-        with np.load(_folder() / _key(images, cfg) / "index.npz") as index:
+        with np.load(user_cache("decoded") / _key(images, cfg) / "index.npz") as index:
             return index["sizes_N2"]
     except (OSError, *DAMAGE):
         return shrunk(stream.sizes(), cfg.stored_short_side)
@@ -97,7 +98,7 @@ def open_decoded(
     Raises:
         UserError: an image cannot be read (see ``Stream``), or changes meanwhile.
     """
-    path = _folder() / _key(images, cfg)
+    path = user_cache("decoded") / _key(images, cfg)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -118,10 +119,6 @@ def open_decoded(
             "take them off the list, or set data.on_error=skip"
         )
     return decoded
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "decoded"
 
 
 def _key(images: LongTailSet, cfg: DataConfig) -> str:

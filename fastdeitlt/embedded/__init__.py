@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fastdeitlt.errors import UserError
+from fastdeitlt.user_cache import user_cache
 
 ARCHIVE = Path(__file__).with_name("fashion_mnist_lt.zip")
 SHA256 = "a21017d47ca7399a1351967bfc8aa39e47b448ed8611becf03bc21199b9125d3"
@@ -22,9 +23,8 @@ SHA256 = "a21017d47ca7399a1351967bfc8aa39e47b448ed8611becf03bc21199b9125d3"
 
 
 def cache_folder() -> Path:
-    """Where the archive is unpacked: $XDG_CACHE_HOME (or ~/.cache) /fastdeitlt/<start of the hash>."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fastdeitlt" / SHA256[:16]
+    """Where the archive is unpacked."""
+    return user_cache(SHA256[:16])
 
 
 def unpack() -> Path:

@@ -1,12 +1,13 @@
 """The attention kernels against float64: outputs and gradients, odd token counts, both layouts, extreme logits."""
 
 import logging
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
 from fastdeitlt.kernels import _attention_launch as launch
-from fastdeitlt.kernels import _launch
+from fastdeitlt.kernels import _measured
 from fastdeitlt.kernels import attention as module
 from fastdeitlt.kernels.attention import attention, attention_first, choose, reference
 from hypothesis import strategies as st
@@ -189,8 +190,9 @@ def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
 )
 def test_auto_takes_the_measured_choice_and_torchs_where_nobody_measured(dtype, tokens, expected, caplog, monkeypatch):
     module.say_once.cache_clear()
-    monkeypatch.setattr(_launch, "_gpu_name", lambda index: "some GPU")
-    monkeypatch.setattr(module, "BEST", {("some GPU", (577, 64)): "cudnn"})
+    row = SimpleNamespace(impl="cudnn")
+    monkeypatch.setattr(_measured, "gpu_name", lambda index: "some GPU")
+    monkeypatch.setattr(_measured, "rows_of", lambda gpu: {("fastest", "attention", (577, 64)): row})
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     with caplog.at_level(logging.WARNING, "fastdeitlt"):
         chosen = [choose("auto", tokens, 64, dtype, torch.device("cuda", 0)) for _ in range(2)]

@@ -1,0 +1,190 @@
+"""`tune`: every op's launches are searched at a small shape, wrong and failing settings lose, the step decides."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastdeitlt.kernels import _measured, adamw_ema
+from fastdeitlt.kernels._launch import LaunchConfig
+from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels.attention import choose
+
+from fastdeitlt import config, tune
+from fastdeitlt.bench_setup import set_up
+from fastdeitlt.errors import UserError
+from fastdeitlt.timer import Timing
+
+GPU = torch.cuda.is_available()
+SMALL = [
+    "student.name=deit_tiny_distilled_patch16_32", "student.img_size=32", "student.depth=1", "teacher.arch=resnet8",
+    "train.batch_size=2", "train.accumulate=1", "train.compile=false", "train.precision=bf16", "augment.impl=triton",
+]  # fmt: skip
+DEFAULT, FAST, SLOW, WRONG, BROKEN = (LaunchConfig({"BLOCK": block}) for block in (10, 5, 20, 1, 0))
+
+
+@pytest.fixture(autouse=True)
+def measured(tmp_path, monkeypatch):
+    """A GPU by name and an empty cache; the search keeps its finds out of other tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in (_measured, tune):
+        monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
+    monkeypatch.setattr(_measured, "_tried", {})
+    _measured.rows_of.cache_clear()
+    yield
+    _measured.rows_of.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def setup():
+    device = torch.device("cuda" if GPU else "cpu")
+    return set_up(config.load("quickstart", SMALL), device, synthetic=True)
+
+
+def clock(times):
+    """A timer that reads times by name instead of measuring, or by what the call returns."""
+
+    def measure(calls, device, rounds, eager=frozenset()):
+        found = {name: times[name] if name in times else float(call()[0]) for name, call in calls.items()}
+        return {name: Timing(median, median, median, False) for name, median in found.items()}
+
+    return measure
+
+
+def planted(settings):
+    """A launch that takes BLOCK microseconds, computes something else with 1, and fails with 0."""
+
+    def call():
+        block = setting("op", ("k",), torch.device("cpu"), DEFAULT).blocks["BLOCK"]
+        if block == 0:
+            raise RuntimeError("out of shared memory")
+        return torch.tensor([float(block)])
+
+    def result():
+        return torch.ones(3) + (call() == 1)
+
+    return tune.Pass(call, settings, result)
+
+
+def test_the_fastest_setting_wins_and_wrong_and_failing_ones_are_left_out(setup, monkeypatch):
+    monkeypatch.setattr(tune, "measure", clock({}))
+    best, row = tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, SLOW, WRONG, FAST]))
+    assert best == row.config == FAST
+    assert row.us == {"best": 5e3, "default": 10e3} and row.gpu == "some GPU"
+
+
+def test_the_default_stays_where_nothing_is_faster(setup, monkeypatch):
+    monkeypatch.setattr(tune, "measure", clock({}))
+    assert tune.search(setup, "op", ("k",), planted([DEFAULT, SLOW]))[0] == DEFAULT
+    assert tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, WRONG]))[0] == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("got", "agree"), [(1.0, True), (1.01, True), (1.1, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_results_agree_up_to_rounding(got, agree):
+    expected = [torch.tensor([1.0, 0.0]), torch.zeros(0)]
+    assert tune.same((torch.tensor([got, 0.0]), torch.zeros(0), None), expected) is agree
+
+
+def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monkeypatch):
+    monkeypatch.setattr(tune, "SOURCE", (20, 24))
+    monkeypatch.setattr(tune, "measure", clock(dict.fromkeys(("best", "default", "triton", "sdpa", "torch"), 1.0)))
+    if not GPU:  # the weights in few programs: the interpreter runs one after the other
+        monkeypatch.setattr(adamw_ema, "DEFAULT", LaunchConfig({"BLOCK": 1 << 17}))
+    seen = {}
+    for part in tune.parts(setup):
+        for key, found in part.passes.items():
+            last = found.settings[:1] if part.op == "adamw_ema" and not GPU else found.settings[-1:]
+            assert sum(setting != found.settings[0] for setting in found.settings) > 5
+            few = found._replace(settings=[found.settings[0], *last], call=lambda: [1.0])
+            row = tune.search(setup, part.op, key, few)[1]
+            seen.setdefault(part.op, []).append(row.key[0])
+        for call in part.whole.values():
+            assert call() is not None
+    both = ["forward", "backward"]
+    assert seen == {
+        "attention": both * 2, "add_layernorm": both, "bias_gelu": both, "joint_loss": both, "adamw_ema": ["step"],
+        "augment": ["convolve", "histogram", "operate", "finish"],
+    }  # fmt: skip
+
+
+def test_a_kernel_stays_where_the_step_is_faster_with_it(setup, monkeypatch):
+    built = []
+
+    def step(setup, choice):
+        built.append(dict(choice))
+        helps = {"attention": ("triton", 3), "bias_gelu": ("triton", -1), "adamw_ema": ("fastdeitlt", 2)}
+        return lambda: [10.0 - sum(saved for op, (impl, saved) in helps.items() if choice[op] == impl)]
+
+    monkeypatch.setattr(tune, "_step", step)
+    monkeypatch.setattr(tune, "measure", clock({}))
+    won = {
+        op: tune._row(setup, op, ("k",), "fastest", {"torch": 2.0, impl: 1.0}, impl=impl)
+        for op, impl in (("attention", "triton"), ("bias_gelu", "triton"), ("add_layernorm", "torch"))
+    }
+    rows = {row.op: row for row in tune.choose_by_step(setup, won)}
+    taken = {op: row.impl for op, row in rows.items()}
+    assert taken == {"attention": "triton", "bias_gelu": "torch", "add_layernorm": "torch", "adamw_ema": "fastdeitlt"}
+    assert rows["attention"].step_ms == {"without": 10, "with": 7} and rows["bias_gelu"].step_ms["with"] == 8
+    assert built[-1] == {**built[0], "attention": "triton", "adamw_ema": "fastdeitlt"}
+
+
+def test_the_step_takes_the_implementations_it_is_given(setup):
+    torchs = {op: impl for op, (_, _, impl) in tune.CHOICES.items()}
+    step = tune._step(setup, torchs | {"attention": "triton", "adamw_ema": "fastdeitlt"})
+    assert torch.isfinite(step())
+
+
+def test_what_is_written_is_what_auto_takes(setup, tmp_path):
+    row = tune._row(setup, "attention", (6, 64), "fastest", {"triton": 1.0, "sdpa": 2.0}, impl="triton")
+    _measured.write(_measured.file_of("some GPU"), [row])
+    assert choose("auto", 6, 64, torch.bfloat16, torch.device("cuda", 0)) == "triton"
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_without_a_gpu_there_is_nothing_to_tune():
+    with pytest.raises(UserError, match="tune: got no GPU"):
+        tune.tune("quickstart")
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(Driver())
+from fastdeitlt.kernels import bias_gelu
+from fastdeitlt.kernels._launch import LaunchConfig, compiling
+from fastdeitlt.kernels._measured import trying
+
+u, bias = torch.zeros(8, 256, dtype=torch.bfloat16), torch.zeros(256)
+good, bad = LaunchConfig({"ROWS": 4, "BLOCK": 128}), LaunchConfig({"ROWS": 3, "BLOCK": 128})
+with compiling(2) as pending:
+    for setting in (good, bad):
+        with trying("bias_gelu", ("forward", 256), setting):
+            bias_gelu._launch_forward(u, bias)
+print([type(compilation.exception()).__name__ for compilation in pending])
+cache = bias_gelu.bias_gelu_fwd_kernel.device_caches[0][0]
+print([(kernel.metadata.num_warps, "cubin" in kernel.asm) for kernel in cache.values()])
+"""
+
+
+def test_settings_are_compiled_without_being_run(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == ["['NoneType', 'CompilationError']", "[(4, True)]"], done.stderr[-2000:]
