@@ -65,8 +65,8 @@ class Report:
 def doctor() -> Report:
     """Look at this machine and this environment; takes some seconds, changes nothing."""
     checks = (
-        python, packages, torch, torchvision, gpu, dali_on_cpu, dali_on_gpu, triton, kernel_choice, deepspeed, onnx, apex,
-        kernels_name, cores, memory, shared_memory, open_files, disk,
+        python, packages, torch, torchvision, gpu, dali_on_cpu, dali_on_gpu, triton, kernel_choice, deepspeed, onnx,
+        apex, kernels_name, cores, memory, shared_memory, open_files, disk,
     )  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         return Report([future.result() for future in [pool.submit(check) for check in checks]])
