@@ -15,58 +15,20 @@ import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdeitlt import __version__
 from fastdeitlt.errors import CheckpointError, UserError
+from fastdeitlt.manifest import Manifest
 
 log = logging.getLogger("fastdeitlt")
 MANIFEST = "manifest.json"
-_Positive = Annotated[float, Field(gt=0)]
-
-
-class _File(BaseModel):
-    sha256: str
-    bytes: int = 0
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    num_classes: int = Field(ge=1, le=10**6)
-    img_size: int = Field(ge=1, le=10**4)
-    name: str = ""
-    arch: str = ""
-    depth: int = Field(0, ge=0, le=1000)
-
-
-class _Preprocess(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[_Positive, _Positive, _Positive] = (1.0, 1.0, 1.0)
-    img_size: int = Field(1, ge=1, le=10**4)
-    crop_pct: float = Field(1.0, gt=0, le=1)
-
-
-class _Manifest(BaseModel):
-    """The facts that readers rely on. Each may be missing; one of the wrong type or range is refused."""
-
-    model_config = ConfigDict(extra="allow", strict=False)
-    format: Literal["fastdeitlt"]
-    files: dict[str, _File]
-    kind: Literal["student", "teacher"] = "student"
-    step: int = Field(0, ge=0)
-    best: dict[str, Any] | None = None
-    model: _Model | None = None
-    preprocess: _Preprocess | None = None
-    class_map: list[int] | None = None
-    class_names: list[str] | None = None
-    class_counts: list[int] | None = None
 
 
 def _sha256(path: Path) -> str:
@@ -174,19 +136,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "model.safetensors" not in (manifest.get("files") or ()):
         raise UserError(f"model folder {path}: {MANIFEST} is not a fastdeitlt manifest; give a folder written by train")
     try:
-        checked = _Manifest.model_validate(manifest)
+        checked = Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"model folder {path}: {MANIFEST} is not a fastdeitlt manifest ({'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}); give a folder written by train"
+            f"model folder {path}: {MANIFEST}, {where}: {first['msg']}; give a folder written by train"
         ) from None
     for name, facts in checked.files.items():
         file = path / Path(name).name
-        expected = facts.sha256
         if not file.is_file():
             raise UserError(f"model folder {path}: {name} is missing; copy the folder again or use an older checkpoint")
-        if _sha256(file) != expected:
+        if _sha256(file) != facts.sha256:
             raise UserError(
                 f"model folder {path}: {name} ({file.stat().st_size} bytes) does not match its sha256; it is damaged, "
                 "use an older checkpoint"
@@ -218,6 +179,25 @@ def find_model_folder(path: str | Path) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
     raise UserError(f"model {path}: no {MANIFEST} there; give a run folder or a folder written by train")
+
+
+def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[dict[str, Tensor], Manifest]:
+    """The tensors and the manifest of a model folder, or of the best checkpoint in a run folder.
+
+    Args:
+        kind: "student" or "teacher"; the manifest must say the same.
+        weights: "model" or "ema".
+
+    Raises:
+        UserError: no or a malformed manifest, the other kind, a file that is missing, truncated or changed.
+    """
+    folder = find_model_folder(path)
+    manifest = Manifest.model_validate(read_manifest(folder))
+    if manifest.kind != kind:
+        raise UserError(f"model folder {folder}: got a {manifest.kind}, expected a {kind}")
+    if not manifest.model.num_classes:
+        raise UserError(f"model folder {folder}: {MANIFEST} has no model.num_classes; give a folder written by train")
+    return load_tensors(folder, weights), manifest
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from fastdeitlt.checkpoint import find_model_folder, read_manifest
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment import normalise
 from fastdeitlt.errors import UserError
+from fastdeitlt.manifest import Calibration
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.convert import load_student_checkpoint
-from fastdeitlt.models.manifest import Calibration
 from fastdeitlt.models.teacher import check_class_map
 from fastdeitlt.run_files import read_json
 
@@ -76,7 +76,7 @@ def open_saved(path: str | Path) -> Saved:
     path = Path(path)
     model: nn.Module
     if path.is_dir() and (info := read_manifest(find_model_folder(path))).get("kind") == "teacher":
-        model = load_teacher(path, "", info["model"]["num_classes"])
+        model = load_teacher(path, "", info.get("model", {}).get("num_classes", 0))
     else:
         model, info = load_student_checkpoint(path)
     num_classes, preprocess = info["model"]["num_classes"], info.get("preprocess") or {}

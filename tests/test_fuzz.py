@@ -60,6 +60,7 @@ KNOWN = ("kind", "model", "step", "best", "class_map", "class_names", "class_cou
 @example({"model": {"name": "deit_tiny_distilled_patch16_32", "num_classes": -1, "img_size": 32}}, 0)
 @example({"model": {"name": "../x", "num_classes": 10**12, "img_size": 32, "depth": 10**9}}, 1)
 @example({"preprocess": {"mean": [], "std": [0, 0, 0], "img_size": 0, "crop_pct": 0}}, 2)
+@example({"kind": "teacher"}, 0)
 def test_a_manifest_with_true_hashes_and_false_facts(tmp_path, facts, which):
     folder = tmp_path / "step-00000003"
     folder.mkdir(exist_ok=True)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdeitlt.checkpoint import read_folder
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.manifest import read_folder
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
 

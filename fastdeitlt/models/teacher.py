@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdeitlt.checkpoint import read_folder
 from fastdeitlt.config import TeacherConfig, near
 from fastdeitlt.errors import UserError
+from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.fold import fold_batchnorm
-from fastdeitlt.models.manifest import Manifest, read_folder
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from fastdeitlt.checkpoint import save_model_folder
+from fastdeitlt.checkpoint import read_folder, save_model_folder
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.manifest import read_folder
 from fastdeitlt.models.teacher import create_teacher, load_teacher
 
 STYLES = ("official_ldam", "official_paco")

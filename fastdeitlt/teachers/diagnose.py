@@ -17,7 +17,7 @@ from fastdeitlt.data.batches import Source, train_batches
 from fastdeitlt.data.longtail import LongTailSet, open_sets, shot_groups
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.models.manifest import Manifest, read_folder
+from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.resnet_cifar import NormedLinear
 from fastdeitlt.models.teacher import Teacher, load_teacher, open_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness
@@ -181,4 +181,4 @@ def manifest_of(path: str | Path) -> Manifest | None:
     """The manifest of a model or run folder; None for a released checkpoint."""
     if not Path(path).is_dir():
         return None
-    return read_folder(checkpoint.find_model_folder(path), "teacher")[1]
+    return checkpoint.read_folder(path, "teacher")[1]

@@ -1,0 +1,65 @@
+"""What manifest.json of a model folder says: the one schema, for whoever writes, checks or reads such a folder."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0)]
+Head = Annotated[str, Field(pattern="^(AVG|CLS|DIST)$")]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class File(_Facts):
+    """A file of the folder."""
+
+    sha256: str
+
+
+class ModelInfo(_Facts):
+    """What to build. A student has a ``name``, a teacher an ``arch``; 0 = not said."""
+
+    name: str = ""
+    arch: str = ""
+    num_classes: int = Field(0, ge=0, le=10**6)
+    img_size: int = Field(0, ge=0, le=10**4)
+    depth: int = Field(0, ge=0, le=1000)
+
+
+class Preprocess(_Facts):
+    """What the model expects of its images."""
+
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+    img_size: int = Field(0, ge=0, le=10**4)
+    crop_pct: float = Field(1.0, gt=0, le=1)
+
+
+class Calibration(_Facts):
+    """Temperatures by which logits are divided before the softmax, fitted on validation images (posthoc.py)."""
+
+    temperatures: dict[Head, Positive]
+    num_fitted: int = Field(ge=1)
+    """Validation images."""
+
+
+class Manifest(_Facts):
+    """The facts that readers rely on; a folder may have more. One of the wrong type or range is refused."""
+
+    format: Literal["fastdeitlt"]
+    files: dict[str, File]
+    kind: Literal["student", "teacher"] = "student"
+    model: ModelInfo = ModelInfo()
+    step: int = Field(0, ge=0)
+    """Of a checkpoint: optimizer steps done."""
+    best: dict[str, Any] | None = None
+    """Of a checkpoint: the best result so far."""
+    class_map: list[int] | None = None
+    """The model's class of each label of the data set; None = the same."""
+    class_names: list[str] | None = None
+    class_counts: list[int] | None = None
+    preprocess: Preprocess | None = None
+    calibration: Calibration | None = None
+    """None: nothing was fitted; probabilities are the softmax of the logits as they are."""
