@@ -3,7 +3,8 @@
     python -m benchmarks.aot [op ...] [--sm 80 90 100] [--sample N] [--json]
 
 Fails (exit code 1) when a configuration does not compile, uses local memory (register spills), exceeds the shared or
-tensor memory of the architecture, or lacks the tensor-core instructions it promises. No spills does not mean fast.
+tensor memory of the architecture, or lacks the tensor-core instructions it promises. No spills does not mean fast;
+``blocks`` says how many programs a multiprocessor holds at once.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from typing import Any
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; a warp gets them in units
 MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 LOCAL_MEMORY_OPCODES = ("LDL", "STL")
 
@@ -39,6 +43,7 @@ class Row:
     spill_instructions: int = -1
     shared_bytes: int = -1
     tensor_memory: int = 0
+    blocks: int = -1
     mma_opcodes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -109,8 +114,27 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
     row.mma_opcodes = {opcode: count for opcode in MMA_OPCODES if (count := _count(code, opcode))}
     row.shared_bytes = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    row.blocks = blocks_at_once(sm, config.num_warps, row.registers, row.shared_bytes, row.tensor_memory)
     row.problems += _problems(row, config)
     return row
+
+
+def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """Blocks that a multiprocessor holds at once; source: CUDA C++ programming guide, compute capabilities.
+
+    Args:
+        registers: of a thread.
+        shared: bytes of a block; the system takes 1 KiB more.
+        tensor_memory: columns of a block.
+    """
+    of_a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    limits = [
+        BLOCKS[sm],
+        WARPS[sm] // warps,
+        REGISTERS // (of_a_warp * warps),
+        (SHARED_BYTES[sm] + 1024) // (shared + 1024),
+    ]
+    return min(*limits, TENSOR_MEMORY_COLUMNS // max(tensor_memory, 1))
 
 
 def _problems(row: Row, config: Any) -> list[str]:
@@ -170,7 +194,10 @@ def _describe(config: Any) -> str:
     return f"{config.note or blocks} {'/'.join(types)} warps={config.num_warps} stages={config.num_stages}"
 
 
-HEADER = f"{'op':14} {'kernel':26} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':12}"
+HEADER = (
+    f"{'op':14} {'kernel':26} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'blocks':>6} "
+    f"{'mma':12}"
+)
 
 
 def line(row: Row) -> str:
@@ -178,7 +205,8 @@ def line(row: Row) -> str:
     mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
     return (
         f"{row.op:14} {row.kernel:26} {row.sm:3} {row.registers:4} {row.stack_bytes:5} {row.spill_instructions:5} "
-        f"{row.shared_bytes:6} {row.tensor_memory:4} {mma:12} {row.configuration}  {'; '.join(row.problems) or 'ok'}"
+        f"{row.shared_bytes:6} {row.tensor_memory:4} {row.blocks:6} {mma:12} {row.configuration}  "
+        f"{'; '.join(row.problems) or 'ok'}"
     )
 
 

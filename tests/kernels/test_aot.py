@@ -9,7 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.aot import gate, ops
+from benchmarks.aot import blocks_at_once, gate, ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +71,23 @@ def test_planted_bad_configurations_fail_and_the_good_one_passes(planted):
     assert "no tensor-core instruction" in problems["no tensor cores"]
     assert "bytes of stack" in problems["spills"]
     assert "does not compile" in problems["broken"] and "no_such_name" in problems["broken"]
+
+
+@pytest.mark.parametrize(
+    ("sm", "warps", "registers", "shared", "tensor_memory", "blocks", "limit"),
+    [
+        (90, 8, 255, 0, 0, 1, "registers"),
+        (90, 4, 128, 0, 0, 4, "registers"),
+        (90, 32, 32, 0, 0, 2, "warps"),
+        (89, 16, 32, 0, 0, 3, "warps"),
+        (80, 1, 16, 0, 0, 32, "blocks"),
+        (80, 4, 32, 100 * 1024, 0, 1, "shared memory"),
+        (90, 4, 32, 100 * 1024, 0, 2, "shared memory"),
+        (100, 4, 32, 1024, 256, 2, "tensor memory"),
+    ],
+)
+def test_what_limits_the_blocks_of_a_multiprocessor(sm, warps, registers, shared, tensor_memory, blocks, limit):
+    assert blocks_at_once(sm, warps, registers, shared, tensor_memory) == blocks
 
 
 def test_a_kernel_file_without_configurations_fails(planted):
