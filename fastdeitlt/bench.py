@@ -12,13 +12,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from pynvml import NVMLError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,7 +40,10 @@ from fastdeitlt.timer import Timing, cpu_name, matmul_rate, measure, synchronise
 ROUNDS, QUICK_ROUNDS = 12, 3
 DATA_BATCHES, QUICK_DATA_BATCHES = 48, 12
 WARM_UP_BATCHES = 4
-POWER_PERIOD_S = 0.05
+STEPS_AHEAD = 2
+"""Steps that the host may have asked for beyond the one on the device, while power is watched."""
+POWER_S, SENSOR_S, POWER_PERIOD_S = 4.0, 1.0, 0.1
+"""How long power is watched, how long the sensor looks back (NVML, Hopper), and how often it is read."""
 Row = dict[str, Any]
 
 
@@ -78,10 +84,11 @@ def bench(
     result: dict[str, Any] = {"config": cfg.name, "rows": [], "facts": {}, "left_out": {}}
     result["environment"] = environment() | {"cpu": cpu_name(), "date": datetime.date.today().isoformat()}
 
-    with _power(device) as watts:
-        measured = measure(
-            _parts(setup), device, rounds, eager=frozenset(("full step", "student only", "teacher only"))
-        )
+    parts = _parts(setup)
+    measured = measure(parts, device, rounds, eager=frozenset(parts))
+    step = parts["full step"]
+    del parts  # and what the other parts hold of the device's memory
+    watts = _take_steps(step, device) if world == 1 and device.type == "cuda" else []
     images = setup.images_per_call
     rows = [_row(cfg, name, found, images) for name, found in measured.items()]
     result["facts"] = _facts(setup, rows[0]["images_per_s"], watts)
@@ -239,12 +246,12 @@ def _powers_of_two(most: int) -> list[int]:
 
 def _facts(setup: Setup, images_per_s: float, watts: list[float]) -> dict[str, Any]:
     """What the rate means: FLOPs, MFU against datasheet and matmul, memory, power; None = cannot be known here."""
-    device, flops = setup.device, setup.flops
-    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, setup.dtype), peak_flops(device)
-    gpu = device.type == "cuda"
-    memory = (
+    device, gpu = setup.device, setup.device.type == "cuda"
+    memory = (  # before a large product adds to it
         torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
+    flops = setup.flops
+    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, setup.dtype), peak_flops(device)
     power = sum(watts) / len(watts) if watts else None
     return {
         "model GFLOP an image (student x 3, teacher x 1)": flops / 1e9,
@@ -260,28 +267,37 @@ def _facts(setup: Setup, images_per_s: float, watts: list[float]) -> dict[str, A
     }
 
 
-@contextmanager
-def _power(device: torch.device) -> Iterator[list[float]]:
-    """Watts of the GPU while the block runs, read by a thread; empty where there is no GPU or no NVML."""
+def _take_steps(step: Callable[[], object], device: torch.device) -> list[float]:
+    """Watts of the GPU while it does nothing but full steps; those steps' memory is the peak from then on.
+
+    Empty where NVML does not tell.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    done, end = threading.Event(), time.perf_counter() + POWER_S
+    asked: deque[torch.cuda.Event] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        watts = pool.submit(_read_power, device, done)
+        try:
+            while time.perf_counter() < end:
+                step()
+                asked.append(torch.cuda.Event())
+                asked[-1].record()
+                if len(asked) > STEPS_AHEAD:
+                    asked.popleft().synchronize()
+        finally:
+            done.set()
+    return watts.result()
+
+
+def _read_power(device: torch.device, done: threading.Event) -> list[float]:
     watts: list[float] = []
-    done = threading.Event()
-
-    def read() -> None:
-        while not done.wait(POWER_PERIOD_S):
-            try:
-                watts.append(torch.cuda.power_draw(device) / 1e3)
-            except (RuntimeError, ModuleNotFoundError):  # no NVML, or a GPU that does not tell
-                return
-
-    thread = threading.Thread(target=read, daemon=True)
-    if device.type == "cuda":
-        thread.start()
-    try:
-        yield watts
-    finally:
-        done.set()
-        if thread.ident:
-            thread.join()
+    done.wait(SENSOR_S)
+    while not done.wait(POWER_PERIOD_S):
+        try:
+            watts.append(torch.cuda.power_draw(device) / 1e3)
+        except (RuntimeError, NVMLError):  # no driver, or a GPU that does not tell
+            break
+    return watts
 
 
 def show(result: dict[str, Any]) -> None:

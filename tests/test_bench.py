@@ -2,16 +2,18 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from pynvml import NVMLError
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import bench_scaling, bench_step, gpu, peers, simulate
 from fastdeitlt import timer
-from fastdeitlt.bench import bench
+from fastdeitlt.bench import _take_steps, bench
 from fastdeitlt.cli import main
 
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
@@ -48,6 +50,31 @@ def test_every_part_is_measured_and_written(tmp_path, capsys):
     assert facts["power W (NVML)"] is None and "scaling over ranks" in written["left_out"]
     said = capsys.readouterr().out
     assert "cannot be measured here" in said and "not measured" in said
+
+
+def test_power_is_that_of_steps_alone_and_a_failed_step_leaves_no_thread(monkeypatch):
+    class Event:
+        def record(self):
+            pass
+
+        synchronize = record
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 650_000)  # milliwatts
+    for name, seconds in (("POWER_S", 0.3), ("SENSOR_S", 0.0), ("POWER_PERIOD_S", 0.01)):
+        monkeypatch.setattr(f"fastdeitlt.bench.{name}", seconds)
+    taken = []
+    watts = _take_steps(lambda: taken.append(time.sleep(0.01)), torch.device("cuda", 0))
+    assert taken and watts and set(watts) == {650.0}
+    with pytest.raises(ZeroDivisionError):
+        _take_steps(lambda: 1 / 0, torch.device("cuda", 0))
+
+    def refuse(device):
+        raise NVMLError(3)  # not supported
+
+    monkeypatch.setattr(torch.cuda, "power_draw", refuse)
+    assert _take_steps(lambda: time.sleep(0.01), torch.device("cuda", 0)) == []
 
 
 def test_without_the_data_set_the_step_is_still_measured():
