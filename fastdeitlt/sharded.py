@@ -305,7 +305,7 @@ def _import(device: torch.device) -> Any:
     if groups._WORLD_GROUP is None and distributed.get_world() > 1:  # its own would not notice a rank that hangs
         groups._WORLD_GROUP = distributed.all_ranks()
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # or it asks compilers and GPUs which extensions could be built here
     # an optimizer of DeepSpeed's that is not used here compiles itself: torch's compiler takes 3 s of a rank's start
     with mock.patch.object(torch, "compile", lambda function: function):
         import deepspeed.runtime.zero.muon.muon_optimizer

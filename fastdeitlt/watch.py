@@ -19,6 +19,9 @@ from fastdeitlt.errors import MemoryFullError
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 1.5
 """Times the usual seconds of a rank from which one is said to hold the others up."""
+NO_ROOM = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What plain runtime errors of the host's allocator, of CUDA outside torch's allocator (pinned memory, modules) and of
+cuBLAS say."""
 SPIKE = 10.0
 """Times the usual gradient norm from which a step's is a spike."""
 
@@ -112,8 +115,8 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the host's allocator raises a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in NO_ROOM):
             raise
         t, note = cfg.train, ""
         if torch.cuda.is_initialized():

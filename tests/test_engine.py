@@ -504,6 +504,12 @@ def test_auto_is_plain_on_one_rank_and_says_so(caplog, monkeypatch):
     assert "engine: plain, because there is one rank" in caplog.text
 
 
+def test_deepspeed_asks_no_compiler_which_extensions_it_could_build():
+    """Each rank would, at its start; nothing of what it would find out is used."""
+    _engine(_config(engine="deepspeed"))
+    assert sys.modules["deepspeed.ops"].__compatible_ops__ == {}
+
+
 def test_a_plain_run_never_imports_deepspeed():
     code = "import sys, fastdeitlt.train; assert not [m for m in sys.modules if m.startswith('deepspeed')]"
     root = Path(__file__).parent.parent

@@ -31,7 +31,7 @@ from fastdeitlt.engine import PlainEngine
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
 from fastdeitlt.run import RESTARTS, Run
 from fastdeitlt.train import train
-from fastdeitlt.watch import Norms, dump, warn_of_straggler
+from fastdeitlt.watch import Norms, dump, memory_hint, warn_of_straggler
 
 HANG_TIMEOUT_S = 12
 
@@ -185,6 +185,14 @@ def test_memory_that_the_host_refuses_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(PlainEngine, "forward", huge)
     with pytest.raises(MemoryFullError, match=r"train\.batch_size=4 train\.virtual_ranks=4 has the same learning rate"):
         train(tiny_run(tmp_path))
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"])
+def test_memory_that_cuda_refuses_outside_torchs_allocator_is_one_line(said, tmp_path):
+    with pytest.raises(MemoryFullError, match="out of memory with"), memory_hint(config.Config(), tmp_path):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="bug"), memory_hint(config.Config(), tmp_path):
+        raise RuntimeError("bug")
 
 
 def test_a_crash_loop_stops_after_three_restarts_without_a_checkpoint(tmp_path):
