@@ -120,11 +120,15 @@ def allow_posterize_to_black() -> None:
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: ImageOps.posterize(image, max(bits, 1))
 
 
-def timm_loader(images: LongTailSet, threads: int, size: int = SIZE, batch: int = BATCH) -> Iterable[Any]:
-    """timm's create_loader with the recipe's arguments."""
+def timm_loader(
+    images: LongTailSet, threads: int, size: int = SIZE, batch: int = BATCH, device: torch.device = CPU
+) -> Iterable[Any]:
+    """timm's create_loader with the recipe's arguments; for a GPU with its prefetcher and pinned memory."""
     from timm.data import ImageDataset, create_loader
 
-    workers: dict[str, Any] = {"num_workers": threads, "persistent_workers": True, "use_prefetcher": False}
+    gpu = device.type == "cuda"
+    workers: dict[str, Any] = {"num_workers": threads, "persistent_workers": True, "device": device}
+    workers |= {"use_prefetcher": gpu, "pin_memory": gpu}
     return create_loader(ImageDataset(images.root), (3, size, size), batch, **TIMM_RECIPE, **workers)
 
 

@@ -42,7 +42,7 @@ def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Cal
     """One pass of timm: loader, Mixup, compiled task."""
     from timm.data import Mixup
 
-    loader = timm_loader(images, workers, work.img_size, work.batch_size)
+    loader = timm_loader(images, workers, work.img_size, work.batch_size, work.device)
     list(loader)  # the workers are forked before there are other threads
     mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=peers.SMOOTHING, num_classes=work.num_classes)
     update = peers.timm_update(work, compiled=True)

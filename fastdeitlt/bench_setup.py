@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import Batch
+from fastdeitlt.data.batches import Batch, use_kernel
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine import JointForward
@@ -113,8 +114,15 @@ def set_up(
     labels_B = torch.arange(t.batch_size, device=device) % len(counts)
     lam = torch.tensor(0.7, device=device)
     mixed = (labels_B.flip(0), lam) if cfg.mixup.on else (None, None)
-    batch = Batch(torch.randn(t.batch_size, 3, first.img_size, first.img_size, device=device), labels_B, *mixed)
+    batch = Batch(_noise(cfg, first.img_size, device), labels_B, *mixed)
     return Setup(cfg, device, plan, images, counts, student, teacher, joint, batch)
+
+
+def _noise(cfg: Config, size: int, device: torch.device) -> Tensor:
+    """Random images_BCHW in the type and the layout in which ``train_batches`` gives them."""
+    images_BCHW = torch.randn(cfg.train.batch_size, 3, size, size, device=device)
+    bf16 = cfg.train.precision == "bf16" and use_kernel(cfg.augment, device)
+    return images_BCHW.to(torch.bfloat16 if bf16 else torch.float32, memory_format=torch.channels_last)
 
 
 def _open(cfg: Config) -> LongTailSet:

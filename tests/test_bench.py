@@ -12,8 +12,9 @@ from pynvml import NVMLError
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import bench_scaling, bench_step, gpu, peers, simulate
-from fastdeitlt import timer
+from fastdeitlt import config, timer
 from fastdeitlt.bench import _take_steps, bench
+from fastdeitlt.bench_setup import set_up
 from fastdeitlt.cli import main
 
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
@@ -75,6 +76,21 @@ def test_power_is_that_of_steps_alone_and_a_failed_step_leaves_no_thread(monkeyp
 
     monkeypatch.setattr(torch.cuda, "power_draw", refuse)
     assert _take_steps(lambda: time.sleep(0.01), torch.device("cuda", 0)) == []
+
+
+@pytest.mark.parametrize(("precision", "impl"), [("bf16", "triton"), ("bf16", "torch"), ("fp32", "triton")])
+def test_the_batch_is_laid_out_as_trainings(precision, impl):
+    """On a GPU the fused kernel gives bfloat16, and every batch of training is channels last."""
+    settings = {"student.name": "deit_tiny_distilled_patch16_32", "student.depth": 1, "teacher.arch": "resnet8"}
+    settings |= {
+        "train.batch_size": 4,
+        "train.precision": precision,
+        "augment.impl": impl,
+        "data.dataset": "cifar10_lt",
+    }
+    images_BCHW = set_up(config.build(settings), CPU, synthetic=True).batch.images_BCHW
+    assert images_BCHW.dtype is (torch.bfloat16 if (precision, impl) == ("bf16", "triton") else torch.float32)
+    assert images_BCHW.is_contiguous(memory_format=torch.channels_last) and not images_BCHW.is_contiguous()
 
 
 def test_without_the_data_set_the_step_is_still_measured():
