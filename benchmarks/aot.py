@@ -3,8 +3,8 @@
     python -m benchmarks.aot [op ...] [--sm 80 90 100] [--sample N] [--json]
 
 Fails (exit code 1) when a configuration does not compile, uses local memory (register spills), exceeds the shared or
-tensor memory of the architecture, or lacks the tensor-core instructions it promises. No spills does not mean fast;
-``blocks`` says how many programs a multiprocessor holds at once.
+tensor memory of the architecture, lacks the tensor-core instructions it promises, or stores a few bytes at a time where
+it promises wide stores. No spills does not mean fast; ``blocks`` says how many programs a multiprocessor holds at once.
 """
 
 import argparse
@@ -28,6 +28,7 @@ BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; a warp gets them in units
 MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 LOCAL_MEMORY_OPCODES = ("LDL", "STL")
+NARROW_STORE = r"\bSTG\b(?!\S*\.(?:64|128)\b)"
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Row:
     shared_bytes: int = -1
     tensor_memory: int = 0
     blocks: int = -1
+    narrow_stores: int = -1
     mma_opcodes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -111,6 +113,7 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
     usage, code = _machine_code(compiled.asm["cubin"])
     row.registers, row.stack_bytes = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     row.spill_instructions = sum(_count(code, opcode) for opcode in LOCAL_MEMORY_OPCODES)
+    row.narrow_stores = len(re.findall(NARROW_STORE, code))
     row.mma_opcodes = {opcode: count for opcode in MMA_OPCODES if (count := _count(code, opcode))}
     row.shared_bytes = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -147,6 +150,8 @@ def _problems(row: Row, config: Any) -> list[str]:
         found.append(f"{row.tensor_memory} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
     if config.mma and not row.mma_opcodes:
         found.append("no tensor-core instruction")
+    if config.narrow_stores is not None and row.narrow_stores > config.narrow_stores:
+        found.append(f"{row.narrow_stores} stores of less than 8 bytes, at most {config.narrow_stores}")
     return found
 
 

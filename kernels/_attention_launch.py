@@ -207,5 +207,7 @@ def _aot(kind: str, problem: Problem, sm: int) -> list[AotConfig]:
         warps, stages = config.num_warps, config.num_stages
         blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
         note = f"N={problem.tokens} R={problem.rows} D={problem.width}{' packed' * problem.packed} {blocks}"
-        found.append(AotConfig(kernel, signature, constexprs, warps, stages, (), True, (sm,), note))
+        narrow = 0 if kernel is attention_bwd_keys_kernel else 4  # log-sum-exp or delta of a row
+        options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": (sm,), "note": note}
+        found.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
     return found

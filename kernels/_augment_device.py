@@ -77,8 +77,11 @@ def convolve_kernel(
         stride = in_width.to(tl.int64) * 3
         out_height, out_width = S, S
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < out_height * out_width * 3
+    bytes_out = out_height * out_width * 3
+    inside = e < bytes_out
     y, x, c = e // (out_width * 3), e // 3 % out_width, e % 3
+    if PASS == 1:
+        x = tl.where(tl.load(row + FLIP) != 0.0, out_width - 1 - x, x)
     place = (image * 2 + tl.where(down, 0, 1)) * S + tl.where(down, y, x)
     begin = tl.load(first + place, mask=inside, other=0)
     weights += place * K
@@ -91,9 +94,8 @@ def convolve_kernel(
         total += tl.load(weights + k, mask=inside, other=0) * value
     value = (total + PRECISION // 2) >> PRECISION_BITS
     value = tl.minimum(tl.maximum(value, 0), 255).to(tl.uint8)
-    if PASS == 1:
-        mirrored = tl.load(row + FLIP) != 0.0
-        e = (y * out_width + tl.where(mirrored, out_width - 1 - x, x)) * 3 + c
+    if PASS == 0:  # up to the next sixteen, for which there is room: a thread's bytes then go in one store
+        inside = e < (bytes_out + 15) // 16 * 16
     tl.store(target + image.to(tl.int64) * target_size + e, value, mask=inside)
 
 

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     num_separate: int
     taps: int
     intermediate: int
-    """Most bytes of an image between the two resizing passes."""
+    """Most bytes of an image between the two resizing passes, a multiple of 16."""
 
 
 def make_plan(
@@ -73,7 +73,7 @@ def make_plan(
     between_B = np.where(columns_first_B, width_B, height_B) * size * 3
     taps = triton.next_power_of_2(int(4 * max(height_B.max() / size, width_B.max() / size, 1.0)) + 1)
     flat = np.concatenate(jobs).astype(np.int32)
-    return Plan(rows, flat, counts[0], counts[1], int(separate_B.sum()), taps, int(between_B.max()))
+    return Plan(rows, flat, counts[0], counts[1], int(separate_B.sum()), taps, -(-int(between_B.max()) // 16) * 16)
 
 
 def _operation(op_B: np.ndarray, level_B: np.ndarray, sign_B: np.ndarray, size: int) -> np.ndarray:

@@ -152,6 +152,8 @@ class AotConfig:
         constexprs: constexpr argument -> value; a pointer passed as None belongs here too.
         divisible_by_16: integer arguments that are multiples of 16 in a real launch (pointers are taken to be aligned).
         mma: the kernel must contain tensor-core instructions.
+        narrow_stores: most stores to global memory of less than 8 bytes a thread; None = any number. A mask or an
+            offset that Triton cannot see through makes every store narrow.
         architectures: compute capabilities it ships for.
         note: what the table shows for it; empty = all constexprs.
     """
@@ -163,5 +165,6 @@ class AotConfig:
     num_stages: int = 1
     divisible_by_16: tuple[str, ...] = ()
     mma: bool = False
+    narrow_stores: int | None = None
     architectures: tuple[int, ...] = (80, 90, 100)
     note: str = field(default="", compare=False)

@@ -106,23 +106,24 @@ def _adamw_ema_kernel(
     correction2 = _one_minus_power(log_beta2, step)
 
     b_grad = tl.load(p_grads + o_p, mask=m_p, other=0.0).to(tl.float32)
-    m_step = m_p
+    b_exp_avg_before = tl.load(p_exp_avg + o_p, mask=m_p, other=0.0)
+    b_exp_avg_sq_before = tl.load(p_exp_avg_sq + o_p, mask=m_p, other=0.0)
+    b_weights_before = tl.load(p_weights + o_p, mask=m_p, other=0.0)
     if p_scale is not None:
         scale = tl.load(p_scale)
         b_grad *= scale
-        m_step = tl.where(m_p, scale, 0.0) != 0.0
-    b_exp_avg = tl.load(p_exp_avg + o_p, mask=m_p, other=0.0)
-    b_exp_avg += one_minus_beta1 * (b_grad - b_exp_avg)
-    b_exp_avg_sq = tl.load(p_exp_avg_sq + o_p, mask=m_p, other=0.0)
-    b_exp_avg_sq += one_minus_beta2 * (b_grad * b_grad - b_exp_avg_sq)
-    b_before = tl.load(p_weights + o_p, mask=m_p, other=0.0)
-    b_weights = b_before * (1 - lr * tl.where(o_p < num_decayed, weight_decay, 0.0))
+    b_exp_avg = b_exp_avg_before + one_minus_beta1 * (b_grad - b_exp_avg_before)
+    b_exp_avg_sq = b_exp_avg_sq_before + one_minus_beta2 * (b_grad * b_grad - b_exp_avg_sq_before)
+    b_weights = b_weights_before * (1 - lr * tl.where(o_p < num_decayed, weight_decay, 0.0))
     b_weights -= lr / correction1 * b_exp_avg / (tl.sqrt(b_exp_avg_sq) / tl.sqrt(correction2) + eps)
-    b_weights = tl.where(m_step, b_weights, b_before)
+    if p_scale is not None:  # what was there is written back: a mask that hangs on a value would split the stores
+        b_exp_avg = tl.where(scale != 0.0, b_exp_avg, b_exp_avg_before)
+        b_exp_avg_sq = tl.where(scale != 0.0, b_exp_avg_sq, b_exp_avg_sq_before)
+        b_weights = tl.where(scale != 0.0, b_weights, b_weights_before)
 
-    tl.store(p_exp_avg + o_p, b_exp_avg, mask=m_step)
-    tl.store(p_exp_avg_sq + o_p, b_exp_avg_sq, mask=m_step)
-    tl.store(p_weights + o_p, b_weights, mask=m_step)
+    tl.store(p_exp_avg + o_p, b_exp_avg, mask=m_p)
+    tl.store(p_exp_avg_sq + o_p, b_exp_avg_sq, mask=m_p)
+    tl.store(p_weights + o_p, b_weights, mask=m_p)
     if p_ema is not None:
         b_ema = tl.load(p_ema + o_p, mask=m_p, other=0.0)
         tl.store(p_ema + o_p, b_ema + one_minus_ema_decay * (b_weights - b_ema), mask=m_p)
@@ -232,7 +233,7 @@ def adamw_ema(
 
 
 def aot_configs() -> list[AotConfig]:
-    """What ships: with everything on; the plain step; gradients in bfloat16."""
+    """What ships: with everything on; the plain step; gradients in bfloat16. FlatAdamW's sizes are multiples of 64."""
     integers = {"P": "i32", "num_decayed": "i32"}
     configs = []
     for note, grads, absent in (
@@ -247,5 +248,6 @@ def aot_configs() -> list[AotConfig]:
             for name in _adamw_ema_kernel.arg_names
             if name not in constexprs
         }
-        configs.append(AotConfig(_adamw_ema_kernel, signature, constexprs, DEFAULT.num_warps, note=note))
+        options: dict[str, Any] = {"divisible_by_16": tuple(integers), "narrow_stores": 0, "note": note}
+        configs.append(AotConfig(_adamw_ema_kernel, signature, constexprs, DEFAULT.num_warps, **options))
     return configs

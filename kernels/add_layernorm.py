@@ -329,4 +329,7 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
     signature = {name: known.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
     blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
     note = f"D={width} {blocks}" + (f" without {', '.join(absent)}" if absent else "")
-    return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, note=note)
+    narrow = 2 * config.blocks["ROWS"] if forward else 0  # mean and rstd
+    return AotConfig(
+        kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=narrow, note=note
+    )

@@ -231,7 +231,9 @@ def aot_configs() -> list[AotConfig]:
     def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, **outputs: str) -> AotConfig:
         known = types | outputs
         signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
-        return AotConfig(kernel, signature, constexprs, num_warps=warps)
+        sizes = tuple(name for name in ("source_size", "target_size") if name in signature)
+        narrow = 0 if kernel is gpu.convolve_kernel else None
+        return AotConfig(kernel, signature, constexprs, num_warps=warps, divisible_by_16=sizes, narrow_stores=narrow)
 
     def block(kernel: str) -> dict[str, int]:
         return {"S": 224, **_setting(kernel, 224, torch.device("cpu")).blocks}

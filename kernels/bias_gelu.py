@@ -195,4 +195,4 @@ def _aot(kernel: Any, kind: str, width: int) -> AotConfig:
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     known = {"p_bias": "*fp32", "p_sums": "*fp32", "M": "i32"}
     signature = {name: known.get(name, f"*{kind}") for name in kernel.arg_names if name not in constexprs}
-    return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages)
+    return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=0)

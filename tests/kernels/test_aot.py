@@ -42,6 +42,10 @@ def aot_configs():
     return [
         AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, note="good"),
         AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, mma=True, note="no tensor cores"),
+        AotConfig(scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, narrow_stores=0, note="narrow"),
+        AotConfig(
+            scale, pointers | {"P": "i64"}, {"BLOCK": 1024}, divisible_by_16=("P",), narrow_stores=0, note="wide"
+        ),
         AotConfig(centre, pointers, {"BLOCK": 8192}, num_warps=1, note="spills"),
         AotConfig(broken, {"p_x": "*fp32"}, {"BLOCK": 16}, note="broken"),
     ]
@@ -67,7 +71,8 @@ def test_shipped_configurations_compile_without_spills(op):
 
 def test_planted_bad_configurations_fail_and_the_good_one_passes(planted):
     problems = {row.configuration.split(" fp32")[0]: "; ".join(row.problems) for row in gate(["planted.kernels"], [80])}
-    assert problems["good"] == ""
+    assert problems["good"] == problems["wide"] == ""
+    assert "8 stores of less than 8 bytes, at most 0" in problems["narrow"]
     assert "no tensor-core instruction" in problems["no tensor cores"]
     assert "bytes of stack" in problems["spills"]
     assert "does not compile" in problems["broken"] and "no_such_name" in problems["broken"]
