@@ -51,6 +51,11 @@ class FakeCuda(TorchDispatchMode):
         with self.step(False):
             yield []
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Lets ``torch.compile`` trace within."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and not self.in_step:
@@ -82,7 +87,7 @@ def _one_device(*tensors):
     assert len(leaves) > 6 and len(devices) == 1, f"the fused step got tensors on {devices}"
 
 
-def run_backward(roots, grads, keep_graph, create_graph, inputs=(), **_):
+def run_backward(roots, grads, keep_graph, create_graph, inputs=(), *_, **__):
     """What torch's engine does, node by node in the calling thread: its own wants a stream of the device."""
     order, incoming, found = _order(roots), {}, {}
     wanted = {_node(leaf): index for index, leaf in enumerate(inputs)}

@@ -1,6 +1,7 @@
 """The steps of student and teacher, their data in torch operations and evaluation, on CUDA tensors without a GPU.
 
-Nothing is computed: this holds that every tensor is where it must be and that the host never waits within a step.
+Nothing is computed: this holds that every tensor is where it must be, that the host never waits within a step, and that
+the student's step is one graph for the compiler.
 What it cannot hold is in fake_cuda.py; scores are taken on the CPU and need values.
 """
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, HostWaitError, fake_cuda, outside, run_backward
+from fastdeitlt.kernels._measured import gpu_name
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import cross_entropy
 
@@ -25,7 +28,7 @@ from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Paco, Teacher
 from fastdeitlt.optim import Ema
-from fastdeitlt.teachers import views
+from fastdeitlt.teachers import diagnose, views
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, teacher_batches
 from fastdeitlt.train import seed_drop_path
@@ -75,9 +78,9 @@ TWICE = ("torch", "flat AdamW")
 
 @pytest.fixture(autouse=True)
 def no_fake_tensor_is_kept():
-    """Constants are kept by device; a fake one would meet the next test."""
+    """Constants are kept by device, and so is its name; a fake one would meet the next test."""
     yield
-    for kept in (augment.affine, augment.normal_table, warps._fill, warps._pulse):
+    for kept in (augment.affine, augment.normal_table, warps._fill, warps._pulse, gpu_name):
         kept.cache_clear()
 
 
@@ -150,6 +153,29 @@ def test_without_a_teacher_the_step_stays_on_the_gpu():
     student = small_student(cfg)
     with fake_cuda() as cuda:
         take_steps(cuda, cfg, student, None)
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """``torch.compile`` up to the graphs of forward and backward, which stand for a GPU's code; counts the graphs."""
+    torch._dynamo.reset()
+    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, options=None, **how: compile(module, backend=counter, **how))
+    yield
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("settings", [KERNELS, dict.fromkeys(KERNELS, "auto") | COUNT], ids=["kernels", "auto"])
+def test_the_compiled_step_is_one_graph_on_the_gpu(settings, compiled_once, monkeypatch):
+    cfg = config.build(SMALL | settings | {"train.compile": True})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "a GPU that nobody measured")
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        there.setattr(torch.cuda, "current_device", lambda: 0)
+        student, teacher = small_student(cfg), small_teacher(img_size=28)
+    with fake_cuda() as cuda:
+        take_steps(cuda, cfg, student, teacher, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -324,3 +350,15 @@ def test_evaluation_waits_once_for_all_batches(data_in_a_row):
             cls_NK, dist_NK, labels_N = collect_logits(model, source, long_tail(), **how)
             source.close()
         assert cls_NK.shape == dist_NK.shape == (24, K) and cls_NK.device.type == labels_N.device.type == "cpu"
+
+
+def test_a_teacher_is_diagnosed_on_batches_of_the_fused_kernel(monkeypatch):
+    """Which gives bfloat16; the diagnosis is in float32."""
+    cfg = config.build(SMALL)
+    monkeypatch.setattr(diagnose, "train_batches", lambda *_, **__: [mixed_batch(cfg)])
+    teacher = small_teacher()
+    with fake_cuda():
+        ((logits_BK, labels_B, *_),) = diagnose._teach(
+            teacher.to(CUDA), None, long_tail(), cfg, np.arange(B), mixing=True, size=SIZE
+        )
+    assert logits_BK.dtype is torch.float32 and logits_BK.device == CUDA and labels_B.device.type == "cpu"

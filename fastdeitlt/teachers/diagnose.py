@@ -147,7 +147,8 @@ def _teach(
         labels_B = batch.labels_B.cpu()
         partner_B = labels_B if batch.partner_B is None else batch.partner_B.cpu()
         lam = 1.0 if batch.lam is None else float(batch.lam)
-        yield teacher(batch.images_BCHW), labels_B, partner_B, torch.full((len(labels_B),), lam)
+        logits_BK = teacher(batch.images_BCHW.float())  # the fused kernel gives bfloat16
+        yield logits_BK, labels_B, partner_B, torch.full((len(labels_B),), lam)
 
 
 def clean_batches(
