@@ -32,7 +32,7 @@ from fastdeitlt.data import mixup
 from fastdeitlt.data.batches import use_kernel
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels import _search, adamw_ema, attention, augment
-from fastdeitlt.kernels._attention_launch import Problem
+from fastdeitlt.kernels._attention_launch import Problem, one_program
 from fastdeitlt.kernels._launch import LaunchConfig, compiling
 from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, trying, use, write
 from fastdeitlt.kernels.bias_gelu import bias_gelu
@@ -282,11 +282,16 @@ def _attention(setup: Setup) -> Iterator[Part]:
             whole.pop(impl, None)
             log.info("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
     problem = Problem.of(qkv, None, tokens)
-    passes = _passes(_search.attention(problem, setup.device), calls["triton"], [qkv])[0]
+    settings = _search.attention(problem, setup.device)
+    passes = _passes(settings, calls["triton"], [qkv])[0]
+    backward, keys = problem.key("backward"), problem.key("backward_keys")
+    in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
+    two_launches = under("attention", backward, in_two, passes[keys].call)
+    passes[keys] = Pass(two_launches, settings[keys], two_launches)
     yield Part("attention", (tokens, head), passes, whole)
     first = partial(attention.attention_first, q, kv, impl="triton")
-    settings = _search.attention(Problem.of(q, kv, NUM_PREFIX), setup.device)
-    yield Part("attention", (tokens, head), _passes(settings, first, [q, kv])[0])
+    few = _search.attention(Problem.of(q, kv, NUM_PREFIX), setup.device)
+    yield Part("attention", (tokens, head), _passes(few, first, [q, kv])[0])
 
 
 def _add_layernorm(setup: Setup) -> Part:

@@ -54,11 +54,6 @@ class Problem(NamedTuple):
         """Whether all scores of a query row fit on chip."""
         return self.tokens <= WHOLE_ROW_TOKENS and self.width <= WHOLE_ROW_WIDTH
 
-    @property
-    def one_program(self) -> bool:
-        """Whether one program a head computes the whole backward."""
-        return self.rows <= FEW_ROWS or self.whole_row
-
     def key(self, name: str) -> tuple[str, int, int, int]:
         """What a pass's setting depends on: pass, tokens, query rows, head width."""
         return name, self.tokens, self.rows, self.width
@@ -136,14 +131,19 @@ def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]
     }
 
 
+def one_program(problem: Problem, config: LaunchConfig) -> bool:
+    """Whether a program of the backward holds all queries of a head, and so computes its dK and dV too."""
+    return problem.rows <= config.blocks["ROWS"]
+
+
 def backward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]:
     """Compile-time arguments of ``attention_bwd_kernel``."""
-    rows = config.blocks["ROWS"]
+    rows, whole = config.blocks["ROWS"], one_program(problem, config)
     return problem.constexprs | {
         "ROWS": rows,
-        "RESIDENT": chunks(problem.rows, 0, waste=0.3) if problem.one_program else ((0, rows, True),),
+        "RESIDENT": chunks(problem.rows, 0, waste=0.3) if whole else ((0, rows, True),),
         "KEYS": loops(problem.tokens, config.blocks["BLOCK_N"], config.blocks["TAIL"]),
-        "WRITE_DKV": problem.one_program,
+        "WRITE_DKV": whole,
     }
 
 
@@ -170,12 +170,13 @@ def launch_backward(
     config = setting("attention", problem.key("backward"), q.device, default)
     heads = q.shape[0] * problem.heads
     keys, dkeys = (q[:, :, 1:], dq[:, :, 1:]) if kv is None else (kv, dkv)
-    delta = lse if problem.one_program else torch.empty_like(lse)
+    whole = one_program(problem, config)
+    delta = lse if whole else torch.empty_like(lse)
     launch(
         attention_bwd_kernel, (heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),), q,
         q, keys, out, grad_out, lse, delta, dq, dkeys, **backward_constexprs(problem, config), **_options(config),
     )  # fmt: skip
-    if problem.one_program:
+    if whole:
         return
     config = setting("attention", problem.key("backward_keys"), q.device, keys_config(problem))
     launch(
@@ -201,7 +202,7 @@ def _aot(kind: str, problem: Problem, sm: int) -> list[AotConfig]:
         (attention_bwd_keys_kernel, problem.constexprs | keys.blocks, keys),
     ]
     found = []
-    for kernel, constexprs, config in launches[: 2 if problem.one_program else 3]:
+    for kernel, constexprs, config in launches[: 2 if one_program(problem, backward) else 3]:
         pointers = [name for name in kernel.arg_names if name not in constexprs]
         signature = {name: "*fp32" if name in ("p_lse", "p_delta") else f"*{kind}" for name in pointers}
         warps, stages = config.num_warps, config.num_stages

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")  # where launch settings are the defaults
 
 
 def attention(problem: attending.Problem, device: torch.device) -> Settings:
-    """Query rows a program, tiles, how the last rows are taken, warps, stages."""
+    """Query rows a program, tiles, how the last rows are taken, warps, stages; the kernel of the keys, which a backward
+    in one program a head does without, before the backward that may need it."""
     forward_key, backward_key, keys_key = (problem.key(name) for name in ("forward", "backward", "backward_keys"))
     defaults = attending.forward_config(problem), attending.backward_config(problem, attending.architecture(device))
     if problem.rows <= attending.FEW_ROWS:
@@ -22,7 +23,7 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
         forward = [LaunchConfig(b | {"BLOCK_M": attending.FEW_ROWS}, w, s) for b in blocks for w, s in pairs]
         backward = [LaunchConfig(b, w, s) for b in blocks for w, s in pairs]
         return {forward_key: [defaults[0], *forward], backward_key: [defaults[1], *backward]}
-    whole = (attending.ONE_PROGRAM,) if problem.one_program else ()
+    whole = (attending.ONE_PROGRAM,) if problem.whole_row else ()
     forward = [
         LaunchConfig({"ROWS": r, "BLOCK_M": m, "TAIL": t, "BLOCK_N": n}, w, s)
         for r in (64, 128, *whole) for m, w in ((64, 4), (128, 8)) if m <= r
@@ -30,16 +31,17 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
     ]  # fmt: skip
     backward = [
         LaunchConfig({"ROWS": r, "BLOCK_N": n, "TAIL": t}, w, s)
-        for r in whole or (64, 128) for n in (32, 64) for t in (0, 16) for w in (4, 8) for s in (1, 2, 3)
+        for r in (*whole, 64, 128) for n in (32, 64) for t in (0, 16) for w in (4, 8) for s in (1, 2, 3)
     ]  # fmt: skip
-    found = {forward_key: [defaults[0], *forward], backward_key: [defaults[1], *backward]}
-    if problem.one_program:
-        return found
     keys = [
         LaunchConfig({"BLOCK_N": n, "BLOCK_M": m}, w, s)
         for n in (64, 128) for m in (32, 64) for w in (4, 8) for s in (1, 2, 3)
     ]  # fmt: skip
-    return found | {keys_key: [attending.keys_config(problem), *keys]}
+    return {
+        forward_key: [defaults[0], *forward],
+        keys_key: [attending.keys_config(problem), *keys],
+        backward_key: [defaults[1], *backward],
+    }
 
 
 def add_layer_norm(width: int, stream: torch.dtype) -> Settings:

@@ -9,6 +9,7 @@ import torch
 from fastdeitlt.kernels import _attention_launch as launch
 from fastdeitlt.kernels import _measured
 from fastdeitlt.kernels import attention as module
+from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels.attention import attention, attention_first, choose, reference
 from hypothesis import strategies as st
 
@@ -61,6 +62,16 @@ def test_every_architectures_tiles_cover_all_rows(sm, device, monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda device: sm)
     for shape in ((1, 198, 1, 64), (1, 65, 1, 64)):
         check_against_float64(packed(*shape, device))
+
+
+def test_a_backward_in_two_launches_equals_the_one_in_one(device):
+    qkv = packed(2, 198, 1, 64, device, DTYPES[0])
+    problem = launch.Problem.of(qkv, None, 198)
+    assert launch.one_program(problem, launch.backward_config(problem, 90))
+    setting = LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 16}, 4, 2)
+    assert not launch.one_program(problem, setting)
+    with _measured.trying("attention", problem.key("backward"), setting):
+        check_against_float64(qkv)
 
 
 @hypothesis.settings(max_examples=12, deadline=None)

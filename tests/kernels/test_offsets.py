@@ -64,7 +64,7 @@ def test_attention(tokens, far_program):
     assert (got - expected[..., -width:]).abs().max() < 2e-2 * expected.abs().max()
     grid = head(backward, "ROWS", tokens)
     attention_bwd_kernel[grid](qkv, qkv[:, :, 1:], out, dout, lse, delta, dqkv, dqkv[:, :, 1:], **constexprs[1])
-    if not problem.one_program:
+    if not launch.one_program(problem, backward):
         grid = head(keys, "BLOCK_N", tokens)
         attention_bwd_keys_kernel[grid](
             qkv, qkv[:, :, 1:], dout, lse, delta, dqkv[:, :, 1:], **problem.constexprs, **keys.blocks

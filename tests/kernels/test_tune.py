@@ -105,7 +105,8 @@ def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monk
             assert call() is not None
     both = ["forward", "backward"]
     assert seen == {
-        "attention": both * 2, "add_layernorm": both, "bias_gelu": both, "joint_loss": both, "adamw_ema": ["step"],
+        "attention": ["forward", "backward_keys", "backward", *both],
+        "add_layernorm": both, "bias_gelu": both, "joint_loss": both, "adamw_ema": ["step"],
         "augment": ["convolve", "histogram", "operate", "finish"],
     }  # fmt: skip
 
