@@ -109,9 +109,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
                 optimizer = fused_adam(groups, lr=lr, adam_w_mode=True, **arguments)
         case "deepspeed":
             _needs_gpu("deepspeed", device)
-            from deepspeed.ops.adam import FusedAdam
-
-            optimizer = FusedAdam(groups, lr=lr, adam_w_mode=True, **arguments)
+            optimizer = _deepspeed_adam(groups, lr=lr, adam_w_mode=True, **arguments)
         case _:
             raise UserError(f"optim.backend: got {backend!r}, expected auto, fastdeitlt, torch, apex or deepspeed")
     log.info("optimizer: %s by %s", {"adamw": "AdamW", "lamb": "LAMB"}[o.algorithm], backend)
@@ -139,6 +137,23 @@ def _apex() -> tuple[type, type]:
             "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch"
         ) from None
     return FusedAdam, FusedLAMB
+
+
+def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's FusedAdam, which is compiled when the first one is made."""
+    try:
+        from deepspeed.ops.adam import FusedAdam
+        from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
+    except ImportError as error:
+        raise UserError(f"optim.backend=deepspeed: it cannot be imported ({error}); use optim.backend=torch") from None
+    try:
+        return FusedAdam(groups, **arguments)
+    except (ImportError, RuntimeError, OSError, CUDAMismatchException, MissingCUDAException) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"optim.backend=deepspeed: its FusedAdam does not compile here ({said}); it needs nvcc of torch's CUDA "
+            f"{torch.version.cuda} and ninja; use optim.backend=torch"
+        ) from None
 
 
 def _needs_gpu(backend: str, device: torch.device) -> None:

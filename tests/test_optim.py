@@ -131,3 +131,20 @@ def test_missing_optimizer_backend_says_how_to_get_another(backend):
     cfg = config.build({"optim.backend": backend})
     with pytest.raises(UserError, match=r"use optim\.backend=torch"):
         optim.build_optimizer(nn.Linear(3, 2), cfg)
+
+
+def test_deepspeeds_adam_that_does_not_compile_is_one_line(monkeypatch):
+    """It is compiled when it is made; without a toolkit of torch's CUDA it cannot be."""
+    errors = {name: type(name, (Exception,), {}) for name in ("MissingCUDAException", "CUDAMismatchException")}
+
+    def refuse(*_, **__):
+        raise errors["MissingCUDAException"]("CUDA_HOME does not exist,\n unable to compile CUDA op(s)")
+
+    parts = ("deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "deepspeed.ops.op_builder")
+    for module in (*parts, "deepspeed.ops.op_builder.builder"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        sys.modules[module].__dict__.update({"FusedAdam": refuse, **errors})
+    monkeypatch.setattr(optim, "_needs_gpu", lambda backend, device: None)
+    said = r"does not compile here \(CUDA_HOME does not exist, unable to compile.*use optim\.backend=torch"
+    with pytest.raises(UserError, match=said):
+        optim.build_optimizer(nn.Linear(3, 2), config.build({"optim.backend": "deepspeed"}))
