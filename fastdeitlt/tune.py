@@ -285,9 +285,10 @@ def _attention(setup: Setup) -> Iterator[Part]:
     settings = _search.attention(problem, setup.device)
     passes = _passes(settings, calls["triton"], [qkv])[0]
     backward, keys = problem.key("backward"), problem.key("backward_keys")
-    in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
-    two_launches = under("attention", backward, in_two, passes[keys].call)
-    passes[keys] = Pass(two_launches, settings[keys], two_launches)
+    if keys in settings:  # measured within a backward that launches it
+        in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
+        two_launches = under("attention", backward, in_two, passes[keys].call)
+        passes[keys] = Pass(two_launches, settings[keys], two_launches)
     yield Part("attention", (tokens, head), passes, whole)
     first = partial(attention.attention_first, q, kv, impl="triton")
     few = _search.attention(Problem.of(q, kv, NUM_PREFIX), setup.device)

@@ -24,6 +24,7 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
         backward = [LaunchConfig(b, w, s) for b in blocks for w, s in pairs]
         return {forward_key: [defaults[0], *forward], backward_key: [defaults[1], *backward]}
     whole = (attending.ONE_PROGRAM,) if problem.whole_row else ()
+    parts = tuple(rows for rows in (64, 128) if rows < problem.rows)
     forward = [
         LaunchConfig({"ROWS": r, "BLOCK_M": m, "TAIL": t, "BLOCK_N": n}, w, s)
         for r in (64, 128, *whole) for m, w in ((64, 4), (128, 8)) if m <= r
@@ -31,7 +32,7 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
     ]  # fmt: skip
     backward = [
         LaunchConfig({"ROWS": r, "BLOCK_N": n, "TAIL": t}, w, s)
-        for r in (*whole, 64, 128) for n in (32, 64) for t in (0, 16) for w in (4, 8) for s in (1, 2, 3)
+        for r in (*whole, *parts) for n in (32, 64) for t in (0, 16) for w in (4, 8) for s in (1, 2, 3)
     ]  # fmt: skip
     keys = [
         LaunchConfig({"BLOCK_N": n, "BLOCK_M": m}, w, s)
@@ -39,7 +40,7 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
     ]  # fmt: skip
     return {
         forward_key: [defaults[0], *forward],
-        keys_key: [attending.keys_config(problem), *keys],
+        **({keys_key: [attending.keys_config(problem), *keys]} if parts else {}),
         backward_key: [defaults[1], *backward],
     }
 
