@@ -12,7 +12,7 @@ from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels.attention import choose
 
-from fastdeitlt import config, tune
+from fastdeitlt import config, tune, tune_parts
 from fastdeitlt.bench_setup import set_up
 from fastdeitlt.errors import UserError
 from fastdeitlt.timer import Timing
@@ -65,7 +65,7 @@ def planted(settings):
     def result():
         return torch.ones(3) + (call() == 1)
 
-    return tune.Pass(call, settings, result)
+    return tune_parts.Pass(call, settings, result)
 
 
 def test_the_fastest_setting_wins_and_wrong_and_failing_ones_are_left_out(setup, monkeypatch):
@@ -81,6 +81,20 @@ def test_the_default_stays_where_nothing_is_faster(setup, monkeypatch):
     assert tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, WRONG]))[0] == DEFAULT
 
 
+def test_what_was_found_is_kept_when_a_later_part_fails(setup, tmp_path, monkeypatch):
+    def parts(setup):
+        yield tune_parts.Part("op", ("k",), {("k",): planted([DEFAULT, SLOW, FAST])})
+        raise torch.OutOfMemoryError("the next part does not fit")
+
+    monkeypatch.setattr(tune, "measure", clock({}))
+    monkeypatch.setattr(tune, "parts", parts)
+    with pytest.raises(torch.OutOfMemoryError):
+        tune.tune_ops(setup, tmp_path / "rows.jsonl")
+    (row,) = _measured.read(tmp_path / "rows.jsonl")
+    assert row.config == FAST
+    assert setting("op", ("k",), torch.device("cpu"), DEFAULT) == FAST  # the rest of the op is measured with it
+
+
 @pytest.mark.parametrize(
     ("got", "agree"), [(1.0, True), (1.01, True), (1.1, False), (float("nan"), False), (float("inf"), False)]
 )
@@ -90,12 +104,12 @@ def test_results_agree_up_to_rounding(got, agree):
 
 
 def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monkeypatch):
-    monkeypatch.setattr(tune, "SOURCE", (20, 24))
+    monkeypatch.setattr(tune_parts, "SOURCE", (20, 24))
     monkeypatch.setattr(tune, "measure", clock(dict.fromkeys(("best", "default", "triton", "sdpa", "torch"), 1.0)))
     if not GPU:  # the weights in few programs: the interpreter runs one after the other
         monkeypatch.setattr(adamw_ema, "DEFAULT", LaunchConfig({"BLOCK": 1 << 17}))
     seen = {}
-    for part in tune.parts(setup):
+    for part in tune_parts.parts(setup):
         for key, found in part.passes.items():
             last = found.settings[:1] if part.op == "adamw_ema" and not GPU else found.settings[-1:]
             assert sum(setting != found.settings[0] for setting in found.settings) > 5
