@@ -93,21 +93,21 @@ def _launch_backward(
     grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
     branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
     branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = mean.numel(), residual.shape[-1]
     config = launch_config(False, width, residual.dtype, residual.device)
     block = config.blocks["ROWS"]
     programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
     dx, dbranch = torch.empty_like(residual), _branch_gradient(residual, num_branch, branch_dtype)
-    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
+    shares = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
     launch(
         add_layernorm_bwd_kernel, (programs,), residual,
         grad_residual, grad_normed, residual, branch_rows, normed_rows, scale, weight, mean, rstd, dx,
-        None if branch_dtype is None else dbranch, sums, rows, TOKENS=rows // residual.shape[0], D=width,
+        None if branch_dtype is None else dbranch, shares, rows, TOKENS=rows // residual.shape[0], D=width,
         ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return dx, dbranch, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(weight.dtype)
+    return dx, dbranch, shares.sum(0)
 
 
 def _branch_gradient(residual: Tensor, num_branch: int, dtype: torch.dtype | None) -> Tensor:
@@ -138,9 +138,10 @@ def _gradients(
     grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
     branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
     branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dbranch = _branch_gradient(residual, num_branch, branch_dtype)
-    return torch.empty_like(residual), dbranch, torch.empty_like(weight), torch.empty_like(weight)
+    sums = torch.empty(2, len(weight), dtype=torch.float32, device=weight.device)  # dweight, dbias
+    return torch.empty_like(residual), dbranch, sums
 
 
 def _samples(rows: Tensor | None, num: int) -> Tensor | None:
@@ -168,7 +169,7 @@ def _(
     grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
     branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
     branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     arguments = (grad_residual, grad_normed, residual, scale, branch_rows, normed_rows, num_branch, weight, mean, rstd)
     if interpreted():
         return _launch_backward(*arguments, branch_dtype)
@@ -181,9 +182,9 @@ def _(
     dx = dx if grad_residual is None else dx + grad_residual.float()
     dbranch = dx if scale is None else dx * scale.view(-1, *[1] * (dx.dim() - 1))
     dbranch = dbranch if kept is None else dbranch.index_select(0, kept)
-    sums = ((dn * h).flatten(0, -2).sum(0), dn.flatten(0, -2).sum(0))
+    sums = torch.stack(((dn * h).flatten(0, -2).sum(0), dn.flatten(0, -2).sum(0)))
     gradients = _gradients(*arguments, branch_dtype)
-    for gradient, value in zip(gradients, (dx, dbranch if branch_dtype else gradients[1], *sums), strict=True):
+    for gradient, value in zip(gradients, (dx, dbranch if branch_dtype else gradients[1], sums), strict=True):
         gradient.copy_(value)
     return gradients
 
@@ -206,13 +207,13 @@ def _autograd(
     if grad_normed is None:
         grad_normed = residual.new_zeros(ctx.normed_shape, dtype=ctx.normed_dtype)
     upstream = None if grad_residual is None or not ctx.has_branch else grad_residual.contiguous()
-    dx, dbranch, dweight, dbias = _backward(
+    dx, dbranch, sums = _backward(
         upstream, grad_normed.contiguous(), residual, scale, branch_rows, normed_rows, ctx.num_branch, weight, mean,
         rstd, ctx.branch_dtype,
     )  # fmt: skip
     if ctx.has_branch and ctx.branch_dtype is None:
         dbranch = dx
-    return dx, dbranch if ctx.has_branch else None, dweight, dbias, *[None] * 6
+    return dx, dbranch if ctx.has_branch else None, *sums.to(weight.dtype).unbind(), *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
