@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -179,6 +180,12 @@ def _move(module, *args, **kwargs):
     return module
 
 
+def _layout(images, weight, _backend):
+    """cuDNN's, which no CPU would choose: channels last where one of the two is."""
+    last = torch.channels_last in (suggest_memory_format(images), suggest_memory_format(weight))
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def outside(build):
     """The same function, whose tensors are real ones of the CPU: for what cannot be built of fake ones."""
 
@@ -198,5 +205,6 @@ def fake_cuda():
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", run_backward))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", _pinned))
         stack.enter_context(mock.patch("torch.nn.Module.to", _move))
+        stack.enter_context(mock.patch("torch._C._conv_determine_backend_memory_format", _layout))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(FakeCuda())

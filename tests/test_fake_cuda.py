@@ -148,6 +148,17 @@ def test_a_teacher_of_another_size_normalisation_and_order_stays_on_the_gpu():
             take_steps(cuda, cfg, student, teacher)
 
 
+def test_the_teacher_works_channels_last():
+    """As its images and weights are; otherwise cuDNN would turn each layer's input round and back."""
+    teacher, seen = small_teacher(img_size=28), []
+    with fake_cuda(), torch.autocast("cuda", torch.bfloat16):
+        for module in teacher.to(CUDA).modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda conv, inputs, out: seen.append(out))
+        teacher(images())
+    assert len(seen) == 7 and all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
+
+
 def test_without_a_teacher_the_step_stays_on_the_gpu():
     cfg = config.build(SMALL | {"loss.base": "logit_adjustment"})
     student = small_student(cfg)
