@@ -239,7 +239,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the step runs."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of the step."""
+    """Autocast type of the step. fp32: on a GPU convolutions stay TF32, torch's default."""
     compile: bool = True
     """Compile student, teacher and loss as one graph."""
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
