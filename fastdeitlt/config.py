@@ -5,6 +5,7 @@ A value comes, in rising order, from the schema's default, from the YAML file, f
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -463,7 +464,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML, but a name that is given twice in one mapping is an error rather than the last one."""
+    """YAML, but a name that is given twice in one mapping is an error, and 5e-4 a number, which YAML 1.1 calls text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -474,6 +475,16 @@ class _Loader(yaml.SafeLoader):
                     raise UserError(f"{name} is given twice (line {key.start_mark.line + 1}); remove one")
                 seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"+-0123456789"]
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -545,22 +556,12 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
             values[name] = text.strip()  # as typed: a run may be called nan or 2026
             continue
         try:
-            values[name] = yaml.safe_load(text)
+            values[name] = yaml.load(text, _Loader)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
         except RecursionError:
             raise UserError(f"override {override[:40]!r}...: nested too deeply") from None
-        if isinstance(values[name], str):
-            values[name] = _number(values[name])
     return values
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 5e-4 as a string; the user means a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config:
@@ -596,7 +597,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that ``load`` reads back to an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe(name: str) -> str:

@@ -28,6 +28,15 @@ def test_overrides_win_over_the_file_and_origins_say_so():
     assert cfg.origins["optim.eps"] == "default"
 
 
+@pytest.mark.parametrize(("text", "value"), [("1e3", 1000), ("1E+3", 1000), ("1.e3", 1000), ("7", 7)])
+def test_a_number_is_the_same_in_a_file_and_in_an_override(text, value, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"train:\n  epochs: {text}\naugment:\n  crop_scale: [5e-1, 1]\n")
+    cfg = config.load(str(tmp_path / "c.yaml"), ["loss.drw_epoch=-1"])
+    overridden = config.load("quickstart", [f"train.epochs={text}", "loss.drw_epoch=-1"])
+    assert cfg.train.epochs == overridden.train.epochs == value
+    assert cfg.augment.crop_scale == (0.5, 1.0)
+
+
 @pytest.mark.parametrize("text", ["nan", "1e5", "true", "null", "2026", "007", "off", "1_000"])
 def test_a_name_that_yaml_would_make_a_number_of_stays_text(text, tmp_path):
     cfg = config.load("quickstart", [f"name={text}", f"runs_dir={text}", "train.epochs=60"])
