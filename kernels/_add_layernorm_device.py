@@ -22,6 +22,7 @@ def _place(p_rows, o_m, o_d, m_block, M, TOKENS: tl.constexpr, D: tl.constexpr):
 def add_layernorm_fwd_kernel(
     p_x,  # [M, D]
     p_branch,  # [M, D], or None: plain LayerNorm
+    p_branch_bias,  # [D], or None
     p_branch_rows,  # [B] int32: a sample's place in the branch, which has K samples, or -1; or None
     p_normed_rows,  # [B] int32: a sample's place in the output, or -1; or None
     p_scale,  # [B] float32, or None
@@ -45,9 +46,13 @@ def add_layernorm_fwd_kernel(
         if p_scale is not None:
             scale = tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)
             m_kept = m_kept & (scale != 0)[:, None]
-            b_r += scale[:, None] * tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
-        else:
-            b_r += tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
+        b_branch = tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
+        if p_branch_bias is not None:
+            branch_bias = tl.load(p_branch_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_branch = tl.where(m_kept, b_branch + branch_bias[None, :], 0.0)
+        if p_scale is not None:
+            b_branch *= scale[:, None]
+        b_r += b_branch
         b_stored = b_r.to(p_residual.dtype.element_ty)
         tl.store(p_residual + o_block, b_stored, mask=m_block)
         b_r = b_stored.to(tl.float32)
@@ -76,8 +81,9 @@ def add_layernorm_bwd_kernel(
     p_rstd,  # [M] float32
     p_dx,  # [M, D] out
     p_dbranch,  # [M, D] out, or of K samples, or None where it is dx
-    p_sums,  # [P, 2, D] float32 out: this program's share of dweight and dbias
+    p_sums,  # [P, 2, D] float32 out: this program's share of dweight and dbias; [P, 3, D] with the branch's bias
     M, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Program i: blocks i, i + P, i + 2 P .. of ROWS rows."""
     i_p = tl.program_id(0)
@@ -86,6 +92,7 @@ def add_layernorm_bwd_kernel(
     weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
     b_dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    b_dbranch_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for row in tl.range(i_p * ROWS, M, tl.num_programs(0) * ROWS, num_stages=STAGES):
         o_m = row + tl.arange(0, ROWS)
         m_block = (o_m < M)[:, None] & m_d[None, :]
@@ -108,8 +115,14 @@ def add_layernorm_bwd_kernel(
                 b_dx *= tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)[:, None]
             o_branch, m_kept = _place(p_branch_rows, o_m, o_d, m_block, M, TOKENS, D)
             tl.store(p_dbranch + o_branch, b_dx.to(p_dbranch.dtype.element_ty), mask=m_kept)
+            if BRANCH_BIAS and p_branch_rows is not None:
+                b_dx = tl.where(m_kept, b_dx, 0.0)
+        if BRANCH_BIAS:
+            b_dbranch_bias += b_dx
         b_dweight += b_dn * b_h
         b_dbias += b_dn
-    p_share = p_sums + i_p.to(tl.int64) * 2 * D + o_d
+    p_share = p_sums + i_p.to(tl.int64) * (3 if BRANCH_BIAS else 2) * D + o_d
     tl.store(p_share, tl.sum(b_dweight, 0), mask=m_d)
     tl.store(p_share + D, tl.sum(b_dbias, 0), mask=m_d)
+    if BRANCH_BIAS:
+        tl.store(p_share + 2 * D, tl.sum(b_dbranch_bias, 0), mask=m_d)

@@ -54,7 +54,7 @@ def add_layer_norm(width: int, stream: torch.dtype) -> Settings:
     forward = [LaunchConfig({"ROWS": r, "BLOCK_D": block}, w) for r in rows for w in (1, 2, 4, 8)]
     backward = [
         LaunchConfig({"ROWS": r, "BLOCK_D": block, "PROGRAMS": p}, w, s)
-        for r in rows for p in (1, 2, 4, 8) for w in (2, 4, 8) for s in (1, 2, 3)
+        for r in rows for p in (1, 2, 3, 4, 6) for w in (2, 4, 8) for s in (1, 2, 3)
     ]  # fmt: skip
     return {forward_key: [defaults[0], *forward], backward_key: [defaults[1], *backward]}
 

@@ -1,11 +1,12 @@
 """Residual add with drop path folded in, then LayerNorm: the residual stream is read and written once.
 
-    r = x + scale_b branch,  n = (r - mean(r)) / sqrt(var(r) + eps) weight + bias
+    r = x + scale_b (branch + c),  n = (r - mean(r)) / sqrt(var(r) + eps) weight + bias
     g = dn weight,  h = (r - mean) rstd,  dx = dr + rstd (g - mean(g) - h mean(g h)),  dbranch = scale_b dx
-    dweight = sum_m dn h,  dbias = sum_m dn
+    dweight = sum_m dn h,  dbias = sum_m dn,  dc = sum_m dbranch
 
+c is the bias of the branch's last linear map, left out of its product, so that its gradient needs no pass of its own.
 Statistics are float32, of r as stored. Programs of the backward run through the rows and keep sums for weight and
-bias; a second reduction adds these up in a fixed order, so there are no atomics. Source: Ba et al. 2016 (LayerNorm);
+biases; a second reduction adds these up in a fixed order, so there are no atomics. Source: Ba et al. 2016 (LayerNorm);
 Huang et al. 2016 (stochastic depth, a sample's branch is dropped with scale 0 or kept with 1 / keep).
 Moves 4 T bytes forward and 4 T backward (5 T where drop path sets dbranch apart from dx), T = 2 M D in bfloat16: 72 us
 each at M = 256 x 198, D = 768 and 4.3 TB/s.
@@ -35,12 +36,13 @@ def key(forward: bool, width: int, stream: torch.dtype) -> tuple[str, int, int]:
 
 
 def launch_config(forward: bool, width: int, stream: torch.dtype, device: torch.device) -> LaunchConfig:
-    """The measured setting, or by default tiles of 2,048 elements or one row, four of them on a multiprocessor."""
+    """The measured setting, or by default tiles of 2,048 elements or one row; in the backward as many programs on a
+    multiprocessor as an H100 holds at once."""
     found = key(forward, width, stream)
     block = found[1]
     blocks = {"ROWS": max(1, 2048 // block), "BLOCK_D": block}
     if not forward:
-        blocks["PROGRAMS"] = 4
+        blocks["PROGRAMS"] = 3 if block <= 2048 else 2
     default = LaunchConfig(blocks, num_warps=4 if block <= 2048 else 8, num_stages=1 if forward else 2)
     return setting("add_layernorm", found, device, default)
 
@@ -53,6 +55,7 @@ def reference(
     scale_B: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    branch_bias: Tensor | None = None,
     branch_samples_K: Tensor | None = None,
     normed_samples_K: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -62,7 +65,7 @@ def reference(
     full = torch.promote_types(x.dtype, torch.float32)
     residual = x
     if branch is not None:
-        scaled = branch.to(full)
+        scaled = branch.to(full) if branch_bias is None else branch.to(full) + branch_bias.to(full)
         if branch_samples_K is not None:
             scaled = torch.zeros(x.shape, dtype=full, device=x.device).index_copy(0, branch_samples_K, scaled)
         if scale_B is not None:
@@ -74,7 +77,7 @@ def reference(
 
 def _launch_forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     config = launch_config(True, width, x.dtype, x.device)
@@ -83,7 +86,8 @@ def _launch_forward(
     )
     launch(
         add_layernorm_fwd_kernel, (triton.cdiv(rows, config.blocks["ROWS"]),), x,
-        x, branch, branch_rows, normed_rows, scale, weight, bias, None if branch is None else residual, normed,
+        x, branch, branch_bias, branch_rows, normed_rows, scale, weight, bias,
+        None if branch is None else residual, normed,
         mean, rstd, rows, eps, TOKENS=rows // x.shape[0], D=width, **config.options,
     )  # fmt: skip
     return residual, normed, mean, rstd
@@ -92,19 +96,19 @@ def _launch_forward(
 def _launch_backward(
     grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
     branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None, has_branch_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = mean.numel(), residual.shape[-1]
     config = launch_config(False, width, residual.dtype, residual.device)
     block = config.blocks["ROWS"]
     programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
     dx, dbranch = torch.empty_like(residual), _branch_gradient(residual, num_branch, branch_dtype)
-    shares = torch.empty(programs, 2, width, dtype=torch.float32, device=residual.device)
+    shares = torch.empty(programs, 3 if has_branch_bias else 2, width, dtype=torch.float32, device=residual.device)
     launch(
         add_layernorm_bwd_kernel, (programs,), residual,
         grad_residual, grad_normed, residual, branch_rows, normed_rows, scale, weight, mean, rstd, dx,
         None if branch_dtype is None else dbranch, shares, rows, TOKENS=rows // residual.shape[0], D=width,
-        ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages,
+        ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages, BRANCH_BIAS=has_branch_bias,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dx, dbranch, shares.sum(0)
@@ -126,7 +130,7 @@ _backward = torch.library.custom_op(
 @_forward.register_fake
 def _outputs(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     residual = x.new_empty(0) if branch is None else torch.empty_like(x)
@@ -137,10 +141,11 @@ def _outputs(
 def _gradients(
     grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
     branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None, has_branch_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dbranch = _branch_gradient(residual, num_branch, branch_dtype)
-    sums = torch.empty(2, len(weight), dtype=torch.float32, device=weight.device)  # dweight, dbias
+    num_sums = 3 if has_branch_bias else 2  # dweight, dbias, and the gradient of the branch's bias
+    sums = torch.empty(num_sums, len(weight), dtype=torch.float32, device=weight.device)
     return torch.empty_like(residual), dbranch, sums
 
 
@@ -152,13 +157,15 @@ def _samples(rows: Tensor | None, num: int) -> Tensor | None:
 @_forward.register_kernel("cpu")
 def _(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if interpreted():
-        return _launch_forward(x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype)
+        return _launch_forward(
+            x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype, branch_bias
+        )
     residual, normed = reference(
         x, branch, weight, bias, scale, eps, dtype=dtype, normed_samples_K=_samples(normed_rows, num_normed),
-        branch_samples_K=None if branch is None else _samples(branch_rows, len(branch)),
+        branch_bias=branch_bias, branch_samples_K=None if branch is None else _samples(branch_rows, len(branch)),
     )  # fmt: skip
     variance, mean = torch.var_mean(residual.float(), -1, correction=0)
     return x.new_empty(0) if branch is None else residual, normed, mean, (variance + eps).rsqrt()
@@ -168,11 +175,11 @@ def _(
 def _(
     grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
     branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None, has_branch_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     arguments = (grad_residual, grad_normed, residual, scale, branch_rows, normed_rows, num_branch, weight, mean, rstd)
     if interpreted():
-        return _launch_backward(*arguments, branch_dtype)
+        return _launch_backward(*arguments, branch_dtype, has_branch_bias)
     h, dn = (residual.float() - mean[..., None]) * rstd[..., None], grad_normed.float()
     normed, kept = _samples(normed_rows, len(grad_normed)), _samples(branch_rows, num_branch)
     if normed is not None:
@@ -182,21 +189,23 @@ def _(
     dx = dx if grad_residual is None else dx + grad_residual.float()
     dbranch = dx if scale is None else dx * scale.view(-1, *[1] * (dx.dim() - 1))
     dbranch = dbranch if kept is None else dbranch.index_select(0, kept)
-    sums = torch.stack(((dn * h).flatten(0, -2).sum(0), dn.flatten(0, -2).sum(0)))
-    gradients = _gradients(*arguments, branch_dtype)
+    summed = (dn * h, dn, dbranch) if has_branch_bias else (dn * h, dn)
+    sums = torch.stack([rows.flatten(0, -2).sum(0) for rows in summed])
+    gradients = _gradients(*arguments, branch_dtype, has_branch_bias)
     for gradient, value in zip(gradients, (dx, dbranch if branch_dtype else gradients[1], sums), strict=True):
         gradient.copy_(value)
     return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, weight, _, scale, branch_rows, normed_rows, *_ = inputs
+    x, branch, weight, _, scale, branch_rows, normed_rows, *_, branch_bias = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if branch is None else output[0], weight, scale, branch_rows, normed_rows, *output[2:])
     ctx.has_branch = branch is not None
     ctx.num_branch = 0 if branch is None else branch.shape[0]
     apart = branch is not None and (scale is not None or branch_rows is not None or branch.dtype != x.dtype)
     ctx.branch_dtype = branch.dtype if apart else None
+    ctx.branch_bias_dtype = None if branch_bias is None else branch_bias.dtype
     ctx.normed_shape, ctx.normed_dtype = output[1].shape, output[1].dtype
 
 
@@ -209,11 +218,13 @@ def _autograd(
     upstream = None if grad_residual is None or not ctx.has_branch else grad_residual.contiguous()
     dx, dbranch, sums = _backward(
         upstream, grad_normed.contiguous(), residual, scale, branch_rows, normed_rows, ctx.num_branch, weight, mean,
-        rstd, ctx.branch_dtype,
+        rstd, ctx.branch_dtype, ctx.branch_bias_dtype is not None,
     )  # fmt: skip
     if ctx.has_branch and ctx.branch_dtype is None:
         dbranch = dx
-    return dx, dbranch if ctx.has_branch else None, *sums.to(weight.dtype).unbind(), *[None] * 6
+    dweight, dbias = sums[:2].to(weight.dtype).unbind()
+    dbranch_bias = None if ctx.branch_bias_dtype is None else sums[2].to(ctx.branch_bias_dtype)
+    return dx, dbranch if ctx.has_branch else None, dweight, dbias, *[None] * 6, dbranch_bias
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -227,6 +238,7 @@ def add_layernorm(
     scale_B: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    branch_bias: Tensor | None = None,
     branch_samples_K: Tensor | None = None,
     normed_samples_K: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -240,6 +252,7 @@ def add_layernorm(
         weight, bias: [D], one of the three types.
         scale_B: [B] float32 drop path, 0 or 1 / keep; a branch with 0 is not read. None = 1. Gets no gradient.
         eps: added to the variance.
+        branch_bias: [D], one of the three types: added to each row of the branch before it is scaled. None = 0.
         branch_samples_K: [K] int64, different samples of x that ``branch`` [K, ..., D] holds; nothing is added to the
             others. None = all. Neither these nor the next are checked for repetition: that would stall the host.
         normed_samples_K: [K] int64, different samples whose normalised rows are wanted. None = all.
@@ -267,6 +280,8 @@ def add_layernorm(
     if branch is not None:
         num_branch = shape[0] if branch_samples_K is None else len(branch_samples_K)
         check(op, "branch", branch, (num_branch, *shape[1:]), FLOATS, x.device)
+        if branch_bias is not None:
+            check(op, "branch_bias", branch_bias, shape[-1:], FLOATS, x.device)
     if impl not in IMPLS:
         raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
     if impl == "triton" and shape[-1] > MAX_WIDTH:
@@ -274,14 +289,14 @@ def add_layernorm(
     dtype = dtype or (x.dtype if branch is None else branch.dtype)
     if choose(impl, shape[-1], x.device) == "torch":
         return reference(
-            x, branch, weight, bias, scale_B, eps, branch_samples_K=branch_samples_K, normed_samples_K=normed_samples_K,
-            dtype=dtype,
+            x, branch, weight, bias, scale_B, eps, branch_bias=branch_bias, branch_samples_K=branch_samples_K,
+            normed_samples_K=normed_samples_K, dtype=dtype,
         )  # fmt: skip
     if branch is None:
-        scale_B = branch_samples_K = None
+        scale_B = branch_samples_K = branch_bias = None
     residual, normed, *_ = _forward(
         x, branch, weight, bias, scale_B, _places(branch_samples_K, shape[0]), _places(normed_samples_K, shape[0]),
-        shape[0] if normed_samples_K is None else len(normed_samples_K), eps, dtype,
+        shape[0] if normed_samples_K is None else len(normed_samples_K), eps, dtype, branch_bias,
     )  # fmt: skip
     return x if branch is None else residual, normed
 
@@ -307,8 +322,8 @@ def aot_configs() -> list[AotConfig]:
         (width, {}, ()) for width in (192, 384, 768, 1024, 4096)
     ]
     cases.append((768, dict.fromkeys(("p_x", "p_residual", "p_dresidual", "p_dx"), "*fp32"), ()))
-    cases.append((768, {}, ("p_scale", "p_dbranch")))
-    cases.append((768, {}, ("p_branch", "p_scale", "p_residual", "p_dresidual", "p_dbranch")))
+    cases.append((768, {}, ("p_branch_bias", "p_scale", "p_dbranch")))
+    cases.append((768, {}, ("p_branch", "p_branch_bias", "p_scale", "p_residual", "p_dresidual", "p_dbranch")))
     cases = [(width, types, (*absent, "p_branch_rows", "p_normed_rows")) for width, types, absent in cases]
     cases.append((768, {}, ()))
     kernels = (add_layernorm_fwd_kernel, add_layernorm_bwd_kernel)
@@ -322,9 +337,11 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
     constexprs: dict[str, Any] = {"TOKENS": 198, "D": width, "ROWS": config.blocks["ROWS"]}
     constexprs |= {"BLOCK_D": config.blocks["BLOCK_D"]} | ({} if forward else {"STAGES": config.num_stages})
     if not forward:
+        constexprs["BRANCH_BIAS"] = "p_branch_bias" not in absent
         absent = tuple(name for name in absent if name != "p_residual")
     constexprs |= {name: None for name in absent if name in kernel.arg_names}
-    full = dict.fromkeys(("p_scale", "p_weight", "p_bias", "p_mean", "p_rstd", "p_sums", "eps"), "*fp32")
+    names = ("p_scale", "p_weight", "p_bias", "p_branch_bias", "p_mean", "p_rstd", "p_sums", "eps")
+    full = dict.fromkeys(names, "*fp32")
     integers = {"M": "i32", "p_branch_rows": "*i32", "p_normed_rows": "*i32"}
     known = full | types | integers | {"eps": "fp32"}
     signature = {name: known.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}

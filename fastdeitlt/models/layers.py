@@ -127,7 +127,7 @@ class PatchEmbed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention up to the heads' outputs; ``proj`` is applied where the branch joins the stream."""
 
     def __init__(self, width: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -139,15 +139,15 @@ class SelfAttention(nn.Module):
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
         """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
         if num_queries is None:
-            return self.proj(self.attend(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))))
+            return self.attend(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)))
         width = x_BND.shape[-1]
         q_BMHE = self.qkv(x_BND[:, :num_queries], slice(width)).unflatten(-1, (self.heads, -1))
         kv_BN2HE = self.qkv(x_BND, slice(width, None)).unflatten(-1, (2, self.heads, -1))
-        return self.proj(self.attend_first(q_BMHE, kv_BN2HE))
+        return self.attend_first(q_BMHE, kv_BN2HE)
 
 
 class Mlp(nn.Module):
-    """Two linear maps with exact GELU between them."""
+    """Linear map and exact GELU; the second map, ``fc2``, is applied where the branch joins the stream."""
 
     def __init__(self, width: int, hidden: Hidden) -> None:
         super().__init__()
@@ -156,4 +156,4 @@ class Mlp(nn.Module):
         self.hidden = hidden
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(self.hidden(x_BND, self.fc1))
+        return self.hidden(x_BND, self.fc1)

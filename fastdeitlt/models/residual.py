@@ -1,10 +1,11 @@
 """The student's residual stream: drop path, and the sum of a branch with the norm that reads it as one operation."""
-# B batch, S of its samples, N tokens, D width
+# B batch, S of its samples, N tokens, D width, E inputs of a branch's last linear map
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt.config import near
@@ -40,14 +41,16 @@ def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
     return Kept(x_BND.new_full((batch, 1, 1), batch / num_kept), samples_S)
 
 
-# (stream, branch, which samples have one, norm, which samples the next branch runs) -> (sum, its norm)
-AddNorm = Callable[[Tensor, Tensor, Kept | None, nn.LayerNorm, Kept | None], tuple[Tensor, Tensor]]
+# (stream, branch up to its last linear map, that map, which samples have one, norm, which samples the next branch runs)
+# -> (sum, its norm)
+AddNorm = Callable[[Tensor, Tensor, nn.Linear, Kept | None, nn.LayerNorm, Kept | None], tuple[Tensor, Tensor]]
 
 
 def add_norm(
-    x_BND: Tensor, branch_SND: Tensor, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+    x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
 ) -> tuple[Tensor, Tensor]:
     """Add a residual branch to the stream x, then norm the samples that the next branch runs."""
+    branch_SND = linear(inner_SNE)
     if kept is None:
         x_BND = x_BND + branch_SND
     elif kept.samples_S is None:
@@ -59,14 +62,17 @@ def add_norm(
 
 
 def add_norm_kernel(
-    x_BND: Tensor, branch_SND: Tensor, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+    x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
 ) -> tuple[Tensor, Tensor]:
-    """``add_norm`` through kernels/add_layernorm.py: one pass over the stream, nothing gathered or scattered."""
+    """``add_norm`` through kernels/add_layernorm.py: one pass over the stream, nothing gathered or scattered.
+
+    The kernel adds the linear map's bias and sums its gradient, which would be another pass over the branch's.
+    """
     from fastdeitlt.kernels.add_layernorm import add_layernorm
 
     return add_layernorm(
-        x_BND.contiguous(), branch_SND.contiguous(), norm.weight, norm.bias,
-        None if kept is None else kept.scale_B11.flatten().float(), norm.eps,
+        x_BND.contiguous(), F.linear(inner_SNE, linear.weight), norm.weight, norm.bias,
+        None if kept is None else kept.scale_B11.flatten().float(), norm.eps, branch_bias=linear.bias,
         branch_samples_K=None if kept is None else kept.samples_S,
         normed_samples_K=None if next_kept is None else next_kept.samples_S, impl="triton",
     )  # fmt: skip

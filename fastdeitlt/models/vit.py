@@ -68,9 +68,9 @@ class Block(nn.Module):
             num_queries: compute the first so many tokens alone: exact where nothing later reads the others.
         """
         kept_attn, kept_mlp = kept
-        branch_SMD = self.attn(normed_SND, num_queries)
-        x_BMD, normed_SMD = self.add_norm(x_BND[:, :num_queries], branch_SMD, kept_attn, self.norm2, kept_mlp)
-        return self.add_norm(x_BMD, self.mlp(normed_SMD), kept_mlp, next_norm, next_kept)
+        heads_SMD, proj = self.attn(normed_SND, num_queries), self.attn.proj
+        x_BMD, normed_SMD = self.add_norm(x_BND[:, :num_queries], heads_SMD, proj, kept_attn, self.norm2, kept_mlp)
+        return self.add_norm(x_BMD, self.mlp(normed_SMD), self.mlp.fc2, kept_mlp, next_norm, next_kept)
 
 
 class DistilledViT(nn.Module):

@@ -13,7 +13,7 @@ GPU = torch.cuda.is_available()
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 TOLERANCES = {FULL: 3e-6, HALF: 3e-3, BRAIN: 2e-2}
 """Type -> largest error, as a share of the largest value."""
-NAMES = ("x", "branch", "weight", "bias")
+NAMES = ("x", "branch", "weight", "bias", "branch_bias")
 
 
 def example(shape, device, kinds=(FULL, FULL), seed=0, branch=True, keep=0.6):
@@ -37,19 +37,20 @@ def close(got, expected, kind, name):
     assert error <= TOLERANCES[kind], name
 
 
-def check_against_float64(tensors, scale, branch_samples_K=None, normed_samples_K=None, **options):
+def check_against_float64(tensors, scale, branch_samples_K=None, normed_samples_K=None, branch_bias=None, **options):
     samples = {"branch_samples_K": branch_samples_K, "normed_samples_K": normed_samples_K}
-    outputs = add_layernorm(*tensors, scale, impl="triton", **samples, **options)
+    outputs = add_layernorm(*tensors, scale, impl="triton", branch_bias=branch_bias, **samples, **options)
+    tensors = [*tensors, branch_bias]
     upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outputs)]
     inputs = [t for t in tensors if t is not None]
     gradients = torch.autograd.grad(outputs, inputs, upstream)
     # the residual is rounded to its type before it is normalised: let the exact one round alike
     rounded = outputs[0].detach().double()
     exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    residual, _ = reference(*exact, scale, branch_samples_K=branch_samples_K)
+    residual, _ = reference(*exact[:4], scale, branch_bias=exact[4], branch_samples_K=branch_samples_K)
     close(outputs[0].detach(), residual.detach(), outputs[0].dtype, "residual")
     residual = residual + (rounded - residual).detach()
-    normed = torch.nn.functional.layer_norm(residual, residual.shape[-1:], *exact[2:], 1e-6)
+    normed = torch.nn.functional.layer_norm(residual, residual.shape[-1:], *exact[2:4], 1e-6)
     normed = normed if normed_samples_K is None else normed[normed_samples_K]
     close(outputs[1].detach(), normed.detach(), outputs[1].dtype, "normalised")
     expected = torch.autograd.grad(
@@ -132,6 +133,24 @@ def test_branch_and_output_may_hold_some_samples_only(branch, normed, keep, inte
     check_against_float64([x, y, weight, bias], scale, *samples)
 
 
+@pytest.mark.parametrize("interpret", [True, False], ids=["kernel", "cpu_reference"])
+@pytest.mark.parametrize("keep", [0.6, 1.0], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize("branch", [None, [4, 0, 3]], ids=["all", "some"])
+@pytest.mark.parametrize("kinds", [(FULL, BRAIN), (FULL, FULL)], ids=str)
+def test_the_branchs_bias_is_added_to_what_the_branch_has_and_its_gradient_summed(
+    kinds, branch, keep, interpret, device, monkeypatch
+):
+    if not interpret:
+        if GPU:
+            pytest.skip("the reference of the op runs on a CPU")
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    (x, y, weight, bias), scale = example((5, 3, 40), device, kinds, keep=keep)
+    samples = None if branch is None else torch.tensor(branch, device=device)
+    y = y if branch is None else y[: len(branch)].detach().requires_grad_()
+    branch_bias = torch.linspace(-2, 2, 40, device=device).requires_grad_()
+    check_against_float64([x, y, weight, bias], scale, samples, branch_bias=branch_bias)
+
+
 def test_no_sample_chosen_leaves_the_stream_alone(device):
     (x, y, weight, bias), _ = example((3, 4, 24), device)
     none = torch.zeros(0, dtype=torch.int64, device=device)
@@ -196,11 +215,12 @@ def test_ops_pass_opcheck(device):
         (x, branch, weight, bias, scale, None, None, 2, 1e-6, FULL),
         (x, None, weight, bias, None, None, rows, 1, 1e-6, BRAIN),
         (x, branch[:1].detach(), weight, bias, None, rows, rows, 1, 1e-6, BRAIN),
+        (x, branch, weight, bias, scale, None, None, 2, 1e-6, BRAIN, bias.detach().clone().requires_grad_()),
     ):
         torch.library.opcheck(op.default, arguments)
         detached = [t.detach() if torch.is_tensor(t) else t for t in arguments]
         _, normed, mean, rstd = op(*detached)
-        rest = (2 if arguments[5] is None else 1, weight.detach(), mean, rstd, BRAIN)
+        rest = (2 if arguments[5] is None else 1, weight.detach(), mean, rstd, BRAIN, len(arguments) > 10)
         backward = (None, normed, x.detach(), scale, *arguments[5:7], *rest)
         torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm_backward.default, backward)
 
@@ -230,6 +250,7 @@ def test_compiles_without_a_graph_break(impl, device):
         ({"x": torch.zeros(3, 2, 8).transpose(0, 1)}, "x has strides .* expected contiguous"),
         ({"weight": torch.zeros(9)}, r"weight has shape \(9,\), expected \(8,\)"),
         ({"bias": torch.zeros(8).half()}, "bias has dtype float16, expected float32"),
+        ({"branch_bias": torch.zeros(9)}, r"branch_bias has shape \(9,\), expected \(8,\)"),
         ({"scale_B": torch.zeros(3)}, r"scale_B has shape \(3,\), expected \(2,\)"),
         ({"branch": torch.zeros(2, 3, 8, device="meta")}, "branch is on meta, expected cpu"),
         ({"branch_samples_K": torch.arange(1)}, r"branch has shape \(2, 3, 8\), expected \(1, 3, 8\)"),

@@ -85,17 +85,17 @@ def test_add_layernorm(far_program):
     outputs = add_layernorm.reference(*exact, weight.double(), bias.double(), scale[-1:])
     far_program(rows - tokens)
     add_layernorm_fwd_kernel[(tokens,)](
-        x, branch, None, None, scale, weight, bias, residual, normed, mean, rstd, rows, 1e-6,
+        x, branch, None, None, None, scale, weight, bias, residual, normed, mean, rstd, rows, 1e-6,
         TOKENS=tokens, D=width, **block,
     )  # fmt: skip
     for got, expected in zip((residual, normed), outputs, strict=True):
         assert (got[-1:].double() - expected).abs().max() < 2e-2 * expected.abs().max()
     programs = rows - tokens + 1
     far_program(rows - tokens)
-    sums = huge(programs, 2, width, dtype=torch.float32)
+    sums = huge(programs, 3, width, dtype=torch.float32)
     add_layernorm_bwd_kernel[(1,)](
         dr, dn, residual, None, None, scale, weight, mean, rstd, dx, dbranch, sums, rows,
-        TOKENS=tokens, D=width, STAGES=1, **block,
+        TOKENS=tokens, D=width, STAGES=1, BRANCH_BIAS=True, **block,
     )  # fmt: skip
     gradients = torch.autograd.grad(outputs, exact, [dr[-1:].double(), dn[-1:].double()])
     for got, expected in zip((dx, dbranch), gradients, strict=True):
