@@ -5,14 +5,19 @@ the student's step is one graph for the compiler.
 What it cannot hold is in fake_cuda.py; scores are taken on the CPU and need values.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, HostWaitError, fake_cuda, outside, run_backward
 from fastdeitlt.kernels._measured import gpu_name
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 
 from fastdeitlt import config
 from fastdeitlt.data import augment, mixup, warps
@@ -187,6 +192,45 @@ def test_the_compiled_step_is_one_graph_on_the_gpu(settings, compiled_once, monk
         student, teacher = small_student(cfg), small_teacher(img_size=28)
     with fake_cuda() as cuda:
         take_steps(cuda, cfg, student, teacher, steps=2)
+
+
+VIEWS = {"getitem", "view", "_unsafe_view", "t", "detach", "alias", "unbind", "slice", "select", "new_empty"}
+
+
+def passes_over_tokens(depth):
+    """How often the graphs of forward and backward run each operation on all tokens; views cost nothing."""
+    cfg = config.build(SMALL | KERNELS | {"student.depth": depth})
+    student, teacher, graphs = small_student(cfg), small_teacher(), []
+    num_tokens = student.pos_embed.shape[1]
+
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    def of_all_tokens(node):
+        values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+        shapes = [tuple(v.shape) for value in values for v in tree_leaves(value) if isinstance(v, torch.Tensor)]
+        return any(shape[:2] == (B, num_tokens) or B * num_tokens in shape for shape in shapes)
+
+    torch._dynamo.reset()
+    with fake_cuda():
+        joint = JointForward(student.to(CUDA).train(), teacher.to(CUDA), COUNTS, cfg, CUDA)
+        forward = torch.compile(joint, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+        weights_K, batch = torch.ones(K, device=CUDA), mixed_batch(cfg)
+        losses = forward(batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, weights_K, weights_K)
+        losses.loss.backward()
+    torch._dynamo.reset()
+    calls = [[n for n in graph.nodes if n.op == "call_function" and of_all_tokens(n)] for graph in graphs]
+    names = [[getattr(n.target, "_opname", n.target.__name__) for n in nodes] for nodes in calls]
+    return [Counter(name for name in found if name not in VIEWS) for found in names]
+
+
+def test_a_block_with_the_kernels_copies_and_converts_no_activation():
+    """What a block more adds to the graphs: products, the kernels, and the sum for the bias of the qkv projection."""
+    forward, backward = (more - fewer for more, fewer in zip(*map(passes_over_tokens, (4, 3)), strict=True))
+    assert forward == {"mm": 3, "addmm": 1, "attention": 1, "bias_gelu": 1, "add_layernorm": 2}
+    ours = {"attention_backward": 1, "bias_gelu_backward": 1, "add_layernorm_backward": 2}
+    assert backward == {"mm": 8, "sum": 1} | ours
 
 
 @pytest.mark.parametrize(
