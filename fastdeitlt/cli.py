@@ -173,6 +173,8 @@ def _data(args: argparse.Namespace) -> int:
     if args.action == "prepare":
         from fastdeitlt.data.cifar import prepare
 
+        if args.root is None:
+            raise UserError("data prepare: got no folder for the archive, expected --root FOLDER")
         print(prepare(args.config, args.root, download=args.download))
         return 0
     from fastdeitlt.data import doctor

@@ -158,7 +158,7 @@ class Run:
             raise UserError(f"run folder {folder}: another process is using it{by}; wait, or set name=...") from None
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         sweep(folder / "checkpoints")
-        if saved.exists():
+        if saved.exists() and _has_begun(folder):
             _refuse_changes(config.load(str(saved)), self.cfg, folder)
         write_atomically(saved, config.dump(self.cfg))
         now = environment()
@@ -315,6 +315,11 @@ def _unused(folder: Path) -> Path:
         candidate = folder.with_name(f"{folder.name}-{number}")
         number += 1
     return candidate
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is anything in the folder that other settings would spoil: not after a start that was refused."""
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
 
 
 def _refuse_changes(saved: Config, now: Config, folder: Path) -> None:

@@ -124,7 +124,7 @@ def test_pickle_of_python_2_is_read(tmp_path):
 def test_conversion_is_made_once_and_again_when_damaged(tmp_path):
     archive = make_archive(tmp_path)
     first = cifar.open_cifar(config(tmp_path), archive)
-    converted = cifar.prepare("cifar10_lt", str(tmp_path), archive=archive)
+    converted = cifar.prepare("cifar10", str(tmp_path), archive=archive)
     (tmp_path / "cifar-x.tar.gz").rename(tmp_path / "away")
     again = cifar.open_cifar(config(tmp_path), archive)
     np.testing.assert_array_equal(first.train.images_NHWC, again.train.images_NHWC)
@@ -169,7 +169,7 @@ def test_archive_without_a_batch_is_refused(tmp_path):
 
 def test_nothing_is_downloaded_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "download_url", lambda *a: pytest.fail("tried to download"))
-    with pytest.raises(UserError, match=r"data prepare cifar100_lt --root .* --download"):
+    with pytest.raises(UserError, match=r"data prepare cifar100 --root .* --download"):
         cifar.open_cifar(DataConfig(dataset="cifar100_lt", root=str(tmp_path)))
 
 
@@ -210,5 +210,5 @@ def test_root_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_published_archives_are_torchvisions():
     assert cifar.known_archive("cifar100_lt").md5 == "eb9058c3a382ffc7106e4002c42a8d85"
     assert len(cifar.known_archive("cifar10_lt").train_files) == 5
-    with pytest.raises(UserError, match="'imagenet_lt', expected cifar10_lt or cifar100_lt"):
+    with pytest.raises(UserError, match="'imagenet_lt', expected cifar10 or cifar100;"):
         cifar.known_archive("imagenet_lt")

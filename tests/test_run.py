@@ -43,12 +43,19 @@ def test_run_names_cannot_leave_the_runs_folder(tmp_path, name):
 
 
 def test_harmless_settings_may_change_and_others_not(tmp_path):
-    with Run(_config(tmp_path)):
-        pass
+    with Run(_config(tmp_path)) as run:
+        run.record("step", 1, loss=0.5)
     with Run(_config(tmp_path, **{"train.log_every": 3})):
         pass
     with pytest.raises(UserError, match=r"train\.seed: 0 -> 4"), Run(_config(tmp_path, **{"train.seed": 4})):
         pass
+
+
+def test_a_start_that_was_refused_does_not_hold_its_settings(tmp_path):
+    with Run(_config(tmp_path)):
+        pass  # data that is not there, a wrong teacher
+    with Run(_config(tmp_path, **{"train.seed": 4})) as run:
+        assert "seed: 4" in (run.folder / "config.yaml").read_text()
 
 
 def test_environment_has_no_secrets(tmp_path, monkeypatch):

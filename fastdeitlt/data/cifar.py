@@ -61,15 +61,15 @@ class Cifar:
 
 
 def known_archive(dataset: str) -> Archive:
-    """torchvision's description of the archive of ``cifar10_lt`` or ``cifar100_lt``.
+    """torchvision's description of the archive of ``cifar10`` or ``cifar100``, or of the long tail cut from it (_lt).
 
     Raises:
         UserError: another data set.
     """
-    known = {"cifar10_lt": (datasets.CIFAR10, 10), "cifar100_lt": (datasets.CIFAR100, 100)}
-    if dataset not in known:
+    known = {"cifar10": (datasets.CIFAR10, 10), "cifar100": (datasets.CIFAR100, 100)}
+    if dataset.removesuffix("_lt") not in known:
         raise UserError(f"data prepare: got {dataset!r}, expected {' or '.join(known)}; other sets need no preparation")
-    cifar, num_classes = known[dataset]
+    cifar, num_classes = known[dataset.removesuffix("_lt")]
     return Archive(
         num_classes=num_classes,
         filename=cifar.filename,
@@ -149,7 +149,7 @@ def _open(dataset: str, root: str, download: bool, archive: Archive) -> tuple[Pa
     else:
         raise UserError(
             f"data.root: neither {archive.filename} nor {archive.folder}/ in {folder}; put one there or run "
-            f"`fastdeitlt data prepare {dataset} --root {root} --download`"
+            f"`fastdeitlt data prepare {dataset.removesuffix('_lt')} --root {root} --download`"
         )
     for name, md5 in _checksums(archive).items():
         _check_md5(folder / archive.folder / name, files[name], md5)

@@ -69,12 +69,13 @@ class Report:
         return asdict(self) | {"exit_code": self.exit_code}
 
     def print(self, as_json: bool = False) -> None:
-        """Write to stdout: tables (at least 120 columns wide), or json."""
+        """Write to stdout: tables (120 columns wide where that is no terminal), or json."""
         if as_json:
             print(json.dumps(self.to_dict()))
         else:
             console = Console()
-            console.print(self.render(), width=max(console.width, 120))
+            console = console if console.is_terminal else Console(width=120)
+            console.print(self.render())
 
     def render(self) -> Group:
         """Tables for a rich console."""
@@ -88,10 +89,12 @@ class Report:
         for name, parts in self.groups.items():
             cells = (f"{parts[g]['classes']:,} / {parts[g]['images']:,}" for g in ("head", "mid", "tail"))
             groups.add_row(_SHOT_SPLITS[name], *cells)
-        schedule = _table("training with this config", "", "")
-        for name, value in self.schedule.items():
-            schedule.add_row(name.replace("_", " "), f"{value:,}")
-        tables = [splits, groups, self._classes(), schedule]
+        tables = [splits, groups, self._classes()]
+        if self.schedule:
+            schedule = _table("training with this config", "", "")
+            for name, value in self.schedule.items():
+                schedule.add_row(name.replace("_", " "), f"{value:,}")
+            tables.append(schedule)
         return Group(*tables, self._findings()) if self.checked or self.findings else Group(*tables)
 
     def _classes(self, num_rows: int = 20) -> Table:
@@ -209,5 +212,5 @@ def _schedule(config: Config, num_images: int) -> dict[str, int]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left")
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     return table

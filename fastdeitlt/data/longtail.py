@@ -47,6 +47,15 @@ DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "places_lt": {split: (f"Places_LT_{split}.txt",) for split in SPLITS},
 }
 """Names of the published lists under data.root, in the order they are looked for."""
+SOURCES = {
+    "imagenet_lt": "images: ILSVRC 2012 of image-net.org, as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; lists: "
+    "ImageNet_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
+    "inat18": "train_val2018/, train2018.json and val2018.json of github.com/visipedia/inat_comp/tree/master/2018",
+    "places_lt": "images: Places365 of places2.csail.mit.edu, 256 x 256, so that data_256/a/airfield/*.jpg is there; "
+    "lists: Places_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
+    "folder": "train/<class>/<image>, and val/ and test/ of the same form",
+}
+"""Where the published sets come from and how they lie under data.root, for a message that one is not there."""
 OFFICIAL_BOUNDS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
 """Number of classes -> (first mid class, first tail class) in frequency order, as the official code has them for
 CIFAR-10-LT, CIFAR-100-LT, ImageNet-LT and iNaturalist-2018, whatever the imbalance (DeiT-LT utils and main.py)."""
@@ -214,10 +223,16 @@ def _root(cfg: DataConfig) -> str:
         return str(embedded.unpack())
     root = os.path.expanduser(cfg.root)
     if not root:
-        raise UserError(f"data.root: got nothing, expected the folder of {cfg.dataset}'s images; set data.root=FOLDER")
+        expected = f"the folder of {cfg.dataset}'s images" if cfg.dataset != "list" else "the folder of the images"
+        raise UserError(f"data.root: got nothing, expected {expected}; set data.root=FOLDER{_source(cfg)}")
     if not os.path.isdir(root):
-        raise UserError(f"data.root: no such folder {root!r}; expected the folder of {cfg.dataset}'s images")
+        raise UserError(f"data.root: no such folder {root!r}{_source(cfg)}")
     return root
+
+
+def _source(cfg: DataConfig) -> str:
+    """The end of a message that something of a data set is not there."""
+    return f" ({SOURCES[cfg.dataset]})" if cfg.dataset in SOURCES else ""
 
 
 def _find_list(cfg: DataConfig, root: str, split: str) -> Path | None:
@@ -238,7 +253,7 @@ def _open_lists(cfg: DataConfig) -> Sets:
     if files["train"] is None:
         usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
         looked = f"no {usual} under {root}; put it there or set" if usual else "got nothing; set"
-        raise UserError(f"data.train_list: {looked} data.train_list=FILE")
+        raise UserError(f"data.train_list: {looked} data.train_list=FILE{_source(cfg)}")
     train = read_list(files["train"], root)
     names = train.class_names or _class_names(Path(root) / "classes.txt")
     found = {"train": train} | {
