@@ -57,9 +57,11 @@ class JointForward(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        object.__setattr__(self, "teacher", teacher)
         self.cfg = cfg
         self.device_type, self.dtype = device.type, autocast_dtype(cfg.train.precision, device)
+        if teacher is not None and self.dtype is not None:
+            teacher = teacher.for_autocast(self.dtype)
+        object.__setattr__(self, "teacher", teacher)
         # soft distillation divides by the number of images, which is the same on all ranks
         self.is_global = cfg.loss.normalise == "global" and cfg.loss.distillation == "hard"
         self.one = torch.ones((), device=device)

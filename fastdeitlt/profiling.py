@@ -173,8 +173,9 @@ def _step(setup: Setup, stack: ExitStack) -> Any:
     rate, ones_K = peak_learning_rate(cfg), torch.ones(len(setup.counts), device=device)
     batches = _batches(setup, stack)
     if not cfg.train.compile:  # within one compiled graph there are no stages
-        for name, module in (("student", setup.joint.student), ("teacher", setup.teacher)):
-            _name(module, name, device)
+        assert setup.joint.teacher is not None
+        _name(setup.joint.student, "student", device)
+        _name(setup.joint.teacher, "teacher", device)
 
     def step() -> None:
         for _ in range(setup.micro_batches):

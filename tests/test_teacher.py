@@ -54,6 +54,20 @@ def lively(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["linear", "cosine"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_weights_held_in_autocasts_type_give_equal_logits(fold, head):
+    network = lively(create_teacher("resnet8", 10, normed_head=head))
+    teacher = Teacher(fold_batchnorm(network) if fold else network, 10, img_size=28)
+    copied = teacher.for_autocast(torch.bfloat16)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(copied(images), teacher(images))
+    convolutions = [m for m in copied.modules() if isinstance(m, nn.Conv2d)]
+    assert convolutions and all(p.dtype == torch.bfloat16 for m in convolutions for p in m.parameters())
+    assert all(p.dtype == torch.float32 for p in teacher.parameters()) and not copied.training
+
+
 def saved(path: Path, network: nn.Module, prefix: str = "") -> Path:
     torch.save({"state_dict": {prefix + key: value for key, value in network.state_dict().items()}}, path)
     return path

@@ -157,6 +157,14 @@ class Teacher(nn.Module):
         """Stays in eval mode, whatever the mode of the model that holds it."""
         return super().train(False)
 
+    def for_autocast(self, dtype: torch.dtype) -> "Teacher":
+        """A copy that holds in ``dtype`` the weights which autocast to it would convert in each call: equal logits."""
+        teacher = copy.deepcopy(self)
+        for module in teacher.modules():
+            if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may compute with its weights in float32 before
+                module.to(dtype)
+        return teacher
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """logits_BK, without gradient."""
         with torch.no_grad():
