@@ -1,9 +1,9 @@
 """Stage 8: folders of weights that are whole or absent. Safetensors and JSON only, nothing is ever unpickled.
 
-A *model folder* holds ``model.safetensors`` (and, for a checkpoint of a run, ``ema``, ``optimizer`` and ``rng``
-beside it) and ``manifest.json``, which names every file with its size and sha256. It is written under another name,
-flushed, and renamed into place, so that a reader never meets half of one; a file that does not match its manifest is
-refused (torch and safetensors would load a flipped bit without a word).
+A *model folder* holds ``model.safetensors`` (and, for a checkpoint of a run, ``ema`` and ``optimizer`` beside it) and
+``manifest.json``, which names every file with its size and sha256. It is written under another name, flushed, and
+renamed into place, so that a reader never meets half of one; a file that does not match its manifest is refused (torch
+and safetensors would load a flipped bit without a word).
 """
 
 import hashlib

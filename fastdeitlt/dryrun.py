@@ -12,7 +12,7 @@ from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine import JointForward, build_engine
 from fastdeitlt.models import create_student
-from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.optim import peak_learning_rate
 from fastdeitlt.run import console
 from fastdeitlt.train import teacher_of
@@ -27,7 +27,7 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
     backward pass needs: per token and block 2 residuals, 2 norms, qkv, attention output, its projection and the MLP's
     two hidden tensors and output, which is 17 widths (research: about 58 MB an image for ViT-B in bf16).
     """
-    parameters = sum(p.numel() for p in student.parameters())
+    parameters = num_parameters(student)
     tokens = student.pos_embed.shape[1]
     activations = batch_size * tokens * len(student.blocks) * 17 * student.width * bytes_per_value
     return {
@@ -60,7 +60,7 @@ def dry_run(cfg: Config) -> int:
     teacher = teacher_of(cfg, images, size, device)
     table = Table(title=f"dry run of {cfg.name} on {device}", show_header=False)
     table.add_row("training images", f"{len(images):,} in {images.num_classes} classes")
-    table.add_row("student", f"{cfg.student.name}, {sum(p.numel() for p in student.parameters()):,} parameters")
+    table.add_row("student", f"{cfg.student.name}, {num_parameters(student):,} parameters")
     table.add_row("teacher", f"{sum(p.numel() for p in teacher.parameters()):,} parameters" if teacher else "none")
     table.add_row("effective batch", f"{plan.images_per_step:,} images")
     table.add_row(

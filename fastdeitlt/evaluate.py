@@ -163,7 +163,8 @@ def evaluate(
         sets = open_sets(cfg.data)
         images = dict(sets).get(split)
         if images is None:
-            raise UserError(f"split {split!r}: {cfg.data.dataset} has none, only {', '.join(dict(sets))}")
+            there = list(dict(sets))
+            raise UserError(f"split {split!r}: {cfg.data.dataset} has only {', '.join(there)}; use --split {there[-1]}")
         if images.num_classes != saved.num_classes:
             raise UserError(
                 f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {images.num_classes}; "

@@ -143,6 +143,8 @@ def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
         safe_serialization=True,
         data_config={"input_size": (3, side, side)} | {name: travels[name] for name in own},
     )
+    weights = out / "model.safetensors"
+    weights.chmod((out / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
     (out / "README.md").write_text(model_card(saved, architecture, model_args), encoding="utf-8")
     images_BCHW = _real_images(saved)
     with torch.inference_mode():

@@ -107,7 +107,7 @@ def _head(now: Reading, before: Sequence[Reading], baseline_head: float) -> Sign
 
 
 def _overfitting(readings: Sequence[Reading]) -> Sign | None:
-    """Held-out tail accuracy falls from its best since re-weighting while that on the tail's training images rises."""
+    """Held-out tail accuracy falls from its best since re-weighting while that on training images does not."""
     now = readings[-1]
     held, seen = _on_tail(now)
     if np.isnan(held) or np.isnan(seen):

@@ -114,6 +114,17 @@ def test_folder_and_pipe_in_an_images_place_do_not_stop_the_check(tmp_path):
     assert only(found(config), "not a file").message.startswith("2 images")
 
 
+def test_files_that_class_folders_pass_over_are_told(tmp_path):
+    for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "0.png").write_bytes(encode(Image.fromarray(pixels())))
+    for stray in ("train/ant/1.gif", "train/bee/.hidden", "train/2.png", "train/.DS_Store", "notes.txt"):
+        (tmp_path / stray).write_bytes(b"")
+    finding = only(found(build({"data.dataset": "folder", "data.root": str(tmp_path)})), "left out")
+    assert (finding.level, finding.split) == ("warning", "train")
+    assert finding.examples == ("train/2.png", "train/ant/1.gif")
+
+
 def test_link_out_of_the_root_is_noted(tmp_path):
     (tmp_path / "root").mkdir()
     config = make_set(tmp_path / "root", COUNTS)

@@ -291,7 +291,7 @@ def test_the_verb_names_a_split_or_data_set_that_does_not_fit(tmp_path):
     with pytest.raises(UserError, match=r"has 4 classes, fashion_mnist_lt has 10"):
         save_student(tmp_path / "four")
         evaluate(tmp_path / "four")
-    with pytest.raises(UserError, match="has none, only train, val, test"):
+    with pytest.raises(UserError, match="has only train, val, test; use --split test"):
         evaluate(folder, split="holdout")
     with pytest.raises(UserError, match="manifest"):
         evaluate(tmp_path)

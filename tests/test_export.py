@@ -34,6 +34,10 @@ def images(batch_size):
     return torch.randn(batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch_size))
 
 
+def test_all_files_of_a_timm_folder_may_be_read_by_the_same_people(timm_folder):
+    assert len({file.stat().st_mode for file in timm_folder.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_timm_loads_the_folder_and_gives_bit_equal_logits(saved, timm_folder, batch_size):
     student = saved[1]

@@ -14,7 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastdeitlt.config import Config
-from fastdeitlt.data.findings import Finding, class_findings, duplicate_findings, image_findings, known_findings
+from fastdeitlt.data.findings import (
+    Finding,
+    class_findings,
+    duplicate_findings,
+    folder_findings,
+    image_findings,
+    known_findings,
+)
 from fastdeitlt.data.longtail import LongTailSet, Sets, open_sets, shot_groups
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
@@ -140,6 +147,7 @@ def check(config: Config, decode: bool = True) -> Report:
     report = replace(_report(config, sets), checked=True)
     report.findings.extend(known_findings(config.data, sets))
     report.findings.extend(class_findings(config, sets))
+    report.findings.extend(folder_findings(config.data, sets))
     digests: dict[str, list[bytes]] = {}
     for split, images in sets:
         found, digests[split] = image_findings(split, images, config.data.num_threads, decode)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.data.folders import left_out
 from fastdeitlt.data.longtail import LongTailSet, Sets, cifar_lt_counts
 from fastdeitlt.data.scan import scan_files
 
@@ -40,7 +41,7 @@ class Finding:
 
 
 def _many(number: int, noun: str) -> str:
-    plural = {"image": "images", "class": "classes"}[noun]
+    plural = {"image": "images", "file": "files", "class": "classes"}[noun]
     return f"{number:,} {noun if number == 1 else plural}"
 
 
@@ -98,6 +99,19 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
         )
         findings.append(Finding("warning", "val", message))
     return findings
+
+
+def folder_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
+    """Files of class folders that are no images to the reader, such as GIFs, or that lie in no class."""
+    if cfg.dataset != "folder":
+        return []
+    passed = {s: left_out(images.root, s) for s, images in sets if not (s == "val" and sets.held_out)}
+    message = "left out: in no class folder, or not named as an image that can be read"
+    return [
+        Finding("warning", split, f"{_many(len(files), 'file')} {message}", tuple(files[:NUM_EXAMPLES]))
+        for split, files in passed.items()
+        if files
+    ]
 
 
 def image_findings(

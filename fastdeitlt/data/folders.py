@@ -41,12 +41,26 @@ def read_folder(root: str | Path, split: str, class_names: list[str] | None = No
     return LongTailSet(paths, labels_N, class_counts(labels_N, len(names)), str(root), names)
 
 
-def _images(folder: Path, root: Path) -> list[str]:
-    images = []
+def left_out(root: str | Path, split: str) -> list[str]:
+    """Files under root/split, relative to root, that ``read_folder`` passes over: no image suffix, or in no class."""
+    folder = Path(root) / split
+    stray = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
+    files = [name for name in _files(folder, Path(root)) if not name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted({*files, *(f"{split}/{name}" for name in stray)})
+
+
+def _files(folder: Path, root: Path) -> list[str]:
+    """Files below the folder relative to root, in order, without hidden ones."""
+    found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        wanted = [name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-        images += [os.path.relpath(os.path.join(parent, name), root) for name in wanted]
+        wanted = [name for name in sorted(files) if not name.startswith(".")]
+        found += [os.path.relpath(os.path.join(parent, name), root) for name in wanted]
+    return found
+
+
+def _images(folder: Path, root: Path) -> list[str]:
+    images = [name for name in _files(folder, root) if name.lower().endswith(IMAGE_SUFFIXES)]
     try:
         "".join(images).encode()
     except UnicodeEncodeError:

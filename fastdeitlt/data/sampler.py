@@ -159,7 +159,7 @@ class Plan:
         """The optimizer steps of an epoch from number ``start`` on.
 
         The clock is that of the step's first micro-step, but of the epoch's very last micro-step for the last step:
-        the reference calls its schedule at both (engine.py).
+        the reference's engine.py calls its schedule at both.
         """
         per_rank = self.virtual_ranks // self.world
         mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
