@@ -126,6 +126,18 @@ def test_every_stage_takes_the_plain_steps_on_one_rank(plain, stage, offload):
     _assert_same(_state(engine), end)
 
 
+def test_stage_3_gathers_the_weights_that_the_kernels_take(monkeypatch):
+    """Some are read beside the module that holds them."""
+    kernels = dict.fromkeys(("attention", "add_layernorm", "bias_gelu"), "triton")
+    monkeypatch.setattr(f"{__name__}.create_student", functools.partial(create_student, **kernels))
+    plain, sharded = (
+        _engine(_config(engine=engine, zero_stage=stage)) for engine, stage in (("plain", 1), ("deepspeed", 3))
+    )
+    got, expected = (_run(engine, steps=range(2))[0] for engine in (sharded, plain))
+    assert got == pytest.approx(expected, abs=1e-6)
+    _assert_same(_state(sharded), _state(plain))
+
+
 def _one_of_several(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
