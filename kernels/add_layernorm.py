@@ -77,12 +77,12 @@ def reference(
 
 def _launch_forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None = None,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     config = launch_config(True, width, x.dtype, x.device)
     residual, normed, mean, rstd = _outputs(
-        x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype
+        x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype, branch_bias
     )
     launch(
         add_layernorm_fwd_kernel, (triton.cdiv(rows, config.blocks["ROWS"]),), x,
@@ -130,7 +130,7 @@ _backward = torch.library.custom_op(
 @_forward.register_fake
 def _outputs(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None = None,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     residual = x.new_empty(0) if branch is None else torch.empty_like(x)
@@ -157,7 +157,7 @@ def _samples(rows: Tensor | None, num: int) -> Tensor | None:
 @_forward.register_kernel("cpu")
 def _(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None = None,
+    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if interpreted():
         return _launch_forward(

@@ -212,15 +212,15 @@ def test_ops_pass_opcheck(device):
     (x, branch, weight, bias), scale = example((2, 3, 16), device)
     rows, op = torch.tensor([-1, 0], dtype=torch.int32, device=device), torch.ops.fastdeitlt.add_layernorm
     for arguments in (
-        (x, branch, weight, bias, scale, None, None, 2, 1e-6, FULL),
-        (x, None, weight, bias, None, None, rows, 1, 1e-6, BRAIN),
-        (x, branch[:1].detach(), weight, bias, None, rows, rows, 1, 1e-6, BRAIN),
+        (x, branch, weight, bias, scale, None, None, 2, 1e-6, FULL, None),
+        (x, None, weight, bias, None, None, rows, 1, 1e-6, BRAIN, None),
+        (x, branch[:1].detach(), weight, bias, None, rows, rows, 1, 1e-6, BRAIN, None),
         (x, branch, weight, bias, scale, None, None, 2, 1e-6, BRAIN, bias.detach().clone().requires_grad_()),
     ):
         torch.library.opcheck(op.default, arguments)
         detached = [t.detach() if torch.is_tensor(t) else t for t in arguments]
         _, normed, mean, rstd = op(*detached)
-        rest = (2 if arguments[5] is None else 1, weight.detach(), mean, rstd, BRAIN, len(arguments) > 10)
+        rest = (2 if arguments[5] is None else 1, weight.detach(), mean, rstd, BRAIN, arguments[10] is not None)
         backward = (None, normed, x.detach(), scale, *arguments[5:7], *rest)
         torch.library.opcheck(torch.ops.fastdeitlt.add_layernorm_backward.default, backward)
 
