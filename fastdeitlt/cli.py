@@ -187,7 +187,7 @@ def _data(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fastdeitlt import config
 
@@ -195,7 +195,7 @@ def _config(args: argparse.Namespace) -> int:
     if args.yaml:
         print(config.dump(cfg), end="")
         return 0
-    table = Table("name", "value", "from", "meaning")
+    table = Table(*(Column(title, overflow="fold") for title in ("name", "value", "from", "meaning")))
     for name, value in config.flatten(cfg).items():
         table.add_row(name, str(value), cfg.origins[name], config.describe(name))
     Console().print(table)

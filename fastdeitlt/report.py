@@ -3,6 +3,7 @@
 # K classes
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -227,10 +228,11 @@ def _set_up(run: RunFiles) -> list[Section]:
         commit = run.environment.get("commit")
         lines = [f"git checkout {commit}"] if commit else []
         verb = "train-teacher" if run.is_teacher else "train"
-        lines.append(f"fastdeitlt {verb} {run.name}/config.yaml name={run.name}-again")
+        lines.append(f"fastdeitlt {verb} {_place(run)}/config.yaml name={run.name}-again")
         lines += _not_looked_into(run)
         sections.append(Section("Configuration", "Every setting that is not the default, and what it means.", changed))
-        sections.append(Section("Run it again", "With config.yaml from this run's folder:", [Code("\n".join(lines))]))
+        note = "From the folder that the run was started in:"
+        sections.append(Section("Run it again", note, [Code("\n".join(lines))]))
     return sections
 
 
@@ -241,8 +243,13 @@ def _not_looked_into(run: RunFiles) -> list[str]:
     missing = [name for name, facts in there.items() if not facts or (name == "teacher" and "sharpness" not in facts)]
     if not missing:
         return []
-    lines = [f"fastdeitlt analyze {name} {run.name}" for name in missing]
-    return ["", "# what this page does not show yet", *lines, f"fastdeitlt report {run.name}"]
+    lines = [f"fastdeitlt analyze {name} {_place(run)}" for name in missing]
+    return ["", "# what this page does not show yet", *lines, f"fastdeitlt report {_place(run)}"]
+
+
+def _place(run: RunFiles) -> str:
+    """The run folder as the run's own settings name it, quoted for a shell."""
+    return shlex.quote(f"{run.cfg.runs_dir if run.cfg else '.'}/{run.name}")
 
 
 def _changes(run: RunFiles) -> list[list[str]]:

@@ -76,12 +76,12 @@ class Report:
         return asdict(self) | {"exit_code": self.exit_code}
 
     def print(self, as_json: bool = False) -> None:
-        """Write to stdout: tables (120 columns wide where that is no terminal), or json."""
+        """Write to stdout: tables (at least 120 columns wide where that is no terminal), or json."""
         if as_json:
             print(json.dumps(self.to_dict()))
         else:
             console = Console()
-            console = console if console.is_terminal else Console(width=120)
+            console = console if console.is_terminal else Console(width=max(console.width, 120))
             console.print(self.render())
 
     def render(self) -> Group:

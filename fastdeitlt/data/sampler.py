@@ -130,6 +130,7 @@ class Plan:
             raise UserError(
                 f"train.batch_size: got {self.batch_size} a rank on {self.virtual_ranks} ranks, but a rank's epoch has "
                 f"{len(self._sampler(0))} of the {self.n} images; use at most that many"
+                + (", or fewer train.virtual_ranks" if self.virtual_ranks > self.world else "")
             )
 
     def _sampler(self, virtual_rank: int) -> RepeatedAugmentationSampler:
