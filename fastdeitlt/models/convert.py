@@ -128,8 +128,3 @@ def _official_info(content: Any) -> dict[str, Any]:
         if info["args"].get("class_map") is not None:
             info["class_map"] = [int(c) for c in info["args"]["class_map"]]
     return info
-
-
-def official_student(model: DistilledViT) -> dict[str, Any]:
-    """What the official code's ``--resume`` and ``--eval`` take of a student; write it with torch.save."""
-    return {"model": model.state_dict()}
