@@ -6,6 +6,7 @@ Photos of tests/data at 224 x 224, in grey levels. The chain starts from the pho
 ``data.resize`` (a GPU has them) and with the fast ones (of a host), without erasing, whose noise is another.
 """
 
+import argparse
 import json
 from typing import Any
 
@@ -69,6 +70,7 @@ def chain(exact: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     rows = [*map(operation, range(len(OPS))), chain(True), chain(False)]
     out = harness.ROOT / "benchmarks" / "results" / "augment_parity.jsonl"
     out.parent.mkdir(exist_ok=True)

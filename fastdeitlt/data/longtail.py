@@ -223,8 +223,10 @@ def _root(cfg: DataConfig) -> str:
         return str(embedded.unpack())
     root = os.path.expanduser(cfg.root)
     if not root:
-        expected = f"the folder of {cfg.dataset}'s images" if cfg.dataset != "list" else "the folder of the images"
-        raise UserError(f"data.root: got nothing, expected {expected}; set data.root=FOLDER{_source(cfg)}")
+        whose = "the" if cfg.dataset in ("list", "folder") else f"{cfg.dataset}'s"
+        raise UserError(
+            f"data.root: got nothing, expected the folder of {whose} images; set data.root=FOLDER{_source(cfg)}"
+        )
     if not os.path.isdir(root):
         raise UserError(f"data.root: no such folder {root!r}{_source(cfg)}")
     return root
