@@ -70,7 +70,8 @@ def dry_run(cfg: Config) -> int:
     width = 2 if cfg.train.precision == "bf16" else 4
     for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():
         table.add_row(f"memory: {name} (estimate)", f"{mib:,.0f} MiB")
-    console.print(table)
+    show = console.print if distributed.rank() == 0 else lambda text: None
+    show(table)
 
     engine = build_engine(JointForward(student, teacher, images.counts, cfg, device), cfg, plan)
     labels_B = torch.arange(cfg.train.batch_size, device=device) % images.num_classes
@@ -80,5 +81,5 @@ def dry_run(cfg: Config) -> int:
     losses = engine.forward(batch, torch.ones(images.num_classes, device=device), None)
     engine.backward(losses.loss)
     norm = engine.step(peak_learning_rate(cfg, plan.virtual_ranks))
-    console.print(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
+    show(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
     return 0
