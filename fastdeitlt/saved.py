@@ -21,6 +21,9 @@ from fastdeitlt.run_files import read_json
 
 DEFAULT_CROP_PCT = 0.875
 
+EXPORTED = (".onnx", ".pt2")
+"""Files of `export`; its timm folders have a config.json."""
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -74,6 +77,10 @@ def open_saved(path: str | Path) -> Saved:
         UserError: no such file or folder, damaged, or not a model.
     """
     path = Path(path)
+    if (path.suffix in EXPORTED and path.is_file()) or (path / "config.json").is_file():
+        raise UserError(
+            f"model {path}: was exported for other programs, which read it; give the run folder it was exported from"
+        )
     model: nn.Module
     if path.is_dir() and (info := read_manifest(find_model_folder(path))).get("kind") == "teacher":
         model = load_teacher(path, "", info.get("model", {}).get("num_classes", 0))

@@ -8,10 +8,12 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_model import CLASS_NAMES, NAME, SIZE, save_images, save_student
 
 import fastdeitlt.export
+from fastdeitlt.cli import main
 from fastdeitlt.errors import UserError
 from fastdeitlt.export import FACTS, export, timm_architecture
 from fastdeitlt.metrics import score
@@ -32,6 +34,15 @@ def timm_folder(saved):
 
 def images(batch_size):
     return torch.randn(batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch_size))
+
+
+def test_an_export_is_not_taken_for_a_run(timm_folder, tmp_path, capsys):
+    (tmp_path / "model.onnx").write_bytes(b"onnx")
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "image.png")
+    for path in (timm_folder, tmp_path / "model.onnx"):
+        for verb in (["eval", str(path)], ["predict", str(path), str(tmp_path / "image.png")]):
+            assert main(verb) == 2
+            assert "give the run folder it was exported from" in capsys.readouterr().err
 
 
 def test_all_files_of_a_timm_folder_may_be_read_by_the_same_people(timm_folder):
