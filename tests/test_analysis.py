@@ -220,7 +220,7 @@ def test_training_leaves_a_report_with_attention_and_teacher_and_fitted_temperat
     assert page.count("data:image/png;base64,") > 2
     facts = json.loads((trained / "analysis" / "teacher.json").read_text())
     assert set(facts) >= {"clean", "augmented", "mixed", "mixed_resized", "feature_rank"} and "sharpness" not in facts
-    assert f"analyze teacher {trained.name}" in page and f"analyze student {trained.name}" not in page
+    assert f"analyze teacher {trained}" in page and f"analyze student {trained}" not in page
     fitted = open_saved(trained).calibration
     weights = json.loads((trained / "results.json").read_text())["posthoc"]["weights"]
     assert fitted.temperatures == {head: 1 / weights[f"{head}, temperature"][0] for head in ("AVG", "CLS", "DIST")}
