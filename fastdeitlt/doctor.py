@@ -166,9 +166,14 @@ def dali_on_cpu() -> Row:
     return Row("dali on cpu", "ok" if works else "broken", said, fix)
 
 
+def _has_gpu() -> bool:
+    """Whether NVIDIA's driver is there; containers may have its device alone, without the tool."""
+    return bool(shutil.which("nvidia-smi")) or Path("/dev/nvidiactl").exists()
+
+
 def dali_on_gpu() -> Row:
     """DALI decodes a real image on the GPU, where there is one."""
-    if not shutil.which("nvidia-smi") and not Path("/dev/nvidiactl").exists():  # containers may have the device alone
+    if not _has_gpu():
         return Row("dali on gpu", "missing", "no GPU")
     works, said = probe(DECODE.format(device="cuda"))
     fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (drivers before 580: nvidia-dali-cuda120)"
@@ -188,7 +193,7 @@ def triton() -> Row:
 
 def kernel_choice() -> Row:
     """Whether `auto` knows which kernels are fastest on this GPU."""
-    if not shutil.which("nvidia-smi"):
+    if not _has_gpu():
         return Row("kernel choice", "missing", "no GPU: auto takes torch's")
     works, said = probe(
         "import torch; from fastdeitlt.kernels._measured import rows_of; gpu = torch.cuda.get_device_name(); "

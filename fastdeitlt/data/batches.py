@@ -93,9 +93,7 @@ def train_batches(
         def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
             if isinstance(pixels, Regions):
                 return _augment_fused(pixels, draws, mix, cfg, size)
-            with aside(
-                side
-            ) as made:  # its draws are copied to the device, which on the step's stream would wait for it
+            with aside(side) as made:  # copying draws to the device would wait for the step on its stream
                 made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
             return made[0]
 

@@ -125,9 +125,7 @@ def teacher_batches(
         ready: list[Tensor] = []
         for crops_BHWC in source.crops(requests()):
             sample_B, draws = waiting.popleft()
-            with aside(
-                side
-            ) as made:  # its draws are copied to the device, which on the step's stream would wait for it
+            with aside(side) as made:  # copying draws to the device would wait for the step on its stream
                 made.append(colour.apply(crops_BHWC, draws, recipes[len(ready)], source.pool))
             ready += made
             if len(ready) == len(recipes):
