@@ -33,9 +33,14 @@ CASES = {
 
 
 def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peers.Step]:
-    """Those that can run on the workload's device."""
-    names = [name for name in peers.LEVERS if work.device.type == "cuda" or name not in peers.GPU_ONLY]
-    return {name: peers.LEVERS[name](work) for name in names if only is None or name in only}
+    """Those that can run on the workload's device with what is installed."""
+    names = [name for name in peers.LEVERS if only is None or name in only]
+    if work.device.type != "cuda":
+        names = [name for name in names if name not in peers.GPU_ONLY]
+    if not harness.installed("deepspeed"):
+        print("deepspeed is not installed: left out")
+        names = [name for name in names if "DeepSpeed" not in name]
+    return {name: peers.LEVERS[name](work) for name in names}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,21 +1,27 @@
 """Everything that needs a GPU, in one command: tests, floors, tuning, times beside the peers, and the budget.
 
-    python -m benchmarks.gpu [STAGE ...] [--dry] [--list]
+    python -m benchmarks.gpu [STAGE ...] [--minutes M] [--dry] [--list]
 
-Stages, in the order in which each needs the one before: tests (of the kernels, compiled), floors (the matrix products
-and the copy), tune and tune-inat18 (``fastdeitlt tune``, into the measurements that ship with the kernels), one a
-kernel (``bench_<op>``), steps (ours beside timm and the official loop), train (the same from JPEG files), parts
-(``fastdeitlt bench``), profile, budget. Rows go to ``benchmarks/results``. The budget sets what was measured beside the
-floor and the goal of each part and ends with 1 where a goal is missed.
+Stages, most needed first: tests (of the kernels, compiled), floors (the matrix products and the copy), tune-ops
+(launch settings, and what is fastest alone), one a kernel (``bench_<op>``), step (ours beside timm's and the official
+loop), tune (what the whole step takes of it), parts (``fastdeitlt bench``), train (from JPEG files), profile,
+tune-inat18, steps (every contestant, every model), budget. ``fastdeitlt tune`` writes into the measurements that ship
+with the kernels, all others into ``benchmarks/results``. The budget sets what was measured beside the floor and the
+goal of each part and ends with 1 where a goal is missed.
+With ``--minutes`` a stage that is not done by then is ended and later ones are left out; rows written until then stay,
+and the next call may name the stages that are left.
 ``--dry`` runs every stage at its smallest on a machine without a GPU: what runs there, runs; a kernel's benchmark says
-that it measures nothing. Needs the package installed (``pip install --no-deps -e .`` is enough where torch and pytest
-are). Ends with 1 if a stage failed.
+that it measures nothing. Needs the package installed (``pip install --no-deps -e .`` is enough where torch, pydantic
+and pytest are; DALI is needed by train alone, deepspeed by its contestant). Ends with 1 if a stage failed.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,16 @@ from typing import Any
 import torch
 
 from benchmarks.aot import ops
+from benchmarks.harness import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, MEASURED = ROOT / "benchmarks" / "results", ROOT / "kernels" / "measured"
 Key = tuple[str, str, str]
 ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
 """Settings under which a step is one batch of 256 images."""
+
+IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, DeepSpeed")
+"""Contestants of ``bench_step`` that the budget needs, or that show what `auto` leaves."""
 
 STEP = ("step", "b16-224")
 ATTENTION, STREAM = "B=256 N=198 H=12 D=64", "B=256 N=198 D=768"
@@ -60,31 +70,52 @@ def commands(dry: bool) -> dict[str, list[str]]:
     """Stage -> Python command, in order."""
     config = ["imagenet_lt", "name=gpu-budget", *ONE_BATCH]
     config = ["quickstart", "name=gpu-budget", "student.depth=1", "train.batch_size=4"] if dry else config
-    found = {"tests": ["-m", "pytest", "-q", *(["--collect-only"] if dry else []), "tests/kernels"]}
+    parts = str(RESULTS / "parts_gpu.json") if not dry else "/dev/null"
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if installed("xdist") else []
+    found = {"tests": ["-m", "pytest", "-q", *(["--collect-only"] if dry else workers), "tests/kernels"]}
     found["floors"] = ["-m", "benchmarks.bench_floors", *(["--dry", "--rounds", "1", "--batch", "16"] if dry else [])]
-    for name, recipe in (("tune", "imagenet_lt"), ("tune-inat18", "inat18")):
-        options = ["--help"] if dry else [recipe, *ONE_BATCH, "--out", str(MEASURED)]
-        found[name] = ["-m", "fastdeitlt.cli", "tune", *options]
+    found["tune-ops"] = _tune(dry, "imagenet_lt", "--ops-only")
     for op in ops():
         if (ROOT / "benchmarks" / f"bench_{op}.py").exists():
             found[op] = ["-m", f"benchmarks.bench_{op}", *(["--help"] if dry else [])]
-    found["steps"] = ["-m", "benchmarks.bench_step", *(["--case", "dry", "--check"] if dry else [])]
-    found["train"] = ["-m", "benchmarks.bench_train"]
-    found["train"] += ["--help"] if dry else ["--images", "8192", "--workers", "12", "--rounds", "3"]
-    parts = str(RESULTS / "parts_gpu.json") if not dry else "/dev/null"
+    step = ["--case", "dry", "--check"] if dry else ["--case", "b16-224", "--only", *IN_BUDGET]
+    found["step"] = ["-m", "benchmarks.bench_step", *step]
+    found["tune"] = _tune(dry, "imagenet_lt")
     found["parts"] = ["-m", "fastdeitlt.cli", "bench", *config, "--synthetic", "--json", parts]
     found["parts"] += ["--quick", "--batches"] if dry else []
+    found["train"] = ["-m", "benchmarks.bench_train"]
+    found["train"] += ["--help"] if dry else ["--images", "8192", "--workers", "12", "--rounds", "3"]
     found["profile"] = ["-m", "fastdeitlt.cli", "profile", *config, "--synthetic", "--steps", "1", "--out"]
     found["profile"] += [str(ROOT / "runs" / "gpu-profile")]
+    found["tune-inat18"] = _tune(dry, "inat18")
+    found["steps"] = ["-m", "benchmarks.bench_step", *(["--case", "dry", "--check"] if dry else [])]
     return found
 
 
-def run(name: str, command: list[str]) -> bool:
-    """Run a Python command from the repository root, say how it ended."""
+def _tune(dry: bool, recipe: str, *options: str) -> list[str]:
+    rest = ["--help"] if dry else [recipe, *ONE_BATCH, "--out", str(MEASURED), *options]
+    return ["-m", "fastdeitlt.cli", "tune", *rest]
+
+
+def run(name: str, command: list[str], deadline: float) -> bool:
+    """Run a Python command from the repository root until the deadline (``time.monotonic``), say how it ended."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        print(f"== {name}: left out, no time", flush=True)
+        return False
     print(f"== {name}: python {' '.join(command)}", flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 0
-    print(f"== {name}: {'done' if done else 'FAILED'}", flush=True)
-    return done
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
+    try:
+        said = "done" if process.wait(None if left == float("inf") else left) == 0 else "FAILED"
+    except subprocess.TimeoutExpired:
+        said = "ended, no time"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+            process.wait()
+    print(f"== {name}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
+    return said == "done"
 
 
 def measured(gpu: str | None) -> dict[Key, Mapping[str, Any]]:
@@ -124,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--dry", action="store_true", help="every stage at its smallest; works without a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; default: when done")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args(arguments)
     known = commands(options.dry)
@@ -136,11 +168,15 @@ def main(arguments: list[str] | None = None) -> int:
     if gpu is None and not options.dry:
         parser.error("no GPU is visible; --dry runs what can run without one, pytest tests/kernels checks the kernels")
     RESULTS.mkdir(exist_ok=True)
-    good = [run(name, command) for name, command in known.items() if not options.stages or name in options.stages]
+    deadline = time.monotonic() + 60 * options.minutes
+    good: dict[str, bool] = {}
+    for name, command in known.items():
+        if not options.stages or name in options.stages:
+            tested = ["--tested"] if name in ops() and good.get("tests") and not options.dry else []
+            good[name] = run(name, command + tested, deadline)
     if not options.stages or "budget" in options.stages:
-        met = budget(measured(gpu))
-        good.append(met or options.dry)
-    return 0 if all(good) else 1
+        good["budget"] = budget(measured(gpu)) or options.dry
+    return 0 if all(good.values()) else 1
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def _tune(args: argparse.Namespace) -> int:
     from fastdeitlt.tune import tune
 
     run.set_up_logging()
-    tune(args.config, args.overrides, out=args.out, with_step=not args.ops_only)
+    tune(args.config, args.overrides, out=args.out, with_step=not args.ops_only, again=args.again)
     return 0
 
 
@@ -295,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     added = configured("tune", _tune, "measure what `auto` takes on this GPU at a configuration's shapes")
     added.add_argument("--out", type=Path, help="folder for the measurements; default: the user's cache")
     added.add_argument("--ops-only", action="store_true", help="let each op decide alone, not the training step")
+    added.add_argument("--again", action="store_true", help="measure also the ops that have been measured here")
 
     added = configured("profile", _profile, "where a step's time goes: trace for Perfetto, table by kernel and stage")
     added.add_argument("--out", type=Path, default=Path("profile"), help="folder for trace and tables")

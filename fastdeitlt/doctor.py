@@ -149,13 +149,13 @@ import sys, numpy, torch
 from PIL import Image
 from fastdeitlt import embedded
 from fastdeitlt.data.files import read_encoded
-from fastdeitlt.data.decoder import DECODER, Decoder
+from fastdeitlt.data.decoder import Decoder, decoder_version
 path = sorted(embedded.unpack().rglob("*.png"))[0]
 file = read_encoded(str(path))
 (pixels,) = Decoder(1, torch.device("{device}"))([file], numpy.array([[0, 0, file.height, file.width]], numpy.int32))
 expected = numpy.array(Image.open(path).convert("RGB"))
 assert (pixels.cpu().numpy() == expected).all(), "decodes other pixels than Pillow"
-print(DECODER, "decodes an image as Pillow does")
+print(decoder_version(), "decodes an image as Pillow does")
 """
 
 

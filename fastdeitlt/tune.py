@@ -24,11 +24,11 @@ from fastdeitlt import config, distributed
 from fastdeitlt.bench import step_of
 from fastdeitlt.bench_setup import KNOWN_CLASSES, Setup, set_up
 from fastdeitlt.errors import UserError
-from fastdeitlt.kernels._launch import LaunchConfig, compiling
-from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, trying, use, write
+from fastdeitlt.kernels._launch import compiling
+from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, read, trying, use, write
 from fastdeitlt.kernels.adamw_ema import KEY
 from fastdeitlt.timer import Call, Timing, capturing_stream, measure
-from fastdeitlt.tune_parts import Pass, parts, tensors_of, under
+from fastdeitlt.tune_parts import Part, Pass, parts, tensors_of, under
 
 log = logging.getLogger("fastdeitlt")
 
@@ -46,7 +46,12 @@ CHOICES = {
 
 
 def tune(
-    config_name: str, overrides: Sequence[str] = (), *, out: str | Path | None = None, with_step: bool = True
+    config_name: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    with_step: bool = True,
+    again: bool = False,
 ) -> list[Row]:
     """Measure, print, and write what `auto` takes from now on.
 
@@ -54,6 +59,7 @@ def tune(
         config_name, overrides: as for training; the data set is not opened where its number of classes is known.
         out: folder for the GPU's file. None = the user's cache.
         with_step: let the whole step decide; else each op alone, and the optimizer stays as it is.
+        again: measure the ops also where the file has what was measured with these versions.
 
     Raises:
         UserError: no GPU, or what training would have raised.
@@ -65,34 +71,47 @@ def tune(
     path = file_of(gpu_name(device.index), Path(out) if out else None)
     with capturing_stream(device):
         setup = set_up(cfg, device, synthetic=cfg.data.dataset in KNOWN_CLASSES)
-        rows, won = tune_ops(setup, path)
+        rows, won = tune_ops(setup, path, {} if again else measured(path, gpu_name(device.index)))
         rows += choose_by_step(setup, won) if with_step else list(won.values())
     write(path, rows)
     show(rows, path)
     return rows
 
 
-def tune_ops(setup: Setup, path: Path) -> tuple[list[Row], dict[str, Row]]:
+def measured(path: Path, gpu: str) -> dict[tuple[str, str, Key], Row]:
+    """(kind, op, key) -> row of a file, of those measured on a GPU with the installed versions."""
+    versions = _versions()
+    rows = [row for row in read(path) if row.gpu == gpu and {name: getattr(row, name) for name in versions} == versions]
+    return {(row.kind, row.op, row.key): row for row in rows}
+
+
+def tune_ops(setup: Setup, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
     """Rows of the settings, each written when it is found, and op -> its row of what is fastest alone.
 
-    The settings found for an op hold from then on, so that its kernel is compared at its best.
+    The settings found for an op hold from then on, so that its kernel is compared at its best. What is ``known`` is not
+    measured: an interrupted `tune` goes on where it was.
     """
     rows, won = [], {}
     for part in parts(setup):
         for key, found in part.passes.items():
-            best, row = search(setup, part.op, key, found)
-            use(part.op, key, best)
+            row = known.get(("setting", part.op, key)) or search(setup, part.op, key, found)
+            use(part.op, key, row.config)
             write(path, [row])
             rows.append(row)
         if part.whole:
-            timings = measure(part.whole, setup.device, ROUNDS)
-            impl = min(timings, key=lambda name: timings[name].median)
-            won[part.op] = _row(setup, part.op, part.key, "fastest", _us(timings), impl=impl)
+            row = known.get(("fastest", part.op, part.key)) or _fastest(setup, part)
+            write(path, [row])
+            won[part.op] = row.model_copy(update={"impl": min(row.us, key=row.us.__getitem__)})
     return rows, won
 
 
-def search(setup: Setup, op: str, key: Key, found: Pass) -> tuple[LaunchConfig, Row]:
-    """The fastest setting of a launch, the default where none is faster, and its row."""
+def _fastest(setup: Setup, part: Part) -> Row:
+    us = _us(measure(part.whole, setup.device, ROUNDS))
+    return _row(setup, part.op, part.key, "fastest", us, impl=min(us, key=us.__getitem__))
+
+
+def search(setup: Setup, op: str, key: Key, found: Pass) -> Row:
+    """The fastest setting of a launch, the default where none is faster."""
     default = found.settings[0]
     others = [setting for setting in found.settings if setting != default]
     with trying(op, key, default):
@@ -120,7 +139,7 @@ def search(setup: Setup, op: str, key: Key, found: Pass) -> tuple[LaunchConfig, 
     if timings["best"].median >= timings["default"].median:
         best = default
     options = {"blocks": dict(best.blocks), "num_warps": best.num_warps, "num_stages": best.num_stages}
-    return best, _row(setup, op, key, "setting", _us(timings), **options)
+    return _row(setup, op, key, "setting", _us(timings), **options)
 
 
 def same(got: Any, expected: Any) -> bool:
@@ -173,10 +192,13 @@ def _us(timings: Mapping[str, Timing]) -> dict[str, float]:
 
 
 def _row(setup: Setup, op: str, key: Key, kind: str, us: dict[str, float], **facts: Any) -> Row:
-    versions = {name: metadata.version(name) for name in ("torch", "triton")}
     command = f"fastdeitlt tune {setup.cfg.name}"
     gpu, date = gpu_name(setup.device.index), datetime.date.today().isoformat()
-    return Row(op=op, key=key, kind=kind, gpu=gpu, date=date, command=command, us=us, **versions, **facts)
+    return Row(op=op, key=key, kind=kind, gpu=gpu, date=date, command=command, us=us, **_versions(), **facts)
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "triton")}
 
 
 def show(rows: Sequence[Row], path: Path) -> None:

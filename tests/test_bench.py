@@ -1,6 +1,7 @@
 """`fastdeitlt bench` and the benchmarks around it: every part measured, peers that agree, a model that adds up."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -103,6 +104,21 @@ def test_without_the_data_set_the_step_is_still_measured():
     assert set(result["left_out"]) == {"data only", "end to end", "scaling over ranks"}
 
 
+WITHOUT_DALI = """
+import sys
+sys.modules["nvidia.dali"] = None
+from fastdeitlt import timer, tune
+from fastdeitlt.bench import bench
+timer.WARM_UP_CALLS = 1
+bench("quickstart", sys.argv[1:], quick=True, synthetic=True, batches=[])
+"""
+
+
+def test_a_step_on_no_images_needs_no_decoder():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DALI, *TINY], capture_output=True, text=True)
+    assert done.returncode == 0 and "full step" in done.stdout, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -197,8 +213,36 @@ def test_the_gpu_script_needs_a_gpu_and_lists_its_stages(monkeypatch, capsys):
     assert "no GPU" in capsys.readouterr().err
     assert gpu.main(["--list"]) == 0
     listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed[:2] == ["tests", "floors"] and listed[-4:] == ["steps", "train", "parts", "profile"]
+    assert listed[:3] == ["tests", "floors", "tune-ops"] and listed[-2:] == ["tune-inat18", "steps"]
     assert {"attention", "add_layernorm", "joint_loss", "adamw_ema", "augment"} <= set(listed)
+
+
+def test_a_stage_of_the_gpu_script_ends_with_its_workers_when_the_time_is_up(tmp_path, capsys):
+    alive = tmp_path / "alive"
+    worker = f"import pathlib, time; time.sleep(2); pathlib.Path({str(alive)!r}).touch()"
+    waiting = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    assert not gpu.run("slow", ["-c", waiting], time.monotonic() + 1)
+    assert not gpu.run("late", ["-c", "print('ran')"], time.monotonic())
+    assert gpu.run("quick", ["-c", "pass"], float("inf")) and not gpu.run("broken", ["-c", "1 / 0"], float("inf"))
+    said = [line.rsplit(" (", 1)[0] for line in capsys.readouterr().out.splitlines() if "python" not in line]
+    assert said == ["== slow: ended, no time", "== late: left out, no time", "== quick: done", "== broken: FAILED"]
+    time.sleep(2)
+    assert not alive.exists()
+
+
+def test_a_kernel_whose_tests_passed_is_not_tested_again(monkeypatch):
+    ran = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(gpu, "run", lambda name, command, deadline: ran.setdefault(name, command) is None)
+    gpu.main(["tests", "attention"])
+    assert "--tested" not in ran.pop("attention")
+    monkeypatch.setattr(gpu, "run", lambda name, command, deadline: bool(ran.setdefault(name, command)))
+    gpu.main(["tests", "attention"])
+    assert ran["attention"][-1] == "--tested"
+    ran.clear()
+    gpu.main(["attention"])
+    assert "--tested" not in ran["attention"]
 
 
 def test_the_budget_is_met_only_when_everything_is_measured_and_good(capsys):

@@ -40,6 +40,14 @@ def test_an_op_whose_tests_fail_gets_no_numbers(monkeypatch, capsys):
     assert "nothing measured" in capsys.readouterr().err
 
 
+def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
+    assert harness.machine()["commit"] not in ("", "unknown")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.machine()["commit"] == "unknown"
+    monkeypatch.setenv("GIT_COMMIT", "abc123")
+    assert harness.machine()["commit"] == "abc123"
+
+
 def test_a_missing_test_file_is_red():
     assert not harness.green("no_such_op")
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.decoder import DECODER
+from fastdeitlt.data.decoder import decoder_version
 from fastdeitlt.data.files import shrunk
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
@@ -124,7 +124,9 @@ def open_decoded(
 def _key(images: LongTailSet, cfg: DataConfig) -> str:
     """Changes when the pixels to be stored could: files, their sizes and times, stored size, versions."""
     root = os.path.realpath(images.root)
-    key = hashlib.sha256(f"{FORMAT} {DECODER} torch {torch.__version__} {cfg.stored_short_side} {root}".encode())
+    key = hashlib.sha256(
+        f"{FORMAT} {decoder_version()} torch {torch.__version__} {cfg.stored_short_side} {root}".encode()
+    )
     for path in images.paths:
         try:
             status = os.stat(os.path.join(root, path))

@@ -2,21 +2,33 @@
 
 DALI only turns the bytes of a file into the pixels of a region. We read the bytes, because DALI 2.4 ends the process on
 files it cannot parse, and resize ourselves, because its resize takes a CPU longer than decoding and is not Pillow's.
+It is imported when the first image is decoded: a step on images that nobody reads (`tune`, `bench --synthetic`) goes
+without it.
 """
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import nvidia.dali
 import torch
-from nvidia.dali import Pipeline, fn, math, types
 from torch import Tensor
 
 from fastdeitlt.data.files import Encoded
 
-DECODER = f"dali {nvidia.dali.__version__}"
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
 MAX_DECODE = 256
 """Most images in one run of the decoding graph."""
+
+
+def decoder_version() -> str:
+    """What decodes, and its version."""
+    import nvidia.dali
+
+    return f"dali {nvidia.dali.__version__}"
 
 
 def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65) -> Pipeline:
@@ -27,6 +39,8 @@ def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65)
     Orientation tags are ignored, as timm and Pillow's ``Image.open`` do. ``peek_image_shape`` is there for safety: a
     header that does not parse raises in it, but ends the process in the decoder.
     """
+    from nvidia.dali import Pipeline, fn, math, types
+
     on_gpu = device.type == "cuda"
     graph = Pipeline(MAX_DECODE, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=1)
     with graph:

@@ -70,15 +70,15 @@ def planted(settings):
 
 def test_the_fastest_setting_wins_and_wrong_and_failing_ones_are_left_out(setup, monkeypatch):
     monkeypatch.setattr(tune, "measure", clock({}))
-    best, row = tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, SLOW, WRONG, FAST]))
-    assert best == row.config == FAST
+    row = tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, SLOW, WRONG, FAST]))
+    assert row.config == FAST
     assert row.us == {"best": 5e3, "default": 10e3} and row.gpu == "some GPU"
 
 
 def test_the_default_stays_where_nothing_is_faster(setup, monkeypatch):
     monkeypatch.setattr(tune, "measure", clock({}))
-    assert tune.search(setup, "op", ("k",), planted([DEFAULT, SLOW]))[0] == DEFAULT
-    assert tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, WRONG]))[0] == DEFAULT
+    assert tune.search(setup, "op", ("k",), planted([DEFAULT, SLOW])).config == DEFAULT
+    assert tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, WRONG])).config == DEFAULT
 
 
 def test_what_was_found_is_kept_when_a_later_part_fails(setup, tmp_path, monkeypatch):
@@ -89,10 +89,30 @@ def test_what_was_found_is_kept_when_a_later_part_fails(setup, tmp_path, monkeyp
     monkeypatch.setattr(tune, "measure", clock({}))
     monkeypatch.setattr(tune, "parts", parts)
     with pytest.raises(torch.OutOfMemoryError):
-        tune.tune_ops(setup, tmp_path / "rows.jsonl")
+        tune.tune_ops(setup, tmp_path / "rows.jsonl", {})
     (row,) = _measured.read(tmp_path / "rows.jsonl")
     assert row.config == FAST
     assert setting("op", ("k",), torch.device("cpu"), DEFAULT) == FAST  # the rest of the op is measured with it
+
+
+def test_an_interrupted_search_goes_on_where_it_was(setup, tmp_path, monkeypatch):
+    counted = []
+    path, key = tmp_path / "rows.jsonl", ("k",)
+    whole = {"torch": lambda: [2.0], "triton": lambda: [counted.append(1) or 1.0]}
+    monkeypatch.setattr(tune, "measure", clock({}))
+    monkeypatch.setattr(
+        tune, "parts", lambda setup: [tune_parts.Part("op", key, {key: planted([DEFAULT, FAST])}, whole)]
+    )
+    first = tune.tune_ops(setup, path, tune.measured(path, "some GPU"))
+    # the step said no to the kernel, and says anew
+    _measured.write(path, [first[1]["op"].model_copy(update={"impl": "torch"})])
+    monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched twice"))
+    assert tune.tune_ops(setup, path, tune.measured(path, "some GPU")) == first and len(counted) == 1
+    for other in ({"triton": "3.0.0"}, {"torch": "2.0.0"}, {"gpu": "another"}):
+        _measured.write(path, [first[1]["op"].model_copy(update=other)])
+        known = tune.measured(path, "some GPU")
+        assert [kind for kind, _, _ in known] == ["setting"] + ["fastest"] * ("gpu" in other)
+        _measured.write(path, [first[1]["op"]])
 
 
 @pytest.mark.parametrize(
@@ -114,8 +134,7 @@ def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monk
             last = found.settings[:1] if part.op == "adamw_ema" and not GPU else found.settings[-1:]
             assert sum(setting != found.settings[0] for setting in found.settings) > 5
             few = found._replace(settings=[found.settings[0], *last], call=lambda: [1.0])
-            row = tune.search(setup, part.op, key, few)[1]
-            seen.setdefault(part.op, []).append(row.key[0])
+            seen.setdefault(part.op, []).append(tune.search(setup, part.op, key, few).key[0])
         for call in part.whole.values():
             assert call() is not None
     both = ["forward", "backward"]
