@@ -54,8 +54,24 @@ def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> di
     return {impl: calls for impl, calls in found.items() if "backward" in calls}
 
 
+def with_bias(impl: str, tensors: list[Tensor]) -> harness.Call:
+    """Backward that also gives the projection's bias its gradient: the kernel by itself, torch's by another pass."""
+    bias = torch.zeros(tensors[0].shape[2:].numel(), device=tensors[0].device).requires_grad_()
+    kernel = impl == "triton"
+    out = attention(*tensors, qkv_bias=bias if kernel else None, impl=impl)
+    upstream = torch.randn_like(out)
+
+    def backward() -> object:
+        if kernel:
+            return torch.autograd.grad(out, [*tensors, bias], upstream, retain_graph=True)
+        (gradient,) = torch.autograd.grad(out, tensors, upstream, retain_graph=True)
+        return gradient, gradient.sum((0, 1), dtype=torch.float32)
+
+    return backward
+
+
 def cases(device: torch.device) -> Iterable[harness.Case]:
-    """Each shape forward and backward, then the two query rows of the last block."""
+    """Each shape forward and backward, the two query rows of the last block, and backward with the bias's gradient."""
     for shape, few in [(shape, False) for shape in SHAPES] + [(SHAPES[0], True)]:
         batch, tokens, heads, width = shape
         calls = runnable(attention_first if few else attention, inputs(shape, device, few))
@@ -69,6 +85,11 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
                 useful_bytes=moved[direction] * token_bytes,
                 useful_flops=2 * products * batch * heads * rows * tokens * width,
             )
+    tensors = inputs(SHAPES[0], device, few=False)
+    calls = {impl: with_bias(impl, tensors) for impl in runnable(attention, tensors)}
+    baseline = "cudnn" if "cudnn" in calls else "sdpa"
+    name = "bias backward B={} N={} H={} D={}".format(*SHAPES[0])
+    yield harness.Case(name, calls, baseline, useful_bytes=8 * tensors[0].numel() * tensors[0].element_size() // 3)
 
 
 def main() -> int:

@@ -114,34 +114,48 @@ def _shape(setup: Setup) -> tuple[int, int, int, int]:
 
 
 def _attention(setup: Setup) -> Iterator[Part]:
-    """All tokens, beside each of torch's backends that this GPU has; then the two first rows of the last block."""
+    """All tokens, beside each of torch's backends that this GPU has; then the two first rows of the last block.
+
+    All with the gradient of the projection's bias.
+    """
     batch, tokens, heads, width = _shape(setup)
     head = width // heads
     if tokens > attention.MAX_TOKENS or head not in attention.WIDTHS:
         return
-    qkv = _random(setup, batch, tokens, 3, heads, head)
-    q, kv = _random(setup, batch, NUM_PREFIX, heads, head), _random(setup, batch, tokens, 2, heads, head)
-    calls = {impl: partial(attention.attention, qkv, impl=impl) for impl in ("triton", "sdpa", "cudnn", "flash")}
-    whole = {}
-    for impl, call in calls.items():
-        try:
-            whole[impl] = _whole(call, [qkv])
-            whole[impl]()
-        except (RuntimeError, UserError) as error:  # a backend that does not know the device or the shape
-            whole.pop(impl, None)
-            log.info("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
+    qkv, bias = _random(setup, batch, tokens, 3, heads, head), _random(setup, 3 * width, dtype=torch.float32)
     problem = Problem.of(qkv, None, tokens)
     settings = _search.attention(problem, setup.device)
-    passes = _passes(settings, calls["triton"], [qkv])[0]
+    triton = partial(attention.attention, qkv, qkv_bias=bias, impl="triton")
+    passes, whole_triton = _passes(settings, triton, [qkv, bias])
     backward, keys = problem.key("backward"), problem.key("backward_keys")
     if keys in settings:  # measured within a backward that launches it
         in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
         two_launches = under("attention", backward, in_two, passes[keys].call)
         passes[keys] = Pass(two_launches, settings[keys], two_launches)
+    whole = {"triton": whole_triton}
+    for impl in ("sdpa", "cudnn", "flash"):
+        try:
+            torchs = _summing(_whole(partial(attention.attention, qkv, impl=impl), [qkv]))
+            torchs()
+        except (RuntimeError, UserError) as error:  # a backend that does not know the device or the shape
+            log.info("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
+            continue
+        whole[impl] = torchs
     yield Part("attention", (tokens, head), passes, whole)
-    first = partial(attention.attention_first, q, kv, impl="triton")
+    q, kv = _random(setup, batch, NUM_PREFIX, heads, head), _random(setup, batch, tokens, 2, heads, head)
+    first = partial(attention.attention_first, q, kv, qkv_bias=bias, impl="triton")
     few = _search.attention(Problem.of(q, kv, NUM_PREFIX), setup.device)
-    yield Part("attention", (tokens, head), _passes(few, first, [q, kv])[0])
+    yield Part("attention", (tokens, head), _passes(few, first, [q, kv, bias])[0])
+
+
+def _summing(whole: Callable[[], Any]) -> Call:
+    """Then the pass over the gradient of the packed qkv that its projection's bias needs, where no kernel sums it."""
+
+    def run() -> Tensor:
+        (dqkv_BN3HE,) = whole()
+        return cast(Tensor, dqkv_BN3HE).sum((0, 1), dtype=torch.float32)
+
+    return run
 
 
 def _add_layernorm(setup: Setup) -> Part:

@@ -117,6 +117,7 @@ def attention_bwd_kernel(
     p_delta,  # [B, H, R] float32 sum_d out dout, written where dK and dV are left to the keys kernel
     p_dq,  # as p_q
     p_dkv,  # as p_kv
+    p_sums,  # [B, PARTS, 2, H, D] float32 of this program's rows: sums of dQ and of dout; or None
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
     Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, RESIDENT: tl.constexpr, KEYS: tl.constexpr, WRITE_DKV: tl.constexpr,
@@ -132,6 +133,10 @@ def attention_bwd_kernel(
     o_v = o_k + H * D
     o_out = i_b * (R * H * D) + i_head % H * D
     o_lse = i_head.to(tl.int64) * R
+    o_d = tl.arange(0, BLOCK_D)
+    o_sums = (i_b * PARTS + tl.program_id(0) % PARTS) * (2 * H * D) + i_head % H * D + o_d
+    dout_sum = tl.full((BLOCK_D,), 0.0, tl.float32)
+    dq_sum = tl.full((BLOCK_D,), 0.0, tl.float32)
     qs = ()
     douts = ()
     lses = ()
@@ -146,6 +151,8 @@ def attention_bwd_kernel(
         delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
         if not WRITE_DKV:
             tl.store(p_delta + o_lse + o_m, delta, mask=o_m < R)
+        if p_sums is not None:
+            dout_sum += tl.sum(b_dout.to(tl.float32), 0)
         qs += (b_q,)
         douts += (b_dout,)
         lses += (tl.load(p_lse + o_lse + o_m, mask=o_m < R, other=float("inf")),)
@@ -178,6 +185,11 @@ def attention_bwd_kernel(
                     _store(p_dq + o_q, tl.full((KEYS[i][2], BLOCK_D), 0.0, tl.float32), start, R, Q_ROWS, Q_TOKEN, D)
     for c in tl.static_range(len(RESIDENT)):
         _store(p_dq + o_q, dqs[c] * SCALE, first_row + RESIDENT[c][0], 0, R, Q_TOKEN, D)
+        if p_sums is not None:
+            dq_sum += tl.sum(dqs[c], 0) * SCALE
+    if p_sums is not None:
+        tl.store(p_sums + o_sums, dq_sum, mask=o_d < D)
+        tl.store(p_sums + o_sums + H * D, dout_sum, mask=o_d < D)
 
 
 @triton.jit

@@ -106,7 +106,8 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
     if not problem.whole_row:
         return LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 0}, 8 if problem.width > 64 else 4, 2)
     if problem.rows <= SHORT_ROW_TOKENS:
-        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": 64, "TAIL": 0 if sm == 80 else 16}, 4, 2)
+        block, tail, stages = (32, 0, 1) if sm == 80 else (64, 16, 2)
+        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": block, "TAIL": tail}, 4, stages)
     block, tail, stages = {80: (32, 0, 1), 90: (64, 16, 2), 100: (64, 0, 1)}[sm]
     return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": block, "TAIL": tail}, 8, stages)
 
@@ -162,9 +163,13 @@ def launch_forward(q: Tensor, kv: Tensor | None, query_rows: int, out: Tensor, l
 
 
 def launch_backward(
-    q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, dq: Tensor, dkv: Tensor
-) -> None:
-    """Fill ``dq`` and ``dkv``; a packed gradient is one tensor, its dQ of rows that asked nothing is zero."""
+    q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, dq: Tensor, dkv: Tensor, sums: bool
+) -> Tensor:
+    """Fill ``dq`` and ``dkv``; a packed gradient is one tensor, its dQ of rows that asked nothing is zero.
+
+    Returns:
+        [2, H, D] float32 sums over all rows of dQ and of ``grad_out``, if ``sums``; else empty.
+    """
     problem = Problem.of(q, kv, out.shape[1])
     default = backward_config(problem, architecture(q.device))
     config = setting("attention", problem.key("backward"), q.device, default)
@@ -172,42 +177,49 @@ def launch_backward(
     keys, dkeys = (q[:, :, 1:], dq[:, :, 1:]) if kv is None else (kv, dkv)
     whole = one_program(problem, config)
     delta = lse if whole else torch.empty_like(lse)
+    parts = triton.cdiv(problem.rows, config.blocks["ROWS"])
+    shape = (q.shape[0], parts, 2, problem.heads, problem.width) if sums else (0,)
+    shares = torch.empty(shape, dtype=torch.float32, device=q.device)
     launch(
-        attention_bwd_kernel, (heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),), q,
-        q, keys, out, grad_out, lse, delta, dq, dkeys, **backward_constexprs(problem, config), **_options(config),
+        attention_bwd_kernel, (heads * parts,), q,
+        q, keys, out, grad_out, lse, delta, dq, dkeys, shares if sums else None,
+        **backward_constexprs(problem, config), **_options(config),
     )  # fmt: skip
-    if whole:
-        return
-    config = setting("attention", problem.key("backward_keys"), q.device, keys_config(problem))
-    launch(
-        attention_bwd_keys_kernel, (heads * triton.cdiv(problem.tokens, config.blocks["BLOCK_N"]),), q,
-        q, keys, grad_out, lse, delta, dkeys, **problem.constexprs, **config.options,
-    )  # fmt: skip
+    if not whole:
+        config = setting("attention", problem.key("backward_keys"), q.device, keys_config(problem))
+        launch(
+            attention_bwd_keys_kernel, (heads * triton.cdiv(problem.tokens, config.blocks["BLOCK_N"]),), q,
+            q, keys, grad_out, lse, delta, dkeys, **problem.constexprs, **config.options,
+        )  # fmt: skip
+    return shares.sum((0, 1)) if sums else shares
 
 
 def aot_configs() -> list[AotConfig]:
-    """What ships: the students' token counts in bfloat16, every head width, the two first rows, float16 once."""
+    """What ships: the students' token counts in bfloat16, every head width, the two first rows, float16 once; the
+    backward with the sums for the projection's bias, as the student runs it, and once without."""
     whole = [(66, 64), (198, 64), (198, 32), (258, 64), (198, 96), (578, 64), (578, 128)]
     problems = [Problem(tokens, tokens, 768 // width, width, packed=True) for tokens, width in whole]
     problems += [Problem(198, 2, 12, 64, packed=True), Problem(198, 2, 12, 64, False), Problem(578, 2, 6, 128, False)]
     cases = [("bf16", problem) for problem in problems] + [("fp16", problems[1])]
-    return [config for kind, problem in cases for sm in (80, 90, 100) for config in _aot(kind, problem, sm)]
+    found = [config for kind, problem in cases for sm in (80, 90, 100) for config in _aot(kind, problem, sm, True)]
+    return found + [_aot("bf16", problems[1], sm, False)[1] for sm in (80, 90, 100)]
 
 
-def _aot(kind: str, problem: Problem, sm: int) -> list[AotConfig]:
+def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
     forward, backward, keys = forward_config(problem), backward_config(problem, sm), keys_config(problem)
     launches = [
         (attention_fwd_kernel, forward_constexprs(problem, forward), forward),
-        (attention_bwd_kernel, backward_constexprs(problem, backward), backward),
+        (attention_bwd_kernel, backward_constexprs(problem, backward) | ({} if sums else {"p_sums": None}), backward),
         (attention_bwd_keys_kernel, problem.constexprs | keys.blocks, keys),
     ]
     found = []
     for kernel, constexprs, config in launches[: 2 if one_program(problem, backward) else 3]:
         pointers = [name for name in kernel.arg_names if name not in constexprs]
-        signature = {name: "*fp32" if name in ("p_lse", "p_delta") else f"*{kind}" for name in pointers}
+        signature = {name: "*fp32" if name in ("p_lse", "p_delta", "p_sums") else f"*{kind}" for name in pointers}
         warps, stages = config.num_warps, config.num_stages
         blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
         note = f"N={problem.tokens} R={problem.rows} D={problem.width}{' packed' * problem.packed} {blocks}"
+        note += "" if sums or kernel is not attention_bwd_kernel else " without p_sums"
         narrow = 0 if kernel is attention_bwd_keys_kernel else 4  # log-sum-exp or delta of a row
         options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": (sm,), "note": note}
         found.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))

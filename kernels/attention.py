@@ -4,9 +4,11 @@
     dV_n = sum_m P_mn dout_m,  dS = P (dP - Delta),  dQ_m = sum_n dS_mn k_n / sqrt D,  dK_n = sum_m dS_mn q_m / sqrt D
 
 The kernels read (B, N, 3, H, D) where the projection left it and write the gradient in the same layout, so nothing is
-permuted; between the passes only the output and one float32 a row (its log-sum-exp) are kept. Source: Dao et al. 2022
-(FlashAttention), algorithms 2 and 4, without their running rescale and atomics. Moves 4 T bytes forward and 8 T
-backward, T = 2 B N H D in bfloat16: 72 and 145 us at (256, 198, 12, 64) and 4.3 TB/s, 426 and 532 useful TFLOP/s.
+permuted; between the passes only the output and one float32 a row (its log-sum-exp) are kept. The gradient of the
+projection's bias comes out of the same backward: sum_m dQ_m for the queries, sum_m dout_m for the values, because the
+rows of P sum to 1, and 0 for the keys, because a constant added to all keys of a head changes no row of P. Source: Dao
+et al. 2022 (FlashAttention), algorithms 2 and 4, without their running rescale and atomics. Moves 4 T bytes forward and
+8 T backward, T = 2 B N H D in bfloat16: 72 and 145 us at (256, 198, 12, 64) and 4.3 TB/s, 426 and 532 useful TFLOP/s.
 Shapes: B batch, N tokens, M query rows, H heads, D head width.
 """
 
@@ -49,34 +51,38 @@ def _split(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tenso
 
 
 @torch.library.custom_op("fastdeitlt::attention", mutates_args=(), device_types="cuda")
-def _forward(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, kv, query_rows)
+def _forward(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, kv, qkv_bias, query_rows)
     launch_forward(q, kv, query_rows, out, lse)
     return out, lse
 
 
 @torch.library.custom_op("fastdeitlt::attention_backward", mutates_args=(), device_types="cuda")
-def _backward(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    dq, dkv = _gradients(q, kv, out, grad_out, lse)
-    launch_backward(q, kv, out, grad_out, lse, dq, dkv)
-    return dq, dkv
+def _backward(
+    q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dkv, _ = _gradients(q, kv, out, grad_out, lse, False)
+    return dq, dkv, launch_backward(q, kv, out, grad_out, lse, dq, dkv, sums)
 
 
 @_forward.register_fake
-def _outputs(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
     batch, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
     out = torch.empty(batch, query_rows, heads * width, dtype=q.dtype, device=q.device)
     return out, torch.empty(batch, heads, query_rows, dtype=torch.float32, device=q.device)
 
 
 @_backward.register_fake
-def _gradients(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv)
+def _gradients(
+    q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dkv = q.new_empty(0) if kv is None else torch.empty_like(kv)
+    return torch.empty_like(q), dkv, q.new_empty((2, *q.shape[-2:]) if sums else 0, dtype=torch.float32)
 
 
 @_forward.register_kernel("cpu")
-def _(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, kv, query_rows)
+def _(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, kv, qkv_bias, query_rows)
     if interpreted():
         launch_forward(q, kv, query_rows, out, lse)
         return out, lse
@@ -88,11 +94,12 @@ def _(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
 
 
 @_backward.register_kernel("cpu")
-def _(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    dq, dkv = _gradients(q, kv, out, grad_out, lse)
+def _(
+    q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dkv, summed = _gradients(q, kv, out, grad_out, lse, sums)
     if interpreted():
-        launch_backward(q, kv, out, grad_out, lse, dq, dkv)
-        return dq, dkv
+        return dq, dkv, launch_backward(q, kv, out, grad_out, lse, dq, dkv, sums)
     scale, rows, heads = q.shape[-1] ** -0.5, out.shape[1], q.shape[-2:]
     queries, keys, values = (x.float() for x in _split(q, kv, rows))
     out_BHMD, grad_BHMD = (x.float().unflatten(-1, heads).transpose(1, 2) for x in (out, grad_out))
@@ -100,23 +107,30 @@ def _(q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor) 
     delta_BHM1 = (grad_BHMD * out_BHMD).sum(-1, keepdim=True)
     ds_BHMN = p_BHMN * (grad_BHMD @ values.mT - delta_BHM1)
     into_q, into_k, into_v = _split(dq.zero_(), kv if kv is None else dkv, rows)
-    into_q.copy_(ds_BHMN @ keys * scale)
+    dq_BHMD = ds_BHMN @ keys * scale
+    into_q.copy_(dq_BHMD)
     into_k.copy_(ds_BHMN.mT @ queries * scale)
     into_v.copy_(p_BHMN.mT @ grad_BHMD)
-    return dq, dkv
+    return dq, dkv, summed.copy_(torch.stack([dq_BHMD, grad_BHMD]).sum((1, 3))) if sums else summed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, kv, qkv_bias, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.save_for_backward(q, kv, *output)
+    ctx.bias_dtype = None if qkv_bias is None else qkv_bias.dtype
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return None, None, None
+        return None, None, None, None
     q, kv, out, lse = ctx.saved_tensors
-    dq, dkv = _backward(q, kv, out, grad_out.contiguous(), lse)
-    return dq, None if kv is None else dkv, None
+    dq, dkv, sums = _backward(q, kv, out, grad_out.contiguous(), lse, ctx.bias_dtype is not None)
+    dbias = None
+    if ctx.bias_dtype is not None:
+        of_queries, of_values = sums.flatten(1).to(ctx.bias_dtype).unbind()
+        dbias = torch.cat([of_queries, torch.zeros_like(of_queries), of_values])
+    return dq, None if kv is None else dkv, dbias, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -136,11 +150,15 @@ def choose(impl: str, tokens: int, width: int, dtype: torch.dtype, device: torch
     return "sdpa" if dtype == torch.float32 else fastest("attention", (tokens, width), device, "sdpa")
 
 
-def attention(qkv_BN3HD: Tensor, *, query_rows: int | None = None, impl: str = "auto") -> Tensor:
+def attention(
+    qkv_BN3HD: Tensor, *, qkv_bias: Tensor | None = None, query_rows: int | None = None, impl: str = "auto"
+) -> Tensor:
     """Softmax attention of every token, or of the first few, to every token.
 
     Args:
         qkv_BN3HD: [B, N, 3, H, D] bfloat16, float16 or float32, contiguous; D is 32, 64, 96 or 128.
+        qkv_bias: [3 H D] bias that was added, detached, to make ``qkv_BN3HD``: it changes no value here and gets its
+            gradient from this backward, for the kernel without another pass. None = the caller's matter.
         query_rows: compute the first so many tokens' rows only, at most 16 for the kernel. None = all. The gradient of
             the other rows' queries is zero.
         impl: "auto" as ``choose`` says; "triton"; "sdpa" (torch's choice), "cudnn", "flash" or "math" of torch.
@@ -157,15 +175,16 @@ def attention(qkv_BN3HD: Tensor, *, query_rows: int | None = None, impl: str = "
     rows = tokens if query_rows is None else query_rows
     if not 1 <= rows <= tokens:
         raise UserError(f"attention: got query_rows {query_rows}, expected 1 to {tokens}, the tokens")
-    return _attend(qkv_BN3HD, None, rows, impl)
+    return _attend(qkv_BN3HD, None, qkv_bias, rows, impl)
 
 
-def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, impl: str = "auto") -> Tensor:
+def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Softmax attention of the first M tokens to all N, where the projection computed no other query.
 
     Args:
         q_BMHD: [B, M, H, D], at most 16 rows for the kernel; otherwise as ``attention``.
         kv_BN2HD: [B, N, 2, H, D].
+        qkv_bias: [3 H D], of both.
 
     Returns:
         [B, M, H D].
@@ -178,17 +197,22 @@ def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, impl: str = "auto") -> 
     check("attention_first", "kv", kv_BN2HD, (batch, None, 2, heads, width), (q_BMHD.dtype,), q_BMHD.device)
     if not 1 <= rows <= kv_BN2HD.shape[1]:
         raise UserError(f"attention_first: got {rows} query rows, expected 1 to {kv_BN2HD.shape[1]}, the tokens")
-    return _attend(q_BMHD, kv_BN2HD, rows, impl)
+    return _attend(q_BMHD, kv_BN2HD, qkv_bias, rows, impl)
 
 
-def _attend(q: Tensor, kv: Tensor | None, rows: int, impl: str) -> Tensor:
+def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, impl: str) -> Tensor:
     if impl not in IMPLS:
         raise UserError(f"attention: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
-    tokens, width = q.shape[1] if kv is None else kv.shape[1], q.shape[-1]
+    tokens, (heads, width) = q.shape[1] if kv is None else kv.shape[1], q.shape[-2:]
+    if qkv_bias is not None:
+        check("attention", "qkv_bias", qkv_bias, (3 * heads * width,), FLOATS, q.device)
     chosen = choose(impl, tokens, width, q.dtype, q.device)
     if chosen == "triton":
         _check_kernel(q, rows if rows < tokens or kv is not None else None)
-        return _forward(q, kv, rows)[0]
+        return _forward(q, kv, qkv_bias, rows)[0]
+    if qkv_bias is not None:
+        zeros_3HD = (qkv_bias - qkv_bias.detach()).to(q.dtype).view(3, heads, width)
+        q, kv = (q + zeros_3HD, None) if kv is None else (q + zeros_3HD[0], kv + zeros_3HD[1:])
     if chosen == "cudnn" and q.device.type != "cuda":
         raise UserError(f"attention: impl 'cudnn' needs a CUDA tensor, got one on {q.device}; use 'auto' or 'sdpa'")
     queries, keys, values = _split(q, kv, rows)

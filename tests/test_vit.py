@@ -270,11 +270,10 @@ def test_flops_are_those_of_the_performance_notes() -> None:
 
 @pytest.mark.parametrize("last_block_shortcut", [True, False])
 def test_flops_are_what_torch_counts(last_block_shortcut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def explicit(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    monkeypatch.setattr("fastdeitlt.models.layers.attend", explicit)
+    monkeypatch.setattr("fastdeitlt.models.layers._softmax_attention", explicit)
     model = small(last_block_shortcut=last_block_shortcut, attention="sdpa").train()
     with (
         FlopCounterMode(display=False) as counter,

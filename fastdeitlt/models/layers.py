@@ -14,24 +14,51 @@ from fastdeitlt.errors import UserError
 
 MLP_RATIO = 4
 
-# of all tokens from (qkv_BN3HE,); of the first M from (q_BMHE, kv_BN2HE)
-Attention = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+
+class Linear(nn.Linear):
+    """A linear map, of which a call may ask for some of the output rows only, or leave the bias's gradient to others.
+
+    A CPU's float32 product with bias first writes the bias to all of its output. Compiled there, whatever reads the
+    product adds the bias instead; for GPUs the compiler does so by itself.
+    """
+
+    def forward(self, x: Tensor, rows: slice = slice(None), *, train_bias: bool = True) -> Tensor:
+        weight, bias = self.weight[rows], (self.bias if train_bias else self.bias.detach())[rows]
+        if x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+            return F.linear(x, weight) + bias
+        return F.linear(x, weight, bias)
 
 
-def attend(qkv_BN3HE: Tensor) -> Tensor:
-    """Softmax attention of every token to every token, from the packed output of the qkv projection.
+# of (x_BND, its qkv projection, number of heads, how many of the first tokens ask; None = all) -> [B, N or M, D]
+Attention = Callable[[Tensor, Linear, int, int | None], Tensor]
+
+
+def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None) -> Tensor:
+    """Softmax attention of every token, or of the first ``num_queries``, to every token.
 
     Returns:
-        [B, N, D], heads side by side.
+        [B, N, D] or [B, M, D], heads side by side.
     """
-    q_BHNE, k_BHNE, v_BHNE = qkv_BN3HE.permute(2, 0, 3, 1, 4).unbind(0)
-    return _softmax_attention(q_BHNE, k_BHNE, v_BHNE)
+    if num_queries is None:
+        q_BHME, k_BHNE, v_BHNE = _packed(x_BND, qkv, heads).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries)
+        q_BHME, (k_BHNE, v_BHNE) = q_BMHE.transpose(1, 2), kv_BN2HE.permute(2, 0, 3, 1, 4)
+    return _softmax_attention(q_BHME, k_BHNE, v_BHNE)
 
 
-def attend_first(q_BMHE: Tensor, kv_BN2HE: Tensor) -> Tensor:
-    """Softmax attention of the first M tokens to all N tokens. Returns [B, M, D]."""
-    k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4).unbind(0)
-    return _softmax_attention(q_BMHE.transpose(1, 2), k_BHNE, v_BHNE)
+def _packed(x_BND: Tensor, qkv: Linear, heads: int, *, train_bias: bool = True) -> Tensor:
+    return qkv(x_BND, train_bias=train_bias).unflatten(-1, (3, heads, -1))
+
+
+def _apart(
+    x_BND: Tensor, qkv: Linear, heads: int, num_queries: int, *, train_bias: bool = True
+) -> tuple[Tensor, Tensor]:
+    """q_BMHE and kv_BN2HE."""
+    width = x_BND.shape[-1]
+    q_BMD = qkv(x_BND[:, :num_queries], slice(width), train_bias=train_bias)
+    kv_BNF = qkv(x_BND, slice(width, None), train_bias=train_bias)
+    return q_BMD.unflatten(-1, (heads, -1)), kv_BNF.unflatten(-1, (2, heads, -1))
 
 
 def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
@@ -42,15 +69,31 @@ def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor
     return F.scaled_dot_product_attention(q_BHME, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
 
 
-def attention_functions(name: str) -> Attention:
-    """The two functions of an implementation (kernels/attention.py); "auto" on a machine without a GPU is "sdpa"."""
+def attend_kernel(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, *, impl: str) -> Tensor:
+    """``attend`` through kernels/attention.py, whose kernel gives the projection's bias its gradient as well.
+
+    That would be another pass over the gradient of the projection's output.
+    """
+    from fastdeitlt.kernels.attention import attention, attention_first, choose
+
+    dtype = torch.get_autocast_dtype(x_BND.device.type) if torch.is_autocast_enabled(x_BND.device.type) else x_BND.dtype
+    kernel = choose(impl, x_BND.shape[1], x_BND.shape[-1] // heads, dtype, x_BND.device) == "triton"
+    bias = qkv.bias if kernel else None
+    if num_queries is None:
+        return attention(_packed(x_BND, qkv, heads, train_bias=not kernel), qkv_bias=bias, impl=impl)
+    q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, train_bias=not kernel)
+    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=bias, impl=impl)
+
+
+def attention_function(name: str) -> Attention:
+    """The function of an implementation (kernels/attention.py); "auto" on a machine without a GPU is "sdpa"."""
     if name == "sdpa" or (name == "auto" and not torch.cuda.is_available()):
-        return attend, attend_first
-    from fastdeitlt.kernels.attention import IMPLS, attention, attention_first
+        return attend
+    from fastdeitlt.kernels.attention import IMPLS
 
     if name not in IMPLS:
         raise UserError(f"student attention {name!r}: unknown, expected one of {', '.join(IMPLS)}{near(name, IMPLS)}")
-    return partial(attention, impl=name), partial(attention_first, impl=name)
+    return partial(attend_kernel, impl=name)
 
 
 # the hidden layer of (x_BND, its linear map)
@@ -81,20 +124,6 @@ def hidden_function(name: str, width: int) -> Hidden:
             f"student bias_gelu {name!r}: unknown, expected one of {', '.join(known)}{near(name, list(known))}"
         )
     return known[name]
-
-
-class Linear(nn.Linear):
-    """A linear map, of which a call may ask for some of the output rows only.
-
-    A CPU's float32 product with bias first writes the bias to all of its output. Compiled there, whatever reads the
-    product adds the bias instead; for GPUs the compiler does so by itself.
-    """
-
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        weight, bias = self.weight[rows], self.bias[rows]
-        if x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-            return F.linear(x, weight) + bias
-        return F.linear(x, weight, bias)
 
 
 class PatchProjection(nn.Conv2d):
@@ -134,16 +163,11 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.attend, self.attend_first = attention
+        self.attend = attention
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
         """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
-        if num_queries is None:
-            return self.attend(self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)))
-        width = x_BND.shape[-1]
-        q_BMHE = self.qkv(x_BND[:, :num_queries], slice(width)).unflatten(-1, (self.heads, -1))
-        kv_BN2HE = self.qkv(x_BND, slice(width, None)).unflatten(-1, (2, self.heads, -1))
-        return self.attend_first(q_BMHE, kv_BN2HE)
+        return self.attend(x_BND, self.qkv, self.heads, num_queries)
 
 
 class Mlp(nn.Module):

@@ -21,7 +21,7 @@ from fastdeitlt.models.layers import (
     Mlp,
     PatchEmbed,
     SelfAttention,
-    attention_functions,
+    attention_function,
     hidden_function,
 )
 from fastdeitlt.models.residual import DROP_PATH_LAWS, AddNorm, Kept, add_norm_function, draw_kept, select
@@ -80,7 +80,7 @@ class DistilledViT(nn.Module):
         drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
         drop_path_law: "bernoulli" or "count", see ``draw_kept``.
         last_block_shortcut: in training, compute only the CLS and DIST rows in the last block (about 7 % less work).
-        attention: see ``attention_functions``.
+        attention: see ``attention_function``.
         add_layernorm: see ``add_norm_function``.
         bias_gelu: see ``hidden_function``.
     """
@@ -109,7 +109,7 @@ class DistilledViT(nn.Module):
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
         functions = (
-            attention_functions(attention),
+            attention_function(attention),
             add_norm_function(add_layernorm, width),
             hidden_function(bias_gelu, width),
         )
@@ -196,7 +196,7 @@ def create_student(
         img_size: height and width of the images in pixels. 0 or None = the size in the name.
         drop_path: stochastic depth of the last block.
         depth: number of blocks. 0 or None = 12 (large: 24).
-        attention: auto, triton, sdpa, cudnn, flash or math; see ``attention_functions``.
+        attention: auto, triton, sdpa, cudnn, flash or math; see ``attention_function``.
         add_layernorm: auto, triton or torch; see ``add_norm_function``.
         bias_gelu: auto, triton or torch; see ``hidden_function``.
         drop_path_law: bernoulli or count; see ``draw_kept``.

@@ -74,6 +74,57 @@ def test_a_backward_in_two_launches_equals_the_one_in_one(device):
         check_against_float64(qkv)
 
 
+def check_the_biass_gradient(shape, query_rows, device, impl="triton", dtype=None):
+    """Beside float64, which differentiates through the sum of projection and bias."""
+    qkv, upstream_seed = packed(*shape, device, dtype or DTYPES[0]), torch.Generator().manual_seed(1)
+    heads, width = shape[2:]
+    bias = torch.randn(3 * heads * width, device=device).requires_grad_()
+    exact_bias = bias.detach().double().requires_grad_()
+    biased = (qkv.detach().double() + bias.detach().double().view(3, heads, width)).to(qkv.dtype)
+    out = attention(biased, qkv_bias=bias, query_rows=query_rows, impl=impl)
+    upstream = torch.randn(out.shape, generator=upstream_seed).to(out)
+    (gradient,) = torch.autograd.grad(out, bias, upstream)
+    zeros = (exact_bias - exact_bias.detach()).view(3, heads, width)
+    expected = torch.autograd.grad(reference(biased.double() + zeros, query_rows), exact_bias, upstream.double())[0]
+    of_keys = expected.view(3, -1)[1]
+    assert of_keys.abs().max() <= 1e-9 * expected.abs().max()
+    close(gradient, expected, torch.float32, TOLERANCES[qkv.dtype])
+    return gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "query_rows"), [(shape, None) for shape in SHAPES] + [((2, 37, 2, 64), 2), ((1, 258, 1, 32), 3)], ids=str
+)
+def test_the_projections_bias_gets_its_gradient(shape, query_rows, dtype, device):
+    gradient = check_the_biass_gradient(shape, query_rows, device, dtype=dtype)
+    assert (gradient.view(3, -1)[1] == 0).all()
+
+
+def test_the_biass_gradient_of_a_backward_in_two_launches(device):
+    problem = launch.Problem(198, 198, 1, 64, packed=True)
+    with _measured.trying("attention", problem.key("backward"), LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 0})):
+        check_the_biass_gradient((2, 198, 1, 64), None, device)
+
+
+@pytest.mark.skipif(GPU, reason="torch's CPU implementations")
+def test_the_biass_gradient_without_the_kernel(monkeypatch):
+    check_the_biass_gradient((2, 37, 2, 32), None, torch.device("cpu"), impl="sdpa", dtype=torch.float32)
+    check_the_biass_gradient((2, 37, 2, 32), 2, torch.device("cpu"), impl="math", dtype=torch.float32)
+    monkeypatch.setattr(module, "interpreted", lambda: False)
+    check_the_biass_gradient((2, 37, 2, 32), 2, torch.device("cpu"))
+
+
+def test_the_bias_of_queries_beside_keys_and_values_gets_its_gradient(device):
+    qkv, bias = packed(2, 37, 2, 64, device, DTYPES[0]).detach(), torch.zeros(384, device=device).requires_grad_()
+    upstream = torch.randn(2, 2, 128, device=device).to(DTYPES[0])
+    for impl in ("triton", "sdpa"):
+        first = attention_first(qkv[:, :2, 0].contiguous(), qkv[:, :, 1:].contiguous(), qkv_bias=bias, impl=impl)
+        whole = attention(qkv, qkv_bias=bias, query_rows=2, impl=impl)
+        got, expected = (torch.autograd.grad(out, bias, upstream)[0] for out in (first, whole))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0 if impl == "triton" else 1e-4)
+
+
 @hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
     batch=st.integers(1, 2), tokens=st.integers(1, 90), heads=st.integers(1, 2), width=st.sampled_from(module.WIDTHS),
@@ -161,10 +212,11 @@ def test_torch_implementations_agree_with_the_reference(impl):
 def test_ops_pass_opcheck(device):
     qkv = packed(1, 18, 1, 32, device, DTYPES[0])
     q, kv = qkv[:, :2, 0].detach().contiguous(), qkv[:, :, 1:].detach().contiguous()
-    for arguments in ((qkv, None, 18), (qkv, None, 2), (q.requires_grad_(), kv, 2)):
+    bias = torch.randn(96, device=device).requires_grad_()
+    for arguments in ((qkv, None, None, 18), (qkv, None, bias, 2), (q.requires_grad_(), kv, bias, 2)):
         torch.library.opcheck(torch.ops.fastdeitlt.attention.default, arguments)
         out, lse = torch.ops.fastdeitlt.attention(*(x.detach() if torch.is_tensor(x) else x for x in arguments))
-        backward = (arguments[0].detach(), arguments[1], out, torch.randn_like(out), lse)
+        backward = (arguments[0].detach(), arguments[1], out, torch.randn_like(out), lse, arguments[2] is not None)
         torch.library.opcheck(torch.ops.fastdeitlt.attention_backward.default, backward)
 
 
@@ -220,6 +272,10 @@ def test_auto_takes_the_measured_choice_and_torchs_where_nobody_measured(dtype, 
         (lambda x: (x.expand(2, -1, -1, -1, -1), {}), "expected contiguous"),
         (lambda x: (x, {"query_rows": 0}), "got query_rows 0, expected 1 to 18"),
         (lambda x: (x, {"query_rows": 17}), "up to 16 query rows or all, got 17"),
+        (
+            lambda x: (x, {"qkv_bias": torch.zeros(32, device=x.device)}),
+            r"qkv_bias has shape \(32,\), expected \(96,\)",
+        ),
         (lambda x: (x, {"impl": "fast"}), "got impl 'fast', expected one of auto, triton"),
         (lambda x: (x[..., :24].contiguous(), {}), r"heads of \(32, 64, 96, 128\), got 24"),
     ],
