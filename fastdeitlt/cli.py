@@ -21,18 +21,25 @@ EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
 def _train(args: argparse.Namespace) -> int:
     from fastdeitlt import config, run
 
-    cfg = config.load(args.config, args.overrides)
+    # shared out as `ablate` does
+    of_teacher = [word for word in args.overrides if word.startswith("teacher_training.")]
+    cfg = config.load(args.config, [word for word in args.overrides if word not in of_teacher])
+    if of_teacher and not args.with_teacher:
+        raise UserError(f"{of_teacher[0]}: is of a teacher's training, which this is not; give --with-teacher RECIPE")
+    if cfg.teacher.path and args.with_teacher:
+        raise UserError(f"teacher.path: got {cfg.teacher.path!r}, but --with-teacher trains one; give one of them")
+    teacher = config.load(args.with_teacher, of_teacher) if args.with_teacher else None
     run.set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
     if args.dry_run:
         from fastdeitlt.dryrun import dry_run
 
-        return dry_run(cfg)
-    if args.with_teacher:
+        return dry_run(cfg, teacher)
+    if teacher:
         from fastdeitlt.demo import train_both
 
-        train_both(cfg, config.load(args.with_teacher), args.resume)
+        train_both(cfg, teacher, args.resume)
         return 0
     from fastdeitlt.train import train
 
@@ -239,7 +246,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         if run is _train:
             added.add_argument(
-                "--with-teacher", metavar="RECIPE", help="train this teacher first, such as teacher/quickstart"
+                "--with-teacher",
+                metavar="RECIPE",
+                help="train this teacher first, such as teacher/quickstart, on the student's data, seed and device; "
+                "teacher_training.field=value sets it",
             )
             added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
         added.add_argument(

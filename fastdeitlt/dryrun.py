@@ -12,9 +12,12 @@ from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine import JointForward, build_engine
 from fastdeitlt.models import create_student
+from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.optim import peak_learning_rate
 from fastdeitlt.run import console
+from fastdeitlt.teachers.step import build_objective
+from fastdeitlt.teachers.views import Plan as TeacherPlan
 from fastdeitlt.train import teacher_of
 
 MIB = 2**20
@@ -37,8 +40,12 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
     }
 
 
-def dry_run(cfg: Config) -> int:
+def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     """Open the data and the teacher, build the student, print sizes and steps, and run one step on random images.
+
+    Args:
+        cfg: the student's run.
+        recipe: of the teacher that is to be trained first; the step then has one with fresh weights.
 
     Raises:
         UserError: what training would have raised.
@@ -57,11 +64,21 @@ def dry_run(cfg: Config) -> int:
     )
     student = create_student(num_classes=images.num_classes, **cfg.student.model_dump()).to(device)
     size = student.img_size
-    teacher = teacher_of(cfg, images, size, device)
+    teacher: Teacher | None
+    if recipe:
+        network = build_objective(recipe.teacher_training, images.counts, device).network
+        teacher = Teacher(network, images.num_classes, img_size=cfg.teacher.img_size or size)
+    else:
+        teacher = teacher_of(cfg, images, size, device)
     table = Table(title=f"dry run of {cfg.name} on {device}", show_header=False)
     table.add_row("training images", f"{len(images):,} in {images.num_classes} classes")
     table.add_row("student", f"{cfg.student.name}, {num_parameters(student):,} parameters")
     table.add_row("teacher", f"{sum(p.numel() for p in teacher.parameters()):,} parameters" if teacher else "none")
+    if recipe:
+        t = recipe.teacher_training
+        steps = TeacherPlan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco").steps
+        table.add_row("  trained first", f"{t.arch}, {t.loss}, {t.img_size} pixels")
+        table.add_row("  optimizer steps", f"{steps:,} an epoch, {steps * t.epochs:,} in all")
     table.add_row("effective batch", f"{plan.images_per_step:,} images")
     table.add_row(
         "optimizer steps", f"{plan.optimizer_steps:,} an epoch, {plan.optimizer_steps * cfg.train.epochs:,} in all"

@@ -60,6 +60,24 @@ def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, capsys):
+    student = ["train", "quickstart", f"runs_dir={tmp_path}", "train.batch_size=4", "student.depth=1"]
+    both = [*student, "--with-teacher", "teacher/quickstart", "teacher_training.epochs=35"]
+    assert cli.main(both) == 0
+    taught, learnt = trained
+    assert (taught.teacher_training.epochs, learnt.train.epochs, learnt.teacher_training.epochs) == (35, 60, 200)
+    assert cli.main([*both, "--dry-run"]) == 0
+    assert "39 an epoch, 1,365 in all" in capsys.readouterr().out
+    for wrong, words in (
+        ([*both, "teacher_training.epoch=3"], "did you mean teacher_training.epochs"),
+        ([*student, "teacher_training.epochs=35"], "give --with-teacher RECIPE"),
+        ([*both, "teacher.path=runs/a"], "give one of them"),
+    ):
+        assert cli.main(wrong) == 2
+        assert words in capsys.readouterr().err
+    assert len(trained) == 2
+
+
 def test_dry_run_finds_a_wrong_teacher(tmp_path):
     (tmp_path / "teacher.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"teacher\.pth"):
