@@ -34,6 +34,8 @@ FACTS = "fastdeitlt.json"
 """Name of the extra file inside a .pt2 that holds ``facts``."""
 INHERITED = ("architecture", "input_size", "fixed_input_size", "crop_mode", "first_conv", "classifier")
 """What an export keeps of timm's own facts about an architecture."""
+BATCH = {"images_BCHW": {0: torch.export.Dim("batch")}}
+"""The axis of any length."""
 NUM_CHECKED = 5  # odd, and another batch size than the one that is traced
 MAX_DIFFERENCE = 1e-3
 """Of logits, relative to the largest; another order of additions gives about 1e-6."""
@@ -168,8 +170,7 @@ def timm_architecture(student: DistilledViT) -> tuple[str, dict[str, Any]]:
 
 def _trace(student: DistilledViT, saved: Saved) -> torch.export.ExportedProgram:
     example = (torch.zeros(2, 3, saved.img_size, saved.img_size),)
-    batch = torch.export.Dim("batch")
-    return torch.export.export(ThreeOutputs(student), example, dynamic_shapes={"images_BCHW": {0: batch}})
+    return torch.export.export(ThreeOutputs(student), example, dynamic_shapes=BATCH)
 
 
 def _to_onnx(student: DistilledViT, saved: Saved, out: Path) -> float:
@@ -179,7 +180,12 @@ def _to_onnx(student: DistilledViT, saved: Saved, out: Path) -> float:
     except ImportError as error:
         raise UserError(f"export: {error.name} is missing; pip install 'fastdeitlt[onnx]'") from None
     program = torch.onnx.export(
-        _trace(student, saved), input_names=["images"], output_names=list(OUTPUTS), dynamo=True, verbose=False
+        _trace(student, saved),
+        input_names=["images"],
+        output_names=list(OUTPUTS),
+        dynamic_shapes=BATCH,  # names the axis, which is s12 or so without
+        dynamo=True,
+        verbose=False,
     )
     assert program is not None  # only the old exporter returns None
     program.model.metadata_props.update({name: json.dumps(value) for name, value in facts(saved).items()})

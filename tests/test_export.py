@@ -111,6 +111,8 @@ def test_onnx_has_a_free_batch_three_outputs_and_the_facts(saved):
     onnx.checker.check_model(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == ["avg", "cls", "dist"]
+    assert session.get_inputs()[0].shape == ["batch", 3, SIZE, SIZE]
+    assert {output.shape[0] for output in session.get_outputs()} == {"batch"}
     for batch_size in (1, 7):
         got = session.run(None, {"images": images(batch_size).numpy()})
         with torch.no_grad():
