@@ -49,13 +49,20 @@ def _results(runs: list[RunFiles]) -> Section:
                 if head in result.heads
             ]
             if rows:
-                blocks.append(Table(f"{head}, {split} split", ["", *GROUPS], rows, best=best_cells(rows)))
+                blocks.append(
+                    Table(f"{head}, {_split_name(scored, split)}", ["", *GROUPS], rows, best=best_cells(rows))
+                )
     if scored:
         blocks.append(_measures(scored))
         heights = {name: [result.accuracy(None, g, "official") for g in GROUPS] for name, result in scored.items()}
         svg = figures.bars(GROUPS, heights, _colours(runs))
-        blocks.append(Figure("Accuracy in %, official split", svg))
+        blocks.append(Figure(f"Accuracy in %, {_split_name(scored)}", svg))
     return Section("Result", note, blocks)
+
+
+def _split_name(scored: dict[str, Result], split: str = "official") -> str:
+    """What a split is called; runs on different data sets may have two names for it."""
+    return " or ".join(dict.fromkeys(result.split_name(split) for result in scored.values()))
 
 
 def _measures(scored: dict[str, Result]) -> Table:

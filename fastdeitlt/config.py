@@ -58,6 +58,12 @@ class DataConfig(Section):
     jpeg_engine_share: float = Field(0.65, ge=0, le=1)
     """Share of a GPU's JPEG files that its hardware engine decodes, if it has one (A100, H100, ...). 0 = none."""
 
+    @property
+    def title(self) -> str:
+        """What people call the data set: its name, or that of the folder of their own images."""
+        own = self.dataset in ("folder", "list")
+        return (own and Path(self.root).expanduser().resolve().name) or self.dataset
+
 
 class AugmentConfig(Section):
     """Strong augmentation of one image (timm's DeiT recipe is the default; research: mission section 6)."""

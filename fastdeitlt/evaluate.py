@@ -164,10 +164,10 @@ def evaluate(
         images = dict(sets).get(split)
         if images is None:
             there = list(dict(sets))
-            raise UserError(f"split {split!r}: {cfg.data.dataset} has only {', '.join(there)}; use --split {there[-1]}")
+            raise UserError(f"split {split!r}: {cfg.data.title} has only {', '.join(there)}; use --split {there[-1]}")
         if images.num_classes != saved.num_classes:
             raise UserError(
-                f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {images.num_classes}; "
+                f"model {path}: has {saved.num_classes} classes, {cfg.data.title} has {images.num_classes}; "
                 "give the data set that it was trained on (data.dataset=...)"
             )
         logits = _logits(saved, images, cfg)

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from rich.table import Table
 from torch import Tensor
 
-from fastdeitlt.data.longtail import shot_groups
+from fastdeitlt.data.longtail import has_official_split, shot_groups
 from fastdeitlt.errors import NonFiniteError, UserError
 
 GROUPS = ("all", "head", "mid", "tail")
@@ -76,6 +76,8 @@ class Result:
     """Images of each class in the scored set."""
     num_classes: dict[str, dict[str, int]]
     """split -> group -> number of classes."""
+    thirds: bool = False
+    """Whether ``official`` is the classes in thirds by size, because the data set has no published split."""
 
     @property
     def num_images(self) -> int:
@@ -86,6 +88,10 @@ class Result:
     def main(self) -> str:
         """The head that predicts: AVG of a student, TEACHER."""
         return next(iter(self.heads))
+
+    def split_name(self, split: str = "official") -> str:
+        """What a split is called."""
+        return "thirds by class size" if self.thirds and split == "official" else f"{split} split"
 
     def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
         """Top-1 accuracy in per cent of a head, by default ``main``; NaN where the group has no images."""
@@ -122,7 +128,7 @@ class Result:
         self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> Table:
         """Rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail; an empty group shows '-'."""
-        table = Table(title=f"top-1 accuracy in %, {split} split, {self.num_images:,} images")
+        table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.num_images:,} images")
         table.add_column("")
         for group in GROUPS:
             num_classes = len(self.counts_K) if group == "all" else self.num_classes[split][group]
@@ -208,6 +214,7 @@ def _score(logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], d
         counts_K=[int(count) for count in counts],
         support_K=torch.bincount(labels_N, minlength=num_classes).tolist(),
         num_classes={split: {group: len(ids) for group, ids in groups.items()} for split, groups in class_ids.items()},
+        thirds=not has_official_split(num_classes, dataset),
     )
 
 

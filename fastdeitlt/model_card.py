@@ -86,7 +86,8 @@ def _results(results: dict[str, Any]) -> str:
     lines += ["| split | head | all | head | mid | tail |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for split in result.num_classes:
         for head, scores in result.heads.items():
-            lines.append(f"| {split} | {head} | " + " | ".join(cell(scores.top1[split][g]) for g in GROUPS) + " |")
+            numbers = " | ".join(cell(scores.top1[split][group]) for group in GROUPS)
+            lines.append(f"| {result.split_name(split)} | {head} | {numbers} |")
     return "\n".join(lines)
 
 

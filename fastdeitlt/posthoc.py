@@ -101,8 +101,9 @@ class PostHoc:
 
     def table(self, split: str = "official") -> Table:
         """``rows`` for a terminal."""
+        name = self.result.split_name(split)
         table = Table(
-            title=f"fitted on {self.num_fitted:,} validation images, scored on test images, {split} split",
+            title=f"fitted on {self.num_fitted:,} validation images, scored on test images, {name}",
             caption="\n".join(f"{method}: {meaning}" for method, meaning in self.meaning.items()),
             caption_justify="left",
         )

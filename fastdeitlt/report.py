@@ -20,9 +20,10 @@ from fastdeitlt.run_files import RunFiles, column, read_json, read_run
 
 __all__ = ["compare", "results_table", "write_report"]
 
-SPLITS = {
-    "threshold": "Threshold split: over 100, 20 to 100, under 20 images",
-    "official": "Official split: index ranges of the DeiT-LT code, else thirds",
+CAPTIONS = {
+    "threshold split": "Threshold split: over 100, 20 to 100, under 20 images",
+    "official split": "Official split: index ranges of the DeiT-LT code",
+    "thirds by class size": "Thirds by class size",
 }
 
 
@@ -40,7 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _lead(run: RunFiles) -> str:
-    dataset = run.cfg.data.dataset if run.cfg else "unknown data"
+    dataset = run.cfg.data.title if run.cfg else "unknown data"
     model = "a model"
     if run.cfg:
         model = f"teacher {run.cfg.teacher_training.arch}" if run.is_teacher else run.cfg.student.name
@@ -63,7 +64,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     _, result = run.tested
     tiles = [
         (f"{cell(result.accuracy())} %", "accuracy" if run.is_teacher else "accuracy, mean of both heads"),
-        (f"{cell(result.accuracy(group='tail', split='official'))} %", "on the tail (official split)"),
+        (f"{cell(result.accuracy(group='tail', split='official'))} %", f"on the tail ({result.split_name()})"),
     ]
     if run.teacher:
         gain = result.accuracy() - run.teacher.accuracy()
@@ -81,13 +82,13 @@ def _headline(run: RunFiles) -> Section:
     if run.tested is None:
         return Section("Result", note, [])
     _, result = run.tested
-    blocks: list[Block] = [_accuracy_table(run, result, split) for split in SPLITS]
+    blocks: list[Block] = [_accuracy_table(run, result, split) for split in result.num_classes]
     blocks += _published(run, result)
     heads = {name: head.top1["official"] for name, head in result.heads.items()}
     if run.teacher:
         heads["TEACHER"] = run.teacher.heads[run.teacher.main].top1["official"]
     heights = {name: [row[group] for group in GROUPS] for name, row in heads.items()}
-    blocks.append(Figure("Accuracy in %, official split", figures.bars(GROUPS, heights, figures.COLOURS)))
+    blocks.append(Figure(f"Accuracy in %, {result.split_name()}", figures.bars(GROUPS, heights, figures.COLOURS)))
     rows = [
         [name, cell(head.top5["threshold"]["all"]), cell(head.balanced_accuracy), cell(head.macro_f1)]
         for name, head in result.heads.items()
@@ -97,7 +98,8 @@ def _headline(run: RunFiles) -> Section:
     if {"CLS", "DIST"} <= heads.keys():
         gaps = [heads["CLS"][group] - heads["DIST"][group] for group in ("head", "tail")]
         if np.isfinite(gaps).all():
-            note += f" CLS minus DIST, official split: {gaps[0]:+.1f} points on the head, {gaps[1]:+.1f} on the tail."
+            shown = f"{gaps[0]:+.1f} points on the head, {gaps[1]:+.1f} on the tail"
+            note += f" CLS minus DIST, {result.split_name()}: {shown}."
     return Section("Result", note, blocks)
 
 
@@ -107,7 +109,8 @@ def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
     num_classes = {"all": len(result.counts_K), **result.num_classes[split]}
     rows = [[name, *(cell(row.get(group)) for group in GROUPS)] for name, row in (ours | others).items()]
     header = ["", *(f"{group} ({num_classes[group]:,})" for group in GROUPS)]
-    return Table(SPLITS[split], header, rows, quiet=frozenset(others), best=best_cells(rows[: len(ours)]))
+    caption = CAPTIONS[result.split_name(split)]
+    return Table(caption, header, rows, quiet=frozenset(others), best=best_cells(rows[: len(ours)]))
 
 
 def _published(run: RunFiles, result: Result) -> list[Block]:
@@ -116,7 +119,8 @@ def _published(run: RunFiles, result: Result) -> list[Block]:
     if found is None:
         return []
     name, published = found
-    rows = [["this run", *(cell(result.accuracy(None, group, split)) for group in GROUPS), split] for split in SPLITS]
+    splits = result.num_classes
+    rows = [["this run", *(cell(result.accuracy(None, group, split)) for group in GROUPS), split] for split in splits]
     rows += [[p.method, *(cell(v) for v in (p.overall, p.head, p.mid, p.tail)), p.split or "-"] for p in published]
     others = frozenset(p.method for p in published)
     return [Table(f"Published on {name} (DeiT-LT, CVPR 2024)", ["", *GROUPS, "split"], rows, quiet=others, wide=True)]
@@ -135,8 +139,8 @@ def _signs(run: RunFiles) -> Section:
         when = f"{len(epochs)} of {checks}" + (f", last after epoch {epochs[-1]}" if epochs else "")
         rows.append([name, "yes" if sign["seen"] else "no", when, sign["text"]])
     note = (
-        f"Checked at each evaluation since re-weighting began, {checks} so far, on the images that choose the weights "
-        f"(official split); the text is that of epoch {last['epoch'] + 1}, {last['weights']} weights."
+        f"Checked at each evaluation since re-weighting began, {checks} so far, on the images that choose the "
+        f"weights; the text is that of epoch {last['epoch'] + 1}, {last['weights']} weights."
     )
     return Section(title, note, [Table("", ["sign", "seen", "evaluations", "figures"], rows, text=True, wide=True)])
 
@@ -154,13 +158,14 @@ def _learning(run: RunFiles) -> Section:
         rate = {"lr": (time, column(run.steps, "lr"))}
         blocks.append(Figure("Learning rate", figures.curves(rate, "learning rate", {"lr": figures.INK}, drw_epoch)))
     weights, split, evaluations = run.selection_curve()
-    for group, title in (("all", "all classes"), ("tail", "tail classes (official split)")):
+    for group in ("all", "tail"):
         lines = {
             head: ([epoch for epoch, _ in evaluations], [r.accuracy(head, group, "official") for _, r in evaluations])
             for head in (evaluations[0][1].heads if evaluations else ())
         }
         if lines:
             svg = figures.curves(lines, "accuracy in %", figures.COLOURS, drw_epoch, percent=True)
+            title = "all classes" if group == "all" else f"tail classes ({evaluations[0][1].split_name()})"
             blocks.append(Figure(f"Accuracy on {split}, {title}, {weights} weights", svg))
     blocks += _heads_over_time(run, weights, drw_epoch)
     note = "Losses are averages between log lines."
@@ -275,7 +280,7 @@ def _flat(tree: dict[str, object], prefix: str = "") -> list[list[str]]:
 
 
 def results_table(run_dir: str | Path) -> rich.table.Table:
-    """The official-split table of a run for a terminal, beside teacher, chance and published numbers.
+    """The official-split table of a run (``shot_groups``) for a terminal, beside teacher, chance and published numbers.
 
     Raises:
         UserError: see ``read_run``; or the run has no results yet.

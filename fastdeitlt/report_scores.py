@@ -63,9 +63,9 @@ def _fitted(fitted: PostHoc | None) -> list[Section]:
         Section(
             "Fitted on validation images",
             f"What can still be changed without training, fitted on {fitted.num_fitted:,} validation images with every "
-            "class counting the same, scored on the test images (official split). T divides the logits; tau is the "
-            "strength with which the log of the training frequencies is subtracted; alpha is the weight of the DIST "
-            "head, 0.5 as trained.",
+            f"class counting the same, scored on the test images ({fitted.result.split_name()}). T divides the logits; "
+            "tau is the strength with which the log of the training frequencies is subtracted; alpha is the weight of "
+            "the DIST head, 0.5 as trained.",
             [
                 Table("Accuracy, ECE in %, NLL in nats", HEADER[:-1], rows, best=accuracies, wide=True),
                 Table("What was fitted", ["method", "values"], meaning, text=True, wide=True),

@@ -121,3 +121,12 @@ def test_any_values_give_a_config_or_a_user_error(values):
 
 def test_every_field_is_documented():
     assert [name for name in config.FIELDS if not config.describe(name)] == []
+
+
+@pytest.mark.parametrize("dataset", ["folder", "list"])
+def test_own_images_are_called_by_their_folder(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root in ("birds/", str(tmp_path / "birds"), "../birds"):
+        assert config.DataConfig(dataset=dataset, root=root).title == "birds"
+    assert config.DataConfig(dataset=dataset, root="/").title == dataset
+    assert config.DataConfig(dataset="imagenet_lt", root="birds").title == "imagenet_lt"

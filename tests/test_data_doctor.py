@@ -278,6 +278,7 @@ def test_report_prints_tables_and_json(tmp_path, capsys):
     report = check(config)
     report.print()
     text = capsys.readouterr().out
+    assert f"data {tmp_path.name}" in text and "thirds by class size" in text and "official" not in text
     for part in ("[red]cat", "1 image: missing", "train_0_0.png", "optimizer steps an epoch", "threshold", "findings"):
         assert part in text
     stats(config).print()

@@ -169,6 +169,19 @@ def test_both_split_conventions_are_reported_and_differ():
     assert result.accuracy(group="tail", split="official") == pytest.approx(accuracy_K[7:].mean())
 
 
+def test_only_a_published_split_is_called_official():
+    logits = torch.eye(10)
+    for dataset in (None, "cifar10_lt", "folder", "fashion_mnist_lt"):
+        name = "official split" if dataset in (None, "cifar10_lt") else "thirds by class size"
+        result = score(logits, logits, torch.arange(10), COUNTS, dataset)
+        assert result.split_name() == name and name in str(result.table("official").title)
+        assert "threshold split" in str(result.table().title)
+        assert Result.from_json(result.to_json()).split_name() == name
+    old = score(logits, logits, torch.arange(10), COUNTS).to_json()
+    del old["thirds"]
+    assert Result.from_json(old).split_name() == "official split"
+
+
 def test_an_absent_class_or_group_is_a_dash_and_never_pulls_a_mean_down():
     labels = torch.tensor([0, 0, 1, 1])
     logits = torch.nn.functional.one_hot(labels, 4).float()

@@ -83,7 +83,7 @@ def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
     (run / "results.json").write_text(json.dumps({"test": result.to_json()}))
     card = (export(run, tmp_path / "out") / "README.md").read_text()
     assert "594 images of 4 classes, 500 in the largest and 4 in the smallest (imbalance 125)" in card
-    assert "| threshold | AVG | 100.0 | 100.0 | 100.0 | 100.0 |" in card
+    assert "| threshold split | AVG | 100.0 | 100.0 | 100.0 | 100.0 |" in card
     assert "Not stated. The licence of these weights" in card and f"(`{NAME}`; in timm " in card
     assert not {"license", "tag"} & json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"].keys()
     alone = tmp_path / "alone"

@@ -22,7 +22,7 @@ from fastdeitlt.data.findings import (
     image_findings,
     known_findings,
 )
-from fastdeitlt.data.longtail import LongTailSet, Sets, open_sets, shot_groups
+from fastdeitlt.data.longtail import LongTailSet, Sets, has_official_split, open_sets, shot_groups
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
 
@@ -56,6 +56,7 @@ class Report:
     """What ``stats`` and ``check`` found out."""
 
     dataset: str
+    title: str
     splits: list[SplitStats]
     groups: dict[str, dict[str, dict[str, int]]]
     """Shot split -> head/mid/tail -> {"classes", "images"} of the training set."""
@@ -87,15 +88,18 @@ class Report:
     def render(self) -> Group:
         """Tables for a rich console."""
         splits = _table(
-            f"data {self.dataset}", "split", "images", "classes", "empty", "largest", "smallest", "rho", "Gini"
+            f"data {self.title}", "split", "images", "classes", "empty", "largest", "smallest", "rho", "Gini"
         )
         for s in self.splits:
             sizes = (s.num_images, s.num_classes, s.num_empty_classes, s.largest, s.smallest)
             splits.add_row(s.split, *(f"{n:,}" for n in sizes), f"{s.imbalance_ratio:.1f}", f"{s.gini:.3f}")
         groups = _table("training classes and images", "split", "head", "mid", "tail")
+        names = _SHOT_SPLITS
+        if not has_official_split(self.splits[0].num_classes, self.dataset):
+            names = names | {"official": "thirds by class size"}
         for name, parts in self.groups.items():
             cells = (f"{parts[g]['classes']:,} / {parts[g]['images']:,}" for g in ("head", "mid", "tail"))
-            groups.add_row(_SHOT_SPLITS[name], *cells)
+            groups.add_row(names[name], *cells)
         tables = [splits, groups, self._classes()]
         if self.schedule:
             schedule = _table("training with this config", "", "")
@@ -191,7 +195,7 @@ def _report(config: Config, sets: Sets) -> Report:
         for split in _SHOT_SPLITS
     }
     splits = [split_stats(split, images) for split, images in sets]
-    report = Report(config.data.dataset, splits, groups, {}, sets.train.class_names)
+    report = Report(config.data.dataset, config.data.title, splits, groups, {}, sets.train.class_names)
     try:
         report.schedule.update(_schedule(config, len(sets.train)))
     except UserError as error:

@@ -143,8 +143,8 @@ def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | 
 
     threshold: more than 100 training images, 20 to 100, fewer than 20 (Liu et al. 2019); a class without images is in
     the tail. official: the index ranges of the DeiT-LT code after sorting classes by frequency (stable), known by the
-    number of classes, see ``OFFICIAL_BOUNDS``; data sets it does not know (and ``list``, ``folder``, ``places_lt``)
-    are cut into thirds of the classes. Published rows mix both, so a tail accuracy means nothing without its split.
+    number of classes, see ``OFFICIAL_BOUNDS``; data sets it does not know are cut into thirds of the classes, see
+    ``has_official_split``. Published rows mix both, so a tail accuracy means nothing without its split.
 
     Args:
         counts: training images of each class [K].
@@ -160,11 +160,16 @@ def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | 
     if split != "official":
         raise UserError(f"shot split: got {split!r}, expected 'threshold' or 'official'")
     classes = len(counts_K)
-    bounds = (classes // 3, classes - classes // 3)
-    if dataset not in ("list", "folder", "places_lt"):
-        bounds = OFFICIAL_BOUNDS.get(classes, bounds)
+    thirds = (classes // 3, classes - classes // 3)
+    bounds = OFFICIAL_BOUNDS[classes] if has_official_split(classes, dataset) else thirds
     groups = zip(("head", "mid", "tail"), np.split(class_order(counts_K), bounds), strict=True)
     return {name: torch.from_numpy(np.sort(ids)) for name, ids in groups}
+
+
+def has_official_split(classes: int, dataset: str | None = None) -> bool:
+    """Whether the official code has index ranges for a data set; ``dataset`` as in ``shot_groups``."""
+    known = (None, "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18")
+    return dataset in known and classes in OFFICIAL_BOUNDS
 
 
 def hold_out(images: LongTailSet, share: float, seed: int = HOLDOUT_SEED) -> tuple[LongTailSet, LongTailSet]:
@@ -212,7 +217,7 @@ def open_sets(cfg: DataConfig) -> Sets:
         train, val = hold_out(sets.train, cfg.val_holdout)
         sets = Sets(train, val, sets.test, held_out=True)
     sizes = ", ".join(f"{name} {len(images):,}" for name, images in sets)
-    logging.getLogger("fastdeitlt").info("data %s: %d classes, %s", cfg.dataset, sets.num_classes, sizes)
+    logging.getLogger("fastdeitlt").info("data %s: %d classes, %s", cfg.title, sets.num_classes, sizes)
     return sets
 
 
