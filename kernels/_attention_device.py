@@ -136,7 +136,6 @@ def attention_bwd_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_sums = (i_b * PARTS + tl.program_id(0) % PARTS) * (2 * H * D) + i_head % H * D + o_d
     dout_sum = tl.full((BLOCK_D,), 0.0, tl.float32)
-    dq_sum = tl.full((BLOCK_D,), 0.0, tl.float32)
     qs = ()
     douts = ()
     lses = ()
@@ -158,6 +157,8 @@ def attention_bwd_kernel(
         lses += (tl.load(p_lse + o_lse + o_m, mask=o_m < R, other=float("inf")),)
         deltas += (delta,)
         dqs += (tl.full((RESIDENT[c][1], BLOCK_D), 0.0, tl.float32),)
+    if p_sums is not None:
+        tl.store(p_sums + o_sums + H * D, dout_sum, mask=o_d < D)
     for i in tl.static_range(len(KEYS)):
         for start in range(KEYS[i][0], KEYS[i][1], KEYS[i][2]):
             b_k = _load(p_kv + o_k, start, N, KV_TOKEN, D, KEYS[i][2], BLOCK_D, KEYS[i][3])
@@ -183,13 +184,13 @@ def attention_bwd_kernel(
                 _store(p_dkv + o_v, b_dv, start, 0, N, KV_TOKEN, D)
                 if R < Q_ROWS:
                     _store(p_dq + o_q, tl.full((KEYS[i][2], BLOCK_D), 0.0, tl.float32), start, R, Q_ROWS, Q_TOKEN, D)
+    dq_sum = tl.full((BLOCK_D,), 0.0, tl.float32)
     for c in tl.static_range(len(RESIDENT)):
         _store(p_dq + o_q, dqs[c] * SCALE, first_row + RESIDENT[c][0], 0, R, Q_TOKEN, D)
         if p_sums is not None:
             dq_sum += tl.sum(dqs[c], 0) * SCALE
     if p_sums is not None:
         tl.store(p_sums + o_sums, dq_sum, mask=o_d < D)
-        tl.store(p_sums + o_sums + H * D, dout_sum, mask=o_d < D)
 
 
 @triton.jit

@@ -102,12 +102,11 @@ def forward_config(problem: Problem) -> LaunchConfig:
 def backward_config(problem: Problem, sm: int) -> LaunchConfig:
     """Default setting of the kernel that holds queries: free of spills on its architecture, not measured."""
     if problem.rows <= FEW_ROWS:
-        return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 64, "TAIL": 0}, 4, 2)
+        return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 32, "TAIL": 0}, 4, 2)
     if not problem.whole_row:
         return LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 0}, 8 if problem.width > 64 else 4, 2)
     if problem.rows <= SHORT_ROW_TOKENS:
-        block, tail, stages = (32, 0, 1) if sm == 80 else (64, 16, 2)
-        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": block, "TAIL": tail}, 4, stages)
+        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": 64, "TAIL": 0 if sm == 80 else 16}, 4, 2)
     block, tail, stages = {80: (32, 0, 1), 90: (64, 16, 2), 100: (64, 0, 1)}[sm]
     return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": block, "TAIL": tail}, 8, stages)
 

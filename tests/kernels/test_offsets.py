@@ -63,7 +63,8 @@ def test_attention(tokens, far_program):
     got = out[-1:, :, -width:].double()
     assert (got - expected[..., -width:]).abs().max() < 2e-2 * expected.abs().max()
     grid = head(backward, "ROWS", tokens)
-    attention_bwd_kernel[grid](qkv, qkv[:, :, 1:], out, dout, lse, delta, dqkv, dqkv[:, :, 1:], **constexprs[1])
+    sums = torch.full((batch, *grid, 2, heads, width), float("nan"))
+    attention_bwd_kernel[grid](qkv, qkv[:, :, 1:], out, dout, lse, delta, dqkv, dqkv[:, :, 1:], sums, **constexprs[1])
     if not launch.one_program(problem, backward):
         grid = head(keys, "BLOCK_N", tokens)
         attention_bwd_keys_kernel[grid](
@@ -71,6 +72,9 @@ def test_attention(tokens, far_program):
         )
     got, exact = dqkv[-1:, :, :, -1].double(), expected_gradient[..., -1, :]
     assert (got - exact).abs().max() < 2e-2 * exact.abs().max()
+    got, exact = sums[-1, :, 0, -1].sum(0), expected_gradient[0, :, 0, -1].sum(0)
+    assert (got - exact).abs().max() < 2e-2 * exact.abs().max()
+    assert not sums[:, :, :, -1].isfinite()[:-1].any()
 
 
 def test_add_layernorm(far_program):
