@@ -123,7 +123,7 @@ def measured(gpu: str | None) -> dict[Key, Mapping[str, Any]]:
     found: dict[Key, Mapping[str, Any]] = {}
     for file in sorted(RESULTS.glob("*.jsonl")):
         for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if row.get("gpu") == gpu:
+            if row.get("gpu") == gpu and "candidate" in row:
                 found[row["op"], row["case"], row["candidate"]] = row
     parts = RESULTS / "parts_gpu.json"
     if parts.exists():

@@ -245,6 +245,11 @@ def test_a_kernel_whose_tests_passed_is_not_tested_again(monkeypatch):
     assert "--tested" not in ran["attention"]
 
 
+def test_the_budget_reads_every_row_that_is_there():
+    rows = gpu.measured(None)
+    assert ("train", "ours, resident") in {(op, candidate) for op, _, candidate in rows}
+
+
 def test_the_budget_is_met_only_when_everything_is_measured_and_good(capsys):
     rows = {}
     for _, op, case, candidate, column, goal, _more in gpu.BUDGET:
