@@ -54,9 +54,11 @@ def train(cfg: Config, resume: str = "auto") -> Path:
             return run.folder
         device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # 1 which images
+        log.info("data %s: %s", cfg.data.title, sets)
         images, num_classes = sets.train, sets.train.num_classes
         plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)
-        source = open_source(images, cfg.data, device, share=plan.virtual_ranks // world)  # 2 read, decode
+        share = plan.virtual_ranks // world
+        source = open_source(images, cfg.data, device, share, tell=True)  # 2 read, decode
         torch.manual_seed(cfg.train.seed)
         student = create_student(num_classes=num_classes, **cfg.student.model_dump()).to(device)  # 4 student
         size = student.img_size

@@ -260,9 +260,13 @@ def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, fr
     monkeypatch.setattr(resident, "_free_host_bytes", lambda: free)
     images = make_set(tmp_path)
     with caplog.at_level(logging.INFO, "fastdeitlt"):
-        opened = open_source(images, DataConfig(residency=residency, num_threads=2), CPU)
+        opened = open_source(images, DataConfig(residency=residency, num_threads=2), CPU, tell=True)
     assert type(opened) is source
     assert re.search(said, " ".join(caplog.messages))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "fastdeitlt"):
+        open_source(images, DataConfig(residency=residency, num_threads=2), CPU).close()
+    assert caplog.messages == []
     assert same(list(opened.crops(requests_of_every_kind())), deliver(images, requests_of_every_kind())[0])
     opened.close()
 

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +33,8 @@ FORMAT = 1
 """Raise it when stored pixels or their layout change."""
 BLOCK_BYTES = 1 << 26
 """Bytes under one checksum."""
+LONG = 10**8
+"""Bytes from which decoding a set takes so long that the log says why nothing happens."""
 DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
@@ -138,8 +139,9 @@ def _key(images: LongTailSet, cfg: DataConfig) -> str:
 
 def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: Stream) -> None:
     """Fill ``pixels`` and ``slot_N``."""
-    began, total = time.monotonic(), decoded.starts[-1]
-    log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
+    total = int(decoded.starts[-1])
+    if total >= LONG:
+        log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
     for sample, (slot, image) in enumerate(stream.decoded(range(len(images)), cfg.stored_short_side)):
         decoded.slot_N[sample] = slot
         if slot != sample:
@@ -148,7 +150,6 @@ def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: S
             raise UserError(f"image {images.paths[sample]} under {images.root}: changed while it was read; start again")
         decoded.image(slot).copy_(image)
     decoded.slot_N[:] = decoded.slot_N[decoded.slot_N]  # a replacement may itself have been replaced later on
-    log.info("decoded %s images in %.0f s", f"{len(images):,}", time.monotonic() - began)
 
 
 def _decode_to_disk(
@@ -205,7 +206,6 @@ def _load(path: Path, cfg: DataConfig) -> DecodedSet | None:
     except (FileNotFoundError, *DAMAGE) as error:
         log.warning("cache %s: damaged (%s); decoding again", path, error)
         return None
-    log.info("%s decoded images from cache %s", f"{len(slot_N):,}", path)
     return decoded
 
 

@@ -3,7 +3,6 @@
 N images in the set, K classes, H height, W width, C channels.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +75,10 @@ class Sets:
         for name in SPLITS:
             if (images := getattr(self, name)) is not None:
                 yield name, images
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {len(images):,}" for name, images in self)
+        return f"{self.num_classes} classes, {sizes}"
 
     @property
     def num_classes(self) -> int:
@@ -216,8 +219,6 @@ def open_sets(cfg: DataConfig) -> Sets:
     if sets.val is None and cfg.val_holdout:
         train, val = hold_out(sets.train, cfg.val_holdout)
         sets = Sets(train, val, sets.test, held_out=True)
-    sizes = ", ".join(f"{name} {len(images):,}" for name, images in sets)
-    logging.getLogger("fastdeitlt").info("data %s: %d classes, %s", cfg.title, sets.num_classes, sizes)
     return sets
 
 

@@ -128,13 +128,14 @@ def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device, pool
     return Regions(staged, starts_B, sizes_B2, np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1))
 
 
-def open_source(images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> Stream | Resident:
+def open_source(
+    images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1, *, tell: bool = False
+) -> Stream | Resident:
     """The source of a set's crops that ``data.residency`` asks for; auto takes the device, the host or streams.
-
-    Says in the log what it took and why.
 
     Args:
         share: requests in a row that may have copies of one image; see ``Stream``.
+        tell: say in the log what was taken and why.
 
     Raises:
         UserError: the set does not fit where it is to live; a set that comes decoded is to stream; see ``Stream``.
@@ -143,12 +144,12 @@ def open_source(images: LongTailSet, cfg: DataConfig, device: torch.device, shar
         if cfg.residency == "stream":
             raise UserError(f"data.residency=stream: {cfg.dataset} comes decoded; use auto, host or device")
         decoded = pack(images.images_NHWC)
-        chosen = _choose(images, cfg, device, decoded.pixels.numel())
+        chosen = _choose(images, cfg, device, decoded.pixels.numel(), tell)
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
     with ExitStack() as stack:
         stream = stack.enter_context(closing(Stream(images, cfg, device, share)))
         sizes_N2 = None if cfg.residency == "stream" else stored_sizes(images, cfg, stream)
-        chosen = "stream" if sizes_N2 is None else _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()))
+        chosen = "stream" if sizes_N2 is None else _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
         if chosen == "stream":
             stack.pop_all()  # it stays open
             return stream
@@ -156,7 +157,7 @@ def open_source(images: LongTailSet, cfg: DataConfig, device: torch.device, shar
     return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
 
 
-def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int) -> Residency:
+def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool) -> Residency:
     """device, host or stream.
 
     Raises:
@@ -172,12 +173,14 @@ def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: 
         places: tuple[Residency, ...] = ("device", "host")
         fits = [place for place in places if needed <= AUTO_SHARE * free.get(place, 0)]
         chosen = fits[0] if fits else "stream" if images.images_NHWC is None else "host"
-        log.info("data.residency=auto: %s (up to %.0f %% are used): %s", what, 100 * AUTO_SHARE, chosen)
+        if tell:
+            log.info("data.residency=auto: %s (up to %.0f %% are used): %s", what, 100 * AUTO_SHARE, chosen)
         return chosen
     chosen = cfg.residency if cfg.residency in free else "host"
     if needed > free[chosen]:
         raise UserError(f"data.residency={cfg.residency}: {what}; use residency=stream or a smaller stored_short_side")
-    log.info("data.residency=%s: %s", cfg.residency, what)
+    if tell:
+        log.info("data.residency=%s: %s", cfg.residency, what)
     return chosen
 
 

@@ -50,11 +50,12 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
             return best
         device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # which images
+        log.info("data %s: %s", cfg.data.title, sets)
         images = sets.train
         cut = {"rank": rank, "world": world, "accumulate": t.accumulate}
         plan = Plan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco", **cut)
         _refuse_small(plan)
-        source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)))  # read, decode
+        source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)), tell=True)  # read, decode
         torch.manual_seed(cfg.train.seed)
         objective = build_objective(t, images.counts, device)  # network, loss
         optimizer = build_optimizer(objective.network, t)  # SGD, SAM
