@@ -124,7 +124,7 @@ class Selector:
             "class_map": list(range(train.num_classes)),
             "class_names": train.class_names,
             "class_counts": train.counts,
-            "dataset": cfg.data.dataset,
+            "dataset": cfg.data.title,
             "preprocess": {
                 "mean": cfg.augment.mean,
                 "std": cfg.augment.std,

@@ -161,7 +161,9 @@ def _weights(run):
 def test_a_run_folder_has_all_its_parts(whole):
     expected = {"config.yaml", "env.json", "metrics.jsonl", "summary.csv", "results.json", "report.html", "tensorboard"}
     assert expected <= {p.name for p in whole.iterdir()}
-    assert read_manifest(whole / "checkpoints" / "best")["kind"] == "student"
+    manifest = read_manifest(whole / "checkpoints" / "best")
+    assert manifest["kind"] == "student"
+    assert manifest["dataset"] == embedded.unpack().name  # lists of one's own are called by their folder
     results = json.loads((whole / "results.json").read_text())
     assert set(results["test"]["heads"]) == {"AVG", "CLS", "DIST"}
     assert not list((whole / "checkpoints").glob("*tmp*"))

@@ -159,7 +159,7 @@ class TeacherSelector:
             "class_map": list(range(train.num_classes)),
             "class_names": train.class_names,
             "class_counts": train.counts,
-            "dataset": cfg.data.dataset,
+            "dataset": cfg.data.title,
             "data_sha256": self.data_sha256,
             "preprocess": {
                 "mean": cfg.augment.mean,
