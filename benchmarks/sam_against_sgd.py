@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import harness
 from fastdeitlt import config, run
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.metrics import GROUPS
 from fastdeitlt.run_files import read_json
 from fastdeitlt.teachers.diagnose import diagnose_teacher
@@ -30,7 +31,7 @@ def numbers(folder: Path) -> dict[str, float]:
     if not kept.is_file():
         kept.parent.mkdir(exist_ok=True)
         facts = diagnose_teacher(folder, config.load("quickstart"))
-        run.write_atomically(kept, json.dumps(facts, indent=1))
+        write_atomically(kept, json.dumps(facts, indent=1))
     facts, results = read_json(kept), read_json(folder / "results.json")
     top1 = results["test"]["heads"]["TEACHER"]["top1"]["official"]
     found = {f"test accuracy, {group}, %": top1[group] for group in GROUPS}

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.errors import UserError
 from fastdeitlt.figures import COLOURS, STYLE
 from fastdeitlt.metrics import GROUPS, cell
-from fastdeitlt.run import write_atomically
 from fastdeitlt.run_files import read_json, read_run
 
 log = logging.getLogger("fastdeitlt")

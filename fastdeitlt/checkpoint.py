@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdeitlt import __version__
+from fastdeitlt.atomic import flush, write_atomically
 from fastdeitlt.errors import CheckpointError, UserError
 from fastdeitlt.manifest import Manifest
 
@@ -34,14 +35,6 @@ MANIFEST = "manifest.json"
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_model_folder(
@@ -78,12 +71,12 @@ def save_model_folder(
             file = draft / f"{name}.safetensors"
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
             file.chmod(0o644)  # safetensors makes files that only their owner can read
-            _flush(file)
+            flush(file)
             files[file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
         whole = {"format": "fastdeitlt", "version": __version__, **manifest, "files": files}
         (draft / MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        _flush(draft / MANIFEST)
-        _flush(draft)
+        flush(draft / MANIFEST)
+        flush(draft)
         _replace_folder(draft, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path}: could not be written ({error}); the previous one is kept") from error
@@ -100,12 +93,10 @@ def add_facts(path: str | Path, facts: dict[str, Any]) -> None:
         UserError: see ``read_manifest``.
     """
     path = Path(path)
-    whole, draft = read_manifest(path) | facts, path / f".{MANIFEST}.tmp"
+    whole = read_manifest(path) | facts
     try:
-        draft.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        _flush(draft)
-        draft.replace(path / MANIFEST)
-        _flush(path)
+        write_atomically(path / MANIFEST, json.dumps(whole, indent=1))
+        flush(path)
     except OSError as error:
         raise CheckpointError(f"model folder {path}: {MANIFEST} cannot be written ({error})") from error
 
@@ -116,7 +107,7 @@ def _replace_folder(draft: Path, path: Path) -> None:
     if path.exists():
         path.rename(aside)
     draft.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdeitlt import config, distributed
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.checkpoint import Checkpoints, sweep
 from fastdeitlt.config import Config
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError
@@ -293,13 +294,6 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         listed = ", ".join(f"{name} {flat[0][name]} -> {flat[1][name]}" for name in changed)
         log.warning("resumed on another machine or code (%s): the last bits may differ", listed)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def _with_ranks(cfg: Config) -> Config:

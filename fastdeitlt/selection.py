@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeitlt import checkpoint, distributed, signs
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets, shot_groups
@@ -28,7 +29,7 @@ from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
 from fastdeitlt.posthoc import post_hoc, temperatures
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run import Run, console, write_atomically
+from fastdeitlt.run import Run, console
 
 log = logging.getLogger("fastdeitlt")
 

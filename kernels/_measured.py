@@ -16,6 +16,7 @@ import torch
 from fastdeitlt.kernels._launch import LaunchConfig, say_once
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.errors import UserError
 from fastdeitlt.user_cache import user_cache
 
@@ -89,9 +90,7 @@ def write(path: Path, rows: list[Row]) -> None:
     """Add rows to a file; of two of the same kind, op, key and GPU the later stays."""
     newest = {(row.kind, row.op, row.key, row.gpu): row for row in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text("".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in newest.values()), "utf-8")
-    draft.replace(path)
+    write_atomically(path, "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in newest.values()))
     rows_of.cache_clear()
 
 

@@ -90,7 +90,7 @@ save(2)
 
 @pytest.mark.parametrize(
     ("point", "survivor"),
-    [("save_file", 1), ("_flush", 1), ("before the rename", 1), ("between the renames", 2), ("before last", 2)],
+    [("save_file", 1), ("flush", 1), ("before the rename", 1), ("between the renames", 2), ("before last", 2)],
 )
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, point, survivor):
     """The process ends at a named point, as with kill -9; what is there loads, and the next start cleans up."""

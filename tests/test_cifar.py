@@ -202,7 +202,7 @@ def test_root_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refuse(*arguments, **keywords):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cifar.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(cifar.np, "savez", refuse)
     with pytest.raises(UserError, match="must be writable once"):
         cifar.open_cifar(config(tmp_path), archive)
 

@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity
 from fastdeitlt import config, distributed, figures, page
 from fastdeitlt.analysis import attention, overlay
 from fastdeitlt.analysis.features import CENTRINGS, watch_tokens
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, class_order, open_sets, shot_groups
@@ -28,7 +29,6 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import cell
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.page import Block, Section
-from fastdeitlt.run import write_atomically
 from fastdeitlt.saved import Saved, open_saved, run_of
 
 log = logging.getLogger("fastdeitlt")

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdeitlt import config, figures, page
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import GROUPS, cell
 from fastdeitlt.page import Section
-from fastdeitlt.run import write_atomically
 from fastdeitlt.saved import run_of
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 

@@ -5,8 +5,6 @@
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from fastdeitlt.atomic import draft_folder, flush
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.decoder import decoder_version
 from fastdeitlt.data.files import shrunk
@@ -155,41 +154,22 @@ def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: S
 def _decode_to_disk(
     path: Path, images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray
 ) -> DecodedSet:
-    """Decode into a temporary folder and rename it; space is reserved first, so a full disk shows before the work.
-
-    The lock is held, so what else is there under this name was left by a run that died.
-    """
-    for stale in path.parent.glob(f"{path.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(suffix=".tmp", prefix=f"{path.name}.", dir=path.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        with open(new / "pixels.npy", "wb") as file:
+    """Decode into a draft of the folder; space is reserved first, so a full disk shows before the work."""
+    with draft_folder(path) as draft:
+        with open(draft / "pixels.npy", "wb") as file:
             total = int(num_bytes(sizes_N2).sum())
             header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
             os.posix_fallocate(file.fileno(), file.tell(), total)
-        pixels = np.load(new / "pixels.npy", mmap_mode="r+")
+        pixels = np.load(draft / "pixels.npy", mmap_mode="r+")
         decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, np.arange(len(images)))
         _decode(decoded, images, cfg, stream)
         pixels.flush()
-        np.savez(new / "index.npz", sizes_N2=sizes_N2, slot_N=decoded.slot_N, digests=_digests(decoded, cfg))
+        np.savez(draft / "index.npz", sizes_N2=sizes_N2, slot_N=decoded.slot_N, digests=_digests(decoded, cfg))
         for name in ("pixels.npy", "index.npz", "."):
-            _sync(new / name)
-        if path.exists():
-            path.rename(Path(temporary) / "old")
-        new.rename(path)
-        _sync(path.parent)
+            flush(draft / name)
     return decoded
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load(path: Path, cfg: DataConfig) -> DecodedSet | None:

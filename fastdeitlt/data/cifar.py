@@ -6,10 +6,8 @@ N images, H height, W width, C channels.
 import hashlib
 import io
 import logging
-import os
 import pickle
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import numpy as np
 from torchvision import datasets
 from torchvision.datasets.utils import download_url
 
+from fastdeitlt.atomic import draft_file
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.lists import LongTailSet, class_counts
 from fastdeitlt.data.longtail import Sets, cifar_lt_counts
@@ -242,15 +241,10 @@ def _parse(files: dict[str, bytes], archive: Archive) -> Cifar:
 
 def _save(file: Path, cifar: Cifar) -> None:
     """Atomically: a process that is killed leaves no half file under the final name."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz.part", delete=False) as out:
-            temporary = out.name
+        with draft_file(file) as draft, draft.open("wb") as out:
             np.savez(out, **vars(cifar))
-        os.replace(temporary, file)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise UserError(
             f"{file}: cannot be written ({error}); data.root must be writable once, for this file"
         ) from None

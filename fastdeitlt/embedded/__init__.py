@@ -8,12 +8,12 @@ this file) by ``python -m fastdeitlt.embedded.build``.
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 
 from filelock import FileLock
 
+from fastdeitlt.atomic import draft_folder
 from fastdeitlt.errors import UserError
 from fastdeitlt.user_cache import user_cache
 
@@ -47,7 +47,8 @@ def unpack() -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 if not _complete(folder, archive):
-                    _replace(folder, archive)
+                    with draft_folder(folder) as draft:
+                        archive.extractall(draft)
     except zipfile.BadZipFile as error:
         raise UserError(f"{ARCHIVE}: damaged ({error}); reinstall fastdeitlt") from None
     except OSError as error:
@@ -60,12 +61,3 @@ def _complete(folder: Path, archive: zipfile.ZipFile) -> bool:
         return all(os.stat(folder / f.filename).st_size == f.file_size for f in archive.infolist())
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _replace(folder: Path, archive: zipfile.ZipFile) -> None:
-    """Unpack beside ``folder`` and swap it in; what was there goes with the temporary folder."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
-        archive.extractall(Path(temporary) / "new")
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        (Path(temporary) / "new").rename(folder)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastdeitlt import checkpoint, distributed
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
@@ -21,7 +22,7 @@ from fastdeitlt.data.resident import open_source
 from fastdeitlt.evaluate import OneHead, collect_logits
 from fastdeitlt.metrics import GROUPS, Result, score_single
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run import Run, console, write_atomically
+from fastdeitlt.run import Run, console
 
 log = logging.getLogger("fastdeitlt")
 CLEAN_IMAGES = 10_000
