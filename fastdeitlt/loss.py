@@ -109,7 +109,7 @@ def joint_loss(
     if counts is not None:
         log_prior = (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
 
-    run: Callable[..., JointLoss] = _triton_joint_loss() if _use_triton(impl, cls_logits) else reference
+    run: Callable[..., JointLoss] = _implementation(impl, cls_logits)
     return run(
         cls_logits, dist_logits, labels, teacher_logits.detach(), partner=partner,
         lam=torch.full((), lam, device=device) if isinstance(lam, float | int) else lam,
@@ -282,22 +282,17 @@ def _say(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _use_triton(impl: str, logits: Tensor) -> bool:
+def _implementation(impl: str, logits: Tensor) -> Callable[..., JointLoss]:
+    """The kernel where ``impl`` names it, or leaves the choice and it was measured faster; else ``reference``."""
     if impl == "triton" and not HAS_TRITON:
         raise UserError(
             "joint_loss: impl=triton, but triton is not installed; install a CUDA build of torch or use torch"
         )
     fits = HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64
-    return impl == "triton" or (impl == "auto" and fits and _fastest(logits.size(1), logits.device) == "triton")
+    if impl == "torch" or (impl == "auto" and not fits):
+        return reference
+    from fastdeitlt.kernels import joint_loss as kernel
 
-
-def _fastest(num_classes: int, device: torch.device) -> str:
-    from fastdeitlt.kernels.joint_loss import choose
-
-    return choose(num_classes, device)
-
-
-def _triton_joint_loss() -> Callable[..., JointLoss]:
-    from fastdeitlt.kernels.joint_loss import joint_loss as triton_joint_loss
-
-    return triton_joint_loss
+    if impl == "auto" and kernel.choose(logits.size(1), logits.device) != "triton":
+        return reference
+    return kernel.joint_loss
