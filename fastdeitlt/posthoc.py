@@ -103,7 +103,7 @@ class PostHoc:
         """``rows`` for a terminal."""
         name = self.result.split_name(split)
         table = Table(
-            title=f"fitted on {self.num_fitted:,} validation images, scored on test images, {name}",
+            title=f"test images, fitted on {self.num_fitted:,} validation images, {name}",
             caption="\n".join(f"{method}: {meaning}" for method, meaning in self.meaning.items()),
             caption_justify="left",
         )

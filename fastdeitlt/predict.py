@@ -152,7 +152,7 @@ def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choi
 
 
 def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, strict: bool, raw: bool = False) -> int:
-    """The verb: print a table, or write .csv or .json. Exit code 1 if some files could not be read.
+    """The verb: print a table, or write .csv or .json. Exit code 2 if some files could not be read.
 
     Raises:
         UserError: see ``predict``; or ``out`` is neither .csv nor .json.
@@ -160,20 +160,23 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
     if out is not None and (out.suffix not in (".csv", ".json") or not out.absolute().parent.is_dir()):
         raise UserError(f"predict: got --out {out}, expected a .csv or .json file in a folder that exists")
     rows = predict(model, inputs, top_k, strict=strict, raw=raw)
+    failed = [row for row in rows if row.error]
     if out is None:
-        Console().print(table(rows))
+        if read := [row for row in rows if not row.error]:
+            console = Console()
+            console = console if console.is_terminal else Console(width=max(console.width, 120))
+            console.print(table(read))
     elif out.suffix == ".json":
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     else:
         out.write_text(to_csv(rows), encoding="utf-8", newline="")
-    failed = [row for row in rows if row.error]
     for row in failed:
         print(f"fastdeitlt: {row.path}: {row.error}", file=sys.stderr)
-    return 1 if failed else 0
+    return 2 if failed else 0
 
 
 def table(rows: Sequence[Prediction]) -> Table:
-    """A table for a terminal: the best classes with their probability, and the decisions of CLS and DIST."""
+    """A table for a terminal of images that were read: the best classes by AVG, and the decisions of CLS and DIST."""
     fitted = next((row.temperatures for row in rows if row.temperatures), None)
     told = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
     how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
@@ -181,7 +184,7 @@ def table(rows: Sequence[Prediction]) -> Table:
     for row in rows:
         best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
         heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]
-        table.add_row(*(Text(cell) for cell in (row.path, best or row.error, *heads)))
+        table.add_row(*(Text(cell) for cell in (row.path, best, *heads)))
     return table
 
 

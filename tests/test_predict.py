@@ -96,11 +96,21 @@ def test_unreadable_files_get_a_line_each_and_the_rest_an_answer(saved, tmp_path
     rows = predict(folder, inputs, device="cpu", batch_size=2)
     assert [bool(row.error) for row in rows] == [False, True, True, True, True, False]
     assert "No such file" in rows[4].error and "truncated" in rows[1].error and "not an image" in rows[3].error
-    assert main(folder, inputs, top_k=2, out=tmp_path / "rows.json", strict=False) == 1
+    assert main(folder, inputs, top_k=2, out=tmp_path / "rows.json", strict=False) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 4 and all(line.startswith("fastdeitlt: ") for line in told)
     with pytest.raises(UserError, match=r"cut\.jpg: truncated"):
         predict(folder, inputs, device="cpu", strict=True)
+
+
+def test_a_file_that_cannot_be_read_is_told_once(saved, tmp_path, capsys):
+    folder, _, paths = saved
+    absent = tmp_path / "absent.png"
+    for inputs, shown in (([absent], 0), ([absent, paths[0]], 1)):
+        assert main(folder, inputs, top_k=1, out=None, strict=False) == 2
+        told = capsys.readouterr()
+        assert told.err == f"fastdeitlt: {absent}: No such file or directory\n"
+        assert told.out.count("AVG") == shown and "absent" not in told.out
 
 
 def test_csv_and_json_hold_the_same_rows(saved, tmp_path):
@@ -108,7 +118,7 @@ def test_csv_and_json_hold_the_same_rows(saved, tmp_path):
     bad = tmp_path / "text.png"
     bad.write_text("no image")
     for name in ("rows.csv", "rows.json"):
-        assert main(folder, [*paths, bad], top_k=2, out=tmp_path / name, strict=False) == 1
+        assert main(folder, [*paths, bad], top_k=2, out=tmp_path / name, strict=False) == 2
     from_json = json.loads((tmp_path / "rows.json").read_text())
     with (tmp_path / "rows.csv").open(newline="") as file:
         from_csv = list(csv.DictReader(file))
