@@ -75,6 +75,15 @@ def test_the_cache_is_used_again_and_gives_the_same_batches(tmp_path, decodings)
     assert len(decodings) == 1
 
 
+def test_a_long_decoding_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    with caplog.at_level(logging.INFO, "fastdeitlt"):
+        hold(make_set(tmp_path), requests_of_every_kind())
+    said = [message for message in caplog.messages if message.startswith("decoded ")]
+    assert said[0].startswith("decoded 0 of 11 images, ") and said[-1].startswith("decoded 10 of 11 images, ")
+
+
 @pytest.mark.parametrize("change", ["content", "time", "stored size", "order", "root"])
 def test_a_changed_set_is_decoded_anew(tmp_path, decodings, change):
     images, cfg = make_set(tmp_path), HOST

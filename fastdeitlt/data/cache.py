@@ -5,6 +5,7 @@
 import hashlib
 import logging
 import os
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ BLOCK_BYTES = 1 << 26
 """Bytes under one checksum."""
 LONG = 10**8
 """Bytes from which decoding a set takes so long that the log says why nothing happens."""
+SAY_EVERY = 30.0
+"""Seconds between lines on how far it is."""
 DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
@@ -141,7 +144,12 @@ def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: S
     total = int(decoded.starts[-1])
     if total >= LONG:
         log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
+    started = said = time.monotonic()
     for sample, (slot, image) in enumerate(stream.decoded(range(len(images)), cfg.stored_short_side)):
+        if (now := time.monotonic()) - said >= SAY_EVERY:
+            said, left = now, int(decoded.starts[-1] - decoded.starts[sample])
+            seconds = (now - started) * left / max(total - left, 1)
+            log.info("decoded %s of %s images, %.0f s left", f"{sample:,}", f"{len(images):,}", seconds)
         decoded.slot_N[sample] = slot
         if slot != sample:
             continue
