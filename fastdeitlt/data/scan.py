@@ -4,9 +4,7 @@ import hashlib
 import io
 import os
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,28 +13,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from fastdeitlt.data.files import FORMATS, UnreadableError, read_encoded
+from fastdeitlt.data.files import FORMATS, PILLOW_ERRORS, UnreadableError, read_encoded
 
 READABLE_FORMATS = (*FORMATS, "MPO")
 """What the reader decodes, in Pillow's names (MPO is a JPEG with more of them behind it)."""
 HUGE_FILE_BYTES = 256 * 2**20
 HUGE_IMAGE_PIXELS = 50_000_000
 _EXIF_ORIENTATION = 0x0112
-# Pillow's decoders meet damaged bytes with all of these
-_DECODE_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ def _decode(data: bytes) -> tuple[str, tuple[str, ...]]:
             image.load()
     except Image.UnidentifiedImageError:
         return "not an image", ()
-    except _DECODE_ERRORS as error:
+    except (*PILLOW_ERRORS, MemoryError) as error:
         return f"truncated or damaged ({type(error).__name__})", ()
     if form not in READABLE_FORMATS:
         return f"{form}, which the reader cannot decode; convert it to PNG or JPEG", ()

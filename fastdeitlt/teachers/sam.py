@@ -1,8 +1,8 @@
 """Sharpness-aware minimisation: step at the weights, with the gradient of the worst point within ``rho`` of them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ class SAM(Optimizer):
         optimizer.second_step()  # back to w, then the base optimizer's step
 
     The perturbation comes from the gradients as they stand: under DistributedDataParallel that is the global gradient;
-    run the first pass within ``first_pass(model, "rank")`` for each rank's own (m-sharpness, what the paper does on
-    several accelerators). Weight decay acts at w. The base optimizer may be ``ZeroRedundancyOptimizer``.
+    run the first pass within ``model.no_sync()`` for each rank's own (m-sharpness, what the paper does on several
+    accelerators). Weight decay acts at w. The base optimizer may be ``ZeroRedundancyOptimizer``.
 
     Args:
         params: parameters or parameter groups; ``rho`` and ``adaptive`` may differ by group.
@@ -191,10 +191,3 @@ def frozen_batch_stats(model: nn.Module, frozen: bool = True) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
-
-
-def first_pass(model: nn.Module, scope: Literal["rank", "global"]) -> AbstractContextManager[None]:
-    """Context of the first pass's backward: ``rank`` keeps a distributed model from averaging the gradients."""
-    if scope == "rank" and hasattr(model, "no_sync"):
-        return model.no_sync()  # type: ignore[operator,no-any-return]
-    return nullcontext()
