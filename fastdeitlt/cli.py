@@ -170,7 +170,8 @@ def _report(args: argparse.Namespace) -> int:
     runs = [*args.runs, *args.compare]
     if not runs:
         raise UserError("report: got no run folder, expected runs/<name>")
-    print(report.compare(runs, args.out) if args.compare or len(runs) > 1 else report.write_report(runs[0]))
+    several = args.compare or len(runs) > 1
+    print(report.compare(runs, args.out) if several else report.write_report(runs[0], args.out))
     return 0
 
 
@@ -335,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("report", _report, "write the HTML report of a run, or compare several")
     added.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder; several are compared")
     added.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="set these side by side")
-    added.add_argument("--out", type=Path, help="where to write a comparison")
+    added.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
 
     data = verb("data", _data, "prepare, check or describe a data set")
     data.add_argument("action", choices=("prepare", "check", "stats"))

@@ -74,7 +74,7 @@ def _measures(scored: dict[str, Result]) -> Table:
         calibration = [head.ece["official"]["all"], head.nll["official"]["all"]]
         rows.append([name, *(cell(value) for value in shown), cell(calibration[0]), cell(calibration[1], 3)])
     header = ["", "balanced", "macro F1", "forward 50", "backward 50", "ECE", "NLL"]
-    return Table("Other measures (forward, backward: shifted test)", header, rows)
+    return Table("Other measures (forward, backward: shifted test)", header, rows, wide=True)
 
 
 def _curves(runs: list[RunFiles]) -> Section:
@@ -133,5 +133,5 @@ def _settings(runs: list[RunFiles]) -> Section:
         for name in names
         if len({str(settings.get(name, "-")) for settings in flat.values()}) > 1
     ]
-    blocks: list[Block] = [Table("", ["setting", *flat], rows, text=True)] if rows else []
+    blocks: list[Block] = [Table("", ["setting", *flat], rows, text=True, wide=True)] if rows else []
     return Section("Settings that differ", "Every other setting is the same.", blocks)

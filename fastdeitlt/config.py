@@ -589,8 +589,8 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        got = f"got {first['input']!r}; " if name else ""
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        got = f"got {first['input']!r}, " if name else ""
         raise UserError(f"{name}: {got}{message}" if name else message) from None
     config._origins.update({name: origins.get(name, "default") for name in FIELDS})
     return config

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastdeitlt import __version__
+from fastdeitlt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def best_cells(rows: list[list[str]]) -> frozenset[tuple[str, int]]:
 
 
 def write(page: Page, path: Path) -> Path:
-    """Render ``page`` to ``path`` as one self-contained HTML file: no script, no external request."""
+    """Render ``page`` to ``path`` as one self-contained HTML file: no script, no external request.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     environment = Environment(
         loader=PackageLoader("fastdeitlt", ""),
         autoescape=True,
@@ -103,5 +108,8 @@ def write(page: Page, path: Path) -> Path:
         lstrip_blocks=True,
     )
     html = environment.get_template("report.html").render(page=page, version=__version__)
-    path.write_text(html, encoding="utf-8")
+    try:
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"page {path}: cannot be written ({error.strerror}); choose another place with --out") from None
     return path

@@ -27,8 +27,8 @@ CAPTIONS = {
 }
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` of a run into its folder, from whatever parts are there.
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, by default ``report.html`` in its folder, from whatever parts are there.
 
     Raises:
         UserError: see ``read_run``.
@@ -37,7 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     looked = analysis.sections(run.folder)
     sections = [_headline(run), _signs(run), _learning(run), *score_sections(run), *looked, _speed(run), *_set_up(run)]
     page = Page(run.name, _lead(run), [section for section in sections if section.blocks], _tiles(run))
-    return write(page, run.folder / "report.html")
+    return write(page, Path(out) if out else run.folder / "report.html")
 
 
 def _lead(run: RunFiles) -> str:

@@ -142,6 +142,9 @@ def test_unreadable_students_are_explained(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:5000])
     with pytest.raises(UserError, match="damaged"):
         load_student_checkpoint(tmp_path / "cut.pth")
+    (tmp_path / "photo.jpg").write_text("hello")
+    with pytest.raises(UserError, match="not torch's pickle"):
+        load_student_checkpoint(tmp_path / "photo.jpg")
     torch.save({"model": {"cls_token": torch.zeros(1, 1, 100)}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="expected a distilled ViT"):
         load_student_checkpoint(tmp_path / "other.pth")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdeitlt import config, figures
+from fastdeitlt import cli, config, figures
 from fastdeitlt.analysis import overlay
 from fastdeitlt.analysis.student import write as write_analysis
 from fastdeitlt.compare import compare
@@ -385,6 +385,14 @@ def test_in_a_browser_nothing_overflows_breaks_or_fails_at_phone_and_desktop_wid
                 assert chromium.requests() == [page.absolute().as_uri()]
         assert len(chromium.open(tmp_path / "bad.html", 390)) >= 2  # the checks can fail
         assert chromium.evaluate(overflow) > 0 and chromium.evaluate(broken) == 1
+
+
+def test_a_page_goes_where_it_is_asked_to(tmp_path, capsys):
+    folder, out = make_run(tmp_path / "run"), tmp_path / "page.html"
+    assert cli.main(["report", str(folder), "--out", str(out)]) == 0
+    assert out.is_file() and not (folder / "report.html").exists()
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "absent" / "page.html")]) == 2
+    assert "choose another place with --out" in capsys.readouterr().err
 
 
 def test_bad_folders_are_named(tmp_path):

@@ -51,7 +51,8 @@ def read_torch(path: Path) -> Any:
                 f"checkpoint {path}: refused, it holds {found[1]} beside tensors (nothing was executed); where you "
                 "trust the file, save its state_dict alone or as safetensors"
             ) from None
-        reason = "not torch's pickle" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        alien = isinstance(error, (pickle.UnpicklingError, LookupError))  # what a lookup misses says nothing
+        reason = "not torch's pickle" if alien else _first_line(error)
         raise UserError(f"checkpoint {path}: damaged, or not of torch.save ({reason}); copy it again") from None
 
 
