@@ -1,6 +1,7 @@
 """The command line: verbs only. Each verb imports what it needs, so ``--help`` stays instant."""
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 Verb = Callable[[argparse.Namespace], int]
 EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
 """The last two are of teachers."""
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""Where the system writes nothing: not a fault of the program."""
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -386,6 +389,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fastdeitlt: error: {error}", file=sys.stderr)
         _leave_others(error.exit_code)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            _leave_others(1)
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fastdeitlt: error: {where}{error.strerror}; free space or choose another place", file=sys.stderr)
+        _leave_others(UserError.exit_code)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("fastdeitlt: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ trained; the temperatures that calibrate them, where some were fitted, are in ``
 
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,8 +67,8 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
         ``out``.
 
     Raises:
-        UserError: an unknown format, ``out`` exists, not a student, a package that is missing, or an export whose
-            logits differ from the original's.
+        UserError: an unknown format, ``out`` exists, not a student, a package that is missing, a full disk, or
+            an export whose logits differ from the original's.
     """
     writers: dict[str, Callable[[DistilledViT, Saved, Path], float]] = {
         "timm": _to_timm,
@@ -83,6 +84,7 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
     if not isinstance(saved.model, DistilledViT):
         raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    _refuse_full_disk(out, saved.model)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         draft = Path(folder) / "export"
         difference = writers[format](saved.model, saved, draft)
@@ -95,6 +97,14 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
         draft.rename(out)
     log.info("%s: logits of %d real images equal the model's (largest difference %.1e)", out, NUM_CHECKED, difference)
     return out
+
+
+def _refuse_full_disk(out: Path, model: nn.Module) -> None:
+    """Before anything is written, since each writer fails in its own way on a full disk."""
+    needed = int(1.2 * sum(tensor.nbytes for tensor in model.state_dict().values())) + 2**20  # the graph, the card
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise UserError(f"export {out}: {free // 2**20} MiB free, {needed // 2**20} MiB needed; free space")
 
 
 def facts(saved: Saved) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The command line as a person meets it: codes, one-line errors, speed of --help."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,21 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
     assert words in error
     assert error.startswith("fastdeitlt: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EBADF, None)])
+def test_a_place_that_takes_no_file_is_one_line(number, code, monkeypatch, capsys):
+    def write(args):
+        raise OSError(number, os.strerror(number), "/full/scores.json")
+
+    monkeypatch.setattr(cli, "_doctor", write)
+    if code is None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            cli.main(["doctor"])
+        return
+    assert cli.main(["doctor"]) == code
+    error = capsys.readouterr().err
+    assert error == f"fastdeitlt: error: /full/scores.json: {os.strerror(number)}; free space or choose another place\n"
 
 
 def test_ctrl_c_is_code_130(monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """Exports: other programs read them, give the same logits, and know the classes and how to prepare images."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -43,6 +45,14 @@ def test_an_export_is_not_taken_for_a_run(timm_folder, tmp_path, capsys):
         for verb in (["eval", str(path)], ["predict", str(path), str(tmp_path / "image.png")]):
             assert main(verb) == 2
             assert "give the run folder it was exported from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["timm", "onnx", "pt2"])
+def test_a_full_disk_is_noticed_before_anything_is_written(saved, tmp_path, monkeypatch, format):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match=r"1 MiB free, .* MiB needed; free space"):
+        export(saved[0], tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_files_of_a_timm_folder_may_be_read_by_the_same_people(timm_folder):
