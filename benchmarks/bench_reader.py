@@ -9,10 +9,7 @@ which is another law. The stages are timed in one thread, 128 images a call.
 """
 
 import argparse
-import datetime
-import json
 import os
-import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
@@ -264,23 +261,17 @@ def main() -> None:
                 case = loaders(images, threads, device, stack) if threads else stages(images, stack)
                 results += harness.rows("reader", case, harness.measure(case.candidates, CPU, args.rounds), CPU)
         results.append(stored_size_error(images))
-    where = harness.machine() | {
-        name: version(name) for name in ("timm", "torchvision", "pillow", "nvidia-dali-cuda130")
-    }
-    machine = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
-    out = harness.ROOT / "benchmarks" / "results" / f"reader_{machine}_{datetime.date.today():%Y%m}.jsonl"
-    out.parent.mkdir(exist_ok=True)
-    with out.open("a") as file:
-        for row in results:
-            if "median_ms" in row:
-                count = 128 if row["case"].startswith("stages") else args.images
-                row["ms_per_image"] = row["median_ms"] / count
-                spread = f"({row['p20_ms'] / count:.3f} .. {row['p80_ms'] / count:.3f})"
-                rate, ratio = f"{1e3 / row['ms_per_image']:7.0f} images/s", f"{row['speedup']:.2f} x {row['baseline']}"
-                print(f"{row['case']:22} {row['candidate']:28} {row['ms_per_image']:.3f} {spread} ms {rate} {ratio}")
-            else:
-                print(row)
-            file.write(json.dumps(row | {"file_kb": round(file_kb, 1), "batch": BATCH} | where) + "\n")
+    facts = {"file_kb": round(file_kb, 1), "batch": BATCH} | {name: version(name) for name in PACKAGES}
+    for row in results:
+        if "median_ms" not in row:
+            print(row)
+            continue
+        count = 128 if row["case"].startswith("stages") else args.images
+        row["ms_per_image"] = row["median_ms"] / count
+        spread = f"({row['p20_ms'] / count:.3f} .. {row['p80_ms'] / count:.3f})"
+        rate, ratio = f"{1e3 / row['ms_per_image']:7.0f} images/s", f"{row['speedup']:.2f} x {row['baseline']}"
+        print(f"{row['case']:22} {row['candidate']:28} {row['ms_per_image']:.3f} {spread} ms {rate} {ratio}")
+    harness.append("reader", [row | facts for row in results])
 
 
 if __name__ == "__main__":
