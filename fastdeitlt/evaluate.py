@@ -173,7 +173,11 @@ def evaluate(
         logits = _logits(saved, images, cfg)
         counts, dataset = sets.train.counts, cfg.data.dataset
         student, fitted = saved.kind == "student", None
-        result = score(*logits, counts, dataset) if student else score_single(*logits[1:], counts, dataset)
+        device = distributed.device_of(cfg.train.device)
+        if student:
+            result = score(*logits, counts, dataset, device)
+        else:
+            result = score_single(*logits[1:], counts, dataset, device)
         if student and split == "test" and sets.val:
             fitted = post_hoc(_logits(saved, sets.val, cfg), logits, counts, dataset)
         if distributed.rank() == 0:

@@ -23,6 +23,7 @@ from fastdeitlt.errors import NonFiniteError, UserError
 
 GROUPS = ("all", "head", "mid", "tail")
 NUM_BINS = 15
+CPU = torch.device("cpu")
 CHUNK = 2**18  # logits scored at a time: bounds the float64 scratch memory
 NUM_CONFUSIONS = 10
 WILSON_Z = 1.959963984540054  # two-sided 95 %
@@ -174,12 +175,14 @@ def score(
     labels_N: Tensor,
     counts: Sequence[int],
     dataset: str | None = None,
+    device: torch.device = CPU,
 ) -> Result:
     """Score a student: the CLS head, the DIST head and AVG, the mean of their logits (official ``engine.evaluate``).
 
     The order of the images does not matter, so the parts of several ranks are simply concatenated.
 
-    ``counts`` are the training images of each class, ``dataset`` the name whose official split is reported too.
+    ``counts`` are the training images of each class, ``dataset`` the name whose official split is reported too. The
+    arithmetic is done on ``device``, part by part.
 
     Raises:
         UserError: no images, shapes disagree, or labels outside 0..K-1.
@@ -187,30 +190,45 @@ def score(
     """
     _check({"CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, len(counts))
     average_NK = (cls_logits_NK.float() + dist_logits_NK.float()) / 2
-    return _score({"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, counts, dataset)
+    return _score({"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, counts, dataset, device)
 
 
 def score_single(
-    logits_NK: Tensor, labels_N: Tensor, counts: Sequence[int], dataset: str | None = None, name: str = "TEACHER"
+    logits_NK: Tensor,
+    labels_N: Tensor,
+    counts: Sequence[int],
+    dataset: str | None = None,
+    device: torch.device = CPU,
+    name: str = "TEACHER",
 ) -> Result:
     """Score a model with one head, such as the teacher; see ``score``."""
-    return score_heads({name: logits_NK}, labels_N, counts, dataset)
+    return score_heads({name: logits_NK}, labels_N, counts, dataset, device)
 
 
 def score_heads(
-    logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], dataset: str | None = None
+    logits: dict[str, Tensor],
+    labels_N: Tensor,
+    counts: Sequence[int],
+    dataset: str | None = None,
+    device: torch.device = CPU,
 ) -> Result:
     """Score any logits [N, K] by name; the first name is ``Result.main``. See ``score``."""
     _check(logits, labels_N, len(counts))
-    return _score(logits, labels_N, counts, dataset)
+    return _score(logits, labels_N, counts, dataset, device)
 
 
-def _score(logits: dict[str, Tensor], labels_N: Tensor, counts: Sequence[int], dataset: str | None) -> Result:
+def _score(
+    logits: dict[str, Tensor],
+    labels_N: Tensor,
+    counts: Sequence[int],
+    dataset: str | None,
+    device: torch.device = CPU,
+) -> Result:
     labels_N = labels_N.long().cpu()
     num_classes = len(counts)
     class_ids = {split: shot_groups(counts, split, dataset) for split in ("threshold", "official")}
     return Result(
-        heads={name: _score_head(head.cpu(), labels_N, class_ids) for name, head in logits.items()},
+        heads={name: _score_head(head, labels_N, class_ids, device) for name, head in logits.items()},
         counts_K=[int(count) for count in counts],
         support_K=torch.bincount(labels_N, minlength=num_classes).tolist(),
         num_classes={split: {group: len(ids) for group, ids in groups.items()} for split, groups in class_ids.items()},
@@ -235,12 +253,15 @@ def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> Non
         raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}; is this the model's data set?")
 
 
-def _score_head(logits_NK: Tensor, labels_N: Tensor, class_ids: dict[str, dict[str, Tensor]]) -> HeadResult:
+def _score_head(
+    logits_NK: Tensor, labels_N: Tensor, class_ids: dict[str, dict[str, Tensor]], device: torch.device
+) -> HeadResult:
     num_classes = logits_NK.shape[1]
     rows = max(1, CHUNK // num_classes)
-    parts = [_per_image(*part) for part in zip(logits_NK.split(rows), labels_N.split(rows), strict=True)]
+    chunks = zip(logits_NK.split(rows), labels_N.split(rows), strict=True)
+    parts = [_per_image(part_NK.to(device), part_N.to(device)) for part_NK, part_N in chunks]
     predicted_N, confidence_N, hit_N, hit5_N, nll_N, brier_N = (
-        torch.cat(column) for column in zip(*parts, strict=True)
+        torch.cat(column).cpu() for column in zip(*parts, strict=True)
     )
 
     def per_class(values_N: Tensor) -> Tensor:
@@ -282,14 +303,17 @@ def _score_head(logits_NK: Tensor, labels_N: Tensor, class_ids: dict[str, dict[s
 
 
 def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-    """(predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score) of each image."""
-    log_probs_NK = logits_NK.double().log_softmax(dim=1)
-    probs_NK = log_probs_NK.exp()
-    confidence_N, predicted_N = probs_NK.max(dim=1)
-    nll_N = -log_probs_NK.gather(1, labels_N[:, None]).squeeze(1)
+    """(predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score) of each image, in float64."""
+    largest_N1, predicted_N1 = logits_NK.max(dim=1, keepdim=True)
+    predicted_N, own_N1 = predicted_N1.squeeze(1), labels_N[:, None]
+    shifted_NK = logits_NK.double() - largest_N1
+    own_N = shifted_NK.gather(1, own_N1).squeeze(1)
+    exp_NK = shifted_NK.exp_()
+    sum_N = exp_NK.sum(dim=1)
+    nll_N = sum_N.log() - own_N
     top5_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), dim=1).indices
-    brier_N = probs_NK.square().sum(dim=1) - 2 * (-nll_N).exp() + 1
-    return predicted_N, confidence_N, predicted_N == labels_N, (top5_N5 == labels_N[:, None]).any(dim=1), nll_N, brier_N
+    brier_N = exp_NK.square_().sum(dim=1) / sum_N.square() - 2 * (-nll_N).exp() + 1
+    return predicted_N, 1 / sum_N, predicted_N == labels_N, (top5_N5 == own_N1).any(dim=1), nll_N, brier_N
 
 
 def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BINS) -> list[Bin]:

@@ -195,13 +195,13 @@ class Selector:
         )
 
     def _score(self, logits: tuple[Tensor, Tensor, Tensor]) -> Result:
-        return score(*logits, self.sets.train.counts, self.cfg.data.dataset)
+        return score(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _score_teacher(self, images: LongTailSet, teacher: Teacher) -> Result:
         logits_NK, _, labels_N = self._logits(images, OneHead(teacher))
         if teacher.class_map is not None:
             logits_NK = logits_NK[:, teacher.class_map.cpu().argsort()]
-        return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset)
+        return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _watch(self, step: int, epoch: int) -> None:
         """Warn of the signs of failure in the better weights of this evaluation (signs.py)."""

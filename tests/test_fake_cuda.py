@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
-from fastdeitlt import config
+from fastdeitlt import config, metrics
 from fastdeitlt.data import augment, mixup, warps
 from fastdeitlt.data.batches import Batch, train_batches
 from fastdeitlt.data.longtail import LongTailSet, drw_weights
@@ -386,6 +386,12 @@ def test_a_pool_is_not_handed_work_on_the_gpu():
         crops = torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8, device=CUDA)
         augment.apply(crops, draws, config.AugmentConfig(), pool=None)
         augment.apply(crops, draws, config.AugmentConfig(), pool=object())
+
+
+def test_images_are_scored_on_the_gpu():
+    with fake_cuda():
+        columns = metrics._per_image(torch.randn(4, 9, device=CUDA), torch.arange(4, device=CUDA))
+    assert len(columns) == 6 and all(column.device == CUDA and column.shape == (4,) for column in columns)
 
 
 def test_evaluation_waits_once_for_all_batches(data_in_a_row):

@@ -70,7 +70,7 @@ def score_teacher(
         sample_N=chosen_N[distributed.rank() :: distributed.get_world()],
     )
     logits_NK = distributed.gather_interleaved(logits_BK, total, device)
-    return score_single(logits_NK, torch.from_numpy(images.labels[chosen_N]), counts, cfg.data.dataset)
+    return score_single(logits_NK, torch.from_numpy(images.labels[chosen_N]), counts, cfg.data.dataset, device)
 
 
 def data_fingerprint(images: LongTailSet) -> str:
