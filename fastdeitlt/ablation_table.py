@@ -154,8 +154,9 @@ def markdown(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> st
     """Both tables with what they mean."""
     accuracies, differences = rows(summaries)
     return (
-        "Top-1 accuracy in %, mean ± sample standard deviation over seeds; head, mid and tail as the runs' reports have "
-        "them. *teacher, OOD*: the teacher on training images as the student sees them (augmented, mixed, resized).\n\n"
+        "Top-1 accuracy in %, mean ± sample standard deviation over seeds; head, mid and tail as the runs' reports "
+        "have them. *teacher, OOD*: the teacher on training images as the student sees them (augmented, mixed, "
+        "resized).\n\n"
         f"{_markdown(accuracies)}\n"
         f"Difference from `{base}` in points, with the two-sided p of a paired t-test over seeds (not corrected for "
         f"the number of comparisons).\n\n{_markdown(differences)}"
