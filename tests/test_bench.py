@@ -245,6 +245,19 @@ def test_a_kernel_whose_tests_passed_is_not_tested_again(monkeypatch):
     assert "--tested" not in ran["attention"]
 
 
+def test_goals_bound_by_memory_move_with_the_copy(capsys):
+    rows = {("floors", "copy", "copy"): {"gb_per_s": gpu.H200_COPY / 2}}
+    for key, column, got in (
+        (("add_layernorm", f"forward {gpu.STREAM}", "triton"), "gb_per_s", 3650 / 2),
+        (("adamw_ema", "P=1", "fastdeitlt"), "median_ms", 1.8),
+        (("joint_loss", "B=1024 K=1000 bf16", "triton"), "median_ms", 0.02),
+    ):
+        rows[key] = {column: got}
+    gpu.budget(rows)
+    ratios = [line.split("ratio ")[1] for line in capsys.readouterr().out.splitlines() if "ratio" in line]
+    assert ratios == ["1.00", "0.50", "1.00"]  # in the budget's order; the joint loss at K = 1000 is bound by launches
+
+
 def test_the_budget_reads_every_row_that_is_there():
     rows = gpu.measured(None)
     assert ("train", "ours, resident") in {(op, candidate) for op, _, candidate in rows}
