@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdeitlt import __version__
 from fastdeitlt.atomic import flush, write_atomically
@@ -189,61 +189,6 @@ def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[di
     if not manifest.model.num_classes:
         raise UserError(f"model folder {folder}: {MANIFEST} has no model.num_classes; give a folder written by train")
     return load_tensors(folder, weights), manifest
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors named ``<parameter>/<state>``, whichever implementation it is of."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-    for group in optimizer.param_groups if _counts_in_groups(optimizer) else ():
-        for parameter in group["params"]:
-            tensors[f"{name_of[id(parameter)]}/step"] = torch.tensor(float(group.get("step", 0)))
-    return tensors
-
-
-def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """apex's and DeepSpeed's FusedAdam count steps once a group instead of once a parameter."""
-    return hasattr(optimizer, "adam_w_mode")
-
-
-def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError when ``optimizer_tensors`` are of other parameters than the model's."""
-    parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = {key.rpartition("/")[0] for key in tensors}
-    if names and names != parameters:
-        raise UserError(f"optimizer state: of other parameters (e.g. {sorted(names ^ parameters)[0]}); start anew")
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put ``optimizer_tensors`` back.
-
-    Raises:
-        UserError: the state belongs to other parameters.
-    """
-    check_optimizer(model, tensors)
-    parameters = dict(model.named_parameters())
-    if tensors and _counts_in_groups(optimizer):
-        name_of = {id(parameter): name for name, parameter in parameters.items()}
-        for group in optimizer.param_groups:
-            group["step"] = int(tensors[f"{name_of[id(group['params'][0])]}/step"])
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("/step")}
-    for key, tensor in tensors.items():
-        name, _, state = key.rpartition("/")
-        parameter = parameters[name]
-        device = (
-            parameter.device if tensor.ndim or parameter.device.type == "cpu" else _step_device(optimizer, parameter)
-        )
-        optimizer.state[parameter][state] = tensor.to(device, copy=True)
-
-
-def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    """AdamW keeps its step counter on the parameter's device only when fused or capturable."""
-    fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    return parameter.device if fused else torch.device("cpu")
 
 
 def sweep(folder: Path) -> None:

@@ -249,11 +249,7 @@ def gather_interleaved(rows_B: Tensor, total: int, device: torch.device) -> Tens
     world = get_world()
     if world == 1:
         return rows_B
-    longest = -(-total // world)
-    padded = torch.zeros(longest, *rows_B.shape[1:], dtype=rows_B.dtype, device=device)
-    padded[: len(rows_B)] = rows_B
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    collective.all_gather(parts, padded)
+    parts = _gather_padded(rows_B.to(device), -(-total // world))
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
 
 
@@ -287,11 +283,17 @@ def gather_split(rows_B: Tensor, total: int) -> Tensor:
     if world == 1:
         return rows_B
     sizes = [total // world + (r < total % world) for r in range(world)]
-    padded = rows_B.new_zeros(sizes[0], *rows_B.shape[1:])
-    padded[: len(rows_B)] = rows_B
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    collective.all_gather(parts, padded)
+    parts = _gather_padded(rows_B, sizes[0])
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
+    """Each rank's rows, with zeros up to ``longest`` of them."""
+    padded = rows_B.new_zeros(longest, *rows_B.shape[1:])
+    padded[: len(rows_B)] = rows_B
+    parts = [torch.empty_like(padded) for _ in range(get_world())]
+    collective.all_gather(parts, padded)
+    return parts
 
 
 def on_main(work: Callable[[], T]) -> T:

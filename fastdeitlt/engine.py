@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdeitlt import checkpoint, distributed, optim
+from fastdeitlt import distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
@@ -266,11 +266,11 @@ class PlainEngine:
         return self.joint.student.state_dict()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return checkpoint.optimizer_tensors(self.joint.student, self.optimizer)
+        return optim.optimizer_tensors(self.joint.student, self.optimizer)
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         self.joint.student.load_state_dict(weights)
-        checkpoint.load_optimizer(self.joint.student, self.optimizer, optimizer)
+        optim.load_optimizer(self.joint.student, self.optimizer, optimizer)
 
 
 def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:

@@ -41,7 +41,36 @@ def forward_flops(teacher: nn.Module, img_size: int, device: torch.device) -> fl
     return float(counter.get_total_flops())
 
 
-class Meter:
+class Pace:
+    """Images a second, waiting and time left of a loop of ``total`` steps, from one report to the next."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.first, self.done = total, done, done
+        self.begun, self.away = time.perf_counter(), 0.0
+        self.start_window()
+
+    def start_window(self) -> None:
+        """What is counted from here on is for the next report."""
+        self.window, self.waited, self.images, self.window_done = time.perf_counter(), 0.0, 0, self.done
+
+    def read(self) -> dict[str, float]:
+        """Images a second, share of the time spent waiting for data, seconds left."""
+        now = time.perf_counter()
+        seconds, left = now - self.window, self.total - self.done
+        eta_s = (now - self.begun - self.away) / (self.done - self.first) * left
+        return {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds, "eta_s": eta_s}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave evaluation and checkpoints out of the speed."""
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.away += spent
+        self.window += spent
+
+
+class Meter(Pace):
     """Counts one run's steps and reports them every ``train.log_every``."""
 
     def __init__(
@@ -55,7 +84,6 @@ class Meter:
         done: int,
     ) -> None:
         self.cfg, self.run, self.plan = cfg, run, plan
-        self.total = plan.optimizer_steps * cfg.train.epochs
         # backward costs twice the forward; the teacher runs forward only
         self.flops = 3 * flops_per_image(student) + (
             forward_flops(teacher, student.img_size, device) if teacher else 0.0
@@ -63,14 +91,11 @@ class Meter:
         self.peak = peak_flops(device)
         self.device = device
         self.norms = watch.Norms(cfg.train.nonfinite_skips)
-        self.first, self.done = done, done
-        self._start_window()
-        self.begun, self.away = time.perf_counter(), 0.0
+        super().__init__(plan.optimizer_steps * cfg.train.epochs, done)
         run.start_progress(self.total, done)
 
-    def _start_window(self) -> None:
-        self.window, self.images, self.window_done = time.perf_counter(), 0, self.done
-        self.waited = 0.0
+    def start_window(self) -> None:
+        super().start_window()
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._micro_batches: list[tuple[int, MicroBatch]] = []
@@ -111,30 +136,27 @@ class Meter:
         sums = torch.where(finite_M[:, None], losses_Mx3, 0.0).sum(0)
         summed, good_R, wait_R, work_R = self._exchange(sums, finite_M.sum())
         norms: list[float] = norms_S.tolist()
-        now, window = time.perf_counter(), f"steps {self.window_done + 1} to {self.done}"
+        pace, window = self.read(), f"steps {self.window_done + 1} to {self.done}"
         failed = self.norms.failure(norms, self.window_done + 1)
         if failed is not None:
             self._fail(failed, window, losses_Mx3[:, 0].tolist(), norms, good_R)
         watch.warn_of_straggler(wait_R, work_R, window)
-        ranks, seconds = self.plan.world, now - self.window
         loss, cls_loss, dist_loss = (value / max(sum(good_R), 1.0) for value in summed)
         norm = sum(n for n in norms if n < float("inf")) / steps
-        speed = self.images / seconds
-        left = (now - self.begun - self.away) / (self.done - self.first) * (self.total - self.done)
         facts = {"epoch": self.epoch, "loss": loss, "cls_loss": cls_loss, "dist_loss": dist_loss, "lr": self.rate}
-        facts |= {"grad_norm": norm, "images_per_s": speed, "data_wait": self.waited / seconds, "eta_s": left}
+        facts |= {"grad_norm": norm, **pace}
         mfu = ""
         if self.peak:
-            facts["mfu"] = speed * self.flops / (self.peak * ranks)
+            facts["mfu"] = pace["images_per_s"] * self.flops / (self.peak * self.plan.world)
             mfu = f"  MFU {facts['mfu']:.1%}"
         self.run.record("step", self.done, **facts)
         self.run.show(
             self.done,
             f"epoch {self.epoch + 1}/{self.cfg.train.epochs}  step {self.done}/{self.total}  loss {loss:.3f} "
-            f"(CLS {cls_loss:.3f}, DIST {dist_loss:.3f})  lr {self.rate:.2e}  {speed:.0f} img/s  "
-            f"data wait {facts['data_wait']:.0%}{mfu}  {left:.0f} s left",
+            f"(CLS {cls_loss:.3f}, DIST {dist_loss:.3f})  lr {self.rate:.2e}  {pace['images_per_s']:.0f} img/s  "
+            f"data wait {pace['data_wait']:.0%}{mfu}  {pace['eta_s']:.0f} s left",
         )
-        self._start_window()
+        self.start_window()
 
     def _exchange(self, sums: Tensor, good: Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
         """One sum over ranks: the three losses, and each rank's finite micro-batches, seconds of waiting and work."""
@@ -156,12 +178,3 @@ class Meter:
             f"before that update; {self.run.folder}/nonfinite.rank*.json name the images, and the last checkpoint is "
             "sound; lower optim.lr or set optim.clip_norm=1"
         )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave evaluation and checkpoints out of the speed."""
-        start = time.perf_counter()
-        yield
-        spent = time.perf_counter() - start
-        self.away += spent
-        self.window += spent

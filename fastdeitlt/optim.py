@@ -1,4 +1,4 @@
-"""Stage 7a: parameter groups, AdamW, the learning-rate schedule, and the moving average of the weights."""
+"""Stage 7a: parameter groups, AdamW and its state, the learning-rate schedule, and the moving average."""
 
 import logging
 import math
@@ -173,6 +173,61 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
     """0-d factor that brings gradients of a 0-d norm to at most ``clip_norm``; torch.nn.utils.clip_grad_norm_'s."""
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat tensors named ``<parameter>/<state>``, whichever implementation it is of."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    for group in optimizer.param_groups if _counts_in_groups(optimizer) else ():
+        for parameter in group["params"]:
+            tensors[f"{name_of[id(parameter)]}/step"] = torch.tensor(float(group.get("step", 0)))
+    return tensors
+
+
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """apex's and DeepSpeed's FusedAdam count steps once a group instead of once a parameter."""
+    return hasattr(optimizer, "adam_w_mode")
+
+
+def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError when ``optimizer_tensors`` are of other parameters than the model's."""
+    parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {key.rpartition("/")[0] for key in tensors}
+    if names and names != parameters:
+        raise UserError(f"optimizer state: of other parameters (e.g. {sorted(names ^ parameters)[0]}); start anew")
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put ``optimizer_tensors`` back.
+
+    Raises:
+        UserError: the state belongs to other parameters.
+    """
+    check_optimizer(model, tensors)
+    parameters = dict(model.named_parameters())
+    if tensors and _counts_in_groups(optimizer):
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        for group in optimizer.param_groups:
+            group["step"] = int(tensors[f"{name_of[id(group['params'][0])]}/step"])
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("/step")}
+    for key, tensor in tensors.items():
+        name, _, state = key.rpartition("/")
+        parameter = parameters[name]
+        device = (
+            parameter.device if tensor.ndim or parameter.device.type == "cpu" else _step_device(optimizer, parameter)
+        )
+        optimizer.state[parameter][state] = tensor.to(device, copy=True)
+
+
+def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    """AdamW keeps its step counter on the parameter's device only when fused or capturable."""
+    fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return parameter.device if fused else torch.device("cpu")
 
 
 class Ema:

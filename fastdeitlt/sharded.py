@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeitlt import checkpoint, distributed, optim
+from fastdeitlt import distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
@@ -165,7 +165,7 @@ class DeepSpeedEngine:
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Whole moments of each parameter; every rank takes part, and rank 0 alone keeps them."""
         if self.stage == 0:
-            return checkpoint.optimizer_tensors(self.sharded, self.optimizer)
+            return optim.optimizer_tensors(self.sharded, self.optimizer)
         step = next(iter(self.optimizer.state.values()))["step"].cpu()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.sharded.named_parameters():
@@ -179,13 +179,13 @@ class DeepSpeedEngine:
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         self.student.load_state_dict(weights)
         if self.stage == 0:
-            checkpoint.load_optimizer(self.sharded, self.optimizer, optimizer)
+            optim.load_optimizer(self.sharded, self.optimizer, optimizer)
             return
         if self.stage == 3:
             with self._deepspeed.zero.GatheredParameters(list(self.sharded.parameters()), modifier_rank=0):
                 self.sharded.load_state_dict(weights)
         self.zero.refresh_fp32_params()
-        checkpoint.check_optimizer(self.sharded, optimizer)
+        optim.check_optimizer(self.sharded, optimizer)
         if optimizer:
             self._load_moments(optimizer)
 

@@ -1,4 +1,4 @@
-"""Schedule, parameter groups and moving average against the reference."""
+"""Schedule, parameter groups and moving average against the reference; optimizer state comes back whole."""
 
 import json
 import sys
@@ -148,3 +148,76 @@ def test_deepspeeds_adam_that_does_not_compile_is_one_line(monkeypatch):
     said = r"does not compile here \(CUDA_HOME does not exist, unable to compile.*use optim\.backend=torch"
     with pytest.raises(UserError, match=said):
         optim.build_optimizer(nn.Linear(3, 2), config.build({"optim.backend": "deepspeed"}))
+
+
+def test_optimizer_state_continues_exactly():
+    def model():
+        torch.manual_seed(0)
+        return nn.Linear(4, 3)
+
+    def advance(model, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            model(torch.randn(5, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, part = model(), model()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (whole, part)]
+    advance(whole, optimizers[0], range(5))
+    advance(part, optimizers[1], range(3))
+    fresh = model()
+    fresh.load_state_dict(part.state_dict())
+    optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+    optim.load_optimizer(fresh, optimizer, optim.optimizer_tensors(part, optimizers[1]))
+    advance(fresh, optimizer, range(3, 5))
+    assert torch.equal(fresh.weight, whole.weight)
+
+
+def test_another_models_optimizer_state_is_refused():
+    one, other = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(one.parameters())
+    one(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optim.optimizer_tensors(one, optimizer)
+    with pytest.raises(UserError, match="of other parameters"):
+        optim.load_optimizer(other, torch.optim.AdamW(other.parameters()), state)
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """Counts steps in its groups, as apex's and DeepSpeed's FusedAdam do."""
+
+    adam_w_mode = 1
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"] = state.get("exp_avg", 0) * 0.9 + parameter.grad * 0.1
+                parameter.sub_(group["lr"] * state["exp_avg"] / (1 - 0.9 ** group["step"]))
+
+
+def test_optimizers_that_count_in_groups_keep_their_bias_correction():
+    def run(steps, tensors=None, weights=None):
+        model = nn.Linear(3, 2)
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.copy_(torch.full_like(p, 0.1 * i) if weights is None else weights[i])
+        optimizer = GroupAdam(model.parameters())
+        if tensors:
+            optim.load_optimizer(model, optimizer, tensors)
+        for _ in range(steps):
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()], optim.optimizer_tensors(model, optimizer)
+
+    whole, _ = run(5)
+    half, tensors = run(2)
+    rest, _ = run(3, tensors, half)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True))

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -12,26 +11,24 @@ from torch import Tensor
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import NonFiniteError
+from fastdeitlt.meter import Pace
 from fastdeitlt.run import Run
 from fastdeitlt.teachers.views import Plan
 
 T = TypeVar("T")
 
 
-class Meter:
+class Meter(Pace):
     """Loss, speed and waiting of the loop, read from the device once in ``train.log_every`` steps."""
 
     def __init__(self, cfg: Config, run: Run, plan: Plan, device: torch.device, done: int) -> None:
         self.cfg, self.run = cfg, run
-        self.total = plan.steps * cfg.teacher_training.epochs
         self.loss = torch.zeros((), device=device)
-        self.done = self.window_done = self.first = done
-        self.begun, self.away = time.perf_counter(), 0.0
-        self._start_window()
+        super().__init__(plan.steps * cfg.teacher_training.epochs, done)
         run.start_progress(self.total, done)
 
-    def _start_window(self) -> None:
-        self.window, self.waited, self.images, self.window_done = time.perf_counter(), 0.0, 0, self.done
+    def start_window(self) -> None:
+        super().start_window()
         self.loss.zero_()
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
@@ -65,23 +62,13 @@ class Meter:
                 f"steps {self.window_done + 1} to {self.done}: loss {loss}; training stopped, the last checkpoint in "
                 f"{self.run.folder} is sound; lower teacher_training.lr or set teacher_training.clip_norm=1"
             )
-        now = time.perf_counter()
-        speed, waited = self.images / (now - self.window), self.waited / (now - self.window)
-        left = (now - self.begun - self.away) / (self.done - self.first) * (self.total - self.done)
+        pace = self.read()
         facts = {"epoch": self.epoch, "loss": loss, "lr": self.rate, "rho": self.rho}
-        self.run.record("step", self.done, **facts, images_per_s=speed, data_wait=waited, eta_s=left)
+        self.run.record("step", self.done, **facts, **pace)
         self.run.show(
             self.done,
             f"epoch {self.epoch + 1}/{self.cfg.teacher_training.epochs}  step {self.done}/{self.total}  "
-            f"loss {loss:.3f}  lr {self.rate:.2e}  {speed:.0f} img/s  data wait {waited:.0%}  {left:.0f} s left",
+            f"loss {loss:.3f}  lr {self.rate:.2e}  {pace['images_per_s']:.0f} img/s  "
+            f"data wait {pace['data_wait']:.0%}  {pace['eta_s']:.0f} s left",
         )
-        self._start_window()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave evaluation and checkpoints out of the speed."""
-        start = time.perf_counter()
-        yield
-        spent = time.perf_counter() - start
-        self.away += spent
-        self.window += spent
+        self.start_window()

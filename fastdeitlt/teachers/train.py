@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdeitlt import checkpoint, distributed
+from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
-from fastdeitlt.optim import set_learning_rate
 from fastdeitlt.preemption import StopRequest
 from fastdeitlt.run import Run
 from fastdeitlt.teachers.meter import Meter
@@ -68,7 +67,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
 
         for epoch in range(done // plan.steps, t.epochs):
             rate, rho = learning_rate(epoch, t), radius(epoch, t)
-            set_learning_rate(optimizer, rate)
+            optim.set_learning_rate(optimizer, rate)
             if isinstance(optimizer, SAM):
                 optimizer.set_rho(rho)
             weights_K = drw_weights_K if 0 <= t.drw_epoch <= epoch else torch.ones_like(drw_weights_K)
@@ -123,7 +122,7 @@ def save(
     The meter reports first, which refuses weights that came from a loss that is not finite.
     """
     meter.report()
-    parts = {"model": network.state_dict(), "optimizer": checkpoint.optimizer_tensors(network, optimizer)}
+    parts = {"model": network.state_dict(), "optimizer": optim.optimizer_tensors(network, optimizer)}
     manifest = selector.manifest() | {"best": selector.best}
     distributed.on_main(lambda: run.checkpoints.save(done, parts, manifest, wait=wait))
 
@@ -142,7 +141,7 @@ def restore(run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, sele
             "the old files, or use --resume never for a new folder"
         )
     network.load_state_dict(checkpoint.load_tensors(folder))
-    checkpoint.load_optimizer(network, optimizer, checkpoint.load_tensors(folder, "optimizer"))
+    optim.load_optimizer(network, optimizer, checkpoint.load_tensors(folder, "optimizer"))
     selector.best = manifest["best"]
     log.info("resumed %s after step %d", run.folder, done)
     return done
