@@ -78,11 +78,12 @@ def attend_kernel(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | Non
 
     dtype = torch.get_autocast_dtype(x_BND.device.type) if torch.is_autocast_enabled(x_BND.device.type) else x_BND.dtype
     kernel = choose(impl, x_BND.shape[1], x_BND.shape[-1] // heads, dtype, x_BND.device) == "triton"
-    bias = qkv.bias if kernel else None
+    # the bias is read after the projection has run: ZeRO's stage 3 takes its weights away when it has
     if num_queries is None:
-        return attention(_packed(x_BND, qkv, heads, train_bias=not kernel), qkv_bias=bias, impl=impl)
+        qkv_BN3HE = _packed(x_BND, qkv, heads, train_bias=not kernel)
+        return attention(qkv_BN3HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
     q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, train_bias=not kernel)
-    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=bias, impl=impl)
+    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
 
 
 def attention_function(name: str) -> Attention:
