@@ -8,7 +8,8 @@ tenth of the samples out of the branch and of the norm: in torch by index_add an
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastdeitlt.kernels import add_layernorm as module
 from torch import Tensor
 
 from benchmarks import harness
+from fastdeitlt.timer import passes
 
 # batch, tokens, width: ViT-T, -S, -B and -L
 SHAPES = ((512, 198, 192), (256, 198, 384), (256, 198, 768), (128, 198, 1024))
@@ -56,23 +58,6 @@ def count_triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, sample
     return module.add_layernorm(x, branch, weight, bias, scale_B, impl="triton", **chosen)
 
 
-def passes(
-    implementation: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], extra: Tensor
-) -> dict[str, harness.Call]:
-    """Forward alone, and backward alone on a kept graph."""
-    outputs = implementation(*tensors, extra)
-    upstream = [torch.randn_like(output) for output in outputs]
-
-    def forward() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return implementation(*tensors, extra)
-
-    return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(outputs, tensors, upstream, retain_graph=True),
-    }
-
-
 def problem(shape: tuple[int, int, int], device: torch.device) -> tuple[list[Tensor], Tensor]:
     """x, branch, weight, bias; drop-path scales."""
     x, branch = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
@@ -87,7 +72,7 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
         implementations["liger"] = liger
     for shape in SHAPES:
         tensors, scale_B = problem(shape, device)
-        calls = {name: passes(implementation, tensors, scale_B) for name, implementation in implementations.items()}
+        calls = {name: passes(partial(peer, *tensors, scale_B), tensors) for name, peer in implementations.items()}
         for direction, streams in (("forward", 4), ("backward", 5)):
             yield harness.Case(
                 f"{direction} B={shape[0]} N={shape[1]} D={shape[2]}",
@@ -104,7 +89,7 @@ def count_cases(shape: tuple[int, int, int], device: torch.device) -> Iterable[h
     samples = torch.arange(shape[0], device=device)[torch.arange(shape[0], device=device) % 10 > 0]
     tensors = [x, branch[: len(samples)].detach().requires_grad_(), weight, bias]
     peers = {"torch": count_eager, "inductor": torch.compile(count_eager, dynamic=False), "triton": count_triton}
-    calls = {name: passes(implementation, tensors, samples) for name, implementation in peers.items()}
+    calls = {name: passes(partial(peer, *tensors, samples), tensors) for name, peer in peers.items()}
     full, kept = 2 * x.numel(), 2 * tensors[1].numel()
     # stream in and out, branch in, norm out; stream, both gradients in, its gradient out, branch gradient out
     for direction, useful in (("forward", 2 * full + 2 * kept), ("backward", 3 * full + 2 * kept)):
@@ -116,13 +101,5 @@ def count_cases(shape: tuple[int, int, int], device: torch.device) -> Iterable[h
         )
 
 
-def main() -> int:
-    """Measure on a GPU; say that a machine without one measures nothing."""
-    if not torch.cuda.is_available():
-        print("no GPU: nothing is measured; the kernel needs one, and on a CPU add_layernorm is torch's own")
-        return 0
-    return harness.main("add_layernorm", cases, __doc__)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("add_layernorm", cases, __doc__, gpu_only=True))

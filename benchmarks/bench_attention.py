@@ -8,12 +8,14 @@ Useful bytes: qkv read and the output written; qkv, output and its gradient read
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from fastdeitlt.kernels.attention import attention, attention_first
 from torch import Tensor
 
 from benchmarks import harness
+from fastdeitlt.timer import passes
 
 # batch, tokens, heads, width: ViT-B at 224 and 384 pixels, ViT-T on CIFAR with patches of 4 and 2, ViT-B with patch 8
 SHAPES = ((256, 198, 12, 64), (64, 578, 12, 64), (1024, 66, 3, 64), (512, 258, 3, 64), (32, 786, 12, 64))
@@ -27,27 +29,12 @@ def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tens
     return [torch.randn(batch, *s, width, device=device, dtype=torch.bfloat16).requires_grad_() for s in sizes]
 
 
-def passes(implementation: Callable[..., Tensor], tensors: list[Tensor], impl: str) -> dict[str, harness.Call]:
-    """Forward alone, and backward alone on a kept graph."""
-    out = implementation(*tensors, impl=impl)
-    upstream = torch.randn_like(out)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return implementation(*tensors, impl=impl)
-
-    return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(out, tensors, upstream, retain_graph=True),
-    }
-
-
 def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, dict[str, harness.Call]]:
     """Calls of the implementations this GPU and torch have; torch refuses a backend with a RuntimeError."""
     found = {}
     for impl in IMPLS:
         try:
-            found[impl] = passes(implementation, tensors, impl)
+            found[impl] = passes(partial(implementation, *tensors, impl=impl), tensors)
             found[impl]["backward"]()
         except RuntimeError as error:
             print(f"{impl}: left out, {' '.join(str(error).split())[:120]}")
@@ -92,13 +79,5 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
     yield harness.Case(name, calls, baseline, useful_bytes=8 * tensors[0].numel() * tensors[0].element_size() // 3)
 
 
-def main() -> int:
-    """Measure on a GPU; say that a machine without one measures nothing."""
-    if not torch.cuda.is_available():
-        print("no GPU: nothing is measured; the kernel needs one, and on a CPU attention is torch's own")
-        return 0
-    return harness.main("attention", cases, __doc__)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("attention", cases, __doc__, gpu_only=True))

@@ -8,7 +8,8 @@ out: torch adds the bias within it, so torch's side starts from the sum and its 
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastdeitlt.kernels import bias_gelu as module
 from torch import Tensor
 
 from benchmarks import harness
+from fastdeitlt.timer import passes
 
 # rows, width of the hidden layer: ViT-T, -S, -B and -L at 198 tokens
 SHAPES = ((512 * 198, 768), (256 * 198, 1536), (256 * 198, 3072), (128 * 198, 4096))
@@ -41,22 +43,6 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return module.bias_gelu(F.linear(x, weight), bias, impl="triton")
 
 
-def passes(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, harness.Call]:
-    """Forward alone, backward alone on a kept graph, and both."""
-    out = implementation(*tensors)
-    upstream = torch.randn_like(out)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return implementation(*tensors)
-
-    return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(out, tensors, upstream, retain_graph=True),
-        "whole": lambda: torch.autograd.grad(implementation(*tensors), tensors, upstream),
-    }
-
-
 def problem(rows: int, width: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """u and bias; x, weight and bias."""
     low = {"device": device, "dtype": torch.bfloat16}
@@ -70,7 +56,7 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
     for rows, width in SHAPES:
         alone, linear = problem(rows, width, device)
         peers = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
-        calls = {name: passes(implementation, alone) for name, implementation in peers.items()}
+        calls = {name: passes(partial(implementation, *alone), alone) for name, implementation in peers.items()}
         for direction, streams in (("forward", 2), ("backward", 3)):
             yield harness.Case(
                 f"{direction} M={rows} F={width}",
@@ -86,16 +72,8 @@ def whole_layer(linear: list[Tensor]) -> dict[str, harness.Call]:
     """The hidden layer, forward and backward."""
     compiled = torch.compile(linear_eager, dynamic=False)
     peers = {"torch": linear_eager, "inductor": compiled, "triton": linear_triton}
-    return {name: passes(implementation, linear)["whole"] for name, implementation in peers.items()}
-
-
-def main() -> int:
-    """Measure on a GPU; say that a machine without one measures nothing."""
-    if not torch.cuda.is_available():
-        print("no GPU: nothing is measured; the kernel needs one, and on a CPU the MLP is torch's own")
-        return 0
-    return harness.main("bias_gelu", cases, __doc__)
+    return {name: passes(partial(implementation, *linear), linear)["whole"] for name, implementation in peers.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("bias_gelu", cases, __doc__, gpu_only=True))

@@ -118,13 +118,21 @@ def main(
     op: str,
     cases: Callable[[torch.device], Iterable[Case]],
     description: str | None = None,
+    *,
+    gpu_only: bool = False,
 ) -> int:
-    """Command line of a ``bench_<op>`` file: check, measure, print, append rows; the exit code."""
+    """Command line of a ``bench_<op>`` file: check, measure, print, append rows; the exit code.
+
+    ``gpu_only``: without a GPU there is nothing to compare, because a CPU runs torch's own implementation alone.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
     parser.add_argument("--tested", action="store_true", help="the op's tests have just passed: do not run them again")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if gpu_only and device.type != "cuda":
+        print(f"no GPU: nothing is measured; the kernel needs one, and on a CPU {op} is torch's own")
+        return 0
     if not (arguments.tested or green(op)):
         print(f"tests/kernels/test_{op}.py fails: a wrong kernel has no speed; nothing measured", file=sys.stderr)
         return 1

@@ -10,11 +10,13 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 SAMPLE_MS = 2.0
 WARM_UP_CALLS = 3
@@ -50,6 +52,32 @@ def measure(
             samples[name].append(samplers[name]())
     graph = {name: device.type == "cuda" and name not in eager for name in names}
     return {name: timing(values, graph[name]) for name, values in samples.items()}
+
+
+def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, Call]:
+    """Calls of a differentiable function: "forward" alone, "backward" alone on a kept graph, and the "whole" of both.
+
+    Args:
+        function: gives one tensor or several.
+        tensors: what it is differentiated by.
+    """
+    kept = tensors_of(function())
+    upstream = [torch.randn_like(tensor) for tensor in kept]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function()
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(kept, tensors, upstream, retain_graph=True),
+        "whole": lambda: torch.autograd.grad(tensors_of(function()), tensors, upstream),
+    }
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors of a result, which may be one."""
+    return [result] if isinstance(result, Tensor) else [tensor for tensor in result if isinstance(tensor, Tensor)]
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._launch import compiling
 from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, read, trying, use, write
 from fastdeitlt.kernels.adamw_ema import KEY
-from fastdeitlt.timer import Call, Timing, capturing_stream, measure
-from fastdeitlt.tune_parts import Part, Pass, parts, tensors_of, under
+from fastdeitlt.timer import Call, Timing, capturing_stream, measure, tensors_of
+from fastdeitlt.tune_parts import Part, Pass, parts, under
 
 log = logging.getLogger("fastdeitlt")
 

@@ -26,7 +26,7 @@ from fastdeitlt.loss import joint_loss
 from fastdeitlt.models.layers import MLP_RATIO, linear_gelu, linear_gelu_kernel
 from fastdeitlt.models.residual import Kept, add_norm, add_norm_kernel
 from fastdeitlt.models.vit import NUM_PREFIX, Block
-from fastdeitlt.timer import Call
+from fastdeitlt.timer import Call, passes
 
 log = logging.getLogger("fastdeitlt")
 
@@ -77,29 +77,9 @@ def parts(setup: Setup) -> Iterator[Part]:
         yield _augment(setup)
 
 
-def _passes(
-    settings: _search.Settings, function: Callable[..., Any], tensors: list[Tensor]
-) -> tuple[dict[Key, Pass], Call]:
-    """The launches of a differentiable function by key, and its forward and backward together."""
-    kept = tensors_of(function())
-    upstream = [torch.randn_like(tensor) for tensor in kept]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return function()
-
-    def backward() -> object:
-        return torch.autograd.grad(kept, tensors, upstream, retain_graph=True)
-
-    def whole() -> object:
-        return torch.autograd.grad(tensors_of(function()), tensors, upstream)
-
-    calls = {key: forward if key[0] == "forward" else backward for key in settings}
-    return {key: Pass(call, settings[key], call) for key, call in calls.items()}, whole
-
-
-def _whole(function: Callable[..., Any], tensors: list[Tensor]) -> Call:
-    return _passes({}, function, tensors)[1]
+def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key, Pass]:
+    """The launches of a differentiable function, by keys that begin with "forward" or "backward"."""
+    return {key: Pass(calls[str(key[0])], found, calls[str(key[0])]) for key, found in settings.items()}
 
 
 def _random(setup: Setup, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -126,26 +106,27 @@ def _attention(setup: Setup) -> Iterator[Part]:
     problem = Problem.of(qkv, None, tokens)
     settings = _search.attention(problem, setup.device)
     triton = partial(attention.attention, qkv, qkv_bias=bias, impl="triton")
-    passes, whole_triton = _passes(settings, triton, [qkv, bias])
+    calls = passes(triton, [qkv, bias])
+    launches = _launches(settings, calls)
     backward, keys = problem.key("backward"), problem.key("backward_keys")
     if keys in settings:  # measured within a backward that launches it
         in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
-        two_launches = under("attention", backward, in_two, passes[keys].call)
-        passes[keys] = Pass(two_launches, settings[keys], two_launches)
-    whole = {"triton": whole_triton}
+        two_launches = under("attention", backward, in_two, launches[keys].call)
+        launches[keys] = Pass(two_launches, settings[keys], two_launches)
+    whole = {"triton": calls["whole"]}
     for impl in ("sdpa", "cudnn", "flash"):
         try:
-            torchs = _summing(_whole(partial(attention.attention, qkv, impl=impl), [qkv]))
+            torchs = _summing(passes(partial(attention.attention, qkv, impl=impl), [qkv])["whole"])
             torchs()
         except (RuntimeError, UserError) as error:  # a backend that does not know the device or the shape
             log.info("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
             continue
         whole[impl] = torchs
-    yield Part("attention", (tokens, head), passes, whole)
+    yield Part("attention", (tokens, head), launches, whole)
     q, kv = _random(setup, batch, NUM_PREFIX, heads, head), _random(setup, batch, tokens, 2, heads, head)
     first = partial(attention.attention_first, q, kv, qkv_bias=bias, impl="triton")
     few = _search.attention(Problem.of(q, kv, NUM_PREFIX), setup.device)
-    yield Part("attention", (tokens, head), _passes(few, first, [q, kv, bias])[0])
+    yield Part("attention", (tokens, head), _launches(few, passes(first, [q, kv, bias])))
 
 
 def _summing(whole: Callable[[], Any]) -> Call:
@@ -172,16 +153,15 @@ def _add_layernorm(setup: Setup) -> Part:
         add_layernorm, x, branch, norm.weight, norm.bias, kept.scale_B11.flatten(), branch_bias=bias, impl="triton"
     )
     tensors = [x, branch, norm.weight, norm.bias]
-    passes = _passes(_search.add_layer_norm(width, x.dtype), alone, [*tensors, bias])[0]
+    launches = _launches(_search.add_layer_norm(width, x.dtype), passes(alone, [*tensors, bias]))
 
     def torchs() -> tuple[Tensor, Tensor]:
         stream, normed = add_norm(x, branch, linear, kept, norm, None)
         return stream, normed.to(setup.dtype)
 
     tensors += [linear.weight, linear.bias]
-    whole = {"triton": _whole(partial(add_norm_kernel, x, branch, linear, kept, norm, None), tensors)}
-    whole["torch"] = _whole(_compiled(setup, torchs), tensors)
-    return Part("add_layernorm", (width,), passes, whole)
+    ours = partial(add_norm_kernel, x, branch, linear, kept, norm, None)
+    return Part("add_layernorm", (width,), launches, _both(setup, ours, torchs, tensors))
 
 
 def _bias_gelu(setup: Setup) -> Part:
@@ -191,10 +171,9 @@ def _bias_gelu(setup: Setup) -> Part:
     x, linear = _random(setup, batch, tokens, width), nn.Linear(width, hidden).to(setup.device, setup.dtype)
     u, bias = _random(setup, batch, tokens, hidden), _random(setup, hidden, dtype=torch.float32)
     tensors = [x, linear.weight, linear.bias]
-    passes = _passes(_search.bias_gelus(hidden), partial(bias_gelu, u, bias, impl="triton"), [u, bias])[0]
-    whole = {"triton": _whole(partial(linear_gelu_kernel, x, linear), tensors)}
-    whole["torch"] = _whole(_compiled(setup, partial(linear_gelu, x, linear)), tensors)
-    return Part("bias_gelu", (hidden,), passes, whole)
+    alone = passes(partial(bias_gelu, u, bias, impl="triton"), [u, bias])
+    whole = _both(setup, partial(linear_gelu_kernel, x, linear), partial(linear_gelu, x, linear), tensors)
+    return Part("bias_gelu", (hidden,), _launches(_search.bias_gelus(hidden), alone), whole)
 
 
 def _joint_loss(setup: Setup) -> Part:
@@ -214,9 +193,8 @@ def _joint_loss(setup: Setup) -> Part:
         for impl in ("triton", "torch")
     )
     largest = max(num_classes, teacher_logits.shape[1])
-    passes, whole = _passes(_search.joint_losses(largest, heads[0].element_size()), ours, heads)
-    compiled = _whole(_compiled(setup, torchs), heads)
-    return Part("joint_loss", (num_classes,), passes, {"triton": whole, "torch": compiled})
+    launches = _launches(_search.joint_losses(largest, heads[0].element_size()), passes(ours, heads))
+    return Part("joint_loss", (num_classes,), launches, _both(setup, ours, torchs, heads))
 
 
 def _adamw_ema(setup: Setup) -> Part:
@@ -256,13 +234,16 @@ def _augment(setup: Setup) -> Part:
     return Part("augment", (side,), {key: Pass(call, found, call) for key, found in settings.items()})
 
 
+def _both(
+    setup: Setup, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
+) -> dict[str, Call]:
+    """Forward and backward of the kernel's function and of torch's, which is compiled as the step is."""
+    functions = {"triton": triton, "torch": _compiled(setup, torchs)}
+    return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}
+
+
 def _compiled(setup: Setup, function: Callable[[], Any]) -> Callable[[], Any]:
     def call() -> Any:
         return function()
 
     return torch.compile(call, dynamic=False) if setup.cfg.train.compile else function
-
-
-def tensors_of(result: Any) -> list[Tensor]:
-    """The tensors of a result, which may be one."""
-    return [result] if isinstance(result, Tensor) else [tensor for tensor in result if isinstance(tensor, Tensor)]
