@@ -3,6 +3,7 @@
 # B batch, K classes, N images, D width of the features, C channels, H height, W width
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,19 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
     """
     device = distributed.device_of(cfg.train.device)
     images = open_sets(cfg.data).train
-    source = open_source(images, cfg.data, device)
+    with closing(open_source(images, cfg.data, device)) as source:
+        return _diagnose(path, cfg, images, source, device, num_images, flatness)
+
+
+def _diagnose(
+    path: str | Path,
+    cfg: Config,
+    images: LongTailSet,
+    source: Source,
+    device: torch.device,
+    num_images: int,
+    flatness: bool,
+) -> dict[str, Any]:
     manifest = manifest_of(path)
     own = manifest.preprocess if manifest and manifest.preprocess else None
     teacher_cfg = cfg.teacher.model_copy(update={"path": str(path)})
@@ -100,7 +113,6 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
         own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
         some_BCHW = torch.cat(list(clean_batches(source, sample_N[::every], *prepared)))
         facts["sharpness"] = sharpness(network, some_BCHW, own_labels_N[::every].to(device), scale)
-    source.close()
     return facts
 
 
