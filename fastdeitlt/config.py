@@ -176,7 +176,7 @@ class LossConfig(Section):
     """L = (1 - alpha) CE(CLS, y) + alpha L_DRW(DIST, teacher) (paper section 3)."""
 
     distillation: Literal["hard", "soft"] = "hard"
-    """The teacher's argmax, or its softened distribution."""
+    """The teacher's argmax, or its softened distribution (of a cosine head at the scale that it was trained with)."""
     alpha: float = Field(0.5, ge=0, le=1)
     """Weight of the DIST term."""
     tau: float = Field(1.0, gt=0)

@@ -91,6 +91,8 @@ class JointForward(nn.Module):
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
         if self.teacher is None or teacher_logits_BK is None:
             return self._label_losses(cls_logits_BK, dist_logits_BK, labels_B, dist_weights_K, cls_weights_K, labels)
+        if c.distillation == "soft":
+            teacher_logits_BK = teacher_logits_BK.float() * self.teacher.logit_scale
         losses = joint_loss(
             cls_logits_BK,
             dist_logits_BK,

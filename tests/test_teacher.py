@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from fastdeitlt import config
 from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.config import TeacherConfig
+from fastdeitlt.engine import JointForward
 from fastdeitlt.errors import UserError
+from fastdeitlt.loss import joint_loss
 from fastdeitlt.models import create_student, create_teacher, load_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear
@@ -121,6 +124,37 @@ def test_cosine_head_gives_cosines() -> None:
     features = torch.randn(4, 6) * 100
     expected = torch.nn.functional.cosine_similarity(features[:, :, None], head.weight[None], dim=1)
     torch.testing.assert_close(head(features), expected)
+
+
+@pytest.mark.parametrize(
+    ("normed", "facts", "scale"), [(True, {}, 30.0), (True, {"recipe": {"ldam_scale": 20.0}}, 20.0), (False, {}, 1.0)]
+)
+def test_a_cosine_heads_scale_is_that_of_its_training(normed: bool, facts: dict, scale: float, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "t", lively(create_teacher("resnet8", 4, normed_head=normed)), **facts)
+    assert load_teacher(folder, "", 4).logit_scale == scale
+    assert open_teacher(TeacherConfig(path=str(folder)), MEAN, STD, 32, 4).logit_scale == scale
+
+
+@pytest.mark.parametrize("distillation", ["soft", "hard"])
+def test_soft_distillation_learns_the_distribution_that_a_cosine_head_was_trained_for(distillation: str) -> None:
+    """Cosines alone are nearly uniform, and re-weighting would make any image a tail image."""
+    cfg = config.build({"train.device": "cpu", "train.precision": "fp32", "loss.distillation": distillation})
+    student = create_student("deit_tiny_distilled_patch16_32", 4, depth=1).train()
+    teacher = Teacher(lively(create_teacher("resnet8", 4, normed_head=True)), 4, logit_scale=30.0)
+    images, labels, weights = torch.rand(6, 3, 32, 32), torch.arange(6) % 4, torch.tensor([0.1, 0.2, 0.7, 3.0])
+    got = JointForward(student, teacher, [9, 5, 3, 1], cfg, torch.device("cpu"))(
+        images, labels, None, None, weights, None
+    )
+    with torch.no_grad():
+        cls_logits, dist_logits = student(images)
+        cosines = teacher(images)
+    assert cosines.abs().max() <= 1 + 1e-6
+    options = {"weights": weights, "distillation": distillation, "tau": cfg.loss.tau}
+    expected, unscaled = (
+        joint_loss(cls_logits, dist_logits, labels, logits, **options).dist_loss for logits in (30 * cosines, cosines)
+    )
+    torch.testing.assert_close(got.dist_loss, expected)
+    assert (distillation == "hard") == torch.equal(expected, unscaled)
 
 
 def test_ldam_teacher_with_a_plain_head_loads(tmp_path: Path) -> None:

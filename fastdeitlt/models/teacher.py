@@ -24,6 +24,8 @@ from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 
+COSINE_SCALE = 30.0
+"""Logit scale of a cosine head whose recipe is not known (LDAM's)."""
 STYLES = ("official_paco", "official_ldam", "timm", "fastdeitlt")
 
 
@@ -126,6 +128,7 @@ class Teacher(nn.Module):
             0 = as they come.
         scale_C, shift_C: affine change of normalisation, applied after the resize. None = the student's normalisation.
         antialias: of the resize.
+        logit_scale: what the logits are multiplied by for a softmax (see ``logit_scale``); the argmax needs none.
 
     Source: the official code's DistillationLoss, which resizes the mixed, ImageNet-normalised student tensor.
     """
@@ -144,9 +147,10 @@ class Teacher(nn.Module):
         scale_C: Tensor | None = None,
         shift_C: Tensor | None = None,
         antialias: bool = False,
+        logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.logit_scale = network, logit_scale
         self.num_classes, self.img_size, self.antialias = num_classes, img_size, antialias
         self.register_buffer("class_map", None if class_map is None else check_class_map(class_map, num_classes), False)
         self.register_buffer("scale_1C11", None if scale_C is None else scale_C.view(1, -1, 1, 1), False)
@@ -198,7 +202,15 @@ def load_teacher(
     network = _network_with(state, manifest.model.arch if manifest else arch, num_classes, style, f"teacher {path}")
     if class_map is None and manifest:
         class_map = _order_of(manifest)
-    return Teacher(network, num_classes, class_map)
+    return Teacher(network, num_classes, class_map, logit_scale=logit_scale(network, manifest))
+
+
+def logit_scale(network: nn.Module, manifest: Manifest | None) -> float:
+    """What the logits are multiplied by in the loss they were trained with: a cosine head's are in -1..1."""
+    if not any(isinstance(module, NormedLinear) for module in network.modules()):
+        return 1.0
+    recipe = (manifest.model_extra or {}).get("recipe", {}) if manifest else {}
+    return float(recipe.get("ldam_scale", COSINE_SCALE))
 
 
 def _read(path: Path) -> tuple[State, Manifest | None]:
@@ -277,6 +289,7 @@ def open_teacher(
         scale_C=scale_C,
         shift_C=shift_C,
         antialias=cfg.resize_antialias,
+        logit_scale=logit_scale(network, manifest),
     )
 
 

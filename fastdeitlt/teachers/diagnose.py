@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdeitlt import checkpoint, distributed
 from fastdeitlt.config import Config
@@ -19,13 +19,10 @@ from fastdeitlt.data.longtail import LongTailSet, open_sets, shot_groups
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.manifest import Manifest
-from fastdeitlt.models.resnet_cifar import NormedLinear
 from fastdeitlt.models.teacher import Teacher, load_teacher, open_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness
 
 SHARPNESS_IMAGES = 512
-COSINE_SCALE = 30.0
-"""Logit scale of a cosine head whose recipe is not known (LDAM's)."""
 
 
 def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flatness: bool = True) -> dict[str, Any]:
@@ -72,7 +69,7 @@ def _diagnose(
     size = cfg.teacher.img_size or own_size
     teacher = open_teacher(teacher_cfg, cfg.augment.mean, cfg.augment.std, size, images.num_classes).to(device)
     network = load_teacher(path, cfg.teacher.arch, images.num_classes).network.to(device)
-    scale = _logit_scale(network, manifest)
+    scale = teacher.logit_scale
     mean, std = (own.mean, own.std) if own else (cfg.teacher.mean, cfg.teacher.std)
 
     sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
@@ -176,14 +173,6 @@ def clean_batches(
 
 def _features(network: Any, images_BCHW: Tensor) -> Tensor:
     return network.forward_head(network.forward_features(images_BCHW), pre_logits=True)
-
-
-def _logit_scale(network: nn.Module, manifest: Manifest | None) -> float:
-    """What the logits are multiplied by in the loss: a cosine head's are in -1..1."""
-    if not any(isinstance(module, NormedLinear) for module in network.modules()):
-        return 1.0
-    recipe = (manifest.model_extra or {}).get("recipe", {}) if manifest else {}
-    return float(recipe.get("ldam_scale", COSINE_SCALE))
 
 
 def _student_size(cfg: Config) -> int:
