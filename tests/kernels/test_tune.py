@@ -53,11 +53,11 @@ def clock(times):
     return measure
 
 
-def planted(settings):
+def planted(settings, op="op"):
     """A launch that takes BLOCK microseconds, computes something else with 1, and fails with 0."""
 
     def call():
-        block = setting("op", ("k",), torch.device("cpu"), DEFAULT).blocks["BLOCK"]
+        block = setting(op, ("k",), torch.device("cpu"), DEFAULT).blocks["BLOCK"]
         if block == 0 and not _launch._compiler:
             raise RuntimeError("out of shared memory")
         return torch.tensor([float(block)])
@@ -97,22 +97,22 @@ def test_what_was_found_is_kept_when_a_later_part_fails(setup, tmp_path, monkeyp
 
 def test_an_interrupted_search_goes_on_where_it_was(setup, tmp_path, monkeypatch):
     counted = []
-    path, key = tmp_path / "rows.jsonl", ("k",)
+    path, op, key = tmp_path / "rows.jsonl", "bias_gelu", ("k",)
     whole = {"torch": lambda: [2.0], "triton": lambda: [counted.append(1) or 1.0]}
     monkeypatch.setattr(tune, "measure", clock({}))
     monkeypatch.setattr(
-        tune, "parts", lambda setup: [tune_parts.Part("op", key, {key: planted([DEFAULT, FAST])}, whole)]
+        tune, "parts", lambda setup: [tune_parts.Part(op, key, {key: planted([DEFAULT, FAST], op)}, whole)]
     )
     first = tune.tune_ops(setup, path, tune.measured(path, "some GPU"))
-    # the step said no to the kernel, and says anew
-    _measured.write(path, [first[1]["op"].model_copy(update={"impl": "torch"})])
+    assert first[1][op].impl == "triton"
+    known = tune.measured(path, "some GPU")
+    assert known["fastest", op, key].impl == "torch"  # as long as the step has not said yes
     monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched twice"))
-    assert tune.tune_ops(setup, path, tune.measured(path, "some GPU")) == first and len(counted) == 1
+    assert tune.tune_ops(setup, path, known) == first and len(counted) == 1
     for other in ({"triton": "3.0.0"}, {"torch": "2.0.0"}, {"gpu": "another"}):
-        _measured.write(path, [first[1]["op"].model_copy(update=other)])
-        known = tune.measured(path, "some GPU")
-        assert [kind for kind, _, _ in known] == ["setting"] + ["fastest"] * ("gpu" in other)
-        _measured.write(path, [first[1]["op"]])
+        _measured.write(path, [first[1][op].model_copy(update=other)])
+        assert [kind for kind, _, _ in tune.measured(path, "some GPU")] == ["setting"] + ["fastest"] * ("gpu" in other)
+        _measured.write(path, [first[1][op]])
 
 
 @pytest.mark.parametrize(
