@@ -1,5 +1,6 @@
 """Training batches: what the recipe says, whatever the threads, the source and where a run starts again."""
 
+import threading
 from contextlib import closing
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastdeitlt.config import AugmentConfig, Config, DataConfig
 from fastdeitlt.data import batches, colour
 from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.batches import Batch, train_batches
+from fastdeitlt.data.batches import Batch, prefetch, train_batches
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.sampler import MicroBatch, Plan
@@ -115,3 +116,19 @@ def test_an_odd_batch_cannot_be_mixed_but_can_be_used(tmp_path) -> None:
     assert len(made(images, odd, mixing=False)) == len(odd)
     with pytest.raises(UserError, match="got a batch of 3 images"):
         made(images, odd)
+
+
+def test_a_generator_that_nobody_closed_may_be_collected_in_a_thread_that_the_producer_waits_for():
+    collected = threading.Event()
+
+    def items():
+        yield 1
+        collected.wait(20)
+        yield 2
+
+    numbers = prefetch(items(), 1)
+    assert next(numbers) == 1
+    collector = threading.Thread(target=lambda: (numbers.close(), collected.set()))
+    collector.start()
+    collector.join(10)
+    assert collected.is_set()

@@ -142,6 +142,7 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
 
     An exception of the producer is raised where its item would have been.
     """
+    consumer = threading.current_thread()
     torch.get_num_threads()
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -177,4 +178,6 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
-        thread.join()
+        if threading.current_thread() is consumer:
+            # else a generator that nobody closed was collected, perhaps in a thread that the producer waits for
+            thread.join()
