@@ -17,6 +17,7 @@ from fastdeitlt.data.batches import Batch, prefetch, train_batches
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.data.workers import Workers
 from fastdeitlt.errors import UserError
 
 SIZE = 24
@@ -132,3 +133,14 @@ def test_a_generator_that_nobody_closed_may_be_collected_in_a_thread_that_the_pr
     collector.start()
     collector.join(10)
     assert collected.is_set()
+
+
+def test_results_that_nobody_closed_may_be_collected_in_a_thread_that_the_next_ones_wait_for():
+    collected, workers = threading.Event(), Workers(1)
+    results = workers.ahead(lambda item: lambda: collected.wait(20 * item), range(3))
+    assert next(results) is False
+    collector = threading.Thread(target=lambda: (results.close(), collected.set()))
+    collector.start()
+    collector.join(10)
+    assert collected.is_set()
+    workers.close()

@@ -1,6 +1,7 @@
 """Threads of a source: parts of a batch in parallel, whole batches ahead of the consumer."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -53,6 +54,7 @@ class Workers:
         ``start`` runs in the consumer's thread and may set off work in the pool; what it returns then runs in the
         assembling thread. An exception is raised where its result would have been; leaving early cancels the rest.
         """
+        consumer = threading.current_thread()
         pending: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -62,7 +64,10 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         finally:
-            wait([future for future in pending if not future.cancel()])
+            running = [future for future in pending if not future.cancel()]
+            if threading.current_thread() is consumer:
+                # else a generator that nobody closed was collected, perhaps in a thread that these wait for
+                wait(running)
 
     def close(self) -> None:
         """Finish what runs, drop what waits, end all threads. May be called twice."""
