@@ -16,6 +16,7 @@ SLURM's own variables. The folder of runs must be one that every machine sees.
 import atexit
 import ctypes
 import faulthandler
+import functools
 import hashlib
 import logging
 import os
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +44,8 @@ MEETING_S = 300
 """Ranks of a busy machine or a queue start minutes apart."""
 ROLL_CALL_S = 3.0
 """How long ranks that failed wait for each other to say so, before they name those that did not."""
+DRIVER = Path("/dev/nvidiactl")
+"""There where NVIDIA's driver is."""
 
 _store: collective.Store | None = None
 _timeout: timedelta | None = None
@@ -192,7 +196,9 @@ def adopt_slurm(env: Any) -> None:
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    # a task with one GPU of its own (--gpus-per-task=1) sees it as the first, whatever its place
+    env["LOCAL_RANK"] = "0" if visible[0] and len(visible) == 1 else env["SLURM_LOCALID"]
     env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
 
@@ -317,10 +323,30 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def device_of(kind: str) -> torch.device:
-    """The device of this rank for `auto`, `cpu` or `cuda`."""
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+    """The device of this rank for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: `cuda` where torch has no GPU, or more ranks on this machine than GPUs.
+    """
+    usable = kind != "cpu" and torch.cuda.is_available()
+    if kind == "cuda" and not usable:
+        raise UserError("device cuda: torch finds no GPU that it can use; 'fastdeitlt doctor' says why, or use cpu")
+    if not usable:
+        if kind == "auto" and DRIVER.exists():
+            _say_unused()
         return torch.device("cpu")
-    return torch.device("cuda", local_rank())
+    index, count = local_rank(), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"device cuda: this is rank {index} of this machine, counted from 0, and {count} of its GPUs can be seen; "
+            f"start at most {count} ranks here"
+        )
+    return torch.device("cuda", index)
+
+
+@functools.cache
+def _say_unused() -> None:
+    log.warning("this machine has an NVIDIA GPU that torch cannot use, so the CPU computes; see 'fastdeitlt doctor'")
 
 
 def stop() -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 
 import torch
 
+from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import RankLostError, UserError
 from fastdeitlt.preemption import SIGNALS
@@ -38,7 +39,7 @@ def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
         env: os.environ.
 
     Raises:
-        UserError: some were asked for, and another launcher has started this process.
+        UserError: some were asked for, and another launcher has started this process; no GPU where one is asked for.
     """
     if "FASTDEITLT_LAUNCHER" in env:
         return 1
@@ -48,7 +49,7 @@ def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
         return 1
     if asked:
         return asked
-    if cfg.train.device == "cpu" or cfg.train.engine == "plain":
+    if cfg.train.engine == "plain" or distributed.device_of(cfg.train.device).type == "cpu":
         return 1
     gpus, ranks = torch.cuda.device_count(), cfg.train.virtual_ranks
     count = next((n for n in range(gpus, 0, -1) if not ranks or ranks % n == 0), 1)
@@ -103,7 +104,8 @@ class _Ranks:
             port = probe.getsockname()[1]
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.count)))
         shared = {"WORLD_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"OMP_NUM_THREADS": threads, "FASTDEITLT_LAUNCHER": str(os.getpid())}
+        shared |= {"LOCAL_WORLD_SIZE": str(self.count), "OMP_NUM_THREADS": threads}
+        shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid())}
         command = [*PROGRAM, *self.arguments]
         for rank in range(self.count):
             env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

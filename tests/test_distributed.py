@@ -16,6 +16,7 @@ from tiny_run import TIMES, tiny_run
 
 from fastdeitlt import config, distributed, launch
 from fastdeitlt.checkpoint import load_tensors, read_manifest
+from fastdeitlt.data.workers import num_threads
 from fastdeitlt.engine import PlainEngine
 from fastdeitlt.errors import UserError
 from fastdeitlt.train import train
@@ -185,6 +186,13 @@ def test_a_task_of_srun_finds_its_place():
     assert [env[name] for name in names] == ["9", "16", "1", "gpu007", "24567"]
 
 
+@pytest.mark.parametrize(("visible", "local_rank"), [("0", "0"), ("GPU-5f", "0"), ("0,1,2,3", "1"), ("", "1")])
+def test_a_task_that_was_given_one_gpu_takes_it(visible, local_rank):
+    env = SRUN | {"CUDA_VISIBLE_DEVICES": visible}
+    distributed.adopt_slurm(env)
+    assert env["LOCAL_RANK"] == local_rank
+
+
 @pytest.mark.parametrize(("nodes", "first"), [("a1", "a1"), ("b-2,c", "b-2"), ("x[3]y,z", "x3y"), ("r[08-11]", "r08")])
 def test_the_first_host_of_slurms_list_is_the_meeting_point(nodes, first):
     env = SRUN | {"SLURM_STEP_NODELIST": nodes}
@@ -232,9 +240,51 @@ def test_the_slurm_script_requeues_what_can_go_on(tmp_path, code, requeued):
     ],
 )
 def test_train_starts_a_process_a_visible_gpu(monkeypatch, gpus, virtual_ranks, asked, env, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     cfg = config.build({"train.virtual_ranks": virtual_ranks})
     assert launch.processes(cfg, asked, env) == count
+
+
+def test_gpus_that_torch_cannot_use_start_one_process_and_a_warning(monkeypatch, tmp_path, caplog):
+    """As with a driver too old for torch: NVML still counts them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(distributed, "DRIVER", tmp_path)
+    monkeypatch.setattr(distributed.log, "propagate", True)
+    distributed._say_unused.cache_clear()
+    assert launch.processes(config.build({}), 0, {}) == 1
+    assert "cannot use" in caplog.text
+    with pytest.raises(UserError, match="no GPU that it can use"):
+        launch.processes(config.build({"train.device": "cuda"}), 0, {})
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.device_of("auto") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="start at most 2 ranks here"):
+        distributed.device_of("auto")
+
+
+def test_a_rank_is_told_with_how_many_it_shares_the_machine(monkeypatch, tmp_path):
+    """Its threads are the machine's cores divided by these."""
+    said = f"open('{tmp_path}/' + os.environ['RANK'], 'w').write(os.environ['LOCAL_WORLD_SIZE'])"
+    monkeypatch.setattr(launch, "PROGRAM", [sys.executable, "-c", f"import os; {said}"])
+    assert launch.launch(2, []) == 0
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["2", "2"]
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_of_a_machine_share_its_cores(monkeypatch, name):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    for known in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(known, raising=False)
+    assert num_threads() == 16
+    monkeypatch.setenv(name, "8")
+    assert num_threads() == 2 and num_threads(5) == 5
 
 
 def test_two_launchers_at_once_are_refused():

@@ -19,8 +19,12 @@ LARGEST_PART = 1024
 
 
 def num_threads(configured: int = 0) -> int:
-    """Threads of one rank: ``configured``, or for 0 this process's cores divided by the ranks on this machine."""
-    return configured or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Threads of one rank: ``configured``, or for 0 this process's cores divided by the ranks on this machine.
+
+    The launchers say how many these are, but for srun, which gives each task cores of its own.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # the latter is deepspeed's
+    return configured or max(1, len(os.sched_getaffinity(0)) // int(ranks))
 
 
 def keep_to_one_core() -> None:
