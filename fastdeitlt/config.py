@@ -301,7 +301,7 @@ class TeacherTrainingConfig(Section):
     loss: Literal["ce", "focal", "ldam", "vs", "balanced_softmax", "logit_adjustment", "paco"] = "ce"
     """Loss."""
     normed_head: bool = False
-    """Cosine classifier (LDAM)."""
+    """Cosine classifier; with ldam alone, whose scale s it needs."""
     ldam_max_margin: float = Field(0.5, ge=0)
     """LDAM: largest margin."""
     ldam_scale: float = Field(30.0, gt=0)
@@ -374,15 +374,20 @@ class TeacherTrainingConfig(Section):
     def _check(self) -> "TeacherTrainingConfig":
         if self.drw_epoch >= self.epochs:
             raise ValueError(
-                f"drw_epoch {self.drw_epoch}: expected less than epochs={self.epochs}; re-weighting would never start "
-                "(use -1 to turn it off)"
+                f"drw_epoch: got {self.drw_epoch}, expected less than epochs={self.epochs}; re-weighting "
+                "would never start (use -1 to turn it off)"
+            )
+        if self.normed_head and self.loss != "ldam":
+            raise ValueError(
+                f"normed_head: got true with loss={self.loss}, expected false because cosines lie in -1..1 and ldam "
+                "alone scales them; add teacher_training.normed_head=false"
             )
         if self.sam_schedule == "step" and not self.sam_rho_steps:
-            raise ValueError("sam_schedule=step: sam_rho_steps is empty; give (first epoch, rho) pairs")
+            raise ValueError("sam_rho_steps: got none, expected (first epoch, rho) pairs with sam_schedule=step")
         if self.loss == "paco" and self.paco_queue % self.batch_size:
             raise ValueError(
-                f"paco_queue {self.paco_queue}: expected a multiple of batch_size={self.batch_size}, because a batch "
-                "replaces a whole part of the queue"
+                f"paco_queue: got {self.paco_queue}, expected a multiple of batch_size={self.batch_size}, because a "
+                "batch replaces a whole part of the queue"
             )
         return self
 
@@ -590,8 +595,9 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        got = f"got {first['input']!r}, " if name else ""
-        raise UserError(f"{name}: {got}{message}" if name else message) from None
+        if first["type"] == "value_error":  # of a whole section, whose message names the field and what it got
+            raise UserError(f"{name}.{message}" if name else message) from None
+        raise UserError(f"{name}: got {first['input']!r}, {message}") from None
     config._origins.update({name: origins.get(name, "default") for name in FIELDS})
     return config
 

@@ -23,6 +23,7 @@ from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.metrics import Result, score, score_single
+from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.posthoc import PostHoc, post_hoc
 from fastdeitlt.precision import autocast_dtype
@@ -30,16 +31,21 @@ from fastdeitlt.saved import Saved, open_saved, run_of
 
 
 class OneHead(nn.Module):
-    """A flat model, such as the teacher, as a student whose heads agree; ``score_single`` scores either."""
+    """A flat model, such as the teacher, as a student whose heads agree; ``score_single`` scores either.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: maps images_BCHW to logits_BK.
+        logit_scale: what to multiply the logits by, so that their softmax is the one that the model was trained with.
+    """
+
+    def __init__(self, model: nn.Module, logit_scale: float = 1.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.logit_scale = model, logit_scale
         self.train(model.training)
 
     def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's logits_BK, twice."""
-        logits_BK = self.model(images_BCHW)
+        """The model's logits_BK, scaled, twice."""
+        logits_BK = self.model(images_BCHW) * self.logit_scale
         return logits_BK, logits_BK
 
 
@@ -188,10 +194,11 @@ def evaluate(
 def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """(cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's order of classes."""
     device = distributed.device_of(cfg.train.device)
+    model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
     source = open_source(images, cfg.data, device)
     try:
         cls_logits_NK, dist_logits_NK, labels_N = gather_logits(
-            (saved.model if saved.kind == "student" else OneHead(saved.model)).to(device),
+            model.to(device),
             source,
             images,
             size=saved.img_size,

@@ -61,5 +61,9 @@ class Manifest(_Facts):
     class_names: list[str] | None = None
     class_counts: list[int] | None = None
     preprocess: Preprocess | None = None
+    recipe: dict[str, Any] | None = None
+    """Of a teacher: its ``teacher_training`` settings."""
+    accuracy: dict[str, float] | None = None
+    """Of a teacher: accuracy in % by set."""
     calibration: Calibration | None = None
     """None: nothing was fitted; probabilities are the softmax of the logits as they are."""

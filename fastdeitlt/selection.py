@@ -198,7 +198,7 @@ class Selector:
         return score(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _score_teacher(self, images: LongTailSet, teacher: Teacher) -> Result:
-        logits_NK, _, labels_N = self._logits(images, OneHead(teacher))
+        logits_NK, _, labels_N = self._logits(images, OneHead(teacher, teacher.logit_scale))
         if teacher.class_map is not None:
             logits_NK = logits_NK[:, teacher.class_map.cpu().argsort()]
         return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)

@@ -279,8 +279,9 @@ def test_the_kernel_for_attention_refuses_float32_on_a_gpu():
 
 
 TEACHERS = [
-    *(({"loss": loss, "sam": "sam", "clip_norm": 1.0}) for loss in ("ce", "ldam", "focal")),
-    {"loss": "balanced_softmax", "sam": "asam", "normed_head": True},
+    *({"loss": loss, "sam": "sam", "clip_norm": 1.0} for loss in ("ce", "focal")),
+    {"loss": "ldam", "sam": "sam", "clip_norm": 1.0, "normed_head": True},
+    {"loss": "balanced_softmax", "sam": "asam"},
     {"loss": "vs", "sam": "none"},
     {"loss": "logit_adjustment", "sam": "none"},
     {"loss": "paco", "sam": "sam", "batch_size": 7, "paco_queue": 14},
@@ -311,7 +312,7 @@ def data_in_a_row(monkeypatch):
     def place(cuda):
         monkeypatch.setattr("fastdeitlt.data.workers.Workers.ahead", lambda self, start, xs: (start(x)() for x in xs))
         for module in ("data.batches", "data.resident", "teachers.views"):
-            monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device: device)
+            monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device, user: device)
             monkeypatch.setattr(f"fastdeitlt.{module}.aside", cuda.aside)
         for module in ("data.batches", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.prefetch", lambda items, depth: items)

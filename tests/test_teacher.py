@@ -127,9 +127,18 @@ def test_cosine_head_gives_cosines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("normed", "facts", "scale"), [(True, {}, 30.0), (True, {"recipe": {"ldam_scale": 20.0}}, 20.0), (False, {}, 1.0)]
+    ("normed", "facts", "scale"),
+    [
+        (True, {}, 30.0),
+        (False, {}, 1.0),
+        (True, {"recipe": {"loss": "ldam", "ldam_scale": 20.0}}, 20.0),
+        (False, {"recipe": {"loss": "ldam", "ldam_scale": 20.0}}, 20.0),
+        (False, {"recipe": {"loss": "ce", "ldam_scale": 30.0}}, 1.0),
+    ],
 )
-def test_a_cosine_heads_scale_is_that_of_its_training(normed: bool, facts: dict, scale: float, tmp_path: Path) -> None:
+def test_the_scale_of_logits_is_that_of_the_loss_they_were_trained_with(
+    normed: bool, facts: dict, scale: float, tmp_path: Path
+) -> None:
     folder = folder_of(tmp_path / "t", lively(create_teacher("resnet8", 4, normed_head=normed)), **facts)
     assert load_teacher(folder, "", 4).logit_scale == scale
     assert open_teacher(TeacherConfig(path=str(folder)), MEAN, STD, 32, 4).logit_scale == scale

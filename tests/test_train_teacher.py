@@ -22,6 +22,7 @@ from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
 from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.evaluate import evaluate
 from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers import flatness
@@ -107,6 +108,12 @@ def test_the_folder_gives_the_accuracy_it_claims(trained: tuple[Config, Path]) -
     logits = load_teacher(folder, "", 3)(normalised.permute(0, 3, 1, 2))
     hits = logits.argmax(1) == torch.from_numpy(images.labels)
     assert 100 * hits.float().mean().item() == pytest.approx(read_manifest(folder)["accuracy"]["test"], abs=1e-4)
+    # cosines alone are nearly uniform: the softmax is of LDAM's scaled ones
+    nll = torch.nn.functional.cross_entropy(30 * logits, torch.from_numpy(images.labels)).item()
+    trained_result = json.loads((folder.parents[1] / "results.json").read_text())["test"]
+    assert trained_result["heads"]["TEACHER"]["nll"]["threshold"]["all"] == pytest.approx(nll, abs=1e-3)
+    evaluated = evaluate(folder, ["train.device=cpu"])
+    assert evaluated.heads["TEACHER"].nll["threshold"]["all"] == pytest.approx(nll, abs=1e-3)
 
 
 @pytest.mark.parametrize("changes", [["sam_schedule=linear", "clip_norm=1.0"], PACO], ids=["ldam", "paco"])
@@ -150,18 +157,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        ("drw_epoch=4", "re-weighting would never start"),
-        ("sam_schedule=step", "sam_rho_steps is empty"),
-        ("loss=paco", "expected a multiple of batch_size=9"),
+        (["drw_epoch=4"], r"^teacher_training\.drw_epoch: got 4, expected less than epochs=4; re-weighting"),
+        (["sam_schedule=step"], r"^teacher_training\.sam_rho_steps: got none, expected"),
+        (["loss=paco", "normed_head=false"], r"^teacher_training\.paco_queue: got 1024, expected a multiple of "),
+        (["loss=ce"], r"^teacher_training\.normed_head: got true with loss=ce, expected false"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_before_work(
-    data: Path, tmp_path: Path, change: str, message: str
+    data: Path, tmp_path: Path, changes: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        recipe(data, tmp_path, change)
+        recipe(data, tmp_path, *changes)
 
 
 def test_a_batch_larger_than_the_set_is_refused_for_paco(data: Path, tmp_path: Path) -> None:
@@ -192,7 +200,8 @@ def test_schedules_are_the_references() -> None:
 
 @pytest.mark.parametrize("loss", ["ldam", "paco"])
 def test_both_passes_of_sam_compile_to_one_whole_graph_each(loss: str) -> None:
-    cfg = TeacherTrainingConfig(arch="resnet8", loss=loss, normed_head=True, paco_queue=16, paco_dim=4, batch_size=8)
+    sizes = {"paco_queue": 16, "paco_dim": 4, "batch_size": 8}
+    cfg = TeacherTrainingConfig(arch="resnet8", loss=loss, normed_head=loss == "ldam", **sizes)
     objective = build_objective(cfg, [9, 3, 1], torch.device("cpu"))
     graphs = CompileCounter()
     compiled = torch.compile(objective, backend=graphs, fullgraph=True, dynamic=False)

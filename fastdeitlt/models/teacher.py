@@ -24,8 +24,8 @@ from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 
-COSINE_SCALE = 30.0
-"""Logit scale of a cosine head whose recipe is not known (LDAM's)."""
+LDAM_SCALE = 30.0
+"""Scale s of LDAM's logits where no recipe tells it."""
 STYLES = ("official_paco", "official_ldam", "timm", "fastdeitlt")
 
 
@@ -202,15 +202,18 @@ def load_teacher(
     network = _network_with(state, manifest.model.arch if manifest else arch, num_classes, style, f"teacher {path}")
     if class_map is None and manifest:
         class_map = _order_of(manifest)
-    return Teacher(network, num_classes, class_map, logit_scale=logit_scale(network, manifest))
+    scale = logit_scale(network, manifest.recipe if manifest else None)
+    return Teacher(network, num_classes, class_map, logit_scale=scale)
 
 
-def logit_scale(network: nn.Module, manifest: Manifest | None) -> float:
-    """What the logits are multiplied by in the loss they were trained with: a cosine head's are in -1..1."""
-    if not any(isinstance(module, NormedLinear) for module in network.modules()):
-        return 1.0
-    recipe = (manifest.model_extra or {}).get("recipe", {}) if manifest else {}
-    return float(recipe.get("ldam_scale", COSINE_SCALE))
+def logit_scale(network: nn.Module, recipe: dict[str, Any] | None) -> float:
+    """What the loss that a teacher was trained with multiplies its logits by: LDAM's s, else 1.
+
+    Without a recipe a cosine head is taken for LDAM's: its logits lie in -1..1.
+    """
+    if recipe:
+        return float(recipe.get("ldam_scale", LDAM_SCALE)) if recipe.get("loss") == "ldam" else 1.0
+    return LDAM_SCALE if any(isinstance(module, NormedLinear) for module in network.modules()) else 1.0
 
 
 def _read(path: Path) -> tuple[State, Manifest | None]:
@@ -289,7 +292,7 @@ def open_teacher(
         scale_C=scale_C,
         shift_C=shift_C,
         antialias=cfg.resize_antialias,
-        logit_scale=logit_scale(network, manifest),
+        logit_scale=logit_scale(network, manifest.recipe if manifest else None),
     )
 
 

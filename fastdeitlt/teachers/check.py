@@ -34,7 +34,7 @@ def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: 
         UserError: too few are right; says whether another order of the classes would explain it.
     """
     manifest = manifest_of(cfg.teacher.path)
-    stated = ((manifest.model_extra or {}).get("accuracy") or {}).get("train") if manifest else None
+    stated = manifest.accuracy.get("train") if manifest and manifest.accuracy else None
     sample_N = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images))).astype(np.int64)
     batches = clean_batches(source, sample_N, size, cfg.evaluate.crop_pct, cfg.augment.mean, cfg.augment.std)
     decided_N = torch.cat([teacher(images_BCHW).argmax(1) for images_BCHW in batches])

@@ -21,6 +21,7 @@ from fastdeitlt.data.longtail import LongTailSet, Sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.evaluate import OneHead, collect_logits
 from fastdeitlt.metrics import GROUPS, Result, score_single
+from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import Run, console
 
@@ -57,7 +58,7 @@ def score_teacher(
     total = min(limit or len(images), len(images))
     chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
     logits_BK, _, _ = collect_logits(
-        OneHead(network),
+        OneHead(network, logit_scale(network, cfg.teacher_training.model_dump())),
         source,
         images,
         size=size,
