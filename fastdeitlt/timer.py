@@ -130,7 +130,8 @@ def _cuda_sampler(call: Call, repeats: int, capture: bool, device: torch.device)
         with capturing_stream(device) if _on_default_stream(device) else nullcontext():
             loop()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+            # what threads of the data path do meanwhile is no matter of this graph
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device), capture_error_mode="thread_local"):
                 loop()
         run = graph.replay
         run()

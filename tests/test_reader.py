@@ -47,6 +47,21 @@ def test_a_smaller_last_batch_is_exact(tmp_path):
     assert torch.equal(torch.cat(crops), whole[0])
 
 
+def test_what_fails_after_decoding_is_no_images_fault(tmp_path, monkeypatch):
+    """As memory of the device that is full: the images are not decoded one by one to find a damaged one."""
+    decoded = []
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decode = decoder.Decoder.__call__
+    monkeypatch.setattr(decoder.Decoder, "__call__", lambda self, *args: decoded.append(1) or decode(self, *args))
+    monkeypatch.setattr(reader, "crop_resize", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        deliver(make_set(tmp_path), [request(range(11))], on_error="skip")
+    assert len(decoded) == 1
+
+
 def test_resuming_in_mid_epoch_gives_the_same_batches(tmp_path):
     images = make_set(tmp_path)
     generator = np.random.default_rng(0)

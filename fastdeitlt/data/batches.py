@@ -78,7 +78,7 @@ def train_batches(
         size: height and width in pixels.
     """
     labels_N, view = torch.from_numpy(images.labels), colour.view_of(cfg.augment)
-    fused, side = use_kernel(cfg.augment, source.device), side_stream(source.device)
+    fused, side = use_kernel(cfg.augment, source.device), side_stream(source.device, "augment")
 
     def prepare() -> Iterator[Batch]:
         waiting: deque[tuple[MicroBatch, ViewDraws]] = deque()

@@ -62,7 +62,7 @@ class Stream:
         self._unreadable: set[int] = set()
         self._refusing = threading.Lock()
         self._workers = Workers(num_threads(cfg.num_threads))
-        self._side = side_stream(device)
+        self._side = side_stream(device, "source")
         self._decoder = Decoder(self._workers.count, device, cfg.jpeg_engine_share)
         self._host_decoder = Decoder(self._workers.count, torch.device("cpu"))
 
@@ -141,13 +141,13 @@ class Stream:
         regions_U4 = np.concatenate([first_U2, last_U2 - first_U2], 1).astype(np.int32)
         for box_B4, index_B in zip(boxes, index, strict=True):
             box_B4[:, :2] -= first_U2[index_B]
-        try:
-            with aside(self._side) as made:  # DALI uses the pixels' memory again once they are dropped
+        with aside(self._side) as made:  # DALI uses the pixels' memory again once they are dropped
+            try:
                 pixels_U = self._decoder(files_U, regions_U4)
-                wanted = make(pixels_U, list(zip(group, boxes, index, strict=True)))
-                made.extend(one.pixels if isinstance(one, Regions) else one for one in wanted)
-        except RuntimeError as error:
-            return self._group(make, group, index, self._replace(self._decoder, files_U, regions_U4, error))
+            except RuntimeError as error:
+                return self._group(make, group, index, self._replace(self._decoder, files_U, regions_U4, error))
+            wanted = make(pixels_U, list(zip(group, boxes, index, strict=True)))
+            made.extend(one.pixels if isinstance(one, Regions) else one for one in wanted)
         return wanted
 
     def _cut(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Tensor]:

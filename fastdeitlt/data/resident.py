@@ -62,7 +62,7 @@ class Resident:
                 decoded = open_decoded(images, cfg, stream)
         pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
         self._decoded, self.device = replace(decoded, pixels=pixels), device
-        self._side = side_stream(device)
+        self._side = side_stream(device, "source")
         self._workers = Workers(num_threads(cfg.num_threads))
         self.skipped = [images.paths[i] for i in decoded.unreadable]
 

@@ -1,5 +1,6 @@
 """CUDA work of a source beside the step, on a stream of its own."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream of the device; None for a CPU."""
+@functools.cache
+def side_stream(device: torch.device, user: str) -> torch.cuda.Stream | None:
+    """A user's stream of the device, always the same, because torch keeps freed memory by stream; None for a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
@@ -23,7 +25,8 @@ def aside(stream: torch.cuda.Stream | None) -> Iterator[list[Tensor]]:
     if stream is None:
         yield made
         return
-    with torch.cuda.stream(stream):
+    # a thread begins on the first GPU; leaving the stream for that one would make a context there
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield made
     stream.synchronize()
     for tensor in made:

@@ -23,7 +23,7 @@ def num_threads(configured: int = 0) -> int:
 
     The launchers say how many these are, but for srun, which gives each task cores of its own.
     """
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # the latter is deepspeed's
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # the latter is deepspeed's
     return configured or max(1, len(os.sched_getaffinity(0)) // int(ranks))
 
 

@@ -105,7 +105,7 @@ def teacher_batches(
     """
     size = cfg.teacher_training.img_size
     recipes = view_recipes(cfg)
-    labels_N, side = torch.from_numpy(images.labels), side_stream(source.device)
+    labels_N, side = torch.from_numpy(images.labels), side_stream(source.device, "augment")
 
     def labels_of(sample_B: np.ndarray) -> Tensor:
         return labels_N[torch.from_numpy(sample_B)].to(source.device, non_blocking=True)
