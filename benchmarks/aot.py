@@ -2,9 +2,10 @@
 
     python -m benchmarks.aot [op ...] [--sm 80 90 100] [--sample N] [--json]
 
-Fails (exit code 1) when a configuration does not compile, uses local memory (register spills), exceeds the shared or
-tensor memory of the architecture, lacks the tensor-core instructions it promises, or stores a few bytes at a time where
-it promises wide stores. No spills does not mean fast; ``blocks`` says how many programs a multiprocessor holds at once.
+Fails (exit code 1) when a configuration cannot be launched, does not compile, uses local memory (register spills),
+exceeds the shared or tensor memory of the architecture, lacks the tensor-core instructions it promises, or stores a few
+bytes at a time where it promises wide stores. No spills does not mean fast; ``blocks`` says how many programs a
+multiprocessor holds at once.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -28,6 +31,10 @@ BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; a warp gets them in units
 MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 LOCAL_MEMORY_OPCODES = ("LDL", "STL")
+POINTEES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+    "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64,
+}  # fmt: skip
 NARROW_STORE = r"\bSTG\b(?!\S*\.(?:64|128)\b)"
 
 
@@ -103,10 +110,10 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
     from triton.compiler import CompilationError, compile
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    row = Row(op, config.kernel.__name__, sm, _describe(config))
+    options, target = {"num_warps": config.num_warps, "num_stages": config.num_stages}, GPUTarget("cuda", sm, 32)
+    row = Row(op, config.kernel.__name__, sm, _describe(config), problems=_launch_problems(config, target))
     try:
-        compiled = compile(_source(config), target=GPUTarget("cuda", sm, 32), options=options)
+        compiled = compile(_source(config), target=target, options=options)
     except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
         row.problems.append(f"does not compile: {' '.join(str(error).split())[:300]}")
         return row
@@ -166,6 +173,21 @@ def _source(config: Any) -> Any:
     aligned = [n for n in names if kinds[n].startswith("*") or n in config.divisible_by_16]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(fn=config.kernel, signature=kinds, constexprs=dict(config.constexprs), attrs=attributes)
+
+
+def _launch_problems(config: Any, target: Any) -> list[str]:
+    """Bind arguments as the launcher does, in code of its own that an argument of the wrong name breaks."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import MockTensor, create_function_from_signature
+
+    examples = {name: 0.5 if kind.startswith("fp") else 17 for name, kind in config.signature.items()}
+    examples |= {n: MockTensor(POINTEES[kind[1:]]) for n, kind in config.signature.items() if kind.startswith("*")}
+    bind = create_function_from_signature(config.kernel.signature, config.kernel.params, make_backend(target))
+    try:
+        bind(**examples, **config.constexprs)
+    except TypeError as error:
+        return [f"cannot be launched: {error}"]
+    return []
 
 
 def _machine_code(cubin: bytes) -> tuple[str, str]:

@@ -32,12 +32,12 @@ HISTOGRAM = tl.constexpr(1024)
 
 
 @triton.jit
-def coefficients_kernel(params, weights, first, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def coefficients_kernel(rows, weights, first, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Pillow's antialiased bicubic coefficients (a = -0.5) in 1/2^22 and first taps, of one axis of one image."""
     image, axis = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     i = tl.minimum(place, S - 1)
-    side = tl.load(params + image * COLUMNS + HEIGHT + axis)
+    side = tl.load(rows + image * COLUMNS + HEIGHT + axis)
     scale = side / S
     stretch = tl.maximum(scale, 1.0)
     centre = (i.to(tl.float64) + 0.5) * scale
@@ -58,12 +58,12 @@ def coefficients_kernel(params, weights, first, S: tl.constexpr, K: tl.constexpr
 
 @triton.jit
 def convolve_kernel(
-    params, weights, first, source, target, source_size, target_size,
+    rows, weights, first, source, target, source_size, target_size,
     PASS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One resizing pass: along rows or columns as the image's order says; the second pass mirrors what is to flip."""
     image = tl.program_id(0)
-    row = params + image * COLUMNS
+    row = rows + image * COLUMNS
     height, width = tl.load(row + HEIGHT).to(tl.int32), tl.load(row + WIDTH).to(tl.int32)
     down = (tl.load(row + COLUMNS_FIRST).to(tl.int32) + PASS) % 2 == 1
     if PASS == 0:
@@ -122,7 +122,7 @@ def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def table_kernel(jobs, params, counts, lumas, tables, slot, FIELD: tl.constexpr, S: tl.constexpr):
+def table_kernel(jobs, rows, counts, lumas, tables, slot, FIELD: tl.constexpr, S: tl.constexpr):
     """Turn an image's statistics into the lookup table of its first or second operation (FIELD), one channel."""
     job, c = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, 256)
@@ -141,7 +141,7 @@ def table_kernel(jobs, params, counts, lumas, tables, slot, FIELD: tl.constexpr,
         table = tl.where(step > 0, tl.minimum((below + step // 2) // tl.maximum(step, 1), 255), v)
     else:
         mean = (tl.load(lumas + job).to(tl.float64) / (S * S) + 0.5).to(tl.int32)
-        factor = tl.load(params + tl.load(jobs + job * 2).to(tl.int64) * COLUMNS + FIELD + 1).to(tl.float32)
+        factor = tl.load(rows + tl.load(jobs + job * 2).to(tl.int64) * COLUMNS + FIELD + 1).to(tl.float32)
         table = _blend(mean.to(tl.float32), v.to(tl.float32), factor)
     tl.store(tables + ((slot + job) * 3 + c) * 256 + v, table.to(tl.uint8))
 
@@ -231,20 +231,20 @@ def _operate(image, y, x, c, mask, op, tables, S: tl.constexpr):
 
 
 @triton.jit
-def operate_kernel(jobs, params, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr):
+def operate_kernel(jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr):
     """The first operation as a pass of its own, for images whose second one needs more than the value."""
     image = tl.load(jobs + tl.program_id(0)).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = e < S * S * 3
     y, x, c = e // (S * 3), e // 3 % S, e % 3
-    value = _operate(crops + image * (S * S * 3), y, x, c, inside, params + image * COLUMNS + FIRST, tables, S)
+    value = _operate(crops + image * (S * S * 3), y, x, c, inside, rows + image * COLUMNS + FIRST, tables, S)
     tl.store(operated + image * (S * S * 3) + e, value.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def _finished(image, e, mask, params, crops, operated, tables, quantiles, scale, offset, S: tl.constexpr):
+def _finished(image, e, mask, rows, crops, operated, tables, quantiles, scale, offset, S: tl.constexpr):
     """One image's normalised, erased values before mixing (float32)."""
-    row = params + image * COLUMNS
+    row = rows + image * COLUMNS
     base = image.to(tl.int64) * (S * S * 3)
     y, x, c = e // (S * 3), e // 3 % S, e % 3
     if tl.load(row + SEPARATE) != 0.0:
@@ -268,7 +268,7 @@ def _finished(image, e, mask, params, crops, operated, tables, quantiles, scale,
 
 @triton.jit
 def finish_kernel(
-    params, crops, operated, tables, quantiles, scale, offset, images, patches, B,
+    rows, crops, operated, tables, quantiles, scale, offset, images, patches, B,
     MIX: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Operations, normalise, erase and mix of an image and its partner B - 1 - b, written to both layouts.
@@ -280,10 +280,10 @@ def finish_kernel(
     other = B - 1 - own
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < S * S * 3
-    u = _finished(own, e, mask, params, crops, operated, tables, quantiles, scale, offset, S)
-    v = _finished(other, e, mask, params, crops, operated, tables, quantiles, scale, offset, S)
+    u = _finished(own, e, mask, rows, crops, operated, tables, quantiles, scale, offset, S)
+    v = _finished(other, e, mask, rows, crops, operated, tables, quantiles, scale, offset, S)
     y, x, c = e // (S * 3), e // 3 % S, e % 3
-    mix = params + B * COLUMNS
+    mix = rows + B * COLUMNS
     if MIX == MIXUP:
         lam, rest = tl.load(mix + LAM).to(tl.float32), tl.load(mix + REST).to(tl.float32)
         u, v = u * lam + v * rest, v * lam + u * rest

@@ -223,7 +223,7 @@ def _finish(
 
 def aot_configs() -> list[AotConfig]:
     """The kernels at side 224, patch 16, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
-    types = dict.fromkeys(("crops", "operated", "tables", "source", "target", "images"), "*u8") | {"params": "*fp64"}
+    types = dict.fromkeys(("crops", "operated", "tables", "source", "target", "images"), "*u8") | {"rows": "*fp64"}
     types |= dict.fromkeys(("weights", "first", "jobs", "counts", "lumas"), "*i32")
     types |= dict.fromkeys(("source_size", "target_size", "slot", "B"), "i32")
     types |= dict.fromkeys(("quantiles", "scale", "offset"), "*fp32")

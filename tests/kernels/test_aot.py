@@ -37,6 +37,11 @@ def broken(p_x, BLOCK: tl.constexpr):
     tl.store(p_x, no_such_name)
 
 
+@triton.jit
+def misnamed(params, BLOCK: tl.constexpr):
+    tl.store(params + tl.arange(0, BLOCK), 1.0)
+
+
 def aot_configs():
     pointers = {"p_x": "*fp32", "p_y": "*fp32"}
     return [
@@ -48,6 +53,7 @@ def aot_configs():
         ),
         AotConfig(centre, pointers, {"BLOCK": 8192}, num_warps=1, note="spills"),
         AotConfig(broken, {"p_x": "*fp32"}, {"BLOCK": 16}, note="broken"),
+        AotConfig(misnamed, {"params": "*fp32"}, {"BLOCK": 16}, note="misnamed"),
     ]
 """
 
@@ -76,6 +82,7 @@ def test_planted_bad_configurations_fail_and_the_good_one_passes(planted):
     assert "no tensor-core instruction" in problems["no tensor cores"]
     assert "bytes of stack" in problems["spills"]
     assert "does not compile" in problems["broken"] and "no_such_name" in problems["broken"]
+    assert "cannot be launched" in problems["misnamed"]  # the launcher has a variable of that name
 
 
 @pytest.mark.parametrize(
