@@ -1,6 +1,7 @@
 """Several runs side by side on one HTML page."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,25 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Pa
         out: the file to write; by default ``compare.html`` beside the first run.
 
     Raises:
-        UserError: fewer than two runs, two runs of one name, or a folder that cannot be read.
+        UserError: fewer than two runs, one run twice, or a folder that cannot be read.
     """
     if len(run_dirs) < 2:
         raise UserError(f"compare: got {len(run_dirs)} run folder, expected at least 2")
-    runs = [read_run(folder) for folder in run_dirs]
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"compare: got {', '.join(names)}, expected different names; rename a folder")
+    runs = _told_apart([read_run(folder) for folder in run_dirs])
     sections = [_results(runs), _curves(runs), _speed(runs), _settings(runs)]
-    page = Page("Comparison", f"{len(runs)} runs: {', '.join(names)}.", [s for s in sections if s.blocks])
+    page = Page("Comparison", f"{len(runs)} runs: {', '.join(run.name for run in runs)}.", [s for s in sections if s.blocks])
     return write(page, Path(out) if out else runs[0].folder.resolve().parent / "compare.html")
+
+
+def _told_apart(runs: list[RunFiles]) -> list[RunFiles]:
+    """The runs, each named by as much of the end of its path as no other has."""
+    paths = [run.folder.resolve().parts for run in runs]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"compare: got one run twice ({', '.join(str(run.folder) for run in runs)}); give each once")
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return [replace(run, name="/".join(path[-depth:])) for run, path in zip(runs, paths, strict=True)]
 
 
 def _colours(runs: list[RunFiles]) -> dict[str, str]:

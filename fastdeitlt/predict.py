@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from fastdeitlt import distributed
-from fastdeitlt.data.files import UnreadableError, read_encoded
+from fastdeitlt.data.files import PILLOW_ERRORS, UnreadableError, read_encoded
 from fastdeitlt.data.folders import IMAGE_SUFFIXES
 from fastdeitlt.data.resize import centre_crop
 from fastdeitlt.errors import UserError
@@ -118,7 +118,7 @@ def _decode(path: Path) -> Tensor | str:
         data = read_encoded(str(path)).data.tobytes()
         with Image.open(io.BytesIO(data)) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnreadableError, OSError, ValueError, SyntaxError, EOFError) as error:  # SyntaxError: Pillow, a broken PNG
+    except (UnreadableError, *PILLOW_ERRORS) as error:
         return str(error) or type(error).__name__
 
 

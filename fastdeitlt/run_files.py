@@ -20,6 +20,8 @@ class RunFiles:
     """What a run folder holds; missing files are None or empty."""
 
     folder: Path
+    name: str
+    """The name of the folder."""
     cfg: Config | None
     environment: dict[str, Any]
     steps: list[Record]
@@ -28,11 +30,6 @@ class RunFiles:
     """Checks for signs of failure, one record an evaluation since re-weighting began."""
     results: dict[str, Any]
     class_names: list[str] | None
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.folder.resolve().name
 
     @property
     def tested(self) -> tuple[str, Result] | None:
@@ -95,6 +92,7 @@ def read_run(folder: str | Path) -> RunFiles:
     manifests = [read_json(folder / "checkpoints" / which / "manifest.json") for which in ("best", "last")]
     return RunFiles(
         folder=folder,
+        name=folder.resolve().name,
         cfg=config.load(str(config_file)) if config_file.is_file() else None,
         environment=read_json(folder / "env.json"),
         steps=_place_in_epochs([record for record in records if record.get("kind") == "step"]),

@@ -395,6 +395,12 @@ def test_a_page_goes_where_it_is_asked_to(tmp_path, capsys):
     assert "choose another place with --out" in capsys.readouterr().err
 
 
+def test_runs_of_one_name_are_told_apart_by_their_places(tmp_path):
+    folders = [make_run(tmp_path / place / "run") for place in ("a", "b")]
+    assert "2 runs: a/run, b/run." in compare(folders).read_text()
+    assert "2 runs: run, other." in compare([folders[0], make_run(tmp_path / "other")]).read_text()
+
+
 def test_bad_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "absent")
@@ -403,8 +409,8 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="expected at least 2"):
         compare([tmp_path])
     folder = make_run(tmp_path / "run")
-    with pytest.raises(UserError, match="expected different names"):
-        compare([folder, folder])
+    with pytest.raises(UserError, match="got one run twice"):
+        compare([folder, tmp_path / "." / "run"])
     (folder / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json: cannot be read as JSON"):
         write_report(folder)
