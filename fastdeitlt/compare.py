@@ -27,7 +27,8 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Pa
         raise UserError(f"compare: got {len(run_dirs)} run folder, expected at least 2")
     runs = _told_apart([read_run(folder) for folder in run_dirs])
     sections = [_results(runs), _curves(runs), _speed(runs), _settings(runs)]
-    page = Page("Comparison", f"{len(runs)} runs: {', '.join(run.name for run in runs)}.", [s for s in sections if s.blocks])
+    lead = f"{len(runs)} runs: {', '.join(run.name for run in runs)}."
+    page = Page("Comparison", lead, [section for section in sections if section.blocks])
     return write(page, Path(out) if out else runs[0].folder.resolve().parent / "compare.html")
 
 
