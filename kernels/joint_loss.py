@@ -25,11 +25,10 @@ from fastdeitlt.kernels._joint_loss_device import (
     joint_loss_fwd_kernel,
     joint_loss_reduce_kernel,
 )
+from fastdeitlt.kernels._joint_loss_reference import JointLoss, reference
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
 from fastdeitlt.kernels._measured import fastest, setting
 from torch import Tensor
-
-from fastdeitlt.loss import JointLoss, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_BLOCK = 1024

@@ -1,0 +1,110 @@
+"""The joint loss in plain torch: what the Triton kernel is held against, and what runs where it does not.
+
+Shapes: B batch, K classes, J the teacher's classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class JointLoss(NamedTuple):
+    """Three 0-d float32 tensors, ``loss = (1 - alpha) * cls_loss + alpha * dist_loss``; the terms are plain means."""
+
+    loss: Tensor
+    cls_loss: Tensor
+    dist_loss: Tensor
+
+
+def reference(
+    cls_logits: Tensor,
+    dist_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    partner: Tensor | None = None,
+    lam: Tensor | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    class_map: Tensor | None = None,
+    soft: bool = False,
+    tau: float = 1.0,
+    alpha: float = 0.5,
+    bce: bool = False,
+    log_prior: Tensor | None = None,
+    cls_weights: Tensor | None = None,
+    normaliser: Tensor | None = None,
+) -> JointLoss:
+    """The loss of ``fastdeitlt.loss.joint_loss``, with its arguments, in float32 (float64 stays); unchecked.
+
+    ``lam`` is a 0-d tensor, ``log_prior`` [K] is added to the CLS logits. No dense target is built.
+    """
+    cls_logits_BK, dist_logits_BK, teacher_logits_BJ = _full(cls_logits), _full(dist_logits), _full(teacher_logits)
+    if log_prior is not None:
+        cls_logits_BK = cls_logits_BK + log_prior
+
+    def weighted(values_BK: Tensor) -> Tensor:
+        return values_BK if cls_weights is None else values_BK * cls_weights
+
+    def mixed(values_BK: Tensor) -> Tensor:
+        """[B] value at the label, or at the two mixed labels by their shares."""
+        own_B = values_BK.gather(1, labels[:, None])[:, 0]
+        if partner is None or lam is None:
+            return own_B
+        return lam * own_B + (1 - lam) * values_BK.gather(1, partner[:, None])[:, 0]
+
+    def target_sum(values_BK: Tensor) -> Tensor:
+        """[B] sum over classes of the smoothed, weighted target times the values."""
+        values_BK = weighted(values_BK)
+        return mixed(values_BK) * (1 - smoothing) + (values_BK.mean(1) * smoothing if smoothing else 0.0)
+
+    if bce:
+        cls_loss = (weighted(F.softplus(cls_logits_BK)).sum(1) - target_sum(cls_logits_BK)).mean() / cls_logits.size(1)
+    else:
+        norm = len(labels) if cls_weights is None else mixed(cls_weights.expand_as(cls_logits)).sum()
+        cls_loss = -target_sum(cls_logits_BK.log_softmax(1)).sum() / norm
+
+    if soft:
+        dist_loss = _soft_distillation(dist_logits_BK, teacher_logits_BJ, weights, class_map, tau)
+    else:
+        decision_B = _decision(teacher_logits_BJ, class_map)
+        dist_B = -dist_logits_BK.log_softmax(1).gather(1, decision_B[:, None])[:, 0]
+        weight_B = torch.ones_like(dist_B) if weights is None else weights[decision_B]
+        dist_loss = (weight_B * dist_B).sum() / (weight_B.sum() if normaliser is None else normaliser)
+    return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
+
+
+def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:
+    """Sum over the batch of the DRW weight of the teacher's decision, 0-d float32: what the DIST loss divides by.
+
+    Averaged over ranks and passed as ``normaliser``, it makes the weighted mean one over the global batch.
+    """
+    decision_B = _decision(teacher_logits, class_map)
+    ones_B = torch.ones_like(decision_B, dtype=torch.float32)
+    return (ones_B if weights is None else weights[decision_B]).sum()
+
+
+def _soft_distillation(
+    dist_logits_BK: Tensor, teacher_logits_BK: Tensor, weights: Tensor | None, class_map: Tensor | None, tau: float
+) -> Tensor:
+    """tau^2 KL(teacher || DIST) / (B K), the classes in the teacher's order."""
+    if class_map is not None:
+        dist_logits_BK = dist_logits_BK[:, class_map]
+    log_p_BK = (teacher_logits_BK / tau).log_softmax(1)
+    if weights is not None:
+        log_weights_K = (weights if class_map is None else weights[class_map]).log()
+        log_p_BK = (log_p_BK + log_weights_K).log_softmax(1)
+    p_BK = log_p_BK.exp()
+    cross_BK = p_BK * (log_p_BK - (dist_logits_BK / tau).log_softmax(1))
+    return torch.where(p_BK > 0, cross_BK, 0.0).sum() * (tau * tau / dist_logits_BK.numel())
+
+
+def _decision(teacher_logits_BJ: Tensor, class_map: Tensor | None) -> Tensor:
+    decision_B = teacher_logits_BJ.argmax(1)
+    return decision_B if class_map is None else class_map[decision_B]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
