@@ -6,17 +6,20 @@ What it cannot hold is in fake_cuda.py; scores are taken on the CPU and need val
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, HostWaitError, fake_cuda, outside, run_backward
+from fastdeitlt.kernels import _measured
 from fastdeitlt.kernels._measured import gpu_name
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdeitlt import config, metrics
@@ -192,6 +195,34 @@ def test_the_compiled_step_is_one_graph_on_the_gpu(settings, compiled_once, monk
         student, teacher = small_student(cfg), small_teacher(img_size=28)
     with fake_cuda() as cuda:
         take_steps(cuda, cfg, student, teacher, steps=2)
+
+
+def test_auto_takes_what_was_measured_only_where_the_student_is(monkeypatch):
+    """A student on the CPU of a GPU that was tuned computes, and is exported, with torch's operations alone."""
+    won = SimpleNamespace(impl="triton")
+    rows = SimpleNamespace(get=lambda key: won if key[0] == "fastest" else None)
+    monkeypatch.setattr(_measured, "rows_of", lambda gpu: rows)
+    monkeypatch.setattr(_measured, "gpu_name", lambda index: "some GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    student = small_student(config.build(SMALL | dict.fromkeys(KERNELS, "auto"))).eval()
+
+    def ours(images_BCHW):
+        seen = set()
+
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.add(func.name() if func.namespace == "fastdeitlt" else None)
+                return func(*args, **(kwargs or {}))
+
+        with torch.no_grad(), Seen():
+            student(images_BCHW)
+        return seen - {None}
+
+    assert ours(torch.randn(B, 3, SIZE, SIZE)) == set()
+    with fake_cuda():
+        student.to(CUDA)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert ours(images()) == {"fastdeitlt::attention", "fastdeitlt::add_layernorm", "fastdeitlt::bias_gelu"}
 
 
 VIEWS = {"getitem", "view", "_unsafe_view", "t", "detach", "alias", "unbind", "slice", "select", "new_empty"}

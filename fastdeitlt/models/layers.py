@@ -113,13 +113,21 @@ def linear_gelu_kernel(x_BND: Tensor, linear: nn.Linear) -> Tensor:
     return bias_gelu(F.linear(x_BND, linear.weight), linear.bias, impl="triton")
 
 
-def hidden_function(name: str, width: int) -> Hidden:
-    """The function of an implementation of the MLP's hidden layer; names as ``residual.add_norm_function``."""
-    if name == "auto" and torch.cuda.is_available():
-        from fastdeitlt.kernels.bias_gelu import choose
+def linear_gelu_auto(x_BND: Tensor, linear: nn.Linear) -> Tensor:
+    """``linear_gelu`` by what was measured fastest where x is: a student that is on the CPU of a tuned GPU has torch's.
 
-        name = choose("auto", MLP_RATIO * width, torch.device("cuda", torch.cuda.current_device()))
-    known = {"auto": linear_gelu, "torch": linear_gelu, "triton": linear_gelu_kernel}
+    An export of it would otherwise hold our kernels.
+    """
+    from fastdeitlt.kernels.bias_gelu import choose
+
+    kernel = choose("auto", linear.out_features, x_BND.device) == "triton"
+    return linear_gelu_kernel(x_BND, linear) if kernel else linear_gelu(x_BND, linear)
+
+
+def hidden_function(name: str) -> Hidden:
+    """The function of an implementation of the MLP's hidden layer; names as ``residual.add_norm_function``."""
+    auto = linear_gelu_auto if torch.cuda.is_available() else linear_gelu
+    known = {"auto": auto, "torch": linear_gelu, "triton": linear_gelu_kernel}
     if name not in known:
         raise UserError(
             f"student bias_gelu {name!r}: unknown, expected one of {', '.join(known)}{near(name, list(known))}"

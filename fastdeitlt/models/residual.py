@@ -83,17 +83,24 @@ def select(x_BND: Tensor, kept: Kept | None) -> Tensor:
     return x_BND if kept is None or kept.samples_S is None else x_BND.index_select(0, kept.samples_S)
 
 
-def add_norm_function(name: str, width: int) -> AddNorm:
+def add_norm_auto(
+    x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """``add_norm`` by what was measured fastest where x is, as ``layers.linear_gelu_auto``."""
+    from fastdeitlt.kernels.add_layernorm import choose
+
+    kernel = choose("auto", x_BND.shape[-1], x_BND.device) == "triton"
+    return (add_norm_kernel if kernel else add_norm)(x_BND, inner_SNE, linear, kept, norm, next_kept)
+
+
+def add_norm_function(name: str) -> AddNorm:
     """The function of an implementation: torch, triton, or auto (the one measured fastest on this GPU, else torch).
 
     Raises:
         UserError: an unknown name.
     """
-    if name == "auto" and torch.cuda.is_available():
-        from fastdeitlt.kernels.add_layernorm import choose
-
-        name = choose("auto", width, torch.device("cuda", torch.cuda.current_device()))
-    known = {"auto": add_norm, "torch": add_norm, "triton": add_norm_kernel}
+    known = {"auto": add_norm_auto if torch.cuda.is_available() else add_norm}
+    known |= {"torch": add_norm, "triton": add_norm_kernel}
     if name not in known:
         raise UserError(
             f"student add_layernorm {name!r}: unknown, expected one of {', '.join(known)}{near(name, list(known))}"

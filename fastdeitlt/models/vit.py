@@ -108,11 +108,7 @@ class DistilledViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
-        functions = (
-            attention_function(attention),
-            add_norm_function(add_layernorm, width),
-            hidden_function(bias_gelu, width),
-        )
+        functions = attention_function(attention), add_norm_function(add_layernorm), hidden_function(bias_gelu)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, rate, *functions) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
