@@ -10,7 +10,7 @@ from small_model import CLASS_NAMES, SIZE, save_images, save_student
 
 from fastdeitlt.checkpoint import add_facts
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.lists import LongTailSet
+from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluate import collect_logits

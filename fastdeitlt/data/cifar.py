@@ -20,8 +20,8 @@ from torchvision.datasets.utils import download_url
 
 from fastdeitlt.atomic import draft_file
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.lists import LongTailSet, class_counts
-from fastdeitlt.data.longtail import Sets, cifar_lt_counts
+from fastdeitlt.data.counts import cifar_lt_counts
+from fastdeitlt.data.sets import LongTailSet, Sets, class_counts
 from fastdeitlt.errors import UserError
 
 SELECTION_SEED = 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeitlt.data.lists import LongTailSet, class_counts
+from fastdeitlt.data.sets import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")

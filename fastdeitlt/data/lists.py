@@ -9,12 +9,13 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastdeitlt.data.sets import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
 MAX_CLASSES = 1_000_000
@@ -23,43 +24,6 @@ PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "fpath")
 LABEL_COLUMNS = ("label", "class", "category", "category_id", "target")
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|(^|/)\.\.(/|$)")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-@dataclass(frozen=True, eq=False)
-class LongTailSet:
-    """Images of one split: where they are and what they show."""
-
-    paths: list[str] = field(repr=False)
-    """Image files relative to root (sets that come decoded: the image's name)."""
-    labels: np.ndarray = field(repr=False)
-    """Class of each image, int64 [N]."""
-    counts: list[int] = field(repr=False)
-    """Images of each class [K]; a class without images has 0."""
-    root: str = ""
-    """Folder the paths are relative to."""
-    class_names: list[str] | None = field(default=None, repr=False)
-    """Name of each class [K]."""
-    images_NHWC: np.ndarray | None = field(default=None, repr=False)
-    """Pixels, uint8 RGB, for sets that come decoded (CIFAR)."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.counts)
-
-    def take(self, chosen: np.ndarray) -> "LongTailSet":
-        """The images with the indices ``chosen``, in that order; the same K classes."""
-        labels = self.labels[chosen]
-        return replace(
-            self,
-            paths=[self.paths[i] for i in chosen.tolist()],
-            labels=labels,
-            counts=class_counts(labels, self.num_classes),
-            images_NHWC=None if self.images_NHWC is None else self.images_NHWC[chosen],
-        )
 
 
 @dataclass
@@ -73,11 +37,6 @@ class _Rows:
     names_allowed: bool = True
     num_classes: int | None = None
     class_names: list[str] | None = None
-
-
-def class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
-    """Images of each class [K] of labels int64 [N]."""
-    return [int(n) for n in np.bincount(labels, minlength=num_classes)]
 
 
 def read_list(

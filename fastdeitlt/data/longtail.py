@@ -1,20 +1,26 @@
-"""Stage 1: the data sets, how many images each class has, and what follows from that (weights, head/mid/tail, order).
+"""Stage 1: open a data set. Its types are in sets.py, what follows from its class counts in counts.py; both from here.
 
-N images in the set, K classes, H height, W width, C channels.
+N images in the set, K classes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fastdeitlt.config import DataConfig
+from fastdeitlt.data.counts import (
+    cifar_lt_counts,
+    class_map,
+    class_order,
+    drw_weights,
+    has_official_split,
+    shot_groups,
+)
 from fastdeitlt.data.folders import read_folder
-from fastdeitlt.data.lists import LongTailSet, class_counts, read_list
+from fastdeitlt.data.lists import read_list
+from fastdeitlt.data.sets import SPLITS, LongTailSet, Sets, class_counts
 from fastdeitlt.errors import UserError
 
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "class_map",
     "class_order",
     "drw_weights",
+    "has_official_split",
     "hold_out",
     "open_sets",
     "read_folder",
@@ -33,7 +40,6 @@ __all__ = [
     "shot_groups",
 ]
 
-SPLITS = ("train", "val", "test")
 HOLDOUT_SEED = 0
 DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "fashion_mnist_lt": {"train": ("train.txt",), "val": ("val.txt",), "test": ("test.txt",)},
@@ -55,124 +61,6 @@ SOURCES = {
     "folder": "train/<class>/<image>, and val/ and test/ of the same form",
 }
 """Where the published sets come from and how they lie under data.root, for a message that one is not there."""
-OFFICIAL_BOUNDS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
-"""Number of classes -> (first mid class, first tail class) in frequency order, as the official code has them for
-CIFAR-10-LT, CIFAR-100-LT, ImageNet-LT and iNaturalist-2018, whatever the imbalance (DeiT-LT utils and main.py)."""
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The splits of a data set; all have the same K classes."""
-
-    train: LongTailSet
-    val: LongTailSet | None = None
-    test: LongTailSet | None = None
-    held_out: bool = False
-    """Whether val was taken out of the training list (``data.val_holdout``)."""
-
-    def __iter__(self) -> Iterator[tuple[str, LongTailSet]]:
-        """(name, split) of the splits there are."""
-        for name in SPLITS:
-            if (images := getattr(self, name)) is not None:
-                yield name, images
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {len(images):,}" for name, images in self)
-        return f"{self.num_classes} classes, {sizes}"
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self.train.num_classes
-
-
-def cifar_lt_counts(n_total: int, classes: int, imb_factor: float, kind: str = "exp") -> list[int]:
-    """Images of each class [K] of a long tail cut from a balanced set of ``n_total`` images.
-
-    exp: ``int(n_max * imb_factor^(i / (K - 1)))``; step: the first half of the classes whole, the others cut to
-    ``int(n_max * imb_factor)``; ``n_max = n_total / K``. Source: LDAM-DRW imbalance_cifar.py (Cao et al. 2019).
-
-    Raises:
-        UserError: fewer than one image a class, imb_factor outside (0, 1], an unknown kind.
-    """
-    if classes < 1 or n_total < classes:
-        raise UserError(f"long tail: got {n_total} images of {classes} classes, expected at least one image a class")
-    if not 0 < imb_factor <= 1:
-        raise UserError(f"imbalance_factor: got {imb_factor}, expected smallest / largest class size in (0, 1]")
-    largest = n_total / classes
-    if kind == "exp":
-        return [int(largest * imb_factor ** (i / max(classes - 1.0, 1.0))) for i in range(classes)]
-    if kind == "step":
-        return [int(largest if i < classes // 2 else largest * imb_factor) for i in range(classes)]
-    raise UserError(f"imbalance_kind: got {kind!r}, expected 'exp' or 'step'")
-
-
-def drw_weights(counts: Sequence[int], beta: float = 0.9999) -> Tensor:
-    """Weights of deferred re-weighting, float32 [K], summing to K: the inverse effective number of samples.
-
-    ``w_k ~ (1 - beta) / (1 - beta^N_k)``. A class without images has weight 0 (it has no effective number) and the
-    others share the whole sum. Source: Cui et al. 2019, eq. 2; DeiT-LT main.py.
-
-    Raises:
-        UserError: beta outside [0, 1), a negative count, no images at all.
-    """
-    counts_K = np.asarray(counts, dtype=np.float64)
-    if not 0 <= beta < 1:
-        raise UserError(f"loss.drw_beta: got {beta}, expected a number in [0, 1)")
-    if counts_K.ndim != 1 or (counts_K < 0).any() or not counts_K.any():
-        raise UserError(f"class counts: got {list(counts)[:10]}, expected non-negative numbers, at least one above 0")
-    present_K = counts_K > 0
-    weights_K = np.zeros_like(counts_K)
-    weights_K[present_K] = (1 - beta) / (1 - np.power(beta, counts_K[present_K]))
-    return torch.from_numpy(weights_K / weights_K.sum() * len(weights_K)).float()
-
-
-def class_order(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Classes from the most to the least frequent, int64 [K]; ties keep their order (stable)."""
-    return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
-
-
-def class_map(counts: Sequence[int]) -> Tensor:
-    """Class -> its rank by frequency, int64 [K]; ties keep their order.
-
-    The official ImageNet-LT and iNaturalist students number their classes so (but with an unstable sort, which is why
-    a checkpoint must carry its own map). Source: DeiT-LT datasets.py.
-    """
-    return torch.from_numpy(np.argsort(class_order(counts), kind="stable"))
-
-
-def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | None = None) -> dict[str, Tensor]:
-    """Classes of the head, the middle and the tail: {"head", "mid", "tail"} -> int64 class ids in rising order.
-
-    threshold: more than 100 training images, 20 to 100, fewer than 20 (Liu et al. 2019); a class without images is in
-    the tail. official: the index ranges of the DeiT-LT code after sorting classes by frequency (stable), known by the
-    number of classes, see ``OFFICIAL_BOUNDS``; data sets it does not know are cut into thirds of the classes, see
-    ``has_official_split``. Published rows mix both, so a tail accuracy means nothing without its split.
-
-    Args:
-        counts: training images of each class [K].
-        dataset: name of the data set; None: whatever has that many classes.
-
-    Raises:
-        UserError: an unknown split.
-    """
-    counts_K = np.asarray(counts, dtype=np.int64)
-    if split == "threshold":
-        masks = {"head": counts_K > 100, "mid": (counts_K >= 20) & (counts_K <= 100), "tail": counts_K < 20}
-        return {name: torch.from_numpy(np.flatnonzero(mask)) for name, mask in masks.items()}
-    if split != "official":
-        raise UserError(f"shot split: got {split!r}, expected 'threshold' or 'official'")
-    classes = len(counts_K)
-    thirds = (classes // 3, classes - classes // 3)
-    bounds = OFFICIAL_BOUNDS[classes] if has_official_split(classes, dataset) else thirds
-    groups = zip(("head", "mid", "tail"), np.split(class_order(counts_K), bounds), strict=True)
-    return {name: torch.from_numpy(np.sort(ids)) for name, ids in groups}
-
-
-def has_official_split(classes: int, dataset: str | None = None) -> bool:
-    """Whether the official code has index ranges for a data set; ``dataset`` as in ``shot_groups``."""
-    known = (None, "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18")
-    return dataset in known and classes in OFFICIAL_BOUNDS
 
 
 def hold_out(images: LongTailSet, share: float, seed: int = HOLDOUT_SEED) -> tuple[LongTailSet, LongTailSet]:

@@ -1,0 +1,79 @@
+"""What a data set is to everything after it: paths or pixels, labels, images of each class.
+
+N images in the set, K classes, H height, W width, C channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+
+def class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
+    """Images of each class [K] of labels int64 [N]."""
+    return [int(n) for n in np.bincount(labels, minlength=num_classes)]
+
+
+@dataclass(frozen=True, eq=False)
+class LongTailSet:
+    """Images of one split: where they are and what they show."""
+
+    paths: list[str] = field(repr=False)
+    """Image files relative to root (sets that come decoded: the image's name)."""
+    labels: np.ndarray = field(repr=False)
+    """Class of each image, int64 [N]."""
+    counts: list[int] = field(repr=False)
+    """Images of each class [K]; a class without images has 0."""
+    root: str = ""
+    """Folder the paths are relative to."""
+    class_names: list[str] | None = field(default=None, repr=False)
+    """Name of each class [K]."""
+    images_NHWC: np.ndarray | None = field(default=None, repr=False)
+    """Pixels, uint8 RGB, for sets that come decoded (CIFAR)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.counts)
+
+    def take(self, chosen: np.ndarray) -> "LongTailSet":
+        """The images with the indices ``chosen``, in that order; the same K classes."""
+        labels = self.labels[chosen]
+        return replace(
+            self,
+            paths=[self.paths[i] for i in chosen.tolist()],
+            labels=labels,
+            counts=class_counts(labels, self.num_classes),
+            images_NHWC=None if self.images_NHWC is None else self.images_NHWC[chosen],
+        )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The splits of a data set; all have the same K classes."""
+
+    train: LongTailSet
+    val: LongTailSet | None = None
+    test: LongTailSet | None = None
+    held_out: bool = False
+    """Whether val was taken out of the training list (``data.val_holdout``)."""
+
+    def __iter__(self) -> Iterator[tuple[str, LongTailSet]]:
+        """(name, split) of the splits there are."""
+        for name in SPLITS:
+            if (images := getattr(self, name)) is not None:
+                yield name, images
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {len(images):,}" for name, images in self)
+        return f"{self.num_classes} classes, {sizes}"
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.train.num_classes
