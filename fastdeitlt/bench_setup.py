@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch, use_kernel
+from fastdeitlt.data.counts import KNOWN_CLASSES
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine import JointForward
@@ -21,11 +22,6 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.train import teacher_of
-
-KNOWN_CLASSES = {
-    "fashion_mnist_lt": 10, "cifar10_lt": 10, "cifar100_lt": 100, "imagenet_lt": 1000, "inat18": 8142, "places_lt": 365,
-}  # fmt: skip
-"""Classes of the data sets that --synthetic stands in for."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,8 @@ def set_up(
 def _noise(cfg: Config, size: int, device: torch.device) -> Tensor:
     """Random images_BCHW in the type and the layout in which ``train_batches`` gives them."""
     images_BCHW = torch.randn(cfg.train.batch_size, 3, size, size, device=device)
-    bf16 = cfg.train.precision == "bf16" and use_kernel(cfg.augment, device)
-    return images_BCHW.to(torch.bfloat16 if bf16 else torch.float32, memory_format=torch.channels_last)
+    dtype = autocast_dtype(cfg.train.precision, device) if use_kernel(cfg.augment, device) else None
+    return images_BCHW.to(dtype or torch.float32, memory_format=torch.channels_last)
 
 
 def _open(cfg: Config) -> LongTailSet:

@@ -15,6 +15,7 @@ from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.optim import peak_learning_rate
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import console
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
@@ -84,7 +85,7 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
         "optimizer steps", f"{plan.optimizer_steps:,} an epoch, {plan.optimizer_steps * cfg.train.epochs:,} in all"
     )
     table.add_row("peak learning rate", f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}")
-    width = 2 if cfg.train.precision == "bf16" else 4
+    width = 2 if autocast_dtype(cfg.train.precision, device) else 4
     for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():
         table.add_row(f"memory: {name} (estimate)", f"{mib:,.0f} MiB")
     show = console.print if distributed.rank() == 0 else lambda text: None

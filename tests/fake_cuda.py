@@ -201,7 +201,7 @@ def fake_cuda():
     """A ``FakeCuda``; modules made outside move to ``CUDA`` with ``.to`` within. Autocast and backward work."""
     with ExitStack() as stack:
         for name, answer in (("amp.common.amp_definitely_not_available", False), ("is_bf16_supported", True)):
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda answer=answer: answer))
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda answer=answer, **_: answer))
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", run_backward))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", _pinned))
         stack.enter_context(mock.patch("torch.nn.Module.to", _move))

@@ -80,8 +80,9 @@ def test_power_is_that_of_steps_alone_and_a_failed_step_leaves_no_thread(monkeyp
 
 
 @pytest.mark.parametrize(("precision", "impl"), [("bf16", "triton"), ("bf16", "torch"), ("fp32", "triton")])
-def test_the_batch_is_laid_out_as_trainings(precision, impl):
+def test_the_batch_is_laid_out_as_trainings(precision, impl, monkeypatch):
     """On a GPU the fused kernel gives bfloat16, and every batch of training is channels last."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     settings = {"student.name": "deit_tiny_distilled_patch16_32", "student.depth": 1, "teacher.arch": "resnet8"}
     settings |= {
         "train.batch_size": 4,

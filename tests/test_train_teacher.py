@@ -4,6 +4,7 @@ import json
 import socket
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,12 +214,17 @@ def test_both_passes_of_sam_compile_to_one_whole_graph_each(loss: str) -> None:
     assert graphs.frame_count == 2
 
 
-def test_bfloat16_is_only_used_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_only_used_where_there_are_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU before Ampere emulates it, as torch says unless it is asked for more."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for has_it, dtype in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
-        assert autocast_dtype("bf16", torch.device("cpu")) is dtype
-        assert autocast_dtype("bf16", torch.device("cuda")) is torch.bfloat16
-        assert autocast_dtype("fp32", torch.device("cuda")) is None
+        gpu = SimpleNamespace(major=8 if has_it else 7)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, gpu=gpu: gpu)
+        for device in ("cpu", "cuda"):
+            assert autocast_dtype("bf16", torch.device(device)) is dtype
+            assert autocast_dtype("fp32", torch.device(device)) is None
 
 
 @pytest.mark.parametrize("loss", ["ldam", "focal"])

@@ -23,6 +23,7 @@ from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import keep_to_one_core
 from fastdeitlt.errors import UserError
+from fastdeitlt.precision import autocast_dtype
 
 T = TypeVar("T")
 
@@ -78,6 +79,7 @@ def train_batches(
         size: height and width in pixels.
     """
     labels_N, view = torch.from_numpy(images.labels), colour.view_of(cfg.augment)
+    dtype = autocast_dtype(cfg.train.precision, source.device) or torch.float32
     fused, side = use_kernel(cfg.augment, source.device), side_stream(source.device, "augment")
 
     def prepare() -> Iterator[Batch]:
@@ -92,7 +94,7 @@ def train_batches(
 
         def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
             if isinstance(pixels, Regions):
-                return _augment_fused(pixels, draws, mix, cfg, size)
+                return _augment_fused(pixels, draws, mix, cfg, size, dtype)
             with aside(side) as made:  # copying draws to the device would wait for the step on its stream
                 made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
             return made[0]
@@ -124,10 +126,11 @@ def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
     return cfg.impl == "triton" or (cfg.impl == "auto" and known and device.type == "cuda")
 
 
-def _augment_fused(regions: Regions, draws: ViewDraws, mix: MixDraw, cfg: Config, size: int) -> Tensor:
+def _augment_fused(
+    regions: Regions, draws: ViewDraws, mix: MixDraw, cfg: Config, size: int, dtype: torch.dtype
+) -> Tensor:
     from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
 
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     with torch.cuda.device_of(regions.pixels):  # a thread starts on the first GPU, whatever the rank's is
         mixed = kernel.augment(
             regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,

@@ -58,7 +58,8 @@ def test_batches_are_equal_in_float32(kind: str, mixing: bool, tmp_path, device:
         assert not mixing or (got.lam == wanted.lam and torch.equal(got.partner_B, wanted.partner_B))
 
 
-def test_a_bfloat16_step_gets_the_rounded_images(tmp_path, device: torch.device) -> None:
+def test_a_bfloat16_step_gets_the_rounded_images(tmp_path, device: torch.device, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     images = make_set(tmp_path)
     with closing(open_one("device", images, device)) as source:
         half, full = (batches(source, images, config(*how)) for how in (("triton", "bf16"), ("torch", "fp32")))
