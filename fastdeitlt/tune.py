@@ -22,7 +22,8 @@ from triton.runtime.errors import TritonError
 
 from fastdeitlt import config, distributed
 from fastdeitlt.bench import step_of
-from fastdeitlt.bench_setup import KNOWN_CLASSES, Setup, set_up
+from fastdeitlt.bench_setup import Setup, set_up
+from fastdeitlt.data.counts import KNOWN_CLASSES
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._launch import compiling
 from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, read, trying, use, write

@@ -11,6 +11,21 @@ from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
+KNOWN_COUNTS = {
+    "fashion_mnist_lt": {"train": (2478, 10, 1000, 10), "val": (500, 10, 50, 50), "test": (1000, 10, 100, 100)},
+    "imagenet_lt": {
+        "train": (115_846, 1000, 1280, 5),
+        "val": (20_000, 1000, 20, 20),
+        "test": (50_000, 1000, 50, 50),
+    },
+    "inat18": {"train": (437_513, 8142, 1000, 2), "test": (24_426, 8142, 3, 3)},
+    "places_lt": {"train": (62_500, 365, 4980, 5), "val": (7_300, 365, 20, 20), "test": (36_500, 365, 100, 100)},
+}
+"""Published sets: images, classes, images of the largest and of the smallest class."""
+CIFAR_CLASSES = {"cifar10_lt": 10, "cifar100_lt": 100}
+"""Sets cut from a balanced one, whose counts follow from the imbalance (``cifar_lt_counts``)."""
+KNOWN_CLASSES = {name: splits["train"][1] for name, splits in KNOWN_COUNTS.items()} | CIFAR_CLASSES
+"""Classes of every set that has a name."""
 OFFICIAL_BOUNDS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
 """Number of classes -> (first mid class, first tail class) in frequency order, as the official code has them for
 CIFAR-10-LT, CIFAR-100-LT, ImageNet-LT and iNaturalist-2018, whatever the imbalance (DeiT-LT utils and main.py)."""

@@ -9,25 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.data.counts import CIFAR_CLASSES, KNOWN_CLASSES, KNOWN_COUNTS, cifar_lt_counts
 from fastdeitlt.data.folders import left_out
-from fastdeitlt.data.longtail import LongTailSet, Sets, cifar_lt_counts
 from fastdeitlt.data.scan import scan_files
+from fastdeitlt.data.sets import LongTailSet, Sets
 
 FEW_IMAGES = 5
 NUM_EXAMPLES = 3
-KNOWN_COUNTS = {
-    "fashion_mnist_lt": {"train": (2478, 10, 1000, 10), "val": (500, 10, 50, 50), "test": (1000, 10, 100, 100)},
-    "imagenet_lt": {
-        "train": (115_846, 1000, 1280, 5),
-        "val": (20_000, 1000, 20, 20),
-        "test": (50_000, 1000, 50, 50),
-    },
-    "inat18": {"train": (437_513, 8142, 1000, 2), "test": (24_426, 8142, 3, 3)},
-    "places_lt": {"train": (62_500, 365, 4980, 5), "val": (7_300, 365, 20, 20), "test": (36_500, 365, 100, 100)},
-}
-"""Published sets: images, classes, images of the largest and of the smallest class."""
 Level = Literal["error", "warning", "note"]
-PUBLISHED = (*KNOWN_COUNTS, "cifar10_lt", "cifar100_lt")
 
 
 @dataclass(frozen=True)
@@ -48,8 +37,7 @@ def _many(number: int, noun: str) -> str:
 def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
     """Differences from the published counts (of what the list says, before a hold-out)."""
     known = dict(KNOWN_COUNTS.get(cfg.dataset, {}))
-    if cfg.dataset in ("cifar10_lt", "cifar100_lt"):
-        classes = 10 if cfg.dataset == "cifar10_lt" else 100
+    if classes := CIFAR_CLASSES.get(cfg.dataset):
         counts = cifar_lt_counts(50_000, classes, cfg.imbalance_factor, cfg.imbalance_kind)
         known = {"train": (sum(counts), classes, max(counts), min(counts))}
         known["test"] = (10_000, classes, 10_000 // classes, 10_000 // classes)
@@ -163,7 +151,7 @@ def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[byte
             first, *others = ((split, splits[split].paths[indices[0]]) for split, indices in place.items())
             for split, name in others:
                 shared[first[0], split].append(f"{first[1]} = {name}")
-    leak: Level = "warning" if cfg.dataset in PUBLISHED else "error"
+    leak: Level = "warning" if cfg.dataset in KNOWN_CLASSES else "error"
     findings = [_named(leak, b, f"of {b} also in {a}", names) for (a, b), names in shared.items()]
     findings += [_named("note", split, "more than once", names) for split, names in repeated.items()]
     findings += [_named("warning", split, "with several labels", names) for split, names in conflicting.items()]

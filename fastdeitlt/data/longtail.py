@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.counts import (
+    CIFAR_CLASSES,
     cifar_lt_counts,
     class_map,
     class_order,
@@ -93,7 +94,7 @@ def open_sets(cfg: DataConfig) -> Sets:
     Raises:
         UserError: a missing root, list or archive, or a faulty list; see ``read_list``.
     """
-    if cfg.dataset in ("cifar10_lt", "cifar100_lt"):
+    if cfg.dataset in CIFAR_CLASSES:
         from fastdeitlt.data import cifar  # torchvision is slow to import
 
         sets = cifar.open_cifar(cfg)
