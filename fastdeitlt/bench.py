@@ -227,6 +227,7 @@ def _at_batch(like: Setup, size: int, rounds: int) -> Row:
 
 def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic: bool) -> Row:
     """The full step on some processes of this machine, started by torchrun."""
+    torch.cuda.empty_cache()  # rank 0 has this process's GPU
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]

@@ -130,7 +130,10 @@ def torchvision() -> Row:
 
 def gpu() -> Row:
     """A GPU that torch can use."""
-    code = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, 'with', p.total_memory >> 30, 'GiB')"
+    code = (  # computes too: this torch may have no code for the GPU
+        "import torch; p = torch.cuda.get_device_properties(0); (torch.ones(9, device='cuda') + 1).tolist(); "
+        "print(p.name, 'with', p.total_memory >> 30, 'GiB', '' if p.major > 7 else 'and no bfloat16')"
+    )
     works, said = probe(code)
     smi = shutil.which("nvidia-smi")
     if not smi and not works:

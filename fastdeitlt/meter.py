@@ -22,8 +22,11 @@ from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.run import Run
 from fastdeitlt.stopwatch import WORK
 
-# Datasheet, dense bf16 with float32 accumulation, FLOP/s.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+PEAK_FLOPS = {
+    "H200 NVL": 836e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
+    "B200": 2250e12, "L40S": 362e12, "4090": 165e12,
+}  # fmt: skip
+"""By a part of the GPU's name, the first that fits: datasheet, dense bf16 with float32 accumulation, FLOP/s."""
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -19,9 +19,9 @@ from fastdeitlt.errors import MemoryFullError
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 1.5
 """Times the usual seconds of a rank from which one is said to hold the others up."""
-NO_ROOM = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What plain runtime errors of the host's allocator, of CUDA outside torch's allocator (pinned memory, modules) and of
-cuBLAS say."""
+NO_ROOM = ("out of memory", "an't allocate", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What plain runtime errors say of CUDA outside torch's allocator (pinned memory, modules, Triton, NCCL), of the host's
+allocator and DALI's, and of cuBLAS and cuDNN."""
 SPIKE = 10.0
 """Times the usual gradient norm from which a step's is a spike."""
 
@@ -115,8 +115,9 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in NO_ROOM):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and not any(said in str(error) for said in NO_ROOM):
             raise
         t, note = cfg.train, ""
         if torch.cuda.is_initialized():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import bench_scaling, bench_step, gpu, peers, simulate
 from fastdeitlt import config, timer
-from fastdeitlt.bench import _take_steps, bench
+from fastdeitlt.bench import _at_ranks, _take_steps, bench
 from fastdeitlt.bench_setup import set_up
 from fastdeitlt.cli import main
+from fastdeitlt.meter import peak_flops
 
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
 CPU = torch.device("cpu")
@@ -139,6 +141,33 @@ def test_two_ranks_are_started_and_counted_together():
     row = result["rows"][-1]
     assert row["candidate"] == "2 ranks" and "failed" not in row, row
     assert row["images_per_s"] == pytest.approx(2 * 1e3 * row["images"] / row["median_ms"])
+
+
+def test_memory_is_given_back_before_ranks_take_the_gpu(monkeypatch):
+    """The first of them has the GPU of the process that starts it."""
+    happened = []
+    ended = SimpleNamespace(stderr="Error", stdout="", returncode=1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: happened.append("started") or ended)
+    assert "failed" in _at_ranks("quickstart", [], 2, synthetic=True)
+    assert happened == ["given back", "started"]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 836e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpus_rate_is_found_by_its_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
 
 
 EAGER = [

@@ -23,6 +23,7 @@ import pytest
 import torch
 from fault_ranks import FAULTS, SLOW_STEP
 from tiny_run import TIMES, tiny_run
+from torch.distributed import DistBackendError
 
 from fastdeitlt import cli, config
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
@@ -187,10 +188,21 @@ def test_memory_that_the_host_refuses_is_one_line(tmp_path, monkeypatch):
         train(tiny_run(tmp_path))
 
 
-@pytest.mark.parametrize("said", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"])
-def test_memory_that_cuda_refuses_outside_torchs_allocator_is_one_line(said, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("Error in MIXED operator `image_slice`: Can't allocate 9 bytes on device 0."),
+        DistBackendError("NCCL error: ncclUnhandledCudaError. Last error: Cuda failure 2 'out of memory'"),
+        MemoryError("Unable to allocate 9 TiB"),
+    ],
+)
+def test_memory_that_is_refused_outside_torchs_allocator_is_one_line(error, tmp_path):
     with pytest.raises(MemoryFullError, match="out of memory with"), memory_hint(config.Config(), tmp_path):
-        raise RuntimeError(said)
+        raise error
     with pytest.raises(RuntimeError, match="bug"), memory_hint(config.Config(), tmp_path):
         raise RuntimeError("bug")
 
