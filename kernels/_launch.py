@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,15 +51,29 @@ _compiler: Callable[..., object] | None = None
 def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of ``near``; inside ``compiling``, compile it and run nothing."""
     if _compiler:
-        _compiler(_compile, kernel, grid, near, arguments, options)
+        stand_ins = tuple(_Pointer(x.dtype, x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments)
+        _compiler(_compile, kernel, grid, near.device, stand_ins, options)
         return
     with torch.cuda.device_of(near):
         kernel[grid](*arguments, **options)
 
 
-def _compile(kernel: Any, grid: tuple[int, ...], near: Tensor, arguments: tuple[Any, ...], options: Any) -> None:
+@dataclass(frozen=True)
+class _Pointer:
+    """All that a compilation needs of a tensor, whose memory is not kept until its turn comes."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _compile(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], options: Any
+) -> None:
     if not interpreted():
-        with torch.cuda.device_of(near):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel.warmup(*arguments, grid=grid, **options)
 
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import weakref
 
 import pytest
 import torch
@@ -227,6 +229,18 @@ print([type(compilation.exception()).__name__ for compilation in pending])
 cache = bias_gelu.bias_gelu_fwd_kernel.device_caches[0][0]
 print([(kernel.metadata.num_warps, "cubin" in kernel.asm) for kernel in cache.values()])
 """
+
+
+def test_settings_that_wait_to_be_compiled_keep_no_memory(monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(_launch, "_compile", lambda *_: go.wait())
+    with _launch.compiling(1) as pending:
+        outputs = [torch.zeros(8) for _ in range(3)]
+        kept = [weakref.ref(output) for output in outputs]
+        while outputs:
+            _launch.launch(None, (1,), outputs[-1], outputs.pop())
+        assert len(pending) == 3 and [output() for output in kept] == [None] * 3
+        go.set()
 
 
 def test_settings_are_compiled_without_being_run(tmp_path):
