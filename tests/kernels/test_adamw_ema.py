@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from fastdeitlt.errors import UserError
 
+GPU = torch.cuda.is_available()
+TOLERANCE = 1e-5 if GPU else 1e-6
+"""A GPU's exponential, root and division are right to a few units in the last place; these add up."""
 OPTIONS = {"weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -40,7 +43,7 @@ def assert_equals_reference(size, device, *, num_decayed, step=3, grads_dtype=to
         run(*state, **clock, **OPTIONS, **own)
         results.append([*state, *(own[k] for k in ("ema", "low") if k in own)])
     for got, expected in zip(*results, strict=True):
-        tolerance = 1e-6 if got.dtype == torch.float32 else 1e-2
+        tolerance = TOLERANCE if got.dtype == torch.float32 else 1e-2
         torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance / 10)
     return results[0]
 
@@ -58,9 +61,9 @@ def test_eight_steps_equal_torch_adamw(weight_decay, device):
         clock = {"lr": scalar(3e-3, device), "step": scalar(step, device), "num_decayed": 1500}
         adamw_ema(weights, grads, exp_avg, exp_avg_sq, **clock, weight_decay=weight_decay)
     state = theirs.state[parameter]
-    torch.testing.assert_close(weights, parameter.data, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(exp_avg, state["exp_avg"], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(exp_avg_sq, state["exp_avg_sq"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weights, parameter.data, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(exp_avg, state["exp_avg"], rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(exp_avg_sq, state["exp_avg_sq"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1023, 1025, 3000])

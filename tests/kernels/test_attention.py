@@ -122,7 +122,8 @@ def test_the_bias_of_queries_beside_keys_and_values_gets_its_gradient(device):
         first = attention_first(qkv[:, :2, 0].contiguous(), qkv[:, :, 1:].contiguous(), qkv_bias=bias, impl=impl)
         whole = attention(qkv, qkv_bias=bias, query_rows=2, impl=impl)
         got, expected = (torch.autograd.grad(out, bias, upstream)[0] for out in (first, whole))
-        torch.testing.assert_close(got, expected, rtol=0, atol=0 if impl == "triton" else 1e-4)
+        rounding = 2 * TOLERANCES[DTYPES[0]] * expected.abs().max().item()  # of torch's kernels for the two layouts
+        torch.testing.assert_close(got, expected, rtol=0, atol=0 if impl == "triton" else rounding)
 
 
 @hypothesis.settings(max_examples=12, deadline=None)

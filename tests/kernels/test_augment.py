@@ -101,11 +101,12 @@ def test_recipe_none_keeps_the_image(device: torch.device) -> None:
 
 
 def test_patches_are_what_the_patch_embedding_multiplies(device: torch.device) -> None:
-    weight = torch.randn(5, 3, 4, 4, device=device)
+    weight = torch.randn(5, 3, 4, 4, device=device, dtype=torch.float64)
     arguments = (*decoded([(12, 12)] * 2, device), drawn(2, 12), MixDraw(0.6), CFG, 12)
     out = augment(*arguments, patch=4, dtype=torch.float32)
-    expected = torch.nn.functional.conv2d(out.images_BCHW, weight, stride=4).flatten(2).transpose(1, 2)
-    torch.testing.assert_close((out.patches @ weight.flatten(1).T).view(2, 9, 5), expected)
+    # in float64: a GPU's float32 convolution rounds its input to TF32
+    expected = torch.nn.functional.conv2d(out.images_BCHW.double(), weight, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close((out.patches.double() @ weight.flatten(1).T).view(2, 9, 5), expected)
     alone = augment(*arguments, patch=4, images=False, dtype=torch.float32)
     assert alone.images_BCHW is None
     assert torch.equal(alone.patches, out.patches)

@@ -35,6 +35,7 @@ def batches(source: Source, images: LongTailSet, cfg: Config, mixing: bool = Tru
 
 
 def open_one(kind: str, images: LongTailSet, device: torch.device) -> Stream | Resident:
+    pytest.importorskip("nvidia.dali", reason="DALI decodes the images")
     data = DataConfig(num_threads=2, residency="host" if kind == "host" else "device")
     return Stream(images, data, device, share=2) if kind == "stream" else Resident(images, data, device)
 

@@ -16,8 +16,11 @@ from fastdeitlt.loss import joint_loss as public_joint_loss
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "joint_loss.json").read_text())
-TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.float16: (1e-5, 2e-3), torch.bfloat16: (1e-5, 1e-2)}
+GPU = torch.cuda.is_available()
+TOLERANCES = {torch.float32: (1e-5, 3e-6 if GPU else 1e-6), torch.float16: (1e-5, 2e-3), torch.bfloat16: (1e-5, 1e-2)}
 """Type -> relative error of the losses (float32 inside), error of a gradient as a share of the largest."""
+LOSS_ATOL, SMALLEST_GRADIENT = (3e-6, 1e-1) if GPU else (1e-7, 1e-3)
+"""A GPU's exponential and logarithm are right to 2^-22 of 1: what cancels to less keeps that error."""
 
 VARIANTS = {
     "plain": {},
@@ -75,11 +78,11 @@ def assert_matches(arguments, options, upstream=(1.0, 0.0, 0.0)):
     expected_losses, expected_gradients = with_gradients(reference, wide, options, upstream)
     loss_error, gradient_error = TOLERANCES[arguments[0].dtype]
     for got, expected in zip(losses, expected_losses, strict=True):
-        torch.testing.assert_close(got, expected, rtol=loss_error, atol=1e-7)
+        torch.testing.assert_close(got, expected, rtol=loss_error, atol=LOSS_ATOL)
     for got, expected in zip(gradients, expected_gradients, strict=True):
         assert got.dtype == arguments[0].dtype
         largest = expected.abs().max().item()
-        torch.testing.assert_close(got.float(), expected, rtol=0, atol=gradient_error * max(largest, 1e-3))
+        torch.testing.assert_close(got.float(), expected, rtol=0, atol=gradient_error * max(largest, SMALLEST_GRADIENT))
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['case']}-{c['distillation']}-K{c['C']}")
@@ -98,7 +101,7 @@ def test_golden_vectors_through_the_kernel(case, device):
         impl="triton",
     )  # fmt: skip
     expected = [case["loss"], 2 * case["half_cls"], 2 * case["half_dist"]]
-    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5, abs=LOSS_ATOL)
     losses.loss.backward()
     for head, gradient in zip(heads, (g["dcls"], g["ddist"]), strict=True):
         torch.testing.assert_close(head.grad, gradient, rtol=0, atol=1e-6)

@@ -13,7 +13,7 @@ DATA = Path(__file__).parents[1] / "data"
 TRITON = {"attention": "triton", "add_layernorm": "triton", "bias_gelu": "triton"}
 TORCH = {"attention": "sdpa", "add_layernorm": "torch", "bias_gelu": "torch"}
 GPU = torch.cuda.is_available()
-TOLERANCE = 2e-2 if GPU else 2e-5
+TOLERANCE = 4e-2 if GPU else 2e-5
 """Largest error as a share of the largest value: bfloat16 on a GPU, where attention takes no float32."""
 
 
@@ -58,7 +58,7 @@ def test_golden_logits_and_gradient_norms_through_add_layernorm(device):
     model.to(device)
     with torch.autocast("cuda", torch.bfloat16, enabled=GPU):
         cls_logits, dist_logits = (logits.float() for logits in model(torch.from_numpy(images).to(device)))
-    tolerance = 3e-2 if GPU else 2e-4
+    tolerance = 6e-2 if GPU else 2e-4
     for logits, expected in ((cls_logits, golden["cls"]), (dist_logits, golden["dist"])):
         torch.testing.assert_close(logits.cpu(), torch.tensor(expected), rtol=tolerance, atol=tolerance / 100)
     (cls_logits.square().mean() + dist_logits.square().mean()).backward()

@@ -46,13 +46,14 @@ RUN = {
     "teacher.check": False,
     "evaluate.every": 2,
 }
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = (5e-2, 5e-2) if GPU else (2e-5, 2e-3)
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = (5e-2, 1e-1) if GPU else (2e-5, 2e-3)
 """Relative error of a step's losses; largest error of a weight tensor as a share of its largest value."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Lists of 16 training images and a few others, and a random teacher."""
+    pytest.importorskip("nvidia.dali", reason="DALI decodes the images")
     folder, root = tmp_path_factory.mktemp("data"), embedded.unpack()
     settings = {"data.root": str(root), "runs_dir": str(folder / "runs"), "teacher.path": str(folder / "teacher")}
     for split, count in (("train", 16), ("val", 10), ("test", 10)):
