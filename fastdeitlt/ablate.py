@@ -19,7 +19,7 @@ from fastdeitlt.demo import train_both
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import open_teacher
-from fastdeitlt.run import MAY_CHANGE, console
+from fastdeitlt.run import console, refuse_changes
 from fastdeitlt.run_files import read_json
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
@@ -248,14 +248,10 @@ def check(runs: Sequence[ArmRun]) -> list[Work]:
 def _student_work(run: ArmRun, images: LongTailSet) -> Work:
     cfg, saved = run.student, run.folder / "config.yaml"
     if saved.is_file():
-        before, now = config.flatten(config.load(str(saved))), config.flatten(cfg)
-        found = ("teacher.path",) if run.teacher else ()
-        free = {*MAY_CHANGE, *found, *(() if cfg.train.virtual_ranks else ("train.virtual_ranks",))}
-        if changed := [name for name in now if before[name] != now[name] and name not in free]:
-            raise UserError(
-                f"run folder {run.folder}: holds a run with other settings ({changed[0]}: {before[changed[0]]!r} -> "
-                f"{now[changed[0]]!r}); remove it, or give the grid another name"
-            )
+        free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
+        found = [name for name, is_found in free.items() if is_found]  # only when it trains
+        cure = "remove it, or give the grid another name"
+        refuse_changes(config.load(str(saved)), cfg, run.folder, found, cure)
     batches = cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, cfg.train.virtual_ranks or 1
     return _work(run.folder, Plan(len(images), *batches).optimizer_steps * cfg.train.epochs)
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -160,7 +161,7 @@ class Run:
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         sweep(folder / "checkpoints")
         if saved.exists() and _has_begun(folder):
-            _refuse_changes(config.load(str(saved)), self.cfg, folder)
+            refuse_changes(config.load(str(saved)), self.cfg, folder)
         write_atomically(saved, config.dump(self.cfg))
         now = environment()
         _warn_of_changes(read_json(folder / "env.json"), now)
@@ -316,12 +317,16 @@ def _has_begun(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
 
 
-def _refuse_changes(saved: Config, now: Config, folder: Path) -> None:
+def refuse_changes(
+    saved: Config,
+    now: Config,
+    folder: Path,
+    free: Collection[str] = (),
+    cure: str = "use --resume never for a new folder, or the saved settings",
+) -> None:
+    """Raise UserError where a folder's run has other settings than ``now``, besides MAY_CHANGE and ``free``."""
     before, after = config.flatten(saved), config.flatten(now)
-    changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name")]
+    changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name", *free)]
     if changed:
         listed = ", ".join(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed[:4])
-        raise UserError(
-            f"run folder {folder}: holds a run with other settings ({listed}); "
-            "use --resume never for a new folder, or the saved settings"
-        )
+        raise UserError(f"run folder {folder}: holds a run with other settings ({listed}); {cure}")
