@@ -78,8 +78,9 @@ def parts(setup: Setup) -> Iterator[Part]:
 
 
 def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key, Pass]:
-    """The launches of a differentiable function, by keys that begin with "forward" or "backward"."""
-    return {key: Pass(calls[str(key[0])], found, calls[str(key[0])]) for key, found in settings.items()}
+    """The launches of a differentiable function, by keys whose name is "forward", "backward" or of a part of one."""
+    of_key = {key: calls[str(key[0]).partition("_")[0]] for key in settings}
+    return {key: Pass(of_key[key], found, of_key[key]) for key, found in settings.items()}
 
 
 def _random(setup: Setup, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from fastdeitlt.kernels import _launch, _measured, _search, adamw_ema
+from fastdeitlt.kernels import _attention_launch, _launch, _measured, _search, adamw_ema
 from fastdeitlt.kernels._attention_launch import Problem, one_program
 from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._measured import setting
@@ -145,6 +145,22 @@ def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monk
         "add_layernorm": both, "bias_gelu": both, "joint_loss": both, "adamw_ema": ["step"],
         "augment": ["convolve", "histogram", "operate", "finish"],
     }  # fmt: skip
+
+
+def test_attentions_keys_are_searched_within_a_backward_that_launches_their_kernel(monkeypatch):
+    device = torch.device("cuda" if GPU else "cpu")
+    setup = set_up(config.load("quickstart", [*SMALL, "student.img_size=128"]), device, synthetic=True)
+    monkeypatch.setattr(tune, "measure", clock(dict.fromkeys(("attention", "best", "default"), 1.0)))
+    launched = []
+    monkeypatch.setattr(_attention_launch, "launch", lambda *_, **options: launched.append(options))
+    part = next(tune_parts.parts(setup))
+    key = Problem(66, 66, 3, 64, packed=True).key("backward_keys")
+    launched.clear()
+    last = part.passes[key].settings[-1]
+    monkeypatch.setattr(tune, "same", lambda *_: True)
+    row = tune.search(setup, "attention", key, part.passes[key]._replace(settings=[part.passes[key].settings[0], last]))
+    assert row.key == key
+    assert last.options in [{name: options.get(name) for name in last.options} for options in launched]
 
 
 @pytest.mark.parametrize(
