@@ -82,6 +82,12 @@ def joint_losses(num_classes: int, element_size: int) -> Settings:
 
 
 def elementwise(defaults: Mapping[Key, LaunchConfig]) -> Settings:
-    """Block and warps of kernels that touch each element once."""
-    settings = [LaunchConfig({"BLOCK": b}, w) for b in (256, 512, 1024, 2048, 4096) for w in (2, 4, 8, 16)]
-    return {key: [default, *settings] for key, default in defaults.items()}
+    """Block and warps of kernels that touch each element once: up to twice the default's elements a thread, since with
+    more ptxas takes minutes and registers run out."""
+    pairs = [(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (2, 4, 8, 16) if 32 * w <= b]
+
+    def near(default: LaunchConfig) -> list[LaunchConfig]:
+        most = 2 * default.blocks["BLOCK"] // default.num_warps  # of a warp
+        return [LaunchConfig({"BLOCK": b}, w) for b, w in pairs if b <= most * w]
+
+    return {key: [default, *near(default)] for key, default in defaults.items()}
