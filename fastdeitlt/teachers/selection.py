@@ -123,7 +123,7 @@ class TeacherSelector:
         if self.on != "last":
             result = self._score(self.on)
             accuracy = result.accuracy("TEACHER")
-            self._log(step, epoch, self.on, result)
+            self._log(step, epoch, self.on, result, "model")
         better = self.best is None or accuracy >= self.best["accuracy"]
         if last if self.on == "last" else better:
             self.best = {"step": step, "epoch": epoch, "accuracy": accuracy, "on": self.on}
@@ -135,7 +135,7 @@ class TeacherSelector:
         names = [name for name in ("val", "test") if getattr(self.sets, name) is not None]
         results = {name: self._score(name) for name in ("train", *names)}
         for name, result in results.items():
-            self._log(step, epoch, name, result)
+            self._log(step, epoch, name, result, "selected")
         self._keep({name: result.accuracy("TEACHER") for name, result in results.items()})
         shown = results[names[-1] if names else "train"]
         if self.run.is_main:
@@ -188,9 +188,9 @@ class TeacherSelector:
         counts = self.sets.train.counts
         return score_teacher(self.network, self.sources[name], images, counts, self.cfg, self.device, limit)
 
-    def _log(self, step: int, epoch: int, name: str, result: Result) -> None:
+    def _log(self, step: int, epoch: int, name: str, result: Result, weights: str) -> None:
         scores = {f"teacher_{group}": result.accuracy("TEACHER", group, "official") for group in GROUPS}
-        self.run.record("eval", step, epoch=epoch, weights="model", set=name, **scores, result=result.to_json())
+        self.run.record("eval", step, epoch=epoch, weights=weights, set=name, **scores, result=result.to_json())
         self.run.summarise()
         shown = "  ".join(f"{group} {scores[f'teacher_{group}']:.1f}" for group in GROUPS)
-        self.run.show(step, f"epoch {epoch + 1}: {name} accuracy of the teacher: {shown} %")
+        self.run.show(step, f"epoch {epoch + 1}: {name} accuracy of {weights}: {shown} %")
