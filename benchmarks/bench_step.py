@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--check", action="store_true", help="compare losses, take no time, write nothing")
     options = parser.parse_args(arguments)
+    torch._dynamo.config.recompile_limit = harness.RECOMPILES
     device = GPU if torch.cuda.is_available() else CPU
     only = [*options.only, peers.BASELINE] if options.only else None
     for name in options.case or [name for name, work in CASES.items() if work.device == device and name != "dry"]:

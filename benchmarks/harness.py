@@ -24,6 +24,8 @@ import torch
 from fastdeitlt.timer import Call, Timing, bandwidth, capturing_stream, cpu_name, matmul_rate, measure
 
 ROOT = Path(__file__).resolve().parent.parent
+RECOMPILES = 64
+"""Compilations of one function: one a shape, pass and contestant. After torch's own 8 it would run uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def main(
     if device.type != "cuda":
         print("no GPU: the Triton kernels' times cannot be measured here; only the torch implementations are compared")
     print(machine())
-    with capturing_stream(device):
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILES), capturing_stream(device):
         for case in cases(device):
             found = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
             for row in found:

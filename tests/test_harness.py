@@ -48,6 +48,28 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
     assert harness.machine()["commit"] == "abc123"
 
 
+def test_a_candidate_is_compiled_for_each_of_many_shapes(monkeypatch, tmp_path):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs)
+        return graph.forward
+
+    def cases(device):
+        add = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+        for size in range(2, 14):
+            add(torch.ones(size))
+        yield case()
+
+    (tmp_path / "benchmarks").mkdir()
+    for name, value in (("green", lambda op: True), ("bandwidth", lambda device: 1e6), ("ROOT", tmp_path)):
+        monkeypatch.setattr(harness, name, value)
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "1"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert harness.main("op", cases) == 0
+    assert len(compiled) == 12
+
+
 def test_a_missing_test_file_is_red():
     assert not harness.green("no_such_op")
 
