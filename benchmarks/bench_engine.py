@@ -20,7 +20,8 @@ from fastdeitlt.checkpoint import Checkpoints
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import Engine, JointForward, build_engine
+from fastdeitlt.engine import Engine, build_engine
+from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.timer import measure

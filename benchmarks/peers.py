@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fastdeitlt import config, distributed
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import JointForward, build_engine
+from fastdeitlt.engine import build_engine
+from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher

@@ -31,7 +31,8 @@ from fastdeitlt.bench_setup import Setup, set_up
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch, train_batches
 from fastdeitlt.data.resident import open_source
-from fastdeitlt.engine import Engine, JointForward, build_engine
+from fastdeitlt.engine import Engine, build_engine
+from fastdeitlt.joint import JointForward
 from fastdeitlt.meter import peak_flops
 from fastdeitlt.optim import Ema, peak_learning_rate
 from fastdeitlt.run import environment

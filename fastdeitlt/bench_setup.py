@@ -13,8 +13,8 @@ from fastdeitlt.data.batches import Batch, use_kernel
 from fastdeitlt.data.counts import KNOWN_CLASSES
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import JointForward
 from fastdeitlt.errors import UserError
+from fastdeitlt.joint import JointForward
 from fastdeitlt.meter import forward_flops
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm

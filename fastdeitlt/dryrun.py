@@ -10,7 +10,8 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import JointForward, build_engine
+from fastdeitlt.engine import build_engine
+from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters

@@ -16,7 +16,8 @@ from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet, class_order, drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.engine import Engine, JointForward, build_engine
+from fastdeitlt.engine import Engine, build_engine
+from fastdeitlt.joint import JointForward
 from fastdeitlt.meter import Meter
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher, open_teacher

@@ -17,8 +17,8 @@ from tiny_run import TIMES, tiny_run
 from fastdeitlt import config, distributed, launch
 from fastdeitlt.checkpoint import load_tensors, read_manifest
 from fastdeitlt.data.workers import num_threads
-from fastdeitlt.engine import PlainEngine
 from fastdeitlt.errors import UserError
+from fastdeitlt.plain import PlainEngine
 from fastdeitlt.train import train
 
 KILLED_AT = 5
@@ -253,6 +253,9 @@ def test_gpus_that_torch_cannot_use_start_one_process_and_a_warning(monkeypatch,
     monkeypatch.setattr(distributed, "DRIVER", tmp_path)
     monkeypatch.setattr(distributed.log, "propagate", True)
     distributed._say_unused.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not wanted
+    assert launch.processes(config.build({}), 0, {}) == 1 and not caplog.text
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert launch.processes(config.build({}), 0, {}) == 1
     assert "cannot use" in caplog.text
     with pytest.raises(UserError, match="no GPU that it can use"):

@@ -29,9 +29,10 @@ from fastdeitlt.data.longtail import LongTailSet, drw_weights
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.engine import JointForward, build_engine
+from fastdeitlt.engine import build_engine
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluate import OneHead, WithCosine, collect_logits
+from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Paco, Teacher

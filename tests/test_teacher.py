@@ -16,8 +16,8 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 from fastdeitlt import config
 from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.config import TeacherConfig
-from fastdeitlt.engine import JointForward
 from fastdeitlt.errors import UserError
+from fastdeitlt.joint import JointForward
 from fastdeitlt.loss import joint_loss
 from fastdeitlt.models import create_student, create_teacher, load_teacher
 from fastdeitlt.models.fold import fold_batchnorm
