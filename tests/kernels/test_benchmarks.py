@@ -38,3 +38,22 @@ def test_candidates_of_every_case_run_and_agree(bench, device):
                 torch.testing.assert_close(result, expected, rtol=5e-2, atol=5e-2)
         seen.add(case.name)
     assert any("backward" in name for name in seen)
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("No backward kernel")
+
+
+def test_a_backend_without_a_backward_is_left_out(capsys):
+    def implementation(x, impl):
+        return NoBackward.apply(x) if impl == "cudnn" else x * 2
+
+    calls = bench_attention.runnable(implementation, [torch.ones(2, requires_grad=True)])
+    assert list(calls) == ["triton", "flash", "sdpa"]
+    assert "cudnn: left out, No backward kernel" in capsys.readouterr().out
