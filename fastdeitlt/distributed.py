@@ -332,7 +332,7 @@ def device_of(kind: str) -> torch.device:
     if kind == "cuda" and not usable:
         raise UserError("device cuda: torch finds no GPU that it can use; 'fastdeitlt doctor' says why, or use cpu")
     if not usable:
-        if kind == "auto" and DRIVER.exists():
+        if kind == "auto" and DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             _say_unused()
         return torch.device("cpu")
     index, count = local_rank(), torch.cuda.device_count()
