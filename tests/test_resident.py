@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from image_files import CPU, SIZES, deliver, encoded, make_set, picture, request
 from PIL import Image
 
@@ -187,6 +188,16 @@ def test_ranks_that_start_at_once_decode_once(tmp_path, decodings):
     assert len(decodings) == 1
     assert same(got[0], got[1])
     assert same(got[1], got[2])
+
+
+def test_ranks_do_not_wait_for_each_other_to_check_a_cache(tmp_path, cache_folder, decodings):
+    """Of a large set that takes a rank seconds, and a machine has eight."""
+    images = make_set(tmp_path)
+    hold(images, [])
+    (lock,) = cache_folder.glob("*.lock")
+    with ThreadPoolExecutor(1) as another, FileLock(lock):
+        another.submit(hold, images, []).result(timeout=20)
+    assert len(decodings) == 1
 
 
 def test_an_unreadable_image_stops_with_its_name(tmp_path, cache_folder):

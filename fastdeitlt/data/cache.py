@@ -103,11 +103,13 @@ def open_decoded(
     """
     path = user_cache("decoded") / _key(images, cfg)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if (decoded := _load(path, cfg)) is None:
-                sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
-                decoded = _decode_to_disk(path, images, cfg, stream, sizes_N2)
+        decoded = _load(path, cfg, tell=False)  # without the lock: ranks check a sound one side by side
+        if decoded is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if (decoded := _load(path, cfg)) is None:
+                    sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
+                    decoded = _decode_to_disk(path, images, cfg, stream, sizes_N2)
     except OSError as error:
         log.warning("cache %s: %s; decoding into memory, for this run only", path.parent, error.strerror or error)
         sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
@@ -180,8 +182,8 @@ def _decode_to_disk(
     return decoded
 
 
-def _load(path: Path, cfg: DataConfig) -> DecodedSet | None:
-    """The set if it is there and sound."""
+def _load(path: Path, cfg: DataConfig, tell: bool = True) -> DecodedSet | None:
+    """The set if it is there and sound; ``tell`` of one that is not."""
     if not path.exists():
         return None
     try:
@@ -192,7 +194,8 @@ def _load(path: Path, cfg: DataConfig) -> DecodedSet | None:
         if len(pixels) != decoded.starts[-1] or not np.array_equal(digests, _digests(decoded, cfg)):
             raise ValueError("checksums differ")
     except (FileNotFoundError, *DAMAGE) as error:
-        log.warning("cache %s: damaged (%s); decoding again", path, error)
+        if tell:
+            log.warning("cache %s: damaged (%s); decoding again", path, error)
         return None
     return decoded
 
