@@ -1,0 +1,55 @@
+"""How the modules hang together: imports go one way, and each heavy dependency has its place."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = [*(ROOT / "fastdeitlt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+ONLY = {
+    "torch.distributed": {"fastdeitlt.distributed"},
+    "deepspeed": {"fastdeitlt.sharded", "fastdeitlt.optim"},
+    "apex": {"fastdeitlt.optim"},
+    "nvidia.dali": {"fastdeitlt.data.decoder"},
+}
+"""Who may import what."""
+
+
+def module_of(path: Path) -> str:
+    """The dotted name that a file is imported by."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return name if name.startswith("fastdeitlt") else f"fastdeitlt.{name}"
+
+
+def imports_of(source: str) -> set[str]:
+    """What a module imports, inside its functions too: dotted names, some of attributes rather than of modules."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def in_order(imports: dict[str, set[str]]) -> list[str]:
+    """The modules, each after all that it imports."""
+    return list(TopologicalSorter({m: (names & imports.keys()) - {m} for m, names in imports.items()}).static_order())
+
+
+IMPORTS = {module_of(path): imports_of(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def test_no_import_goes_round():
+    assert set(in_order(IMPORTS)) == IMPORTS.keys()
+    lazily = "def late():\n    from fastdeitlt.data import longtail"
+    with pytest.raises(CycleError):  # the check can fail
+        in_order(IMPORTS | {"fastdeitlt.data.cifar": imports_of(lazily)})
+
+
+@pytest.mark.parametrize("package", ONLY)
+def test_a_heavy_dependency_has_one_door(package):
+    found = {module for module, names in IMPORTS.items() if any(f"{name}.".startswith(f"{package}.") for name in names)}
+    assert found == ONLY[package]
