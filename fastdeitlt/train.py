@@ -53,6 +53,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         if run.finished:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
             return run.folder
+        torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
         device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # 1 which images
         log.info("data %s: %s", cfg.data.title, sets)

@@ -338,3 +338,14 @@ def test_without_a_teacher_both_heads_learn_the_labels(tiny, tmp_path):
     }
     run = train(config.build(alone))
     assert json.loads((run / "results.json").read_text())["teacher"] is None
+
+
+def test_runs_of_one_process_do_not_use_up_the_compilers_limit(tiny, tmp_path, monkeypatch):
+    """As the runs of a grid: one graph may have so many variants, and whole graphs fail beyond."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, options, **how: compile(module, backend="eager", **how))
+    short = tiny | {"runs_dir": str(tmp_path), "train.epochs": 1, "loss.drw_epoch": -1, "train.compile": True}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for depth in (1, 2):
+            train(config.build(short | {"name": f"depth-{depth}", "student.depth": depth}))
+    torch.compiler.reset()
