@@ -110,7 +110,8 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
     from triton.compiler import CompilationError, compile
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    options, target = {"num_warps": config.num_warps, "num_stages": config.num_stages}, GPUTarget("cuda", sm, 32)
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options["enable_fp_fusion"], target = config.fp_fusion, GPUTarget("cuda", sm, 32)
     row = Row(op, config.kernel.__name__, sm, _describe(config), problems=_launch_problems(config, target))
     try:
         compiled = compile(_source(config), target=target, options=options)

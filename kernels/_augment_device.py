@@ -205,11 +205,12 @@ def _point(value, kind, argument):
 
 
 @triton.jit
-def _operate(image, y, x, c, mask, op, tables, S: tl.constexpr):
-    """The value (int32) at (y, x, c) after the operation that nine columns at ``op`` describe."""
+def _operate(image, e, mask, op, tables, S: tl.constexpr):
+    """The values (int32) of elements e after the operation that nine columns at ``op`` describe."""
     kind, argument = tl.load(op).to(tl.int32), tl.load(op + 1)
+    y, x, c = e // (S * 3), e // 3 % S, e % 3
     pixel = image + (y * S + x) * 3
-    value = tl.load(pixel + c, mask=mask, other=0).to(tl.int32)
+    value = tl.load(image + e, mask=mask, other=0).to(tl.int32)
     if kind == WARP:
         value = _warp(image, y, x, c, mask, op + 2, S)
     elif kind == LOOKUP:
@@ -236,8 +237,7 @@ def operate_kernel(jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: 
     image = tl.load(jobs + tl.program_id(0)).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = e < S * S * 3
-    y, x, c = e // (S * 3), e // 3 % S, e % 3
-    value = _operate(crops + image * (S * S * 3), y, x, c, inside, rows + image * COLUMNS + FIRST, tables, S)
+    value = _operate(crops + image * (S * S * 3), e, inside, rows + image * COLUMNS + FIRST, tables, S)
     tl.store(operated + image * (S * S * 3) + e, value.to(tl.uint8), mask=inside)
 
 
@@ -248,9 +248,9 @@ def _finished(image, e, mask, rows, crops, operated, tables, quantiles, scale, o
     base = image.to(tl.int64) * (S * S * 3)
     y, x, c = e // (S * 3), e // 3 % S, e % 3
     if tl.load(row + SEPARATE) != 0.0:
-        value = _operate(operated + base, y, x, c, mask, row + SECOND, tables, S)
+        value = _operate(operated + base, e, mask, row + SECOND, tables, S)
     else:
-        value = _operate(crops + base, y, x, c, mask, row + FIRST, tables, S)
+        value = _operate(crops + base, e, mask, row + FIRST, tables, S)
         value = _point(value, tl.load(row + SECOND).to(tl.int32), tl.load(row + SECOND + 1))
     normal = value.to(tl.float32) * tl.load(scale + c) + tl.load(offset + c)
     height = tl.load(row + ERASE_HEIGHT).to(tl.int32)

@@ -165,6 +165,7 @@ class AotConfig:
         signature: run-time argument -> Triton type ("*bf16", "*fp32", "*i64", "i32", "i64", "fp32").
         constexprs: constexpr argument -> value; a pointer passed as None belongs here too.
         divisible_by_16: integer arguments that are multiples of 16 in a real launch (pointers are taken to be aligned).
+        fp_fusion: whether products and sums may become one instruction, as in the launch.
         mma: the kernel must contain tensor-core instructions.
         narrow_stores: most stores to global memory of less than 8 bytes a thread; None = any number. A mask or an
             offset that Triton cannot see through makes every store narrow.
@@ -178,6 +179,7 @@ class AotConfig:
     num_warps: int = 4
     num_stages: int = 1
     divisible_by_16: tuple[str, ...] = ()
+    fp_fusion: bool = True
     mma: bool = False
     narrow_stores: int | None = None
     architectures: tuple[int, ...] = (80, 90, 100)

@@ -232,8 +232,9 @@ def aot_configs() -> list[AotConfig]:
         known = types | outputs
         signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
         sizes = tuple(name for name in ("source_size", "target_size") if name in signature)
-        narrow = 0 if kernel is gpu.convolve_kernel else None
-        return AotConfig(kernel, signature, constexprs, num_warps=warps, divisible_by_16=sizes, narrow_stores=narrow)
+        options: dict[str, Any] = {"narrow_stores": 0 if kernel is gpu.convolve_kernel else None}
+        options |= {"fp_fusion": kernel in (gpu.convolve_kernel, gpu.histogram_kernel), "divisible_by_16": sizes}
+        return AotConfig(kernel, signature, constexprs, num_warps=warps, **options)
 
     def block(kernel: str) -> dict[str, int]:
         return {"S": 224, **_setting(kernel, 224, torch.device("cpu")).blocks}
