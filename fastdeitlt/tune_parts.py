@@ -16,6 +16,7 @@ from fastdeitlt.data import augment as augmenting
 from fastdeitlt.data import mixup
 from fastdeitlt.data.batches import use_kernel
 from fastdeitlt.errors import UserError
+from fastdeitlt.flat_adamw import ALIGNMENT
 from fastdeitlt.kernels import _search, adamw_ema, attention, augment
 from fastdeitlt.kernels._attention_launch import Problem, one_program
 from fastdeitlt.kernels._launch import LaunchConfig
@@ -200,7 +201,8 @@ def _joint_loss(setup: Setup) -> Part:
 
 def _adamw_ema(setup: Setup) -> Part:
     """The flat step; which optimizer is faster only the whole step tells."""
-    size = sum(parameter.numel() for parameter in setup.joint.student.parameters())
+    weights = sum(parameter.numel() for parameter in setup.joint.student.parameters())
+    size = -(-weights // ALIGNMENT) * ALIGNMENT  # as the optimizer's buffers, which the kernel reads 16 bytes at a time
     flat = torch.rand(5, size, device=setup.device)
     lr, step = torch.full((), 1e-3, device=setup.device), torch.full((), 7.0, device=setup.device)
     options: dict[str, Any] = {"lr": lr, "step": step, "num_decayed": size // 2, "weight_decay": 0.05, "scale": lr}

@@ -17,6 +17,7 @@ from fastdeitlt.kernels.attention import choose
 from fastdeitlt import config, tune, tune_parts
 from fastdeitlt.bench_setup import set_up
 from fastdeitlt.errors import UserError
+from fastdeitlt.flat_adamw import ALIGNMENT
 from fastdeitlt.timer import Timing
 
 GPU = torch.cuda.is_available()
@@ -172,6 +173,13 @@ def test_attentions_keys_are_searched_where_a_backward_may_launch_their_kernel(t
     assert (problem.key("backward_keys") in settings) is keys
     assert any(not one_program(problem, setting) for setting in settings[problem.key("backward")]) is keys
     assert list(settings)[-1] == problem.key("backward")  # which then has the best keys
+
+
+def test_the_optimizer_is_timed_on_buffers_as_aligned_as_its_own(setup, monkeypatch):
+    buffers = []
+    monkeypatch.setattr(adamw_ema, "adamw_ema", lambda *given, **_: buffers.extend(given))
+    tune_parts._adamw_ema(setup).passes[adamw_ema.KEY].call()
+    assert len(buffers) == 4 and all(len(buffer) % ALIGNMENT == 0 for buffer in buffers)
 
 
 @pytest.mark.parametrize("default", [LaunchConfig({"BLOCK": 512}), LaunchConfig({"BLOCK": 1024}, 8)])
