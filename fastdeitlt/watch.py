@@ -19,9 +19,9 @@ from fastdeitlt.errors import MemoryFullError
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 1.5
 """Times the usual seconds of a rank from which one is said to hold the others up."""
-NO_ROOM = ("out of memory", "an't allocate", "ALLOC_FAILED", "ALLOCATION_FAILED")
-"""What plain runtime errors say of CUDA outside torch's allocator (pinned memory, modules, Triton, NCCL), of the host's
-allocator and DALI's, and of cuBLAS and cuDNN."""
+NO_ROOM = ("out of memory", "can't allocate", "alloc_failed", "allocation_failed")
+"""What plain runtime errors say, in small letters, of CUDA outside torch's allocator (pinned memory, modules, Triton,
+NCCL), of the host's allocator and DALI's, and of cuBLAS and cuDNN."""
 SPIKE = 10.0
 """Times the usual gradient norm from which a step's is a spike."""
 
@@ -117,7 +117,7 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and not any(said in str(error) for said in NO_ROOM):
+        if not full and not any(said in str(error).lower() for said in NO_ROOM):
             raise
         t, note = cfg.train, ""
         if torch.cuda.is_initialized():

@@ -1,8 +1,8 @@
 """Device code of ``augment``: resizing passes, image statistics, one operation, and the fused last pass.
 
 An image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is
-split by element e = (y * S + x) * 3 + c, so loads and stores run along memory. Launch with ``enable_fp_fusion=False``:
-a fused multiply-add rounds once where Pillow rounds twice.
+split by element e = (y * S + x) * 3 + c, so loads and stores run along memory. Launched
+without fused multiply-adds, as Pillow has none (``FP_FUSION``).
 Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 

@@ -11,6 +11,7 @@ Moves, an image of side 224 in bfloat16: the source crop, 0.15 MB of uint8 writt
 Shapes: B batch, S output side, P patch, K taps, J images that need statistics.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import fastdeitlt.kernels._augment_device as gpu
@@ -31,6 +32,9 @@ from fastdeitlt.errors import UserError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COEFFICIENT_BLOCK = 16
+FP_FUSION = False
+"""A fused multiply-add rounds once where Pillow rounds twice."""
+_launch = partial(launch, enable_fp_fusion=FP_FUSION)
 SEARCHED = ("convolve", "histogram", "operate", "finish")
 """Kernels whose setting may be measured; they and the output's side are its key."""
 
@@ -92,9 +96,9 @@ def augment(
     operated = crops
     if plan.num_separate:
         operated = torch.empty_like(crops)
-        launch(
+        _launch(
             gpu.operate_kernel, (plan.num_separate, blocks), crops,
-            separate, rows, crops, operated, tables, S=size, **config.options, enable_fp_fusion=False,
+            separate, rows, crops, operated, tables, S=size, **config.options,
         )  # fmt: skip
     if plan.num_second:
         _make_tables(second, rows, operated, tables, plan.num_first, gpu.SECOND.value, size)
@@ -171,16 +175,16 @@ def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
     batch, device = len(rows) - 1, pixels.device
     weights = torch.empty(batch, 2, size, plan.taps, dtype=torch.int32, device=device)
     first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)
-    launch(
+    _launch(
         gpu.coefficients_kernel, (batch, 2, triton.cdiv(size, COEFFICIENT_BLOCK)), rows,
-        rows, weights, first, S=size, K=plan.taps, BLOCK=COEFFICIENT_BLOCK, num_warps=4, enable_fp_fusion=False,
+        rows, weights, first, S=size, K=plan.taps, BLOCK=COEFFICIENT_BLOCK, num_warps=4,
     )  # fmt: skip
     between = torch.empty(batch, plan.intermediate, dtype=torch.uint8, device=device)
     crops = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
     config = _setting("convolve", size, device)
     passes = ((pixels, between, 0, plan.intermediate), (between, crops, plan.intermediate, size * size * 3))
     for number, (source, target, source_size, target_size) in enumerate(passes):
-        launch(
+        _launch(
             gpu.convolve_kernel, (batch, triton.cdiv(target_size, config.blocks["BLOCK"])), rows,
             rows, weights, first, source, target, source_size, target_size,
             PASS=number, S=size, K=plan.taps, **config.options,
@@ -193,13 +197,13 @@ def _make_tables(jobs: Tensor, rows: Tensor, images: Tensor, tables: Tensor, slo
     num_jobs, config = len(jobs) // 2, _setting("histogram", size, images.device)
     counts = torch.zeros(num_jobs, gpu.HISTOGRAM.value, dtype=torch.int32, device=images.device)
     lumas = torch.zeros(num_jobs, dtype=torch.int32, device=images.device)
-    launch(
+    _launch(
         gpu.histogram_kernel, (num_jobs, triton.cdiv(size * size * 3, config.blocks["BLOCK"])), images,
         jobs, images, counts, lumas, S=size, **config.options,
     )  # fmt: skip
-    launch(
+    _launch(
         gpu.table_kernel, (num_jobs, 3), images,
-        jobs, rows, counts, lumas, tables, slot, FIELD=field, S=size, num_warps=1, enable_fp_fusion=False,
+        jobs, rows, counts, lumas, tables, slot, FIELD=field, S=size, num_warps=1,
     )  # fmt: skip
 
 
@@ -213,10 +217,10 @@ def _finish(
     patches = torch.empty(batch * size * size // patch**2, 3 * patch**2, dtype=dtype, device=device) if patch else None
     how = gpu.UNMIXED if mix.lam == 1.0 else gpu.CUTMIX if mix.box else gpu.MIXUP
     config = _setting("finish", size, device)
-    launch(
+    _launch(
         gpu.finish_kernel, ((batch + 1) // 2, triton.cdiv(size * size * 3, config.blocks["BLOCK"])), crops,
         rows, crops, operated, tables, torch_augment.normal_table(device), scale, offset, images_BHWC, patches, batch,
-        MIX=how.value, P=patch or 1, S=size, **config.options, enable_fp_fusion=False,
+        MIX=how.value, P=patch or 1, S=size, **config.options,
     )  # fmt: skip
     return Augmented(None if images_BHWC is None else images_BHWC.permute(0, 3, 1, 2), patches)
 
@@ -233,7 +237,7 @@ def aot_configs() -> list[AotConfig]:
         signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
         sizes = tuple(name for name in ("source_size", "target_size") if name in signature)
         options: dict[str, Any] = {"narrow_stores": 0 if kernel is gpu.convolve_kernel else None}
-        options |= {"fp_fusion": kernel in (gpu.convolve_kernel, gpu.histogram_kernel), "divisible_by_16": sizes}
+        options |= {"divisible_by_16": sizes, "fp_fusion": FP_FUSION}
         return AotConfig(kernel, signature, constexprs, num_warps=warps, **options)
 
     def block(kernel: str) -> dict[str, int]:
