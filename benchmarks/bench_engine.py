@@ -24,7 +24,7 @@ from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.timer import measure
+from fastdeitlt.speed.timer import measure
 
 STEPS = 10
 """Between checkpoints."""

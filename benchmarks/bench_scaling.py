@@ -23,7 +23,7 @@ from benchmarks.peers import Workload
 from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.data.lists import read_list
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.metrics import score
+from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.models import create_student
 
 CPU = torch.device("cpu")

@@ -22,7 +22,8 @@ NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from fastdeitlt import config, run
+    from fastdeitlt import config
+    from fastdeitlt.running import run
 
     # shared out as `ablate` does
     of_teacher = [word for word in args.overrides if word.startswith("teacher_training.")]
@@ -51,7 +52,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_teacher(args: argparse.Namespace) -> int:
-    from fastdeitlt import config, run
+    from fastdeitlt import config
+    from fastdeitlt.running import run
     from fastdeitlt.teachers.train import train_teacher
 
     cfg = config.load(args.config, args.overrides)
@@ -64,15 +66,15 @@ def _train_teacher(args: argparse.Namespace) -> int:
 
 def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
     """Run the same command as several ranks, if there are to be some; their exit code."""
-    from fastdeitlt import launch
+    from fastdeitlt.running import launch
 
     count = launch.processes(cfg, args.processes, os.environ)
     return launch.launch(count, args.arguments, args.restarts) if count > 1 else None
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from fastdeitlt import run
-    from fastdeitlt.ablate import ablate
+    from fastdeitlt.ablation.ablate import ablate
+    from fastdeitlt.running import run
 
     run.set_up_logging()
     settings = [word for word in args.arms if "=" in word]  # those that follow --arms
@@ -90,8 +92,8 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fastdeitlt import run
     from fastdeitlt.demo import demo
+    from fastdeitlt.running import run
 
     run.set_up_logging()
     demo(args.seed, args.runs_dir)
@@ -99,8 +101,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from fastdeitlt import run
-    from fastdeitlt.evaluate import evaluate
+    from fastdeitlt.evaluation.evaluate import evaluate
+    from fastdeitlt.running import run
 
     run.set_up_logging()
     evaluate(args.model, args.overrides, split=args.split, json_path=args.json, csv_path=args.csv)
@@ -126,8 +128,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from fastdeitlt import run
-    from fastdeitlt.bench import bench
+    from fastdeitlt.running import run
+    from fastdeitlt.speed.bench import bench
 
     run.set_up_logging()
     given = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
@@ -136,8 +138,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from fastdeitlt import run
-    from fastdeitlt.tune import tune
+    from fastdeitlt.running import run
+    from fastdeitlt.speed.tune import tune
 
     run.set_up_logging()
     tune(args.config, args.overrides, out=args.out, with_step=not args.ops_only, again=args.again)
@@ -145,8 +147,8 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from fastdeitlt import run
-    from fastdeitlt.profiling import profile
+    from fastdeitlt.running import run
+    from fastdeitlt.speed.profiling import profile
 
     run.set_up_logging()
     profile(args.config, args.overrides, args.out, num_steps=args.steps, synthetic=args.synthetic)
@@ -156,7 +158,7 @@ def _profile(args: argparse.Namespace) -> int:
 def _analyze(args: argparse.Namespace) -> int:
     from importlib import import_module
 
-    from fastdeitlt import run
+    from fastdeitlt.running import run
 
     run.set_up_logging()
     runs = [word for word in args.runs if "=" not in word]
@@ -168,7 +170,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from fastdeitlt import report
+    from fastdeitlt.reporting import report
 
     runs = [*args.runs, *args.compare]
     if not runs:

@@ -9,7 +9,7 @@ from typing import Any
 from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.data.longtail import open_sets
-from fastdeitlt.run import MAY_CHANGE
+from fastdeitlt.running.run import MAY_CHANGE
 from fastdeitlt.teachers.selection import data_fingerprint
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train

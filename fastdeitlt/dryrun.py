@@ -17,7 +17,7 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.optim import peak_learning_rate
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run import console
+from fastdeitlt.running.run import console
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
 from fastdeitlt.train import teacher_of

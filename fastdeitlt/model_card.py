@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fastdeitlt.metrics import GROUPS, Result, cell
-from fastdeitlt.posthoc import PostHoc
+from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
+from fastdeitlt.evaluation.posthoc import PostHoc
 from fastdeitlt.saved import Saved
 
 CARD = """---

@@ -17,7 +17,7 @@ from fastdeitlt.manifest import Calibration
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.convert import load_student_checkpoint
 from fastdeitlt.models.teacher import check_class_map
-from fastdeitlt.run_files import read_json
+from fastdeitlt.running.run_files import read_json
 
 DEFAULT_CROP_PCT = 0.875
 

@@ -10,23 +10,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdeitlt import analysis, checkpoint, distributed, report
+from fastdeitlt import analysis, checkpoint, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet, class_order, drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.engine import Engine, build_engine
+from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.joint import JointForward
-from fastdeitlt.meter import Meter
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.optim import Ema, learning_rate
-from fastdeitlt.preemption import StopRequest
-from fastdeitlt.run import Run
-from fastdeitlt.selection import Selector
+from fastdeitlt.reporting import report
+from fastdeitlt.running.meter import Meter
+from fastdeitlt.running.preemption import StopRequest
+from fastdeitlt.running.run import Run
+from fastdeitlt.running.watch import memory_hint
 from fastdeitlt.teachers.check import check_decisions
-from fastdeitlt.watch import memory_hint
 
 log = logging.getLogger("fastdeitlt")
 

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from fastdeitlt import cli, launch
+from fastdeitlt import cli
+from fastdeitlt.running import launch
 
 FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
@@ -38,7 +39,7 @@ def _inject(fault, note):
     """Rank 1 meets the fault when it waits for the first batch of a step."""
     import torch
 
-    from fastdeitlt.meter import Meter
+    from fastdeitlt.running.meter import Meter
 
     wait = Meter.wait
 

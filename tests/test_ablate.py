@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 
-from fastdeitlt import ablate, ablation_table, cli, config, demo, embedded
-from fastdeitlt.ablation_table import paired_t_test
+from fastdeitlt import cli, config, demo, embedded
+from fastdeitlt.ablation import ablate, table
+from fastdeitlt.ablation.table import paired_t_test
 from fastdeitlt.analysis import teacher as analysis_of_teacher
 from fastdeitlt.errors import NonFiniteError, UserError
-from fastdeitlt.metrics import score, score_single
+from fastdeitlt.evaluation.metrics import score, score_single
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 SHORT = {
@@ -204,7 +205,7 @@ def test_what_training_left_out_is_looked_into_once_and_missed_plainly(
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     only = {"overrides": [f"runs_dir={tmp_path}"], "seeds": [0], "arms": ["base"]}
     folder = ablate.ablate(grid_file(), **only)  # the training above analyses nothing
-    file = folder / "base-seed0" / ablation_table.TEACHER_FILE
+    file = folder / "base-seed0" / table.TEACHER_FILE
     assert json.loads(file.read_text()) == {"mixed_resized": {"accuracy": 33.0}}
     assert "OOD,training,1,33" in (folder / "results.csv").read_text()
     file.unlink()
@@ -263,9 +264,9 @@ def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
             folder = tmp_path / f"{arm}-seed{seed}"
             _results(folder, number, teacher_correct=14)
             (folder / "analysis").mkdir()
-            (folder / ablation_table.TEACHER_FILE).write_text(json.dumps({"mixed_resized": {"accuracy": 41.5}}))
+            (folder / table.TEACHER_FILE).write_text(json.dumps({"mixed_resized": {"accuracy": 41.5}}))
             finished.append((arm, seed, folder))
-    ablation_table.write(tmp_path, ["base", "better", "alone"], finished)
+    table.write(tmp_path, ["base", "better", "alone"], finished)
     rows = {
         row["arm"]: row
         for row in csv.DictReader((tmp_path / "results.csv").open())

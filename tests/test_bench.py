@@ -14,11 +14,12 @@ from pynvml import NVMLError
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import bench_scaling, bench_step, gpu, peers, simulate
-from fastdeitlt import config, timer
-from fastdeitlt.bench import _at_ranks, _take_steps, bench
-from fastdeitlt.bench_setup import set_up
+from fastdeitlt import config
 from fastdeitlt.cli import main
-from fastdeitlt.meter import peak_flops
+from fastdeitlt.running.meter import peak_flops
+from fastdeitlt.speed import timer
+from fastdeitlt.speed.bench import _at_ranks, _take_steps, bench
+from fastdeitlt.speed.setup import set_up
 
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
 CPU = torch.device("cpu")
@@ -28,9 +29,9 @@ CPU = torch.device("cpu")
 def quick(monkeypatch):
     """Nothing here is about the numbers."""
     monkeypatch.setattr(timer, "WARM_UP_CALLS", 1)
-    monkeypatch.setattr("fastdeitlt.bench.QUICK_ROUNDS", 2)
-    monkeypatch.setattr("fastdeitlt.bench.QUICK_DATA_BATCHES", 3)
-    monkeypatch.setattr("fastdeitlt.bench.matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("fastdeitlt.speed.bench.QUICK_ROUNDS", 2)
+    monkeypatch.setattr("fastdeitlt.speed.bench.QUICK_DATA_BATCHES", 3)
+    monkeypatch.setattr("fastdeitlt.speed.bench.matmul_rate", lambda device, dtype: 1e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +68,7 @@ def test_power_is_that_of_steps_alone_and_a_failed_step_leaves_no_thread(monkeyp
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 650_000)  # milliwatts
     for name, seconds in (("POWER_S", 0.3), ("SENSOR_S", 0.0), ("POWER_PERIOD_S", 0.01)):
-        monkeypatch.setattr(f"fastdeitlt.bench.{name}", seconds)
+        monkeypatch.setattr(f"fastdeitlt.speed.bench.{name}", seconds)
     taken = []
     watts = _take_steps(lambda: taken.append(time.sleep(0.01)), torch.device("cuda", 0))
     assert taken and watts and set(watts) == {650.0}
@@ -110,8 +111,8 @@ def test_without_the_data_set_the_step_is_still_measured():
 WITHOUT_DALI = """
 import sys
 sys.modules["nvidia.dali"] = None
-from fastdeitlt import timer, tune
-from fastdeitlt.bench import bench
+from fastdeitlt.speed import timer, tune
+from fastdeitlt.speed.bench import bench
 timer.WARM_UP_CALLS = 1
 bench("quickstart", sys.argv[1:], quick=True, synthetic=True, batches=[])
 """

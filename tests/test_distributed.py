@@ -14,11 +14,12 @@ import pytest
 import torch
 from tiny_run import TIMES, tiny_run
 
-from fastdeitlt import config, distributed, launch
+from fastdeitlt import config, distributed
 from fastdeitlt.checkpoint import load_tensors, read_manifest
 from fastdeitlt.data.workers import num_threads
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import UserError
-from fastdeitlt.plain import PlainEngine
+from fastdeitlt.running import launch
 from fastdeitlt.train import train
 
 KILLED_AT = 5
@@ -74,7 +75,7 @@ def _main(path, *jobs):
 
 
 def _die_at(number, note):
-    from fastdeitlt.sharded import DeepSpeedEngine
+    from fastdeitlt.engine.sharded import DeepSpeedEngine
 
     real, count = DeepSpeedEngine.step, [0]
 

@@ -16,12 +16,12 @@ from fastdeitlt import config, distributed, optim
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine import build_engine
+from fastdeitlt.engine.finite_guard import FiniteGuard
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import UserError
-from fastdeitlt.finite_guard import FiniteGuard
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.plain import PlainEngine
 from fastdeitlt.stopwatch import WORK
 
 CPU = torch.device("cpu")

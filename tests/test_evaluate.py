@@ -23,8 +23,8 @@ from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluate import OneHead, collect_logits, evaluate
-from fastdeitlt.metrics import (
+from fastdeitlt.evaluation.evaluate import OneHead, collect_logits, evaluate
+from fastdeitlt.evaluation.metrics import (
     Result,
     calibration_error,
     reliability_bins,

@@ -17,8 +17,8 @@ from small_model import CLASS_NAMES, NAME, SIZE, save_images, save_student
 import fastdeitlt.export
 from fastdeitlt.cli import main
 from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.export import FACTS, export, timm_architecture
-from fastdeitlt.metrics import score
 from fastdeitlt.models import create_student
 from fastdeitlt.predict import predict
 

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdeitlt import config, metrics
+from fastdeitlt import config
 from fastdeitlt.data import augment, mixup, warps
 from fastdeitlt.data.batches import Batch, train_batches
 from fastdeitlt.data.longtail import LongTailSet, drw_weights
@@ -31,7 +31,8 @@ from fastdeitlt.data.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.engine import build_engine
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluate import OneHead, WithCosine, collect_logits
+from fastdeitlt.evaluation import metrics
+from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, collect_logits
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm

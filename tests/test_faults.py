@@ -28,11 +28,11 @@ from torch.distributed import DistBackendError
 from fastdeitlt import cli, config
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
-from fastdeitlt.plain import PlainEngine
-from fastdeitlt.run import RESTARTS, Run
+from fastdeitlt.running.run import RESTARTS, Run
+from fastdeitlt.running.watch import Norms, dump, memory_hint, warn_of_straggler
 from fastdeitlt.train import train
-from fastdeitlt.watch import Norms, dump, memory_hint, warn_of_straggler
 
 HANG_TIMEOUT_S = 12
 

@@ -12,7 +12,7 @@ from fastdeitlt import config
 from fastdeitlt.checkpoint import Checkpoints, load_tensors, read_manifest
 from fastdeitlt.data.longtail import read_list
 from fastdeitlt.errors import UserError
-from fastdeitlt.run_files import read_run
+from fastdeitlt.running.run_files import read_run
 from fastdeitlt.saved import open_saved
 
 fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "fastdeitlt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
 ONLY = {
     "torch.distributed": {"fastdeitlt.distributed"},
-    "deepspeed": {"fastdeitlt.sharded", "fastdeitlt.optim"},
+    "deepspeed": {"fastdeitlt.engine.sharded", "fastdeitlt.optim"},
     "apex": {"fastdeitlt.optim"},
     "nvidia.dali": {"fastdeitlt.data.decoder"},
 }

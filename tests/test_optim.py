@@ -11,10 +11,10 @@ from torch import nn
 
 from fastdeitlt import config, optim
 from fastdeitlt.data.batches import Batch
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import UserError
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student
-from fastdeitlt.plain import PlainEngine
 
 DATA = Path(__file__).parent / "data"
 

@@ -9,10 +9,10 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.metrics import score
+from fastdeitlt.evaluation.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
 from fastdeitlt.manifest import Calibration
-from fastdeitlt.metrics import score
 from fastdeitlt.model_card import model_card
-from fastdeitlt.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
 from fastdeitlt.saved import Saved
 
 COUNTS = [500, 120, 60, 20, 8]

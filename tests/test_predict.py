@@ -13,7 +13,7 @@ from fastdeitlt.config import DataConfig
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluate import collect_logits
+from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.predict import main, predict, to_csv
 
 

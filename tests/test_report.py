@@ -10,15 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdeitlt import cli, config, figures
+from fastdeitlt import cli, config
 from fastdeitlt.analysis import overlay
 from fastdeitlt.analysis.student import write as write_analysis
-from fastdeitlt.compare import compare
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import score, score_single
-from fastdeitlt.posthoc import METHODS, post_hoc
-from fastdeitlt.published import TABLES, published_table
-from fastdeitlt.report import results_table, write_report
+from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.evaluation.posthoc import METHODS, post_hoc
+from fastdeitlt.reporting import figures
+from fastdeitlt.reporting.compare import compare
+from fastdeitlt.reporting.published import TABLES, published_table
+from fastdeitlt.reporting.report import results_table, write_report
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 EVIL = '<script>alert("x")</script> & $\\frac{'

@@ -8,7 +8,7 @@ import pytest
 
 from fastdeitlt import config
 from fastdeitlt.errors import UserError
-from fastdeitlt.run import Run, environment
+from fastdeitlt.running.run import Run, environment
 
 
 def _config(tmp_path, **flat):
@@ -17,7 +17,7 @@ def _config(tmp_path, **flat):
 
 def test_second_process_in_the_folder_is_refused(tmp_path):
     with Run(_config(tmp_path)):
-        code = "import sys; from fastdeitlt import config; from fastdeitlt.run import Run;"
+        code = "import sys; from fastdeitlt import config; from fastdeitlt.running.run import Run;"
         code += "Run(config.build({'name': 'r', 'runs_dir': sys.argv[1]}))"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "another process is using it" in done.stderr

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeitlt import shift
-from fastdeitlt.metrics import score
+from fastdeitlt.evaluation import shift
+from fastdeitlt.evaluation.metrics import score
 
 COUNTS = [1000, 400, 150, 60, 20, 5]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.metrics import score
-from fastdeitlt.signs import NUM_TAIL_IMAGES, Reading, check, tail_images
+from fastdeitlt.evaluation.metrics import score
+from fastdeitlt.evaluation.signs import NUM_TAIL_IMAGES, Reading, check, tail_images
 
 COUNTS = [500, 400, 300, 80, 70, 60, 50, 9, 8, 7]  # official split: 3 head, 4 mid, 3 tail
 DRW = 10

@@ -14,12 +14,12 @@ from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.longtail import drw_weights
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.optim import Ema, learning_rate
-from fastdeitlt.plain import PlainEngine
 from fastdeitlt.train import train
 
 DATA = Path(__file__).parent / "data"

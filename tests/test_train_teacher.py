@@ -23,7 +23,7 @@ from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
 from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import NonFiniteError, UserError
-from fastdeitlt.evaluate import evaluate
+from fastdeitlt.evaluation.evaluate import evaluate
 from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers import flatness

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.page import Section
-from fastdeitlt.run_files import read_json
+from fastdeitlt.reporting.page import Section
+from fastdeitlt.running.run_files import read_json
 
 log = logging.getLogger("fastdeitlt")
 REPORTED = ("student", "teacher")

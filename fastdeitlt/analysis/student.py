@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from fastdeitlt import config, distributed, figures, page
+from fastdeitlt import config, distributed
 from fastdeitlt.analysis import attention, overlay
 from fastdeitlt.analysis.features import CENTRINGS, watch_tokens
 from fastdeitlt.atomic import write_atomically
@@ -26,9 +26,10 @@ from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, class_order, open_sets, shot_groups
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import cell
+from fastdeitlt.evaluation.metrics import cell
 from fastdeitlt.models.vit import DistilledViT
-from fastdeitlt.page import Block, Section
+from fastdeitlt.reporting import figures, page
+from fastdeitlt.reporting.page import Block, Section
 from fastdeitlt.saved import Saved, open_saved, run_of
 
 log = logging.getLogger("fastdeitlt")

@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastdeitlt import config, figures, page
+from fastdeitlt import config
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import GROUPS, cell
-from fastdeitlt.page import Section
+from fastdeitlt.evaluation.metrics import GROUPS, cell
+from fastdeitlt.reporting import figures, page
+from fastdeitlt.reporting.page import Section
 from fastdeitlt.saved import run_of
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 

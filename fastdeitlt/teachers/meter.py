@@ -11,8 +11,8 @@ from torch import Tensor
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import NonFiniteError
-from fastdeitlt.meter import Pace
-from fastdeitlt.run import Run
+from fastdeitlt.running.meter import Pace
+from fastdeitlt.running.run import Run
 from fastdeitlt.teachers.views import Plan
 
 T = TypeVar("T")

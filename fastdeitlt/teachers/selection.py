@@ -19,11 +19,11 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
 from fastdeitlt.data.resident import open_source
-from fastdeitlt.evaluate import OneHead, collect_logits
-from fastdeitlt.metrics import GROUPS, Result, score_single
+from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
+from fastdeitlt.evaluation.metrics import GROUPS, Result, score_single
 from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run import Run, console
+from fastdeitlt.running.run import Run, console
 
 log = logging.getLogger("fastdeitlt")
 CLEAN_IMAGES = 10_000

@@ -12,8 +12,8 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
-from fastdeitlt.preemption import StopRequest
-from fastdeitlt.run import Run
+from fastdeitlt.running.preemption import StopRequest
+from fastdeitlt.running.run import Run
 from fastdeitlt.teachers.meter import Meter
 from fastdeitlt.teachers.sam import SAM
 from fastdeitlt.teachers.schedule import learning_rate, radius

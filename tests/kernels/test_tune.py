@@ -14,11 +14,12 @@ from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels.attention import choose
 
-from fastdeitlt import config, tune, tune_parts
-from fastdeitlt.bench_setup import set_up
+from fastdeitlt import config
 from fastdeitlt.errors import UserError
 from fastdeitlt.flat_adamw import ALIGNMENT
-from fastdeitlt.timer import Timing
+from fastdeitlt.speed import tune, tune_parts
+from fastdeitlt.speed.setup import set_up
+from fastdeitlt.speed.timer import Timing
 
 GPU = torch.cuda.is_available()
 SMALL = [

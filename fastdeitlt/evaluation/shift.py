@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from fastdeitlt.data.longtail import class_order
-from fastdeitlt.metrics import Result, cell
+from fastdeitlt.evaluation.metrics import Result, cell
 
 SHIFTS: dict[str, float] = {
     **{f"forward {rho}": float(rho) for rho in (50, 25, 10, 5, 2)},

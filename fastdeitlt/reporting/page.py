@@ -101,7 +101,7 @@ def write(page: Page, path: Path) -> Path:
         UserError: the file cannot be written.
     """
     environment = Environment(
-        loader=PackageLoader("fastdeitlt", ""),
+        loader=PackageLoader("fastdeitlt.reporting", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

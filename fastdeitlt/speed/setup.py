@@ -15,12 +15,12 @@ from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
 from fastdeitlt.joint import JointForward
-from fastdeitlt.meter import forward_flops
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.running.meter import forward_flops
 from fastdeitlt.train import teacher_of
 
 

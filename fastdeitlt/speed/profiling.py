@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastdeitlt import config, distributed
-from fastdeitlt.bench_setup import Setup, set_up
 from fastdeitlt.data.batches import Batch, train_batches
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.engine import build_engine
 from fastdeitlt.optim import Ema, peak_learning_rate
-from fastdeitlt.timer import bandwidth, matmul_rate, synchronise
+from fastdeitlt.speed.setup import Setup, set_up
+from fastdeitlt.speed.timer import bandwidth, matmul_rate, synchronise
 
 STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
 AUTOGRAD = "autograd::engine::evaluate_function"

@@ -11,10 +11,10 @@ from torch import Tensor
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import UserError
 from fastdeitlt.joint import JointForward
 from fastdeitlt.loss import JointLoss
-from fastdeitlt.plain import PlainEngine
 
 log = logging.getLogger("fastdeitlt")
 
@@ -88,6 +88,6 @@ def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
         )
     if kind == "plain":
         return PlainEngine(joint, cfg, plan.micro_batches_per_step)
-    from fastdeitlt.sharded import DeepSpeedEngine  # DeepSpeed is slow to import
+    from fastdeitlt.engine.sharded import DeepSpeedEngine  # DeepSpeed is slow to import
 
     return DeepSpeedEngine(joint, cfg, plan)

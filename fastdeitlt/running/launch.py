@@ -19,7 +19,7 @@ import torch
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import RankLostError, UserError
-from fastdeitlt.preemption import SIGNALS
+from fastdeitlt.running.preemption import SIGNALS
 
 log = logging.getLogger("fastdeitlt")
 PROGRAM = [sys.executable, "-P", "-m", "fastdeitlt.cli"]

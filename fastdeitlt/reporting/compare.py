@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeitlt import config, figures, shift
+from fastdeitlt import config
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import GROUPS, Result, cell
-from fastdeitlt.page import Block, Figure, Page, Section, Table, best_cells, write
-from fastdeitlt.run_files import Record, RunFiles, column, read_run
+from fastdeitlt.evaluation import shift
+from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
+from fastdeitlt.reporting import figures
+from fastdeitlt.reporting.page import Block, Figure, Page, Section, Table, best_cells, write
+from fastdeitlt.running.run_files import Record, RunFiles, column, read_run
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:

@@ -25,8 +25,8 @@ from fastdeitlt import distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.engine.finite_guard import FiniteGuard
 from fastdeitlt.errors import UserError
-from fastdeitlt.finite_guard import FiniteGuard
 from fastdeitlt.joint import JointForward, LocalSums, compiled
 from fastdeitlt.loss import JointLoss
 from fastdeitlt.stopwatch import WORK

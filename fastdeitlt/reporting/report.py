@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import rich.table
 
-from fastdeitlt import analysis, config, figures
-from fastdeitlt.compare import compare
+from fastdeitlt import analysis, config
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import GROUPS, Result, cell
-from fastdeitlt.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
-from fastdeitlt.published import published_table
-from fastdeitlt.report_scores import score_sections
-from fastdeitlt.run_files import RunFiles, column, read_json, read_run
+from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
+from fastdeitlt.reporting import figures
+from fastdeitlt.reporting.compare import compare
+from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
+from fastdeitlt.reporting.published import published_table
+from fastdeitlt.reporting.scores import score_sections
+from fastdeitlt.running.run_files import RunFiles, column, read_json, read_run
 
 __all__ = ["compare", "results_table", "write_report"]
 

@@ -21,15 +21,15 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from fastdeitlt import config, distributed
-from fastdeitlt.bench import step_of
-from fastdeitlt.bench_setup import Setup, set_up
 from fastdeitlt.data.counts import KNOWN_CLASSES
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._launch import compiling
 from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, read, trying, use, write
 from fastdeitlt.kernels.adamw_ema import KEY
-from fastdeitlt.timer import Call, Timing, capturing_stream, measure, tensors_of
-from fastdeitlt.tune_parts import Part, Pass, parts, under
+from fastdeitlt.speed.bench import step_of
+from fastdeitlt.speed.setup import Setup, set_up
+from fastdeitlt.speed.timer import Call, Timing, capturing_stream, measure, tensors_of
+from fastdeitlt.speed.tune_parts import Part, Pass, parts, under
 
 log = logging.getLogger("fastdeitlt")
 

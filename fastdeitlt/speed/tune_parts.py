@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdeitlt.bench_setup import Setup
 from fastdeitlt.data import augment as augmenting
 from fastdeitlt.data import mixup
 from fastdeitlt.data.batches import use_kernel
@@ -27,7 +26,8 @@ from fastdeitlt.loss import joint_loss
 from fastdeitlt.models.layers import MLP_RATIO, linear_gelu, linear_gelu_kernel
 from fastdeitlt.models.residual import Kept, add_norm, add_norm_kernel
 from fastdeitlt.models.vit import NUM_PREFIX, Block
-from fastdeitlt.timer import Call, passes
+from fastdeitlt.speed.setup import Setup
+from fastdeitlt.speed.timer import Call, passes
 
 log = logging.getLogger("fastdeitlt")
 

@@ -15,21 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdeitlt import checkpoint, distributed, signs
+from fastdeitlt import checkpoint, distributed
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets, shot_groups
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluate import OneHead, WithCosine, gather_logits
-from fastdeitlt.metrics import GROUPS, Result, score, score_single
+from fastdeitlt.evaluation import signs
+from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
+from fastdeitlt.evaluation.metrics import GROUPS, Result, score, score_single
+from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
-from fastdeitlt.posthoc import post_hoc, temperatures
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run import Run, console
+from fastdeitlt.running.run import Run, console
 
 log = logging.getLogger("fastdeitlt")
 

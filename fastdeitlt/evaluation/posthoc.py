@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import GROUPS, Number, Result, cell, score_heads
-from fastdeitlt.shift import SHIFTS, accuracy_under, shifted_prior
+from fastdeitlt.evaluation.metrics import GROUPS, Number, Result, cell, score_heads
+from fastdeitlt.evaluation.shift import SHIFTS, accuracy_under, shifted_prior
 
 CHUNK = 2048
 HEADER = ["", *GROUPS, "ECE", "NLL", "fitted"]

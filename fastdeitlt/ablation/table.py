@@ -16,9 +16,9 @@ from rich.table import Table
 
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.errors import UserError
-from fastdeitlt.figures import COLOURS, STYLE
-from fastdeitlt.metrics import GROUPS, cell
-from fastdeitlt.run_files import read_json, read_run
+from fastdeitlt.evaluation.metrics import GROUPS, cell
+from fastdeitlt.reporting.figures import COLOURS, STYLE
+from fastdeitlt.running.run_files import read_json, read_run
 
 log = logging.getLogger("fastdeitlt")
 TEACHER_FILE = Path("analysis", "teacher.json")

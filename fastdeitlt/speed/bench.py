@@ -27,16 +27,16 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdeitlt import config, distributed
-from fastdeitlt.bench_setup import Setup, set_up
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch, train_batches
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.joint import JointForward
-from fastdeitlt.meter import peak_flops
 from fastdeitlt.optim import Ema, peak_learning_rate
-from fastdeitlt.run import environment
-from fastdeitlt.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
+from fastdeitlt.running.meter import peak_flops
+from fastdeitlt.running.run import environment
+from fastdeitlt.speed.setup import Setup, set_up
+from fastdeitlt.speed.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
 
 ROUNDS, QUICK_ROUNDS = 12, 3
 DATA_BATCHES, QUICK_DATA_BATCHES = 48, 12

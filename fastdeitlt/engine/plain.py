@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdeitlt import optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.finite_guard import FiniteGuard
+from fastdeitlt.engine.finite_guard import FiniteGuard
 from fastdeitlt.flat_adamw import FlatAdamW
 from fastdeitlt.joint import JointForward, LocalSums, compiled
 from fastdeitlt.loss import JointLoss

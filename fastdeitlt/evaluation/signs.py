@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastdeitlt.data.longtail import LongTailSet, class_order, shot_groups
-from fastdeitlt.metrics import Result
+from fastdeitlt.evaluation.metrics import Result
 
 SPLIT = "official"
 HEAD_DROP = 10.0

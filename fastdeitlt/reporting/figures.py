@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastdeitlt.metrics import Result
+from fastdeitlt.evaluation.metrics import Result
 
 COLOURS = {"AVG": "#111827", "CLS": "#2563eb", "DIST": "#d97706", "TEACHER": "#6b7280"}
 INK, FAINT, GRID = "#374151", "#9ca3af", "#e5e7eb"

@@ -29,7 +29,7 @@ from fastdeitlt.atomic import write_atomically
 from fastdeitlt.checkpoint import Checkpoints, sweep
 from fastdeitlt.config import Config
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError
-from fastdeitlt.run_files import read_json
+from fastdeitlt.running.run_files import read_json
 
 log = logging.getLogger("fastdeitlt")
 console = Console()
@@ -106,7 +106,7 @@ def _commit() -> str | None:
     git = shutil.which("git")
     if not git:
         return None
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field, ValidationError
 from rich.table import Table
 
-from fastdeitlt import ablation_table, analysis, config
+from fastdeitlt import analysis, config
+from fastdeitlt.ablation import table
 from fastdeitlt.config import Config, Section
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.sampler import Plan
@@ -19,8 +20,8 @@ from fastdeitlt.demo import train_both
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import open_teacher
-from fastdeitlt.run import console, refuse_changes
-from fastdeitlt.run_files import read_json
+from fastdeitlt.running.run import console, refuse_changes
+from fastdeitlt.running.run_files import read_json
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
 from fastdeitlt.train import train
@@ -130,7 +131,7 @@ def ablate(
             return None
         diverged = [run.folder for run in wanted if not _finish(run)]
     finished = [(run.arm, run.seed, run.folder) for run in runs if is_finished(run.folder)]
-    ablation_table.write(folder, list(grid.arms), finished)
+    table.write(folder, list(grid.arms), finished)
     if not table_only and diverged:
         raise NonFiniteError(f"ablate: {len(diverged)} runs diverged: {', '.join(map(str, diverged))}")
     return folder
@@ -278,10 +279,10 @@ def _work(folder: Path, steps: int) -> Work:
 
 def _listing(name: str, works: Sequence[Work]) -> Table:
     left = sum(work.steps - work.done for work in works)
-    table = Table("run", "optimizer steps", "state", title=f"grid {name}: {left:,} steps left", title_justify="left")
+    plan = Table("run", "optimizer steps", "state", title=f"grid {name}: {left:,} steps left", title_justify="left")
     for work in works:
-        table.add_row(work.name, f"{work.steps:,}", work.state)
-    return table
+        plan.add_row(work.name, f"{work.steps:,}", work.state)
+    return plan
 
 
 def _finish(run: ArmRun) -> bool:
@@ -294,6 +295,6 @@ def _finish(run: ArmRun) -> bool:
         except NonFiniteError as error:
             log.error("%s: %s; going on with the next", run.folder, error)
             return False
-    if not (run.folder / ablation_table.TEACHER_FILE).is_file():  # trained with evaluate.analyze_images=0
+    if not (run.folder / table.TEACHER_FILE).is_file():  # trained with evaluate.analyze_images=0
         analysis.look_into(run.folder, OOD_IMAGES, ["teacher"])
     return True

@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 
-from fastdeitlt import figures, shift
-from fastdeitlt.metrics import GROUPS, Result, cell
-from fastdeitlt.page import Block, Figure, Fold, Section, Table, best_cells
-from fastdeitlt.posthoc import HEADER, PostHoc
-from fastdeitlt.run_files import RunFiles
+from fastdeitlt.evaluation import shift
+from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
+from fastdeitlt.evaluation.posthoc import HEADER, PostHoc
+from fastdeitlt.reporting import figures
+from fastdeitlt.reporting.page import Block, Figure, Fold, Section, Table, best_cells
+from fastdeitlt.running.run_files import RunFiles
 
 MAX_CLASS_ROWS = 200
 

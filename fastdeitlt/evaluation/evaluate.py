@@ -15,17 +15,18 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fastdeitlt import config, distributed, shift
+from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.augment import CropRequest, normalise
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import Result, score, score_single
+from fastdeitlt.evaluation import shift
+from fastdeitlt.evaluation.metrics import Result, score, score_single
+from fastdeitlt.evaluation.posthoc import PostHoc, post_hoc
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
-from fastdeitlt.posthoc import PostHoc, post_hoc
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.saved import Saved, open_saved, run_of
 

@@ -9,8 +9,8 @@ from typing import Any
 from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
-from fastdeitlt.metrics import Result
-from fastdeitlt.posthoc import PostHoc
+from fastdeitlt.evaluation.metrics import Result
+from fastdeitlt.evaluation.posthoc import PostHoc
 
 Record = dict[str, Any]
 

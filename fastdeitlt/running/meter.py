@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeitlt import distributed, watch
+from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import MicroBatch, Plan
@@ -19,7 +19,8 @@ from fastdeitlt.errors import NonFiniteError
 from fastdeitlt.loss import JointLoss
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
-from fastdeitlt.run import Run
+from fastdeitlt.running import watch
+from fastdeitlt.running.run import Run
 from fastdeitlt.stopwatch import WORK
 
 PEAK_FLOPS = {

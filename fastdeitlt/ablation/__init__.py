@@ -1,0 +1,1 @@
+"""Grids of settings and seeds, and their table."""

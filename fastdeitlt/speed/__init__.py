@@ -1,0 +1,1 @@
+"""Images a second: `bench`, `profile`, `tune`."""
