@@ -40,21 +40,30 @@ def _store(p_rows, b_x, start, first, limit, STRIDE: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def _attend(b_q, ks, vs, row_max, row_sum, b_out, N: tl.constexpr, CHUNKS: tl.constexpr, SCALE: tl.constexpr):
-    """Join the chunks' keys to what the rows have seen; ``row_max`` in units of log 2."""
+def _attend(
+    b_q, ks, vs, row_max, row_sum, b_out, N: tl.constexpr, CHUNKS: tl.constexpr, SCALE: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
+    """Join the chunks' keys to what the rows have seen, to nothing if FIRST; ``row_max`` of unscaled scores.
+
+    The scale is left to the exponent, whose multiply-add takes it for nothing.
+    """
+    TO_LOG2: tl.constexpr = SCALE * LOG2E
     scores = ()
     new_max = row_max
     for c in tl.static_range(len(CHUNKS)):
-        b_s = tl.dot(b_q, tl.trans(ks[c]), input_precision="ieee") * (SCALE * LOG2E)
+        b_s = tl.dot(b_q, tl.trans(ks[c]), input_precision="ieee")
         if CHUNKS[c][2]:
             b_s = tl.where((CHUNKS[c][0] + tl.arange(0, CHUNKS[c][1]) < N)[None, :], b_s, -float("inf"))
         new_max = tl.maximum(new_max, tl.max(b_s, 1))
         scores += (b_s,)
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale
-    b_out = b_out * rescale[:, None]
+    shift = new_max * TO_LOG2
+    if not FIRST:
+        rescale = tl.exp2(row_max * TO_LOG2 - shift)
+        row_sum = row_sum * rescale
+        b_out = b_out * rescale[:, None]
     for c in tl.static_range(len(CHUNKS)):
-        b_p = tl.exp2(scores[c] - new_max[:, None])
+        b_p = tl.exp2(scores[c] * TO_LOG2 - shift[:, None])
         row_sum += tl.sum(b_p, 1)
         b_out = tl.dot(b_p.to(b_q.dtype), vs[c], b_out, input_precision="ieee")
     return new_max, row_sum, b_out
@@ -100,11 +109,11 @@ def attention_fwd_kernel(
                     b_k = _load(p_k, key, N, KV_TOKEN, D, BLOCK_N, BLOCK_D, False)
                     b_v = _load(p_v, key, N, KV_TOKEN, D, BLOCK_N, BLOCK_D, False)
                     row_max, row_sum, b_out = _attend(
-                        b_q, (b_k,), (b_v,), row_max, row_sum, b_out, N, STREAM_CHUNK, SCALE
+                        b_q, (b_k,), (b_v,), row_max, row_sum, b_out, N, STREAM_CHUNK, SCALE, False
                     )
-            row_max, row_sum, b_out = _attend(b_q, ks, vs, row_max, row_sum, b_out, N, RESIDENT, SCALE)
-            _store(p_out, b_out / row_sum[:, None], row, 0, R, H * D, D)
-            tl.store(p_lse + o_m, row_max + tl.log2(row_sum), mask=o_m < R)
+            row_max, row_sum, b_out = _attend(b_q, ks, vs, row_max, row_sum, b_out, N, RESIDENT, SCALE, STREAMED == 0)
+            _store(p_out, b_out * (1.0 / row_sum)[:, None], row, 0, R, H * D, D)
+            tl.store(p_lse + o_m, row_max * (SCALE * LOG2E) + tl.log2(row_sum), mask=o_m < R)
 
 
 @triton.jit

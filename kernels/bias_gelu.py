@@ -1,7 +1,12 @@
 """The MLP's bias and exact GELU in one pass, and in the backward the bias gradient in the pass that writes du.
 
     x = u + bias,  h = x P(x),  P(x) = (1 + erf(x / sqrt 2)) / 2
-    du = dh (P(x) + x exp(-x^2 / 2) / sqrt(2 pi)),  dbias = sum_m du_m
+    du = dh (P(x) + x p(x)),  p(x) = exp(-x^2 / 2) / sqrt(2 pi),  dbias = sum_m du_m
+
+A pass over bytes alone leaves about 27 instructions an element forward and 41 backward on an H200, less than erf of
+CUDA's library takes with what is around it. So the tail Q = 1 - P is the power of 2 of a polynomial of |x|, and
+
+    h = max(x, 0) - |x| Q(|x|),  P + x p = T(-x) for x < 0 and 1 - T(x) for x > 0,  T(a) = Q(a) - a p(a)
 
 u is the first linear map's product without its bias. Only u is kept; the arithmetic is float32. Programs of the
 backward run through the rows and keep sums for the bias; a second reduction adds these up in a fixed order, so there
@@ -29,7 +34,15 @@ IMPLS = ("auto", "triton", "torch")
 FORWARD = LaunchConfig({"ROWS": 4, "BLOCK": 512}, num_warps=4)
 BACKWARD = LaunchConfig({"ROWS": 8, "BLOCK": 256, "PROGRAMS": 4}, num_warps=4, num_stages=2)
 """Defaults; the backward has PROGRAMS on a multiprocessor for all columns together."""
-SQRT_HALF, INVERSE_SQRT_2PI = tl.constexpr(math.sqrt(0.5)), tl.constexpr(1 / math.sqrt(2 * math.pi))
+HALF_LOG2E, HALF_LOG2_2PI = tl.constexpr(0.5 / math.log(2)), tl.constexpr(0.5 * math.log2(2 * math.pi))
+FAR = tl.constexpr(16.0)
+POWERS = (
+    -1.28922898e-6, 2.09580766e-5, -9.99477197e-5, -3.39450751e-4, 7.31561612e-3, -5.26574291e-2, -0.459161669,
+    -1.15110946, -1.0,
+)  # fmt: skip
+"""log2 Q(a) by powers of a, the eighth first: minimax on [0, 5.5], where Q is off by at most 8e-8 and 7e-4 of itself in
+float32. Beyond it stays below Q(5.5) = 2e-8, and from FAR on Q is 0."""
+LOG2_TAIL, DEGREE = tl.constexpr(POWERS), tl.constexpr(len(POWERS) - 1)
 
 
 def reference(u: Tensor, bias: Tensor) -> Tensor:
@@ -47,6 +60,16 @@ def _load(p_x, o_m, o_f, M, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _tail(b_x):
+    """|x|, at most FAR, and Q of it: how much of a normal distribution lies above."""
+    b_a = tl.minimum(tl.abs(b_x), FAR)
+    b_log2 = tl.full(b_a.shape, LOG2_TAIL[0], tl.float32)
+    for i in tl.static_range(1, DEGREE + 1):
+        b_log2 = b_log2 * b_a + LOG2_TAIL[i]
+    return b_a, tl.exp2(b_log2)
+
+
+@triton.jit
 def bias_gelu_fwd_kernel(
     p_u,  # [M, WIDTH]
     p_bias,  # [WIDTH]
@@ -59,7 +82,8 @@ def bias_gelu_fwd_kernel(
     bias = tl.load(p_bias + o_f, mask=o_f < WIDTH, other=0.0).to(tl.float32)
     o_block, m_block, b_u = _load(p_u, o_m, o_f, M, WIDTH)
     b_x = b_u + bias[None, :]
-    b_h = b_x * (0.5 + 0.5 * tl.erf(b_x * SQRT_HALF))
+    b_a, b_q = _tail(b_x)
+    b_h = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL) - b_a * b_q
     tl.store(p_h + o_block, b_h.to(p_h.dtype.element_ty), mask=m_block)
 
 
@@ -82,8 +106,9 @@ def bias_gelu_bwd_kernel(
         o_block, m_block, b_u = _load(p_u, o_m, o_f, M, WIDTH)
         b_dh = tl.load(p_dh + o_block, mask=m_block, other=0.0).to(tl.float32)
         b_x = b_u + bias[None, :]
-        b_slope = 0.5 + 0.5 * tl.erf(b_x * SQRT_HALF) + b_x * INVERSE_SQRT_2PI * tl.exp(-0.5 * b_x * b_x)
-        b_du = b_dh * b_slope
+        b_a, b_q = _tail(b_x)
+        b_t = b_q - b_a * tl.exp2(b_x * b_x * -HALF_LOG2E - HALF_LOG2_2PI)
+        b_du = b_dh * tl.where(b_x > 0, 1.0 - b_t, b_t)
         tl.store(p_du + o_block, b_du.to(p_du.dtype.element_ty), mask=m_block)
         b_dbias += b_du
     tl.store(p_sums + i_p.to(tl.int64) * WIDTH + o_f, tl.sum(b_dbias, 0), mask=o_f < WIDTH)

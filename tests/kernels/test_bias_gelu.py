@@ -71,6 +71,25 @@ def test_values_of_ten_thousand_stay_exact(device):
     assert torch.autograd.grad(h.sum(), u)[0].tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
 
 
+def test_the_polynomial_of_the_tail_is_as_exact_as_float32(device):
+    u = torch.linspace(-20, 20, 4001, device=device)[None].requires_grad_()
+    h = bias_gelu(u, torch.zeros(4001, device=device), impl="triton")
+    exact = u.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    torch.testing.assert_close(h.double(), expected, rtol=1e-7, atol=1e-7)
+    slopes = [torch.autograd.grad(y.sum(), x)[0].double() for y, x in ((h, u), (expected, exact))]
+    torch.testing.assert_close(*slopes, rtol=0, atol=2e-7)
+
+
+def test_what_is_not_finite_is_not_hidden(device):
+    u = torch.tensor([[float("inf"), -float("inf"), float("nan")]], device=device).requires_grad_()
+    h = bias_gelu(u, torch.zeros(3, device=device), impl="triton")
+    (slope,) = torch.autograd.grad(h.sum(), u)
+    expected = [float("inf"), 0.0, float("nan")], [1.0, 0.0, float("nan")]
+    for got, values in zip((h.detach(), slope), expected, strict=True):
+        torch.testing.assert_close(got[0].cpu(), torch.tensor(values), rtol=0, atol=0, equal_nan=True)
+
+
 def test_two_runs_are_equal_bit_for_bit(device):
     tensors = example((33, 70), device, (BRAIN, FULL))
     runs = [torch.autograd.grad(bias_gelu(*tensors, impl="triton").float().square().sum(), tensors) for _ in range(2)]
