@@ -1,8 +1,10 @@
 """Device code of ``augment``: resizing passes, image statistics, one operation, and the fused last pass.
 
 An image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is
-split by element e = (y * S + x) * 3 + c, so loads and stores run along memory. Launched
-without fused multiply-adds, as Pillow has none (``FP_FUSION``).
+split by pixel p = y * S + x, whose three values share places and weights; between the passes a pixel is one int32, red
+in the lowest byte. A program takes BLOCK pixels, STEP at a time, one a thread: neighbours then read neighbours, and the
+compiler has no reason to change layouts inside a loop. Launched without fused multiply-adds, as Pillow has none
+(``FP_FUSION``).
 Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 
@@ -27,8 +29,9 @@ AUTO_CONTRAST, EQUALIZE, CONTRAST = tl.constexpr(0), tl.constexpr(1), tl.constex
 UNMIXED, MIXUP, CUTMIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PRECISION_BITS, PRECISION = tl.constexpr(22), tl.constexpr(1 << 22)
 """Fixed point of Pillow's coefficients."""
-HISTOGRAM = tl.constexpr(1024)
-"""Bins kept for 3 * 256 values: a power of two."""
+BIAS, TWO_52 = tl.constexpr(1024), tl.constexpr(2.0**52)
+TWO_52_BITS, FILL = tl.constexpr(0x433 << 52), tl.constexpr(124 | 116 << 8 | 104 << 16)
+"""The exponent that leaves the last bit of a float64 worth 1; what lies outside an image, packed."""
 
 
 @triton.jit
@@ -51,74 +54,98 @@ def coefficients_kernel(rows, weights, first, S: tl.constexpr, K: tl.constexpr, 
     value = tl.where(tap < end[:, None], value, 0.0)
     value = value / tl.sum(value, axis=1)[:, None] * PRECISION
     rounded = (value + tl.where(value < 0.0, -0.5, 0.5)).to(tl.int32)
-    row = (image * 2 + axis) * S + i
-    tl.store(weights + row[:, None] * K + tl.arange(0, K)[None, :], rounded, mask=place[:, None] < S)
-    tl.store(first + row, begin, mask=place < S)
+    weight = ((image * 2 + axis) * K + tl.arange(0, K)[None, :]) * S + i[:, None]
+    tl.store(weights + weight, rounded, mask=place[:, None] < S)
+    tl.store(first + (image * 2 + axis) * S + i, begin, mask=place < S)
 
 
 @triton.jit
 def convolve_kernel(
     rows, weights, first, source, target, source_size, target_size,
-    PASS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    PASS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One resizing pass: along rows or columns as the image's order says; the second pass mirrors what is to flip."""
+    """One resizing pass: along rows or columns as the image's order says; the second pass mirrors what is to flip.
+
+    The first reads bytes of the set, the second the first's pixels; the sizes are of an image, in pixels.
+    """
     image = tl.program_id(0)
     row = rows + image * COLUMNS
     height, width = tl.load(row + HEIGHT).to(tl.int32), tl.load(row + WIDTH).to(tl.int32)
     down = (tl.load(row + COLUMNS_FIRST).to(tl.int32) + PASS) % 2 == 1
     if PASS == 0:
         source += tl.load(row + START).to(tl.int64)
-        stride = tl.load(row + STRIDE).to(tl.int64)
-        in_height, in_width = height, width
+        stride, across = tl.load(row + STRIDE).to(tl.int32), 3
         out_height, out_width = tl.where(down, S, height), tl.where(down, width, S)
     else:
         source += image.to(tl.int64) * source_size
-        in_height, in_width = tl.where(down, height, S), tl.where(down, S, width)
-        stride = in_width.to(tl.int64) * 3
+        stride, across = tl.where(down, S, width), 1
         out_height, out_width = S, S
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bytes_out = out_height * out_width * 3
-    inside = e < bytes_out
-    y, x, c = e // (out_width * 3), e // 3 % out_width, e % 3
-    if PASS == 1:
-        x = tl.where(tl.load(row + FLIP) != 0.0, out_width - 1 - x, x)
-    place = (image * 2 + tl.where(down, 0, 1)) * S + tl.where(down, y, x)
-    begin = tl.load(first + place, mask=inside, other=0)
-    weights += place * K
-    taps = tl.where(inside, tl.where(down, in_height, in_width) - begin, 0)
-    step = tl.where(down, stride, 3)
-    source += tl.where(down, x * 3, y * stride) + begin * step + c
-    total = tl.zeros((BLOCK,), tl.int32)
-    for k in range(K):
-        value = tl.load(source + k * step, mask=k < taps, other=0).to(tl.int32)
-        total += tl.load(weights + k, mask=inside, other=0) * value
-    value = (total + PRECISION // 2) >> PRECISION_BITS
-    value = tl.minimum(tl.maximum(value, 0), 255).to(tl.uint8)
-    if PASS == 0:  # up to the next sixteen, for which there is room: a thread's bytes then go in one store
-        inside = e < (bytes_out + 15) // 16 * 16
-    tl.store(target + image.to(tl.int64) * target_size + e, value, mask=inside)
+    axis, length, step = tl.where(down, 0, 1), tl.where(down, height, width), tl.where(down, stride, across)
+    weights += (image * 2 + axis) * (K * S)
+    first += (image * 2 + axis) * S
+    target += image.to(tl.int64) * target_size
+    pixels_out = out_height * out_width
+    for start in range(0, BLOCK, STEP):
+        p = tl.program_id(1) * BLOCK + start + tl.arange(0, STEP)
+        y, x = p // out_width, p % out_width
+        if PASS == 1:
+            x = tl.where(tl.load(row + FLIP) != 0.0, out_width - 1 - x, x)
+        i = tl.minimum(tl.where(down, y, x), S - 1)
+        begin = tl.load(first + i)
+        taps = tl.where(p < pixels_out, length - begin, 0)
+        weight = weights + i
+        pixel = source + (tl.where(down, x * across, y * stride) + begin * step)
+        red = tl.full((STEP,), PRECISION // 2, tl.int32)
+        green, blue = red, red
+        for k in range(tl.maximum(4 * length // S, 4) + 1):  # as many as a support holds; K is of the whole batch
+            w = tl.load(weight)
+            if PASS == 0:
+                r = tl.load(pixel, mask=k < taps, other=0).to(tl.int32)
+                g = tl.load(pixel + 1, mask=k < taps, other=0).to(tl.int32)
+                b = tl.load(pixel + 2, mask=k < taps, other=0).to(tl.int32)
+            else:
+                r, g, b = _unpack(tl.load(pixel, mask=k < taps, other=0))
+            red += w * r
+            green += w * g
+            blue += w * b
+            weight += S
+            pixel += step
+        tl.store(target + p, _pack(_byte(red), _byte(green), _byte(blue)), mask=p < pixels_out)
 
 
 @triton.jit
-def _luma(pixel, mask):
-    red = tl.load(pixel, mask=mask, other=0).to(tl.int32)
-    green = tl.load(pixel + 1, mask=mask, other=0).to(tl.int32)
-    blue = tl.load(pixel + 2, mask=mask, other=0).to(tl.int32)
+def _byte(total):
+    """A fixed-point sum as Pillow rounds it."""
+    return tl.minimum(tl.maximum(total >> PRECISION_BITS, 0), 255)
+
+
+@triton.jit
+def _pack(red, green, blue):
+    return red | (green << 8) | (blue << 16)
+
+
+@triton.jit
+def _unpack(pixel):
+    return pixel & 255, (pixel >> 8) & 255, pixel >> 16
+
+
+@triton.jit
+def _luma(red, green, blue):
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
 @triton.jit
 def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Add a block's values (256 c + v) and luma to the statistics of the image a job names."""
+    """Add a block's values (bin 256 c + v) and luma to the statistics of the image a job names."""
     job = tl.program_id(0)
-    image = images + tl.load(jobs + job * 2).to(tl.int64) * (S * S * 3)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < S * S * 3
-    value = tl.load(image + e, mask=inside, other=0).to(tl.int32)
-    found = tl.histogram(value + 256 * (e % 3), HISTOGRAM, mask=inside)
-    tl.atomic_add(counts + job * HISTOGRAM + tl.arange(0, HISTOGRAM), found, mask=tl.arange(0, HISTOGRAM) < 768)
-    start = inside & (e % 3 == 0)
-    tl.atomic_add(lumas + job, tl.sum(tl.where(start, _luma(image + e, start), 0)))
+    image = images + tl.load(jobs + job * 2).to(tl.int64) * (S * S)
+    p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = p < S * S
+    values = _unpack(tl.load(image + p, mask=inside, other=0))
+    for c in tl.static_range(3):
+        found = tl.histogram(values[c], 256, mask=inside)
+        tl.atomic_add(counts + (job * 3 + c) * 256 + tl.arange(0, 256), found)
+    tl.atomic_add(lumas + job, tl.sum(tl.where(inside, _luma(values[0], values[1], values[2]), 0)))
 
 
 @triton.jit
@@ -126,7 +153,7 @@ def table_kernel(jobs, rows, counts, lumas, tables, slot, FIELD: tl.constexpr, S
     """Turn an image's statistics into the lookup table of its first or second operation (FIELD), one channel."""
     job, c = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, 256)
-    count = tl.load(counts + job * HISTOGRAM + c * 256 + v)
+    count = tl.load(counts + (job * 3 + c) * 256 + v)
     what = tl.load(jobs + job * 2 + 1)
     if what == AUTO_CONTRAST:
         low = tl.min(tl.where(count > 0, v, 255)).to(tl.float64)
@@ -159,32 +186,45 @@ def _cubic(v1, v2, v3, v4, t):
 
 
 @triton.jit
-def _tap_row(image, y, x, c, t, inside, S: tl.constexpr):
-    row = image + tl.minimum(tl.maximum(y, 0), S - 1) * (S * 3) + c
-    v1 = tl.load(row + tl.minimum(tl.maximum(x - 1, 0), S - 1) * 3, mask=inside, other=0).to(tl.float64)
-    v2 = tl.load(row + tl.minimum(tl.maximum(x, 0), S - 1) * 3, mask=inside, other=0).to(tl.float64)
-    v3 = tl.load(row + tl.minimum(tl.maximum(x + 1, 0), S - 1) * 3, mask=inside, other=0).to(tl.float64)
-    v4 = tl.load(row + tl.minimum(tl.maximum(x + 2, 0), S - 1) * 3, mask=inside, other=0).to(tl.float64)
-    return _cubic(v1, v2, v3, v4, t)
+def _exact(value):
+    """float64 of integers from -BIAS to 2^31 - BIAS: as the low bits of 2^52 and more, where conversion is slow."""
+    bits = (value + BIAS).to(tl.uint32).to(tl.uint64) | TWO_52_BITS
+    return bits.to(tl.float64, bitcast=True) - (TWO_52 + BIAS)
 
 
 @triton.jit
-def _warp(image, y, x, c, mask, matrix, S: tl.constexpr):
+def _cubic_of_bytes(v1, v2, v3, v4, t):
+    """``_cubic`` of integers: what it multiplies with powers of t is exact in integers."""
+    first, second, third = _exact(v3 - v1), _exact(2 * (v1 - v2) + v3 - v4), _exact(v2 - v1 + v4 - v3)
+    return _exact(v2) + t * (first + t * (second + t * third))
+
+
+@triton.jit
+def _warp(image, p, mask, matrix, S: tl.constexpr):
     """Pillow's bicubic affine transform (a = -1) in float64; outside the image (124, 116, 104)."""
-    x_out, y_out = x.to(tl.float64) + 0.5, y.to(tl.float64) + 0.5
+    x_out, y_out = (p % S).to(tl.float64) + 0.5, (p // S).to(tl.float64) + 0.5
     x_in = tl.load(matrix) * x_out + tl.load(matrix + 1) * y_out + tl.load(matrix + 2)
     y_in = tl.load(matrix + 3) * x_out + tl.load(matrix + 4) * y_out + tl.load(matrix + 5)
     inside = mask & (x_in >= 0.0) & (x_in < S) & (y_in >= 0.0) & (y_in < S)
     x_in, y_in = x_in - 0.5, y_in - 0.5
     left, top = tl.floor(x_in), tl.floor(y_in)
-    t, column, row = x_in - left, left.to(tl.int32), top.to(tl.int32)
-    r1 = _tap_row(image, row - 1, column, c, t, inside, S)
-    r2 = _tap_row(image, row, column, c, t, inside, S)
-    r3 = _tap_row(image, row + 1, column, c, t, inside, S)
-    r4 = _tap_row(image, row + 2, column, c, t, inside, S)
-    value = _cubic(r1, r2, r3, r4, y_in - top)
-    fill = tl.where(c == 0, 124, tl.where(c == 1, 116, 104))
-    return tl.where(inside, tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32), fill)
+    t_x, t_y, column, row = x_in - left, y_in - top, left.to(tl.int32), top.to(tl.int32)
+    taps = ()
+    for i in tl.static_range(16):
+        near_y = tl.minimum(tl.maximum(row + (i // 4 - 1), 0), S - 1)
+        near_x = tl.minimum(tl.maximum(column + (i % 4 - 1), 0), S - 1)
+        taps += (tl.load(image + (near_y * S + near_x), mask=inside, other=0),)
+    values = ()
+    for c in tl.static_range(3):
+        lines = ()
+        for i in tl.static_range(4):
+            v1, v2 = (taps[4 * i] >> 8 * c) & 255, (taps[4 * i + 1] >> 8 * c) & 255
+            v3, v4 = (taps[4 * i + 2] >> 8 * c) & 255, (taps[4 * i + 3] >> 8 * c) & 255
+            lines += (_cubic_of_bytes(v1, v2, v3, v4, t_x),)
+        value = _cubic(lines[0], lines[1], lines[2], lines[3], t_y)
+        value = tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
+        values += (tl.where(inside, value, (FILL >> 8 * c) & 255),)
+    return values
 
 
 @triton.jit
@@ -205,71 +245,100 @@ def _point(value, kind, argument):
 
 
 @triton.jit
-def _operate(image, e, mask, op, tables, S: tl.constexpr):
-    """The values (int32) of elements e after the operation that nine columns at ``op`` describe."""
+def _operate(image, p, mask, op, tables, S: tl.constexpr):
+    """The pixels after the operation that nine columns at ``op`` describe: red, green and blue (int32)."""
     kind, argument = tl.load(op).to(tl.int32), tl.load(op + 1)
-    y, x, c = e // (S * 3), e // 3 % S, e % 3
-    pixel = image + (y * S + x) * 3
-    value = tl.load(image + e, mask=mask, other=0).to(tl.int32)
+    pixel = tl.load(image + p, mask=mask, other=0)
+    red, green, blue = _unpack(pixel)
     if kind == WARP:
-        value = _warp(image, y, x, c, mask, op + 2, S)
+        red, green, blue = _warp(image, p, mask, op + 2, S)
     elif kind == LOOKUP:
-        table = tables + (tl.load(op + 8).to(tl.int32) * 3 + c) * 256
-        value = tl.load(table + value, mask=mask, other=0).to(tl.int32)
+        table = tables + tl.load(op + 8).to(tl.int32) * 768
+        red = tl.load(table + red).to(tl.int32)
+        green = tl.load(table + 256 + green).to(tl.int32)
+        blue = tl.load(table + 512 + blue).to(tl.int32)
     elif kind == COLOR:
-        value = _blend(_luma(pixel, mask).to(tl.float32), value.to(tl.float32), argument.to(tl.float32))
+        grey, factor = _luma(red, green, blue).to(tl.float32), argument.to(tl.float32)
+        red = _blend(grey, red.to(tl.float32), factor)
+        green = _blend(grey, green.to(tl.float32), factor)
+        blue = _blend(grey, blue.to(tl.float32), factor)
     elif kind == SHARPNESS:
+        y, x = p // S, p % S
         middle = mask & (y > 0) & (y < S - 1) & (x > 0) & (x < S - 1)
-        total = 4 * value
+        outer, inner = 4 * (pixel & 0xFF00FF), 4 * green  # red and blue have sixteen bits each
         for i in tl.static_range(9):
-            near = pixel + c + (i // 3 - 1) * (S * 3) + (i % 3 - 1) * 3
-            total += tl.load(near, mask=middle, other=0).to(tl.int32)
-        smooth = tl.where(middle, (2 * total + 13) // 26, value)
-        value = _blend(smooth.to(tl.float32), value.to(tl.float32), argument.to(tl.float32))
+            near = tl.load(image + p + (i // 3 - 1) * S + (i % 3 - 1), mask=middle, other=0)
+            outer += near & 0xFF00FF
+            inner += (near >> 8) & 255
+        factor = argument.to(tl.float32)
+        red = _sharpen(red, outer & 0xFFFF, middle, factor)
+        green = _sharpen(green, inner, middle, factor)
+        blue = _sharpen(blue, outer >> 16, middle, factor)
     else:
-        value = _point(value, kind, argument)
-    return value
+        red, green, blue = _point(red, kind, argument), _point(green, kind, argument), _point(blue, kind, argument)
+    return red, green, blue
 
 
 @triton.jit
-def operate_kernel(jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr):
+def _sharpen(value, total, middle, factor):
+    """From a value and the sum around it, its own five times in all; the border of the image has no smooth value."""
+    smooth = tl.where(middle, (2 * total + 13) // 26, value)
+    return _blend(smooth.to(tl.float32), value.to(tl.float32), factor)
+
+
+@triton.jit
+def operate_kernel(
+    jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """The first operation as a pass of its own, for images whose second one needs more than the value."""
     image = tl.load(jobs + tl.program_id(0)).to(tl.int64)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < S * S * 3
-    value = _operate(crops + image * (S * S * 3), e, inside, rows + image * COLUMNS + FIRST, tables, S)
-    tl.store(operated + image * (S * S * 3) + e, value.to(tl.uint8), mask=inside)
+    for start in range(0, BLOCK, STEP):
+        p = tl.program_id(1) * BLOCK + start + tl.arange(0, STEP)
+        inside = p < S * S
+        red, green, blue = _operate(crops + image * (S * S), p, inside, rows + image * COLUMNS + FIRST, tables, S)
+        tl.store(operated + image * (S * S) + p, _pack(red, green, blue), mask=inside)
 
 
 @triton.jit
-def _finished(image, e, mask, rows, crops, operated, tables, quantiles, scale, offset, S: tl.constexpr):
-    """One image's normalised, erased values before mixing (float32)."""
+def _finished(image, p, mask, rows, crops, operated, tables, quantiles, scale, offset, S: tl.constexpr):
+    """One image's normalised, erased pixels before mixing: red, green and blue (float32)."""
     row = rows + image * COLUMNS
-    base = image.to(tl.int64) * (S * S * 3)
-    y, x, c = e // (S * 3), e // 3 % S, e % 3
+    base = image.to(tl.int64) * (S * S)
     if tl.load(row + SEPARATE) != 0.0:
-        value = _operate(operated + base, e, mask, row + SECOND, tables, S)
+        red, green, blue = _operate(operated + base, p, mask, row + SECOND, tables, S)
     else:
-        value = _operate(crops + base, e, mask, row + FIRST, tables, S)
-        value = _point(value, tl.load(row + SECOND).to(tl.int32), tl.load(row + SECOND + 1))
-    normal = value.to(tl.float32) * tl.load(scale + c) + tl.load(offset + c)
+        red, green, blue = _operate(crops + base, p, mask, row + FIRST, tables, S)
+        kind, argument = tl.load(row + SECOND).to(tl.int32), tl.load(row + SECOND + 1)
+        red, green, blue = _point(red, kind, argument), _point(green, kind, argument), _point(blue, kind, argument)
+    red = red.to(tl.float32) * tl.load(scale) + tl.load(offset)
+    green = green.to(tl.float32) * tl.load(scale + 1) + tl.load(offset + 1)
+    blue = blue.to(tl.float32) * tl.load(scale + 2) + tl.load(offset + 2)
     height = tl.load(row + ERASE_HEIGHT).to(tl.int32)
     if height > 0:
+        y, x = p // S, p % S
         top, left = tl.load(row + TOP).to(tl.int32), tl.load(row + LEFT).to(tl.int32)
         right = left + tl.load(row + ERASE_WIDTH).to(tl.int32)
         erased = mask & (y >= top) & (y < top + height) & (x >= left) & (x < right)
-        bits = (e.to(tl.uint32) * 0x9E3779B1) ^ tl.load(row + KEY).to(tl.int64).to(tl.uint32)
-        bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-        bits = (bits ^ (bits >> 15)) * 0x846CA68B
-        noise = tl.load(quantiles + (bits >> 16), mask=erased, other=0.0)
-        normal = tl.where(erased, noise, normal)
-    return normal
+        key = tl.load(row + KEY).to(tl.int64).to(tl.uint32)
+        red = _noise(red, 3 * p, key, erased, quantiles)
+        green = _noise(green, 3 * p + 1, key, erased, quantiles)
+        blue = _noise(blue, 3 * p + 2, key, erased, quantiles)
+    return red, green, blue
+
+
+@triton.jit
+def _noise(value, e, key, erased, quantiles):
+    """Where erased, the normal quantile that a hash of the element's number draws."""
+    bits = (e.to(tl.uint32) * 0x9E3779B1) ^ key
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return tl.where(erased, tl.load(quantiles + (bits >> 16), mask=erased, other=0.0), value)
 
 
 @triton.jit
 def finish_kernel(
     rows, crops, operated, tables, quantiles, scale, offset, images, patches, B,
-    MIX: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    MIX: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Operations, normalise, erase and mix of an image and its partner B - 1 - b, written to both layouts.
 
@@ -278,24 +347,28 @@ def finish_kernel(
     """
     own = tl.program_id(0)
     other = B - 1 - own
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < S * S * 3
-    u = _finished(own, e, mask, rows, crops, operated, tables, quantiles, scale, offset, S)
-    v = _finished(other, e, mask, rows, crops, operated, tables, quantiles, scale, offset, S)
-    y, x, c = e // (S * 3), e // 3 % S, e % 3
     mix = rows + B * COLUMNS
-    if MIX == MIXUP:
-        lam, rest = tl.load(mix + LAM).to(tl.float32), tl.load(mix + REST).to(tl.float32)
-        u, v = u * lam + v * rest, v * lam + u * rest
-    elif MIX == CUTMIX:
-        y0, y1 = tl.load(mix + BOX).to(tl.int32), tl.load(mix + BOX + 1).to(tl.int32)
-        x0, x1 = tl.load(mix + BOX + 2).to(tl.int32), tl.load(mix + BOX + 3).to(tl.int32)
-        pasted = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
-        u, v = tl.where(pasted, v, u), tl.where(pasted, u, v)
-    if images is not None:
-        tl.store(images + own.to(tl.int64) * (S * S * 3) + e, u, mask=mask)
-        tl.store(images + other.to(tl.int64) * (S * S * 3) + e, v, mask=mask)
-    if patches is not None:
-        place = ((y // P) * (S // P) + x // P) * (3 * P * P) + c * (P * P) + y % P * P + x % P
-        tl.store(patches + own.to(tl.int64) * (S * S * 3) + place, u, mask=mask)
-        tl.store(patches + other.to(tl.int64) * (S * S * 3) + place, v, mask=mask)
+    own_base, other_base = own.to(tl.int64) * (S * S * 3), other.to(tl.int64) * (S * S * 3)
+    for start in range(0, BLOCK, STEP):
+        p = tl.program_id(1) * BLOCK + start + tl.arange(0, STEP)
+        mask = p < S * S
+        us = _finished(own, p, mask, rows, crops, operated, tables, quantiles, scale, offset, S)
+        vs = _finished(other, p, mask, rows, crops, operated, tables, quantiles, scale, offset, S)
+        y, x = p // S, p % S
+        for c in tl.static_range(3):
+            u, v = us[c], vs[c]
+            if MIX == MIXUP:
+                lam, rest = tl.load(mix + LAM).to(tl.float32), tl.load(mix + REST).to(tl.float32)
+                u, v = u * lam + v * rest, v * lam + u * rest
+            elif MIX == CUTMIX:
+                y0, y1 = tl.load(mix + BOX).to(tl.int32), tl.load(mix + BOX + 1).to(tl.int32)
+                x0, x1 = tl.load(mix + BOX + 2).to(tl.int32), tl.load(mix + BOX + 3).to(tl.int32)
+                pasted = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+                u, v = tl.where(pasted, v, u), tl.where(pasted, u, v)
+            if images is not None:
+                tl.store(images + own_base + 3 * p + c, u, mask=mask)
+                tl.store(images + other_base + 3 * p + c, v, mask=mask)
+            if patches is not None:
+                place = ((y // P) * (S // P) + x // P) * (3 * P * P) + c * (P * P) + y % P * P + x % P
+                tl.store(patches + own_base + place, u, mask=mask)
+                tl.store(patches + other_base + place, v, mask=mask)

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     num_separate: int
     taps: int
     intermediate: int
-    """Most bytes of an image between the two resizing passes, a multiple of 16."""
+    """Most pixels of an image between the two resizing passes, a multiple of 16: one compiled kernel takes them all."""
 
 
 def make_plan(
@@ -70,7 +70,7 @@ def make_plan(
     rows[:-1, 25:29], rows[:-1, 29] = draws.erase_B4, draws.noise_B
     rows[-1, :6] = mix.lam, 1.0 - mix.lam, *(mix.box or (0, 0, 0, 0))
     jobs.append(np.flatnonzero(separate_B))
-    between_B = np.where(columns_first_B, width_B, height_B) * size * 3
+    between_B = np.where(columns_first_B, width_B, height_B) * size
     taps = triton.next_power_of_2(int(4 * max(height_B.max() / size, width_B.max() / size, 1.0)) + 1)
     flat = np.concatenate(jobs).astype(np.int32)
     return Plan(rows, flat, counts[0], counts[1], int(separate_B.sum()), taps, -(-int(between_B.max()) // 16) * 16)

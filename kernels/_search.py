@@ -16,7 +16,8 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
     """Query rows a program, tiles, how the last rows are taken, warps, stages; the kernel of the keys, which a backward
     in one program a head does without, before the backward that may need it."""
     forward_key, backward_key, keys_key = (problem.key(name) for name in ("forward", "backward", "backward_keys"))
-    defaults = attending.forward_config(problem), attending.backward_config(problem, attending.architecture(device))
+    sm = attending.architecture(device)
+    defaults = attending.forward_config(problem, sm), attending.backward_config(problem, sm)
     if problem.rows <= attending.FEW_ROWS:
         blocks = [{"ROWS": attending.FEW_ROWS, "TAIL": 0, "BLOCK_N": n} for n in (32, 64, 128)]
         pairs = [(w, s) for w in (1, 2, 4) for s in (1, 2, 3)]

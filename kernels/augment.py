@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import triton
 from fastdeitlt.kernels._augment_plan import Plan, make_plan
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, check_launchable, launch
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, check_launchable, interpreted, launch
 from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def augment(
     crops = _resize(pixels, rows, plan, size)
     tables = torch.empty(max(plan.num_first + plan.num_second, 1), 3, 256, dtype=torch.uint8, device=pixels.device)
     config = _setting("operate", size, pixels.device)
-    blocks = triton.cdiv(size * size * 3, config.blocks["BLOCK"])
+    blocks = triton.cdiv(size * size, config.blocks["BLOCK"])
     if plan.num_first:
         _make_tables(first, rows, crops, tables, 0, gpu.FIRST.value, size)
     operated = crops
@@ -98,7 +98,7 @@ def augment(
         operated = torch.empty_like(crops)
         _launch(
             gpu.operate_kernel, (plan.num_separate, blocks), crops,
-            separate, rows, crops, operated, tables, S=size, **config.options,
+            separate, rows, crops, operated, tables, S=size, **_steps(config),
         )  # fmt: skip
     if plan.num_second:
         _make_tables(second, rows, operated, tables, plan.num_first, gpu.SECOND.value, size)
@@ -162,8 +162,12 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 def default_config(kernel: str) -> LaunchConfig:
     """Setting of a kernel that nobody measured."""
-    # an operation keeps sixteen float64 taps: half the elements a thread leaves registers for more warps
     return LaunchConfig({"BLOCK": 512 if kernel in ("operate", "finish") else 1024}, num_warps=4)
+
+
+def _steps(config: LaunchConfig) -> dict[str, int]:
+    """Options of a kernel that takes its block in steps of a pixel a thread; the interpreter takes two steps."""
+    return config.options | {"STEP": config.blocks["BLOCK"] // 2 if interpreted() else 32 * config.num_warps}
 
 
 def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
@@ -171,23 +175,23 @@ def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
 
 
 def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
-    """uint8 crops [B, S, S, 3] of the plan's boxes, mirrored as drawn."""
+    """Crops [B, S, S] of the plan's boxes, mirrored as drawn; a pixel is an int32, red in the lowest byte."""
     batch, device = len(rows) - 1, pixels.device
-    weights = torch.empty(batch, 2, size, plan.taps, dtype=torch.int32, device=device)
+    weights = torch.empty(batch, 2, plan.taps, size, dtype=torch.int32, device=device)
     first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)
     _launch(
         gpu.coefficients_kernel, (batch, 2, triton.cdiv(size, COEFFICIENT_BLOCK)), rows,
         rows, weights, first, S=size, K=plan.taps, BLOCK=COEFFICIENT_BLOCK, num_warps=4,
     )  # fmt: skip
-    between = torch.empty(batch, plan.intermediate, dtype=torch.uint8, device=device)
-    crops = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
+    between = torch.empty(batch, plan.intermediate, dtype=torch.int32, device=device)
+    crops = torch.empty(batch, size, size, dtype=torch.int32, device=device)
     config = _setting("convolve", size, device)
-    passes = ((pixels, between, 0, plan.intermediate), (between, crops, plan.intermediate, size * size * 3))
+    passes = ((pixels, between, 0, plan.intermediate), (between, crops, plan.intermediate, size * size))
     for number, (source, target, source_size, target_size) in enumerate(passes):
         _launch(
             gpu.convolve_kernel, (batch, triton.cdiv(target_size, config.blocks["BLOCK"])), rows,
             rows, weights, first, source, target, source_size, target_size,
-            PASS=number, S=size, K=plan.taps, **config.options,
+            PASS=number, S=size, K=plan.taps, **_steps(config),
         )  # fmt: skip
     return crops
 
@@ -195,10 +199,10 @@ def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
 def _make_tables(jobs: Tensor, rows: Tensor, images: Tensor, tables: Tensor, slot: int, field: int, size: int) -> None:
     """Fill the tables from ``slot`` on, for the images and statistics that the jobs name."""
     num_jobs, config = len(jobs) // 2, _setting("histogram", size, images.device)
-    counts = torch.zeros(num_jobs, gpu.HISTOGRAM.value, dtype=torch.int32, device=images.device)
+    counts = torch.zeros(num_jobs, 3, 256, dtype=torch.int32, device=images.device)
     lumas = torch.zeros(num_jobs, dtype=torch.int32, device=images.device)
     _launch(
-        gpu.histogram_kernel, (num_jobs, triton.cdiv(size * size * 3, config.blocks["BLOCK"])), images,
+        gpu.histogram_kernel, (num_jobs, triton.cdiv(size * size, config.blocks["BLOCK"])), images,
         jobs, images, counts, lumas, S=size, **config.options,
     )  # fmt: skip
     _launch(
@@ -218,36 +222,40 @@ def _finish(
     how = gpu.UNMIXED if mix.lam == 1.0 else gpu.CUTMIX if mix.box else gpu.MIXUP
     config = _setting("finish", size, device)
     _launch(
-        gpu.finish_kernel, ((batch + 1) // 2, triton.cdiv(size * size * 3, config.blocks["BLOCK"])), crops,
+        gpu.finish_kernel, ((batch + 1) // 2, triton.cdiv(size * size, config.blocks["BLOCK"])), crops,
         rows, crops, operated, tables, torch_augment.normal_table(device), scale, offset, images_BHWC, patches, batch,
-        MIX=how.value, P=patch or 1, S=size, **config.options,
+        MIX=how.value, P=patch or 1, S=size, **_steps(config),
     )  # fmt: skip
     return Augmented(None if images_BHWC is None else images_BHWC.permute(0, 3, 1, 2), patches)
 
 
 def aot_configs() -> list[AotConfig]:
     """The kernels at side 224, patch 16, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
-    types = dict.fromkeys(("crops", "operated", "tables", "source", "target", "images"), "*u8") | {"rows": "*fp64"}
-    types |= dict.fromkeys(("weights", "first", "jobs", "counts", "lumas"), "*i32")
+    types = {"rows": "*fp64", "tables": "*u8"}
+    pixels = ("crops", "operated", "source", "target", "images")
+    types |= dict.fromkeys((*pixels, "weights", "first", "jobs", "counts", "lumas"), "*i32")
     types |= dict.fromkeys(("source_size", "target_size", "slot", "B"), "i32")
     types |= dict.fromkeys(("quantiles", "scale", "offset"), "*fp32")
 
-    def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, **outputs: str) -> AotConfig:
-        known = types | outputs
+    def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, **others: str) -> AotConfig:
+        known = types | others
         signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
         sizes = tuple(name for name in ("source_size", "target_size") if name in signature)
-        options: dict[str, Any] = {"narrow_stores": 0 if kernel is gpu.convolve_kernel else None}
-        options |= {"divisible_by_16": sizes, "fp_fusion": FP_FUSION}
-        return AotConfig(kernel, signature, constexprs, num_warps=warps, **options)
+        return AotConfig(kernel, signature, constexprs, num_warps=warps, divisible_by_16=sizes, fp_fusion=FP_FUSION)
 
     def block(kernel: str) -> dict[str, int]:
-        return {"S": 224, **_setting(kernel, 224, torch.device("cpu")).blocks}
+        config = default_config(kernel)
+        return {"S": 224, "STEP": 32 * config.num_warps, **config.blocks}
 
     both = {"images": "*bf16", "patches": "*bf16"}
     return [
         *(config(gpu.coefficients_kernel, {"S": 224, "K": k, "BLOCK": COEFFICIENT_BLOCK}) for k in (8, 16)),
-        *(config(gpu.convolve_kernel, block("convolve") | {"PASS": p, "K": k}) for p in (0, 1) for k in (8, 16)),
-        config(gpu.histogram_kernel, block("histogram")),
+        *(
+            config(gpu.convolve_kernel, block("convolve") | {"PASS": number, "K": k}, source=kind)
+            for number, kind in ((0, "*u8"), (1, "*i32"))
+            for k in (8, 16)
+        ),
+        config(gpu.histogram_kernel, {"S": 224, **default_config("histogram").blocks}),
         config(gpu.table_kernel, {"S": 224, "FIELD": gpu.FIRST.value}, warps=1),
         config(gpu.operate_kernel, block("operate")),
         *(config(gpu.finish_kernel, block("finish") | {"MIX": mix, "P": 16}, 4, **both) for mix in (0, 1, 2)),
