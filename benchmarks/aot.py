@@ -4,8 +4,8 @@
 
 Fails (exit code 1) when a configuration cannot be launched, does not compile, uses local memory (register spills),
 exceeds the shared or tensor memory of the architecture, lacks the tensor-core instructions it promises, or stores a few
-bytes at a time where it promises wide stores. No spills does not mean fast; ``blocks`` says how many programs a
-multiprocessor holds at once.
+bytes at a time where it promises wide stores. No spills does not mean fast: ``blocks`` says how many programs a
+multiprocessor holds at once, ``code`` and ``loop`` how many instructions a kernel and its longest loop have.
 """
 
 import argparse
@@ -53,6 +53,8 @@ class Row:
     tensor_memory: int = 0
     blocks: int = -1
     narrow_stores: int = -1
+    instructions: int = -1
+    loop_instructions: int = -1
     mma_opcodes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -122,6 +124,7 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
     row.registers, row.stack_bytes = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     row.spill_instructions = sum(_count(code, opcode) for opcode in LOCAL_MEMORY_OPCODES)
     row.narrow_stores = len(re.findall(NARROW_STORE, code))
+    row.instructions, row.loop_instructions = instruction_counts(code)
     row.mma_opcodes = {opcode: count for opcode in MMA_OPCODES if (count := _count(code, opcode))}
     row.shared_bytes = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -146,6 +149,24 @@ def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memo
         (SHARED_BYTES[sm] + 1024) // (shared + 1024),
     ]
     return min(*limits, TENSOR_MEMORY_COLUMNS // max(tensor_memory, 1))
+
+
+def instruction_counts(code: str) -> tuple[int, int]:
+    """Instructions of a disassembled kernel, and of its longest loop: from a label to a branch back to it.
+
+    The branch to itself that stands behind every kernel is no loop.
+    """
+    labels: dict[str, int] = {}
+    total = longest = 0
+    for text in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", text):
+            labels[label[1]] = total
+        elif re.match(r"\s+/\*[0-9a-f]+\*/", text) and not re.search(r"\bNOP\b", text):
+            total += 1
+            back = re.search(r"\bBRA\b.*(\.L_x_\d+)", text)
+            length = total - labels[back[1]] if back and back[1] in labels else 0
+            longest = max(longest, length if length > 1 else 0)
+    return total, longest
 
 
 def _problems(row: Row, config: Any) -> list[str]:
@@ -224,7 +245,7 @@ def _describe(config: Any) -> str:
 
 HEADER = (
     f"{'op':14} {'kernel':26} {'sm':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'blocks':>6} "
-    f"{'mma':12}"
+    f"{'code':>5} {'loop':>5} {'mma':12}"
 )
 
 
@@ -233,8 +254,8 @@ def line(row: Row) -> str:
     mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
     return (
         f"{row.op:14} {row.kernel:26} {row.sm:3} {row.registers:4} {row.stack_bytes:5} {row.spill_instructions:5} "
-        f"{row.shared_bytes:6} {row.tensor_memory:4} {row.blocks:6} {mma:12} {row.configuration}  "
-        f"{'; '.join(row.problems) or 'ok'}"
+        f"{row.shared_bytes:6} {row.tensor_memory:4} {row.blocks:6} {row.instructions:5} {row.loop_instructions:5} "
+        f"{mma:12} {row.configuration}  {'; '.join(row.problems) or 'ok'}"
     )
 
 

@@ -1,13 +1,13 @@
 """Augmentation of a batch from the decoded set on the device: crop .. mix in one chain of kernels, both layouts.
 
-    rows, columns      antialiased bicubic crop + resize + flip to uint8 crops (Pillow's integers)
+    rows, columns      antialiased bicubic crop + resize + flip to crops of whole numbers (Pillow's)
     histogram, table   statistics and lookup tables, only for images that drew auto_contrast, equalize or contrast
     operate            the first operation, only for images whose second needs more than a value (about one in six)
     finish             operation(s), normalise, erase, Mixup / CutMix; writes the student's patches, the teacher's NHWC
 
 Bit for bit ``reference`` in float32: Pillow rounds to uint8 after each resizing pass and each operation, so these are
 the stages that cannot be one. The host draws decide what is launched, so this is no op of a compiled graph.
-Moves, an image of side 224 in bfloat16: the source crop, 0.15 MB of uint8 written and read twice, 0.6 MB out.
+Moves, an image of side 224 in bfloat16: the source crop, 0.2 MB of packed pixels written and read twice, 0.6 MB out.
 Shapes: B batch, S output side, P patch, K taps, J images that need statistics.
 """
 

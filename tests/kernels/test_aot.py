@@ -1,6 +1,7 @@
 """The ahead-of-time gate: shipped kernels compile for every architecture, and a bad one is caught."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.aot import blocks_at_once, gate, ops
+from benchmarks.aot import blocks_at_once, gate, instruction_counts, ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,32 @@ def test_planted_bad_configurations_fail_and_the_good_one_passes(planted):
     assert "bytes of stack" in problems["spills"]
     assert "does not compile" in problems["broken"] and "no_such_name" in problems["broken"]
     assert "cannot be launched" in problems["misnamed"]  # the launcher has a variable of that name
+
+
+def test_gelu_has_fewer_instructions_than_its_bytes_leave_time_for():
+    """The budgets are docs/kernels.md's; the backward's outside its loop is a matter of how many rows there are."""
+    rows = [row for row in gate(["bias_gelu"], [90]) if re.search("WIDTH=3072 .*bf16", row.configuration)]
+    counts = {row.kernel: row.loop_instructions if "bwd" in row.kernel else row.instructions for row in rows}
+    elements = 16  # of a thread: ROWS * BLOCK / (32 warps)
+    assert counts["bias_gelu_fwd_kernel"] <= 27 * elements and counts["bias_gelu_bwd_kernel"] <= 41 * elements
+
+
+def test_instructions_are_counted_with_their_loops():
+    code = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   FADD R1, R1, R0 ;
+        /*0020*/              @!P0 FMUL R1, R1, R0 ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   NOP ;
+.L_x_2:
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+"""
+    assert instruction_counts(code) == (7, 3)
 
 
 @pytest.mark.parametrize(
