@@ -1,6 +1,7 @@
 """How the modules hang together: imports go one way, and each heavy dependency has its place."""
 
 import ast
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,3 +54,14 @@ def test_no_import_goes_round():
 def test_a_heavy_dependency_has_one_door(package):
     found = {module for module, names in IMPORTS.items() if any(f"{name}.".startswith(f"{package}.") for name in names)}
     assert found == ONLY[package]
+
+
+def test_the_wheel_holds_every_package_and_what_is_no_module():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {module_of(path) for path in FILES if path.name == "__init__.py"}
+    configs = [module_of(path) for path in (ROOT / "configs").rglob("__init__.py")]
+    assert set(setuptools["packages"]) == {*packages, *configs}
+    data = [path for path in (ROOT / "fastdeitlt").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    for path in data:
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert any(path.match(pattern) for pattern in setuptools["package-data"].get(package, [])), path
