@@ -252,10 +252,11 @@ LEVERS: dict[str, Callable[[Workload], Step]] = {
     "+ flat AdamW with average": lambda work: ours(work, optim__backend="fastdeitlt", **TORCH),
     "+ kernels": lambda work: ours(work, optim__backend="fastdeitlt", **TRITON),
     "as shipped (auto)": lambda work: ours(work),
+    "as shipped, autotuned": lambda work: ours(work, train__autotune=True),
     "as shipped, DeepSpeed": lambda work: ours(work, train__engine="deepspeed", train__zero_stage=1),
 }
-"""Contestants in the order of the waterfall. ``+ kernels`` needs a GPU."""
-GPU_ONLY = frozenset({"+ kernels"})
+"""Contestants in the order of the waterfall. Some need a GPU, or gain nothing without."""
+GPU_ONLY = frozenset({"+ kernels", "as shipped, autotuned"})
 BASELINE = "timm, compiled"
 
 

@@ -249,6 +249,9 @@ class TrainConfig(Section):
     """Autocast type of the step. fp32: on a GPU convolutions stay TF32, torch's default."""
     compile: bool = True
     """Compile student, teacher and loss as one graph."""
+    autotune: bool = False
+    """Let the compiler time alternatives for each matrix product and convolution at the start, which takes minutes: on
+    a GPU also Triton's, into which it fuses what follows. A resumed run may take others: its last bits then differ."""
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     """Backward, accumulation and step: plain at one rank, DeepSpeed at more."""
     zero_stage: int = Field(1, ge=0, le=3)
@@ -425,6 +428,8 @@ class Config(Section):
                 f"train.batch_size: got {self.train.batch_size}, expected an even number because a mixed batch pairs "
                 f"images; use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0"
             )
+        if self.train.autotune and not self.train.compile:
+            raise ValueError("train.autotune: got true with train.compile=false, expected false: nothing is compiled")
         if self.loss.drw_epoch >= self.train.epochs:
             raise ValueError(
                 f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}; "

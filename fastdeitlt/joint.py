@@ -132,4 +132,5 @@ def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
     4-d tensors channels-last, among them those of attention, and copy them in every block. The teacher is channels-last
     already.
     """
-    return torch.compile(joint, fullgraph=True, options={"layout_optimization": False})
+    options: dict[str, Any] = {"layout_optimization": False, "max_autotune": joint.cfg.train.autotune}
+    return torch.compile(joint, fullgraph=True, options=options)

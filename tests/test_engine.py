@@ -382,6 +382,14 @@ def test_student_teacher_and_loss_compile_to_one_graph_inside_deepspeed(monkeypa
     assert compiled[0] == pytest.approx(eager[0], abs=1e-6)
 
 
+@pytest.mark.parametrize("autotune", [False, True])
+def test_autotune_reaches_the_compiler_with_the_layout_kept(autotune, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda module, options, **kw: given.append(options) or module)
+    _engine(_config(compile=True, autotune=autotune))
+    assert given == [{"layout_optimization": False, "max_autotune": autotune}]
+
+
 def test_the_teacher_is_neither_sharded_nor_saved():
     engine = _engine(_config(engine="deepspeed", zero_stage=2))
     student = create_student("deit_tiny_distilled_patch16_32", 11, depth=1)

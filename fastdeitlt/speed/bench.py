@@ -128,7 +128,8 @@ def _parts(setup: Setup) -> dict[str, Callable[[], object]]:
     alone = step_of(setup, JointForward(setup.second_student(), None, setup.counts, setup.cfg, setup.device))
     teacher = setup.joint.teacher
     assert teacher is not None
-    forward = torch.compile(teacher) if setup.cfg.train.compile else teacher
+    how: dict[str, Any] = {"max_autotune": setup.cfg.train.autotune}
+    forward = torch.compile(teacher, options=how) if setup.cfg.train.compile else teacher
 
     def teacher_only() -> None:
         with torch.no_grad(), setup.autocast():

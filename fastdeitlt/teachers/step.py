@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,8 @@ class Step:
     ) -> None:
         self.objective, self.optimizer = objective, optimizer
         # the last batch of an epoch may be smaller: one graph for each size rather than one for any
-        self._loss = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.train.compile else objective
+        how: dict[str, Any] = {"dynamic": False, "options": {"max_autotune": cfg.train.autotune}}
+        self._loss = torch.compile(objective, fullgraph=True, **how) if cfg.train.compile else objective
         dtype = autocast_dtype(cfg.train.precision, device)
         self._autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
         t = cfg.teacher_training
