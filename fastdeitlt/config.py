@@ -272,6 +272,11 @@ class TrainConfig(Section):
     """Optimizer steps in a row that are left out because their gradient is not finite, before the run stops. 0 = stop
     at the first; the weights stay as they were before it either way."""
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What ``torch.compile`` is told for every graph of the run."""
+        return {"max_autotune": self.autotune}
+
 
 class EvaluateConfig(Section):
     """Evaluation and model selection."""

@@ -132,5 +132,5 @@ def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
     4-d tensors channels-last, among them those of attention, and copy them in every block. The teacher is channels-last
     already.
     """
-    options: dict[str, Any] = {"layout_optimization": False, "max_autotune": joint.cfg.train.autotune}
+    options = {"layout_optimization": False} | joint.cfg.train.compiler_options
     return torch.compile(joint, fullgraph=True, options=options)

@@ -181,8 +181,14 @@ def _blend(degenerate, value, factor):
 
 
 @triton.jit
-def _cubic(v1, v2, v3, v4, t):
-    return v2 + t * ((v3 - v1) + t * ((2.0 * (v1 - v2) + v3 - v4) + t * (-v1 + v2 - v3 + v4)))
+def _coefficients(v1, v2, v3, v4):
+    """Of the cubic through four neighbours, by powers of t; of integers they are integers."""
+    return v2, v3 - v1, 2 * (v1 - v2) + v3 - v4, -v1 + v2 - v3 + v4
+
+
+@triton.jit
+def _cubic(c0, c1, c2, c3, t):
+    return c0 + t * (c1 + t * (c2 + t * c3))
 
 
 @triton.jit
@@ -190,13 +196,6 @@ def _exact(value):
     """float64 of integers from -BIAS to 2^31 - BIAS: as the low bits of 2^52 and more, where conversion is slow."""
     bits = (value + BIAS).to(tl.uint32).to(tl.uint64) | TWO_52_BITS
     return bits.to(tl.float64, bitcast=True) - (TWO_52 + BIAS)
-
-
-@triton.jit
-def _cubic_of_bytes(v1, v2, v3, v4, t):
-    """``_cubic`` of integers: what it multiplies with powers of t is exact in integers."""
-    first, second, third = _exact(v3 - v1), _exact(2 * (v1 - v2) + v3 - v4), _exact(v2 - v1 + v4 - v3)
-    return _exact(v2) + t * (first + t * (second + t * third))
 
 
 @triton.jit
@@ -220,8 +219,10 @@ def _warp(image, p, mask, matrix, S: tl.constexpr):
         for i in tl.static_range(4):
             v1, v2 = (taps[4 * i] >> 8 * c) & 255, (taps[4 * i + 1] >> 8 * c) & 255
             v3, v4 = (taps[4 * i + 2] >> 8 * c) & 255, (taps[4 * i + 3] >> 8 * c) & 255
-            lines += (_cubic_of_bytes(v1, v2, v3, v4, t_x),)
-        value = _cubic(lines[0], lines[1], lines[2], lines[3], t_y)
+            c0, c1, c2, c3 = _coefficients(v1, v2, v3, v4)
+            lines += (_cubic(_exact(c0), _exact(c1), _exact(c2), _exact(c3), t_x),)
+        c0, c1, c2, c3 = _coefficients(lines[0], lines[1], lines[2], lines[3])
+        value = _cubic(c0, c1, c2, c3, t_y)
         value = tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
         values += (tl.where(inside, value, (FILL >> 8 * c) & 255),)
     return values
@@ -242,6 +243,11 @@ def _point(value, kind, argument):
     elif kind == BRIGHTNESS:
         value = _blend(0.0, value.to(tl.float32), argument.to(tl.float32))
     return value
+
+
+@triton.jit
+def _points(red, green, blue, kind, argument):
+    return _point(red, kind, argument), _point(green, kind, argument), _point(blue, kind, argument)
 
 
 @triton.jit
@@ -275,7 +281,7 @@ def _operate(image, p, mask, op, tables, S: tl.constexpr):
         green = _sharpen(green, inner, middle, factor)
         blue = _sharpen(blue, outer >> 16, middle, factor)
     else:
-        red, green, blue = _point(red, kind, argument), _point(green, kind, argument), _point(blue, kind, argument)
+        red, green, blue = _points(red, green, blue, kind, argument)
     return red, green, blue
 
 
@@ -308,8 +314,7 @@ def _finished(image, p, mask, rows, crops, operated, tables, quantiles, scale, o
         red, green, blue = _operate(operated + base, p, mask, row + SECOND, tables, S)
     else:
         red, green, blue = _operate(crops + base, p, mask, row + FIRST, tables, S)
-        kind, argument = tl.load(row + SECOND).to(tl.int32), tl.load(row + SECOND + 1)
-        red, green, blue = _point(red, kind, argument), _point(green, kind, argument), _point(blue, kind, argument)
+        red, green, blue = _points(red, green, blue, tl.load(row + SECOND).to(tl.int32), tl.load(row + SECOND + 1))
     red = red.to(tl.float32) * tl.load(scale) + tl.load(offset)
     green = green.to(tl.float32) * tl.load(scale + 1) + tl.load(offset + 1)
     blue = blue.to(tl.float32) * tl.load(scale + 2) + tl.load(offset + 2)
@@ -348,6 +353,11 @@ def finish_kernel(
     own = tl.program_id(0)
     other = B - 1 - own
     mix = rows + B * COLUMNS
+    if MIX == MIXUP:
+        lam, rest = tl.load(mix + LAM).to(tl.float32), tl.load(mix + REST).to(tl.float32)
+    elif MIX == CUTMIX:
+        y0, y1 = tl.load(mix + BOX).to(tl.int32), tl.load(mix + BOX + 1).to(tl.int32)
+        x0, x1 = tl.load(mix + BOX + 2).to(tl.int32), tl.load(mix + BOX + 3).to(tl.int32)
     own_base, other_base = own.to(tl.int64) * (S * S * 3), other.to(tl.int64) * (S * S * 3)
     for start in range(0, BLOCK, STEP):
         p = tl.program_id(1) * BLOCK + start + tl.arange(0, STEP)
@@ -358,11 +368,8 @@ def finish_kernel(
         for c in tl.static_range(3):
             u, v = us[c], vs[c]
             if MIX == MIXUP:
-                lam, rest = tl.load(mix + LAM).to(tl.float32), tl.load(mix + REST).to(tl.float32)
                 u, v = u * lam + v * rest, v * lam + u * rest
             elif MIX == CUTMIX:
-                y0, y1 = tl.load(mix + BOX).to(tl.int32), tl.load(mix + BOX + 1).to(tl.int32)
-                x0, x1 = tl.load(mix + BOX + 2).to(tl.int32), tl.load(mix + BOX + 3).to(tl.int32)
                 pasted = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
                 u, v = tl.where(pasted, v, u), tl.where(pasted, u, v)
             if images is not None:

@@ -128,8 +128,8 @@ def _parts(setup: Setup) -> dict[str, Callable[[], object]]:
     alone = step_of(setup, JointForward(setup.second_student(), None, setup.counts, setup.cfg, setup.device))
     teacher = setup.joint.teacher
     assert teacher is not None
-    how: dict[str, Any] = {"max_autotune": setup.cfg.train.autotune}
-    forward = torch.compile(teacher, options=how) if setup.cfg.train.compile else teacher
+    t = setup.cfg.train
+    forward = torch.compile(teacher, options=t.compiler_options) if t.compile else teacher
 
     def teacher_only() -> None:
         with torch.no_grad(), setup.autocast():

@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +120,8 @@ class Step:
     ) -> None:
         self.objective, self.optimizer = objective, optimizer
         # the last batch of an epoch may be smaller: one graph for each size rather than one for any
-        how: dict[str, Any] = {"dynamic": False, "options": {"max_autotune": cfg.train.autotune}}
-        self._loss = torch.compile(objective, fullgraph=True, **how) if cfg.train.compile else objective
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True, options=cfg.train.compiler_options)
+        self._loss = compiled(objective) if cfg.train.compile else objective
         dtype = autocast_dtype(cfg.train.precision, device)
         self._autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
         t = cfg.teacher_training
