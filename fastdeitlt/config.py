@@ -53,6 +53,9 @@ class DataConfig(Section):
     """Resident sets: short side in pixels at which images are stored. 0 = full size."""
     on_error: Literal["raise", "skip"] = "raise"
     """An image that cannot be read in training: stop with its name, or replace it by one of its class and count it."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """Orientation that EXIF or TIFF states: leave images as they are stored, as timm and the official code do (ignore),
+    or turn them upright (apply). The model folder records it; eval, predict and export obey it."""
     num_threads: int = Field(0, ge=0)
     """Decoding threads a rank. 0 = the cores divided by the local ranks."""
     jpeg_engine_share: float = Field(0.65, ge=0, le=1)

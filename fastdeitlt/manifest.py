@@ -35,6 +35,8 @@ class Preprocess(_Facts):
     std: tuple[Positive, Positive, Positive]
     img_size: int = Field(0, ge=0, le=10**4)
     crop_pct: float = Field(1.0, gt=0, le=1)
+    exif: Literal["ignore", "apply"] = "ignore"
+    """What is done with the orientation that EXIF or TIFF states: ``data.exif`` of the run."""
 
 
 class Calibration(_Facts):

@@ -132,6 +132,7 @@ class Selector:
                 "std": cfg.augment.std,
                 "img_size": self.student.img_size,
                 "crop_pct": cfg.evaluate.crop_pct,
+                "exif": cfg.data.exif,
             },
         }
 

@@ -168,6 +168,7 @@ class TeacherSelector:
                 "std": cfg.augment.std,
                 "img_size": t.img_size,
                 "crop_pct": cfg.evaluate.crop_pct,
+                "exif": cfg.data.exif,
             },
             "recipe": t.model_dump(mode="json"),
         }
