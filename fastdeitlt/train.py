@@ -60,6 +60,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         log.info("data %s: %s", cfg.data.title, sets)
         images, num_classes = sets.train, sets.train.num_classes
         plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)
+        log.log(logging.WARNING if plan.is_partial else logging.INFO, "%s", plan.describe_epoch())
         share = plan.virtual_ranks // world
         source = open_source(images, cfg.data, device, share, tell=True)  # 2 read, decode
         torch.manual_seed(cfg.train.seed)

@@ -247,9 +247,9 @@ def test_the_dry_run_lists_runs_with_steps_and_states_and_trains_nothing(grid_fi
     trained.clear()
     capsys.readouterr()
     assert cli.main(["ablate", grid_file(), "--dry-run", "--seeds", "0", "--arms", "base", "vit", "no-drw", runs]) == 0
-    # 2,304 of 2,478 images an epoch in batches of 16, two epochs; the teacher's batches are of 128
+    # 154 whole batches of 16 of 2,478 images an epoch, two epochs; the teacher's batches are of 128
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
-    assert "288" in lines["base-seed0"] and "new" in lines["base-seed0"]
+    assert "308" in lines["base-seed0"] and "new" in lines["base-seed0"]
     assert "finished" in lines["vit-seed0"]
     assert "interrupted at step 154" in lines["no-drw-seed0"]
     assert "40" in lines["teacher-quickstart of base-seed0"]

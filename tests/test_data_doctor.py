@@ -246,6 +246,17 @@ def test_predicted_steps_are_those_of_the_published_runs(
     assert report.splits[0].counts == cifar_lt_counts(50_000, classes, factor)
 
 
+def test_an_epoch_that_leaves_out_many_images_is_a_finding(tmp_path):
+    config = make_set(tmp_path, COUNTS)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 8})})
+    report = check(config)
+    finding = only(report.findings, "an epoch has 3 of the 13 images, 8 with their copies (augment.repeats=3)")
+    assert (finding.level, finding.split) == ("warning", "train")
+    assert report.schedule["distinct_images_an_epoch"] == 3
+    plain = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
+    assert "use a train.batch_size below 8" in only(check(plain).findings, "an epoch has 8 of the 13").message
+
+
 def test_statistics_of_the_embedded_set(embedded_cache):
     report = stats(build({}))
     train = report.splits[0]

@@ -46,6 +46,59 @@ def test_tiny_sets_still_give_images(n):
     assert len(list(RepeatedAugmentationSampler(n, 1, 0))) == (n // 256 * 256 or n)
 
 
+@pytest.mark.parametrize(("n", "world"), [(1, 1), (244, 1), (511, 1), (511, 2), (2478, 4)])
+def test_without_repeated_augmentation_an_epoch_has_every_image_once(n, world):
+    ranks = [list(RepeatedAugmentationSampler(n, world, rank, repeats=1, seed_epoch=3)) for rank in range(world)]
+    seen = [index for order in ranks for index in order]
+    assert {len(order) for order in ranks} == {n // world}
+    assert len(set(seen)) == len(seen) == n // world * world
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "ranks", "images"),
+    [(511, 32, 1, 480), (511, 16, 4, 448), (244, 32, 1, 224), (2478, 32, 1, 2464)],
+)
+def test_without_repeated_augmentation_an_epoch_is_rounded_only_to_batches(n, batch_size, ranks, images):
+    plan = Plan(n, batch_size, 2, 1, ranks)
+    assert n - batch_size * ranks < images <= n
+    assert plan.images_per_epoch == plan.distinct_images == images
+    steps = list(plan.steps(1))
+    assert len(steps) == plan.optimizer_steps
+    seen = [index for step in steps for micro in step.micro_batches for index in micro.sample_B.tolist()]
+    assert len(seen) == len(set(seen)) == images
+    assert steps[-1].clock == 1 + (plan.micro_steps - 1) / plan.micro_steps
+    left_out = set(range(n)) - set(seen)
+    later = {i for step in plan.steps(2) for micro in step.micro_batches for i in micro.sample_B.tolist()}
+    assert len(left_out & later) > len(left_out) / 2  # another epoch leaves out others
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        (Plan(511, 32, 1, 1, 1), "an epoch has 480 of the 511 images"),
+        (
+            Plan(12406, 128, 4, 3, 2),
+            "an epoch has 4,096 of the 12,406 images, 12,288 with their copies (augment.repeats=3)",
+        ),
+        (
+            Plan(486, 32, 1, 3, 1),
+            "an epoch has 86 of the 486 images, 256 with their copies (augment.repeats=3); the others follow in later "
+            "epochs. For more in each, use augment.repeats=1",
+        ),
+        (
+            Plan(244, 128, 1, 1, 1),
+            "an epoch has 128 of the 244 images; the others follow in later epochs. For more in each, use a "
+            "train.batch_size below 128",
+        ),
+    ],
+)
+def test_an_epoch_is_described_with_its_distinct_images(plan, text):
+    assert plan.describe_epoch() == text
+    assert plan.is_partial == ("For more" in text)
+    seen = {i for step in plan.steps(0) for micro in step.micro_batches for i in micro.sample_B.tolist()}
+    assert len(seen) == plan.distinct_images
+
+
 @pytest.mark.parametrize("arguments", [(0, 1, 0), (5, 6, 0), (5, 2, 2), (5, 2, -1), (5, 0, 0), (5, 1, 0, 0)])
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(UserError, match="sampler: got n="):

@@ -197,27 +197,33 @@ def _report(config: Config, sets: Sets) -> Report:
     splits = [split_stats(split, images) for split, images in sets]
     report = Report(config.data.dataset, config.data.title, splits, groups, {}, sets.train.class_names)
     try:
-        report.schedule.update(_schedule(config, len(sets.train)))
+        plan = _plan(config, len(sets.train))
+        report.schedule.update(_schedule(config, plan))
+        if plan.is_partial:
+            report.findings.append(Finding("warning", "train", plan.describe_epoch()))
     except UserError as error:
         report.findings.append(Finding("error", "train", str(error)))
     return report
 
 
-def _schedule(config: Config, num_images: int) -> dict[str, int]:
-    train, repeats = config.train, config.augment.repeats
+def _plan(config: Config, num_images: int) -> Plan:
+    train = config.train
     ranks = train.virtual_ranks or 1
-    plan = Plan(num_images, train.batch_size, train.accumulate, repeats, ranks)
-    images_per_epoch = plan.micro_steps * train.batch_size * ranks
+    return Plan(num_images, train.batch_size, train.accumulate, config.augment.repeats, ranks)
+
+
+def _schedule(config: Config, plan: Plan) -> dict[str, int]:
+    epochs = config.train.epochs
     return {
-        "virtual_ranks": ranks,
+        "virtual_ranks": plan.virtual_ranks,
         "micro_batches_a_rank_an_epoch": plan.micro_steps,
         "optimizer_steps_an_epoch": plan.optimizer_steps,
         "images_an_optimizer_step": plan.images_per_step,
-        "images_an_epoch": images_per_epoch,
-        "distinct_images_an_epoch": -(-images_per_epoch // repeats),
-        "epochs": train.epochs,
-        "optimizer_steps": plan.optimizer_steps * train.epochs,
-        "images": images_per_epoch * train.epochs,
+        "images_an_epoch": plan.images_per_epoch,
+        "distinct_images_an_epoch": plan.distinct_images,
+        "epochs": epochs,
+        "optimizer_steps": plan.optimizer_steps * epochs,
+        "images": plan.images_per_epoch * epochs,
     }
 
 

@@ -19,8 +19,9 @@ class RepeatedAugmentationSampler:
     """Indices of one rank for one epoch, each image ``repeats`` times across ranks.
 
     The permutation is seeded by the epoch alone. Every rank takes each ``world_size``-th entry of the repeated
-    permutation and keeps the first floor(floor(N / 256) * 256 / world_size); sets of fewer than 256 images, for which
-    the reference yields nothing, keep floor(N / world_size).
+    permutation. With ``repeats`` > 1 it keeps the first floor(floor(N / 256) * 256 / world_size), as the reference
+    does. With ``repeats`` = 1, and for sets of fewer than 256 images, for which the reference yields nothing, it keeps
+    floor(N / world_size).
 
     Args:
         n: images in the set.
@@ -44,7 +45,8 @@ class RepeatedAugmentationSampler:
         self.n, self.world_size, self.rank, self.repeats = n, world_size, rank, repeats
         self.epoch = seed_epoch
         self.cursor = 0
-        self.length = (n // 256 * 256 or n) // world_size
+        rounded = n // 256 * 256 if repeats > 1 else n
+        self.length = (rounded or n) // world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Start another epoch from its first index."""
@@ -155,6 +157,33 @@ class Plan:
     def images_per_step(self) -> int:
         """Images of all ranks in one full optimizer step (the effective batch)."""
         return self.batch_size * self.accumulate * self.virtual_ranks
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of all ranks in an epoch, copies of the same image included."""
+        return self.micro_steps * self.batch_size * self.virtual_ranks
+
+    @property
+    def distinct_images(self) -> int:
+        """Different images in an epoch."""
+        return -(-self.images_per_epoch // self.repeats)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether rounding leaves more than a tenth of the set out of each epoch."""
+        return self.images_per_epoch < 0.9 * self.n
+
+    def describe_epoch(self) -> str:
+        """Summarize an epoch in one line, with the settings that lengthen it when it is partial."""
+        text = f"an epoch has {self.distinct_images:,} of the {self.n:,} images"
+        if self.repeats > 1:
+            text += f", {self.images_per_epoch:,} with their copies (augment.repeats={self.repeats})"
+        if not self.is_partial:
+            return text
+        remedies = ["augment.repeats=1"] if self.repeats > 1 else []
+        if self.images_per_epoch < 0.9 * self.virtual_ranks * len(self._sampler(0)):
+            remedies.append(f"a train.batch_size below {self.batch_size}")
+        return f"{text}; the others follow in later epochs. For more in each, use {' or '.join(remedies)}"
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
         """The optimizer steps of an epoch from number ``start`` on.
