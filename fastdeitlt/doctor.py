@@ -87,8 +87,8 @@ def python() -> Row:
     """The interpreter."""
     version = sys.version_info
     detail = f"{version.major}.{version.minor}.{version.micro}"
-    good = (3, 11) <= version[:2] < (3, 13)
-    return Row("python", "ok" if good else "broken", detail, "" if good else "use Python 3.11 or 3.12")
+    good = (3, 11) <= version[:2] < (3, 15)
+    return Row("python", "ok" if good else "broken", detail, "" if good else "use Python 3.11 to 3.14")
 
 
 def packages() -> Row:

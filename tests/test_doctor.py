@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import tomllib
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +33,18 @@ def test_the_doctor_starts_where_torch_does_not():
     )
     done = subprocess.run([sys.executable, "-c", code + "set(sys.modules)))"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]")
+
+
+def test_the_doctor_accepts_the_python_versions_of_the_package(monkeypatch):
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    requires = tomllib.loads(pyproject.read_text())["project"]["requires-python"]
+    version = namedtuple("version", "major minor micro")
+    accepted = []
+    for minor in range(9, 20):
+        monkeypatch.setattr(doctor.sys, "version_info", version(3, minor, 0))
+        accepted += [minor] if doctor.python().status == "ok" else []
+    assert requires == f">=3.{accepted[0]},<3.{accepted[-1] + 1}"
+    assert accepted == list(range(accepted[0], accepted[-1] + 1))
 
 
 def test_a_probe_survives_an_exception_a_crash_and_silence(monkeypatch):
