@@ -302,6 +302,11 @@ class Checkpoints:
         for old in self._steps()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
+    @property
+    def latest(self) -> Path | None:
+        """The newest checkpoint on disk, not verified."""
+        return next(iter(self._steps()), None)
+
     def newest(self, must: bool = False) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, and its manifest; a damaged one is set aside as ``*.damaged-*``.
 

@@ -3,6 +3,7 @@
 Losses stay on the device; the host reads them once in ``train.log_every`` optimizer steps, and nowhere else.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,28 +51,32 @@ class Pace:
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.first, self.done = total, done, done
-        self.begun, self.away = time.perf_counter(), 0.0
+        self.away, self.paused_at = 0.0, math.inf
+        self.begun = self._seconds()
         self.start_window()
+
+    def _seconds(self) -> float:
+        """Seconds of the loop, which stand still while it is paused."""
+        return min(time.perf_counter(), self.paused_at) - self.away
 
     def start_window(self) -> None:
         """What is counted from here on is for the next report."""
-        self.window, self.waited, self.images, self.window_done = time.perf_counter(), 0.0, 0, self.done
+        self.window, self.waited, self.images, self.window_done = self._seconds(), 0.0, 0, self.done
 
     def read(self) -> dict[str, float]:
         """Images a second, share of the time spent waiting for data, seconds left."""
-        now = time.perf_counter()
+        now = self._seconds()
         seconds, left = now - self.window, self.total - self.done
-        eta_s = (now - self.begun - self.away) / (self.done - self.first) * left
+        eta_s = (now - self.begun) / (self.done - self.first) * left
         return {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds, "eta_s": eta_s}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave evaluation and checkpoints out of the speed."""
-        start = time.perf_counter()
+        """Leave evaluation and checkpoints out of the speed, also where a report falls among them."""
+        self.paused_at = time.perf_counter()
         yield
-        spent = time.perf_counter() - start
-        self.away += spent
-        self.window += spent
+        self.away += time.perf_counter() - self.paused_at
+        self.paused_at = math.inf
 
 
 class Meter(Pace):
@@ -179,6 +184,6 @@ class Meter(Pace):
         where = f" (rank {', '.join(bad)})" if bad and self.plan.world > 1 else ""
         raise NonFiniteError(
             f"{window}: the {'loss' if bad else 'gradient'} is not finite from step {step}{where}; training stopped "
-            f"before that update; {self.run.folder}/nonfinite.rank*.json name the images, and the last checkpoint is "
-            "sound; lower optim.lr or set optim.clip_norm=1"
+            f"before that update; {self.run.folder}/nonfinite.rank*.json name the images; "
+            + watch.nonfinite_remedy(self.run.checkpoints, "optim", self.cfg.optim.clip_norm)
         )

@@ -5,16 +5,17 @@ import logging
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdeitlt import distributed
+from fastdeitlt.checkpoint import Checkpoints
 from fastdeitlt.config import Config
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.errors import MemoryFullError
+from fastdeitlt.errors import CheckpointError, MemoryFullError
 
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 1.5
@@ -104,6 +105,22 @@ def dump(
     path = folder / f"nonfinite.rank{distributed.rank()}.json"
     path.write_text(json.dumps({"step": step, **facts, "micro_batches": bad or seen}, indent=1), encoding="utf-8")
     return path
+
+
+def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -> str:
+    """Return what a run that met a loss or gradient that is not finite can resume from, and which settings help.
+
+    Args:
+        checkpoints: the run's; a save in flight is waited for.
+        section: of the learning rate and ``clip_norm`` in the configuration.
+        clip_norm: its value. 0 = off.
+    """
+    with suppress(CheckpointError):  # the loss is the news
+        checkpoints.finish()
+    saved = checkpoints.latest
+    state = f"checkpoint {saved} is sound" if saved else "no checkpoint was saved before"
+    clip = "" if 0 < clip_norm <= 1 else f" or set {section}.clip_norm=1"
+    return f"{state}; lower {section}.lr{clip} (another run: --resume never)"
 
 
 @contextmanager

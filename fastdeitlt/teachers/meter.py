@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import NonFiniteError
+from fastdeitlt.running import watch
 from fastdeitlt.running.meter import Pace
 from fastdeitlt.running.run import Run
 from fastdeitlt.teachers.views import Plan
@@ -59,8 +60,8 @@ class Meter(Pace):
         loss = distributed.sum_over_ranks(self.loss).item() / steps  # sync: the only one of the loop
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"steps {self.window_done + 1} to {self.done}: loss {loss}; training stopped, the last checkpoint in "
-                f"{self.run.folder} is sound; lower teacher_training.lr or set teacher_training.clip_norm=1"
+                f"steps {self.window_done + 1} to {self.done}: loss {loss}; training stopped; "
+                + watch.nonfinite_remedy(self.run.checkpoints, "teacher_training", self.cfg.teacher_training.clip_norm)
             )
         pace = self.read()
         facts = {"epoch": self.epoch, "loss": loss, "lr": self.rate, "rho": self.rho}

@@ -1,0 +1,127 @@
+"""The log's figures: speed without evaluation and checkpoints; what a loss that is not finite is answered with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdeitlt import config
+from fastdeitlt.checkpoint import Checkpoints
+from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.errors import NonFiniteError
+from fastdeitlt.loss import JointLoss
+from fastdeitlt.models import create_student
+from fastdeitlt.running import meter as student_meter
+from fastdeitlt.teachers import meter as teacher_meter
+from fastdeitlt.teachers import views
+
+CPU = torch.device("cpu")
+STEPS, EPOCHS, BATCH = 3, 4, 8
+
+
+class FakeRun:
+    """Keeps the records of a run in memory."""
+
+    def __init__(self, folder):
+        self.folder, self.records = folder, []
+        self.checkpoints = Checkpoints(folder)
+
+    def start_progress(self, total, done):
+        pass
+
+    def show(self, step, text):
+        pass
+
+    def record(self, kind, step, **facts):
+        self.records.append(facts | {"step": step})
+
+
+class Student:
+    """Drives the student's meter."""
+
+    def __init__(self, run, **settings):
+        flat = {"train.epochs": EPOCHS, "train.batch_size": BATCH, "train.log_every": 2}
+        student = create_student("deit_tiny_distilled_patch16_32", 10, depth=1)
+        plan = Plan(STEPS * BATCH, BATCH, 1, 1, 1)
+        cfg = config.build(flat | {f"optim.{name}": value for name, value in settings.items()})
+        self.meter = student_meter.Meter(cfg, run, plan, student, None, CPU, 0)
+
+    def epoch(self, batches, first, loss, work):
+        for done in range(first, first + STEPS):
+            self.meter.wait(batches)
+            work()
+            losses = JointLoss(*torch.full((3,), loss))
+            self.meter.add(losses, MicroBatch(0, 0, 0, torch.arange(BATCH).numpy(), torch.zeros(BATCH).numpy()))
+            self.meter.step(done, 0, 1e-3, torch.tensor(loss))
+
+
+class Teacher:
+    """Drives the teacher's meter."""
+
+    def __init__(self, run, **settings):
+        flat = {"teacher_training.epochs": EPOCHS, "teacher_training.batch_size": BATCH, "train.log_every": 2}
+        plan = views.Plan(STEPS * BATCH, BATCH, 0, drop_last=False)
+        cfg = config.build(flat | {f"teacher_training.{name}": value for name, value in settings.items()})
+        self.meter = teacher_meter.Meter(cfg, run, plan, CPU, 0)
+
+    def epoch(self, batches, first, loss, work):
+        timed = self.meter.timed(batches)
+        for done in range(first, first + STEPS):
+            next(timed)
+            work()
+            self.meter.step(torch.tensor(loss), BATCH, done, 0, 1e-3, 0.05)
+
+
+BOTH = pytest.mark.parametrize("kind", [Student, Teacher])
+
+
+@BOTH
+def test_evaluation_and_checkpoints_do_not_count_as_time_of_the_loop(kind, tmp_path, monkeypatch):
+    now = 1000.0
+
+    def spend(seconds):
+        nonlocal now
+        now += seconds
+
+    def batches():
+        while True:
+            spend(0.5)
+            yield None
+
+    monkeypatch.setattr(student_meter, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(teacher_meter, "time", SimpleNamespace(perf_counter=lambda: now))
+    run = FakeRun(tmp_path)
+    driver = kind(run)
+    for epoch in range(EPOCHS):
+        driver.epoch(batches(), 1 + epoch * STEPS, 1.0, lambda: spend(1.5))
+        with driver.meter.paused():
+            spend(10)  # evaluation
+            driver.meter.report()  # a checkpoint begins with a report
+            spend(5)
+    assert [record["step"] for record in run.records] == [2, 3, 4, 6, 8, 9, 10, 12]
+    for record in run.records:
+        assert record["images_per_s"] == pytest.approx(BATCH / 2)
+        assert record["data_wait"] == pytest.approx(0.25)
+        assert record["eta_s"] == pytest.approx(2.0 * (STEPS * EPOCHS - record["step"]))
+
+
+@BOTH
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1.0, 5.0])
+def test_a_loss_that_is_not_finite_gets_advice_that_can_be_followed(kind, tmp_path, clip_norm):
+    driver = kind(FakeRun(tmp_path), clip_norm=clip_norm)
+    with pytest.raises(NonFiniteError) as caught:
+        driver.epoch(iter([None] * STEPS), 1, float("nan"), lambda: None)
+    text = str(caught.value)
+    assert "no checkpoint was saved before" in text and "sound" not in text
+    section = "optim" if kind is Student else "teacher_training"
+    assert f"lower {section}.lr" in text and "--resume never" in text
+    assert (f"{section}.clip_norm=1" in text) == (clip_norm in (0.0, 5.0))
+
+
+@BOTH
+def test_a_loss_that_is_not_finite_names_the_sound_checkpoint(kind, tmp_path):
+    run = FakeRun(tmp_path)
+    driver = kind(run)
+    run.checkpoints.save(2, {"model": {"w": torch.zeros(1)}}, {"best": None})  # in flight, perhaps
+    with pytest.raises(NonFiniteError, match=r"checkpoint \S*step-00000002 is sound"):
+        driver.epoch(iter([None] * STEPS), 1, float("nan"), lambda: None)
