@@ -292,6 +292,9 @@ class EvaluateConfig(Section):
     """Centre crop: input size over resized short side (224 / 256)."""
     select_on: Literal["val", "last", "test"] = "val"
     """Which set chooses the best checkpoint: validation; none (the last one); or test, as published numbers do."""
+    select_by: Literal["balanced", "micro"] = "balanced"
+    """Accuracy that chooses the best checkpoint. balanced: mean of the class accuracies. micro: over all images, most
+    of which show head classes in a long-tailed hold-out."""
     weights: Literal["model", "ema", "both"] = "both"
     """Which weights are evaluated; the better on the selection set is reported when both."""
     analyze_images: int = Field(1024, ge=0)

@@ -2,6 +2,8 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdeitlt import config, embedded
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.longtail import drw_weights
+from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.evaluation import selection
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
@@ -168,6 +171,35 @@ def test_a_run_folder_has_all_its_parts(whole):
     results = json.loads((whole / "results.json").read_text())
     assert set(results["test"]["heads"]) == {"AVG", "CLS", "DIST"}
     assert not list((whole / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.parametrize(("select_by", "epoch"), [("balanced", 0), ("micro", 1)])
+def test_the_best_weights_are_chosen_by_class_or_by_image(tiny, tmp_path, monkeypatch, select_by, epoch):
+    """On a long-tailed validation set the first evaluation knows the tail classes, the second the head class."""
+    head = np.zeros(12, dtype=np.int64)
+    monkeypatch.setattr(selection, "gather_logits", lambda *_, **__: _logits_of(next(decisions), labels))
+    labels = torch.from_numpy(np.concatenate([head, np.arange(1, 4)]))
+    knows_tail, knows_head = torch.where(labels == 0, 9, labels), torch.zeros_like(labels)
+    cfg = config.build(
+        tiny
+        | {"evaluate.every": 1, "evaluate.weights": "model", "evaluate.select_by": select_by, "teacher.path": ""}
+        | {"train.epochs": 2, "loss.drw_epoch": -1, "evaluate.analyze_images": 0, "runs_dir": str(tmp_path)}
+    )
+    sets = open_sets(cfg.data)
+    val = replace(sets.val, labels=labels.numpy(), paths=sets.val.paths[:15])
+    monkeypatch.setattr("fastdeitlt.train.open_sets", lambda data: replace(sets, val=val, test=None))
+    decisions = chain.from_iterable([[knows_tail, knows_head], repeat(knows_head)])
+    monkeypatch.setattr(selection.signs, "tail_images", lambda *_: val.take(np.arange(0)))
+    monkeypatch.setattr(selection.WithCosine, "cosine_N", lambda *_: torch.zeros(15))
+    run = train(cfg)
+    selected = json.loads((run / "results.json").read_text())["selected"]
+    assert (selected["epoch"], selected["by"], selected["on"]) == (epoch, select_by, "val")
+    assert f"by {selection.SELECT_BY[select_by]}" in (run / "report.html").read_text()
+
+
+def _logits_of(decided_N, labels_N):
+    logits_NK = torch.nn.functional.one_hot(decided_N, 10).float()
+    return logits_NK, logits_NK, labels_N
 
 
 class Killed(BaseException):

@@ -2,7 +2,9 @@
 
 import json
 import socket
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from fastdeitlt.analysis import sections
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.cli import main
 from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
-from fastdeitlt.data.longtail import open_sets
+from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate
@@ -115,6 +117,31 @@ def test_the_folder_gives_the_accuracy_it_claims(trained: tuple[Config, Path]) -
     assert trained_result["heads"]["TEACHER"]["nll"]["threshold"]["all"] == pytest.approx(nll, abs=1e-3)
     evaluated = evaluate(folder, ["train.device=cpu"])
     assert evaluated.heads["TEACHER"].nll["threshold"]["all"] == pytest.approx(nll, abs=1e-3)
+
+
+@pytest.mark.parametrize(("select_by", "epoch"), [("balanced", 0), ("micro", 1)])
+def test_the_best_teacher_is_chosen_by_class_or_by_image(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select_by: str, epoch: int
+) -> None:
+    """On a long-tailed validation set the first evaluation knows the tail classes, the second the head class."""
+    cfg = recipe(data, tmp_path, "epochs=2", "drw_epoch=-1", "evaluate.every=1", f"evaluate.select_by={select_by}")
+    sets = open_sets(cfg.data)
+    labels = torch.tensor([0] * 6 + [1, 2])
+    val = replace(sets.val, labels=labels.numpy(), paths=sets.val.paths[:8])
+    knows_tail, knows_head = torch.where(labels == 0, 1, labels), torch.zeros_like(labels)
+    decisions = chain([knows_tail, knows_head])
+
+    def logits(model: nn.Module, source: object, images: LongTailSet, **how: object) -> tuple[Tensor, Tensor, Tensor]:
+        seen_N = torch.from_numpy(images.labels)
+        decided_N = next(decisions, knows_head) if images is val else seen_N
+        logits_NK = F.one_hot(decided_N, 3).float()
+        return logits_NK, logits_NK, seen_N
+
+    monkeypatch.setattr("fastdeitlt.teachers.train.open_sets", lambda _: replace(sets, val=val))
+    monkeypatch.setattr("fastdeitlt.teachers.selection.collect_logits", logits)
+    run = train_teacher(cfg).parents[1]
+    selected = json.loads((run / "results.json").read_text())["selected"]
+    assert (selected["epoch"], selected["by"], selected["on"]) == (epoch, select_by, "val")
 
 
 @pytest.mark.parametrize("changes", [["sam_schedule=linear", "clip_norm=1.0"], PACO], ids=["ldam", "paco"])

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastdeitlt.data.longtail import has_official_split, shot_groups
 from fastdeitlt.errors import NonFiniteError, UserError
 
+SELECT_BY = {"balanced": "mean class accuracy", "micro": "accuracy over images"}
+"""What ``evaluate.select_by`` selects by, in words."""
 GROUPS = ("all", "head", "mid", "tail")
 NUM_BINS = 15
 CPU = torch.device("cpu")
@@ -97,6 +99,11 @@ class Result:
     def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
         """Top-1 accuracy in per cent of a head, by default ``main``; NaN where the group has no images."""
         return self.heads[head or self.main].top1[split][group]
+
+    def selection_accuracy(self, select_by: str) -> float:
+        """Accuracy of the main head in per cent that chooses weights: ``balanced`` (mean of classes) or ``micro``."""
+        head = self.heads[self.main]
+        return head.balanced_accuracy if select_by == "balanced" else head.top1["threshold"]["all"]
 
     def class_accuracy(self, head: str) -> np.ndarray:
         """Accuracy of each class in per cent, float64 [K], NaN for a class without images."""

@@ -24,7 +24,7 @@ from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
-from fastdeitlt.evaluation.metrics import GROUPS, Result, score, score_single
+from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, score, score_single
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
@@ -67,6 +67,8 @@ class Selector:
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
         if self.on != cfg.evaluate.select_on:
             log.info("no %s images: the last weights are the chosen ones", cfg.evaluate.select_on)
+        if self.on != "last":
+            log.info("selection: highest %s on the %s set", SELECT_BY[cfg.evaluate.select_by], self.on)
 
     def evaluate(self, step: int, epoch: int, last: bool) -> None:
         """Score on the selection set, log, and keep the weights if they are the best so far."""
@@ -76,13 +78,20 @@ class Selector:
                 if self.on != "last":
                     images, model = getattr(self.sets, self.on), WithCosine(self.student)
                     result = self._score(self._logits(images, model))
-                    accuracy = result.accuracy()
+                    accuracy = result.selection_accuracy(self.cfg.evaluate.select_by)
                     seen = self._score(self._logits(self.tail, self.student)) if len(self.tail) else None
                     cosine_N = model.cosine_N(len(images), self.device)
                     self._log(step, epoch, weights, self.on, result, seen, cosine_N)
                 better = self.best is None or accuracy > self.best["accuracy"] or self.on == "last"
                 if better and (self.on != "last" or (last and weights == self._preferred())):
-                    self.best = {"step": step, "epoch": epoch, "weights": weights, "accuracy": accuracy}
+                    by = self.cfg.evaluate.select_by
+                    self.best = {
+                        "step": step,
+                        "epoch": epoch,
+                        "weights": weights,
+                        "accuracy": accuracy,
+                        "by": by,
+                    }
                     self._keep()
         if self.run.is_main and self.on != "last" and 0 <= self.cfg.loss.drw_epoch <= epoch:
             self._watch(step, epoch)
@@ -211,7 +220,8 @@ class Selector:
         now = [record for record in records if record["step"] == step]
         if not now:
             return
-        weights = max(now, key=lambda record: record["avg_all"])["weights"]
+        by = self.cfg.evaluate.select_by
+        weights = max(now, key=lambda record: Result.from_json(record["result"]).selection_accuracy(by))["weights"]
         readings = [
             signs.Reading(r["epoch"], Result.from_json(r["result"]), Result.from_json(r["tail_seen"]))
             for r in records
@@ -253,7 +263,8 @@ class Selector:
         self.run.record("eval", step, epoch=epoch, weights=weights, **facts)
         self.run.summarise()
         table = "  ".join(f"{head} {scores[f'{head.lower()}_all']:.1f}" for head in ("AVG", "CLS", "DIST"))
-        self.run.show(step, f"epoch {epoch + 1}: {split} accuracy of {weights}: {table} %")
+        balanced = f"mean of classes {result.selection_accuracy('balanced'):.1f} %"
+        self.run.show(step, f"epoch {epoch + 1}: {split} accuracy of {weights}: {table} %, {balanced}")
 
 
 def _hash_set(images: LongTailSet | None) -> str | None:

@@ -11,7 +11,7 @@ import rich.table
 
 from fastdeitlt import analysis, config
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
+from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
@@ -55,6 +55,8 @@ def _lead(run: RunFiles) -> str:
     epoch = f" of epoch {chosen['epoch'] + 1}" if "epoch" in chosen else ""
     on = {"val": "chosen on validation images", "test": "chosen on the test images", "last": "the last ones"}
     how = on.get(chosen.get("on", ""), "")
+    if how and chosen["on"] != "last" and "by" in chosen:
+        how += f" by {SELECT_BY[chosen['by']]}"
     images = f"{result.num_images:,} {'test' if name == 'test' else 'validation'} images"
     return f"{what}: {images} of {len(result.counts_K):,} classes, {weights}{epoch}{f', {how}' if how else ''}."
 

@@ -20,7 +20,7 @@ from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
-from fastdeitlt.evaluation.metrics import GROUPS, Result, score_single
+from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, score_single
 from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.running.run import Run, console
@@ -116,17 +116,26 @@ class TeacherSelector:
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
         if self.on != cfg.evaluate.select_on:
             log.info("no %s images: the last weights are the chosen ones", cfg.evaluate.select_on)
+        if self.on != "last":
+            log.info("selection: highest %s on the %s set", SELECT_BY[cfg.evaluate.select_by], self.on)
 
     def evaluate(self, step: int, epoch: int, last: bool) -> None:
         """Score on the selection set, log, and keep the weights if none before were better."""
         accuracy = math.nan
         if self.on != "last":
             result = self._score(self.on)
-            accuracy = result.accuracy("TEACHER")
+            accuracy = result.selection_accuracy(self.cfg.evaluate.select_by)
             self._log(step, epoch, self.on, result, "model")
         better = self.best is None or accuracy >= self.best["accuracy"]
         if last if self.on == "last" else better:
-            self.best = {"step": step, "epoch": epoch, "accuracy": accuracy, "on": self.on}
+            by = self.cfg.evaluate.select_by
+            self.best = {
+                "step": step,
+                "epoch": epoch,
+                "accuracy": accuracy,
+                "on": self.on,
+                "by": by,
+            }
             self._keep({})
 
     def finish(self, step: int, epoch: int) -> None:
@@ -193,5 +202,6 @@ class TeacherSelector:
         scores = {f"teacher_{group}": result.accuracy("TEACHER", group, "official") for group in GROUPS}
         self.run.record("eval", step, epoch=epoch, weights=weights, set=name, **scores, result=result.to_json())
         self.run.summarise()
+        balanced = f"mean of classes {result.selection_accuracy('balanced'):.1f} %"
         shown = "  ".join(f"{group} {scores[f'teacher_{group}']:.1f}" for group in GROUPS)
-        self.run.show(step, f"epoch {epoch + 1}: {name} accuracy of {weights}: {shown} %")
+        self.run.show(step, f"epoch {epoch + 1}: {name} accuracy of {weights}: {shown} %, {balanced}")
