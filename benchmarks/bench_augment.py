@@ -90,7 +90,7 @@ def chain_cases() -> Iterable[harness.Case]:
 
 
 def gpu_cases(device: torch.device) -> Iterable[harness.Case]:
-    """From the decoded set to the mixed batch in both layouts, in bfloat16."""
+    """From the decoded set to the mixed batch, in bfloat16."""
     from fastdeitlt.kernels import augment as kernels
 
     cfg = AugmentConfig()
@@ -102,11 +102,11 @@ def gpu_cases(device: torch.device) -> Iterable[harness.Case]:
         mix = mixup.draw(0, 0, 0, 0, MixupConfig(switch_prob=0), side)
         arguments = (pixels, starts_B, sizes_B2, draws, mix, cfg, side)
         candidates = {
-            "torch": lambda a=arguments: kernels.reference(*a, patch=16),
-            "triton": lambda a=arguments: kernels.augment(*a, patch=16),
+            "torch": lambda a=arguments: kernels.reference(*a),
+            "triton": lambda a=arguments: kernels.augment(*a),
         }
         crops = 3 * int(draws.boxes(sizes_B2)[:, 2:].prod(axis=1).sum())
-        written = 2 * 2 * batch * 3 * side * side
+        written = 2 * batch * 3 * side * side
         name = f"{size[0]} x {size[1]} to {side} px B={batch}"
         yield harness.Case(name, candidates, "torch", crops + written, eager=frozenset(candidates))
 

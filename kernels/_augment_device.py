@@ -342,14 +342,10 @@ def _noise(value, e, key, erased, quantiles):
 
 @triton.jit
 def finish_kernel(
-    rows, crops, operated, tables, quantiles, scale, offset, images, patches, B,
-    MIX: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    rows, crops, operated, tables, quantiles, scale, offset, images, B,
+    MIX: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Operations, normalise, erase and mix of an image and its partner B - 1 - b, written to both layouts.
-
-    ``images`` [B, S, S, 3]; ``patches`` [B (S / P)^2, 3 P^2] in the order of a patch embedding's weight; None = not
-    wanted.
-    """
+    """Operations, normalise, erase and mix of an image and its partner B - 1 - b; fills ``images`` [B, S, S, 3]."""
     own = tl.program_id(0)
     other = B - 1 - own
     mix = rows + B * COLUMNS
@@ -372,10 +368,5 @@ def finish_kernel(
             elif MIX == CUTMIX:
                 pasted = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
                 u, v = tl.where(pasted, v, u), tl.where(pasted, u, v)
-            if images is not None:
-                tl.store(images + own_base + 3 * p + c, u, mask=mask)
-                tl.store(images + other_base + 3 * p + c, v, mask=mask)
-            if patches is not None:
-                place = ((y // P) * (S // P) + x // P) * (3 * P * P) + c * (P * P) + y % P * P + x % P
-                tl.store(patches + own_base + place, u, mask=mask)
-                tl.store(patches + other_base + place, v, mask=mask)
+            tl.store(images + own_base + 3 * p + c, u, mask=mask)
+            tl.store(images + other_base + 3 * p + c, v, mask=mask)

@@ -1,14 +1,13 @@
-"""AdamW, gradient scale and clip, moving average and bfloat16 copy in one pass over flat buffers.
+"""AdamW, gradient scale and clip, and moving average in one pass over flat buffers.
 
     g' = scale g;  m += (1 - beta1) (g' - m);  v = beta2 v + (1 - beta2) g'^2;  w *= 1 - lr decay
-    w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);  ema += (1 - ema_decay) (w - ema);  low = bfloat16(w)
+    w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);  ema += (1 - ema_decay) (w - ema)
 
 The first ``num_decayed`` elements have weight decay, the rest none. ``lr``, ``step`` (t) and ``scale`` are read on the
 device, so a schedule or a clip neither syncs nor recompiles. A ``scale`` of 0 leaves the step out, whatever the
 gradients are: only the average moves. Source: Loshchilov & Hutter 2019, algorithm 2;
 torch.optim.AdamW; timm ModelEmaV3 for the average.
-Moves 36 bytes a weight in float32 (w, m, v, ema in and out, g in), 38 with the copy: 0.77 ms for 87.3 M weights at
-4.3 TB/s.
+Moves 36 bytes a weight in float32 (w, m, v, ema in and out, g in): 0.73 ms for 87.3 M weights at 4.3 TB/s.
 Shapes: P weights.
 """
 
@@ -50,15 +49,12 @@ def reference(
     scale: Tensor | None = None,
     ema: Tensor | None = None,
     ema_decay: float = 0.0,
-    low: Tensor | None = None,
 ) -> None:
     """``adamw_ema`` in plain torch, in place; the float32 (or float64) reference."""
     if scale is None or scale != 0:
         _step(weights, grads, exp_avg, exp_avg_sq, lr, step, num_decayed, weight_decay, betas, eps, scale)
     if ema is not None:
         ema.lerp_(weights, 1 - ema_decay)
-    if low is not None:
-        low.copy_(weights)
 
 
 def _step(
@@ -90,7 +86,6 @@ def _adamw_ema_kernel(
     p_exp_avg,  # [P] float32, in and out
     p_exp_avg_sq,  # [P] float32, in and out
     p_ema,  # [P] float32, in and out, or None
-    p_low,  # [P] bfloat16 or float16 out, or None
     p_lr,  # [] learning rate
     p_step,  # [] number of this step, from 1
     p_scale,  # [] factor on the gradients, or None
@@ -127,12 +122,10 @@ def _adamw_ema_kernel(
     if p_ema is not None:
         b_ema = tl.load(p_ema + o_p, mask=m_p, other=0.0)
         tl.store(p_ema + o_p, b_ema + one_minus_ema_decay * (b_weights - b_ema), mask=m_p)
-    if p_low is not None:
-        tl.store(p_low + o_p, b_weights.to(p_low.dtype.element_ty), mask=m_p)
 
 
 def _launch(
-    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, low: Tensor | None,
+    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None,
     lr: Tensor, step: Tensor, scale: Tensor | None, num_decayed: int, weight_decay: float, beta1: float, beta2: float,
     eps: float, ema_decay: float,
 ) -> None:  # fmt: skip
@@ -140,7 +133,7 @@ def _launch(
     size = weights.numel()
     launch(
         _adamw_ema_kernel, (triton.cdiv(size, config.blocks["BLOCK"]),), weights,
-        weights, grads, exp_avg, exp_avg_sq, ema, low, lr, step, scale, size, num_decayed, weight_decay,
+        weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale, size, num_decayed, weight_decay,
         math.log(beta1), math.log(beta2), 1 - beta1, 1 - beta2, eps, 1 - ema_decay, **config.options,
     )  # fmt: skip
 
@@ -148,23 +141,23 @@ def _launch(
 _op = torch.library.custom_op(
     "fastdeitlt::adamw_ema",
     _launch,
-    mutates_args=("weights", "exp_avg", "exp_avg_sq", "ema", "low"),
+    mutates_args=("weights", "exp_avg", "exp_avg_sq", "ema"),
     device_types="cuda",
 )
 
 
 @_op.register_kernel("cpu")
 def _(
-    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, low: Tensor | None,
+    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None,
     lr: Tensor, step: Tensor, scale: Tensor | None, num_decayed: int, weight_decay: float, beta1: float, beta2: float,
     eps: float, ema_decay: float,
 ) -> None:  # fmt: skip
     if interpreted():
         options = (num_decayed, weight_decay, beta1, beta2, eps, ema_decay)
-        return _launch(weights, grads, exp_avg, exp_avg_sq, ema, low, lr, step, scale, *options)
+        return _launch(weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale, *options)
     return reference(
         weights, grads, exp_avg, exp_avg_sq, lr=lr, step=step, num_decayed=num_decayed, weight_decay=weight_decay,
-        betas=(beta1, beta2), eps=eps, scale=scale, ema=ema, ema_decay=ema_decay, low=low,
+        betas=(beta1, beta2), eps=eps, scale=scale, ema=ema, ema_decay=ema_decay,
     )  # fmt: skip
 
 
@@ -188,7 +181,6 @@ def adamw_ema(
     scale: Tensor | None = None,
     ema: Tensor | None = None,
     ema_decay: float = 0.0,
-    low: Tensor | None = None,
 ) -> None:
     """One AdamW step and its moving average, in place, in one launch.
 
@@ -200,7 +192,6 @@ def adamw_ema(
         scale: 0-d float32 factor on the gradients (clip coefficient, 1 / loss scale). 0 leaves the step out, also where
             a gradient is not finite. None = 1.
         ema: [P] float32 average to update. None = none.
-        low: [P] bfloat16 or float16 that receives the new weights. None = none.
 
     Raises:
         UserError: a shape, type, device, layout or range does not fit.
@@ -221,7 +212,6 @@ def adamw_ema(
         ("exp_avg", exp_avg, shape, full),
         ("exp_avg_sq", exp_avg_sq, shape, full),
         ("ema", ema, shape, full),
-        ("low", low, shape, (torch.bfloat16, torch.float16)),
         ("lr", lr, (), full),
         ("step", step, (), full),
         ("scale", scale, (), full),
@@ -229,7 +219,7 @@ def adamw_ema(
         if tensor is not None:
             check("adamw_ema", name, tensor, size, dtypes, device)
     options = (num_decayed, weight_decay, *betas, eps, ema_decay)
-    _op(weights, grads, exp_avg, exp_avg_sq, ema, low, lr, step, scale, *options)
+    _op(weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale, *options)
 
 
 def aot_configs() -> list[AotConfig]:
@@ -238,11 +228,11 @@ def aot_configs() -> list[AotConfig]:
     configs = []
     for note, grads, absent in (
         ("all", "*fp32", ()),
-        ("plain", "*fp32", ("p_ema", "p_low", "p_scale")),
+        ("plain", "*fp32", ("p_ema", "p_scale")),
         ("bfloat16 gradients", "*bf16", ()),
     ):
         constexprs = {"BLOCK": DEFAULT.blocks["BLOCK"], **dict.fromkeys(absent)}
-        known = {"p_grads": grads, "p_low": "*bf16"} | integers
+        known = {"p_grads": grads} | integers
         signature = {
             name: known.get(name, "*fp32" if name.startswith("p_") else "fp32")
             for name in _adamw_ema_kernel.arg_names

@@ -1,18 +1,18 @@
-"""Augmentation of a batch from the decoded set on the device: crop .. mix in one chain of kernels, both layouts.
+"""Augmentation of a batch from the decoded set on the device: crop .. mix in one chain of kernels.
 
     rows, columns      antialiased bicubic crop + resize + flip to crops of whole numbers (Pillow's)
     histogram, table   statistics and lookup tables, only for images that drew auto_contrast, equalize or contrast
     operate            the first operation, only for images whose second needs more than a value (about one in six)
-    finish             operation(s), normalise, erase, Mixup / CutMix; writes the student's patches, the teacher's NHWC
+    finish             operation(s), normalise, erase, Mixup / CutMix; writes channels last
 
 Bit for bit ``reference`` in float32: Pillow rounds to uint8 after each resizing pass and each operation, so these are
 the stages that cannot be one. The host draws decide what is launched, so this is no op of a compiled graph.
 Moves, an image of side 224 in bfloat16: the source crop, 0.2 MB of packed pixels written and read twice, 0.6 MB out.
-Shapes: B batch, S output side, P patch, K taps, J images that need statistics.
+Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import fastdeitlt.kernels._augment_device as gpu
 import numpy as np
@@ -39,15 +39,6 @@ SEARCHED = ("convolve", "histogram", "operate", "finish")
 """Kernels whose setting may be measured; they and the output's side are its key."""
 
 
-class Augmented(NamedTuple):
-    """A mixed batch in the layouts asked for, else None."""
-
-    images_BCHW: Tensor | None
-    """Normalised images, channels last in memory (the teacher's)."""
-    patches: Tensor | None
-    """[B (S / P)^2, 3 P^2], patches row by row, values as in ``patch_embed.proj.weight.flatten(1)`` (the student's)."""
-
-
 def augment(
     pixels: Tensor,
     starts_B: np.ndarray,
@@ -58,10 +49,8 @@ def augment(
     size: int,
     *,
     boxes_B4: np.ndarray | None = None,
-    patch: int = 0,
-    images: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-) -> Augmented:
+) -> Tensor:
     """Augment and mix a batch as drawn.
 
     Args:
@@ -72,17 +61,17 @@ def augment(
         size: output side.
         boxes_B4: the crops (top, left, height, width) in what ``sizes_B2`` says is there; None = as drawn for images of
             these sizes.
-        patch: side of the patches to write; 0 = none.
-        images: write ``images_BCHW``.
-        dtype: of the outputs; everything before is float32 or integer.
+        dtype: of the images; everything before is float32 or integer.
+
+    Returns:
+        images_BCHW, normalised, channels last in memory.
 
     Raises:
-        UserError: pixels that are not uint8 or not on a CUDA device; images outside them, crops outside images; a side
-            the patch does not divide; a padded crop or more than two operations; a batch to be mixed with an odd number
-            of images.
+        UserError: pixels that are not uint8 or not on a CUDA device; images outside them, crops outside images; a
+            padded crop or more than two operations; a batch to be mixed with an odd number of images.
     """
     boxes_B4 = draws.boxes(sizes_B2) if boxes_B4 is None else boxes_B4
-    _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, size, patch, dtype)
+    _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, dtype)
     check_launchable("augment", pixels)
     plan = make_plan(starts_B, sizes_B2, boxes_B4, draws, mix, size)
     rows, jobs = (_upload(array, pixels.device) for array in (plan.rows, plan.jobs))
@@ -102,7 +91,7 @@ def augment(
         )  # fmt: skip
     if plan.num_second:
         _make_tables(second, rows, operated, tables, plan.num_first, gpu.SECOND.value, size)
-    return _finish(rows, crops, operated, tables, mix, cfg, size, patch, images, dtype)
+    return _finish(rows, crops, operated, tables, mix, cfg, size, dtype)
 
 
 def reference(
@@ -115,25 +104,20 @@ def reference(
     size: int,
     *,
     boxes_B4: np.ndarray | None = None,
-    patch: int = 0,
-    images: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-) -> Augmented:
+) -> Tensor:
     """``augment`` in torch operations on any device."""
     boxes_B4 = draws.boxes(sizes_B2) if boxes_B4 is None else boxes_B4
-    _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, size, patch, dtype)
+    _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, dtype)
     places = zip(starts_B.tolist(), sizes_B2.tolist(), strict=True)
     sources = [pixels[start : start + 3 * height * width].view(height, width, 3) for start, (height, width) in places]
     crops = torch_augment.crop_resize(sources, boxes_B4, size, exact=True)
-    mixed = mixup.apply(torch_augment.apply(crops, draws, cfg), mix).to(dtype)
-    grid = (len(draws), 3, size // patch, patch, size // patch, patch) if patch else ()
-    patches = mixed.reshape(grid).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * patch * patch) if patch else None
-    return Augmented(mixed if images else None, patches)
+    return mixup.apply(torch_augment.apply(crops, draws, cfg), mix).to(dtype)
 
 
 def _check(
     pixels: Tensor, starts_B: np.ndarray, sizes_B2: np.ndarray, boxes_B4: np.ndarray, draws: Draws, mix: MixDraw,
-    size: int, patch: int, dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> None:  # fmt: skip
     check("augment", "pixels", pixels, (None,), (torch.uint8,))
     batch, ends_B = len(draws), starts_B + 3 * sizes_B2.astype(np.int64).prod(axis=1)
@@ -145,8 +129,6 @@ def _check(
         raise UserError(
             f"augment: {batch} crops, but boxes {boxes_B4.shape} reach outside the images; crop inside them"
         )
-    if patch and size % patch:
-        raise UserError(f"augment: size {size} does not divide into patches of {patch}")
     if dtype not in DTYPES:
         raise UserError(f"augment: got dtype {dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
     if draws.shift_B2.any() or draws.op_B2.shape[1] > 2:
@@ -213,24 +195,23 @@ def _make_tables(jobs: Tensor, rows: Tensor, images: Tensor, tables: Tensor, slo
 
 def _finish(
     rows: Tensor, crops: Tensor, operated: Tensor, tables: Tensor, mix: MixDraw, cfg: AugmentConfig,
-    size: int, patch: int, images: bool, dtype: torch.dtype,
-) -> Augmented:  # fmt: skip
+    size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     batch, device = len(crops), crops.device
     scale, offset = torch_augment.affine(cfg.mean, cfg.std, device)
-    images_BHWC = torch.empty(batch, size, size, 3, dtype=dtype, device=device) if images else None
-    patches = torch.empty(batch * size * size // patch**2, 3 * patch**2, dtype=dtype, device=device) if patch else None
+    images_BHWC = torch.empty(batch, size, size, 3, dtype=dtype, device=device)
     how = gpu.UNMIXED if mix.lam == 1.0 else gpu.CUTMIX if mix.box else gpu.MIXUP
     config = _setting("finish", size, device)
     _launch(
         gpu.finish_kernel, ((batch + 1) // 2, triton.cdiv(size * size, config.blocks["BLOCK"])), crops,
-        rows, crops, operated, tables, torch_augment.normal_table(device), scale, offset, images_BHWC, patches, batch,
-        MIX=how.value, P=patch or 1, S=size, **_steps(config),
+        rows, crops, operated, tables, torch_augment.normal_table(device), scale, offset, images_BHWC, batch,
+        MIX=how.value, S=size, **_steps(config),
     )  # fmt: skip
-    return Augmented(None if images_BHWC is None else images_BHWC.permute(0, 3, 1, 2), patches)
+    return images_BHWC.permute(0, 3, 1, 2)
 
 
 def aot_configs() -> list[AotConfig]:
-    """The kernels at side 224, patch 16, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
+    """The kernels at side 224, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
     types = {"rows": "*fp64", "tables": "*u8"}
     pixels = ("crops", "operated", "source", "target", "images")
     types |= dict.fromkeys((*pixels, "weights", "first", "jobs", "counts", "lumas"), "*i32")
@@ -247,7 +228,6 @@ def aot_configs() -> list[AotConfig]:
         config = default_config(kernel)
         return {"S": 224, "STEP": 32 * config.num_warps, **config.blocks}
 
-    both = {"images": "*bf16", "patches": "*bf16"}
     return [
         *(config(gpu.coefficients_kernel, {"S": 224, "K": k, "BLOCK": COEFFICIENT_BLOCK}) for k in (8, 16)),
         *(
@@ -258,5 +238,5 @@ def aot_configs() -> list[AotConfig]:
         config(gpu.histogram_kernel, {"S": 224, **default_config("histogram").blocks}),
         config(gpu.table_kernel, {"S": 224, "FIELD": gpu.FIRST.value}, warps=1),
         config(gpu.operate_kernel, block("operate")),
-        *(config(gpu.finish_kernel, block("finish") | {"MIX": mix, "P": 16}, 4, **both) for mix in (0, 1, 2)),
+        *(config(gpu.finish_kernel, block("finish") | {"MIX": mix}, images="*bf16") for mix in (0, 1, 2)),
     ]

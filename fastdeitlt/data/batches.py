@@ -132,12 +132,10 @@ def _augment_fused(
     from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
 
     with torch.cuda.device_of(regions.pixels):  # a thread starts on the first GPU, whatever the rank's is
-        mixed = kernel.augment(
+        return kernel.augment(
             regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
             boxes_B4=regions.boxes_B4, dtype=dtype,
-        ).images_BCHW  # fmt: skip
-    assert mixed is not None
-    return mixed
+        )  # fmt: skip
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

@@ -133,7 +133,7 @@ def test_adamw_ema(far_program):
     adamw_ema.reference(*last[:4], **clock, num_decayed=block, weight_decay=0.05, ema=last[4], ema_decay=0.9)
     far_program(size // block - 1)
     adamw_ema._adamw_ema_kernel[(1,)](
-        *buffers, None, clock["lr"], clock["step"], None, size, size, 0.05, math.log(0.9), math.log(0.999), 0.1, 0.001,
+        *buffers, clock["lr"], clock["step"], None, size, size, 0.05, math.log(0.9), math.log(0.999), 0.1, 0.001,
         1e-8, 0.1, BLOCK=block,
     )  # fmt: skip
     for got, expected in zip(buffers, last, strict=True):
