@@ -13,7 +13,7 @@ from fastdeitlt.config import Config, build
 from fastdeitlt.data import cifar
 from fastdeitlt.data.doctor import check, gini, stats
 from fastdeitlt.data.findings import Finding
-from fastdeitlt.data.longtail import cifar_lt_counts
+from fastdeitlt.data.longtail import LongTailSet, cifar_lt_counts, class_counts
 from fastdeitlt.errors import UserError
 
 SEEDS = iter(range(10_000))
@@ -196,12 +196,18 @@ def test_incomplete_published_set_is_an_error_with_both_counts(tmp_path):
     assert finding.level == "error"
 
 
+def decoded_set(images_NHWC: np.ndarray, labels_N: np.ndarray, names: list[str]) -> LongTailSet:
+    paths = [f"{i:05d}" for i in range(len(labels_N))]
+    return LongTailSet(paths, labels_N, class_counts(labels_N, len(names)), "", names, images_NHWC)
+
+
 def test_published_counts_hold_whatever_is_held_out(tmp_path, monkeypatch):
     labels = np.repeat(np.arange(10), 5000)
     images = np.broadcast_to(np.arange(50_000, dtype=np.uint32).view(np.uint8).reshape(-1, 1, 1, 4), (50_000, 1, 1, 4))
     test = np.repeat(np.arange(10), 1000)
-    whole = cifar.Cifar(images, labels, images[:10_000], test, np.array(list("abcdefghij")))
-    monkeypatch.setattr(cifar, "_open", lambda *arguments: (tmp_path, whole))
+    names = list("abcdefghij")
+    whole = decoded_set(images, labels, names), decoded_set(images[:10_000], test, names)
+    monkeypatch.setattr(cifar, "_read", lambda *arguments: whole)
     base = {"data.dataset": "cifar10_lt", "data.root": str(tmp_path)}
     for holdout in (0.0, 0.1):
         report = check(build(base | {"data.val_holdout": holdout}))
@@ -225,10 +231,9 @@ def test_predicted_steps_are_those_of_the_published_runs(
     classes = 10 if dataset == "cifar10_lt" else 100
     labels = np.repeat(np.arange(classes), 50_000 // classes)
     images = np.zeros((50_000, 1, 1, 3), np.uint8)
-    whole = cifar.Cifar(
-        images, labels, images[:classes], np.arange(classes), np.array([str(i) for i in range(classes)])
-    )
-    monkeypatch.setattr(cifar, "_open", lambda *arguments: (tmp_path, whole))
+    names = [str(i) for i in range(classes)]
+    whole = decoded_set(images, labels, names), decoded_set(images[:classes], np.arange(classes), names)
+    monkeypatch.setattr(cifar, "_read", lambda *arguments: whole)
     report = stats(
         build(
             {
