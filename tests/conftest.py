@@ -24,6 +24,13 @@ def fresh_logging() -> Iterator[None]:
     log.propagate, log.handlers = propagate, handlers
 
 
+@pytest.fixture(params=[True, False], ids=["bf16", "no-bf16"])
+def native_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU reports bfloat16 instructions: what depends on it is tested both ways on every processor."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def own_linear() -> Iterator[None]:
     """DeepSpeed's stage 3 puts its own function in the place of torch's for the rest of the process."""

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,9 @@ def _one_of_several(rank, world, port, folder):
             found["collectives", stage] = _collectives(engine, rank)
     if world == 2:
         for stage in (0, 2):
-            engine = _engine(_config(engine="auto", zero_stage=stage, precision="bf16"), rank, 2)
-            found["bf16", stage] = (_run(engine, rank, 2)[0], _state(engine))
+            with _native_bf16():
+                engine = _engine(_config(engine="auto", zero_stage=stage, precision="bf16"), rank, 2)
+                found["bf16", stage] = (_run(engine, rank, 2)[0], _state(engine))
         for stage in (1, 3):
             engine = _engine(_config(engine="auto", zero_stage=stage), rank, 2)
             _run(engine, rank, 2, range(1))
@@ -265,11 +267,20 @@ def test_several_ranks_continue_what_one_began(plain, several, world, stage, off
     _assert_same(ranks[0][4], end)
 
 
+@contextmanager
+def _native_bf16():
+    """Compute in bfloat16, emulated where the processor has no instructions for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def plain_bf16():
-    engine = _engine(_config(engine="plain", precision="bf16"))
-    losses, _ = _run(engine)
-    return losses, engine.weights()
+    with _native_bf16():
+        engine = _engine(_config(engine="plain", precision="bf16"))
+        losses, _ = _run(engine)
+        yield losses, engine.weights()
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 2), (2, 0), (2, 2)])

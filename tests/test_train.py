@@ -287,7 +287,7 @@ def _one_step(cfg, watch=nullcontext()):  # noqa: B008
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_student_teacher_and_loss_compile_to_one_graph(monkeypatch, precision):
+def test_student_teacher_and_loss_compile_to_one_graph(monkeypatch, precision, native_bf16):
     graphs = []
 
     def count(graph, inputs):
@@ -315,7 +315,7 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", ["torch", "fastdeitlt"])
-def test_the_step_never_waits_for_the_device(backend):
+def test_the_step_never_waits_for_the_device(backend, native_bf16):
     cfg = config.build(
         {"train.compile": False, "train.batch_size": 8, "optim.backend": backend, "optim.clip_norm": 1.0}
     )
@@ -352,6 +352,17 @@ def test_a_loss_that_is_not_finite_stops_with_code_5_and_leaves_a_sound_checkpoi
     assert caught.value.exit_code == 5
     last = load_tensors(tmp_path / "nan" / "checkpoints" / "last")
     assert all(value.isfinite().all() for value in last.values() if value.is_floating_point())
+
+
+def test_bfloat16_is_computed_where_there_are_instructions_for_it(tiny, whole, tmp_path, native_bf16):
+    """Elsewhere the whole run, evaluation included, is that of float32, bit for bit."""
+    half = {"name": "half", "runs_dir": str(tmp_path), "train.precision": "bf16", "evaluate.analyze_images": 0}
+    run = train(config.build(tiny | half))
+    steps, expected = ([r["loss"] for r in _losses(r) if r["kind"] == "step"] for r in (run, whole))
+    assert steps == pytest.approx(expected, abs=3e-2)
+    assert (_losses(run) == _losses(whole)) == (not native_bf16)
+    saved = _weights(whole)
+    assert all(value.dtype == saved[name].dtype for name, value in _weights(run).items())
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole, tiny):

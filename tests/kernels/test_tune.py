@@ -43,8 +43,10 @@ def measured(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def setup():
-    device = torch.device("cuda" if GPU else "cpu")
-    return set_up(config.load("quickstart", SMALL), device, synthetic=True)
+    """A step in bfloat16, whatever the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        yield set_up(config.load("quickstart", SMALL), torch.device("cuda" if GPU else "cpu"), synthetic=True)
 
 
 def clock(times):
@@ -149,8 +151,16 @@ def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monk
     }  # fmt: skip
 
 
+def test_attention_is_searched_only_where_the_step_is_in_bfloat16(native_bf16):
+    """The kernel has no float32 on a GPU."""
+    setup = set_up(config.load("quickstart", SMALL), torch.device("cpu"), synthetic=True)
+    ops = ["attention"] * 2 * native_bf16 + ["add_layernorm", "bias_gelu", "joint_loss", "adamw_ema", "augment"]
+    assert [part.op for part in tune_parts.parts(setup)] == ops
+
+
 def test_attentions_keys_are_searched_within_a_backward_that_launches_their_kernel(monkeypatch):
     device = torch.device("cuda" if GPU else "cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     setup = set_up(config.load("quickstart", [*SMALL, "student.img_size=128"]), device, synthetic=True)
     monkeypatch.setattr(tune, "measure", clock(dict.fromkeys(("attention", "best", "default"), 1.0)))
     launched = []
