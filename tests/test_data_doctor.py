@@ -83,13 +83,13 @@ PNG = encode(Image.fromarray(pixels(60, 60)))
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (None, "missing"),
-        (b"", "empty (0 bytes)"),
+        (None, "No such file"),
+        (b"", "empty file"),
         (b"hello, I am no image", "not an image"),
-        (JPEG[: len(JPEG) // 2], "truncated or damaged"),
-        (PNG[: len(PNG) // 2], "truncated or damaged"),
+        (JPEG[: len(JPEG) // 2], "truncated JPEG"),
+        (PNG[: len(PNG) // 2], "truncated PNG"),
         (PNG[:60] + b"\xff" * 200 + PNG[260:], "truncated or damaged"),
-        (encode(Image.fromarray(pixels()), "GIF"), "GIF, which the reader cannot decode"),
+        (encode(Image.fromarray(pixels()), "GIF"), "GIF image, expected JPEG, PNG"),
     ],
     ids=["missing", "empty", "text", "half-jpeg", "half-png", "damaged-png", "gif"],
 )
@@ -134,7 +134,7 @@ def test_link_out_of_the_root_is_noted(tmp_path):
     finding = only(found(config), "link that leaves the root")
     assert (finding.split, finding.examples) == ("test", ("test_0_0.png",))
     outside.unlink()
-    assert only(found(config), "missing").level == "error"
+    assert only(found(config), "No such file").level == "error"
 
 
 def test_images_shared_by_training_and_test_are_errors(tmp_path):
@@ -295,7 +295,14 @@ def test_report_prints_tables_and_json(tmp_path, capsys):
     report.print()
     text = capsys.readouterr().out
     assert f"data {tmp_path.name}" in text and "thirds by class size" in text and "official" not in text
-    for part in ("[red]cat", "1 image: missing", "train_0_0.png", "optimizer steps an epoch", "threshold", "findings"):
+    for part in (
+        "[red]cat",
+        "1 image: No such file",
+        "train_0_0.png",
+        "optimizer steps an epoch",
+        "threshold",
+        "findings",
+    ):
         assert part in text
     stats(config).print()
     assert "findings" not in capsys.readouterr().out

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from image_files import CPU, GOOD, SIZES, assert_like_pillow, deliver, encoded, make_set, picture, request
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import files, reader
 from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.scan import scan_file
+from fastdeitlt.data.decoder import Decoder
+from fastdeitlt.data.scan import scan_files
 from fastdeitlt.errors import UserError
 
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+THUMBNAIL = b"Exif\0\0" + encoded(picture(8, 8))
+"""Metadata in which a JPEG ends."""
+ODD = 1
 EXIF_ROTATED = Image.Exif()
 EXIF_ROTATED[0x0112] = 6
 KINDS = {
@@ -35,6 +40,8 @@ KINDS = {
     "webp": encoded(picture(50, 60), "WEBP"),
     "bmp": encoded(picture(50, 60), "BMP"),
     "tiff": encoded(picture(50, 60), "TIFF", compression="tiff_lzw"),
+    "webp with metadata after pixels of odd length": encoded(picture(50, 60, ODD), "WEBP", lossless=True, exif=b"Exif"),
+    "png with a profile of another colour space": encoded(picture(50, 60).convert("L"), "PNG", icc_profile=PROFILE),
 }
 
 
@@ -54,12 +61,14 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
 
 
 BMP = encoded(picture(40, 40), "BMP")
+TIFF = encoded(picture(60, 80), "TIFF")
+PAIR = encoded(picture(60, 80), "MPO", save_all=True, append_images=[picture(20, 20)], exif=THUMBNAIL)
 GOOD_PNG = encoded(picture(60, 80), "PNG")
 BAD = {
     "text": (b"this is no image\n" * 40, "not an image"),
     "html": (b"<html><body>404 Not Found</body></html>", "not an image"),
-    "gif": (encoded(picture(20, 20).convert("P"), "GIF"), "not an image"),
-    "jpeg2000": (encoded(picture(20, 20), "JPEG2000"), "not an image"),
+    "gif": (encoded(picture(20, 20).convert("P"), "GIF"), "GIF image, expected JPEG, PNG"),
+    "jpeg2000": (encoded(picture(20, 20), "JPEG2000"), "JPEG2000 image, expected"),
     "zeros": (bytes(5000), "not an image"),
     "empty": (b"", "empty"),
     "missing": (None, "No such file"),
@@ -69,9 +78,73 @@ BAD = {
     "half a png": (GOOD_PNG[: len(GOOD_PNG) // 2], "truncated"),
     "damaged png": (GOOD_PNG[:3000] + b"\xff" * 200 + GOOD_PNG[3200:], ""),
     "bmp cut": (BMP[:3000], "truncated"),
+    "tiff cut near its end": (TIFF[:-500], "truncated"),
+    "first of two pictures cut": (PAIR[:2500], "truncated"),
     "bomb": (BMP[:18] + (30_000).to_bytes(4, "little") * 2 + BMP[26:], "900000000 pixels"),
     "large": (BMP[:18] + (10_000).to_bytes(4, "little") * 2 + BMP[26:], "10000 x 10000 pixels"),
 }
+
+
+def turned(orientation, kind, mode, **options):
+    """An image file that states an orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture(40, 61).convert(mode), kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "CMYK", {}),
+        ("MPO", "RGB", {}),
+        ("PNG", "RGBA", {}),
+        ("WEBP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+        ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_orientations_are_pillows_whole_and_by_region(tmp_path, kind, mode, options, orientation, exif):
+    """Of TIFF always turned, else only if told so; the header's size is that of what comes out."""
+    (tmp_path / "a").write_bytes(turned(orientation, kind, mode, **options))
+    with Image.open(tmp_path / "a") as image:
+        expected = np.asarray((ImageOps.exif_transpose(image) if exif == "apply" else image).convert("RGB"))
+    file = files.read_encoded(str(tmp_path / "a"), exif=exif)
+    header = files.read_encoded(str(tmp_path / "a"), exif=exif, header_only=True)
+    assert (file.height, file.width) == (header.height, header.width) == expected.shape[:2]
+    boxes = np.array([[0, 0, *expected.shape[:2]], [3, 5, 20, 17]], np.int32)
+    whole, part = Decoder(1, CPU)([file, file], boxes)
+    assert np.array_equal(whole, expected)
+    assert np.array_equal(part, expected[3:23, 5:22])
+    in_memory = files.from_pillow(Image.open(tmp_path / "a"), exif=exif)
+    assert np.array_equal(Decoder(1, CPU).whole([in_memory])[0], expected)
+
+
+def test_a_png_states_its_orientation_also_after_its_pixels(tmp_path):
+    data = turned(6, "PNG", "RGB")
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    (tmp_path / "a").write_bytes(data[:start] + data[end:last] + data[start:end] + data[last:])
+    header = files.read_encoded(str(tmp_path / "a"), exif="apply", header_only=True)
+    assert (header.height, header.width, header.orientation) == (61, 40, 6)
+
+
+def test_what_a_decoder_warns_of_is_not_told_for_each_reading(tmp_path, capfd):
+    make_set(tmp_path, {1: KINDS["png with a profile of another colour space"]})
+    list(scan_files(str(tmp_path), ["01.jpg"], DataConfig(num_threads=1)))
+    assert capfd.readouterr().err == ""
+
+
+def test_damage_that_training_reads_is_a_doubt_of_the_check(tmp_path):
+    """Of a byte of 255 in the scan of a JPEG Pillow reports damage, while the decoder goes on."""
+    place = GOOD.index(b"\xff\xda") + 200
+    images = make_set(tmp_path, {4: GOOD[:place] + b"\xff" + GOOD[place + 1 :]})
+    deliver(images, [request([4])])
+    (scan,) = scan_files(str(tmp_path), ["04.jpg"], DataConfig(num_threads=1))
+    assert scan.problem == "" and scan.doubt.startswith("damaged in a way that training does not notice")
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -94,14 +167,15 @@ def test_a_bad_file_stops_training_with_its_name_and_the_reason(tmp_path, kind):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_stops_training_is_found_by_the_check(tmp_path, kind):
     images = make_set(tmp_path, {4: BAD[kind][0]})
-    problems = [scan_file(str(tmp_path), path).problem for path in images.paths]
+    problems = [scan.problem for scan in scan_files(str(tmp_path), images.paths, DataConfig(num_threads=1))]
     assert [bool(problem) for problem in problems] == [index == 4 for index in range(len(SIZES))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_training_takes_passes_the_check(tmp_path, kind):
     make_set(tmp_path, {1: KINDS[kind]})
-    assert scan_file(str(tmp_path), "01.jpg").problem == ""
+    (scan,) = scan_files(str(tmp_path), ["01.jpg"], DataConfig(num_threads=1))
+    assert scan.problem == scan.doubt == ""
 
 
 @pytest.mark.parametrize("contents", [None, encoded(picture(60, 80), "PNG")[:4000]], ids=["gone", "overwritten"])
@@ -131,7 +205,7 @@ def test_skip_puts_the_next_readable_image_of_the_class(tmp_path, kind, caplog):
     as_10 = [CropRequest(np.array([10, 0, 10, 10]), 24, one.draws) for one in wanted]
     expected, _ = deliver(clean, as_10)
     assert all(torch.equal(a, b) for a, b in zip(crops, expected, strict=True))
-    assert sorted(stream.skipped) == ["04.jpg", "07.jpg"]
+    assert stream.unreadable == {4, 7}
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == 2, "once for each file"
     assert any("04.jpg" in line for line in logged)
@@ -147,7 +221,7 @@ def test_skip_does_not_depend_on_what_was_read_before(tmp_path):
 
 def test_skip_stops_when_a_class_has_no_readable_image(tmp_path):
     images = make_set(tmp_path, dict.fromkeys((1, 4, 7, 10), b""))
-    with pytest.raises(UserError, match="class 1"):
+    with pytest.raises(UserError, match="nor can any that could stand in"):
         deliver(images, [request(range(11))], on_error="skip")
 
 

@@ -79,7 +79,9 @@ def test_copies_in_one_group_are_read_once_and_differ_only_in_their_crop(tmp_pat
     apart, _ = deliver(images, wanted)
     read = []
     read_encoded = reader.read_encoded
-    monkeypatch.setattr(reader, "read_encoded", lambda path, *rest: read.append(path) or read_encoded(path, *rest))
+    monkeypatch.setattr(
+        reader, "read_encoded", lambda path, *rest, **how: read.append(path) or read_encoded(path, *rest, **how)
+    )
     shared, _ = deliver(images, wanted, share=4)
     assert len(read) == 5
     assert len(shared) == len(apart)

@@ -6,6 +6,8 @@ import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -217,7 +219,7 @@ def test_skip_gives_what_streaming_gives_also_from_the_cache(tmp_path, bad):
     for _ in range(2):
         held, source = hold(images, requests_of_every_kind(), skip)
         assert same(held, streamed)
-        assert sorted(source.skipped) == sorted(stream.skipped) == [f"{i:02d}.jpg" for i in sorted(bad)]
+        assert source.unreadable == stream.unreadable == set(bad)
 
 
 def test_raise_does_not_take_what_another_run_skipped(tmp_path):
@@ -321,3 +323,28 @@ def test_an_image_that_changes_while_it_is_decoded_is_noticed(tmp_path, monkeypa
     monkeypatch.setattr(cache, "stored_sizes", then_change)
     with pytest.raises(UserError, match=r"03\.jpg.*changed"):
         Resident(images, HOST, CPU)
+
+
+def test_a_stand_in_is_of_the_class_that_the_image_has_now(tmp_path, decodings):
+    """An unreadable image that was relabelled after the set was decoded."""
+    images = make_set(tmp_path, {4: b""})  # of class 1, whose next image is 7
+    skip = HOST.model_copy(update={"on_error": "skip"})
+    hold(images, [], skip)
+    relabelled = replace(images, labels=np.where(np.arange(11) == 4, 2, images.labels))  # the next of class 2 is 5
+    wanted = [CropRequest(np.array([sample]), 24, resize=24) for sample in (4, 5)]
+    stood_in, own = hold(relabelled, wanted, skip)[0]
+    assert torch.equal(stood_in, own) and len(decodings) == 1
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_images_that_state_an_orientation_are_held_as_they_are_streamed(tmp_path, exif):
+    files = {}
+    for index, (kind, orientation) in enumerate(product(("JPEG", "TIFF"), (3, 5, 6, 8))):
+        stated = Image.Exif()
+        stated[0x0112] = orientation
+        files[index] = encoded(picture(30 + index, 61, index), kind, exif=stated)
+    images = make_set(tmp_path, files)
+    held, _ = hold(images, requests_of_every_kind(), HOST.model_copy(update={"exif": exif}))
+    assert same(held, deliver(images, requests_of_every_kind(), exif=exif)[0])
+    if exif == "apply":  # whose cache is another
+        assert not same(held, hold(images, requests_of_every_kind())[0])

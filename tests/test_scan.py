@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeitlt.data.scan import scan_file, scan_files
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.scan import Scan, scan_files
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (9, 13, 3)).astype(np.uint8)
 
@@ -15,6 +16,11 @@ def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def scan_file(folder, name: str, **options) -> Scan:
+    (scan,) = scan_files(str(folder), [name], DataConfig(num_threads=1, **options))
+    return scan
 
 
 def rotated() -> bytes:
@@ -32,7 +38,7 @@ def rotated() -> bytes:
         (encode(Image.fromarray(PIXELS).convert("RGBA")), ["an alpha channel (dropped)"]),
         (encode(Image.fromarray(PIXELS).convert("LA")), ["gray", "an alpha channel (dropped)"]),
         (encode(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11))), ["16 or 32 bits a channel"]),
-        (rotated(), ["an EXIF rotation (ignored)"]),
+        (rotated(), ["an EXIF orientation (ignored; data.exif=apply"]),
         (encode(Image.fromarray(PIXELS).convert("P")), []),
         (encode(Image.fromarray(PIXELS), "WEBP"), []),
     ],
@@ -40,23 +46,23 @@ def rotated() -> bytes:
 )
 def test_odd_images_are_noted_but_no_error(tmp_path, data, notes):
     (tmp_path / "a.jpg").write_bytes(data)
-    scan = scan_file(str(tmp_path), "a.jpg")
+    scan = scan_file(tmp_path, "a.jpg")
     assert scan.problem == ""
     assert len(scan.notes) == len(notes)
-    assert all(note in got for note, got in zip(notes, scan.notes, strict=True))
+    assert all(got.startswith(note) for note, got in zip(notes, scan.notes, strict=True))
 
 
 def test_huge_images_are_noted_and_bombs_refused(tmp_path):
     (tmp_path / "huge.png").write_bytes(encode(Image.new("1", (9000, 6000))))
     (tmp_path / "bomb.png").write_bytes(encode(Image.new("1", (20_000, 10_000))))
-    assert "more than 50 megapixels" in scan_file(str(tmp_path), "huge.png").notes
-    assert "DecompressionBombError" in scan_file(str(tmp_path), "bomb.png").problem
+    assert "more than 50 megapixels" in scan_file(tmp_path, "huge.png").notes
+    assert "exceeds limit" in scan_file(tmp_path, "bomb.png").problem
 
 
 def test_results_come_in_the_order_of_the_names_and_alike_files_have_one_digest(tmp_path):
     names = [f"{i}.png" for i in range(700)]
     for i in range(0, 700, 7):
         (tmp_path / names[i]).write_bytes(encode(Image.fromarray(PIXELS)))
-    scans = list(scan_files(str(tmp_path), names, num_threads=3))
-    assert [scan.problem for scan in scans] == ["missing" if i % 7 else "" for i in range(700)]
+    scans = list(scan_files(str(tmp_path), names, DataConfig(num_threads=3)))
+    assert [scan.problem for scan in scans] == ["No such file or directory" if i % 7 else "" for i in range(700)]
     assert len({scan.digest for scan in scans if not scan.problem}) == 1

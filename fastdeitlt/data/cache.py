@@ -29,7 +29,7 @@ from fastdeitlt.user_cache import user_cache
 
 log = logging.getLogger("fastdeitlt")
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when stored pixels or their layout change."""
 BLOCK_BYTES = 1 << 26
 """Bytes under one checksum."""
@@ -48,18 +48,13 @@ class DecodedSet:
     """uint8, all images [H, W, 3] flattened."""
     sizes_N2: np.ndarray
     """int32 (height, width) as stored; zeros for an image that could not be read."""
-    slot_N: np.ndarray
-    """int64: the image that stands for each one: itself, or if it could not be read another of its class."""
+    unreadable: np.ndarray
+    """int64: indices of the images that could not be read."""
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Where each image begins in ``pixels``, and the end: int64 [N + 1]."""
         return np.concatenate([[0], num_bytes(self.sizes_N2).cumsum()])
-
-    @property
-    def unreadable(self) -> list[int]:
-        """Images another one stands for."""
-        return np.flatnonzero(self.slot_N != np.arange(len(self.slot_N))).tolist()
 
     def image(self, slot: int) -> Tensor:
         """A view of the pixels [H, W, 3] in a slot."""
@@ -70,7 +65,7 @@ class DecodedSet:
 def pack(images_NHWC: np.ndarray) -> DecodedSet:
     """A set that comes decoded (CIFAR)."""
     sizes_N2 = np.tile(np.array(images_NHWC.shape[1:3], np.int32), (len(images_NHWC), 1))
-    return DecodedSet(torch.tensor(images_NHWC).reshape(-1), sizes_N2, np.arange(len(images_NHWC)))
+    return DecodedSet(torch.tensor(images_NHWC).reshape(-1), sizes_N2, np.zeros(0, np.int64))
 
 
 def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
@@ -114,23 +109,21 @@ def open_decoded(
         log.warning("cache %s: %s; decoding into memory, for this run only", path.parent, error.strerror or error)
         sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
         pixels = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
-        decoded = DecodedSet(pixels, sizes_N2, np.arange(len(images)))
-        _decode(decoded, images, cfg, stream)
-    unreadable = decoded.unreadable
-    if cfg.on_error == "raise" and unreadable:  # another run skipped them
-        name = os.path.join(images.root, images.paths[unreadable[0]])
+        decoded = DecodedSet(pixels, sizes_N2, _decode(pixels, images, cfg, stream, sizes_N2))
+    if cfg.on_error == "raise" and len(decoded.unreadable):  # another run skipped them
+        name = os.path.join(images.root, images.paths[decoded.unreadable[0]])
         raise UserError(
-            f"image {name}: cannot be read ({len(unreadable)} of {len(images):,} images cannot); repair them, "
+            f"image {name}: cannot be read ({len(decoded.unreadable)} of {len(images):,} images cannot); repair them, "
             "take them off the list, or set data.on_error=skip"
         )
     return decoded
 
 
 def _key(images: LongTailSet, cfg: DataConfig) -> str:
-    """Changes when the pixels to be stored could: files, their sizes and times, stored size, versions."""
+    """Changes when the pixels to be stored could: files, their sizes and times, stored size, turning, versions."""
     root = os.path.realpath(images.root)
     key = hashlib.sha256(
-        f"{FORMAT} {decoder_version()} torch {torch.__version__} {cfg.stored_short_side} {root}".encode()
+        f"{FORMAT} {decoder_version()} torch {torch.__version__} {cfg.stored_short_side} {cfg.exif} {root}".encode()
     )
     for path in images.paths:
         try:
@@ -141,24 +134,28 @@ def _key(images: LongTailSet, cfg: DataConfig) -> str:
     return key.hexdigest()[:32]
 
 
-def _decode(decoded: DecodedSet, images: LongTailSet, cfg: DataConfig, stream: Stream) -> None:
-    """Fill ``pixels`` and ``slot_N``."""
-    total = int(decoded.starts[-1])
+def _decode(pixels: Tensor, images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray) -> np.ndarray:
+    """Fill ``pixels``; indices of the images that cannot be read."""
+    bytes_N = num_bytes(sizes_N2)
+    ends_N, total = bytes_N.cumsum(), int(bytes_N.sum())
     if total >= LONG:
         log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
     started = said = time.monotonic()
-    for sample, (slot, image) in enumerate(stream.decoded(range(len(images)), cfg.stored_short_side)):
+    unreadable = []
+    for sample, image in enumerate(stream.decoded(range(len(images)), cfg.stored_short_side)):
+        end = int(ends_N[sample])
+        start = end - int(bytes_N[sample])
         if (now := time.monotonic()) - said >= SAY_EVERY:
-            said, left = now, int(decoded.starts[-1] - decoded.starts[sample])
-            seconds = (now - started) * left / max(total - left, 1)
+            said = now
+            seconds = (now - started) * (total - start) / max(start, 1)
             log.info("decoded %s of %s images, %.0f s left", f"{sample:,}", f"{len(images):,}", seconds)
-        decoded.slot_N[sample] = slot
-        if slot != sample:
-            continue
-        if image.shape[:2] != tuple(decoded.sizes_N2[sample].tolist()):
+        if image is None:
+            unreadable.append(sample)
+        elif image.shape[:2] != tuple(sizes_N2[sample].tolist()):
             raise UserError(f"image {images.paths[sample]} under {images.root}: changed while it was read; start again")
-        decoded.image(slot).copy_(image)
-    decoded.slot_N[:] = decoded.slot_N[decoded.slot_N]  # a replacement may itself have been replaced later on
+        else:
+            pixels[start:end].view(image.shape).copy_(image)
+    return np.array(unreadable, np.int64)
 
 
 def _decode_to_disk(
@@ -173,10 +170,10 @@ def _decode_to_disk(
             file.flush()
             os.posix_fallocate(file.fileno(), file.tell(), total)
         pixels = np.load(draft / "pixels.npy", mmap_mode="r+")
-        decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, np.arange(len(images)))
-        _decode(decoded, images, cfg, stream)
+        unreadable = _decode(torch.from_numpy(pixels), images, cfg, stream, sizes_N2)
+        decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, unreadable)
         pixels.flush()
-        np.savez(draft / "index.npz", sizes_N2=sizes_N2, slot_N=decoded.slot_N, digests=_digests(decoded, cfg))
+        np.savez(draft / "index.npz", sizes_N2=sizes_N2, unreadable=unreadable, digests=_digests(decoded, cfg))
         for name in ("pixels.npy", "index.npz", "."):
             flush(draft / name)
     return decoded
@@ -188,9 +185,9 @@ def _load(path: Path, cfg: DataConfig, tell: bool = True) -> DecodedSet | None:
         return None
     try:
         with np.load(path / "index.npz") as index:
-            sizes_N2, slot_N, digests = index["sizes_N2"], index["slot_N"], index["digests"]
+            sizes_N2, unreadable, digests = index["sizes_N2"], index["unreadable"], index["digests"]
         pixels = torch.from_numpy(np.load(path / "pixels.npy", mmap_mode="c"))
-        decoded = DecodedSet(pixels, sizes_N2, slot_N)
+        decoded = DecodedSet(pixels, sizes_N2, unreadable)
         if len(pixels) != decoded.starts[-1] or not np.array_equal(digests, _digests(decoded, cfg)):
             raise ValueError("checksums differ")
     except (FileNotFoundError, *DAMAGE) as error:
@@ -204,6 +201,6 @@ def _digests(decoded: DecodedSet, cfg: DataConfig) -> np.ndarray:
     """SHA-256 of the index and of each block of pixels."""
     pixels = decoded.pixels.numpy()
     blocks = [pixels[start : start + BLOCK_BYTES] for start in range(0, len(pixels), BLOCK_BYTES)]
-    index = np.concatenate([decoded.sizes_N2.ravel().astype(np.int64), decoded.slot_N])
+    index = np.concatenate([decoded.sizes_N2.ravel().astype(np.int64), decoded.unreadable])
     with ThreadPoolExecutor(num_threads(cfg.num_threads)) as pool:
         return np.array(list(pool.map(lambda block: hashlib.sha256(block).hexdigest(), [index, *blocks])))

@@ -154,7 +154,7 @@ def check(config: Config, decode: bool = True) -> Report:
     report.findings.extend(folder_findings(config.data, sets))
     digests: dict[str, list[bytes]] = {}
     for split, images in sets:
-        found, digests[split] = image_findings(split, images, config.data.num_threads, decode)
+        found, digests[split] = image_findings(split, images, config.data, decode)
         report.findings.extend(found)
     report.findings.extend(duplicate_findings(config.data, sets, digests))
     report.findings.sort(key=lambda finding: list(_COLOURS).index(finding.level))

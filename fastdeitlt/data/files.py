@@ -1,10 +1,14 @@
-"""Encoded image files: read them and refuse what no decoder should see."""
+"""Encoded image files: read them, refuse what no decoder should see, and leave the decoder nothing but pixels."""
 
+import io
 import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +17,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """Pillow names of what is taken. Not JPEG2000: a damaged one ends the process in DALI 2.4."""
 MAX_PIXELS = 89_478_485
 """Largest image taken: Pillow's limit against decompression bombs."""
+MAX_BYTES = 256 * 2**20
+"""Largest file taken."""
 PILLOW_ERRORS = (
     OSError,
     EOFError,
@@ -27,6 +33,14 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow raises on damaged files."""
+ORIENTATION = 0x0112
+"""Tag of EXIF and TIFF: how stored pixels are turned to be upright, 1 to 8; 1 = not at all."""
+_BEGINNINGS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n"}
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+"""Marks of the chunks, anywhere in a file, from which Pillow reads a PNG's orientation."""
 
 
 class UnreadableError(Exception):
@@ -35,45 +49,66 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A file as it is on disk, and the size its header states."""
+    """An image file without what could mislead the decoder, and the size of the image that is to come of it."""
 
     sample: int
     data: np.ndarray
+    """uint8; without metadata in formats where DALI obeys it, warns of it or fails on it."""
     height: int
     width: int
+    orientation: int = 1
+    """How the stored pixels are to be turned, 1 to 8 as in EXIF; ``height`` and ``width`` are of the turned image."""
 
 
-def read_encoded(path: str, sample: int = 0, header_only: bool = False) -> Encoded:
+def read_encoded(path: str, sample: int = 0, *, exif: str = "ignore", header_only: bool = False) -> Encoded:
     """Read a file and check what can be checked without decoding it.
 
-    A JPEG without an end marker is truncated; decoding a region above the cut would not show that.
+    A file that ends before its image does is refused here, because decoding a region above the cut would not show it.
 
     Args:
         sample: index of the image in its set, passed on.
+        exif: ``data.exif``. A TIFF's own orientation tag is obeyed either way, as Pillow obeys it.
         header_only: for the size alone; ``data`` stays empty.
 
     Raises:
         UnreadableError: no regular file, empty, not an image, truncated, too large.
     """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would hang
-            raise UnreadableError("not a file")
-        if status.st_size == 0:
-            raise UnreadableError("empty file")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            (width, height), kind, header_bytes = image.size, image.format, file.tell()
-            file.seek(0)
-            data = b"" if header_only else file.read()
-    except UnidentifiedImageError:
-        raise UnreadableError(f"not an image ({', '.join(FORMATS)})") from None
-    except PILLOW_ERRORS as error:
-        raise UnreadableError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
-    if height * width > MAX_PIXELS:
-        raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
-    if kind == "JPEG" and not header_only and data.rfind(b"\xff\xd9", header_bytes) < 0:
-        raise UnreadableError("truncated JPEG")
-    return Encoded(sample, np.frombuffer(data, np.uint8), height, width)
+    with _unreadable(), _open_file(path) as file:
+        return _examine(file, sample, exif, header_only)
+
+
+def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") -> Encoded:
+    """An image in memory as the file that holds its pixels, so that one decoder has the say on them.
+
+    Raises:
+        UnreadableError: pixels of more than 16 bits, or too many.
+    """
+    buffer = io.BytesIO()
+    with _unreadable():
+        image.load()  # which turns a TIFF, and removes its tag
+        if image.mode in ("I", "F"):
+            raise UnreadableError(f"mode {image.mode}, expected 8 or 16 bits a channel")
+        kept = image if image.mode in _PNG_MODES else image.convert("RGB")
+        kept.save(buffer, "PNG", compress_level=1, exif=image.getexif())
+        return _examine(buffer, sample, exif, header_only=False)
+
+
+def glance(path: str) -> None:
+    """Look at the first and last bytes of a file: is it an image that is there to its end?
+
+    Raises:
+        UnreadableError: see ``read_encoded``.
+    """
+    beginning = end = b""
+    with suppress(OSError):  # read_encoded finds the reason
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            size = os.fstat(descriptor).st_size
+            beginning, end = os.pread(descriptor, 16, 0), os.pread(descriptor, 16, max(0, size - 16))
+        finally:
+            os.close(descriptor)
+    if not any(beginning.startswith(mark) and end.endswith(_ENDS[kind]) for kind, mark in _BEGINNINGS.items()):
+        read_encoded(path, header_only=True)
 
 
 def shrunk(sizes_N2: np.ndarray, short_side: int) -> np.ndarray:
@@ -81,3 +116,144 @@ def shrunk(sizes_N2: np.ndarray, short_side: int) -> np.ndarray:
     short_N1 = sizes_N2.min(axis=1, keepdims=True)
     smaller_N2 = sizes_N2.astype(np.int64) * short_side // np.maximum(short_N1, 1)
     return np.where((short_side > 0) & (short_N1 > short_side), smaller_N2, sizes_N2).astype(np.int32)
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """Raise UnreadableError for whatever Pillow or the system raises."""
+    try:
+        yield
+    except PILLOW_ERRORS as error:
+        raise UnreadableError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+
+
+@contextmanager
+def _open_file(path: str) -> Iterator[BinaryIO]:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would hang
+        raise UnreadableError("not a file")
+    if status.st_size == 0:
+        raise UnreadableError("empty file")
+    if status.st_size > MAX_BYTES:
+        raise UnreadableError(f"larger than {MAX_BYTES // 2**20} MiB")
+    with open(path, "rb") as file:
+        yield file
+
+
+def _examine(file: BinaryIO, sample: int, exif: str, header_only: bool) -> Encoded:
+    with _open_image(file) as image:
+        kind: str = image.format or ""
+        tags: Any = getattr(image, "tag_v2", {})
+        width, height = (int(tags[256]), int(tags[257])) if kind == "TIFF" else image.size
+        if height * width > MAX_PIXELS:
+            raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+        if image.mode == "F":
+            raise UnreadableError("floating-point pixels, expected 8 or 16 bits a channel")
+        if _is_cut(file, kind, tags):
+            raise UnreadableError(f"truncated {kind}")
+        data = b"" if header_only and not (kind == "PNG" and exif == "apply") else _contents(file)
+        orientation = tags.get(ORIENTATION, 1) if kind == "TIFF" else 1
+        if exif == "apply" and kind != "TIFF":
+            orientation = stated_orientation(image, data)
+    if orientation not in range(2, 9):
+        orientation = 1
+    if orientation >= 5:
+        height, width = width, height
+    pixels = np.frombuffer(b"" if header_only else _only_pixels(data, kind), np.uint8)
+    return Encoded(sample, pixels, height, width, orientation)
+
+
+def _open_image(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        pass
+    try:
+        file.seek(0)
+        with Image.open(file) as image:
+            kind = f"{image.format} image"
+    except PILLOW_ERRORS:
+        kind = "not an image"
+    raise UnreadableError(f"{kind}, expected {', '.join(FORMATS)}")
+
+
+def _contents(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _is_cut(file: BinaryIO, kind: str, tags: Any) -> bool:
+    """Whether the file ends before its image does, if its format can say."""
+    size = file.seek(0, os.SEEK_END)
+    if kind == "TIFF":
+        starts, lengths = (tags.get(strips) or tags.get(tiles) or () for strips, tiles in ((273, 324), (279, 325)))
+        return any(start + length > size for start, length in zip(starts, lengths, strict=False))
+    if kind == "WEBP":
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 > size
+    if (end := _ENDS.get(kind)) is None:
+        return False
+    file.seek(max(0, size - len(end)))
+    if file.read() == end:
+        return False
+    data = _contents(file)  # the end may be followed by something else
+    return data.rfind(end, _first_scan(data) if kind != "PNG" else 0) < 0
+
+
+def _first_scan(data: bytes) -> int:
+    """Where a JPEG's metadata, whose thumbnail has an end of its own, is over: the marker of its first scan."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
+        filled = data[position + 1 : position + 2] == b"\xff"
+        position += 1 if filled else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return position
+
+
+def stated_orientation(image: Image.Image, data: bytes) -> Any:
+    """The orientation that EXIF or XMP states, as ``PIL.ImageOps.exif_transpose`` finds it; 1 if they are damaged.
+
+    Args:
+        image: opened by Pillow.
+        data: the file, if it is a PNG.
+    """
+    try:
+        if image.format != "PNG":
+            return image.getexif().get(ORIENTATION, 1)
+        if not any(mark in data for mark in _PNG_EXIF):  # Pillow decodes a PNG to look for it
+            return 1
+        with Image.open(io.BytesIO(data)) as copy:
+            return copy.getexif().get(ORIENTATION, 1)
+    except PILLOW_ERRORS:
+        return 1
+
+
+def _only_pixels(data: bytes, kind: str) -> bytes:
+    """The file without metadata where that could mislead DALI 2.4.
+
+    libpng warns of odd colour profiles at each read; DALI's WebP parser fails on metadata of odd length; OpenCV, which
+    decodes what its TIFF decoder cannot, turns images by their tag.
+    """
+    if kind == "PNG":
+        kept, position = [data[:8]], 8
+        while position < len(data):
+            end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+            if data[position + 4 : position + 8] in _PNG_PIXELS:
+                kept.append(data[position:end])
+            position = end
+        return b"".join(kept)
+    if kind == "WEBP":
+        position = 12
+        while position < len(data):
+            length = int.from_bytes(data[position + 4 : position + 8], "little")
+            end = position + 8 + length + length % 2
+            if data[position : position + 4] in (b"VP8 ", b"VP8L"):
+                return b"RIFF" + (4 + end - position).to_bytes(4, "little") + b"WEBP" + data[position:end]
+            position = end
+    if kind == "TIFF" and data[:4] in (b"II*\0", b"MM\0*"):
+        order = "<" if data[:2] == b"II" else ">"
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (number,) = struct.unpack_from(f"{order}H", data, start)
+        for entry in range(start + 2, start + 2 + 12 * number, 12):
+            if struct.unpack_from(f"{order}H", data, entry) == (ORIENTATION,):
+                return data[:entry] + struct.pack(f"{order}HHIHH", ORIENTATION, 3, 1, 1, 0) + data[entry + 12 :]
+    return data

@@ -102,30 +102,25 @@ def folder_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
     ]
 
 
-def image_findings(
-    split: str, images: LongTailSet, num_threads: int, decode: bool
-) -> tuple[list[Finding], list[bytes]]:
+def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:
     """Findings about single images, and what tells each image from others: its sha256, or else its path."""
     if images.images_NHWC is not None:
         return [], [hashlib.sha256(image.tobytes()).digest() for image in images.images_NHWC]
     if not decode:
         return [], [path.encode() for path in images.paths]
-    problems: dict[str, list[str]] = defaultdict(list)
-    notes: dict[str, list[str]] = defaultdict(list)
+    found: dict[tuple[Level, str], list[str]] = defaultdict(list)
     digests = []
-    for path, scan in zip(images.paths, scan_files(images.root, images.paths, num_threads), strict=True):
+    for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg), strict=True):
         if scan.problem:
-            problems[scan.problem].append(path)
+            found["error", scan.problem].append(path)
+        if scan.doubt:
+            found["warning", scan.doubt].append(path)
         for note in scan.notes:
-            notes[note].append(path)
+            found["note", note].append(path)
         digests.append(scan.digest or path.encode())
     findings = [
-        Finding("error", split, f"{_many(len(paths), 'image')}: {problem}", tuple(paths[:NUM_EXAMPLES]))
-        for problem, paths in problems.items()
-    ]
-    findings += [
-        Finding("note", split, f"{_many(len(paths), 'image')}: {note}", tuple(paths[:NUM_EXAMPLES]))
-        for note, paths in notes.items()
+        Finding(level, split, f"{_many(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
+        for (level, what), paths in found.items()
     ]
     return findings, digests
 

@@ -5,7 +5,6 @@ What comes out is a pure function of the files and the request, so a run resumed
 
 # N images in the set, B images of a request, U distinct images of a group of requests, H height, W width, S output side
 
-import io
 import logging
 import os
 import threading
@@ -17,13 +16,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.augment import CropRequest, Regions
 from fastdeitlt.data.decoder import Decoder
-from fastdeitlt.data.files import FORMATS, PILLOW_ERRORS, Encoded, UnreadableError, read_encoded, shrunk
+from fastdeitlt.data.files import Encoded, UnreadableError, read_encoded, shrunk
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.resize import centre_crop, crop_resize, resize
 from fastdeitlt.data.side_stream import aside, side_stream
@@ -45,21 +43,20 @@ class Stream:
     """Crops of image files that are read and decoded anew for each request.
 
     An image that cannot be read raises, or with ``data.on_error=skip`` is replaced by the next readable one of its
-    class in the list (the same one each time), logged once and kept in ``skipped`` (paths).
+    class in the list (the same one each time), logged once and kept in ``unreadable`` (indices).
 
     Args:
         images: the set.
-        cfg: ``num_threads``, ``on_error`` and ``jpeg_engine_share``.
+        cfg: ``num_threads``, ``on_error``, ``exif`` and ``jpeg_engine_share``.
         device: where decoding ends and crops are made.
         share: consecutive requests that are decoded together. An image that appears in them more than once (the copies
             of repeated augmentation, which go to different virtual ranks) is then read and decoded once.
     """
 
     def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> None:
-        self.skipped: list[str] = []
+        self.unreadable: set[int] = set()
         self._images, self.device, self._share = images, device, share
-        self._skip = cfg.on_error == "skip"
-        self._unreadable: set[int] = set()
+        self._skip, self._exif = cfg.on_error == "skip", cfg.exif
         self._refusing = threading.Lock()
         self._workers = Workers(num_threads(cfg.num_threads))
         self._side = side_stream(device, "source")
@@ -87,8 +84,8 @@ class Stream:
         """
         yield from self._deliver(requests, self._gather)
 
-    def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Whole images [H, W, 3] on the host, with the index of the file each is from (another's if it was replaced).
+    def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[Tensor | None]:
+        """Whole images [H, W, 3] on the host, in order; None for one that cannot be read, with skip.
 
         Args:
             short_side: a longer shorter side is resized to this; 0 = full size.
@@ -167,52 +164,45 @@ class Stream:
         together = torch.cat([pixels.flatten() for pixels in pixels_U])
         return [Regions(together, starts_U[index_B], sizes_U2[index_B], box_B4) for _, box_B4, index_B in wanted]
 
-    def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[tuple[int, Tensor]]]:
-        reads = self._workers.split(self._read, samples)
-        return lambda: self._whole(short_side, _results(reads))
+    def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[Tensor | None]]:
+        reads = self._workers.split(self._read_own, samples)
+        return lambda: self._whole(short_side, samples, _results(reads))
 
-    def _whole(self, short_side: int, files: list[Encoded]) -> list[tuple[int, Tensor]]:
-        sizes_B2 = np.array([(file.height, file.width) for file in files], np.int32)
-        regions_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1)
-        try:
-            images = self._host_decoder(files, regions_B4)
-        except RuntimeError as error:
-            return self._whole(short_side, self._replace(self._host_decoder, files, regions_B4, error))
-        if short_side:
+    def _whole(self, short_side: int, samples: list[int], files: list[Encoded | None]) -> list[Tensor | None]:
+        outcomes = self._host_decoder.whole(read := [file for file in files if file])
+        images: dict[int, Tensor] = {}
+        for file, outcome in zip(read, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self._refuse(file.sample, outcome)
+            else:
+                images[file.sample] = outcome
+        if short_side and images:
+            sizes_B2 = np.array([image.shape[:2] for image in images.values()], np.int32)
             shapes = [(height, width) for height, width in shrunk(sizes_B2, short_side).tolist()]
-            images = resize(images, shapes, self._workers.pool)
-        return [(file.sample, image) for file, image in zip(files, images, strict=True)]
+            images = dict(zip(images, resize(list(images.values()), shapes, self._workers.pool), strict=True))
+        return [images.get(sample) for sample in samples]
 
     def _read(self, samples: list[int]) -> list[Encoded]:
         return [self._read_one(sample) for sample in samples]
 
     def _read_one(self, sample: int) -> Encoded:
-        for candidate in self._candidates(sample):
-            if candidate in self._unreadable:
-                continue
-            try:
-                return read_encoded(self._path(candidate), candidate)
-            except UnreadableError as error:
-                self._refuse(candidate, str(error))
-        raise UserError(
-            f"data: no image of class {self._images.labels[sample]} is readable; repair or remove its files"
-        )
+        """The image, or the one that stands in for it."""
+        file = None if sample in self.unreadable else self._try(sample)
+        return file or stand_in(self._images, sample, lambda i: None if i in self.unreadable else self._try(i))
+
+    def _read_own(self, samples: list[int]) -> list[Encoded | None]:
+        return [self._try(sample) for sample in samples]
 
     def _read_sizes(self, samples: list[int]) -> list[tuple[int, int]]:
-        sizes = [(0, 0)] * len(samples)
-        for i, sample in enumerate(samples):
-            try:
-                file = read_encoded(self._path(sample), sample, header_only=True)
-                sizes[i] = file.height, file.width
-            except UnreadableError as error:
-                self._refuse(sample, str(error))
-        return sizes
+        files = [self._try(sample, header_only=True) for sample in samples]
+        return [(file.height, file.width) if file else (0, 0) for file in files]
 
-    def _candidates(self, sample: int) -> Iterator[int]:
-        """The image, then the others of its class that follow it in the list, going round."""
-        yield sample
-        members = np.flatnonzero(self._images.labels == self._images.labels[sample])
-        yield from np.roll(members, -int(np.searchsorted(members, sample)))[1:].tolist()
+    def _try(self, sample: int, header_only: bool = False) -> Encoded | None:
+        try:
+            return read_encoded(self._path(sample), sample, exif=self._exif, header_only=header_only)
+        except UnreadableError as error:
+            self._refuse(sample, str(error))
+        return None
 
     def _path(self, sample: int) -> str:
         return os.path.join(self._images.root, self._images.paths[sample])
@@ -224,25 +214,35 @@ class Stream:
                 f"image {self._path(sample)}: {reason}; repair it, take it off the list, or set data.on_error=skip"
             )
         with self._refusing:
-            if sample not in self._unreadable:
-                self._unreadable.add(sample)
-                self.skipped.append(self._images.paths[sample])
-                log.warning("image %s: %s; skipped (%d so far)", self._path(sample), reason, len(self.skipped))
+            if sample not in self.unreadable:
+                self.unreadable.add(sample)
+                log.warning("image %s: %s; skipped (%d so far)", self._path(sample), reason, len(self.unreadable))
 
     def _replace(
         self, decoder: Decoder, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError
     ) -> list[Encoded]:
         """The files with those that do not decode replaced; raises DALI's error if each decodes alone."""
         replaced = list(files)
-        for i, file in enumerate(files):
-            try:
-                decoder([file], regions_B4[i : i + 1])
-            except RuntimeError as alone:
-                self._refuse(file.sample, _why(file, alone))
-                replaced[i] = self._read_one(file.sample)
-        if replaced == files:
-            raise error
+        for i, reason in decoder.faults(files, regions_B4, error).items():
+            self._refuse(files[i].sample, reason)
+            replaced[i] = self._read_one(files[i].sample)
         return replaced
+
+
+def stand_in(images: LongTailSet, sample: int, use: Callable[[int], T | None]) -> T:
+    """What ``use`` gives of an image, or of the first that it can use among the others of its class.
+
+    These follow it in the list, going round.
+
+    Raises:
+        UserError: it can use none.
+    """
+    members = np.flatnonzero(images.labels == images.labels[sample])
+    for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
+        if (found := use(candidate)) is not None:
+            return found
+    path = os.path.join(images.root, images.paths[sample])
+    raise UserError(f"image {path}: cannot be read, nor can any that could stand in for it; repair or remove them")
 
 
 def _results(parts: list[Future[list[T]]]) -> list[T]:
@@ -254,13 +254,3 @@ def _boxes(request: CropRequest, sizes_B2: np.ndarray) -> np.ndarray:
     if request.draws is not None:
         return request.draws.boxes(sizes_B2)
     return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1).astype(np.int32)
-
-
-def _why(file: Encoded, error: RuntimeError) -> str:
-    """Why an image does not decode: Pillow's words, or if it can decode it, DALI's."""
-    try:
-        Image.open(io.BytesIO(file.data.tobytes()), formats=FORMATS).load()
-    except PILLOW_ERRORS as reason:
-        return str(reason) or type(reason).__name__
-    said = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
-    return f"DALI cannot decode it ({said[-1].strip() if said else error})"

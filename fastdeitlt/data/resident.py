@@ -20,7 +20,7 @@ from fastdeitlt.config import DataConfig
 from fastdeitlt.data.augment import CropRequest, Regions
 from fastdeitlt.data.cache import DecodedSet, num_bytes, open_decoded, pack, stored_sizes
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.reader import Stream, stand_in
 from fastdeitlt.data.resize import centre_crop, crop_resize
 from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import Workers, num_threads
@@ -39,8 +39,8 @@ class Resident:
     """Crops of a set that is held decoded, in host memory or on the device.
 
     At full size (``data.stored_short_side=0``) batches equal those of ``Stream``, pixel for pixel; on a GPU up to what
-    its JPEG decoder differs, because the held set is always decoded on the host. ``skipped`` has the paths of images
-    that could not be read.
+    its JPEG decoder differs, because the held set is always decoded on the host. ``unreadable`` has the indices of
+    images that could not be read, for which others stand in as in ``Stream``.
 
     Args:
         images: the set.
@@ -64,7 +64,11 @@ class Resident:
         self._decoded, self.device = replace(decoded, pixels=pixels), device
         self._side = side_stream(device, "source")
         self._workers = Workers(num_threads(cfg.num_threads))
-        self.skipped = [images.paths[i] for i in decoded.unreadable]
+        self.unreadable = set(decoded.unreadable.tolist())
+        self._slot_N = np.arange(len(images))
+        """The image whose pixels each one has: itself, or a stand-in."""
+        for sample in self.unreadable:
+            self._slot_N[sample] = stand_in(images, sample, lambda i: None if i in self.unreadable else i)
 
     @property
     def pool(self) -> Executor:
@@ -85,7 +89,7 @@ class Resident:
         self._decoded = replace(self._decoded, pixels=torch.empty(0, dtype=torch.uint8))
 
     def _crops(self, request: CropRequest) -> Tensor:
-        slot_B = self._decoded.slot_N[request.sample_B]
+        slot_B = self._slot_N[request.sample_B]
         pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
         pool = self._workers.pool if request.size > SMALL else None
         with aside(self._side) as made:
@@ -102,7 +106,7 @@ class Resident:
     def _regions(self, request: CropRequest) -> Regions:
         if request.draws is None:
             raise ValueError("regions are for requests with draws")
-        slot_B, decoded = self._decoded.slot_N[request.sample_B], self._decoded
+        slot_B, decoded = self._slot_N[request.sample_B], self._decoded
         sizes_B2 = decoded.sizes_N2[slot_B]
         boxes_B4 = request.draws.boxes(sizes_B2)
         if decoded.pixels.device.type == self.device.type:
