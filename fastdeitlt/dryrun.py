@@ -2,6 +2,9 @@
 
 # B images in a micro-batch, C channels, H height, W width
 
+import tempfile
+from pathlib import Path
+
 import torch
 from rich.table import Table
 
@@ -10,7 +13,9 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.scan import check_files
 from fastdeitlt.engine import build_engine
+from fastdeitlt.errors import UserError
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher
@@ -54,7 +59,10 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     """
     _, world = distributed.start(cfg.train.device)
     device = distributed.device_of(cfg.train.device)
-    images = open_sets(cfg.data).train
+    sets = open_sets(cfg.data)
+    images = sets.train
+    looked = distributed.on_main(lambda: check_files(sets, cfg.data))
+    distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
     plan = Plan(
         len(images),
         cfg.train.batch_size,
@@ -74,6 +82,7 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
         teacher = teacher_of(cfg, images, size, device)
     table = Table(title=f"dry run of {cfg.name} on {device}", show_header=False)
     table.add_row("training images", f"{len(images):,} in {images.num_classes} classes")
+    table.add_row("looked at", looked)
     table.add_row("student", f"{cfg.student.name}, {num_parameters(student):,} parameters")
     table.add_row("teacher", f"{sum(p.numel() for p in teacher.parameters()):,} parameters" if teacher else "none")
     if recipe:
@@ -102,3 +111,17 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     norm = engine.step(peak_learning_rate(cfg, plan.virtual_ranks))
     show(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
     return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Write into the run folder, or the folder that it is to be made in, and leave no trace.
+
+    Raises:
+        UserError: that fails.
+    """
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(2**12))
+    except OSError as error:
+        raise UserError(f"run folder {folder}: cannot be written ({error.strerror}); choose another runs_dir") from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastdeitlt.checkpoint import find_model_folder, read_manifest
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment import normalise
+from fastdeitlt.data.resize import resized_side
 from fastdeitlt.errors import UserError
 from fastdeitlt.manifest import Calibration
 from fastdeitlt.models import load_teacher
@@ -56,7 +57,7 @@ class Saved:
     @property
     def resize(self) -> int:
         """Pixels to which the shorter side is resized before the centre crop."""
-        return round(self.img_size / self.crop_pct)
+        return resized_side(self.img_size, self.crop_pct)
 
     def normalise(self, crops_BHWC: Tensor) -> Tensor:
         """uint8 crops as the model's input images_BCHW, float32."""

@@ -16,6 +16,7 @@ from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet, class_order, drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.data.scan import check_files
 from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.joint import JointForward
@@ -58,6 +59,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # 1 which images
         log.info("data %s: %s", cfg.data.title, sets)
+        distributed.on_main(lambda: check_files(sets, cfg.data))
         images, num_classes = sets.train, sets.train.num_classes
         plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)
         log.log(logging.WARNING if plan.is_partial else logging.INFO, "%s", plan.describe_epoch())

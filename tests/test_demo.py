@@ -51,13 +51,21 @@ def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(tra
     assert trained[2].name != trained[0].name
 
 
-def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys):
+def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun.console, "_width", 200)
     overrides = ["train.batch_size=4", f"runs_dir={tmp_path}", "student.depth=1", "train.accumulate=2"]
     assert cli.main(["train", "quickstart", *overrides, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "2,478 in 10 classes" in shown
     assert "one step on random images" in shown
+    assert "first and last bytes of all 3,978 files; only 'data check' decodes them" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_a_run_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file in its place")
+    with pytest.raises(UserError, match=r"run folder .*runs/.*cannot be written"):
+        dryrun.dry_run(config.load("quickstart", [f"runs_dir={tmp_path / 'runs'}"]))
 
 
 def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, capsys):

@@ -10,9 +10,10 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torchvision import transforms
 
-from fastdeitlt.data.resize import centre_crop, columns_first, crop_resize, resize_batched
+from fastdeitlt.data.resize import centre_crop, columns_first, crop_resize, resize_batched, resized_side
 
 PILLOW = int(PIL.__version__.split(".")[0])
 PHOTO = np.array(Image.open(Path(__file__).parent / "data" / "photos" / "astronaut.jpg"))
@@ -76,3 +77,12 @@ def test_centre_crop_equals_torchvision(shape: tuple[int, int]) -> None:
     ours = centre_crop([torch.from_numpy(image), torch.from_numpy(PHOTO)], 37, 32)
     assert ours.shape == (2, 32, 32, 3)
     assert np.array_equal(ours[0].numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [28, 32, 96, 160, 224, 384])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
+def test_the_centre_crop_is_that_of_timm(size: int, crop_pct: float) -> None:
+    transform = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1))
+    (crop,) = centre_crop([torch.from_numpy(PHOTO)], resized_side(size, crop_pct), size)
+    expected_HWC = (transform(Image.fromarray(PHOTO)) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    assert torch.equal(crop, expected_HWC)

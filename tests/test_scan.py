@@ -1,13 +1,17 @@
 """Single image files: what is odd about them is noted, what cannot be trained on is a problem."""
 
 import io
+import logging
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.scan import Scan, scan_files
+from fastdeitlt.data.scan import Scan, check_files, scan_files
+from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.errors import UserError
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (9, 13, 3)).astype(np.uint8)
 
@@ -66,3 +70,32 @@ def test_results_come_in_the_order_of_the_names_and_alike_files_have_one_digest(
     scans = list(scan_files(str(tmp_path), names, DataConfig(num_threads=3)))
     assert [scan.problem for scan in scans] == ["No such file or directory" if i % 7 else "" for i in range(700)]
     assert len({scan.digest for scan in scans if not scan.problem}) == 1
+
+
+def test_a_look_at_all_files_finds_what_is_not_there_or_not_whole(tmp_path, caplog):
+    jpeg, png = encode(Image.fromarray(PIXELS), "JPEG"), encode(Image.fromarray(PIXELS))
+    kinds = {
+        "good.jpg": jpeg,
+        "good.png": png,
+        "followed.jpg": jpeg + b"tail" * 9,
+        "good.webp": encode(Image.fromarray(PIXELS), "WEBP"),
+        "cut.jpg": jpeg[:-9],
+        "cut.png": png[:-9],
+        "text.jpg": b"<html>404</html>",
+        "empty.png": b"",
+    }
+    for name, data in kinds.items():
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    names = [*kinds, "pipe.jpg", "folder.jpg", "gone.jpg"]
+    images = LongTailSet(names, np.zeros(len(names), np.int64), [len(names)], str(tmp_path))
+    good = images.take(np.arange(4))
+    assert "all 8 files" in check_files(Sets(good, test=good), DataConfig())
+    with pytest.raises(UserError, match=r"7 of 11 test images .*cut\.jpg: truncated JPEG; cut\.png: truncated PNG"):
+        check_files(Sets(good, test=images), DataConfig())
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        looked = check_files(Sets(good, images, images), DataConfig(on_error="skip"))
+    assert looked.count("7 of 11") == 2
+    assert [message.rpartition("; ")[2] for message in caplog.messages] == ["left out of the scores"] * 2
+    assert [bool(scan_file(tmp_path, name).problem) for name in names] == [index >= 4 for index in range(len(names))]

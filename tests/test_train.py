@@ -23,6 +23,7 @@ from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.optim import Ema, learning_rate
+from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train
 
 DATA = Path(__file__).parent / "data"
@@ -392,3 +393,31 @@ def test_runs_of_one_process_do_not_use_up_the_compilers_limit(tiny, tmp_path, m
         for depth in (1, 2):
             train(config.build(short | {"name": f"depth-{depth}", "student.depth": depth}))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("select_on", "kept"), [("val", {"test"}), ("test", {"val"}), ("last", {"val", "test"})])
+def test_a_list_that_does_not_shape_the_weights_may_be_corrected(tiny, select_on, kept):
+    cfg = config.build(tiny | {"evaluate.select_on": select_on})
+    sets, student = open_sets(cfg.data), create_student("deit_tiny_distilled_patch16_32", 10, depth=1)
+
+    def selector(sets):
+        return selection.Selector(cfg, None, sets, student, None, None, CPU)
+
+    saved = {"fingerprint": selector(sets).fingerprint}
+    for split, images in sets:
+        changed = selector(replace(sets, **{split: images.take(np.arange(1, len(images)))}))
+        with nullcontext() if split in kept else pytest.raises(UserError, match=f"labels of the {split} set changed"):
+            changed.check_fingerprint(saved, Path("run"))
+
+
+@pytest.mark.parametrize("spine", [train, train_teacher])
+def test_files_of_every_split_are_looked_at_before_the_first_step(tiny, tmp_path, spine):
+    """A test set that is not there was found after all training."""
+    root = embedded.unpack()
+    lines = [f"gone/{line}" for line in (root / "test.txt").read_text().splitlines()]
+    (tmp_path / "test.txt").write_text("\n".join(lines[:30]))
+    cfg = {"data.test_list": str(tmp_path / "test.txt"), "runs_dir": str(tmp_path), "name": spine.__name__}
+    with pytest.raises(UserError, match=r"30 of 30 test images under .* cannot be read .*No such file") as caught:
+        spine(config.build(tiny | cfg))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / spine.__name__ / "metrics.jsonl").exists()

@@ -8,6 +8,7 @@ torch's vectorised kernel, five times faster, whose coefficients have 16 bits: 1
 
 # B batch, H height, W width, C channels, S output side, n input side
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
@@ -59,6 +60,11 @@ def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: 
     corners = [(round((height - size) / 2), round((width - size) / 2)) for height, width in shapes]
     resized = resize(list(images), shapes, pool)
     return torch.stack([r[y : y + size, x : x + size] for r, (y, x) in zip(resized, corners, strict=True)])
+
+
+def resized_side(size: int, crop_pct: float) -> int:
+    """Pixels of the shorter side before the centre crop of ``size``. Source: timm's ``transforms_imagenet_eval``."""
+    return math.floor(size / crop_pct)
 
 
 def resize(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]], pool: Executor | None = None) -> list[Tensor]:

@@ -21,6 +21,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets, shot_groups
 from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.resize import resized_side
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
@@ -60,11 +61,12 @@ class Selector:
         self.cfg, self.run, self.sets, self.device = cfg, run, sets, device
         self.student, self.teacher, self.ema = student, teacher, ema
         self.best: dict[str, Any] | None = None
-        self.fingerprint = {name: _hash_set(getattr(sets, name)) for name in ("train", "val", "test")}
-        self.fingerprint["teacher"] = _hash_weights(teacher)
         self.tail = signs.tail_images(sets.train, cfg.data.dataset)
         self._sources: dict[int, Source] = {}
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
+        # of a set that does not choose the weights the list may be corrected, so that training was not in vain
+        self.fingerprint = {name: _hash_set(images) for name, images in sets if name in ("train", self.on)}
+        self.fingerprint["teacher"] = _hash_weights(teacher)
         if self.on != cfg.evaluate.select_on:
             log.info("no %s images: the last weights are the chosen ones", cfg.evaluate.select_on)
         if self.on != "last":
@@ -146,7 +148,7 @@ class Selector:
         }
 
     def check_fingerprint(self, manifest: dict[str, Any], folder: Path) -> None:
-        """Refuse to continue a run on other images, labels or another teacher.
+        """Refuse to continue a run on other training or selection images, labels or another teacher.
 
         Raises:
             UserError: one of them is not what the checkpoint was trained with; files of the same name may differ.
@@ -197,7 +199,7 @@ class Selector:
             self._source(images),
             images,
             size=size,
-            resize=round(size / cfg.evaluate.crop_pct),
+            resize=resized_side(size, cfg.evaluate.crop_pct),
             batch_size=cfg.evaluate.batch_size,
             mean=cfg.augment.mean,
             std=cfg.augment.std,
@@ -267,10 +269,8 @@ class Selector:
         self.run.show(step, f"epoch {epoch + 1}: {split} accuracy of {weights}: {table} %, {balanced}")
 
 
-def _hash_set(images: LongTailSet | None) -> str | None:
+def _hash_set(images: LongTailSet) -> str | None:
     """Of which images in which order, and their labels; of pixels only where the set came decoded."""
-    if images is None:
-        return None
     digest = hashlib.sha256(np.asarray(images.labels, dtype=np.int64).tobytes())
     for path in images.paths:
         digest.update(f"{path}\n".encode("utf-8", "surrogateescape"))

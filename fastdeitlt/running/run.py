@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "runs_dir",
     "published",
     "data.root",
+    "data.test_list",
     "data.residency",
     "data.num_threads",
     "data.jpeg_engine_share",

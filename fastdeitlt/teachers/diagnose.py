@@ -17,6 +17,7 @@ from fastdeitlt.data.augment import CropRequest, normalise
 from fastdeitlt.data.batches import Source, train_batches
 from fastdeitlt.data.longtail import LongTailSet, open_sets, shot_groups
 from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.resize import resized_side
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.teacher import Teacher, load_teacher, open_teacher
@@ -164,9 +165,8 @@ def clean_batches(
     source: Source, sample_N: np.ndarray, size: int, crop_pct: float, mean: tuple, std: tuple
 ) -> Iterator[Tensor]:
     """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
-    requests = [
-        CropRequest(sample_N[i : i + 256], size, resize=round(size / crop_pct)) for i in range(0, len(sample_N), 256)
-    ]
+    resize = resized_side(size, crop_pct)
+    requests = [CropRequest(sample_N[i : i + 256], size, resize=resize) for i in range(0, len(sample_N), 256)]
     for crops_BHWC in source.crops(requests):
         yield normalise(crops_BHWC, mean, std)
 

@@ -19,6 +19,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Source
 from fastdeitlt.data.longtail import LongTailSet, Sets
 from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.resize import resized_side
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, score_single
 from fastdeitlt.models.teacher import logit_scale
@@ -62,7 +63,7 @@ def score_teacher(
         source,
         images,
         size=size,
-        resize=round(size / cfg.evaluate.crop_pct),
+        resize=resized_side(size, cfg.evaluate.crop_pct),
         batch_size=cfg.evaluate.batch_size,
         mean=cfg.augment.mean,
         std=cfg.augment.std,

@@ -11,6 +11,7 @@ from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.scan import check_files
 from fastdeitlt.errors import UserError
 from fastdeitlt.running.preemption import StopRequest
 from fastdeitlt.running.run import Run
@@ -51,6 +52,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         device = distributed.device_of(cfg.train.device)
         sets = open_sets(cfg.data)  # which images
         log.info("data %s: %s", cfg.data.title, sets)
+        distributed.on_main(lambda: check_files(sets, cfg.data))
         images = sets.train
         cut = {"rank": rank, "world": world, "accumulate": t.accumulate}
         plan = Plan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco", **cut)
