@@ -159,13 +159,15 @@ class TeacherConfig(Section):
     style: Literal["auto", "official_paco", "official_ldam", "timm", "fastdeitlt"] = "auto"
     """Whose state-dict keys the checkpoint has."""
     img_size: int = Field(0, ge=0)
-    """Input size of the teacher in pixels; the mixed student images are resized to it. 0 = the student's."""
-    normalise: Literal["student", "teacher"] = "student"
-    """Whose mean and std the teacher's input has. The official code leaves the student's, so that is parity."""
+    """Input size of the teacher in pixels, to which the mixed student images are resized. 0 = the size that its model
+    folder states, else the student's."""
+    normalise: Literal["auto", "student", "teacher"] = "auto"
+    """Mean and std of the teacher's input. auto: those that its model folder states, else the student's, which the
+    official code uses. teacher: those of its folder, else teacher.mean and teacher.std."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Channel means the teacher was trained with (used by normalise=teacher)."""
+    """Channel means of a teacher without a model folder (used by normalise=teacher)."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Channel standard deviations the teacher was trained with (used by normalise=teacher)."""
+    """Channel standard deviations of a teacher without a model folder (used by normalise=teacher)."""
     resize_antialias: bool = False
     """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
     map_classes: bool = False

@@ -23,9 +23,9 @@ from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.optim import peak_learning_rate
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.running.run import console
+from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
-from fastdeitlt.train import teacher_of
 
 MIB = 2**20
 

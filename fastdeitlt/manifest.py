@@ -66,6 +66,8 @@ class Manifest(_Facts):
     recipe: dict[str, Any] | None = None
     """Of a teacher: its ``teacher_training`` settings."""
     accuracy: dict[str, float] | None = None
-    """Of a teacher: accuracy in % by set."""
+    """Of a teacher: accuracy in % over the images of a set, by set."""
+    balanced_accuracy: dict[str, float] | None = None
+    """Of a teacher: mean accuracy of the classes in %, by set."""
     calibration: Calibration | None = None
     """None: nothing was fitted; probabilities are the softmax of the logits as they are."""

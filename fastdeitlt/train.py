@@ -13,7 +13,7 @@ import torch
 from fastdeitlt import analysis, checkpoint, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.longtail import LongTailSet, class_order, drw_weights, open_sets
+from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.scan import check_files
@@ -21,7 +21,6 @@ from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student
-from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.optim import Ema, learning_rate
 from fastdeitlt.reporting import report
 from fastdeitlt.running.meter import Meter
@@ -29,6 +28,7 @@ from fastdeitlt.running.preemption import StopRequest
 from fastdeitlt.running.run import Run
 from fastdeitlt.running.watch import memory_hint
 from fastdeitlt.teachers.check import check_decisions
+from fastdeitlt.teachers.opening import settle_order, teacher_of
 
 log = logging.getLogger("fastdeitlt")
 
@@ -69,6 +69,8 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         student = create_student(num_classes=num_classes, **cfg.student.model_dump()).to(device)  # 4 student
         size = student.img_size
         teacher = teacher_of(cfg, images, size, device)  # 5 teacher
+        if teacher:
+            settle_order(teacher, images, source, cfg, size, run.folder)
         joint = JointForward(student, teacher, images.counts, cfg, device)  # 6 joint loss
         engine = build_engine(joint, cfg, plan)  # 7 backward, step
         ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
@@ -122,16 +124,6 @@ def train(cfg: Config, resume: str = "auto") -> Path:
             analysis.look_into(run.folder, cfg.evaluate.analyze_images)
             log.info("report: %s", report.write_report(run.folder))  # 10 report
     return run.folder
-
-
-def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device) -> Teacher | None:
-    """The frozen teacher for students of ``size`` pixels, or None when the run has none."""
-    if not cfg.teacher.path:
-        log.info("no teacher.path: both heads learn the labels")
-        return None
-    order = class_order(images.counts).tolist() if cfg.teacher.map_classes else None
-    mean, std = cfg.augment.mean, cfg.augment.std
-    return open_teacher(cfg.teacher, mean, std, size, images.num_classes, order).to(device)
 
 
 def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:

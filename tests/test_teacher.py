@@ -294,6 +294,50 @@ def test_model_folder_brings_architecture_normalisation_and_class_order(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("stated", "settings", "size", "norm"),
+    [
+        (True, {}, 24, (CIFAR_MEAN, CIFAR_STD)),
+        (True, {"img_size": 16}, 16, (CIFAR_MEAN, CIFAR_STD)),
+        (True, {"normalise": "student"}, 24, None),
+        (True, {"normalise": "teacher"}, 24, (CIFAR_MEAN, CIFAR_STD)),
+        (False, {}, 32, None),
+        (False, {"normalise": "teacher", "mean": (0.1,) * 3, "std": (0.2,) * 3}, 32, ((0.1,) * 3, (0.2,) * 3)),
+    ],
+)
+def test_a_folders_preprocessing_is_obeyed_and_a_released_teacher_has_the_students(
+    stated: bool, settings: dict, size: int, norm: tuple | None, tmp_path: Path
+) -> None:
+    network = lively(create_teacher("resnet8", 4))
+    own = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "img_size": 24}
+    path = folder_of(tmp_path / "t", network, preprocess=own) if stated else saved(tmp_path / "t.pth", network)
+    teacher = open_teacher(TeacherConfig(path=str(path), arch="resnet8", **settings), MEAN, STD, 32, 4)
+    assert teacher.img_size == size
+    images = torch.rand(2, 3, size, size)
+    of = torchvision.transforms.v2.functional.normalize
+    with torch.no_grad():
+        expected = network(of(images, *(norm or (MEAN, STD))))
+    torch.testing.assert_close(teacher(of(images, MEAN, STD)), expected, rtol=1e-4, atol=1e-5)
+    assert (teacher.scale_1C11 is None) == (norm is None)  # nothing is computed where nothing differs
+    same = open_teacher(TeacherConfig(path=str(path), arch="resnet8", **settings), *(norm or (MEAN, STD)), 32, 4)
+    assert same.scale_1C11 is None and same.shift_1C11 is None
+
+
+def test_classes_of_a_folder_are_matched_by_name(tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat", "d\u00e9"]
+    network = lively(create_teacher("resnet8", 4))
+    folder = folder_of(tmp_path / "t", network, class_map=[2, 0, 3, 1], class_names=names)
+
+    def order(class_names: list[str] | None) -> list[int]:
+        return open_teacher(TeacherConfig(path=str(folder)), MEAN, STD, 32, 4, None, class_names).class_map.tolist()
+
+    assert order(None) == order(names) == [1, 3, 0, 2]
+    others = ["de\u0301", "cat", "ant", "bee"]  # decomposed, as macOS lists files
+    assert [others[label] for label in order(others)] == ["bee", "de\u0301", "ant", "cat"]
+    with pytest.raises(UserError, match=r"^training images: classes differ by name, got 'dog', not in teacher .*'cat'"):
+        order(["ant", "bee", "dog", "d\u00e9"])
+
+
+@pytest.mark.parametrize(
     ("facts", "message"),
     [
         ({"kind": "student"}, "got a student, expected a teacher"),

@@ -1,6 +1,7 @@
 """Teachers end to end on a tiny set of coloured squares: training, resuming, folders, conversion, diagnosis."""
 
 import json
+import logging
 import socket
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
+from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
@@ -92,6 +94,7 @@ def test_a_sam_teacher_learns_and_its_folder_says_how_well(trained: tuple[Config
     manifest = read_manifest(folder)
     assert set(manifest["accuracy"]) == {"train", "val", "test"}
     assert manifest["accuracy"]["test"] > 80
+    assert manifest["balanced_accuracy"]["train"] == pytest.approx(class_mean(cfg, folder))
     assert manifest["class_counts"] == [14, 8, 5]
     assert manifest["model"]["arch"] == "resnet8"
     assert manifest["preprocess"]["mean"] == list(cfg.augment.mean)
@@ -101,6 +104,12 @@ def test_a_sam_teacher_learns_and_its_folder_says_how_well(trained: tuple[Config
     assert results["selected"]["on"] == "val"
     assert train_teacher(cfg) == folder  # finished: nothing is trained again
     assert main(["train-teacher", str(folder.parents[1] / "config.yaml"), "name=t"]) == 0
+
+
+def class_mean(cfg: Config, folder: Path) -> float:
+    """Mean accuracy of the classes on training images, in %, as the run's results have it."""
+    scores = json.loads((folder.parents[1] / "results.json").read_text())["train"]["heads"]["TEACHER"]["correct_K"]
+    return 100 * float(np.mean(np.array(scores) / open_sets(cfg.data).train.counts))
 
 
 def test_the_folder_gives_the_accuracy_it_claims(trained: tuple[Config, Path]) -> None:
@@ -364,6 +373,8 @@ def test_a_diagnosis_shows_that_harder_images_confuse_the_teacher(trained: tuple
     facts = diagnose_teacher(folder, student(cfg, folder))
     assert facts["images"] == 27
     assert facts["clean"]["accuracy"] == pytest.approx(read_manifest(folder)["accuracy"]["train"])
+    logged = json.loads((folder.parents[1] / "results.json").read_text())["train"]["heads"]["TEACHER"]["top1"]
+    assert facts["clean"]["agreement"] == {shot: logged["official"][shot] for shot in ("head", "mid", "tail")}
     assert facts["clean"]["accuracy"] > facts["mixed_resized"]["accuracy"]
     assert facts["clean"]["entropy"] < facts["mixed"]["entropy"]
     assert facts["mixed"]["either"] >= facts["mixed"]["accuracy"]
@@ -416,7 +427,9 @@ def in_another_order(folder: Path, to: Path) -> Path:
 def test_a_wrong_class_order_stops_the_run_before_its_first_step(trained: tuple[Config, Path], tmp_path: Path) -> None:
     cfg, folder = trained
     wrong = in_another_order(folder, tmp_path / "wrong")
-    with pytest.raises(UserError, match=r"right on 27 clean training images, its folder says .*so the class map is"):
+    with pytest.raises(
+        UserError, match=r"on 27 clean training images, expected .* as its folder states; 100.*another order"
+    ):
         train(small_student(cfg, wrong, tmp_path / "runs"))
     assert not (tmp_path / "runs" / "s" / "metrics.jsonl").exists()
     assert (train(small_student(cfg, wrong, tmp_path / "off", check=False)) / "results.json").is_file()
@@ -434,7 +447,7 @@ def test_a_released_teacher_must_be_right_more_often_than_chance(
     teacher = open_teacher(cfg.teacher, cfg.augment.mean, cfg.augment.std, 16, 3)
     assert check_decisions(teacher, images, source, cfg, 16) > 80
     teacher.class_map = torch.tensor([1, 2, 0])
-    with pytest.raises(UserError, match=r"expected at least 57\.7 %; in another order"):
+    with pytest.raises(UserError, match=r"expected at least 57\.7 %; 100\.0 % .* another order"):
         check_decisions(teacher, images, source, cfg, 16)
     source.close()
 
@@ -480,3 +493,16 @@ def test_feature_rank_counts_directions() -> None:
     features += 5  # a shared offset is one more direction unless features are centred
     assert feature_rank(features, "feature", 0.999999) == 3
     assert feature_rank(torch.ones(5, 1) * torch.randn(4), "sample") == 1
+
+
+def test_another_orientation_rule_than_the_teachers_is_a_warning(
+    trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pixels are the student's, and where no image states an orientation the rules are the same."""
+    cfg, folder = trained
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    images = open_sets(cfg.data).train
+    for rule, warnings in (("ignore", 0), ("apply", 1)):
+        of_student = config.build(config.flatten(small_student(cfg, folder, tmp_path)) | {"data.exif": rule})
+        teacher_of(of_student, images, 16, torch.device("cpu"))
+        assert [r.getMessage()[:21] for r in caplog.records if r.levelno > 20] == ["data.exif: got apply,"] * warnings

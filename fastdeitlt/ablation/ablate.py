@@ -19,9 +19,9 @@ from fastdeitlt.data.sampler import Plan
 from fastdeitlt.demo import train_both
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
-from fastdeitlt.models.teacher import open_teacher
 from fastdeitlt.running.run import console, refuse_changes
 from fastdeitlt.running.run_files import read_json
+from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.step import build_objective
 from fastdeitlt.teachers.views import Plan as TeacherPlan
 from fastdeitlt.train import train
@@ -236,7 +236,7 @@ def check(runs: Sequence[ArmRun]) -> list[Work]:
             with torch.device("meta"):
                 student = create_student(num_classes=images.num_classes, **cfg.student.model_dump())
             if cfg.teacher.path:
-                open_teacher(cfg.teacher, cfg.augment.mean, cfg.augment.std, student.img_size, images.num_classes)
+                teacher_of(cfg, images, student.img_size, torch.device("cpu"))
             if run.teacher:
                 key = run.teacher.model_dump_json() + data
                 works[key] = works.get(key) or _teacher_work(run, images)

@@ -46,7 +46,7 @@ def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, i
     found = {}
     for run in runs:
         path, cfg = _student_of(run, recipe, overrides)
-        found[run] = facts = diagnose_teacher(path, cfg, images)
+        found[run] = facts = diagnose_teacher(path, cfg, images, run_dir=None if recipe else run_of(Path(run)))
         for table in tables(facts):
             Console().print(table)
         if folder := run_of(Path(run)):
@@ -59,7 +59,7 @@ def leave(run_dir: Path, num_images: int) -> None:
     """Look into the teacher of a student that has just been trained, if it had one; without its sharpness."""
     cfg = config.load(str(run_dir / "config.yaml"))
     if cfg.teacher.path:
-        _write(diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False), run_dir)
+        _write(diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False, run_dir=run_dir), run_dir)
 
 
 def _write(facts: dict[str, Any], run_dir: Path) -> Path:

@@ -66,7 +66,7 @@ class Selector:
         self.on = cfg.evaluate.select_on if getattr(sets, cfg.evaluate.select_on, None) is not None else "last"
         # of a set that does not choose the weights the list may be corrected, so that training was not in vain
         self.fingerprint = {name: _hash_set(images) for name, images in sets if name in ("train", self.on)}
-        self.fingerprint["teacher"] = _hash_weights(teacher)
+        self.fingerprint["teacher"] = teacher.sha256() if teacher else None
         if self.on != cfg.evaluate.select_on:
             log.info("no %s images: the last weights are the chosen ones", cfg.evaluate.select_on)
         if self.on != "last":
@@ -276,15 +276,4 @@ def _hash_set(images: LongTailSet) -> str | None:
         digest.update(f"{path}\n".encode("utf-8", "surrogateescape"))
     if images.images_NHWC is not None:
         digest.update(np.ascontiguousarray(images.images_NHWC).data)
-    return digest.hexdigest()
-
-
-def _hash_weights(teacher: Teacher | None) -> str | None:
-    if teacher is None:
-        return None
-    digest = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        digest.update(
-            name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        )
     return digest.hexdigest()

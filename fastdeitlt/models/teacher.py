@@ -6,8 +6,11 @@ CNN of timm, under the released checkpoints' keys.
 # B batch, C channels, H height, W width, F features, K classes
 
 import copy
+import hashlib
+import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ from torch import Tensor, nn
 
 from fastdeitlt.checkpoint import read_folder
 from fastdeitlt.config import TeacherConfig, near
+from fastdeitlt.data.class_names import match_names
 from fastdeitlt.errors import UserError
 from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 
+log = logging.getLogger("fastdeitlt")
 LDAM_SCALE = 30.0
 """Scale s of LDAM's logits where no recipe tells it."""
 STYLES = ("official_paco", "official_ldam", "timm", "fastdeitlt")
@@ -118,6 +123,18 @@ def create_teacher(
     return network
 
 
+@dataclass(frozen=True)
+class TeacherInput:
+    """Preprocessing of a teacher's images."""
+
+    img_size: int
+    """Side in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    antialias: bool = False
+    """Antialias the resize from the student's size."""
+
+
 class Teacher(nn.Module):
     """A frozen network and the way from the student's input to its own; always in eval mode.
 
@@ -133,6 +150,8 @@ class Teacher(nn.Module):
     Source: the official code's DistillationLoss, which resizes the mixed, ImageNet-normalised student tensor.
     """
 
+    manifest: Manifest | None = None
+    """Facts of the model folder; None for a released checkpoint."""
     class_map: Tensor | None
     scale_1C11: Tensor | None
     shift_1C11: Tensor | None
@@ -157,9 +176,37 @@ class Teacher(nn.Module):
         self.register_buffer("shift_1C11", None if shift_C is None else shift_C.view(1, -1, 1, 1), False)
         self.requires_grad_(False).eval()
 
+    def fed(self, own: TeacherInput, student_mean: Sequence[float], student_std: Sequence[float]) -> "Teacher":
+        """Return the same network with its images prepared as ``own`` from the student's normalised ones."""
+        scale_C = shift_C = None
+        if (tuple(own.mean), tuple(own.std)) != (tuple(student_mean), tuple(student_std)):
+            mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
+            scale_C = torch.tensor(student_std) / std_C
+            shift_C = (torch.tensor(student_mean) - mean_C) / std_C
+        teacher = Teacher(
+            self.network,
+            self.num_classes,
+            self.class_map,
+            img_size=own.img_size,
+            scale_C=scale_C,
+            shift_C=shift_C,
+            antialias=own.antialias,
+            logit_scale=self.logit_scale,
+        )
+        teacher.manifest = self.manifest
+        return teacher.to(next(self.network.parameters()).device)
+
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode, whatever the mode of the model that holds it."""
         return super().train(False)
+
+    def sha256(self) -> str:
+        """Hash of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def for_autocast(self, dtype: torch.dtype) -> "Teacher":
         """A copy that holds in ``dtype`` the weights which autocast to it would convert in each call: equal logits."""
@@ -261,47 +308,78 @@ def open_teacher(
     student_img_size: int,
     num_classes: int,
     class_map: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Teacher:
     """The teacher of a configuration, folded for inference, that takes the student's normalised images.
 
-    A model folder's own architecture, normalisation and class order win over ``cfg``.
+    A model folder's own architecture and class order win over ``cfg``; its classes are matched with the student's by
+    name where both have names. Its preprocessing is ``teacher_input``.
 
     Args:
         student_img_size: side in pixels of the images that will come.
         class_map: the student's class of each class of a released teacher; used if ``cfg.map_classes``.
+        class_names: the student's class names [K]; None: unknown.
 
     Raises:
-        UserError: see ``load_teacher``; ``cfg.map_classes`` without a class map.
+        UserError: see ``load_teacher``; ``cfg.map_classes`` without a class map; class names that differ.
     """
     state, manifest = _read(Path(cfg.path))
     arch = manifest.model.arch if manifest else cfg.arch
     network = _network_with(state, arch, num_classes, cfg.style, f"teacher {cfg.path}")
     if cfg.map_classes and class_map is None:
         raise UserError("teacher.map_classes: got true, but no class map is known for this data set; use false")
-    scale_C = shift_C = None
-    if cfg.normalise == "teacher":
-        own = manifest.preprocess if manifest and manifest.preprocess else cfg
-        mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
-        scale_C = torch.tensor(student_std) / std_C
-        shift_C = (torch.tensor(student_mean) - mean_C) / std_C
-    return Teacher(
+    order: Sequence[int] | Tensor | None = class_map if cfg.map_classes else None
+    if manifest:
+        order = _order_of(manifest, class_names, f"teacher {cfg.path}")
+    teacher = Teacher(
         fold_batchnorm(network).to(memory_format=torch.channels_last),
         num_classes,
-        _order_of(manifest) if manifest else class_map if cfg.map_classes else None,
-        img_size=cfg.img_size or student_img_size,
-        scale_C=scale_C,
-        shift_C=shift_C,
-        antialias=cfg.resize_antialias,
+        order,
         logit_scale=logit_scale(network, manifest.recipe if manifest else None),
     )
+    teacher.manifest = manifest
+    own = teacher_input(cfg, manifest, student_mean, student_std, student_img_size)
+    return teacher.fed(own, student_mean, student_std)
 
 
-def _order_of(manifest: Manifest) -> Tensor | None:
-    """The data set's label of each class of a model folder's teacher; None = the same."""
-    if manifest.class_map is None:
-        return None
-    map_K = check_class_map(manifest.class_map, manifest.model.num_classes)
-    return None if torch.equal(map_K, torch.arange(len(map_K))) else map_K.argsort()
+def teacher_input(
+    cfg: TeacherConfig,
+    manifest: Manifest | None,
+    student_mean: Sequence[float],
+    student_std: Sequence[float],
+    student_img_size: int,
+) -> TeacherInput:
+    """Return the preprocessing of a configuration's teacher: settings first, then its model folder, then the student.
+
+    A size in ``cfg`` wins; else the model folder's; else the student's. Mean and std: see ``cfg.normalise``.
+    """
+    stated = manifest.preprocess if manifest else None
+    mean, std = tuple(student_mean), tuple(student_std)
+    if cfg.normalise != "student":
+        if stated:
+            mean, std = stated.mean, stated.std
+        elif cfg.normalise == "teacher":
+            mean, std = cfg.mean, cfg.std
+    own_size = (stated.img_size if stated else 0) or (manifest.model.img_size if manifest else 0)
+    return TeacherInput(cfg.img_size or own_size or student_img_size, mean, std, cfg.resize_antialias)
+
+
+def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what: str = "teacher") -> Tensor | None:
+    """Return the data set's label of each class of a model folder's teacher; None = the same.
+
+    Args:
+        class_names: of the data set; labels of equal names are then the same class.
+        what: names the teacher in errors.
+    """
+    labels_K = torch.arange(manifest.model.num_classes)
+    if manifest.class_map is not None:
+        labels_K = check_class_map(manifest.class_map, manifest.model.num_classes).argsort()
+    if class_names and manifest.class_names and len(manifest.class_names) == len(labels_K):
+        by_name = match_names(class_names, manifest.class_names, "training images", what)
+        if by_name != list(range(len(by_name))):
+            log.info("%s: its classes are in another order than the data's; matched by name", what)
+            labels_K = torch.tensor(by_name).argsort()[labels_K]
+    return None if torch.equal(labels_K, torch.arange(len(labels_K))) else labels_K
 
 
 def check_class_map(class_map: Sequence[int] | Tensor, num_classes: int) -> Tensor:

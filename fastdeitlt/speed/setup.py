@@ -21,7 +21,7 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.running.meter import forward_flops
-from fastdeitlt.train import teacher_of
+from fastdeitlt.teachers.opening import teacher_of
 
 
 @dataclass(frozen=True)

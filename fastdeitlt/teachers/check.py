@@ -1,68 +1,183 @@
-"""Before a student trains: does its teacher know these classes, in this order, on such images?"""
+"""Before a student trains: is its teacher right on clean training images, and if not, why."""
 
-# B batch, K classes, N images, C channels, H height, W width
+# B batch, C channels, H height, W width, K classes, N images
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from fastdeitlt.config import Config
+from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from fastdeitlt.data.batches import Source
+from fastdeitlt.data.class_names import listed
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.teachers.diagnose import clean_batches, manifest_of
+from fastdeitlt.manifest import Manifest
+from fastdeitlt.models.resnet_cifar import ResNetCifar
+from fastdeitlt.models.teacher import Teacher, TeacherInput, teacher_input
+from fastdeitlt.teachers.decisions import Decisions, class_sample, clean_batches, decide
+from fastdeitlt.teachers.opening import label_name
 
 log = logging.getLogger("fastdeitlt")
-NUM_IMAGES = 512
+FAR = 0.75
+"""Share of the stated accuracy below which a teacher is refused."""
+NEAR = 5.0
+"""Points below the stated accuracy that need no warning."""
+TRIED_IMAGES = 512
+"""Images on which other causes are tried."""
+STATISTICS = {
+    "ImageNet's": (IMAGENET_MEAN, IMAGENET_STD),
+    "CIFAR's": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "iNaturalist's": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+    "-1 to 1's": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "0 to 1's": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and std that released CNNs are trained with."""
 
 
 def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, size: int) -> float:
-    """Accuracy of the student's teacher on clean training images, in %; stops a run whose classes are mixed up.
+    """Return the balanced accuracy of the student's teacher on clean training images, in %; refuse a wrong teacher.
 
-    The limit is half of the accuracy that the teacher's folder states; of a teacher that states none, the geometric
-    mean of chance and 100 % (32 % of 10 classes, 3 % of 1,000).
+    Balanced accuracy is the mean over classes, on up to 64 images of each. It must be above chance and at least three
+    quarters of the balanced accuracy that the teacher's folder states; of a folder that states the accuracy over images
+    alone, that one is compared besides. A teacher that states none must reach the geometric mean of chance and 100 %
+    (32 % of 10 classes, 3 % of 1,000). Classes that have clearly been exchanged are refused whatever the accuracy.
 
     Args:
         teacher: as the student's run opened it, with its class map.
-        images, source: the training set; up to 512 of its images, evenly spaced in the list, are looked at.
+        images, source: the training set.
         cfg: the student's run.
         size: side in pixels of the student's images.
 
     Raises:
-        UserError: too few are right; says whether another order of the classes would explain it.
+        UserError: the teacher is wrong; names the cause that explains it best.
     """
-    manifest = manifest_of(cfg.teacher.path)
-    stated = manifest.accuracy.get("train") if manifest and manifest.accuracy else None
-    sample_N = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images))).astype(np.int64)
-    batches = clean_batches(source, sample_N, size, cfg.evaluate.crop_pct, cfg.augment.mean, cfg.augment.std)
-    decided_N = torch.cat([teacher(images_BCHW).argmax(1) for images_BCHW in batches])
-    if teacher.class_map is not None:
-        decided_N = teacher.class_map[decided_N]
-    labels_N, decided_N = torch.from_numpy(images.labels[sample_N]), decided_N.cpu()
-    accuracy = 100 * float((decided_N == labels_N).float().mean())
-    limit = stated / 2 if stated else 10 * (100 / images.num_classes) ** 0.5
-    if accuracy < limit:
-        expected = f"its folder says {stated:.1f} %" if stated else f"expected at least {limit:.1f} %"
+    check = _Check(teacher, images, source, cfg, size)
+    sample_N = class_sample(images.labels)
+    decisions = check.decide(sample_N)
+    balanced, stated, is_balanced = decisions.balanced(), *_stated(teacher.manifest)
+    measured = balanced if is_balanced else decisions.weighted(images.counts)
+    over = "" if is_balanced else " over images"
+    got = f"{balanced:.1f} % right (mean over classes{'' if is_balanced else f'; {measured:.1f} %{over}'})"
+    chance = 100 / images.num_classes
+    limit = 10 * chance**0.5 if stated is None else chance + min(chance / 2, 10)
+    if stated is not None and is_balanced:
+        limit = max(limit, FAR * stated)
+    is_low = balanced < limit or (stated is not None and measured < FAR * stated)
+    is_as_stated = is_balanced and stated is not None and measured >= stated - NEAR
+    if is_low or (not is_as_stated and (decisions.exchanged() != np.arange(images.num_classes)).any()):
+        is_chance = stated is None or stated <= limit
+        expected = f"at least {limit:.1f} %" if is_chance else f"{stated:.1f} %{over} as its folder states"
         raise UserError(
-            f"teacher {cfg.teacher.path}: {accuracy:.1f} % right on {len(sample_N)} clean training images, {expected}; "
-            f"{_reason(decided_N, labels_N, images.num_classes, accuracy)}; teacher.check=false trains all the same"
+            f"teacher {cfg.teacher.path}: got {got} on {len(sample_N):,} clean training images, expected {expected}; "
+            f"{check.cause(sample_N, decisions, limit)}; teacher.check=false trains all the same"
         )
-    log.info("teacher: %.1f %% right on %d clean training images", accuracy, len(sample_N))
-    return accuracy
+    log.info("teacher: %s on %d clean training images", got, len(sample_N))
+    if stated is not None and measured < stated - NEAR:
+        log.warning(
+            "teacher %s: %s on clean training images as the student prepares them, %.1f %%%s as its folder states",
+            cfg.teacher.path,
+            got,
+            stated,
+            over,
+        )
+    return balanced
 
 
-def _reason(decided_N: torch.Tensor, labels_N: torch.Tensor, num_classes: int, accuracy: float) -> str:
-    """What explains an accuracy: with as many images as this, an order in which most decisions would be right."""
-    table_KK = torch.zeros(num_classes, num_classes).index_put_((decided_N, labels_N), torch.ones(()), accumulate=True)
-    best = 100 * float(table_KK.amax(1).sum()) / len(labels_N)
-    if len(labels_N) >= 5 * num_classes and best > 2 * accuracy + 20:
+def _stated(manifest: Manifest | None) -> tuple[float | None, bool]:
+    """Return the accuracy in % on training images that a folder states, and whether it is the mean over classes."""
+    if manifest and "train" in (manifest.balanced_accuracy or {}):
+        return (manifest.balanced_accuracy or {})["train"], True
+    if manifest and "train" in (manifest.accuracy or {}):
+        return (manifest.accuracy or {})["train"], False
+    return None, True
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A teacher, the student's images, and the other ways of feeding the one with the other."""
+
+    teacher: Teacher
+    images: LongTailSet
+    source: Source
+    cfg: Config
+    size: int
+
+    def decide(self, sample_N: np.ndarray) -> Decisions:
+        return decide(self.teacher, self._batches(sample_N), self.images.labels[sample_N])
+
+    def cause(self, sample_N: np.ndarray, decisions: Decisions, limit: float) -> str:
+        """Return what explains a low accuracy: the simplest of the best trials, else what the decisions look like."""
+        label_K = decisions.exchanged()
+        trials = [(decisions.relabelled(label_K).balanced(), self._order(label_K))]
+        tried_N = sample_N[np.linspace(0, len(sample_N) - 1, min(TRIED_IMAGES, len(sample_N))).astype(np.int64)]
+        batches, labels_N = list(self._batches(tried_N)), self.images.labels[tried_N]
+        others = []
+        for own, text in self._other_inputs():
+            fed = self.teacher.fed(own, self.cfg.augment.mean, self.cfg.augment.std)
+            found = decide(fed, batches, labels_N)
+            trials.append((found.balanced(), text))
+            label_K = found.exchanged()
+            others.append((found.relabelled(label_K).balanced(), f"{text}, and {self._order(label_K)}"))
+        best = max(accuracy for accuracy, _ in trials + others)
+        if best >= max(limit, decisions.balanced() + NEAR):
+            accuracy, text = next(trial for trial in trials + others if trial[0] >= best - NEAR)
+            return text.format(accuracy=accuracy)
+        label, share = decisions.commonest()
+        if share >= 90:
+            name = label_name(self.images, label)
+            return f"its answer is {name!r} for {share:.0f} % of the images: it is untrained, or its training collapsed"
+        if decisions.balanced() < max(2 * 100 / decisions.num_classes, 5):
+            return "that is near chance, in any order of its classes and with any input tried: it is untrained"
         return (
-            f"in another order of its classes {best:.1f} % would be right, so the class map is wrong "
-            "(teacher.map_classes)"
+            "no order of its classes and no other input tried explains it: it is poorly trained, or was trained on "
+            "other images"
         )
-    return (
-        "its classes are in another order (teacher.map_classes), or its input differs (teacher.img_size, "
-        "teacher.normalise)"
-    )
+
+    def _batches(self, sample_N: np.ndarray) -> Iterator[Tensor]:
+        stated = self.teacher.manifest.preprocess if self.teacher.manifest else None
+        crop_pct = stated.crop_pct if stated else self.cfg.evaluate.crop_pct
+        return clean_batches(self.source, sample_N, self.size, crop_pct, self.cfg.augment.mean, self.cfg.augment.std)
+
+    def _order(self, label_K: np.ndarray) -> str:
+        moved = [label_name(self.images, k) for k, label in enumerate(label_K.tolist()) if k != label]
+        cure = "correct class_map or class_names of its folder" if self.teacher.manifest else "see teacher.map_classes"
+        return f"{{accuracy:.1f}} % would be right in another order of its classes ({listed(moved)}): {cure}"
+
+    def _other_inputs(self) -> Iterator[tuple[TeacherInput, str]]:
+        """Inputs that differ in one thing from the teacher's, and all that its folder states, with words for each."""
+        cfg, manifest = self.cfg.teacher, self.teacher.manifest
+        student = self.cfg.augment.mean, self.cfg.augment.std, self.size
+        fed = teacher_input(cfg, manifest, *student)
+        stated = manifest.preprocess if manifest else None
+        settings = "correct mean and std of its folder" if stated else "set teacher.normalise=teacher, .mean and .std"
+        norms = {"the student's": (*student[:2], "set teacher.normalise=student")}
+        if stated:
+            norms["its folder's"] = stated.mean, stated.std, "set teacher.normalise=auto"
+        norms["the configured"] = cfg.mean, cfg.std, settings
+        norms |= {whose: (*values, settings) for whose, values in STATISTICS.items()}
+        sizes = {self.size, teacher_input(cfg.model_copy(update={"img_size": 0}), manifest, *student).img_size}
+        sizes.add(32 if isinstance(self.teacher.network, ResNetCifar) else 224)
+        would = "{accuracy:.1f} % would be right with"
+        if stated:
+            own = teacher_input(cfg.model_copy(update={"normalise": "auto", "img_size": 0}), manifest, *student)
+            if own.img_size != fed.img_size and (own.mean, own.std) != (fed.mean, fed.std):
+                cure = "set teacher.normalise=auto and teacher.img_size=0"
+                yield own, f"{would} the size, mean and std that its folder states: {cure}"
+        tried = {(fed.mean, fed.std)}
+        for whose, (mean, std, cure) in norms.items():
+            if (tuple(mean), tuple(std)) not in tried:
+                tried.add((tuple(mean), tuple(std)))
+                yield replace(fed, mean=mean, std=std), f"{would} {whose} mean and std: {cure}"
+        for img_size in sorted(sizes - {fed.img_size}):
+            yield (
+                replace(fed, img_size=img_size),
+                f"{would} images of {img_size} pixels: set teacher.img_size={img_size}",
+            )
+        if fed.img_size != self.size:
+            turned = not fed.antialias
+            cure = f"set teacher.resize_antialias={str(turned).lower()}"
+            how = "an antialiased resize" if turned else "a resize without antialiasing"
+            yield replace(fed, antialias=turned), f"{would} {how}: {cure}"

@@ -11,22 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeitlt import checkpoint, distributed
+from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.augment import CropRequest, normalise
 from fastdeitlt.data.batches import Source, train_batches
 from fastdeitlt.data.longtail import LongTailSet, open_sets, shot_groups
 from fastdeitlt.data.resident import open_source
-from fastdeitlt.data.resize import resized_side
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.manifest import Manifest
-from fastdeitlt.models.teacher import Teacher, load_teacher, open_teacher
+from fastdeitlt.models.teacher import Teacher, load_teacher
+from fastdeitlt.teachers.decisions import clean_batches
 from fastdeitlt.teachers.flatness import feature_rank, sharpness
+from fastdeitlt.teachers.opening import settle_order, teacher_of
 
 SHARPNESS_IMAGES = 512
 
 
-def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flatness: bool = True) -> dict[str, Any]:
+def diagnose_teacher(
+    path: str | Path, cfg: Config, num_images: int = 2048, flatness: bool = True, run_dir: Path | None = None
+) -> dict[str, Any]:
     """Diagnose a teacher on training images as the student's recipe ``cfg`` makes them.
 
     Args:
@@ -34,12 +35,14 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
         cfg: the student's run (data, augmentation, mixing, sizes, teacher section).
         num_images: training images used, evenly spaced in the list.
         flatness: also take ``sharpness``, which costs far more than the rest.
+        run_dir: folder of the student's run, which keeps the class order of ``teacher.map_classes``; None: no run.
 
     Returns:
         ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
         size) and ``mixed_resized`` (at the student's size, then resized: what training feeds it), each with
         ``accuracy`` against the label with the larger share in %, ``either`` against any of the two in %, ``entropy``
-        of the softmax in nats, ``agreement`` by head, mid and tail in % (official split; None: no image of them).
+        of the softmax in nats, ``agreement`` by head, mid and tail in % (means of class accuracies, official split;
+        None: no image of them).
         ``hard_targets``: images of each class by ``labels`` and by ``targets``, the argmax of mixed_resized.
         ``sharpness``: ``loss``, ``gap`` (rise of the loss a radius away along the gradient) by radius, and
         ``top_eigenvalue`` of the Hessian, of clean images with running batch-norm statistics.
@@ -50,27 +53,27 @@ def diagnose_teacher(path: str | Path, cfg: Config, num_images: int = 2048, flat
     """
     device = distributed.device_of(cfg.train.device)
     images = open_sets(cfg.data).train
+    teacher_cfg = cfg.teacher.model_copy(update={"path": str(path)})
     with closing(open_source(images, cfg.data, device)) as source:
-        return _diagnose(path, cfg, images, source, device, num_images, flatness)
+        teacher = teacher_of(cfg.model_copy(update={"teacher": teacher_cfg}), images, _student_size(cfg), device)
+        assert teacher is not None
+        settle_order(teacher, images, source, cfg, _student_size(cfg), run_dir)
+        return _diagnose(teacher, path, cfg, images, source, num_images, flatness)
 
 
 def _diagnose(
+    teacher: Teacher,
     path: str | Path,
     cfg: Config,
     images: LongTailSet,
     source: Source,
-    device: torch.device,
     num_images: int,
     flatness: bool,
 ) -> dict[str, Any]:
-    manifest = manifest_of(path)
-    own = manifest.preprocess if manifest and manifest.preprocess else None
-    teacher_cfg = cfg.teacher.model_copy(update={"path": str(path)})
-    own_size = own.img_size if own and own.img_size else cfg.teacher.img_size or _student_size(cfg)
-    size = cfg.teacher.img_size or own_size
-    teacher = open_teacher(teacher_cfg, cfg.augment.mean, cfg.augment.std, size, images.num_classes).to(device)
-    network = load_teacher(path, cfg.teacher.arch, images.num_classes).network.to(device)
-    scale = teacher.logit_scale
+    own = teacher.manifest.preprocess if teacher.manifest else None
+    size, scale = teacher.img_size, teacher.logit_scale
+    own_size = (own.img_size if own else 0) or size
+    network = load_teacher(path, cfg.teacher.arch, images.num_classes).network.to(source.device)
     mean, std = (own.mean, own.std) if own else (cfg.teacher.mean, cfg.teacher.std)
 
     sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
@@ -110,7 +113,7 @@ def _diagnose(
         every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
         own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
         some_BCHW = torch.cat(list(clean_batches(source, sample_N[::every], *prepared)))
-        facts["sharpness"] = sharpness(network, some_BCHW, own_labels_N[::every].to(device), scale)
+        facts["sharpness"] = sharpness(network, some_BCHW, own_labels_N[::every].to(source.device), scale)
     return facts
 
 
@@ -135,13 +138,15 @@ class _Scorer:
             "accuracy": hit_N.mean().item(),
             "either": ((targets_N == labels_N) | (targets_N == partner_N)).float().mean().item() * 100,
             "entropy": -(log_probs_NK.exp() * log_probs_NK).sum(1).mean().item(),
-            "agreement": {name: _mean(hit_N[torch.isin(main_N, ids)]) for name, ids in self.groups.items()},
+            "agreement": {name: _mean_of_classes(hit_N, main_N, ids) for name, ids in self.groups.items()},
         }
         return facts, targets_N
 
 
-def _mean(values_N: Tensor) -> float | None:
-    return values_N.mean().item() if len(values_N) else None
+def _mean_of_classes(hit_N: Tensor, labels_N: Tensor, ids: Tensor) -> float | None:
+    """Return the mean over the classes ``ids`` that have images of their mean ``hit_N``; None if none has."""
+    means = [hit_N[labels_N == label].mean() for label in ids.tolist() if (labels_N == label).any()]
+    return torch.stack(means).mean().item() if means else None
 
 
 def _teach(
@@ -161,26 +166,9 @@ def _teach(
         yield logits_BK, labels_B, partner_B, torch.full((len(labels_B),), lam)
 
 
-def clean_batches(
-    source: Source, sample_N: np.ndarray, size: int, crop_pct: float, mean: tuple, std: tuple
-) -> Iterator[Tensor]:
-    """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
-    resize = resized_side(size, crop_pct)
-    requests = [CropRequest(sample_N[i : i + 256], size, resize=resize) for i in range(0, len(sample_N), 256)]
-    for crops_BHWC in source.crops(requests):
-        yield normalise(crops_BHWC, mean, std)
-
-
 def _features(network: Any, images_BCHW: Tensor) -> Tensor:
     return network.forward_head(network.forward_features(images_BCHW), pre_logits=True)
 
 
 def _student_size(cfg: Config) -> int:
     return cfg.student.img_size or int(cfg.student.name.rsplit("_", 1)[-1])
-
-
-def manifest_of(path: str | Path) -> Manifest | None:
-    """The manifest of a model or run folder; None for a released checkpoint."""
-    if not Path(path).is_dir():
-        return None
-    return checkpoint.read_folder(path, "teacher")[1]

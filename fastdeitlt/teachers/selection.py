@@ -146,7 +146,12 @@ class TeacherSelector:
         results = {name: self._score(name) for name in ("train", *names)}
         for name, result in results.items():
             self._log(step, epoch, name, result, "selected")
-        self._keep({name: result.accuracy("TEACHER") for name, result in results.items()})
+        self._keep(
+            {
+                "accuracy": {name: result.accuracy("TEACHER") for name, result in results.items()},
+                "balanced_accuracy": {name: r.heads["TEACHER"].balanced_accuracy for name, r in results.items()},
+            }
+        )
         shown = results[names[-1] if names else "train"]
         if self.run.is_main:
             console.print(shown.table("official"))
@@ -183,8 +188,8 @@ class TeacherSelector:
             "recipe": t.model_dump(mode="json"),
         }
 
-    def _keep(self, accuracy: dict[str, float]) -> None:
-        facts = self.manifest() | {"selected": self.best, "accuracy": accuracy}
+    def _keep(self, scores: dict[str, dict[str, float]]) -> None:
+        facts = self.manifest() | {"selected": self.best} | scores
         distributed.on_main(lambda: checkpoint.save_model_folder(self.folder, self.network.state_dict(), facts))
 
     def close(self) -> None:

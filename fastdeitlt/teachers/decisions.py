@@ -1,0 +1,147 @@
+"""Hard decisions of a teacher on clean training images: the sample, its accuracy, the order of classes it implies."""
+
+# B batch, K classes, N images, C channels, H height, W width, P pairs of a decision and a label
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.data.augment import CropRequest, normalise
+from fastdeitlt.data.batches import Source
+from fastdeitlt.data.resize import resized_side
+from fastdeitlt.models.teacher import Teacher
+
+IMAGES = 4096
+"""Images of a sample that has as many of each class; at least ``at_least`` and at most MOST of a class."""
+MOST = 64
+CYCLE_IMAGES = 6
+"""Images by which other classes must explain the decisions better before classes count as exchanged."""
+CYCLE_SHARE = 0.3
+"""The same as a share of the images of these classes."""
+
+
+def class_sample(labels_N: np.ndarray, at_least: int = 2) -> np.ndarray:
+    """Return indices of as many images of each class, evenly spaced within the class; all of a smaller class."""
+    members = [np.flatnonzero(labels_N == k) for k in np.unique(labels_N)]
+    each = max(at_least, min(MOST, IMAGES // len(members)))
+    chosen = [ids[np.linspace(0, len(ids) - 1, min(each, len(ids))).astype(np.int64)] for ids in members]
+    return np.sort(np.concatenate(chosen))
+
+
+def clean_batches(
+    source: Source, sample_N: np.ndarray, size: int, crop_pct: float, mean: tuple, std: tuple
+) -> Iterator[Tensor]:
+    """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
+    resize = resized_side(size, crop_pct)
+    requests = [CropRequest(sample_N[i : i + 256], size, resize=resize) for i in range(0, len(sample_N), 256)]
+    for crops_BHWC in source.crops(requests):
+        yield normalise(crops_BHWC, mean, std)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The label that a teacher decides on and the label of each image of a sample."""
+
+    decided_N: np.ndarray
+    labels_N: np.ndarray
+    num_classes: int
+
+    def class_accuracy(self) -> np.ndarray:
+        """Share of each class's images that are right, in %, float64 [K]; NaN for a class without images."""
+        right_K = np.bincount(self.labels_N[self.decided_N == self.labels_N], minlength=self.num_classes)
+        with np.errstate(invalid="ignore"):
+            return 100 * right_K / self._images()
+
+    def balanced(self) -> float:
+        """Mean of the class accuracies, in %."""
+        return float(np.nanmean(self.class_accuracy()))
+
+    def weighted(self, counts: Iterable[int]) -> float:
+        """Accuracy in % over a set with ``counts`` images of each class."""
+        accuracy_K = self.class_accuracy()
+        weights_K = np.where(np.isnan(accuracy_K), 0, np.asarray(list(counts), float))
+        return float(np.average(np.nan_to_num(accuracy_K), weights=weights_K))
+
+    def commonest(self) -> tuple[int, float]:
+        """The label decided on most often, and how often, in %, where every class has the same weight."""
+        weights_N = 1 / self._images()[self.labels_N]
+        weights_K = np.bincount(self.decided_N, weights=weights_N, minlength=self.num_classes)
+        return int(weights_K.argmax()), 100 * float(weights_K.max() / weights_N.sum())
+
+    def matched(self, group_K: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Match each decision with the label that it is mostly made on, one to one.
+
+        Pairs are taken by falling share of the label's images, so a clear pair is never traded for two doubtful ones;
+        at equal shares a decision keeps its own label. What no image matches keeps its own label too, where it can.
+
+        Args:
+            group_K: labels are matched within a group of equal numbers only; None: all are one group.
+
+        Returns:
+            label_K: the label of each decision. clear_K: whether no other pair of the two has as large a share.
+        """
+        group_K = np.zeros(self.num_classes, int) if group_K is None else group_K
+        pairs_P, votes_P = np.unique(self.decided_N * self.num_classes + self.labels_N, return_counts=True)
+        inside_P = group_K[pairs_P // self.num_classes] == group_K[pairs_P % self.num_classes]
+        decision_P, label_P = np.divmod(pairs_P[inside_P], self.num_classes)
+        share_P = votes_P[inside_P] / self._images()[label_P]
+        label_K, taken_K = np.full(self.num_classes, -1), np.zeros(self.num_classes, bool)
+        for i in np.lexsort((label_P, decision_P, decision_P != label_P, -share_P)):
+            if label_K[decision_P[i]] < 0 and not taken_K[label_P[i]]:
+                label_K[decision_P[i]], taken_K[label_P[i]] = label_P[i], True
+        clear_P = self._only_largest(decision_P, share_P) & self._only_largest(label_P, share_P)
+        clear_K = np.zeros(self.num_classes, bool)
+        clear_K[decision_P[clear_P]] = True
+        own_K = (label_K < 0) & ~taken_K
+        label_K[own_K], taken_K[own_K] = np.flatnonzero(own_K), True
+        left, free = np.flatnonzero(label_K < 0), np.flatnonzero(~taken_K)
+        label_K[left[group_K[left].argsort(kind="stable")]] = free[group_K[free].argsort(kind="stable")]
+        return label_K, clear_K
+
+    def exchanged(self) -> np.ndarray:
+        """Return label_K: each decision's label where classes have clearly been exchanged, elsewhere the decision.
+
+        A cycle counts where the other labels are right on ``CYCLE_IMAGES`` more images and ``CYCLE_SHARE`` more of the
+        classes' images than their own: classes that are merely confused, or of which nothing is known, do not.
+        """
+        matched_K, _ = self.matched()
+        images_K, label_K = self._images(), np.arange(self.num_classes)
+        own_K = np.bincount(self.labels_N[self.decided_N == self.labels_N], minlength=self.num_classes)
+        moved_N = self.labels_N[matched_K[self.decided_N] == self.labels_N]
+        gain_K = np.bincount(moved_N, minlength=self.num_classes) - own_K
+        share_K = gain_K / np.maximum(images_K, 1)
+        seen_K = matched_K == label_K
+        for start in np.flatnonzero(~seen_K):
+            cycle = []
+            while not seen_K[start]:
+                seen_K[start] = True
+                cycle.append(start)
+                start = matched_K[start]
+            if cycle and gain_K[cycle].sum() >= CYCLE_IMAGES and share_K[cycle].mean() >= CYCLE_SHARE:
+                label_K[cycle] = matched_K[cycle]
+        return label_K
+
+    def relabelled(self, label_K: np.ndarray) -> "Decisions":
+        """Return the decisions with ``label_K`` for each label decided on."""
+        return replace(self, decided_N=label_K[self.decided_N])
+
+    def _only_largest(self, class_P: np.ndarray, share_P: np.ndarray) -> np.ndarray:
+        """Return which pairs have the largest share of their class's pairs, and no other pair as large a one."""
+        largest_K = np.zeros(self.num_classes)
+        np.maximum.at(largest_K, class_P, share_P)
+        is_largest_P = share_P == largest_K[class_P]
+        return is_largest_P & (np.bincount(class_P[is_largest_P], minlength=self.num_classes)[class_P] == 1)
+
+    def _images(self) -> np.ndarray:
+        return np.bincount(self.labels_N, minlength=self.num_classes)
+
+
+def decide(teacher: Teacher, batches: Iterable[Tensor], labels_N: np.ndarray) -> Decisions:
+    """Return a teacher's decisions, as the student's labels, on images_BCHW normalised as the student's."""
+    decided_N = torch.cat([teacher(images_BCHW).argmax(1) for images_BCHW in batches])
+    if teacher.class_map is not None:
+        decided_N = teacher.class_map[decided_N]
+    return Decisions(decided_N.cpu().numpy(), labels_N, teacher.num_classes)

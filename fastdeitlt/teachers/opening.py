@@ -1,0 +1,118 @@
+"""Open the teacher of a student's run: its weights, its input, and the student's class of each of its classes."""
+
+# N images, K classes
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdeitlt import distributed
+from fastdeitlt.atomic import write_atomically
+from fastdeitlt.config import Config
+from fastdeitlt.data.batches import Source
+from fastdeitlt.data.class_names import listed
+from fastdeitlt.data.longtail import LongTailSet, class_order
+from fastdeitlt.models.teacher import Teacher, open_teacher
+from fastdeitlt.teachers.decisions import class_sample, clean_batches, decide
+
+log = logging.getLogger("fastdeitlt")
+ORDER_FILE = "teacher_classes.json"
+"""File of a student's run folder: the class order of a teacher opened with ``teacher.map_classes``."""
+TIE_IMAGES = 8
+"""Images of each class, if it has as many, that settle the order of classes of equal size."""
+
+
+def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device) -> Teacher | None:
+    """Return the frozen teacher for students of ``size`` pixels, or None when the run has none.
+
+    With ``teacher.map_classes`` classes of equal size keep the data's order; see ``settle_order``.
+
+    Raises:
+        UserError: see ``open_teacher``.
+    """
+    if not cfg.teacher.path:
+        log.info("no teacher.path: both heads learn the labels")
+        return None
+    order = class_order(images.counts).tolist() if cfg.teacher.map_classes else None
+    mean, std = cfg.augment.mean, cfg.augment.std
+    teacher = open_teacher(cfg.teacher, mean, std, size, images.num_classes, order, images.class_names).to(device)
+    own = "its own" if teacher.scale_1C11 is not None else "the student's"
+    log.info("teacher %s: input of %d pixels, normalised by %s mean and std", cfg.teacher.path, teacher.img_size, own)
+    stated = teacher.manifest.preprocess if teacher.manifest else None
+    if stated and stated.exif != cfg.data.exif:
+        log.warning(
+            "data.exif: got %s, but teacher %s was trained with %s and sees the student's images. Use data.exif=%s, "
+            "unless no image states an orientation.",
+            cfg.data.exif,
+            cfg.teacher.path,
+            stated.exif,
+            stated.exif,
+        )
+    return teacher
+
+
+def settle_order(
+    teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, size: int, run_folder: Path | None = None
+) -> None:
+    """Settle the order of classes of equal size of a teacher opened with ``teacher.map_classes``.
+
+    The official code numbers classes by falling size with an unstable sort, so that classes of equal size come in an
+    order that its environment chose. They are matched one to one with the teacher's decisions on clean training images.
+    Matching greedily is enough: two classes that compete for one decision are not told apart by any matching.
+
+    Args:
+        size: side in pixels of the student's images.
+        run_folder: keeps the order for a resumed run; None: settled anew.
+    """
+    if teacher.class_map is None or teacher.manifest is not None:
+        return
+    key, file = teacher.sha256(), run_folder / ORDER_FILE if run_folder else None
+
+    def order() -> list[int]:
+        assert teacher.class_map is not None
+        stored = json.loads(file.read_text()) if file and file.is_file() else {}
+        if stored.get("teacher") == key:
+            return stored["class_map"]
+        class_map = _by_decisions(teacher, teacher.class_map.cpu().numpy(), images, source, cfg, size).tolist()
+        if file:
+            write_atomically(file, json.dumps({"teacher": key, "class_map": class_map}))
+        return class_map
+
+    teacher.class_map.copy_(torch.tensor(distributed.on_main(order)))
+
+
+def _by_decisions(
+    teacher: Teacher, class_map_K: np.ndarray, images: LongTailSet, source: Source, cfg: Config, size: int
+) -> np.ndarray:
+    """Return ``class_map_K`` with the classes of equal size in the order that the teacher's decisions imply."""
+    counts_K = np.asarray(images.counts)
+    is_tied_K = np.bincount(counts_K)[counts_K] > 1
+    tied_N = np.flatnonzero(is_tied_K[images.labels])
+    if not len(tied_N):
+        return class_map_K
+    sample_N = tied_N[class_sample(images.labels[tied_N], TIE_IMAGES)]
+    batches = clean_batches(source, sample_N, size, cfg.evaluate.crop_pct, cfg.augment.mean, cfg.augment.std)
+    label_K, clear_K = decide(teacher, batches, images.labels[sample_N]).matched(counts_K)
+    num_tied, num_moved = int(is_tied_K.sum()), int((label_K != np.arange(len(label_K))).sum())
+    log.info("teacher.map_classes: %d of %d classes of equal size are in another order", num_moved, num_tied)
+    is_open_K = is_tied_K & ~clear_K
+    is_open_K &= (
+        np.bincount(counts_K[is_open_K], minlength=max(counts_K) + 1)[counts_K] > 1
+    )  # one is left by elimination
+    if doubtful := [label_name(images, k) for k in label_K[is_open_K].tolist()]:
+        log.warning(
+            "teacher.map_classes: %d of %d classes of equal size are not told apart by the teacher's decisions (%s); "
+            "their order is a guess",
+            len(doubtful),
+            num_tied,
+            listed(doubtful),
+        )
+    return label_K[class_map_K]
+
+
+def label_name(images: LongTailSet, label: int) -> str:
+    """Return the name of a class, or its number where it has none."""
+    return images.class_names[label] if images.class_names else f"class {label}"
