@@ -127,13 +127,21 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _timed_settings(args: argparse.Namespace) -> list[str]:
+    """The settings of ``bench`` or ``profile``, with the architecture of the teacher's recipe."""
+    from fastdeitlt import config
+
+    teacher = [f"teacher.arch={config.load(args.with_teacher).teacher_training.arch}"] if args.with_teacher else []
+    return [*teacher, *args.overrides]
+
+
 def _bench(args: argparse.Namespace) -> int:
     from fastdeitlt.running import run
     from fastdeitlt.speed.bench import bench
 
     run.set_up_logging()
     given = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
-    bench(args.config, args.overrides, quick=args.quick, synthetic=args.synthetic, **given)
+    bench(args.config, _timed_settings(args), quick=args.quick, synthetic=args.synthetic, **given)
     return 0
 
 
@@ -151,7 +159,7 @@ def _profile(args: argparse.Namespace) -> int:
     from fastdeitlt.speed.profiling import profile
 
     run.set_up_logging()
-    profile(args.config, args.overrides, args.out, num_steps=args.steps, synthetic=args.synthetic)
+    profile(args.config, _timed_settings(args), args.out, num_steps=args.steps, synthetic=args.synthetic)
     return 0
 
 
@@ -304,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     added = configured("bench", _bench, "images a second of a configuration here, part by part; MFU, memory, scaling")
     added.add_argument("--quick", action="store_true", help="few rounds, no scaling over ranks; no compiling on a CPU")
     added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
+    added.add_argument("--with-teacher", metavar="RECIPE", help="time a fresh teacher of this recipe's architecture")
     added.add_argument("--ranks", type=int, nargs="*", metavar="N", help="numbers of processes to measure the step on")
     added.add_argument("--batches", type=int, nargs="*", metavar="B", help="micro-batch sizes to measure the step at")
     added.add_argument("--json", type=Path, help="write the results there")
@@ -316,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     added = configured("profile", _profile, "where a step's time goes: trace for Perfetto, table by kernel and stage")
     added.add_argument("--out", type=Path, default=Path("profile"), help="folder for trace and tables")
     added.add_argument("--steps", type=int, default=3, help="optimizer steps to record")
+    added.add_argument("--with-teacher", metavar="RECIPE", help="time a fresh teacher of this recipe's architecture")
     added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
 
     analyses = verb("analyze", _analyze, "where a student looks, what a teacher teaches").add_subparsers(

@@ -137,6 +137,27 @@ def test_what_cannot_be_measured_is_one_line(arguments, words, capsys):
     assert words in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["bench", "profile"])
+@pytest.mark.parametrize(
+    ("settings", "arch"),
+    [([], "resnet32"), (["--with-teacher", "teacher/quickstart"], "resnet8"), (["teacher.arch=resnet20"], "resnet20")],
+)
+def test_the_teacher_whose_time_is_measured_is_said(verb, settings, arch, tmp_path, monkeypatch, capsys):
+    class EnoughError(Exception):
+        """The line is printed; nothing need be measured."""
+
+    def stop(*_):
+        raise EnoughError
+
+    monkeypatch.setattr("fastdeitlt.speed.bench._parts", stop)
+    monkeypatch.setattr("fastdeitlt.speed.profiling._step", stop)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EnoughError):
+        main([verb, "quickstart", *TINY, *settings, "--synthetic"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"teacher: {arch} with random weights" in said and "--with-teacher RECIPE, teacher.arch or" in said
+
+
 def test_two_ranks_are_started_and_counted_together():
     result = bench("quickstart", TINY, quick=True, synthetic=True, batches=[], ranks=[2])
     row = result["rows"][-1]

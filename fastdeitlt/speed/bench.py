@@ -6,6 +6,7 @@ the device; data alone and end to end run the pipeline of training. Nothing is w
 
 import datetime
 import json
+import logging
 import resource
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from fastdeitlt.running.run import environment
 from fastdeitlt.speed.setup import Setup, set_up
 from fastdeitlt.speed.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
 
+log = logging.getLogger("fastdeitlt")
 ROUNDS, QUICK_ROUNDS = 12, 3
 DATA_BATCHES, QUICK_DATA_BATCHES = 48, 12
 WARM_UP_BATCHES = 4
@@ -81,6 +83,7 @@ def bench(
     if quick and device.type == "cpu" and cfg.train.compile:
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
     setup = set_up(cfg, device, rank, world, synthetic=synthetic)
+    log.info("teacher: %s", setup.teacher_title)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     result: dict[str, Any] = {"config": cfg.name, "rows": [], "facts": {}, "left_out": {}}
     result["environment"] = environment() | {"cpu": cpu_name(), "date": datetime.date.today().isoformat()}

@@ -8,6 +8,7 @@ ranges too, Proton writes its own profile, and the allocator's history is saved 
 # B images in a micro-batch
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -34,6 +35,7 @@ from fastdeitlt.optim import Ema, peak_learning_rate
 from fastdeitlt.speed.setup import Setup, set_up
 from fastdeitlt.speed.timer import bandwidth, matmul_rate, synchronise
 
+log = logging.getLogger("fastdeitlt")
 STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
 AUTOGRAD = "autograd::engine::evaluate_function"
 """How the profiler names what autograd's thread does."""
@@ -127,6 +129,7 @@ def profile(
     cfg = config.load(config_name, list(overrides))
     device = distributed.device_of(cfg.train.device)
     setup = set_up(cfg, device, synthetic=synthetic)
+    log.info("teacher: %s", setup.teacher_title)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     gpu = device.type == "cuda"

@@ -63,6 +63,16 @@ class Setup:
         """The type that the step's matrix products have."""
         return autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
 
+    @property
+    def teacher_title(self) -> str:
+        """The teacher whose time is measured, and how to choose another when it is not that of a run."""
+        if self.cfg.teacher.path and self.images:
+            return self.cfg.teacher.path
+        return (
+            f"{self.cfg.teacher.arch} with random weights, as fast as a trained one; "
+            "--with-teacher RECIPE, teacher.arch or teacher.path chooses another"
+        )
+
     def autocast(self) -> torch.autocast:
         """The step's precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
