@@ -11,7 +11,7 @@ from rich.table import Table
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.longtail import open_sets
+from fastdeitlt.data.longtail import open_training_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.data.scan import check_files
 from fastdeitlt.engine import build_engine
@@ -59,7 +59,7 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     """
     _, world = distributed.start(cfg.train.device)
     device = distributed.device_of(cfg.train.device)
-    sets = open_sets(cfg.data)
+    sets = open_training_sets(cfg.data)
     images = sets.train
     looked = distributed.on_main(lambda: check_files(sets, cfg.data))
     distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
