@@ -54,12 +54,17 @@ def _train(args: argparse.Namespace) -> int:
 def _train_teacher(args: argparse.Namespace) -> int:
     from fastdeitlt import config
     from fastdeitlt.running import run
-    from fastdeitlt.teachers.train import train_teacher
 
     cfg = config.load(args.config, args.overrides)
     run.set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
+    if args.dry_run:
+        from fastdeitlt.dryrun import dry_run_teacher
+
+        return dry_run_teacher(cfg)
+    from fastdeitlt.teachers.train import train_teacher
+
     train_teacher(cfg, args.resume)
     return 0
 
@@ -265,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="train this teacher first, such as teacher/quickstart, on the student's data, seed and device; "
                 "teacher_training.field=value sets it",
             )
-            added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
+        added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
         added.add_argument(
             "--processes", type=int, default=0, metavar="N", help="ranks here; default: one a visible GPU"
         )

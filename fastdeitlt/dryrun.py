@@ -1,17 +1,22 @@
-"""`train --dry-run`: everything that can be wrong before training, what training will need, one step on fake data."""
+"""`--dry-run`: everything that can be wrong before training, what training will need, one step on fake data."""
 
 # B images in a micro-batch, C channels, H height, W width
 
 import tempfile
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
+from torch import nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.longtail import open_training_sets
+from fastdeitlt.data.longtail import LongTailSet, Sets, open_sets
+from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.data.scan import check_files
 from fastdeitlt.engine import build_engine
@@ -23,9 +28,10 @@ from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.optim import peak_learning_rate
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.running.run import console
-from fastdeitlt.teachers.opening import teacher_of
-from fastdeitlt.teachers.step import build_objective
-from fastdeitlt.teachers.views import Plan as TeacherPlan
+from fastdeitlt.teachers.check import check_decisions
+from fastdeitlt.teachers.opening import settle_order, teacher_of
+from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
+from fastdeitlt.teachers.views import Part, StepBatch, plan_of, view_recipes
 
 MIB = 2**20
 
@@ -52,17 +58,14 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
 
     Args:
         cfg: the student's run.
-        recipe: of the teacher that is to be trained first; the step then has one with fresh weights.
+        recipe: of the teacher that is to be trained first, which takes a step before the student's; it has fresh
+            weights in both.
 
     Raises:
         UserError: what training would have raised.
     """
-    _, world = distributed.start(cfg.train.device)
-    device = distributed.device_of(cfg.train.device)
-    sets = open_training_sets(cfg.data)
-    images = sets.train
-    looked = distributed.on_main(lambda: check_files(sets, cfg.data))
-    distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
+    opened = _open(cfg)
+    images, device, world = opened.sets.train, opened.device, opened.world
     plan = Plan(
         len(images),
         cfg.train.batch_size,
@@ -74,32 +77,26 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     )
     student = create_student(num_classes=images.num_classes, **cfg.student.model_dump()).to(device)
     size = student.img_size
+    rows = opened.rows | {"student": f"{cfg.student.name}, {num_parameters(student):,} parameters"}
     teacher: Teacher | None
     if recipe:
-        network = build_objective(recipe.teacher_training, images.counts, device).network
+        network, facts = _teacher_step(recipe, opened)
         teacher = Teacher(network, images.num_classes, img_size=cfg.teacher.img_size or size)
+        rows |= {f"{name}, trained first" if name == "teacher" else f"  {name}": text for name, text in facts.items()}
+    elif teacher := teacher_of(cfg, images, size, device):
+        rows["teacher"] = f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
+        _check_teacher(teacher, images, cfg, size)
     else:
-        teacher = teacher_of(cfg, images, size, device)
-    table = Table(title=f"dry run of {cfg.name} on {device}", show_header=False)
-    table.add_row("training images", f"{len(images):,} in {images.num_classes} classes")
-    table.add_row("looked at", looked)
-    table.add_row("student", f"{cfg.student.name}, {num_parameters(student):,} parameters")
-    table.add_row("teacher", f"{sum(p.numel() for p in teacher.parameters()):,} parameters" if teacher else "none")
-    if recipe:
-        t = recipe.teacher_training
-        steps = TeacherPlan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco").steps
-        table.add_row("  trained first", f"{t.arch}, {t.loss}, {t.img_size} pixels")
-        table.add_row("  optimizer steps", f"{steps:,} an epoch, {steps * t.epochs:,} in all")
-    table.add_row("effective batch", f"{plan.images_per_step:,} images")
-    table.add_row(
-        "optimizer steps", f"{plan.optimizer_steps:,} an epoch, {plan.optimizer_steps * cfg.train.epochs:,} in all"
-    )
-    table.add_row("peak learning rate", f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}")
+        rows["teacher"] = "none"
+    rows |= {
+        "effective batch": f"{plan.images_per_step:,} images",
+        "optimizer steps": _steps(plan.optimizer_steps, cfg.train.epochs),
+        "peak learning rate": f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}",
+    }
     width = 2 if autocast_dtype(cfg.train.precision, device) else 4
     for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():
-        table.add_row(f"memory: {name} (estimate)", f"{mib:,.0f} MiB")
-    show = console.print if distributed.rank() == 0 else lambda text: None
-    show(table)
+        rows[f"memory: {name} (estimate)"] = f"{mib:,.0f} MiB"
+    _show_table(cfg, device, rows)
 
     engine = build_engine(JointForward(student, teacher, images.counts, cfg, device), cfg, plan)
     labels_B = torch.arange(cfg.train.batch_size, device=device) % images.num_classes
@@ -109,8 +106,95 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     losses = engine.forward(batch, torch.ones(images.num_classes, device=device), None)
     engine.backward(losses.loss)
     norm = engine.step(peak_learning_rate(cfg, plan.virtual_ranks))
-    show(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
+    _show(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
     return 0
+
+
+def dry_run_teacher(cfg: Config) -> int:
+    """Open the data, build the teacher, print sizes and steps, and run one step on random images.
+
+    Raises:
+        UserError: what training would have raised.
+    """
+    opened = _open(cfg)
+    _, facts = _teacher_step(cfg, opened)
+    loss = facts.pop("one step")
+    _show_table(cfg, opened.device, opened.rows | facts)
+    _show(f"one step on random images: {loss}. Ready.")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What both dry runs begin with."""
+
+    sets: Sets
+    device: torch.device
+    world: int
+    rows: dict[str, str]
+    """Of the table: the data."""
+
+
+def _open(cfg: Config) -> _Opened:
+    _, world = distributed.start(cfg.train.device)
+    sets = open_sets(cfg.data)
+    looked = distributed.on_main(lambda: check_files(sets, cfg.data))
+    distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
+    rows = {"training images": f"{len(sets.train):,} in {sets.num_classes} classes", "looked at": looked}
+    return _Opened(sets, distributed.device_of(cfg.train.device), world, rows)
+
+
+def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, str]]:
+    """Build a teacher's network by its recipe and take a step on random images: the network, and rows of the table."""
+    t, images, device = cfg.teacher_training, opened.sets.train, opened.device
+    plan = plan_of(cfg, len(images), distributed.rank(), opened.world)
+    objective = build_objective(t, images.counts, device)
+    step = Step(objective, build_optimizer(objective.network, t), cfg, device)
+    labels_B = torch.arange(len(next(plan.samples(0))), device=device) % images.num_classes
+    parts = []
+    for part_B in plan.parts(np.arange(len(labels_B))):
+        views = [torch.randn(len(part_B), 3, t.img_size, t.img_size, device=device) for _ in view_recipes(cfg)]
+        parts.append(Part(views, labels_B[torch.from_numpy(part_B).to(device)]))
+    loss = step(StepBatch(parts, labels_B), torch.ones(images.num_classes, device=device), plan.step_seed(0, 0))
+    parameters = num_parameters(objective.network)
+    copies = 3 + (t.sam != "none")
+    facts = {
+        "teacher": f"{t.arch}, {parameters:,} parameters, {t.loss}, images of {t.img_size} pixels",
+        "teacher's batch": f"{t.batch_size:,} images, {len(parts[0].labels_B):,} at a time",
+        "teacher's optimizer steps": _steps(plan.steps, t.epochs),
+        "teacher's last batch": plan.last_batch or "like the others, or smaller",
+        "teacher's peak learning rate": f"{t.lr:.3g}",
+        "memory: teacher's weights, gradients, momentum (estimate)": f"{4 * copies * parameters / MIB:,.1f} MiB",
+    }
+    if device.type == "cuda":
+        facts["memory: most in the teacher's step"] = f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB"
+    return objective.network, facts | {"one step": f"loss {distributed.sum_over_ranks(loss).item():.3f}"}
+
+
+def _check_teacher(teacher: Teacher, images: LongTailSet, cfg: Config, size: int) -> None:
+    """Check a teacher as training does before its first step, without decoding the whole set."""
+    residency = "stream" if images.images_NHWC is None else cfg.data.residency
+    data = cfg.data.model_copy(update={"residency": residency})
+    with closing(open_source(images, data, distributed.device_of(cfg.train.device))) as source:
+        settle_order(teacher, images, source, cfg, size)
+        if cfg.teacher.check:
+            distributed.on_main(lambda: check_decisions(teacher, images, source, cfg, size))
+
+
+def _steps(in_epoch: int, epochs: int) -> str:
+    return f"{in_epoch:,} an epoch, {in_epoch * epochs:,} in all"
+
+
+def _show_table(cfg: Config, device: torch.device, rows: dict[str, str]) -> None:
+    table = Table(title=f"dry run of {cfg.name} on {device}", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    _show(table)
+
+
+def _show(content: Table | str) -> None:
+    if distributed.rank() == 0:
+        console.print(content)
 
 
 def _check_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from fastdeitlt import cli, config, demo, dryrun
 from fastdeitlt.errors import UserError
-from fastdeitlt.models import create_student
+from fastdeitlt.models import create_student, create_teacher
 
 
 @pytest.fixture
@@ -84,6 +84,27 @@ def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, 
         assert cli.main(wrong) == 2
         assert words in capsys.readouterr().err
     assert len(trained) == 2
+
+
+def test_the_teachers_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun.console, "_width", 200)
+    settings = [f"runs_dir={tmp_path}", "teacher_training.batch_size=413", "teacher_training.accumulate=8"]
+    assert cli.main(["train-teacher", "teacher/quickstart", *settings, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "2,478 in 10 classes" in shown and "first and last bytes of all 3,978 files" in shown
+    assert "resnet8, 75,280 parameters, ldam, images of 28 pixels" in shown
+    assert "413 images, 52 at a time" in shown and "6 an epoch, 240 in all" in shown
+    assert "one step on random images: loss" in shown
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(["train-teacher", "teacher/quickstart", *settings, "data.root=/absent", "--dry-run"]) == 2
+
+
+def test_dry_run_refuses_a_teacher_that_training_would_refuse(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(create_teacher("resnet8", 10).state_dict(), tmp_path / "untrained.pth")
+    settings = [f"teacher.path={tmp_path / 'untrained.pth'}", "teacher.arch=resnet8", "student.depth=1"]
+    assert cli.main(["train", "quickstart", *settings, f"runs_dir={tmp_path / 'runs'}", "--dry-run"]) == 2
+    assert "right (mean over classes) on 483 clean training images" in capsys.readouterr().err
 
 
 def test_dry_run_finds_a_wrong_teacher(tmp_path):

@@ -1,5 +1,7 @@
 """The teacher's views: drawn by key alone, and coloured as torchvision colours."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data import colour
 from fastdeitlt.data.colour import CIFAR10_POLICY, View
 from fastdeitlt.data.randaugment import OPS
-from fastdeitlt.teachers.views import view_recipes
+from fastdeitlt.teachers.views import Plan, view_recipes
 
 CROP = AugmentConfig(recipe="crop_jitter", crop_scale=(0.2, 1.0))
 SIMCLR = View(CROP, jitter_prob=0.8, hue=0.1, gray_prob=0.2, blur_prob=0.5)
@@ -20,6 +22,31 @@ STILL = AugmentConfig(recipe="none")
 
 def draws_of(sample_B: np.ndarray, view: View, size: int = 16) -> colour.ViewDraws:
     return colour.draw(sample_B, np.zeros_like(sample_B), seed=3, epoch=2, view=view, size=size)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_part_has_one_image_and_an_epoch_has_every_image(world: int, accumulate: int) -> None:
+    least = 2 * world * accumulate
+    for n, batch_size in itertools.product(range(least, 60), range(least, 20)):
+        plans = [Plan(n, batch_size, 0, False, rank, world, accumulate) for rank in range(world)]
+        batches = list(plans[0].samples(0))
+        assert len(batches) == plans[0].steps >= 1
+        assert sorted(np.concatenate(batches).tolist()) == list(range(n))
+        assert all(len(part) >= 2 for batch in batches for plan in plans for part in plan.parts(batch))
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert len(batches[-1]) < batch_size + least
+        assert bool(plans[0].last_batch) == (len(batches[-1]) > batch_size)
+
+
+def test_the_last_image_joins_the_batch_before_and_paco_leaves_it_out() -> None:
+    plan = Plan(121, 24, 0, drop_last=False)
+    assert [len(batch) for batch in plan.samples(0)] == [24, 24, 24, 24, 25]
+    assert [len(batch) for batch in plan.samples(0, start=4)] == [25]
+    assert plan.last_batch == "the last batch of an epoch has 25 images: 1 would be too few for batch norm"
+    paco = Plan(121, 24, 0, drop_last=True)
+    assert [len(batch) for batch in paco.samples(0)] == [24] * 5
+    assert paco.last_batch.startswith("1 of 121 images, others in each epoch, are left out")
 
 
 def test_hue_is_torchvisions() -> None:

@@ -146,7 +146,7 @@ def test_the_best_teacher_is_chosen_by_class_or_by_image(
         logits_NK = F.one_hot(decided_N, 3).float()
         return logits_NK, logits_NK, seen_N
 
-    monkeypatch.setattr("fastdeitlt.teachers.train.open_training_sets", lambda _: replace(sets, val=val))
+    monkeypatch.setattr("fastdeitlt.teachers.train.open_sets", lambda _: replace(sets, val=val))
     monkeypatch.setattr("fastdeitlt.teachers.selection.collect_logits", logits)
     run = train_teacher(cfg).parents[1]
     selected = json.loads((run / "results.json").read_text())["selected"]
@@ -294,8 +294,23 @@ def test_ranks_take_the_step_of_the_whole_batch_and_train_one_teacher(data: Path
 
 
 def test_more_parts_than_images_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="at least one image for each of 1 ranks x 10 micro-batches"):
-        train_teacher(recipe(data, tmp_path, "accumulate=10"))
+    with pytest.raises(UserError, match="got 9, expected at least 2 images for each of 1 ranks x 5 micro-batches"):
+        train_teacher(recipe(data, tmp_path, "accumulate=5"))
+
+
+@pytest.mark.parametrize("changes", [["batch_size=13"], ["batch_size=12", "accumulate=2"], PACO], ids=str)
+def test_a_network_that_ends_in_one_pixel_trains_whatever_the_last_batch(
+    data: Path, tmp_path: Path, changes: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batch norm has as many values as images: 27 = 13 + 13 + 1 = 12 + 12 + 2 + 1."""
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    caplog.set_level(logging.INFO, "fastdeitlt")
+    cfg = recipe(data, tmp_path, *changes, "arch=resnet18", "sam=none", "epochs=1", "drw_epoch=-1", "warmup_epochs=0")
+    train_teacher(cfg)
+    words = (
+        "3 of 27 images" if changes is PACO else f"the last batch of an epoch has {15 - ('=13' in changes[0])} images"
+    )
+    assert words in caplog.text
 
 
 def test_paco_moves_its_key_encoder_and_queue_once_a_step() -> None:

@@ -23,7 +23,7 @@ from fastdeitlt.running.run import console, refuse_changes
 from fastdeitlt.running.run_files import read_json
 from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.step import build_objective
-from fastdeitlt.teachers.views import Plan as TeacherPlan
+from fastdeitlt.teachers.views import plan_of
 from fastdeitlt.train import train
 
 log = logging.getLogger("fastdeitlt")
@@ -263,7 +263,7 @@ def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
     t = run.teacher.teacher_training
     with torch.device("meta"):
         build_objective(t, images.counts, torch.device("meta"))
-    steps = t.epochs * TeacherPlan(len(images), t.batch_size, run.seed, drop_last=t.loss == "paco").steps
+    steps = t.epochs * plan_of(run.teacher, len(images)).steps
     for saved in run.folder.parent.glob(f"{run.teacher.name}-*/config.yaml"):
         cfg = config.load(str(saved))
         own = (cfg.teacher_training, cfg.augment, cfg.data, cfg.train.seed)

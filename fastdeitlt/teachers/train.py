@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
-from fastdeitlt.data.longtail import drw_weights, open_training_sets
+from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.scan import check_files
 from fastdeitlt.errors import UserError
@@ -20,7 +20,7 @@ from fastdeitlt.teachers.sam import SAM
 from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.teachers.selection import TeacherSelector
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
-from fastdeitlt.teachers.views import Plan, teacher_batches, view_recipes
+from fastdeitlt.teachers.views import plan_of, teacher_batches, view_recipes
 
 log = logging.getLogger("fastdeitlt")
 
@@ -50,12 +50,13 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
             return best
         torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
         device = distributed.device_of(cfg.train.device)
-        sets = open_training_sets(cfg.data)  # which images
+        sets = open_sets(cfg.data)  # which images
+        log.info("data %s: %s", cfg.data.title, sets)
         distributed.on_main(lambda: check_files(sets, cfg.data))
         images = sets.train
-        cut = {"rank": rank, "world": world, "accumulate": t.accumulate}
-        plan = Plan(len(images), t.batch_size, cfg.train.seed, drop_last=t.loss == "paco", **cut)
-        _refuse_small(plan)
+        plan = plan_of(cfg, len(images), rank, world)
+        if plan.last_batch:
+            log.info(plan.last_batch)
         source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)), tell=True)  # read, decode
         torch.manual_seed(cfg.train.seed)
         objective = build_objective(t, images.counts, device)  # network, loss
@@ -97,17 +98,6 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
 def _for_any_ranks(cfg: Config) -> Config:
     """The run without its number of ranks: a batch is that of all of them, so any number may continue it."""
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 1})})
-
-
-def _refuse_small(plan: Plan) -> None:
-    parts = plan.world * plan.accumulate
-    if plan.batch_size < parts:
-        raise UserError(
-            f"teacher_training.batch_size: got {plan.batch_size}, expected at least one image for each of {plan.world} "
-            f"ranks x {plan.accumulate} micro-batches; use fewer"
-        )
-    if plan.steps == 0:
-        raise UserError(f"teacher_training.batch_size: got {plan.batch_size}, the set has {plan.n} images; lower it")
 
 
 def save(
