@@ -117,6 +117,7 @@ def facts(saved: Saved) -> dict[str, Any]:
         "std": saved.std,
         "img_size": saved.img_size,
         "crop_pct": saved.crop_pct,
+        "exif": saved.exif,
         "interpolation": "bicubic",
         "dataset": saved.info.get("dataset"),
         "outputs": OUTPUTS,
@@ -150,7 +151,7 @@ def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
         twin,
         str(out),
         model_config={"label_names": saved.class_names}
-        | {name: travels[name] for name in ("class_map", "temperatures")},
+        | {name: travels[name] for name in ("class_map", "exif", "temperatures")},
         model_args=model_args,
         safe_serialization=True,
         data_config={"input_size": (3, side, side)} | {name: travels[name] for name in own},

@@ -23,6 +23,8 @@ model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 ```
 
+{exif}
+
 Class names are `label_names` in `config.json`. `class_map` there is the output of each label of the data set.
 
 ## Training data
@@ -49,6 +51,12 @@ measured.
 """
 
 
+EXIF = {
+    "ignore": "Images were used as they are stored: their EXIF orientation was ignored in training.",
+    "apply": "Turn images upright first, as in training: `image = PIL.ImageOps.exif_transpose(image)`.",
+}
+
+
 def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> str:
     """Markdown for the folder of a timm export. What the model folder does not say is said to be unknown."""
     arguments = ", ".join(f"{name} {value}" for name, value in model_args.items())
@@ -57,6 +65,7 @@ def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> s
         student=saved.info["model"]["name"],
         architecture=architecture,
         arguments=f" with {arguments}" if arguments else "",
+        exif=EXIF[saved.exif],
         data=_data(saved),
         results=_results(saved.results),
         calibration=_calibration(saved),

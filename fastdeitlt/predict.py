@@ -5,14 +5,13 @@
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -21,13 +20,17 @@ from rich.text import Text
 from torch import Tensor
 
 from fastdeitlt import distributed
-from fastdeitlt.data.files import PILLOW_ERRORS, UnreadableError, read_encoded
-from fastdeitlt.data.folders import IMAGE_SUFFIXES
+from fastdeitlt.data.decoder import Decoder
+from fastdeitlt.data.files import Encoded, UnreadableError, from_pillow, read_encoded
+from fastdeitlt.data.folders import is_image, walk
 from fastdeitlt.data.resize import centre_crop
+from fastdeitlt.data.workers import Workers, num_threads
 from fastdeitlt.errors import UserError
 from fastdeitlt.saved import Saved, open_saved
 
 HEADS = ("AVG", "CLS", "DIST")
+Input = str | Path | Image.Image
+"""A file, a folder or an image in memory."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Prediction:
     """What the model says of one image, or why it could not be read."""
 
     path: str
+    """The file, or of an image in memory its number among the inputs."""
     top: list[Choice]
     """Best first, by the mean of the heads' logits."""
     cls: Choice | None = None
@@ -55,18 +59,20 @@ class Prediction:
 
 def predict(
     model_folder: str | Path,
-    inputs: Sequence[str | Path],
+    inputs: Input | Sequence[Input],
     top_k: int = 5,
     batch_size: int = 64,
     device: str = "auto",
     strict: bool = False,
     raw: bool = False,
 ) -> list[Prediction]:
-    """Classify image files, and those below folders, in the order given (a folder's sorted by name).
+    """Classify images and image files, and those below folders, in the order given (a folder's sorted by name).
+
+    Images are read, turned and cropped as in evaluation.
 
     Args:
         model_folder: a model folder, a run folder, or a released student checkpoint.
-        inputs: files and folders.
+        inputs: one or several files, folders (hidden files are left out) and images of Pillow.
         top_k: classes an image, at most all of them.
         device: auto, cpu or cuda.
         strict: raise at the first file that cannot be read, instead of giving its row an ``error``.
@@ -80,8 +86,9 @@ def predict(
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"predict: {name} is {value}, expected at least 1")
-    paths = list(_files(inputs))
-    if not paths:
+    inputs = [inputs] if isinstance(inputs, Input) else list(inputs)
+    named = list(_images(inputs))
+    if not named:
         raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or 'nothing'}; give files or folders")
     saved = open_saved(model_folder)
     if saved.kind != "student":
@@ -90,46 +97,48 @@ def predict(
     saved.model.to(where)
     temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
     rows: list[Prediction] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), batch_size):
-            part = paths[start : start + batch_size]
-            decoded = dict(zip(part, pool.map(_decode, part), strict=True))
-            errors = {path: image for path, image in decoded.items() if isinstance(image, str)}
-            if strict and errors:
-                raise UserError("; ".join(f"{path}: {error}" for path, error in list(errors.items())[:3]))
-            images = {path: image for path, image in decoded.items() if isinstance(image, Tensor)}
-            answers = _predict_batch(saved, images, top_k, where, temperatures) if images else []
-            found = dict(zip(images, answers, strict=True))
-            rows += [found.get(path) or Prediction(str(path), [], error=errors[path]) for path in part]
+    threads = num_threads()
+    with closing(Workers(threads)) as workers, closing(Decoder(threads, torch.device("cpu"))) as decoder:
+        for start in range(0, len(named), batch_size):
+            part = named[start : start + batch_size]
+            read = list(workers.pool.map(partial(_read, exif=saved.exif), [image for _, image in part]))
+            decoded = iter(decoder.whole([file for file in read if isinstance(file, Encoded)]))
+            outcomes = [next(decoded) if isinstance(file, Encoded) else file for file in read]
+            both = list(zip([name for name, _ in part], outcomes, strict=True))
+            if strict and (errors := [f"{name}: {error}" for name, error in both if isinstance(error, str)]):
+                raise UserError("; ".join(errors[:3]))
+            images = [image for image in outcomes if isinstance(image, Tensor)]
+            answers = iter(_predict_batch(saved, images, top_k, where, temperatures) if images else [])
+            rows += [
+                Prediction(name, [], error=outcome) if isinstance(outcome, str) else replace(next(answers), path=name)
+                for name, outcome in both
+            ]
     return rows
 
 
-def _files(inputs: Sequence[str | Path]) -> Iterator[Path]:
-    for given in map(Path, inputs):
-        if given.is_dir():
-            yield from sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]:
+    """Each image with what to call it."""
+    for number, given in enumerate(inputs):
+        if isinstance(given, Image.Image):
+            yield f"image {number}", given
+        elif (path := Path(given)).is_dir():
+            yield from ((str(path / name), path / name) for name in walk(path) if is_image(name))
         else:
-            yield given
+            yield str(path), path
 
 
-def _decode(path: Path) -> Tensor | str:
-    """RGB pixels uint8 [H, W, 3], as the training reader decodes them, or why there are none."""
+def _read(image: Path | Image.Image, exif: str) -> Encoded | str:
+    """The image for the decoder, or why there is none."""
     try:
-        data = read_encoded(str(path)).data.tobytes()
-        with Image.open(io.BytesIO(data)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnreadableError, *PILLOW_ERRORS) as error:
-        return str(error) or type(error).__name__
+        return read_encoded(str(image), exif=exif) if isinstance(image, Path) else from_pillow(image, exif=exif)
+    except UnreadableError as error:
+        return str(error)
 
 
 def _predict_batch(
-    saved: Saved,
-    images: dict[Path, Tensor],
-    top_k: int,
-    device: torch.device,
-    temperatures: dict[str, float] | None,
+    saved: Saved, images: list[Tensor], top_k: int, device: torch.device, temperatures: dict[str, float] | None
 ) -> list[Prediction]:
-    crops_BHWC = centre_crop(list(images.values()), saved.resize, saved.img_size).to(device)
+    crops_BHWC = centre_crop(images, saved.resize, saved.img_size).to(device)
     with torch.inference_mode():
         cls_logits_BK, dist_logits_BK = saved.model.forward_heads(saved.normalise(crops_BHWC))  # type: ignore[operator]
     heads = {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
@@ -138,8 +147,8 @@ def _predict_batch(
         for head, logits_BK in heads.items()
     ]
     return [
-        Prediction(str(path), average, cls[0], dist[0], temperatures=temperatures)
-        for path, average, cls, dist in zip(images, *best, strict=True)
+        Prediction("", average, cls[0], dist[0], temperatures=temperatures)
+        for average, cls, dist in zip(*best, strict=True)
     ]
 
 

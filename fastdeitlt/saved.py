@@ -42,6 +42,8 @@ class Saved:
     img_size: int
     crop_pct: float
     """img_size over the short side that images are resized to before the centre crop."""
+    exif: str = "ignore"
+    """``data.exif`` of the run."""
     calibration: Calibration | None = None
     """Temperatures fitted on validation images, if the model's run had some."""
     info: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +103,7 @@ def open_saved(path: str | Path) -> Saved:
         std=tuple(preprocess.get("std", IMAGENET_STD)),
         img_size=preprocess.get("img_size") or info["model"]["img_size"],
         crop_pct=preprocess.get("crop_pct", DEFAULT_CROP_PCT),
+        exif=preprocess.get("exif", "ignore"),
         calibration=Calibration(**info["calibration"]) if info.get("calibration") else None,
         info=info,
         results=read_json(run / "results.json") if (run := run_of(path)) else {},

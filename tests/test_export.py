@@ -12,15 +12,16 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_model import CLASS_NAMES, NAME, SIZE, save_images, save_student
+from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_student
 
 import fastdeitlt.export
 from fastdeitlt.cli import main
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score
-from fastdeitlt.export import FACTS, export, timm_architecture
+from fastdeitlt.export import FACTS, export, facts, timm_architecture
 from fastdeitlt.models import create_student
 from fastdeitlt.predict import predict
+from fastdeitlt.saved import open_saved
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,15 @@ def test_timm_prepares_images_as_predict_does_and_names_the_same_class(saved, ti
             probs = loaded(transform(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
         assert [names[k] for k in probs.argsort(descending=True)] == [choice.name for choice in row.top]
         assert probs.max().item() == pytest.approx(row.top[0].probability, abs=1e-4)
+
+
+@pytest.mark.parametrize(("exif", "words"), [("ignore", "was ignored in training"), ("apply", "exif_transpose(image)")])
+def test_exports_state_what_is_done_with_orientations(tmp_path, exif, words):
+    save_student(tmp_path / "model", preprocess=MANIFEST["preprocess"] | {"exif": exif})
+    folder = export(tmp_path / "model", tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["exif"] == exif
+    assert words in (folder / "README.md").read_text()
+    assert facts(open_saved(tmp_path / "model"))["exif"] == exif
 
 
 def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):

@@ -6,15 +6,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_model import CLASS_NAMES, SIZE, save_images, save_student
+from image_files import encoded, picture
+from PIL import Image
+from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
 
+from fastdeitlt import predict as predict_module
 from fastdeitlt.checkpoint import add_facts
-from fastdeitlt.config import DataConfig
+from fastdeitlt.config import DataConfig, build
+from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.resident import Resident
 from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.predict import main, predict, to_csv
+from fastdeitlt.saved import open_saved
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +167,71 @@ def test_the_csv_of_nothing_readable_still_has_a_header(saved, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     lines = to_csv(predict(saved[0], [tmp_path / "text.png"], device="cpu")).splitlines()
     assert lines[0].startswith("path,cls_class") and len(lines) == 2
+
+
+def odd_files(folder):
+    """Kinds of file that decoders disagree on; their paths in order."""
+    gray16 = Image.fromarray((np.asarray(picture(40, 61).convert("L")).astype(np.uint16)) * 257)
+    files = {"gray16.png": encoded(gray16, "PNG"), "gray16.tif": encoded(gray16, "TIFF")}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = orientation, "camera"
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+            options = {"lossless": True} if kind == "WEBP" else {}
+            image = picture(40, 61, orientation)
+            files[f"turned{orientation}.{kind.lower()}"] = encoded(image, kind, exif=exif, **options)
+    for mode in ("CMYK", "RGBA", "P", "1"):
+        kind = "JPEG" if mode == "CMYK" else "PNG"
+        files[f"{mode}.{kind.lower()}"] = encoded(picture(40, 61).convert(mode), kind)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in files]
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_predict_streaming_and_held_sets_have_the_same_pixels(tmp_path, monkeypatch, exif):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_student(tmp_path / "model", preprocess=MANIFEST["preprocess"] | {"exif": exif})
+    paths = odd_files(tmp_path / "images")
+    seen, normalise = [], predict_module.Saved.normalise
+    monkeypatch.setattr(
+        predict_module.Saved, "normalise", lambda self, crops: seen.append(crops) or normalise(self, crops)
+    )
+    rows = predict(tmp_path / "model", paths, batch_size=7, device="cpu", strict=True)
+    crops = torch.cat(seen)
+    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [len(paths)], str(paths[0].parent))
+    request = CropRequest(np.arange(len(paths)), SIZE, resize=40)
+    for source in (Stream, Resident):
+        opened = source(images, DataConfig(num_threads=2, exif=exif), torch.device("cpu"))
+        assert torch.equal(next(opened.crops([request])), crops)
+        opened.close()
+    predict(tmp_path / "model", [Image.open(path) for path in paths], batch_size=64, device="cpu", strict=True)
+    assert torch.equal(seen[-1], crops), "images in memory obey the same rule"
+    chosen = []
+    monkeypatch.setattr(evaluation, "open_source", lambda images, cfg, *rest: chosen.append(cfg.exif) or 1 / 0)
+    other = build({"data.exif": "ignore" if exif == "apply" else "apply", "train.device": "cpu"})
+    with pytest.raises(ZeroDivisionError):
+        evaluation._logits(open_saved(tmp_path / "model"), images, other)
+    assert chosen == [exif] and len({row.top[0].probability for row in rows}) > 20
+
+
+def test_one_path_one_image_or_a_list_of_either(saved, tmp_path):
+    folder, _, paths = saved
+    whole = predict(folder, paths, device="cpu", batch_size=1)
+    for one in (str(paths[0]), paths[0]):
+        assert predict(folder, one, device="cpu", batch_size=1) == whole[:1]
+    image = Image.open(paths[0])
+    (row,) = predict(folder, image, device="cpu", batch_size=1)
+    assert row.path == "image 0" and row.top == whole[0].top
+    mixed = predict(folder, [str(paths[2]), image, paths[1], Image.new("F", (40, 40))], device="cpu", batch_size=1)
+    assert [row.path for row in mixed] == [str(paths[2]), "image 1", str(paths[1]), "image 3"]
+    assert [row.top for row in mixed[:3]] == [whole[index].top for index in (2, 0, 1)]
+    assert mixed[3].error == "mode F, expected 8 or 16 bits a channel"
+
+
+def test_hidden_files_of_a_folder_are_left_out(saved, tmp_path):
+    for name in ("a.png", "._a.png", ".cache/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(saved[2][0].read_bytes())
+    assert [row.path for row in predict(saved[0], tmp_path, device="cpu")] == [str(tmp_path / "a.png")]

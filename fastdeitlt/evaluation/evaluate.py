@@ -196,7 +196,7 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
     """(cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's order of classes."""
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
-    source = open_source(images, cfg.data, device)
+    source = open_source(images, cfg.data.model_copy(update={"exif": saved.exif}), device)
     try:
         cls_logits_NK, dist_logits_NK, labels_N = gather_logits(
             model.to(device),
