@@ -32,7 +32,7 @@ class DataConfig(Section):
         "fashion_mnist_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18", "places_lt", "list", "folder"
     ] = "fashion_mnist_lt"
     """Data set. `fashion_mnist_lt` is embedded; `list` takes train_list/val_list/test_list; `folder` takes
-    root/{train,val,test}/<class>/<image>."""
+    root/{train,val,test}/<class>/<image>, or root/<class>/<image>, which it splits by class."""
     root: str = ""
     """Folder that holds the images; lists may not leave it. Empty: the embedded set."""
     train_list: str = ""
@@ -45,8 +45,12 @@ class DataConfig(Section):
     """CIFAR only: smallest over largest class size (0.01 is rho = 100). 1 = balanced."""
     imbalance_kind: Literal["exp", "step"] = "exp"
     """CIFAR only: exponential decay over classes, or half the classes cut."""
-    val_holdout: float = Field(0.0, ge=0, lt=0.5)
-    """Share of each class of the training list set aside for validation when there is no validation list. 0 = none."""
+    val_holdout: float | None = Field(None, ge=0, lt=0.5)
+    """Share of each class of the training images set aside for validation where there is no validation set. 0 = none;
+    null: 0.1 of a folder without split folders, else none."""
+    test_holdout: float | None = Field(None, ge=0, lt=0.5)
+    """Share of each class of the training images set aside for testing where there is no test set. 0 = none;
+    null: 0.2 of a folder without split folders, else none."""
     residency: Literal["auto", "stream", "host", "device"] = "auto"
     """Where the training images live: decoded anew each time (stream), decoded once in host or device memory."""
     stored_short_side: int = Field(0, ge=0)

@@ -15,7 +15,7 @@ from torch import nn
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.longtail import LongTailSet, Sets, open_sets
+from fastdeitlt.data.longtail import LongTailSet, Sets, open_training_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.data.scan import check_files
@@ -137,7 +137,7 @@ class _Opened:
 
 def _open(cfg: Config) -> _Opened:
     _, world = distributed.start(cfg.train.device)
-    sets = open_sets(cfg.data)
+    sets = open_training_sets(cfg.data)
     looked = distributed.on_main(lambda: check_files(sets, cfg.data))
     distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
     rows = {"training images": f"{len(sets.train):,} in {sets.num_classes} classes", "looked at": looked}

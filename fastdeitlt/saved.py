@@ -13,6 +13,7 @@ from fastdeitlt.checkpoint import find_model_folder, read_manifest
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment import normalise
 from fastdeitlt.data.resize import resized_side
+from fastdeitlt.data.splits import Classes
 from fastdeitlt.errors import UserError
 from fastdeitlt.manifest import Calibration
 from fastdeitlt.models import load_teacher
@@ -34,7 +35,9 @@ class Saved:
     kind: str
     """"student" or "teacher"."""
     class_names: list[str]
-    """Name of each class of the model [K]."""
+    """Name of each class of the model [K], made up where its file has none."""
+    classes: Classes
+    """What the labels of a data set must be: names by label, if the model's file has them."""
     class_map: Tensor
     """The model's class of each label of the data set, int64 [K]."""
     mean: tuple[float, ...]
@@ -47,7 +50,7 @@ class Saved:
     calibration: Calibration | None = None
     """Temperatures fitted on validation images, if the model's run had some."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Everything else that the file says, e.g. ``model``, ``dataset``, ``class_counts``."""
+    """Everything else that the file says, e.g. ``model``, ``dataset``, ``recipe``."""
     results: dict[str, Any] = field(default_factory=dict)
     """results.json of the run that the model is from, if it is still in the run's folder."""
 
@@ -55,6 +58,11 @@ class Saved:
     def num_classes(self) -> int:
         """K."""
         return len(self.class_names)
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Training images of each label [K], if the model's file has them."""
+        return self.info.get("class_counts")
 
     @property
     def resize(self) -> int:
@@ -94,9 +102,13 @@ def open_saved(path: str | Path) -> Saved:
     names = info.get("class_names") or [f"class {label}" for label in range(num_classes)]
     if len(names) != num_classes:
         raise UserError(f"model {path}: has {len(names)} class names for {num_classes} classes; repair its manifest")
+    if len(info.get("class_counts") or names) != num_classes:
+        number = len(info["class_counts"])
+        raise UserError(f"model {path}: has {number} class counts for {num_classes} classes; repair its manifest")
     return Saved(
         model=model,
         kind=info.get("kind", "student"),
+        classes=Classes(f"model {path}", num_classes, info.get("class_names")),
         class_names=[names[label] for label in map_K.argsort().tolist()],
         class_map=map_K,
         mean=tuple(preprocess.get("mean", IMAGENET_MEAN)),

@@ -13,7 +13,7 @@ import torch
 from fastdeitlt import analysis, checkpoint, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.longtail import drw_weights, open_sets
+from fastdeitlt.data.longtail import drw_weights, open_training_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.scan import check_files
@@ -57,8 +57,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
             return run.folder
         torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
         device = distributed.device_of(cfg.train.device)
-        sets = open_sets(cfg.data)  # 1 which images
-        log.info("data %s: %s", cfg.data.title, sets)
+        sets = open_training_sets(cfg.data)  # 1 which images
         distributed.on_main(lambda: check_files(sets, cfg.data))
         images, num_classes = sets.train, sets.train.num_classes
         plan = Plan(len(images), cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, ranks, rank, world)

@@ -29,7 +29,7 @@ def test_a_subset_is_accepted_only_when_allowed():
     assert match_names(["c", "a"], ["a", "b", "c"], "x", "y", subset=True) == [2, 0]
     with pytest.raises(UserError, match="expected 'b' of y"):
         match_names(["c", "a"], ["a", "b", "c"], "x", "y")
-    with pytest.raises(UserError, match="got 'd', not in y"):
+    with pytest.raises(UserError, match="got 'd', not in y; expected 'b' of y"):
         match_names(["a", "d"], ["a", "b"], "x", "y", subset=True)
 
 

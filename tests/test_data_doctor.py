@@ -125,6 +125,15 @@ def test_files_that_class_folders_pass_over_are_told(tmp_path):
     assert finding.examples == ("train/2.png", "train/ant/1.gif")
 
 
+def test_folders_without_a_split_and_single_classes_are_found(tmp_path):
+    for place in ("train/ant", "train/bee", "Validierung/ant"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "train" / "ant" / "0.png").write_bytes(encode(Image.fromarray(pixels())))
+    findings = found(build({"data.dataset": "folder", "data.root": str(tmp_path)}))
+    assert only(findings, "'Validierung'").level == "warning"
+    assert only(findings, "got 1 class with training images ('ant')").level == "error"
+
+
 def test_link_out_of_the_root_is_noted(tmp_path):
     (tmp_path / "root").mkdir()
     config = make_set(tmp_path / "root", COUNTS)

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from small_model import MANIFEST, NAME, save_student
 from torchmetrics.functional.classification import (
@@ -301,13 +302,42 @@ def test_the_verb_scores_a_model_folder_and_undoes_its_class_map(tmp_path, capsy
 
 def test_the_verb_names_a_split_or_data_set_that_does_not_fit(tmp_path):
     folder = save_ten(tmp_path / "model")
-    with pytest.raises(UserError, match=r"has 4 classes, fashion_mnist_lt has 10"):
+    with pytest.raises(UserError, match=r"txt: classes differ by name, got 'T-shirt/top', .* and 7 more, not in model"):
         save_student(tmp_path / "four")
         evaluate(tmp_path / "four")
     with pytest.raises(UserError, match="has only train, val, test; use --split test"):
         evaluate(folder, split="holdout")
     with pytest.raises(UserError, match="manifest"):
         evaluate(tmp_path)
+
+
+def test_classes_are_matched_by_name_and_grouped_by_the_models_own_counts(tmp_path, caplog):
+    """A data set with a test split only, which lists three of four classes in another order."""
+    save_student(tmp_path / "model", class_names=["ant", "bee", "cow", "dog"])
+    for name, shade in (("bee", 80), ("cow", 160), ("dog", 240)):
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        for number in range(3):
+            colour = (shade, 40 * number, 255 - shade)
+            Image.new("RGB", (40, 40), colour).save(tmp_path / "data" / "test" / name / f"{number}.png")
+    settings = ["train.precision=fp32", "train.device=cpu", f"data.root={tmp_path / 'data'}"]
+    by_folder = evaluate(tmp_path / "model", [*settings, "data.dataset=folder"], csv_path=tmp_path / "classes.csv")
+    assert by_folder.counts_K == MANIFEST["class_counts"] and by_folder.support_K == [0, 3, 3, 3]
+    assert "no images of 1 of 4 classes ('ant')" in caplog.text
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["ant", "bee", "cow", "dog"]
+    rows = [f"test/{name}/{number}.png,{name}" for name in ("dog", "bee", "cow") for number in range(3)]
+    (tmp_path / "test.csv").write_text("path,label\n" + "\n".join(rows))
+    settings += ["data.dataset=list", f"data.test_list={tmp_path / 'test.csv'}"]
+    assert evaluate(tmp_path / "model", settings).heads["AVG"].correct_K == by_folder.heads["AVG"].correct_K
+    (tmp_path / "test.csv").write_text("path,label\ntest/bee/0.png,wasp\n")
+    with pytest.raises(UserError, match=r"got 'wasp', not in model .*; expected 'ant', 'bee', 'cow' and 1 more"):
+        evaluate(tmp_path / "model", settings)
+
+
+def test_class_counts_that_do_not_fit_are_refused(tmp_path):
+    save_student(tmp_path / "model", class_counts=[3, 2])
+    with pytest.raises(UserError, match="has 2 class counts for 4 classes"):
+        evaluate(tmp_path / "model")
 
 
 def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):

@@ -145,6 +145,16 @@ def test_label_beyond_the_given_classes_is_refused(tmp_path):
         ("l.json", '{"images": [{"id": 1}], "annotations": []}', "KeyError"),
         (
             "l.json",
+            '{"annotations": [{"path": "a", "label": 3}], "categories": [{"id": 1}, {"id": 2}]}',
+            "annotation 0: got the label 3, expected the id of a category",
+        ),
+        (
+            "l.json",
+            '{"annotations": [{"path": "a", "label": 1}], "categories": [{"id": 1}, {"id": 1}]}',
+            "got several categories with id 1, expected one",
+        ),
+        (
+            "l.json",
             '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2, "category_id": 0}]}',
             "annotation 0: KeyError 2",
         ),
@@ -194,6 +204,29 @@ def test_inaturalist_json_joins_annotations_to_images(tmp_path):
     assert found.labels.tolist() == [2, 0]
     assert found.counts == [1, 0, 1, 0]
     assert found.class_names == ["species 0", "species 1", "species 2", "species 3"]
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [2, 9, 5], ["x", "z", "y"]])
+def test_json_categories_with_other_ids_are_classes_in_their_order(tmp_path, ids):
+    rows = [{"path": f"{key}.jpg", "category_id": key} for key in (ids[2], ids[0])]
+    tree = {"annotations": rows, "categories": [{"id": key, "name": f"n{key}"} for key in ids]}
+    found = read_list(write(tmp_path / "l.json", json.dumps(tree)), "")
+    assert found.labels.tolist() == [2, 0] and found.counts == [1, 0, 1]
+    assert found.class_names == [f"n{key}" for key in ids]
+
+
+def test_json_labels_may_be_names_of_categories(tmp_path):
+    tree = {
+        "annotations": [{"path": "a", "label": "x"}],
+        "categories": [{"id": 3, "name": "y"}, {"id": 1, "name": "x"}],
+    }
+    found = read_list(write(tmp_path / "l.json", json.dumps(tree)), "")
+    assert found.labels.tolist() == [1] and found.class_names == ["y", "x"]
+
+
+def test_unicode_forms_of_a_name_are_one_class(tmp_path):
+    found = read_list(write(tmp_path / "l.csv", "path,label\n1.jpg,caf\u00e9\n2.jpg,cafe\u0301\n3.jpg,tea\n"), "")
+    assert found.counts == [2, 1] and found.class_names == ["caf\u00e9", "tea"]
 
 
 def test_bag_of_tricks_json_takes_its_class_number(tmp_path):

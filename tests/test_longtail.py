@@ -1,6 +1,7 @@
 """Class counts, weights, head/mid/tail and opening of data sets."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.longtail import (
+    Classes,
     LongTailSet,
     cifar_lt_counts,
     class_counts,
@@ -17,6 +19,8 @@ from fastdeitlt.data.longtail import (
     drw_weights,
     hold_out,
     open_sets,
+    open_splits,
+    open_training_sets,
     shot_groups,
 )
 from fastdeitlt.errors import UserError
@@ -140,7 +144,7 @@ def make_set(counts: list[int], decoded: bool = False) -> LongTailSet:
 
 def test_hold_out_is_stratified_disjoint_complete_and_repeatable():
     images = make_set([100, 21, 5, 1, 0, 2], decoded=True)
-    train, val = hold_out(images, 0.2)
+    train, val, _ = hold_out(images, 0.2)
     assert val.counts == [20, 4, 1, 0, 0, 0]
     assert train.counts == [80, 17, 4, 1, 0, 2]
     assert sorted(train.paths + val.paths) == sorted(images.paths)
@@ -150,13 +154,15 @@ def test_hold_out_is_stratified_disjoint_complete_and_repeatable():
 
 
 def test_hold_out_leaves_an_image_in_each_class():
-    train, _ = hold_out(make_set([40, 2, 1]), 0.49)
-    assert min(train.counts) >= 1
+    train, val, test = hold_out(make_set([40, 3, 2, 1, 0]), 0.49, 0.49)
+    assert train.counts == [1, 1, 1, 1, 0] and val.counts == [20, 1, 1, 0, 0] and test.counts == [19, 1, 0, 0, 0]
 
 
 def test_hold_out_that_holds_nothing_is_refused():
     with pytest.raises(UserError, match=r"data\.val_holdout: got 0\.01"):
         hold_out(make_set([4, 2, 1]), 0.01)
+    with pytest.raises(UserError, match=r"data\.test_holdout: got 0\.01"):
+        hold_out(make_set([4, 2, 1]), 0.4, 0.01)
 
 
 def write_lists(root: Path, **lists: str) -> None:
@@ -205,8 +211,11 @@ def test_class_names_come_from_classes_txt_when_they_fit(tmp_path):
     write_lists(tmp_path, tr="a 0\nb 1\n", classes="cat\nbig dog")
     config = DataConfig(dataset="list", root=str(tmp_path), train_list="tr.txt")
     assert open_sets(config).train.class_names == ["cat", "big dog"]
-    write_lists(tmp_path, classes="cat\n")
-    assert open_sets(config).train.class_names is None
+    for names in ("cat\n", "cat\nbig dog\neel"):
+        write_lists(tmp_path, classes=names)
+        number = len(names.splitlines())
+        with pytest.raises(UserError, match=f"got {number} names, expected one for each of the 2 classes"):
+            open_sets(config)
 
 
 def test_class_names_of_the_training_csv_number_the_test_csv(tmp_path):
@@ -215,7 +224,7 @@ def test_class_names_of_the_training_csv_number_the_test_csv(tmp_path):
     config = {"dataset": "list", "root": str(tmp_path), "train_list": "tr.csv"}
     assert open_sets(DataConfig(**config, test_list="te.csv")).test.labels.tolist() == [2]
     (tmp_path / "te.csv").write_text("path,label\nd,cow\n")
-    with pytest.raises(UserError, match=r"te\.csv, line 2: got the label 'cow', expected one of the training"):
+    with pytest.raises(UserError, match=r"te\.csv: classes differ by name, got 'cow', not in the training"):
         open_sets(DataConfig(**config, test_list="te.csv"))
 
 
@@ -224,9 +233,9 @@ def test_validation_is_held_out_of_training_only_when_there_is_no_list(tmp_path)
     write_lists(tmp_path, tr=rows, va="v.jpg 0\n")
     config = {"dataset": "list", "root": str(tmp_path), "train_list": "tr.txt", "val_holdout": 0.2}
     sets = open_sets(DataConfig(**config))
-    assert (len(sets.train), len(sets.val), sets.held_out) == (16, 4, True)
+    assert (len(sets.train), len(sets.val), sets.held_out) == (16, 4, ("val",))
     sets = open_sets(DataConfig(**config, val_list="va.txt"))
-    assert (len(sets.train), len(sets.val), sets.held_out) == (20, 1, False)
+    assert (len(sets.train), len(sets.val), sets.held_out) == (20, 1, ())
 
 
 def test_folder_splits_share_the_training_classes(tmp_path):
@@ -244,12 +253,17 @@ def test_folder_splits_share_the_training_classes(tmp_path):
     assert sets.test.counts == [0, 1, 0]
     assert sets.val is None
     (tmp_path / "test" / "zebra").mkdir()
-    with pytest.raises(UserError, match="'zebra' is not in the training split"):
+    assert open_sets(DataConfig(dataset="folder", root=str(tmp_path))).test.counts == [0, 1, 0]
+    Image.new("RGB", (2, 2)).save(tmp_path / "test" / "zebra" / "5.jpg")
+    with pytest.raises(UserError, match="classes differ by name, got 'zebra', not in the training split"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
 
 
 def test_folder_without_images_or_training_split_says_so(tmp_path):
-    with pytest.raises(UserError, match="no such folder; expected train/<class>/<image>"):
+    with pytest.raises(UserError, match=r"no images .* expected train/<class>/<image> or <class>/<image>"):
+        open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
+    (tmp_path / "test").mkdir()
+    with pytest.raises(UserError, match="got no training split, expected train/<class>/<image>"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images"):
@@ -271,3 +285,159 @@ def test_missing_data_is_named_with_the_field_to_set(config, message, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         open_sets(DataConfig(**config))
+
+
+def make_folders(root: Path, sizes: dict[str, int]) -> dict[str, str]:
+    """Images under root, ``sizes[place]`` in each class folder; the settings that open them."""
+    for place, count in sizes.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (2, 2)).save(root / place / f"{number}.png")
+    return {"dataset": "folder", "root": str(root)}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [("train", "validation", "testing"), ("Train", "Val", "Test"), ("training", "valid", "TEST"), ("train", "dev", "")],
+)
+def test_usual_names_of_split_folders_are_taken(tmp_path, train, val, test):
+    splits = [split for split in (train, val, test) if split]
+    config = make_folders(tmp_path, {f"{split}/{name}": 1 for split in splits for name in "ab"})
+    sets = open_sets(DataConfig(**config))
+    assert [images.paths[0] for _, images in sets] == [f"{split}/a/0.png" for split in splits]
+    assert sets.remarks == ()
+
+
+def test_two_folders_for_one_split_are_refused_and_other_folders_are_named(tmp_path):
+    config = make_folders(tmp_path, {"train/a": 1, "train/b": 1, "extra/a": 1, ".hidden/a": 1})
+    (remark,) = open_sets(DataConfig(**config)).remarks
+    assert remark.level == "warning" and "'extra'" in remark.message and "hidden" not in remark.message
+    make_folders(tmp_path, {"val/a": 1, "Validation/a": 1})
+    with pytest.raises(UserError, match="got 'Validation' and 'val' for the val split, expected one"):
+        open_sets(DataConfig(**config))
+
+
+def test_class_folders_without_splits_are_split_by_class_and_always_alike(tmp_path):
+    config = make_folders(tmp_path, {"ant": 40, "bee/deep": 10, "cow": 3, "dog": 1, "docs": 0})
+    sets = open_sets(DataConfig(**config))
+    assert [images.counts for _, images in sets] == [[28, 7, 2, 1], [4, 1, 0, 0], [8, 2, 1, 0]]
+    assert sets.train.class_names == ["ant", "bee", "cow", "dog"] and sets.train.left_out == ["docs/"]
+    assert sorted(path for _, images in sets for path in images.paths)[-1] == "dog/0.png"
+    assert len({path for _, images in sets for path in images.paths}) == 54
+    assert [images.paths for _, images in open_sets(DataConfig(**config))] == [images.paths for _, images in sets]
+    whole = open_sets(DataConfig(**config, val_holdout=0, test_holdout=0))
+    assert len(whole.train) == 54 and whole.val is whole.test is None
+    only_test = open_sets(DataConfig(**config, val_holdout=0, test_holdout=0.4))
+    assert only_test.held_out == ("test",) and only_test.test.counts == [16, 4, 1, 0]
+
+
+def test_test_images_are_held_out_of_a_list_and_do_not_move_the_validation_images(tmp_path):
+    write_lists(tmp_path, tr="".join(f"{i}.jpg {i % 2}\n" for i in range(20)))
+    config = {"dataset": "list", "root": str(tmp_path), "train_list": "tr.txt", "val_holdout": 0.2}
+    before, sets = open_sets(DataConfig(**config)), open_sets(DataConfig(**config, test_holdout=0.3))
+    assert (len(sets.train), len(sets.val), len(sets.test)) == (10, 4, 6)
+    assert sets.val.paths == before.val.paths and before.test is None
+
+
+def test_linked_folders_are_followed_once_and_after_the_others(tmp_path):
+    config = make_folders(tmp_path, {"train/a/z": 2, "train/b": 1, "elsewhere/deep": 3})
+    (tmp_path / "train" / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "again").symlink_to("z")
+    (tmp_path / "train" / "a" / "z" / "loop").symlink_to(tmp_path / "train" / "a")
+    sets = open_sets(DataConfig(**config))
+    deep = [f"train/a/link/deep/{number}.png" for number in range(3)]
+    assert sets.train.paths == ["train/a/z/0.png", "train/a/z/1.png", *deep, "train/b/0.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    config = make_folders(tmp_path, {"train/a": 1, "train/b": 1, "train/a/closed": 1})
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+        open_sets(DataConfig(**config))
+
+
+def test_unicode_forms_of_a_class_folder_are_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    config = make_folders(tmp_path, {f"train/{composed}": 1, "train/tea": 1, f"test/{decomposed}": 1, "test/tea": 2})
+    sets = open_sets(DataConfig(**config))
+    assert sets.test.counts == [1, 2] and sets.train.class_names == [composed, "tea"]
+    make_folders(tmp_path, {f"train/{decomposed}": 1})
+    with pytest.raises(UserError, match="several classes are named"):
+        open_sets(DataConfig(**config))
+
+
+def write_json(file: Path, categories: dict[int, str], names: str) -> None:
+    """Categories id -> name, and an image of each name; the image is called like its class."""
+    number = {name: key for key, name in categories.items()}
+    rows = [{"path": f"{name}.png", "category_id": number[name]} for name in names]
+    listed = [{"id": key, "name": name} for key, name in categories.items()]
+    file.write_text(json.dumps({"annotations": rows, "categories": listed}))
+
+
+def test_json_categories_of_the_splits_are_matched_by_name(tmp_path):
+    write_json(tmp_path / "train.json", {0: "a", 1: "b", 2: "c"}, "abbc")
+    write_json(tmp_path / "test.json", {0: "c", 1: "a", 2: "b", 3: "unused"}, "abc")
+    config = {"dataset": "list", "root": str(tmp_path), "train_list": "train.json", "test_list": "test.json"}
+    sets = open_sets(DataConfig(**config))
+    assert dict(zip(sets.test.paths, sets.test.labels.tolist(), strict=True)) == {"a.png": 0, "b.png": 1, "c.png": 2}
+    assert sets.test.class_names == ["a", "b", "c"] and sets.test.counts == [1, 1, 1]
+    write_json(tmp_path / "test.json", {0: "c", 1: "d"}, "cd")
+    with pytest.raises(UserError, match=r"test\.json: classes differ by name, got 'd', not in the training split"):
+        open_sets(DataConfig(**config))
+
+
+def test_labels_beyond_the_named_classes_are_refused(tmp_path):
+    (tmp_path / "tr.csv").write_text("path,label\na,cat\nb,ant\n")
+    write_lists(tmp_path, te="c 2\n")
+    config = {"dataset": "list", "root": str(tmp_path), "train_list": "tr.csv", "test_list": "te.txt"}
+    with pytest.raises(UserError, match=r"te\.txt: got 3 classes, expected the 2 of the training split"):
+        open_sets(DataConfig(**config))
+
+
+def test_one_class_is_refused_before_training(tmp_path):
+    config = make_folders(tmp_path, {"train/a": 4, "train/b": 0})
+    with pytest.raises(UserError, match=r"got 1 class with training images \('a'\), expected at least 2"):
+        open_training_sets(DataConfig(**config))
+
+
+def test_what_is_odd_about_the_data_is_logged_before_training(tmp_path, caplog):
+    config = make_folders(tmp_path, {"train/a": 4, "train/b": 3, "train/c": 0, "test/a": 1, "other/a": 1})
+    (tmp_path / "train" / "a" / "film.gif").write_bytes(b"")
+    with caplog.at_level("INFO", "fastdeitlt"):
+        open_training_sets(DataConfig(**config))
+    for part in ("label gap: 1 of 3", "2 (c)", "1 class without test", "film.gif", "'other'", "3 classes, train 7"):
+        assert part in caplog.text
+
+
+MODEL = Classes("model m", 3, ["a", "b", "c"])
+
+
+def test_a_split_alone_is_opened_in_the_order_of_a_models_classes(tmp_path):
+    config = DataConfig(**make_folders(tmp_path, {"test/c": 1, "test/b": 2}))
+    images = open_splits(config, ("test",), ("val",), MODEL)["test"]
+    assert images.counts == [0, 2, 1] and images.class_names == MODEL.names
+    with pytest.raises(UserError, match=r"'val': .* has only test; use --split test"):
+        open_splits(config, ("val",), (), MODEL)
+    with pytest.raises(UserError, match="got 2 classes, expected the 3 of model n"):
+        open_splits(config, ("test",), (), Classes("model n", 3))
+    make_folders(tmp_path, {"test/d": 1})
+    with pytest.raises(UserError, match="got 'd', not in model m; expected 'a' of model m"):
+        open_splits(config, ("test",), (), MODEL)
+
+
+def test_a_list_without_names_follows_its_training_list_and_else_the_model(tmp_path):
+    write_lists(tmp_path, te="x.png 0\n")
+    lists = DataConfig(dataset="list", root=str(tmp_path), train_list="tr.csv", test_list="te.txt")
+    assert open_splits(lists, ("test",), (), MODEL)["test"].counts == [1, 0, 0]
+    (tmp_path / "tr.csv").write_text("path,label\na.png,b\nb.png,c\n")
+    assert open_splits(lists, ("test",), (), MODEL)["test"].counts == [0, 1, 0]
+    (tmp_path / "tr.csv").write_text("path,label\na.png,0\nb.png,1\n")
+    with pytest.raises(UserError, match="got 2 classes, expected the 3 of model m"):
+        open_splits(lists, ("test",), (), MODEL)

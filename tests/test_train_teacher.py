@@ -146,7 +146,7 @@ def test_the_best_teacher_is_chosen_by_class_or_by_image(
         logits_NK = F.one_hot(decided_N, 3).float()
         return logits_NK, logits_NK, seen_N
 
-    monkeypatch.setattr("fastdeitlt.teachers.train.open_sets", lambda _: replace(sets, val=val))
+    monkeypatch.setattr("fastdeitlt.teachers.train.open_training_sets", lambda _: replace(sets, val=val))
     monkeypatch.setattr("fastdeitlt.teachers.selection.collect_logits", logits)
     run = train_teacher(cfg).parents[1]
     selected = json.loads((run / "results.json").read_text())["selected"]

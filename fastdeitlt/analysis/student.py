@@ -23,8 +23,9 @@ from fastdeitlt.analysis.features import CENTRINGS, watch_tokens
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.batches import Source
-from fastdeitlt.data.longtail import LongTailSet, class_order, open_sets, shot_groups
+from fastdeitlt.data.longtail import LongTailSet, class_order, open_splits, shot_groups
 from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.sets import SPLITS
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import cell
 from fastdeitlt.models.vit import DistilledViT
@@ -70,16 +71,12 @@ def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str
         raise UserError(f"analyze student: --images is {images}, expected at least 1")
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
     device = distributed.device_of(cfg.train.device)
-    sets = open_sets(cfg.data)
-    name, chosen = list(sets)[-1]  # test, else validation, else training images
-    if chosen.num_classes != saved.num_classes:
-        raise UserError(
-            f"model {path}: has {saved.num_classes} classes, {cfg.data.dataset} has {chosen.num_classes}; give the "
-            "data set that it was trained on (data.dataset=...)"
-        )
+    splits = open_splits(cfg.data, () if saved.class_counts else ("train",), SPLITS, saved.classes)
+    name, chosen = list(splits.items())[-1]  # test, else validation, else training images
+    counts, dataset = saved.class_counts or splits["train"].counts, saved.info.get("dataset", cfg.data.dataset)
     saved.model.to(device)
     with closing(open_source(chosen, cfg.data, device)) as source:
-        return {"set": name} | look(saved, source, chosen, sets.train.counts, cfg.data.dataset, images)
+        return {"set": name} | look(saved, source, chosen, counts, dataset, images)
 
 
 def write(facts: dict[str, Any], run_dir: Path) -> Path:

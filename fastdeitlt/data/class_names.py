@@ -37,14 +37,17 @@ def match_names(
     Raises:
         UserError: a class of one side that the other lacks, or a name of several classes.
     """
+    if list(found) == list(expected):
+        return list(range(len(expected)))
     number = numbered(expected, what_expected)
     keys = numbered(found, what_found)
     unknown = [found[index] for key, index in keys.items() if key not in number]
-    absent = [] if subset else [expected[index] for key, index in number.items() if key not in keys]
-    if unknown or absent:
-        sides = ((unknown, "got {}, not in " + what_expected), (absent, "expected {} of " + what_expected))
-        parts = [text.format(listed(names)) for names, text in sides if names]
-        raise UserError(f"{what_found}: classes differ by name, {'; '.join(parts)}. Rename the classes to match.")
+    absent = [expected[index] for key, index in number.items() if key not in keys]
+    if unknown or (absent and not subset):
+        got = f"got {listed(unknown)}, not in {what_expected}" if unknown else ""
+        wanted = f"expected {listed(absent)} of {what_expected}" if absent else ""
+        differing = "; ".join(filter(None, (got, wanted)))
+        raise UserError(f"{what_found}: classes differ by name, {differing}. Rename the classes to match.")
     return [number[key] for key in keys]
 
 

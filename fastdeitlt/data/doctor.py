@@ -18,9 +18,9 @@ from fastdeitlt.data.findings import (
     Finding,
     class_findings,
     duplicate_findings,
-    folder_findings,
     image_findings,
     known_findings,
+    opening_findings,
 )
 from fastdeitlt.data.longtail import LongTailSet, Sets, has_official_split, open_sets, shot_groups
 from fastdeitlt.data.sampler import Plan
@@ -150,8 +150,8 @@ def check(config: Config, decode: bool = True) -> Report:
     sets = open_sets(config.data)
     report = replace(_report(config, sets), checked=True)
     report.findings.extend(known_findings(config.data, sets))
+    report.findings.extend(opening_findings(sets))
     report.findings.extend(class_findings(config, sets))
-    report.findings.extend(folder_findings(config.data, sets))
     digests: dict[str, list[bytes]] = {}
     for split, images in sets:
         found, digests[split] = image_findings(split, images, config.data, decode)

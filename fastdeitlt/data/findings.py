@@ -5,28 +5,15 @@ K classes.
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Literal
 
 from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.data.class_names import listed
 from fastdeitlt.data.counts import CIFAR_CLASSES, KNOWN_CLASSES, KNOWN_COUNTS, cifar_lt_counts
-from fastdeitlt.data.folders import left_out
 from fastdeitlt.data.scan import scan_files
-from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.data.sets import Finding, Level, LongTailSet, Sets
 
 FEW_IMAGES = 5
 NUM_EXAMPLES = 3
-Level = Literal["error", "warning", "note"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to know about a data set. An error stops ``data check`` with exit code 2."""
-
-    level: Level
-    split: str
-    message: str
-    examples: tuple[str, ...] = ()
 
 
 def _many(number: int, noun: str) -> str:
@@ -44,38 +31,47 @@ def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
     findings = []
     for split, images in sets:
         counts = images.counts
-        if sets.held_out and split == "train" and sets.val is not None:
-            counts = [kept + held for kept, held in zip(counts, sets.val.counts, strict=True)]
+        if split == "train":
+            parts = [counts, *(held.counts for name, held in sets if name in sets.held_out)]
+            counts = [sum(part) for part in zip(*parts, strict=True)]
         got = (sum(counts), len(counts), max(counts), min(counts))
-        if split in known and not (sets.held_out and split == "val") and got != known[split]:
+        if split in known and split not in sets.held_out and got != known[split]:
             sizes = "{:,} images in {:,} classes of {:,} to {:,}"
             message = f"got {sizes.format(*got)}; the published set has {sizes.format(*known[split])}"
             findings.append(Finding("error", split, message))
     return findings
 
 
-def class_findings(config: Config, sets: Sets) -> list[Finding]:
-    """Classes without or with few images, missing or lopsided splits."""
-    findings = []
-    train = sets.train
-
-    def some(classes: list[int]) -> tuple[str, ...]:
-        names = train.class_names
-        return tuple(f"{k} ({names[k]})" if names else f"class {k}" for k in classes[:NUM_EXAMPLES])
-
-    if train.num_classes < 2:
-        findings.append(Finding("error", "train", "got 1 class, expected at least 2"))
+def opening_findings(sets: Sets) -> list[Finding]:
+    """What opening the splits shows: too few classes, classes without images, files and folders that are not read."""
+    findings, train = list(sets.remarks), sets.train
+    present = [k for k, n in enumerate(train.counts) if n]
+    if len(present) < 2:
+        name = f" ({listed(train.class_names[k] for k in present)})" if train.class_names and present else ""
+        message = (
+            f"got {len(present)} class with training images{name}, expected at least 2. Add images of another class."
+        )
+        findings.append(Finding("error", "train", message))
     if gaps := [k for k, n in enumerate(train.counts) if n == 0]:
         message = f"label gap: {len(gaps):,} of {train.num_classes:,} classes without training images"
-        findings.append(Finding("warning", "train", message, some(gaps)))
-    if few := [k for k, n in enumerate(train.counts) if 0 < n < FEW_IMAGES]:
-        message = f"{_many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
-        findings.append(Finding("note", "train", message, some(few)))
+        findings.append(Finding("warning", "train", message, _some(train, gaps)))
     for split, images in sets:
         absent = [k for k, n in enumerate(images.counts) if n == 0 and train.counts[k]]
         if split != "train" and absent:
             message = f"{_many(len(absent), 'class')} without {split} images, so without a measured accuracy"
-            findings.append(Finding("warning", split, message, some(absent)))
+            findings.append(Finding("warning", split, message, _some(train, absent)))
+        if images.left_out and split not in sets.held_out:
+            message = f"{_many(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
+            findings.append(Finding("warning", split, message, tuple(images.left_out[:NUM_EXAMPLES])))
+    return findings
+
+
+def class_findings(config: Config, sets: Sets) -> list[Finding]:
+    """Classes with few images, missing or lopsided splits."""
+    findings = []
+    if few := [k for k, n in enumerate(sets.train.counts) if 0 < n < FEW_IMAGES]:
+        message = f"{_many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
+        findings.append(Finding("note", "train", message, _some(sets.train, few)))
     if sets.test is None:
         findings.append(Finding("warning", "test", "no test set, so there is nothing to report accuracy on"))
     elif len({n for n in sets.test.counts if n}) > 1:
@@ -89,17 +85,10 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
     return findings
 
 
-def folder_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
-    """Files of class folders that are no images to the reader, such as GIFs, or that lie in no class."""
-    if cfg.dataset != "folder":
-        return []
-    passed = {s: left_out(images.root, s) for s, images in sets if not (s == "val" and sets.held_out)}
-    message = "left out: in no class folder, or not named as an image that can be read"
-    return [
-        Finding("warning", split, f"{_many(len(files), 'file')} {message}", tuple(files[:NUM_EXAMPLES]))
-        for split, files in passed.items()
-        if files
-    ]
+def _some(train: LongTailSet, classes: list[int]) -> tuple[str, ...]:
+    """Return the first few classes by number, and by name if they have one."""
+    names = train.class_names
+    return tuple(f"{k} ({names[k]})" if names else f"class {k}" for k in classes[:NUM_EXAMPLES])
 
 
 def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:

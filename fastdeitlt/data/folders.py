@@ -1,68 +1,124 @@
-"""Class folders, root/{train,val,test}/<class>/<image>, to image paths and labels; no image is opened."""
+"""Class folders, <split>/<class>/<image> or <class>/<image>, to image paths and labels; no image is opened."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 
+from fastdeitlt.data.class_names import normalised, numbered
 from fastdeitlt.data.sets import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""Names of a split's folder, in any case."""
 
 
-def read_folder(root: str | Path, split: str, class_names: list[str] | None = None) -> LongTailSet:
-    """Read root/split/<class>/<image>; classes are the sub-folders in sorted order, images may lie deeper.
-
-    Hidden files and folders and files that are no images are left out. A class folder without images has count 0.
-
-    Args:
-        class_names: classes of the training split; this one's must be among them. None: its own.
+def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
+    """Return the folder of each split under ``root``, by split, and the folders that are no split.
 
     Raises:
-        UserError: no such folder, no images, a class that the training split lacks, a file name that is not UTF-8.
+        UserError: two folders for one split.
     """
-    folder = Path(root) / split
-    if not folder.is_dir():
-        raise UserError(f"data folder {folder}: no such folder; expected {split}/<class>/<image> under {root}")
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    names = class_names or found
-    if unknown := sorted(set(found) - set(names)):
-        raise UserError(f"data folder {folder}: class {unknown[0]!r} is not in the training split; remove or rename it")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        images = _images(folder / name, Path(root))
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise UserError(f"data folder {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders")
-    labels_N = np.array(labels, dtype=np.int64)
-    return LongTailSet(paths, labels_N, class_counts(labels_N, len(names)), str(root), names)
+    splits: dict[str, str] = {}
+    others = []
+    for name in sorted(_folders(root)):
+        split = next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), "")
+        if split in splits:
+            raise UserError(
+                f"data folder {root}: got {splits[split]!r} and {name!r} for the {split} split, expected one of them. "
+                "Rename or merge the other."
+            )
+        if split:
+            splits[split] = name
+        else:
+            others.append(name)
+    return splits, others
 
 
-def left_out(root: str | Path, split: str) -> list[str]:
-    """Files under root/split, relative to root, that ``read_folder`` passes over: no image suffix, or in no class."""
-    folder = Path(root) / split
-    stray = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    files = [name for name in _files(folder, Path(root)) if not name.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted({*files, *(f"{split}/{name}" for name in stray)})
+def read_folder(root: str | Path, folder: str) -> LongTailSet:
+    """Read root/folder/<class>/<image>; classes are the sub-folders in sorted order, images may lie deeper.
+
+    Hidden files and folders are ignored, linked folders are followed, other files are listed in ``left_out``. A class
+    folder without images has count 0. Names of classes are in Unicode NFC.
+
+    Args:
+        folder: the split's folder; "." for class folders directly under ``root``, where a folder without images is no
+            class.
+
+    Raises:
+        UserError: no such folder, no images, two folders of one class name, a file name that is not UTF-8.
+    """
+    place = Path(root) / folder
+    if not place.is_dir():
+        raise UserError(f"data folder {place}: no such folder; expected {folder}/<class>/<image> under {root}")
+    stray = [name for name in _visible(os.listdir(place)) if not (place / name).is_dir()]
+    images: dict[str, list[str]] = {}
+    others = [os.path.normpath(f"{folder}/{name}") for name in stray]
+    for name in sorted(_folders(place), key=normalised):
+        files = [os.path.normpath(f"{folder}/{name}/{file}") for file in walk(place / name)]
+        images[name] = [file for file in files if is_image(file)]
+        others += [file for file in files if not is_image(file)]
+    if folder == os.curdir:
+        others += [f"{name}/" for name, files in images.items() if not files]
+        images = {name: files for name, files in images.items() if files}
+    if not any(images.values()):
+        expected = f"{folder}/<class>/<image>" if folder != os.curdir else "train/<class>/<image> or <class>/<image>"
+        raise UserError(f"data folder {root}: no images ({', '.join(IMAGE_SUFFIXES)}), expected {expected}")
+    names = list(numbered(list(images), f"data folder {place}"))
+    paths = [file for files in images.values() for file in files]
+    try:
+        "".join(paths).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"data folder {str(place)!r}: holds a file whose name is not UTF-8; rename it") from None
+    labels_N = np.repeat(np.arange(len(names)), [len(files) for files in images.values()])
+    counts = class_counts(labels_N, len(names))
+    return LongTailSet(paths, labels_N, counts, str(root), names, left_out=sorted(others))
 
 
-def _files(folder: Path, root: Path) -> list[str]:
-    """Files below the folder relative to root, in order, without hidden ones."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        wanted = [name for name in sorted(files) if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(parent, name), root) for name in wanted]
+def is_image(name: str) -> bool:
+    """Return whether a file is named as an image that can be read."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def walk(folder: str | Path) -> list[str]:
+    """Return the files below a folder, relative to it, sorted within each folder; hidden ones are ignored.
+
+    Linked folders are followed, after all others; a folder that is reached again is not read again, so links that form
+    a loop end.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data folder {error.filename}: cannot be read ({error.strerror}); make it readable")
+
+    found: list[str] = []
+    seen = set()
+    pending = [os.fspath(folder)]
+    while pending:
+        for parent, folders, files in os.walk(pending.pop(0), onerror=refuse):
+            status = os.stat(parent)
+            place = status.st_dev, status.st_ino
+            folders[:] = [] if place in seen else sorted(_visible(folders))
+            if place not in seen:
+                seen.add(place)
+                prefix = os.path.relpath(parent, folder)
+                found += [os.path.normpath(os.path.join(prefix, name)) for name in sorted(_visible(files))]
+                inside = (os.path.join(parent, name) for name in folders)
+                pending += [path for path in inside if os.path.islink(path)]
     return found
 
 
-def _images(folder: Path, root: Path) -> list[str]:
-    images = [name for name in _files(folder, root) if name.lower().endswith(IMAGE_SUFFIXES)]
-    try:
-        "".join(images).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"data folder {str(folder)!r}: holds a file whose name is not UTF-8; rename it") from None
-    return images
+def _folders(place: str | Path) -> list[str]:
+    with os.scandir(place) as entries:
+        return _visible([entry.name for entry in entries if entry.is_dir()])
+
+
+def _visible(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".")]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdeitlt.data.class_names import normalised
 from fastdeitlt.data.sets import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
@@ -36,26 +37,26 @@ class _Rows:
     unit: str = "line"
     names_allowed: bool = True
     num_classes: int | None = None
-    class_names: list[str] | None = None
+    categories: dict[str | int, str] | None = None
+    """Id of each category of a json -> its name, in the order of the classes."""
 
 
-def read_list(
-    path: str | Path, root: str | Path, num_classes: int | None = None, class_names: list[str] | None = None
-) -> LongTailSet:
+def read_list(path: str | Path, root: str | Path, num_classes: int | None = None) -> LongTailSet:
     """Read a list file; time and memory are linear in its lines.
 
     txt: ``relpath label`` a line; names may hold spaces, the last field is the label.
     csv: a header with a path column (path, image, file, filename, file_name, fpath) and a label column (label, class,
     category, category_id, target). json: iNaturalist (images, annotations, categories), BagOfTricks / NCL
     (annotations with fpath and category_id, num_classes), or a plain list of {path, label}.
-    In csv and json a label may be a class name; names are numbered in sorted order. UTF-8, with or without a byte
-    order mark, any line ends; blank lines are skipped. A class without images has count 0.
+    In csv and json a label may be a class name; names are numbered in sorted order. JSON categories are the classes:
+    numbered by their ids if these are 0..K-1, else (ids from 1, or with gaps) in the order in which they are listed.
+    UTF-8, with or without a byte order mark, any line ends; blank lines are skipped. A class without images has
+    count 0.
 
     Args:
         path: the list file.
         root: folder the listed paths are relative to.
         num_classes: K. None: the largest label + 1 (or what the json says).
-        class_names: the names of classes 0..K-1, so that a second list numbers its names as the first did.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8; a row without path or label; a label that is not a class
@@ -69,8 +70,8 @@ def read_list(
     if not rows.paths:
         raise UserError(f"list {path}: it names no images; expected one image a line")
     _check_paths(path, rows)
-    labels, names = _number_labels(path, rows, class_names or rows.class_names)
-    given = num_classes or (len(class_names) if class_names else rows.num_classes)
+    labels, names = _number_labels(path, rows)
+    given = num_classes or rows.num_classes
     limit, largest = given or MAX_CLASSES, max(labels)
     if largest >= limit:
         raise _bad(path, rows, labels.index(largest), f"the label {largest}", f"a class index below {limit}")
@@ -166,9 +167,9 @@ def _read_json(path: Path, text: str) -> _Rows:
             f"list {path}, annotation {len(labels)}: {type(error).__name__} {error}; expected image_id of an image "
             "with id and file_name, or path (fpath), and label (category_id)"
         ) from None
-    classes, names = tree.get("num_classes"), _category_names(tree.get("categories"))
+    classes, categories = tree.get("num_classes"), _categories(path, tree.get("categories"))
     classes = classes if type(classes) is int and 0 < classes <= MAX_CLASSES else None
-    return _Rows(paths, labels, range(len(paths)), "annotation", num_classes=classes, class_names=names)
+    return _Rows(paths, labels, range(len(paths)), "annotation", num_classes=classes, categories=categories)
 
 
 def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
@@ -181,12 +182,23 @@ def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[typ
     raise KeyError(" or ".join(keys))
 
 
-def _category_names(categories: object) -> list[str] | None:
-    """Names of json categories numbered 0..K-1, else None."""
+def _categories(path: Path, categories: object) -> dict[str | int, str] | None:
+    """Return id -> name of json categories in the order of the classes, or None if they have no ids.
+
+    Raises:
+        UserError: two categories with one id.
+    """
     if not isinstance(categories, list) or not all(isinstance(c, dict) for c in categories):
         return None
-    names = {c.get("id"): str(c.get("name", c.get("id"))) for c in categories}
-    return [names[i] for i in range(len(names))] if set(names) == set(range(len(names))) else None
+    ids = [c.get("id") for c in categories]
+    if not ids or not all(isinstance(number, str) or type(number) is int for number in ids):
+        return None
+    names = {number: str(c.get("name", number)) for number, c in zip(ids, categories, strict=True)}
+    if len(names) < len(ids):
+        twice = next(number for number in ids if ids.count(number) > 1)
+        raise UserError(f"list {path}: got several categories with id {_short(twice)}, expected one. Renumber them.")
+    own = set(names) == set(range(len(names)))
+    return {number: names[number] for number in range(len(names))} if own else names
 
 
 def _check_paths(path: Path, rows: _Rows) -> None:
@@ -213,21 +225,29 @@ def _is_name(label: str | int) -> bool:
     return isinstance(label, str) and label != "" and not _NUMBER.fullmatch(label)
 
 
-def _number_labels(path: Path, rows: _Rows, names: list[str] | None) -> tuple[list[int], list[str] | None]:
+def _number_labels(path: Path, rows: _Rows) -> tuple[list[int], list[str] | None]:
     """Labels as class indices, and the class names if there are any."""
     distinct = set(rows.labels)
-    if all(map(_is_index, distinct)):
-        index_of = {label: int(label) for label in distinct}
-        return [index_of[label] for label in rows.labels], names
-    if not rows.names_allowed or any(map(_is_index, distinct)):
+    number: dict[str | int, int]
+    names: list[str] | None = None
+    if rows.categories:
+        names = list(rows.categories.values())
+        by_name = not distinct <= rows.categories.keys() and distinct <= set(names) and len(set(names)) == len(names)
+        number = {key: index for index, key in enumerate(names if by_name else rows.categories)}
+        wrong, expected = distinct - number.keys(), "the id of a category"
+    elif all(map(_is_index, distinct)):
+        number = {label: int(label) for label in distinct}
+        wrong, expected = set(), ""
+    elif not rows.names_allowed or any(map(_is_index, distinct)):
+        number = {}
         wrong, expected = {label for label in distinct if not _is_index(label)}, "a class index 0, 1, 2, ..."
     else:
+        forms = {label: normalised(str(label)) for label in distinct}
+        names = sorted(set(forms.values()))
+        index_of = {name: index for index, name in enumerate(names)}
+        number = {label: index_of[form] for label, form in forms.items()}
         wrong, expected = {label for label in distinct if not _is_name(label)}, "a class index or a class name"
-    if not wrong:
-        names = names or sorted(map(str, distinct))
-        wrong, expected = distinct - set(names), "one of the training list's classes"
-    for index, label in enumerate(rows.labels):
-        if label in wrong:
-            raise _bad(path, rows, index, f"the label {_short(label)}", expected)
-    number_of = {name: number for number, name in enumerate(names or ())}
-    return [number_of[str(label)] for label in rows.labels], names
+    if wrong:
+        index = next(index for index, label in enumerate(rows.labels) if label in wrong)
+        raise _bad(path, rows, index, f"the label {_short(rows.labels[index])}", expected)
+    return [number[label] for label in rows.labels], names

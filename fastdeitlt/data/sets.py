@@ -5,10 +5,22 @@ N images in the set, K classes, H height, W width, C channels.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know about a data set. An error stops ``data check`` with exit code 2."""
+
+    level: Level
+    split: str
+    message: str
+    examples: tuple[str, ...] = ()
 
 
 def class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
@@ -32,6 +44,8 @@ class LongTailSet:
     """Name of each class [K]."""
     images_NHWC: np.ndarray | None = field(default=None, repr=False)
     """Pixels, uint8 RGB, for sets that come decoded (CIFAR)."""
+    left_out: list[str] = field(default_factory=list, repr=False)
+    """Files beside the images that are not images by name, or in no class folder."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,8 +74,10 @@ class Sets:
     train: LongTailSet
     val: LongTailSet | None = None
     test: LongTailSet | None = None
-    held_out: bool = False
-    """Whether val was taken out of the training list (``data.val_holdout``)."""
+    held_out: tuple[str, ...] = ()
+    """Splits taken out of the training images (``data.val_holdout``, ``data.test_holdout``)."""
+    remarks: tuple[Finding, ...] = ()
+    """What to report about how the splits were found."""
 
     def __iter__(self) -> Iterator[tuple[str, LongTailSet]]:
         """(name, split) of the splits there are."""

@@ -5,6 +5,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.augment import CropRequest, normalise
 from fastdeitlt.data.batches import Source
-from fastdeitlt.data.longtail import LongTailSet, open_sets
+from fastdeitlt.data.class_names import listed
+from fastdeitlt.data.longtail import LongTailSet, open_splits
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import shift
@@ -29,6 +31,8 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.saved import Saved, open_saved, run_of
+
+log = logging.getLogger("fastdeitlt")
 
 
 class OneHead(nn.Module):
@@ -152,12 +156,12 @@ def evaluate(
         path: a model folder, a run folder, or a released student checkpoint.
         overrides: settings such as ``data.root=/images``, over those of the run that the model is from. Without a run
             they are over the quick start's, whose images are the embedded set.
-        split: train, val or test.
+        split: train, val or test; the only one that the data set must have.
         json_path: file for all scores.
         csv_path: file for a row a class: training images, images, accuracy of each head with its 95 % interval.
 
     Raises:
-        UserError: no such model, no such split, a data set with another number of classes, or a file that cannot be
+        UserError: no such model, no such split, classes that the model does not have, or a file that cannot be
             written.
     """
     saved = open_saved(path)
@@ -167,29 +171,31 @@ def evaluate(
         if out and not Path(out).absolute().parent.is_dir():
             raise UserError(f"eval: {out}: no such folder; make it first")
     with distributed.group(cfg.train.device, cfg.train.timeout_s):
-        sets = open_sets(cfg.data)
-        images = dict(sets).get(split)
-        if images is None:
-            there = list(dict(sets))
-            raise UserError(f"split {split!r}: {cfg.data.title} has only {', '.join(there)}; use --split {there[-1]}")
-        if images.num_classes != saved.num_classes:
-            raise UserError(
-                f"model {path}: has {saved.num_classes} classes, {cfg.data.title} has {images.num_classes}; "
-                "give the data set that it was trained on (data.dataset=...)"
-            )
-        logits = _logits(saved, images, cfg)
-        counts, dataset = sets.train.counts, cfg.data.dataset
         student, fitted = saved.kind == "student", None
+        counts, dataset = saved.class_counts, saved.info.get("dataset", cfg.data.dataset)
+        required = (split,) if counts else (split, "train")
+        splits = open_splits(cfg.data, required, ("val",) if student and split == "test" else (), saved.classes)
+        counts, images, val = counts or splits["train"].counts, splits[split], splits.get("val")
+        _report_absent(images, f"data {cfg.data.title}, {split}")
+        logits = _logits(saved, images, cfg)
         device = distributed.device_of(cfg.train.device)
         if student:
             result = score(*logits, counts, dataset, device)
         else:
             result = score_single(*logits[1:], counts, dataset, device)
-        if student and split == "test" and sets.val:
-            fitted = post_hoc(_logits(saved, sets.val, cfg), logits, counts, dataset)
+        if student and split == "test" and val:
+            fitted = post_hoc(_logits(saved, val, cfg), logits, counts, dataset)
         if distributed.rank() == 0:
-            _write(result, fitted, sets.train.class_names, json_path, csv_path)
+            _write(result, fitted, images.class_names, json_path, csv_path)
     return result
+
+
+def _report_absent(images: LongTailSet, where: str) -> None:
+    """Log the classes of the model that a split has no images of: means over classes leave them out."""
+    if absent := [label for label, count in enumerate(images.counts) if count == 0]:
+        names = images.class_names or [f"class {label}" for label in range(images.num_classes)]
+        named = listed(names[label] for label in absent)
+        log.warning("%s: no images of %d of %d classes (%s)", where, len(absent), images.num_classes, named)
 
 
 def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdeitlt import checkpoint, distributed, optim
 from fastdeitlt.config import Config
-from fastdeitlt.data.longtail import drw_weights, open_sets
+from fastdeitlt.data.longtail import drw_weights, open_training_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.scan import check_files
 from fastdeitlt.errors import UserError
@@ -50,8 +50,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
             return best
         torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
         device = distributed.device_of(cfg.train.device)
-        sets = open_sets(cfg.data)  # which images
-        log.info("data %s: %s", cfg.data.title, sets)
+        sets = open_training_sets(cfg.data)  # which images
         distributed.on_main(lambda: check_files(sets, cfg.data))
         images = sets.train
         plan = plan_of(cfg, len(images), rank, world)
