@@ -130,9 +130,9 @@ class Plan:
             )
         if self.micro_steps == 0:
             raise UserError(
-                f"train.batch_size: got {self.batch_size} a rank on {self.virtual_ranks} ranks, but a rank's epoch has "
-                f"{len(self._sampler(0))} of the {self.n} images; use at most that many"
-                + (", or fewer train.virtual_ranks" if self.virtual_ranks > self.world else "")
+                f"train.batch_size: got {self.batch_size}, expected at most {len(self._sampler(0))}, the images of an "
+                f"epoch ({self.n} in the set) for each of train.virtual_ranks={self.virtual_ranks}. Use a smaller batch"
+                + (" or fewer train.virtual_ranks" if self.virtual_ranks > self.world else "")
             )
 
     def _sampler(self, virtual_rank: int) -> RepeatedAugmentationSampler:
