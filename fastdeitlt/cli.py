@@ -196,6 +196,10 @@ def _report(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace) -> int:
     from fastdeitlt import config
 
+    if args.action == "cache":
+        return _data_cache(args)
+    if args.config is None:
+        raise UserError(f"data {args.action}: got no data set, expected a recipe such as quickstart, or a YAML file")
     if args.action == "prepare":
         from fastdeitlt.data.cifar import prepare
 
@@ -209,6 +213,25 @@ def _data(args: argparse.Namespace) -> int:
     findings = doctor.check(cfg) if args.action == "check" else doctor.stats(cfg)
     findings.print(as_json=args.json)
     return findings.exit_code
+
+
+def _data_cache(args: argparse.Namespace) -> int:
+    from datetime import datetime
+
+    from fastdeitlt.data import cache
+
+    before = cache.cached_sets()
+    if args.clear:
+        staying = cache.clear()
+        freed = sum(cached.num_bytes for cached in before) - sum(cached.num_bytes for cached in staying)
+        print(f"removed {len(before) - len(staying)} decoded sets, {freed / 1e6:,.1f} MB; {len(staying)} in use")
+        return 0
+    for cached in before:
+        date = datetime.fromtimestamp(cached.modified).isoformat(" ", "minutes")
+        what = f"{cached.num_images:,} images of {cached.root}" if cached.root else "unfinished or damaged"
+        print(f"{cached.num_bytes / 1e6:,.1f} MB  {date}  {cached.path.name}  {what}")
+    print(f"{len(before)} decoded sets under {cache.user_cache('decoded')}")
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -358,12 +381,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="set these side by side")
     added.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
 
-    data = verb("data", _data, "prepare, check or describe a data set")
-    data.add_argument("action", choices=("prepare", "check", "stats"))
-    data.add_argument("config", help="recipe or YAML file; for prepare: cifar10 or cifar100")
+    data = verb("data", _data, "prepare, check or describe a data set; list or clear the decoded sets of earlier runs")
+    data.add_argument("action", choices=("prepare", "check", "stats", "cache"))
+    data.add_argument("config", nargs="?", help="recipe or YAML file; for prepare: cifar10 or cifar100")
     data.add_argument("overrides", nargs="*", metavar="section.field=value")
     data.add_argument("--root", type=Path, help="prepare: folder for the archive")
     data.add_argument("--download", action="store_true", help="prepare: fetch the archive if it is not there")
+    data.add_argument("--clear", action="store_true", help="cache: remove the decoded sets")
     data.add_argument("--json", action="store_true")
 
     added = verb("config", _config, "show the resolved configuration, and where each value came from")

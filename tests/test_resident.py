@@ -16,6 +16,7 @@ from filelock import FileLock
 from image_files import CPU, SIZES, deliver, encoded, make_set, picture, request
 from PIL import Image
 
+from fastdeitlt import cli
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import cache, resident
 from fastdeitlt.data.augment import CropRequest
@@ -348,3 +349,30 @@ def test_images_that_state_an_orientation_are_held_as_they_are_streamed(tmp_path
     assert same(held, deliver(images, requests_of_every_kind(), exif=exif)[0])
     if exif == "apply":  # whose cache is another
         assert not same(held, hold(images, requests_of_every_kind())[0])
+
+
+def test_decoded_sets_are_listed_and_cleared_but_for_those_being_decoded(tmp_path, cache_folder, decodings, capsys):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    sets = [make_set(folder) for folder in folders]
+    for images in sets:
+        hold(images, [request([0])])
+    (cache_folder / "draft.x.tmp").mkdir()
+    assert cli.main(["data", "cache"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"{len(sets[0]):,} images of {tmp_path}") == 2 and "unfinished" in shown
+    assert f"3 decoded sets under {cache_folder}" in shown
+    busy = next(cached.path for cached in cache.cached_sets() if cached.root.endswith("b"))
+    with FileLock(busy.with_suffix(".lock")):
+        assert cli.main(["data", "cache", "--clear"]) == 0
+    assert "removed 2 decoded sets" in capsys.readouterr().out
+    assert [path for path in cache_folder.iterdir() if path.is_dir()] == [busy]
+    for images in sets:
+        hold(images, [request([0])])
+    assert len(decodings) == 3  # the cleared one again
+
+
+def test_other_data_verbs_need_a_data_set(capsys):
+    assert cli.main(["data", "check"]) == 2
+    assert "data check: got no data set" in capsys.readouterr().err

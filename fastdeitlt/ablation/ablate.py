@@ -14,7 +14,7 @@ from rich.table import Table
 from fastdeitlt import analysis, config
 from fastdeitlt.ablation import table
 from fastdeitlt.config import Config, Section
-from fastdeitlt.data.longtail import LongTailSet, open_sets
+from fastdeitlt.data.longtail import LongTailSet, open_training_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.demo import train_both
 from fastdeitlt.errors import NonFiniteError, UserError
@@ -230,7 +230,7 @@ def check(runs: Sequence[ArmRun]) -> list[Work]:
     for run in runs:
         cfg, data = run.student, run.student.data.model_dump_json()
         if data not in train_sets:
-            train_sets[data] = open_sets(cfg.data).train
+            train_sets[data] = open_training_sets(cfg.data).train
         images = train_sets[data]
         try:
             with torch.device("meta"):

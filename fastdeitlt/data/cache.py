@@ -5,6 +5,7 @@
 import hashlib
 import logging
 import os
+import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastdeitlt.atomic import draft_folder, flush
@@ -173,7 +174,8 @@ def _decode_to_disk(
         unreadable = _decode(torch.from_numpy(pixels), images, cfg, stream, sizes_N2)
         decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, unreadable)
         pixels.flush()
-        np.savez(draft / "index.npz", sizes_N2=sizes_N2, unreadable=unreadable, digests=_digests(decoded, cfg))
+        facts = {"digests": _digests(decoded, cfg), "root": os.path.realpath(images.root)}
+        np.savez(draft / "index.npz", sizes_N2=sizes_N2, unreadable=unreadable, **facts)
         for name in ("pixels.npy", "index.npz", "."):
             flush(draft / name)
     return decoded
@@ -204,3 +206,47 @@ def _digests(decoded: DecodedSet, cfg: DataConfig) -> np.ndarray:
     index = np.concatenate([decoded.sizes_N2.ravel().astype(np.int64), decoded.unreadable])
     with ThreadPoolExecutor(num_threads(cfg.num_threads)) as pool:
         return np.array(list(pool.map(lambda block: hashlib.sha256(block).hexdigest(), [index, *blocks])))
+
+
+@dataclass(frozen=True)
+class CachedSet:
+    """A decoded set in the user cache."""
+
+    path: Path
+    root: str
+    """Folder of its images; empty if the set is not whole."""
+    num_images: int
+    num_bytes: int
+    modified: float
+    """Time of decoding in seconds since the epoch."""
+
+
+def cached_sets() -> list[CachedSet]:
+    """List the decoded sets in the user cache, unfinished ones too, the oldest first."""
+    folder = user_cache("decoded")
+    found = []
+    for path in (path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+        try:
+            with np.load(path / "index.npz") as index:
+                root, num_images = str(index["root"]), len(index["sizes_N2"])
+        except (OSError, *DAMAGE):
+            root, num_images = "", 0
+        total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        found.append(CachedSet(path, root, num_images, total, path.stat().st_mtime))
+    return sorted(found, key=lambda cached: (cached.modified, cached.path))
+
+
+def clear() -> list[CachedSet]:
+    """Remove the decoded sets from the user cache, and return those that stay because a process is decoding them.
+
+    A process that reads a set keeps it until it ends.
+    """
+    staying = []
+    for cached in cached_sets():
+        key = cached.path.name.partition(".")[0]
+        try:
+            with FileLock(cached.path.with_name(f"{key}.lock"), timeout=0):
+                shutil.rmtree(cached.path)
+        except Timeout:
+            staying.append(cached)
+    return staying
