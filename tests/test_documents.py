@@ -28,7 +28,7 @@ def test_shown_commands_are_taken(page, monkeypatch):
         if args.verb == "data" and args.action == "prepare":
             assert f"{args.config}_lt" in CIFAR_CLASSES
             assert args.root, command
-        elif hasattr(args, "config"):
+        elif getattr(args, "config", None):
             config.load(args.config, args.overrides)
         elif args.verb == "ablate":
             config.find(args.grid)
