@@ -174,8 +174,8 @@ def _decode_to_disk(
         unreadable = _decode(torch.from_numpy(pixels), images, cfg, stream, sizes_N2)
         decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, unreadable)
         pixels.flush()
-        facts = {"digests": _digests(decoded, cfg), "root": os.path.realpath(images.root)}
-        np.savez(draft / "index.npz", sizes_N2=sizes_N2, unreadable=unreadable, **facts)
+        digests, root = _digests(decoded, cfg), os.path.realpath(images.root)
+        np.savez(draft / "index.npz", sizes_N2=sizes_N2, unreadable=unreadable, digests=digests, root=root)
         for name in ("pixels.npy", "index.npz", "."):
             flush(draft / name)
     return decoded
