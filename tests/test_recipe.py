@@ -95,10 +95,13 @@ def _record(run, patch):
                 training=now.student.training, student=weights,
             )
         )  # fmt: skip
-        return loss(cls_logits, dist_logits, labels, teacher_logits, **options)
+        found = loss(cls_logits, dist_logits, labels, teacher_logits, **options)
+        run.losses[-1].cls_loss, run.losses[-1].dist_loss = found.cls_loss.item(), found.dist_loss.item()
+        return found
 
     def spied_backward(self, value):
         run.backward += 1
+        run.losses[-1].minimised = value.item()
         return backward(self, value)
 
     def spied_step(self, rate):
@@ -182,7 +185,9 @@ def test_re_weighting_begins_with_its_epoch_in_the_losses_it_is_for(recorded, pl
             assert torch.equal(seen.cls_weights, drw_weights_K)
         else:
             assert seen.cls_weights is None
-        assert (seen.alpha, seen.distillation, seen.base) == (0.3, "hard", "ce")
+        assert (seen.distillation, seen.base) == ("hard", "ce")
+        assert seen.minimised == pytest.approx(0.7 * seen.cls_loss + 0.3 * seen.dist_loss)
+        assert abs(seen.cls_loss - seen.dist_loss) > 1e-4
 
 
 def test_the_teacher_decides_on_the_students_images_in_its_own_class_order(recorded):
