@@ -19,22 +19,25 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
+from fastdeitlt import train as train_module
 from fastdeitlt.analysis import sections
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.cli import main
 from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
 from fastdeitlt.data.longtail import LongTailSet, open_sets
 from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.sets import class_counts
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate
-from fastdeitlt.models.teacher import Paco, create_teacher, load_teacher, open_teacher
+from fastdeitlt.joint import JointForward
+from fastdeitlt.models.teacher import Paco, Teacher, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers import flatness
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
-from fastdeitlt.teachers.opening import teacher_of
+from fastdeitlt.teachers.opening import ORDER_FILE, teacher_of
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
@@ -521,3 +524,45 @@ def test_another_orientation_rule_than_the_teachers_is_a_warning(
         of_student = config.build(config.flatten(small_student(cfg, folder, tmp_path)) | {"data.exif": rule})
         teacher_of(of_student, images, 16, torch.device("cpu"))
         assert [r.getMessage()[:21] for r in caplog.records if r.levelno > 20] == ["data.exif: got apply,"] * warnings
+
+
+def test_classes_of_the_students_data_are_matched_by_name(trained: tuple[Config, Path], tmp_path: Path) -> None:
+    cfg, folder = trained
+    manifest = {k: v for k, v in read_manifest(folder).items() if k not in ("files", "sha256")}
+    named = save_model_folder(tmp_path / "t", load_tensors(folder), manifest | {"class_names": ["red", "lime", "blue"]})
+    images = open_sets(cfg.data).train
+    names, labels = ["blue", "red", "lime"], (images.labels + 1) % 3
+    images = replace(images, labels=labels, counts=class_counts(labels, 3), class_names=names)
+    cfg, cpu = small_student(cfg, named, tmp_path), torch.device("cpu")
+    teacher = teacher_of(cfg, images, 16, cpu)
+    assert [names[label] for label in teacher.class_map] == ["red", "lime", "blue"]
+    source = open_source(images, cfg.data, cpu)
+    assert check_decisions(teacher, images, source, cfg, 16) > 80
+    source.close()
+    with pytest.raises(UserError, match="classes differ by name, got 'pink', not in teacher"):
+        teacher_of(cfg, replace(images, class_names=["blue", "pink", "lime"]), 16, cpu)
+
+
+def test_training_and_analysis_take_the_settled_order_of_classes_of_equal_size(
+    trained: tuple[Config, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released teacher numbers two classes of eight images each other than a stable sort does."""
+    cfg, folder = trained
+    state = load_tensors(folder)
+    torch.save(state | {"linear.weight": state["linear.weight"][:, [1, 0, 2]]}, tmp_path / "released.pth")
+    lines = (data / "train.txt").read_text().splitlines()
+    (tmp_path / "tied.txt").write_text("\n".join(lines[:8] + lines[14:]))
+    seen = []
+
+    class Joint(JointForward):
+        def __init__(self, student: nn.Module, teacher: Teacher, *others: object) -> None:
+            seen.append(teacher.class_map.tolist())
+            super().__init__(student, teacher, *others)
+
+    monkeypatch.setattr(train_module, "JointForward", Joint)
+    flat = config.flatten(small_student(cfg, tmp_path / "released.pth", tmp_path, arch="resnet8", map_classes=True))
+    cfg = config.build(flat | {"data.train_list": str(tmp_path / "tied.txt"), "evaluate.analyze_images": 21})
+    run = train(cfg)
+    assert seen == [[1, 0, 2]]
+    assert json.loads((run / ORDER_FILE).read_text())["class_map"] == [1, 0, 2]
+    assert json.loads((run / "analysis" / "teacher.json").read_text())["augmented"]["accuracy"] > 50
