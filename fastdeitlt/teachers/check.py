@@ -28,11 +28,11 @@ NEAR = 5.0
 TRIED_IMAGES = 512
 """Images on which other causes are tried."""
 STATISTICS = {
-    "ImageNet's": (IMAGENET_MEAN, IMAGENET_STD),
-    "CIFAR's": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "iNaturalist's": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
-    "-1 to 1's": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "0 to 1's": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "ImageNet's mean and std": (IMAGENET_MEAN, IMAGENET_STD),
+    "CIFAR's mean and std": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "iNaturalist's mean and std": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+    "values of -1 to 1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "values of 0 to 1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 """Mean and std that released CNNs are trained with."""
 
@@ -96,8 +96,21 @@ def _stated(manifest: Manifest | None) -> tuple[float | None, bool]:
 
 
 @dataclass(frozen=True)
+class _Trial:
+    """Another way to feed a teacher or to read its decisions."""
+
+    accuracy: float
+    """Balanced, in %."""
+    how: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.1f} % would be right with {self.how}: {self.cure}"
+
+
+@dataclass(frozen=True)
 class _Check:
-    """A teacher, the student's images, and the other ways of feeding the one with the other."""
+    """A teacher, the student's images, and other ways to feed the one with the other."""
 
     teacher: Teacher
     images: LongTailSet
@@ -110,21 +123,21 @@ class _Check:
 
     def cause(self, sample_N: np.ndarray, decisions: Decisions, limit: float) -> str:
         """Return what explains a low accuracy: the simplest of the best trials, else what the decisions look like."""
-        label_K = decisions.exchanged()
-        trials = [(decisions.relabelled(label_K).balanced(), self._order(label_K))]
+        order = self._another_order(decisions)
         tried_N = sample_N[np.linspace(0, len(sample_N) - 1, min(TRIED_IMAGES, len(sample_N))).astype(np.int64)]
         batches, labels_N = list(self._batches(tried_N)), self.images.labels[tried_N]
-        others = []
-        for own, text in self._other_inputs():
-            fed = self.teacher.fed(own, self.cfg.augment.mean, self.cfg.augment.std)
-            found = decide(fed, batches, labels_N)
-            trials.append((found.balanced(), text))
-            label_K = found.exchanged()
-            others.append((found.relabelled(label_K).balanced(), f"{text}, and {self._order(label_K)}"))
-        best = max(accuracy for accuracy, _ in trials + others)
-        if best >= max(limit, decisions.balanced() + NEAR):
-            accuracy, text = next(trial for trial in trials + others if trial[0] >= best - NEAR)
-            return text.format(accuracy=accuracy)
+        trials, pairs = [order], []
+        for own, how, cure in self._other_inputs():
+            found = decide(self.teacher.fed(own, self.cfg.augment.mean, self.cfg.augment.std), batches, labels_N)
+            trials.append(_Trial(found.balanced(), how, cure))
+            other = self._another_order(found)
+            pairs.append(_Trial(other.accuracy, f"{how} and {other.how}", f"{cure}; {other.cure}"))
+        lowest = max(limit, decisions.balanced() + NEAR)
+        if good := [trial for trial in trials + pairs if trial.accuracy >= lowest]:
+            best = max(trial.accuracy for trial in good)
+            return str(next(trial for trial in good if trial.accuracy >= best - NEAR))
+        if order.accuracy > decisions.balanced():
+            return str(order)
         label, share = decisions.commonest()
         if share >= 90:
             name = label_name(self.images, label)
@@ -141,43 +154,41 @@ class _Check:
         crop_pct = stated.crop_pct if stated else self.cfg.evaluate.crop_pct
         return clean_batches(self.source, sample_N, self.size, crop_pct, self.cfg.augment.mean, self.cfg.augment.std)
 
-    def _order(self, label_K: np.ndarray) -> str:
+    def _another_order(self, decisions: Decisions) -> _Trial:
+        label_K = decisions.exchanged()
         moved = [label_name(self.images, k) for k, label in enumerate(label_K.tolist()) if k != label]
         cure = "correct class_map or class_names of its folder" if self.teacher.manifest else "see teacher.map_classes"
-        return f"{{accuracy:.1f}} % would be right in another order of its classes ({listed(moved)}): {cure}"
+        accuracy = decisions.relabelled(label_K).balanced()
+        return _Trial(accuracy, f"another order of its classes ({listed(moved)})", cure)
 
-    def _other_inputs(self) -> Iterator[tuple[TeacherInput, str]]:
-        """Inputs that differ in one thing from the teacher's, and all that its folder states, with words for each."""
+    def _other_inputs(self) -> Iterator[tuple[TeacherInput, str, str]]:
+        """Yield inputs that differ in one thing from the teacher's, how they differ, and what sets them.
+
+        The first has all that its folder states.
+        """
         cfg, manifest = self.cfg.teacher, self.teacher.manifest
         student = self.cfg.augment.mean, self.cfg.augment.std, self.size
         fed = teacher_input(cfg, manifest, *student)
         stated = manifest.preprocess if manifest else None
+        own = teacher_input(cfg.model_copy(update={"normalise": "auto", "img_size": 0}), manifest, *student)
+        if stated and own.img_size != fed.img_size and (own.mean, own.std) != (fed.mean, fed.std):
+            cure = "set teacher.normalise=auto and teacher.img_size=0"
+            yield own, "the size, mean and std that its folder states", cure
         settings = "correct mean and std of its folder" if stated else "set teacher.normalise=teacher, .mean and .std"
-        norms = {"the student's": (*student[:2], "set teacher.normalise=student")}
+        norms = {"the student's mean and std": (*student[:2], "set teacher.normalise=student")}
         if stated:
-            norms["its folder's"] = stated.mean, stated.std, "set teacher.normalise=auto"
-        norms["the configured"] = cfg.mean, cfg.std, settings
-        norms |= {whose: (*values, settings) for whose, values in STATISTICS.items()}
-        sizes = {self.size, teacher_input(cfg.model_copy(update={"img_size": 0}), manifest, *student).img_size}
-        sizes.add(32 if isinstance(self.teacher.network, ResNetCifar) else 224)
-        would = "{accuracy:.1f} % would be right with"
-        if stated:
-            own = teacher_input(cfg.model_copy(update={"normalise": "auto", "img_size": 0}), manifest, *student)
-            if own.img_size != fed.img_size and (own.mean, own.std) != (fed.mean, fed.std):
-                cure = "set teacher.normalise=auto and teacher.img_size=0"
-                yield own, f"{would} the size, mean and std that its folder states: {cure}"
+            norms["its folder's mean and std"] = stated.mean, stated.std, "set teacher.normalise=auto"
+        norms["the configured mean and std"] = cfg.mean, cfg.std, settings
+        norms |= {how: (*values, settings) for how, values in STATISTICS.items()}
         tried = {(fed.mean, fed.std)}
-        for whose, (mean, std, cure) in norms.items():
-            if (tuple(mean), tuple(std)) not in tried:
-                tried.add((tuple(mean), tuple(std)))
-                yield replace(fed, mean=mean, std=std), f"{would} {whose} mean and std: {cure}"
-        for img_size in sorted(sizes - {fed.img_size}):
-            yield (
-                replace(fed, img_size=img_size),
-                f"{would} images of {img_size} pixels: set teacher.img_size={img_size}",
-            )
+        for how, (mean, std, cure) in norms.items():
+            if (mean, std) not in tried:
+                tried.add((mean, std))
+                yield replace(fed, mean=mean, std=std), how, cure
+        usual = 32 if isinstance(self.teacher.network, ResNetCifar) else 224
+        for img_size in sorted({self.size, own.img_size, usual} - {fed.img_size}):
+            yield replace(fed, img_size=img_size), f"images of {img_size} pixels", f"set teacher.img_size={img_size}"
         if fed.img_size != self.size:
-            turned = not fed.antialias
-            cure = f"set teacher.resize_antialias={str(turned).lower()}"
-            how = "an antialiased resize" if turned else "a resize without antialiasing"
-            yield replace(fed, antialias=turned), f"{would} {how}: {cure}"
+            how = "a resize without antialiasing" if fed.antialias else "an antialiased resize"
+            cure = f"set teacher.resize_antialias={str(not fed.antialias).lower()}"
+            yield replace(fed, antialias=not fed.antialias), how, cure

@@ -25,7 +25,8 @@ CYCLE_SHARE = 0.3
 
 def class_sample(labels_N: np.ndarray, at_least: int = 2) -> np.ndarray:
     """Return indices of as many images of each class, evenly spaced within the class; all of a smaller class."""
-    members = [np.flatnonzero(labels_N == k) for k in np.unique(labels_N)]
+    _, counts = np.unique(labels_N, return_counts=True)
+    members = np.split(labels_N.argsort(kind="stable"), counts.cumsum()[:-1])
     each = max(at_least, min(MOST, IMAGES // len(members)))
     chosen = [ids[np.linspace(0, len(ids) - 1, min(each, len(ids))).astype(np.int64)] for ids in members]
     return np.sort(np.concatenate(chosen))

@@ -16,6 +16,7 @@ from fastdeitlt.data.batches import Source
 from fastdeitlt.data.class_names import listed
 from fastdeitlt.data.longtail import LongTailSet, class_order
 from fastdeitlt.models.teacher import Teacher, open_teacher
+from fastdeitlt.running.run_files import read_json
 from fastdeitlt.teachers.decisions import class_sample, clean_batches, decide
 
 log = logging.getLogger("fastdeitlt")
@@ -73,7 +74,7 @@ def settle_order(
 
     def order() -> list[int]:
         assert teacher.class_map is not None
-        stored = json.loads(file.read_text()) if file and file.is_file() else {}
+        stored = read_json(file) if file else {}
         if stored.get("teacher") == key:
             return stored["class_map"]
         class_map = _by_decisions(teacher, teacher.class_map.cpu().numpy(), images, source, cfg, size).tolist()
