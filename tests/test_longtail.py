@@ -327,6 +327,9 @@ def test_class_folders_without_splits_are_split_by_class_and_always_alike(tmp_pa
     assert [images.paths for _, images in open_sets(DataConfig(**config))] == [images.paths for _, images in sets]
     whole = open_sets(DataConfig(**config, val_holdout=0, test_holdout=0))
     assert len(whole.train) == 54 and whole.val is whole.test is None
+    model = Classes("model m", 5, ["eel", "dog", "cow", "bee", "ant"])
+    held = open_splits(DataConfig(**config), ("test",), ("val",), model)
+    assert held["test"].counts == [0, 0, 1, 2, 8] and held["test"].paths == sets.test.paths and len(held["val"]) == 5
     only_test = open_sets(DataConfig(**config, val_holdout=0, test_holdout=0.4))
     assert only_test.held_out == ("test",) and only_test.test.counts == [16, 4, 1, 0]
 
@@ -432,10 +435,11 @@ def test_a_split_alone_is_opened_in_the_order_of_a_models_classes(tmp_path):
         open_splits(config, ("test",), (), MODEL)
 
 
-def test_a_list_without_names_follows_its_training_list_and_else_the_model(tmp_path):
+def test_a_list_without_names_follows_its_training_list_and_else_the_model(tmp_path, caplog):
     write_lists(tmp_path, te="x.png 0\n")
     lists = DataConfig(dataset="list", root=str(tmp_path), train_list="tr.csv", test_list="te.txt")
     assert open_splits(lists, ("test",), (), MODEL)["test"].counts == [1, 0, 0]
+    assert "classes are those of model m by position" in caplog.text
     (tmp_path / "tr.csv").write_text("path,label\na.png,b\nb.png,c\n")
     assert open_splits(lists, ("test",), (), MODEL)["test"].counts == [0, 1, 0]
     (tmp_path / "tr.csv").write_text("path,label\na.png,0\nb.png,1\n")

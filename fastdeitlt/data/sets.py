@@ -87,7 +87,7 @@ class Sets:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {len(images):,}" for name, images in self)
-        return f"{self.num_classes} classes, {sizes}"
+        return f"{self.num_classes} class{'' if self.num_classes == 1 else 'es'}, {sizes}"
 
     @property
     def num_classes(self) -> int:

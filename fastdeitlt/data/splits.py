@@ -3,6 +3,7 @@
 N images in the set, K classes.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from fastdeitlt.data.lists import read_list
 from fastdeitlt.data.sets import SPLITS, Finding, LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
+log = logging.getLogger("fastdeitlt")
 DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "fashion_mnist_lt": {"train": ("train.txt",), "val": ("val.txt",), "test": ("test.txt",)},
     "imagenet_lt": {split: (f"ImageNet_LT_{split}.txt", f"Imagenet_LT_{split}.txt") for split in SPLITS},
@@ -48,7 +50,7 @@ class Classes:
     """The numbering of classes that a split is to have: the training split's, or a model's."""
 
     whose: str
-    """What has these classes, for messages; such as "model runs/a"."""
+    """What has these classes, for messages; such as "model runs/a". Empty: the split itself."""
     num_classes: int
     names: list[str] | None = None
 
@@ -153,6 +155,8 @@ def renumber(images: LongTailSet, classes: Classes, what: str, exact: bool = Fal
             f"{what}: got {images.num_classes} classes, expected the {classes.num_classes} of {classes.whose}. "
             "Give data of the same classes."
         )
+    elif classes.whose and bool(names) != bool(classes.names):
+        log.warning("%s: classes are those of %s by position, because only one of them has names", what, classes.whose)
     counts = class_counts(labels_N, classes.num_classes)
     return replace(images, labels=labels_N, counts=counts, class_names=classes.names or names)
 
