@@ -121,6 +121,13 @@ def test_an_untrained_network_is_called_so():
         checked(stated=NEW, network=Noise(nn.Linear(1, 1)))
 
 
+@pytest.mark.parametrize("stated", [None, NEW, OLD], ids=["released", "folder", "old folder"])
+def test_the_best_order_of_an_untrained_network_is_no_cause(stated):
+    """Three of its answers go with classes, as chance has it."""
+    with pytest.raises(UserError, match="near chance, in any order of its classes"):
+        checked([-1, 7, -1, -1, 1, -1, -1, 4, -1, -1], stated)
+
+
 @pytest.mark.parametrize(
     ("stated", "expects", "settings", "words"),
     [

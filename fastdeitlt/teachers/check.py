@@ -62,7 +62,7 @@ def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: 
     over = "" if is_balanced else " over images"
     got = f"{balanced:.1f} % right (mean over classes{'' if is_balanced else f'; {measured:.1f} %{over}'})"
     chance = 100 / images.num_classes
-    limit = 10 * chance**0.5 if stated is None else chance + min(chance / 2, 10)
+    limit = _without_statement(images.num_classes) if stated is None else chance + min(chance / 2, 10)
     if stated is not None and is_balanced:
         limit = max(limit, FAR * stated)
     is_low = balanced < limit or (stated is not None and measured < FAR * stated)
@@ -84,6 +84,11 @@ def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: 
             over,
         )
     return balanced
+
+
+def _without_statement(num_classes: int) -> float:
+    """Return the accuracy in % that a teacher must have if its folder states none."""
+    return 100 / num_classes**0.5
 
 
 def _stated(manifest: Manifest | None) -> tuple[float | None, bool]:
@@ -132,11 +137,13 @@ class _Check:
             trials.append(_Trial(found.balanced(), how, cure))
             other = self._another_order(found)
             pairs.append(_Trial(other.accuracy, f"{how} and {other.how}", f"{cure}; {other.cure}"))
-        lowest = max(limit, decisions.balanced() + NEAR)
-        if good := [trial for trial in trials + pairs if trial.accuracy >= lowest]:
+        lowest = max(
+            limit, _without_statement(decisions.num_classes)
+        )  # an untrained network's best order is above chance
+        if good := [trial for trial in trials + pairs if trial.accuracy >= max(lowest, decisions.balanced() + NEAR)]:
             best = max(trial.accuracy for trial in good)
             return str(next(trial for trial in good if trial.accuracy >= best - NEAR))
-        if order.accuracy > decisions.balanced():
+        if order.accuracy > decisions.balanced() and order.accuracy >= lowest:  # few of many classes
             return str(order)
         label, share = decisions.commonest()
         if share >= 90:
