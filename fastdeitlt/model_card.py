@@ -89,7 +89,7 @@ def _results(results: dict[str, Any]) -> str:
         return "Not known: the model was not tested, or the run's results.json is not beside it."
     result = Result.from_json(results[name])
     lines = [
-        f"Top-1 accuracy in per cent on {result.num_images:,} {name} images; classes by size, two conventions.",
+        f"Top-1 accuracy in per cent on {result.size(f'{name} images')}; classes by size, two conventions.",
         "",
     ]
     lines += ["| split | head | all | head | mid | tail |", "| --- | --- | ---: | ---: | ---: | ---: |"]

@@ -45,14 +45,14 @@ class Saved:
     img_size: int
     crop_pct: float
     """img_size over the short side that images are resized to before the centre crop."""
-    exif: str = "ignore"
-    """``data.exif`` of the run."""
     calibration: Calibration | None = None
     """Temperatures fitted on validation images, if the model's run had some."""
     info: dict[str, Any] = field(default_factory=dict)
     """Everything else that the file says, e.g. ``model``, ``dataset``, ``recipe``."""
     results: dict[str, Any] = field(default_factory=dict)
     """results.json of the run that the model is from, if it is still in the run's folder."""
+    exif: str = "ignore"
+    """``data.exif`` of the run."""
 
     @property
     def num_classes(self) -> int:

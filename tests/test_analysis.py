@@ -146,6 +146,8 @@ def test_a_picture_is_hot_where_the_map_is():
 class Source:
     """Images whose colour is their number."""
 
+    unreadable = frozenset()
+
     def crops(self, requests):
         for request in requests:
             assert request.size == SIZE and request.draws is None

@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from fastdeitlt.evaluation.metrics import (
     score_single,
     wilson_interval,
 )
+from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.models import create_student
 
 COUNTS = [500, 300, 150, 90, 60, 40, 21, 12, 6, 3]  # threshold groups: 3 head, 4 mid, 3 tail
@@ -59,8 +62,8 @@ def logits_and_labels(num_images=501, num_classes=10, seed=0):
 class Stub:
     """Crops whose every pixel is the sample's number, in the order asked for."""
 
-    def __init__(self):
-        self.batches = []
+    def __init__(self, unreadable=()):
+        self.batches, self.unreadable = [], set(unreadable)
 
     def crops(self, requests):
         for request in requests:
@@ -114,6 +117,38 @@ def test_the_parts_of_several_ranks_score_the_same_as_one_rank(world_size):
     alone = collect_logits(Echo(), Stub(), images, batch_size=7, **PREPROCESS)
     counts = [200, 50, 5]
     assert score(*gathered, counts).to_json() == score(*alone, counts).to_json()
+
+
+def test_images_that_cannot_be_read_are_left_out_of_all_scores():
+    images = long_tail_set(20)
+    whole = collect_logits(Echo(), Stub(), images, batch_size=7, **PREPROCESS)
+    marked = collect_logits(Echo(), Stub(unreadable=[3, 11, 19]), images, batch_size=7, **PREPROCESS)
+    kept = [part[np.setdiff1d(np.arange(20), [3, 11, 19])] for part in whole]
+    result = score(*marked, [200, 50, 5])
+    assert result == replace(score(*kept, [200, 50, 5]), left_out=3)
+    assert "17 images (3 unreadable ones are left out)" in result.table().title
+    assert Result.from_json(result.to_json()) == result
+    assert temperatures(marked, [200, 50, 5]) == temperatures(kept, [200, 50, 5])
+    assert post_hoc(marked, marked, [200, 50, 5]) == post_hoc(kept, kept, [200, 50, 5])
+
+
+@pytest.mark.parametrize("residency", ["stream", "host"])
+def test_unreadable_test_images_do_not_count_as_others(tmp_path, monkeypatch, residency):
+    """All of class b and some of class a are cut: no other image is scored in their place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split, index, name in product(("train", "test"), range(4), "abcd"):
+        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+        path = tmp_path / split / name / f"{index}.png"
+        Image.effect_noise((40, 40), 50).save(path)
+        if split == "test" and (name == "b" or (name == "a" and index > 1)):
+            path.write_bytes(path.read_bytes()[:-50])
+    save_student(tmp_path / "model", class_names=list("abcd"))
+    data = [f"data.root={tmp_path}", "data.dataset=folder", f"data.residency={residency}", "train.device=cpu"]
+    with pytest.raises(UserError, match="truncated PNG"):
+        evaluate(tmp_path / "model", data)
+    result = evaluate(tmp_path / "model", [*data, "data.on_error=skip"], json_path=tmp_path / "scores.json")
+    assert result.support_K == [2, 0, 4, 4] and result.left_out == 6
+    assert json.loads((tmp_path / "scores.json").read_text())["left_out"] == 6
 
 
 def test_accuracies_equal_torchmetrics():

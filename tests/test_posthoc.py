@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from fastdeitlt.data.splits import Classes
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.evaluation.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
@@ -166,8 +167,9 @@ def test_the_model_card_of_an_export_names_the_temperature():
     found = temperatures(val, COUNTS)
     assert {head: 1 / weight for head in found for weight in fitted.weights[f"{head}, temperature"]} == found
     saved = Saved(
-        torch.nn.Identity(), "student", list("abcde"), torch.arange(5), (0.5,), (0.5,), 32, 1.0,
-        Calibration(temperatures=found, num_fitted=600), info, results,
+        torch.nn.Identity(), "student", list("abcde"), Classes("model", 5), torch.arange(5),
+        mean=(0.5,), std=(0.5,), img_size=32, crop_pct=1.0, info=info, results=results,
+        calibration=Calibration(temperatures=found, num_fitted=600),
     )  # fmt: skip
     card = model_card(saved, "deit", {})
     assert f"softmax: AVG {found['AVG']:.3f}, CLS {found['CLS']:.3f}" in card and "600 validation images" in card

@@ -39,6 +39,10 @@ class Source(Protocol):
     def pool(self) -> Executor:
         """Threads for work on parts of a batch on the host."""
 
+    @property
+    def unreadable(self) -> set[int]:
+        """Images for which others stand in, of those that have been delivered or of all."""
+
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
         """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order."""
 

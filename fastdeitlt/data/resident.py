@@ -133,17 +133,27 @@ def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device, pool
 
 
 def open_source(
-    images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1, *, tell: bool = False
+    images: LongTailSet,
+    cfg: DataConfig,
+    device: torch.device,
+    share: int = 1,
+    *,
+    tell: bool = False,
+    scored: bool = False,
 ) -> Stream | Resident:
     """The source of a set's crops that ``data.residency`` asks for; auto takes the device, the host or streams.
 
     Args:
         share: requests in a row that may have copies of one image; see ``Stream``.
         tell: say in the log what was taken and why.
+        scored: the set is only evaluated on. What stands in for an unreadable image is left out of the scores, so it
+            need not be of its class.
 
     Raises:
         UserError: the set does not fit where it is to live; a set that comes decoded is to stream; see ``Stream``.
     """
+    if scored:
+        images = replace(images, labels=np.zeros_like(images.labels))
     if images.images_NHWC is not None:
         if cfg.residency == "stream":
             raise UserError(f"data.residency=stream: {cfg.dataset} comes decoded; use auto, host or device")

@@ -25,7 +25,7 @@ from fastdeitlt.data.longtail import LongTailSet, open_splits
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import shift
-from fastdeitlt.evaluation.metrics import Result, score, score_single
+from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, score, score_single
 from fastdeitlt.evaluation.posthoc import PostHoc, post_hoc
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
@@ -104,7 +104,8 @@ def collect_logits(
         sample_N: which images, None for all. Ranks take disjoint parts such as ``arange(rank, N, world_size)``.
 
     Returns:
-        (cls_logits_NK, dist_logits_NK, labels_N), float32 and int64, on the CPU.
+        (cls_logits_NK, dist_logits_NK, labels_N), float32 and int64, on the CPU. The label of an image that could not
+        be read (``data.on_error=skip``) is LEFT_OUT, and scores leave it out.
     """
     if sample_N is None:
         sample_N = np.arange(len(images))
@@ -122,6 +123,7 @@ def collect_logits(
     finally:
         model.train(was_training)
     labels_N = torch.as_tensor(images.labels[sample_N])
+    labels_N[np.isin(sample_N, list(source.unreadable))] = LEFT_OUT
     if not outputs:  # a rank beyond the number of images
         return torch.zeros(0, images.num_classes), torch.zeros(0, images.num_classes), labels_N
     cls_logits_NK, dist_logits_NK = (torch.cat(head).float().cpu() for head in zip(*outputs, strict=True))
@@ -133,10 +135,9 @@ def gather_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``collect_logits`` of all images on every rank, each of which runs its share; ``how`` as there."""
     sample_N = np.arange(distributed.rank(), len(images), distributed.get_world())
-    cls_logits_BK, dist_logits_BK, _ = collect_logits(model, source, images, device=device, sample_N=sample_N, **how)
-    cls_logits_NK = distributed.gather_interleaved(cls_logits_BK, len(images), device)
-    dist_logits_NK = distributed.gather_interleaved(dist_logits_BK, len(images), device)
-    return cls_logits_NK, dist_logits_NK, torch.as_tensor(images.labels)
+    mine = collect_logits(model, source, images, device=device, sample_N=sample_N, **how)
+    cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(p, len(images), device) for p in mine)
+    return cls_logits_NK, dist_logits_NK, labels_N
 
 
 def evaluate(
@@ -202,7 +203,7 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
     """(cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's order of classes."""
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
-    source = open_source(images, cfg.data.model_copy(update={"exif": saved.exif}), device)
+    source = open_source(images, cfg.data.model_copy(update={"exif": saved.exif}), device, scored=True)
     try:
         cls_logits_NK, dist_logits_NK, labels_N = gather_logits(
             model.to(device),

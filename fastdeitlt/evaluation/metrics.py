@@ -24,6 +24,8 @@ from fastdeitlt.errors import NonFiniteError, UserError
 SELECT_BY = {"balanced": "mean class accuracy", "micro": "accuracy over images"}
 """What ``evaluate.select_by`` selects by, in words."""
 GROUPS = ("all", "head", "mid", "tail")
+LEFT_OUT = -100
+"""Label of an image that could not be read."""
 NUM_BINS = 15
 CPU = torch.device("cpu")
 CHUNK = 2**18  # logits scored at a time: bounds the float64 scratch memory
@@ -81,11 +83,18 @@ class Result:
     """split -> group -> number of classes."""
     thirds: bool = False
     """Whether ``official`` is the classes in thirds by size, because the data set has no published split."""
+    left_out: int = 0
+    """Images of the set that could not be read and count nowhere else (``data.on_error=skip``)."""
 
     @property
     def num_images(self) -> int:
         """Images scored."""
         return sum(self.support_K)
+
+    def size(self, what: str) -> str:
+        """How many images were scored, and how many left out, if any: ``1,000 images``."""
+        left_out = f" ({self.left_out:,} unreadable ones are left out)" if self.left_out else ""
+        return f"{self.num_images:,} {what}{left_out}"
 
     @property
     def main(self) -> str:
@@ -136,7 +145,7 @@ class Result:
         self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> Table:
         """Rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail; an empty group shows '-'."""
-        table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.num_images:,} images")
+        table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.size('images')}")
         table.add_column("")
         for group in GROUPS:
             num_classes = len(self.counts_K) if group == "all" else self.num_classes[split][group]
@@ -197,7 +206,8 @@ def score(
     """
     _check({"CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, len(counts))
     average_NK = (cls_logits_NK.float() + dist_logits_NK.float()) / 2
-    return _score({"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, counts, dataset, device)
+    heads = {"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}
+    return _score(heads, labels_N, counts, dataset, device)
 
 
 def score_single(
@@ -231,16 +241,24 @@ def _score(
     dataset: str | None,
     device: torch.device = CPU,
 ) -> Result:
-    labels_N = labels_N.long().cpu()
+    *parts, read_N = readable(*logits.values(), labels_N)
+    labels_N, left_out = read_N.long().cpu(), len(labels_N) - len(read_N)
     num_classes = len(counts)
     class_ids = {split: shot_groups(counts, split, dataset) for split in ("threshold", "official")}
     return Result(
-        heads={name: _score_head(head, labels_N, class_ids, device) for name, head in logits.items()},
+        heads={name: _score_head(head, labels_N, class_ids, device) for name, head in zip(logits, parts, strict=True)},
         counts_K=[int(count) for count in counts],
         support_K=torch.bincount(labels_N, minlength=num_classes).tolist(),
         num_classes={split: {group: len(ids) for group, ids in groups.items()} for split, groups in class_ids.items()},
         thirds=not has_official_split(num_classes, dataset),
+        left_out=left_out,
     )
+
+
+def readable(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Logits and, last, labels, without the images that could not be read."""
+    read_N = parts[-1] != LEFT_OUT
+    return parts if read_N.all() else tuple(part[read_N.to(part.device)] for part in parts)
 
 
 def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> None:
@@ -253,9 +271,10 @@ def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> Non
             raise NonFiniteError(
                 f"{name} logits: {bad} of {len(head)} images are not finite; the weights have diverged"
             )
-    if len(labels_N) == 0:
+    (read_N,) = readable(labels_N)
+    if len(read_N) == 0:
         raise UserError("evaluation: the set has no images; give a list with at least one")
-    low, high = int(labels_N.min()), int(labels_N.max())
+    low, high = int(read_N.min()), int(read_N.max())
     if low < 0 or high >= num_classes:
         raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}; is this the model's data set?")
 

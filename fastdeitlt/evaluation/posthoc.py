@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.metrics import GROUPS, Number, Result, cell, score_heads
+from fastdeitlt.evaluation.metrics import GROUPS, Number, Result, cell, readable, score_heads
 from fastdeitlt.evaluation.shift import SHIFTS, accuracy_under, shifted_prior
 
 CHUNK = 2048
@@ -226,8 +226,10 @@ def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
 
 def temperatures(val: tuple[Tensor, Tensor, Tensor], counts: Sequence[int]) -> dict[str, float]:
     """Temperature of AVG, CLS and DIST fitted on (cls_logits_NK, dist_logits_NK, labels_N): they divide the logits."""
+    cls_NK, dist_NK, labels_N = readable(*val)
     log_prior_K = log_prior(counts)
-    return {head: 1 / fit(f"{head}, temperature", *val, log_prior_K)[0] for head in ("AVG", "CLS", "DIST")}
+    heads = ("AVG", "CLS", "DIST")
+    return {head: 1 / fit(f"{head}, temperature", cls_NK, dist_NK, labels_N, log_prior_K)[0] for head in heads}
 
 
 def post_hoc(
@@ -242,8 +244,10 @@ def post_hoc(
         UserError, NonFiniteError: see ``score``.
     """
     log_prior_K = log_prior(counts)
-    cls_NK, dist_NK, labels_N = test
-    weights = {method: fit(method, *val, log_prior_K) for method in METHODS}
+    cls_NK, dist_NK, labels_N = readable(*val)
+    weights = {method: fit(method, cls_NK, dist_NK, labels_N, log_prior_K) for method in METHODS}
+    num_fitted = len(labels_N)
+    cls_NK, dist_NK, labels_N = readable(*test)
     logits = {method: apply(method, w, cls_NK, dist_NK, log_prior_K) for method, w in weights.items()}
     average_NK = (cls_NK.float() + dist_NK.float()) / 2
     heads = {"AVG": average_NK, "AVG, class prior, tau = 1": average_NK - log_prior_K.float()}
@@ -255,7 +259,7 @@ def post_hoc(
         support_K = labels_N.bincount(minlength=len(counts))
         known[name] = accuracy_under(prior_K.numpy(), correct_K.numpy(), support_K.numpy())
     return PostHoc(
-        num_fitted=len(val[2]),
+        num_fitted=num_fitted,
         weights=weights,
         meaning={method: describe(method, w, log_prior_K) for method, w in weights.items()},
         result=score_heads(heads | logits, labels_N, counts, dataset),

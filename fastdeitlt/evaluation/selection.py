@@ -25,7 +25,7 @@ from fastdeitlt.data.resize import resized_side
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
-from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, score, score_single
+from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, readable, score, score_single
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
@@ -117,7 +117,10 @@ class Selector:
             results["teacher"] = teacher.to_json() if teacher else None
             if self.sets.val:
                 val = logits if split == "val" else self._logits(self.sets.val, self.student)
-                fitted = {"temperatures": temperatures(val, self.sets.train.counts), "num_fitted": len(self.sets.val)}
+                fitted = {
+                    "temperatures": temperatures(val, self.sets.train.counts),
+                    "num_fitted": len(readable(*val)[2]),
+                }
                 distributed.on_main(lambda: checkpoint.add_facts(folder, {"calibration": fitted}))
                 if split == "test":
                     results["posthoc"] = post_hoc(val, logits, self.sets.train.counts, self.cfg.data.dataset).to_json()
@@ -188,7 +191,7 @@ class Selector:
     def _source(self, images: LongTailSet) -> Source:
         """The images' source, opened at their first evaluation and kept."""
         if id(images) not in self._sources:
-            self._sources[id(images)] = open_source(images, self.cfg.data, self.device)
+            self._sources[id(images)] = open_source(images, self.cfg.data, self.device, scored=True)
         return self._sources[id(images)]
 
     def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

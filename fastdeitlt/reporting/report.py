@@ -57,7 +57,7 @@ def _lead(run: RunFiles) -> str:
     how = on.get(chosen.get("on", ""), "")
     if how and chosen["on"] != "last" and "by" in chosen:
         how += f" by {SELECT_BY[chosen['by']]}"
-    images = f"{result.num_images:,} {'test' if name == 'test' else 'validation'} images"
+    images = result.size(f"{'test' if name == 'test' else 'validation'} images")
     return f"{what}: {images} of {len(result.counts_K):,} classes, {weights}{epoch}{f', {how}' if how else ''}."
 
 

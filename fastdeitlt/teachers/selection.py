@@ -58,7 +58,7 @@ def score_teacher(
     size = cfg.teacher_training.img_size
     total = min(limit or len(images), len(images))
     chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
-    logits_BK, _, _ = collect_logits(
+    logits_BK, _, labels_B = collect_logits(
         OneHead(network, logit_scale(network, cfg.teacher_training.model_dump())),
         source,
         images,
@@ -71,8 +71,8 @@ def score_teacher(
         autocast_dtype=autocast_dtype(cfg.train.precision, device),
         sample_N=chosen_N[distributed.rank() :: distributed.get_world()],
     )
-    logits_NK = distributed.gather_interleaved(logits_BK, total, device)
-    return score_single(logits_NK, torch.from_numpy(images.labels[chosen_N]), counts, cfg.data.dataset, device)
+    logits_NK, labels_N = (distributed.gather_interleaved(part, total, device) for part in (logits_BK, labels_B))
+    return score_single(logits_NK, labels_N, counts, cfg.data.dataset, device)
 
 
 def data_fingerprint(images: LongTailSet) -> str:
@@ -200,7 +200,7 @@ class TeacherSelector:
     def _score(self, name: str) -> Result:
         images, limit = getattr(self.sets, name), CLEAN_IMAGES if name == "train" else 0
         if name not in self.sources:
-            self.sources[name] = open_source(images, self.cfg.data, self.device)
+            self.sources[name] = open_source(images, self.cfg.data, self.device, scored=True)
         counts = self.sets.train.counts
         return score_teacher(self.network, self.sources[name], images, counts, self.cfg, self.device, limit)
 
