@@ -16,8 +16,11 @@ from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.sampler import RepeatedAugmentationSampler
 from fastdeitlt.engine.plain import PlainEngine
+from fastdeitlt.evaluation.evaluate import OneHead
+from fastdeitlt.evaluation.metrics import Result
 from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.models import load_teacher
+from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import learning_rate
 from fastdeitlt.reporting import report
 from fastdeitlt.teachers.selection import TeacherSelector
@@ -29,6 +32,8 @@ EPOCHS, DRW_EPOCH, BATCH, ACCUMULATE, RANKS = 5, 2, 4, 3, 2
 OUTPUT_OF_CLASS = [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
 CLASS_OF_OUTPUT = [7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
 """The teacher's order of classes."""
+SCORES = [50.0, 60.0, 60.0, 60.0, 55.0, 40.0]
+"""What selection is told of the model's weights and their average, in turn; the first 60 is the best."""
 RECIPES = {
     "cifar": {"mixup.off_in_drw": True, "loss.reweight_cls": False},
     "imagenet": {"mixup.off_in_drw": False, "loss.reweight_cls": True, "augment.repeats": 3},
@@ -47,6 +52,8 @@ class Recording:
     steps: list[SimpleNamespace] = field(default_factory=list)
     """Learning rate, number of backward passes since the step before, and the weights after it."""
     evaluations: list[tuple[int, int, bool]] = field(default_factory=list)
+    scored: list[SimpleNamespace] = field(default_factory=list)
+    """Set, mode and weights of each pass over images that are scored."""
     folder: object = None
 
 
@@ -81,7 +88,8 @@ def _in_another_order(folder):
 def _record(run, patch):
     loss, forward, backward = joint.joint_loss, PlainEngine.forward, PlainEngine.backward
     step, evaluate = PlainEngine.step, Selector.evaluate
-    now = SimpleNamespace()
+    logits, prefix = Selector._logits, DistilledViT.forward_prefix
+    now = SimpleNamespace(scored=None)
 
     def spied_forward(self, batch, *weights):
         now.batch, now.student, now.seed = batch, self.joint.student, torch.initial_seed()
@@ -115,6 +123,28 @@ def _record(run, patch):
         run.evaluations.append(place)
         return evaluate(self, *place)
 
+    def spied_logits(self, images, model):
+        split = {id(self.sets.val): "val", id(self.sets.test): "test"}.get(id(images), "tail")
+        weights = {name: value.clone() for name, value in self.student.state_dict().items()}
+        split = "teacher" if isinstance(model, OneHead) else split
+        run.scored.append(SimpleNamespace(split=split, weights=weights, modes=set()))
+        now.scored = run.scored[-1]
+        found = logits(self, images, model)
+        now.scored = None
+        return found
+
+    def spied_prefix(self, images_BCHW):
+        if now.scored:
+            now.scored.modes.add(self.training)
+        return prefix(self, images_BCHW)
+
+    def scripted(self, by):
+        number = sum(seen.split == "val" for seen in run.scored)
+        return SCORES[min(number, len(SCORES)) - 1]
+
+    patch.setattr(Selector, "_logits", spied_logits)
+    patch.setattr(DistilledViT, "forward_prefix", spied_prefix)
+    patch.setattr(Result, "selection_accuracy", scripted)
     patch.setattr(joint, "joint_loss", spied_loss)
     patch.setattr(PlainEngine, "forward", spied_forward)
     patch.setattr(PlainEngine, "backward", spied_backward)
@@ -235,13 +265,45 @@ def test_the_student_that_trains_is_the_one_that_the_last_step_left(recorded, pl
     assert all(torch.equal(value, before[name]) for name, value in last.items())
 
 
-def test_the_average_follows_every_step(recorded):
+def _averages(recorded):
+    """The moving average after each step."""
     average = {name: value.double() for name, value in recorded.losses[0].student.items()}
     for step in recorded.steps:
         average = {name: 0.9 * value + 0.1 * step.weights[name].double() for name, value in average.items()}
-    saved = load_tensors(recorded.folder / "checkpoints" / "last", "ema")
-    for name, value in saved.items():
-        torch.testing.assert_close(value.double(), average[name], atol=1e-5, rtol=1e-4)
+        yield average
+
+
+def _assert_close(got, expected):
+    for name, value in got.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_average_follows_every_step(recorded):
+    *_, average = _averages(recorded)
+    _assert_close(load_tensors(recorded.folder / "checkpoints" / "last", "ema"), average)
+
+
+def test_weights_and_average_are_scored_and_the_first_best_are_kept_and_tested(recorded):
+    """In evaluation mode; equal scores later change nothing."""
+    averages = list(_averages(recorded))
+    candidates = [
+        weights
+        for step, *_ in recorded.evaluations
+        for weights in (recorded.steps[step - 1].weights, averages[step - 1])
+    ]
+    during, after = recorded.scored[: 2 * len(candidates)], recorded.scored[2 * len(candidates) :]
+    assert [seen.split for seen in during] == ["val", "tail"] * len(candidates)
+    for seen, weights in zip(during, [weights for weights in candidates for _ in range(2)], strict=True):
+        _assert_close(seen.weights, weights)
+    chosen = SCORES.index(max(SCORES))
+    kept = read_manifest(recorded.folder / "checkpoints" / "best")["selected"]
+    assert (kept["step"], kept["weights"]) == (recorded.evaluations[chosen // 2][0], ("model", "ema")[chosen % 2])
+    _assert_close(load_tensors(recorded.folder / "checkpoints" / "best"), candidates[chosen])
+    assert sorted(seen.split for seen in after) == ["teacher", "test", "val"], "the test set is scored once"
+    for seen in after:
+        _assert_close(seen.weights, candidates[chosen])
+    assert all(seen.modes <= {False} for seen in recorded.scored)
+    assert any(seen.modes for seen in recorded.scored)
 
 
 def test_drop_path_is_seeded_apart_for_every_micro_batch(recorded):
