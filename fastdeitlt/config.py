@@ -175,10 +175,11 @@ class TeacherConfig(Section):
     resize_antialias: bool = False
     """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
     map_classes: bool = False
-    """The teacher's classes are ordered by falling class size, as in released LDAM teachers of ImageNet-LT and iNat."""
+    """The teacher's classes are ordered by falling class size, as in released LDAM teachers of ImageNet-LT and iNat.
+    Classes of equal size are matched with its decisions. A model folder's own order wins."""
     check: bool = True
-    """Before the first step, stop if the teacher is right on far fewer clean training images than it should be: its
-    classes are in another order, or its input differs."""
+    """Before the first step, refuse a teacher whose balanced accuracy on clean training images is near chance or far
+    below the one that its folder states, or whose classes are exchanged."""
 
 
 class LossConfig(Section):
