@@ -439,6 +439,12 @@ class Config(Section):
         """Dotted field name -> where its value came from (`default`, the file's name, `override`)."""
         return self._origins
 
+    @property
+    def is_teachers(self) -> bool:
+        """Whether the recipe is for `train-teacher`: it changes ``teacher_training`` and nothing of the student."""
+        kept = (self.student, self.teacher, self.loss) == (StudentConfig(), TeacherConfig(), LossConfig())
+        return kept and self.teacher_training != TeacherTrainingConfig()
+
     @model_validator(mode="after")
     def _check(self) -> "Config":
         if self.mixup.on and self.train.batch_size % 2:

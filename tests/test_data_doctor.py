@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeitlt.config import Config, build
+from fastdeitlt.config import Config, build, flatten, load
 from fastdeitlt.data import cifar
 from fastdeitlt.data.doctor import check, gini, stats
 from fastdeitlt.data.findings import Finding
@@ -327,3 +327,28 @@ def test_faulty_list_stops_the_check_with_its_line(tmp_path):
     (tmp_path / "test.txt").write_text("a.png 0\n../b.png 1\n")
     with pytest.raises(UserError, match=r"test\.txt, line 2"):
         check(config)
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml")))
+def test_a_recipe_is_a_teachers_or_a_students(recipe):
+    if recipe.parent.name != "ablation":
+        assert load(str(recipe)).is_teachers == (recipe.parent.name == "teacher")
+
+
+def test_a_teachers_recipe_shows_the_plan_of_the_teacher(tmp_path, capsys):
+    config = make_set(tmp_path, COUNTS)
+    flat = {name: value for name, value in flatten(config).items() if name.startswith("data.")}
+    teacher = build(flat | {"teacher_training.epochs": 7, "teacher_training.batch_size": 4})
+    report = check(build(flatten(teacher)))  # with every field, as in a run folder
+    assert report.schedule == {
+        "optimizer_steps_an_epoch": 3,
+        "images_an_optimizer_step": 4,
+        "images_an_epoch": 13,
+        "epochs": 7,
+        "optimizer_steps": 21,
+        "images": 91,
+    }
+    report.print()
+    assert "training a teacher" in capsys.readouterr().out
+    small = build(flat | {"teacher_training.batch_size": 1})
+    assert only(check(small).findings, "teacher_training.batch_size: got 1").level == "error"

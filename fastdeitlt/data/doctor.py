@@ -25,6 +25,7 @@ from fastdeitlt.data.findings import (
 from fastdeitlt.data.longtail import LongTailSet, Sets, has_official_split, open_sets, shot_groups
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
+from fastdeitlt.teachers.views import plan_of
 
 _NUMBERS = ("images", "classes", "empty", "largest", "smallest", "rho", "Gini", "head", "mid", "tail", "rank")
 _SHOT_SPLITS = {"threshold": "threshold (>100, 20-100, <20)", "official": "official (class ranges)"}
@@ -64,6 +65,8 @@ class Report:
     """Predicted steps of training with the config; empty if the config does not fit the set."""
     class_names: list[str] | None = None
     findings: list[Finding] = field(default_factory=list)
+    trained: str = "a student"
+    """What the config trains: a student, or a teacher."""
     checked: bool = False
     """Whether faults were looked for (``check``)."""
 
@@ -102,7 +105,7 @@ class Report:
             groups.add_row(names[name], *cells)
         tables = [splits, groups, self._classes()]
         if self.schedule:
-            schedule = _table("training with this config", "", "")
+            schedule = _table(f"training {self.trained}", "", "")
             for name, value in self.schedule.items():
                 schedule.add_row(name.replace("_", " "), f"{value:,}")
             tables.append(schedule)
@@ -195,12 +198,17 @@ def _report(config: Config, sets: Sets) -> Report:
         for split in _SHOT_SPLITS
     }
     splits = [split_stats(split, images) for split, images in sets]
-    report = Report(config.data.dataset, config.data.title, splits, groups, {}, sets.train.class_names)
+    trained = "a teacher" if config.is_teachers else "a student"
+    names = sets.train.class_names
+    report = Report(config.data.dataset, config.data.title, splits, groups, {}, names, trained=trained)
     try:
-        plan = _plan(config, len(sets.train))
-        report.schedule.update(_schedule(config, plan))
-        if plan.is_partial:
-            report.findings.append(Finding("warning", "train", plan.describe_epoch()))
+        if config.is_teachers:
+            report.schedule.update(_teacher_schedule(config, len(sets.train)))
+        else:
+            plan = _plan(config, len(sets.train))
+            report.schedule.update(_schedule(config, plan))
+            if plan.is_partial:
+                report.findings.append(Finding("warning", "train", plan.describe_epoch()))
     except UserError as error:
         report.findings.append(Finding("error", "train", str(error)))
     return report
@@ -224,6 +232,19 @@ def _schedule(config: Config, plan: Plan) -> dict[str, int]:
         "epochs": epochs,
         "optimizer_steps": plan.optimizer_steps * epochs,
         "images": plan.images_per_epoch * epochs,
+    }
+
+
+def _teacher_schedule(config: Config, num_images: int) -> dict[str, int]:
+    plan, epochs = plan_of(config, num_images), config.teacher_training.epochs
+    images_per_epoch = sum(len(sample_B) for sample_B in plan.samples(epoch=0))
+    return {
+        "optimizer_steps_an_epoch": plan.steps,
+        "images_an_optimizer_step": plan.batch_size,
+        "images_an_epoch": images_per_epoch,
+        "epochs": epochs,
+        "optimizer_steps": plan.steps * epochs,
+        "images": images_per_epoch * epochs,
     }
 
 
