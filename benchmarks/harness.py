@@ -86,8 +86,9 @@ def _version(package: str) -> str | None:
 
 
 def installed(module: str) -> bool:
-    """Whether an optional peer can be imported."""
-    return importlib.util.find_spec(module) is not None
+    """Return whether an optional package is installed, without importing it."""
+    parent, _, _ = module.rpartition(".")
+    return (not parent or installed(parent)) and importlib.util.find_spec(module) is not None
 
 
 def green(op: str) -> bool:

@@ -139,14 +139,14 @@ class StudentConfig(Section):
     """Number of blocks. 0 = the architecture's 12 (large: 24)."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block; earlier blocks rise linearly from 0. 0 = off."""
-    attention: Literal["auto", "triton", "sdpa", "cudnn", "flash", "math"] = "auto"
-    """Who computes attention: our kernel, torch's choice, one of torch's backends. auto: the fastest that `fastdeitlt
-    tune` measured on this GPU, else torch's choice."""
+    attention: Literal["auto", "triton", "sdpa", "flash", "cudnn", "efficient", "math", "fa3", "fa4"] = "auto"
+    """Implementation of attention: Triton kernel, torch SDPA (sdpa: the backend that torch prefers), one SDPA backend,
+    or FlashAttention 3 or 4 where installed. auto: the fastest measured on this GPU, else flash (efficient in fp32)."""
     add_layernorm: Literal["auto", "triton", "torch"] = "auto"
-    """Who adds residual branches and norms the sum: our kernel in one pass, or torch. auto: the faster one measured on
-    this GPU, else torch."""
+    """Implementation of residual add and LayerNorm: Triton kernel in one pass, or torch. auto: the faster one measured
+    on this GPU, else torch."""
     bias_gelu: Literal["auto", "triton", "torch"] = "auto"
-    """Who adds the bias and applies GELU in the MLP: our kernel, whose backward sums the bias gradient in the same
+    """Implementation of bias and GELU in the MLP: Triton kernel, whose backward sums the bias gradient in the same
     pass, or torch. auto: as add_layernorm."""
     drop_path_law: Literal["bernoulli", "count"] = "bernoulli"
     """bernoulli: each sample drops a branch on its own, which is computed and multiplied by 0 (timm, the recipes).
@@ -268,6 +268,9 @@ class TrainConfig(Section):
     """What DeepSpeed shards over ranks: 0 nothing, 1 moments, 2 and gradients, 3 and weights (needs compile=false)."""
     offload: bool = False
     """Keep the moments, and step, in host memory (DeepSpeed, zero_stage 1 to 3): saves device memory, costs time."""
+    measure_kernels: bool = True
+    """At the first start on a GPU, time each kernel that is set to auto beside torch's (about 30 s, estimated). The
+    result is kept for this GPU, torch, Triton and shape. false: use what was measured before, or torch's."""
     timeout_s: int = Field(600, ge=1)
     """Seconds a rank waits for the others before it gives up."""
     log_every: int = Field(10, ge=1)

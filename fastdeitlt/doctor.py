@@ -199,8 +199,8 @@ def kernel_choice() -> Row:
     if not _has_gpu():
         return Row("kernel choice", "missing", "no GPU: auto takes torch's")
     works, said = probe(
-        "import torch; from fastdeitlt.kernels._measured import rows_of; gpu = torch.cuda.get_device_name(); "
-        "print(len(rows_of(gpu)), 'measurements of', gpu)"
+        "import torch; from fastdeitlt.kernels._measured import gpu_name, rows_of; gpu = gpu_name(0); "
+        "print(sum(row.gpu == gpu for row in rows_of(0).values()), 'measurements of', gpu)"
     )
     known = works and not said.startswith("0 ")
     fix = "" if known else "fastdeitlt tune RECIPE measures which kernels win; until then auto takes torch's"

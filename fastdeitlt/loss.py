@@ -8,7 +8,6 @@ Source: DeiT-LT (arXiv 2404.02900) section 3; val-iisc/DeiT-LT losses.py, Distil
 Shapes: B batch, K classes, J the teacher's classes.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._joint_loss_reference import JointLoss, decision_weight, reference
+from fastdeitlt.kernels._pick import pick
 
 __all__ = ["JointLoss", "decision_weight", "joint_loss"]
 
 Distillation = Literal["hard", "soft"]
 Base = Literal["ce", "bce", "balanced_softmax", "logit_adjustment"]
 Impl = Literal["auto", "torch", "triton"]
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 EMPTY_CLASS_PRIOR = 1e-9
 """Prior of a class without training images, as in PaCo (losses.py): keeps its log finite."""
@@ -71,7 +69,7 @@ def joint_loss(
         cls_weights: [K] float32 weights of the CLS loss by class. None = all 1.
         normaliser: 0-d float32 that replaces ``sum_b w[t_b]`` (``decision_weight``, averaged over ranks, makes the
             weighted mean global). None = this batch's own.
-        impl: "torch", "triton", or "auto" = the one measured fastest on this GPU, else torch.
+        impl: "torch", "triton", or "auto", see ``kernels._pick``.
 
     Returns:
         loss, cls_loss, dist_loss, all differentiable. With ``weights`` the DIST loss is the weighted mean over the
@@ -85,7 +83,7 @@ def joint_loss(
         gives no distribution; ours re-weights the probabilities); balanced softmax: Ren et al. 2020, eq. 4; logit
         adjustment: Menon et al. 2021, eq. 10.
     """
-    _check_options(smoothing, distillation, tau, alpha, base, counts, impl)
+    _check_options(smoothing, distillation, tau, alpha, base, counts)
     _check_logits(cls_logits, dist_logits, teacher_logits, class_map, distillation)
     (batch, num_classes), device = cls_logits.shape, cls_logits.device
     _check_mixing(partner, lam, device)
@@ -103,7 +101,11 @@ def joint_loss(
     if counts is not None:
         log_prior = (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
 
-    run: Callable[..., JointLoss] = _implementation(impl, cls_logits)
+    run: Callable[..., JointLoss] = reference
+    if pick("joint_loss", impl, (num_classes,), device, cls_logits.dtype != torch.float64) == "triton":
+        from fastdeitlt.kernels import joint_loss as kernel  # Triton is slow to import
+
+        run = kernel.joint_loss
     return run(
         cls_logits, dist_logits, labels, teacher_logits.detach(), partner=partner,
         lam=torch.full((), lam, device=device) if isinstance(lam, float | int) else lam,
@@ -113,12 +115,11 @@ def joint_loss(
 
 
 def _check_options(
-    smoothing: float, distillation: str, tau: float, alpha: float, base: str, counts: Tensor | None, impl: str
+    smoothing: float, distillation: str, tau: float, alpha: float, base: str, counts: Tensor | None
 ) -> None:
     for name, got, known in (
         ("distillation", distillation, get_args(Distillation)),
         ("base", base, get_args(Base)),
-        ("impl", impl, get_args(Impl)),
     ):
         if got not in known:
             raise UserError(f"joint_loss: {name} is {got!r}, expected one of {', '.join(known)}")
@@ -184,19 +185,3 @@ def _check_tensor(
 
 def _say(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-
-
-def _implementation(impl: str, logits: Tensor) -> Callable[..., JointLoss]:
-    """The kernel where ``impl`` names it, or leaves the choice and it was measured faster; else ``reference``."""
-    if impl == "triton" and not HAS_TRITON:
-        raise UserError(
-            "joint_loss: impl=triton, but triton is not installed; install a CUDA build of torch or use torch"
-        )
-    fits = HAS_TRITON and logits.is_cuda and logits.dtype != torch.float64
-    if impl == "torch" or (impl == "auto" and not fits):
-        return reference
-    from fastdeitlt.kernels import joint_loss as kernel  # Triton is slow to import
-
-    if impl == "auto" and kernel.choose(logits.size(1), logits.device) != "triton":
-        return reference
-    return kernel.joint_loss

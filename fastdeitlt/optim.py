@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._pick import pick
 
 log = logging.getLogger("fastdeitlt")
 
@@ -75,8 +76,8 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     """AdamW or LAMB over ``parameter_groups`` with the implementation that ``optim.backend`` names.
 
     The learning rate is a tensor on the parameters' device where the implementation takes one, so that changing it
-    neither syncs nor recompiles. `auto` is the AdamW measured fastest on this GPU, else torch's fused one, and apex for
-    LAMB. `fastdeitlt` updates the moving average in the same pass.
+    neither syncs nor recompiles. `auto` is the AdamW measured fastest on this GPU, else torch's fused one
+    (``kernels._pick``), and apex for LAMB. `fastdeitlt` updates the moving average in the same pass.
 
     Raises:
         UserError: the named implementation is not installed, needs a GPU, or does not do what ``optim.algorithm`` asks.
@@ -84,7 +85,8 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     o = cfg.optim
     groups = parameter_groups(model, o.weight_decay)
     device = groups[1]["params"][0].device
-    backend = _auto(o.algorithm, device) if o.backend == "auto" else o.backend
+    backend = "apex" if (o.algorithm, o.backend) == ("lamb", "auto") else o.backend
+    backend = pick("adamw_ema", backend, ("step",), device)
     if o.algorithm == "lamb" and backend != "apex":
         raise UserError(
             f"optim.algorithm=lamb: only NVIDIA apex has it, got optim.backend={backend}; use optim.backend=apex"
@@ -110,20 +112,8 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
         case "deepspeed":
             _needs_gpu("deepspeed", device)
             optimizer = _deepspeed_adam(groups, lr=lr, adam_w_mode=True, **arguments)
-        case _:
-            raise UserError(f"optim.backend: got {backend!r}, expected auto, fastdeitlt, torch, apex or deepspeed")
     log.info("optimizer: %s by %s", {"adamw": "AdamW", "lamb": "LAMB"}[o.algorithm], backend)
     return optimizer
-
-
-def _auto(algorithm: str, device: torch.device) -> str:
-    if algorithm == "lamb":
-        return "apex"
-    if device.type != "cuda":
-        return "torch"
-    from fastdeitlt.kernels.adamw_ema import choose
-
-    return choose(device)
 
 
 def _apex() -> tuple[type, type]:

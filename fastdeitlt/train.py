@@ -27,6 +27,7 @@ from fastdeitlt.running.meter import Meter
 from fastdeitlt.running.preemption import StopRequest
 from fastdeitlt.running.run import Run
 from fastdeitlt.running.watch import memory_hint
+from fastdeitlt.speed.auto import measure_kernels
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settle_order, teacher_of
 
@@ -70,6 +71,8 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         teacher = teacher_of(cfg, images, size, device)  # 5 teacher
         if teacher:
             settle_order(teacher, images, source, cfg, size, run.folder)
+        measure_kernels(cfg, student, teacher, num_classes, device)
+        run.note_environment()
         joint = JointForward(student, teacher, images.counts, cfg, device)  # 6 joint loss
         engine = build_engine(joint, cfg, plan)  # 7 backward, step
         ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None

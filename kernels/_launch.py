@@ -4,7 +4,6 @@ Nothing here touches a GPU at import.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -16,8 +15,6 @@ import triton
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
-
-log = logging.getLogger("fastdeitlt")
 
 
 def interpreted() -> bool:
@@ -37,12 +34,6 @@ class LaunchConfig:
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Log a warning the first time."""
-    log.warning(message)
 
 
 _compiler: Callable[..., object] | None = None

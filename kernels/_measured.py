@@ -1,19 +1,20 @@
-"""What was measured on a GPU: the launch settings that won, and which implementation of an op is fastest.
+"""Measurements of kernels: the fastest launch settings, and the fastest implementation of each op.
 
-Rows are JSON lines, a file a GPU: those that ship lie beside the kernels in ``measured``, those that `fastdeitlt tune`
-found here in the user's cache, and those win. A row counts only under the Triton it was measured with.
+Rows are JSON lines, one file a GPU: those that ship are in ``measured`` beside the kernels, those of this user in the
+user cache. A row of the same GPU and Triton wins. Without one, a row of another GPU of the same compute capability or
+of another Triton is the prior.
 """
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import torch
-from fastdeitlt.kernels._launch import LaunchConfig, say_once
+from fastdeitlt.kernels._launch import LaunchConfig
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fastdeitlt.atomic import write_atomically
@@ -25,7 +26,7 @@ SHIPPED = Path(__file__).parent / "measured"
 
 
 class Row(BaseModel):
-    """One thing that was measured."""
+    """One measurement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,6 +35,8 @@ class Row(BaseModel):
     """Shape: what of it matters to the op, see there."""
     kind: Literal["setting", "fastest"]
     gpu: str
+    capability: tuple[int, int]
+    """Compute capability of the GPU."""
     torch: str
     triton: str
     date: str
@@ -62,13 +65,13 @@ class Row(BaseModel):
 
 
 def file_of(gpu: str, folder: Path | None = None) -> Path:
-    """Where a GPU's rows lie; None = the user's."""
+    """Return the path of a GPU's rows in a folder. None = the user cache."""
     name = "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
     return (folder or user_cache("kernels")) / f"{name}.jsonl"
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file, none where there is no file.
+    """Return the rows of a file; none if it does not exist.
 
     Raises:
         UserError: a line is not a row.
@@ -95,18 +98,37 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 @functools.cache
-def rows_of(gpu: str) -> Mapping[tuple[str, str, Key], Row]:
-    """(kind, op, key) -> what counts for a GPU with the installed Triton."""
-    installed, found = metadata.version("triton"), {}
-    for path in (file_of(gpu, SHIPPED), file_of(gpu)):
-        rows = [row for row in read(path) if row.gpu == gpu]
-        if old := {row.triton for row in rows} - {installed}:
-            say_once(
-                f"kernels: what was measured with Triton {', '.join(sorted(old))} ({path}) does not count with "
-                f"{installed}; 'fastdeitlt tune CONFIG' measures again"
-            )
-        found |= {(row.kind, row.op, row.key): row for row in rows if row.triton == installed}
-    return found
+def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
+    """Return (kind, op, key) -> the row that counts for a GPU with the installed Triton.
+
+    In rising order: a prior of another GPU, a prior of another Triton, a row of this GPU and Triton; of equals the
+    user's wins over the shipped one.
+    """
+    gpu, here, installed = gpu_name(index), capability(index), metadata.version("triton")
+    paths = [*sorted(SHIPPED.glob("*.jsonl")), *sorted(user_cache("kernels").glob("*.jsonl"))]
+    rows = [row for path in paths for row in read(path) if row.capability == here]
+    rows.sort(key=lambda row: (row.gpu == gpu, row.gpu == gpu and row.triton == installed))
+    return {**by_key(rows), **_shared}
+
+
+def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, Key], Row]:
+    """Return (kind, op, key) -> row; of equals the last."""
+    return {(row.kind, row.op, row.key): row for row in rows}
+
+
+def is_current(row: Row, gpu: str) -> bool:
+    """Return whether a row was measured on this GPU with the installed torch and Triton."""
+    return row.gpu == gpu and all(getattr(row, name) == metadata.version(name) for name in ("torch", "triton"))
+
+
+_shared: dict[tuple[str, str, Key], Row] = {}
+
+
+def share(rows: Iterable[Row]) -> None:
+    """Let these rows win in this process: those of rank 0, so that all ranks run the same implementations."""
+    _shared.clear()
+    _shared.update(by_key(rows))
+    rows_of.cache_clear()
 
 
 _tried: dict[tuple[str, Key], LaunchConfig] = {}
@@ -131,38 +153,28 @@ def trying(op: str, key: Key, config: LaunchConfig) -> Iterator[None]:
 
 
 def setting(op: str, key: Key, device: torch.device, default: LaunchConfig) -> LaunchConfig:
-    """The launch setting measured on this GPU, or ``default`` for a GPU or key nobody measured."""
+    """Return the measured launch setting, or ``default`` where there is none."""
     if (op, key) in _tried:
         return _tried[op, key]
     if device.type != "cuda":
         return default
-    row = rows_of(gpu_name(device.index)).get(("setting", op, key))
+    row = rows_of(device.index).get(("setting", op, key))
     return row.config if row else default
-
-
-def fastest(op: str, key: Key, device: torch.device, default: str) -> str:
-    """What "auto" takes: the implementation measured fastest on this GPU, or ``default``.
-
-    A GPU or key that nobody measured is said once an op; on a CPU nothing else than the default makes sense.
-    """
-    if device.type != "cuda":
-        return default
-    gpu = gpu_name(device.index)
-    row = rows_of(gpu).get(("fastest", op, key))
-    if row is None:
-        say_once(
-            f"{op}: auto takes torch's, nothing is measured on {gpu} at {key}; 'fastdeitlt tune CONFIG' measures, "
-            "'triton' takes the kernel"
-        )
-    return row.impl if row else default
 
 
 @functools.cache
 def gpu_name(index: int | None) -> str:
+    """Return a GPU's name."""
     return torch.cuda.get_device_name(index)
 
 
-def fingerprint(gpu: str) -> str:
-    """Changes when the rows that count for a GPU do: a resumed run may then compute in another order."""
-    rows = "\n".join(sorted(row.model_dump_json() for row in rows_of(gpu).values()))
+@functools.cache
+def capability(index: int | None) -> tuple[int, int]:
+    """Return a GPU's compute capability."""
+    return torch.cuda.get_device_capability(index)
+
+
+def fingerprint(index: int | None = None) -> str:
+    """Return a hash that changes with the rows that count: a resumed run may then compute in another order."""
+    rows = "\n".join(sorted(row.model_dump_json() for row in rows_of(index).values()))
     return hashlib.sha256(rows.encode()).hexdigest()[:8]

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
-from fastdeitlt.kernels._measured import fastest, setting
+from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
@@ -26,11 +26,6 @@ from fastdeitlt.errors import UserError
 DEFAULT = LaunchConfig({"BLOCK": 1024}, num_warps=8)
 KEY = ("step",)
 """Of its measurements: the shape does not matter."""
-
-
-def choose(device: torch.device) -> str:
-    """Whose AdamW "auto" takes: the one measured fastest, else torch's."""
-    return fastest("adamw_ema", KEY, device, "torch")
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 import triton
 from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms
-from fastdeitlt.kernels._measured import fastest, setting
+from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels._pick import pick
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-IMPLS = ("auto", "triton", "torch")
 MAX_WIDTH = 4096
 
 
@@ -257,7 +257,7 @@ def add_layernorm(
             others. None = all. Neither these nor the next are checked for repetition: that would stall the host.
         normed_samples_K: [K] int64, different samples whose normalised rows are wanted. None = all.
         dtype: of the normalised output. None = the branch's (x's without one).
-        impl: "triton", "torch" (``reference``), "auto" (the one measured fastest on this GPU, else torch). On a CPU
+        impl: "triton", "torch" (``reference``), "auto" (see ``_pick.pick``). On a CPU
             "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
@@ -282,12 +282,10 @@ def add_layernorm(
         check(op, "branch", branch, (num_branch, *shape[1:]), FLOATS, x.device)
         if branch_bias is not None:
             check(op, "branch_bias", branch_bias, shape[-1:], FLOATS, x.device)
-    if impl not in IMPLS:
-        raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
     if impl == "triton" and shape[-1] > MAX_WIDTH:
         raise UserError(f"{op}: the Triton kernel takes widths up to {MAX_WIDTH}, got {shape[-1]}; use impl='torch'")
     dtype = dtype or (x.dtype if branch is None else branch.dtype)
-    if choose(impl, shape[-1], x.device) == "torch":
+    if pick(op, impl, (shape[-1],), x.device, shape[-1] <= MAX_WIDTH) == "torch":
         return reference(
             x, branch, weight, bias, scale_B, eps, branch_bias=branch_bias, branch_samples_K=branch_samples_K,
             normed_samples_K=normed_samples_K, dtype=dtype,
@@ -299,12 +297,6 @@ def add_layernorm(
         shape[0] if normed_samples_K is None else len(normed_samples_K), eps, dtype, branch_bias,
     )  # fmt: skip
     return x if branch is None else residual, normed
-
-
-@torch.compiler.assume_constant_result
-def choose(impl: str, width: int, device: torch.device) -> str:
-    """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch."""
-    return fastest("add_layernorm", (width,), device, "torch") if impl == "auto" else impl
 
 
 def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:

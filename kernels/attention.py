@@ -18,21 +18,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
-from fastdeitlt.kernels._launch import check, interpreted, say_once
-from fastdeitlt.kernels._measured import fastest
+from fastdeitlt.kernels._launch import check, interpreted
+from fastdeitlt.kernels._pick import FLASH_MODULES, pick_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeitlt.errors import UserError
 
-__all__ = ["IMPLS", "WIDTHS", "aot_configs", "attention", "attention_first", "choose", "reference"]
+__all__ = ["WIDTHS", "aot_configs", "attention", "attention_first", "reference"]
 
-IMPLS = ("auto", "triton", "sdpa", "cudnn", "flash", "math")
 WIDTHS = (32, 64, 96, 128)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MAX_TOKENS = 1024
 LOG2E = math.log2(math.e)
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+FLASH = dict.fromkeys(("flash", *FLASH_MODULES), SDPBackend.FLASH_ATTENTION)
+GPU_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+BACKENDS = {**FLASH, **GPU_BACKENDS, "math": SDPBackend.MATH}
 
 
 def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
@@ -136,20 +136,6 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tens
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.compiler.assume_constant_result
-def choose(impl: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch's own choice.
-
-    More than 1,024 tokens have no kernel, and float32 none without spills on a GPU.
-    """
-    if impl in ("auto", "triton") and tokens > MAX_TOKENS:
-        say_once(f"attention: {tokens} tokens are more than {MAX_TOKENS}, torch's scaled_dot_product_attention runs")
-        return "sdpa"
-    if impl != "auto":
-        return impl
-    return "sdpa" if dtype == torch.float32 else fastest("attention", (tokens, width), device, "sdpa")
-
-
 def attention(
     qkv_BN3HD: Tensor, *, qkv_bias: Tensor | None = None, query_rows: int | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -161,7 +147,7 @@ def attention(
             gradient from this backward, for the kernel without another pass. None = the caller's matter.
         query_rows: compute the first so many tokens' rows only, at most 16 for the kernel. None = all. The gradient of
             the other rows' queries is zero.
-        impl: "auto" as ``choose`` says; "triton"; "sdpa" (torch's choice), "cudnn", "flash" or "math" of torch.
+        impl: one of ``_pick.IMPLS``, see ``pick_attention``; "sdpa" leaves the backend to torch.
             On a CPU "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
@@ -201,20 +187,18 @@ def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None
 
 
 def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, impl: str) -> Tensor:
-    if impl not in IMPLS:
-        raise UserError(f"attention: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
     tokens, (heads, width) = q.shape[1] if kv is None else kv.shape[1], q.shape[-2:]
     if qkv_bias is not None:
         check("attention", "qkv_bias", qkv_bias, (3 * heads * width,), FLOATS, q.device)
-    chosen = choose(impl, tokens, width, q.dtype, q.device)
+    chosen = pick_attention(impl, tokens, width, q.dtype, q.device)
     if chosen == "triton":
         _check_kernel(q, rows if rows < tokens or kv is not None else None)
         return _forward(q, kv, qkv_bias, rows)[0]
     if qkv_bias is not None:
         zeros_3HD = (qkv_bias - qkv_bias.detach()).to(q.dtype).view(3, heads, width)
         q, kv = (q + zeros_3HD, None) if kv is None else (q + zeros_3HD[0], kv + zeros_3HD[1:])
-    if chosen == "cudnn" and q.device.type != "cuda":
-        raise UserError(f"attention: impl 'cudnn' needs a CUDA tensor, got one on {q.device}; use 'auto' or 'sdpa'")
+    if chosen in GPU_BACKENDS and q.device.type != "cuda":
+        raise UserError(f"attention: impl {chosen!r} needs a CUDA tensor, got one on {q.device}; use 'auto' or 'sdpa'")
     queries, keys, values = _split(q, kv, rows)
     if chosen == "sdpa":
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms
-from fastdeitlt.kernels._measured import fastest, setting
+from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels._pick import pick
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-IMPLS = ("auto", "triton", "torch")
 FORWARD = LaunchConfig({"ROWS": 4, "BLOCK": 512}, num_warps=4)
 BACKWARD = LaunchConfig({"ROWS": 8, "BLOCK": 256, "PROGRAMS": 4}, num_warps=4, num_stages=2)
 """Defaults; the backward has PROGRAMS on a multiprocessor for all columns together."""
@@ -184,7 +184,7 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         u: [..., F] float32, float16 or bfloat16, contiguous, not empty.
         bias: [F], one of the three types.
-        impl: "triton", "torch" (``reference``), "auto" (the one measured fastest on this GPU, else torch). On a CPU
+        impl: "triton", "torch" (``reference``), "auto" (see ``_pick.pick``). On a CPU
             "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
@@ -197,15 +197,8 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
         raise UserError(f"bias_gelu: u has shape {tuple(u.shape)}, expected (rows, ..., width), not empty")
     check("bias_gelu", "u", u, tuple(u.shape), FLOATS)
     check("bias_gelu", "bias", bias, tuple(u.shape[-1:]), FLOATS, u.device)
-    if impl not in IMPLS:
-        raise UserError(f"bias_gelu: got impl {impl!r}, expected one of {', '.join(IMPLS)}")
-    return reference(u, bias) if choose(impl, u.shape[-1], u.device) == "torch" else _forward(u, bias)
-
-
-@torch.compiler.assume_constant_result
-def choose(impl: str, width: int, device: torch.device) -> str:
-    """The implementation that runs: ``impl``, or for "auto" the one measured fastest, else torch."""
-    return fastest("bias_gelu", (width,), device, "torch") if impl == "auto" else impl
+    chosen = pick("bias_gelu", impl, tuple(u.shape[-1:]), u.device)
+    return reference(u, bias) if chosen == "torch" else _forward(u, bias)
 
 
 def aot_configs() -> list[AotConfig]:

@@ -27,7 +27,7 @@ from fastdeitlt.kernels._joint_loss_device import (
 )
 from fastdeitlt.kernels._joint_loss_reference import JointLoss, reference
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
-from fastdeitlt.kernels._measured import fastest, setting
+from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,12 +52,6 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
         warps = block * element_size // 512
     default = LaunchConfig({"BLOCK": block}, num_warps=min(max(warps, 1), 8))
     return setting("joint_loss", found, device, default)
-
-
-@torch.compiler.assume_constant_result
-def choose(num_classes: int, device: torch.device) -> str:
-    """What "auto" takes: the implementation measured fastest, else torch."""
-    return fastest("joint_loss", (num_classes,), device, "torch")
 
 
 class _Inputs(NamedTuple):

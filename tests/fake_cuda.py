@@ -200,8 +200,15 @@ def outside(build):
 def fake_cuda():
     """A ``FakeCuda``; modules made outside move to ``CUDA`` with ``.to`` within. Autocast and backward work."""
     with ExitStack() as stack:
-        for name, answer in (("amp.common.amp_definitely_not_available", False), ("is_bf16_supported", True)):
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda answer=answer, **_: answer))
+        for name, answer in (
+            ("amp.common.amp_definitely_not_available", False),
+            ("is_bf16_supported", True),
+            ("get_device_name", "NVIDIA Fake"),
+            ("get_device_capability", (9, 0)),
+        ):
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *_, answer=answer, **__: answer))
+        available = "torch.backends.cuda.is_flash_attention_available"
+        stack.enter_context(mock.patch(available, lambda: True))
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", run_backward))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", _pinned))
         stack.enter_context(mock.patch("torch.nn.Module.to", _move))

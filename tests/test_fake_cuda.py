@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_cuda import CUDA, HostWaitError, fake_cuda, outside, run_backward
 from fastdeitlt.kernels import _measured
-from fastdeitlt.kernels._measured import gpu_name
+from fastdeitlt.kernels._measured import capability, gpu_name, rows_of
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -90,7 +90,7 @@ TWICE = ("torch", "flat AdamW")
 def no_fake_tensor_is_kept():
     """Constants are kept by device, and so is its name; a fake one would meet the next test."""
     yield
-    for kept in (augment.affine, augment.normal_table, warps._fill, warps._pulse, gpu_name):
+    for kept in (augment.affine, augment.normal_table, warps._fill, warps._pulse, gpu_name, capability, rows_of):
         kept.cache_clear()
 
 
@@ -190,7 +190,6 @@ def compiled_once(monkeypatch):
 @pytest.mark.parametrize("settings", [KERNELS, dict.fromkeys(KERNELS, "auto") | COUNT], ids=["kernels", "auto"])
 def test_the_compiled_step_is_one_graph_on_the_gpu(settings, compiled_once, monkeypatch):
     cfg = config.build(SMALL | settings | {"train.compile": True})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "a GPU that nobody measured")
     with monkeypatch.context() as there:
         there.setattr(torch.cuda, "is_available", lambda: True)
         there.setattr(torch.cuda, "current_device", lambda: 0)
@@ -201,10 +200,9 @@ def test_the_compiled_step_is_one_graph_on_the_gpu(settings, compiled_once, monk
 
 def test_auto_takes_what_was_measured_only_where_the_student_is(monkeypatch):
     """A student on the CPU of a GPU that was tuned computes, and is exported, with torch's operations alone."""
-    won = SimpleNamespace(impl="triton")
+    won = SimpleNamespace(impl="triton", gpu="some GPU")
     rows = SimpleNamespace(get=lambda key: won if key[0] == "fastest" else None)
-    monkeypatch.setattr(_measured, "rows_of", lambda gpu: rows)
-    monkeypatch.setattr(_measured, "gpu_name", lambda index: "some GPU")
+    monkeypatch.setattr(_measured, "rows_of", lambda index: rows)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     student = small_student(config.build(SMALL | dict.fromkeys(KERNELS, "auto"))).eval()
 

@@ -245,7 +245,7 @@ ERRORS = [
     ({"class_map": torch.zeros(3, dtype=torch.int64)}, r"class_map is torch.int64 \(3,\)"),
     ({"distillation": "medium"}, "distillation is 'medium', expected one of hard, soft"),
     ({"base": "focal"}, "base is 'focal', expected one of ce, bce, balanced_softmax, logit_adjustment"),
-    ({"impl": "cuda"}, "impl is 'cuda', expected one of auto, torch, triton"),
+    ({"impl": "cuda"}, "got impl 'cuda', expected one of auto, torch, triton"),
     ({"base": "balanced_softmax"}, "counts is missing with base=balanced_softmax"),
     ({"counts": torch.ones(K)}, "counts is given with base=ce"),
     ({"normaliser": torch.ones(2)}, r"normaliser is torch.float32 \(2,\) on cpu, expected torch.float32 \(\)"),

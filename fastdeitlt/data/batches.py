@@ -23,6 +23,7 @@ from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import keep_to_one_core
 from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._pick import pick
 from fastdeitlt.precision import autocast_dtype
 
 T = TypeVar("T")
@@ -127,7 +128,7 @@ def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
         raise UserError(
             f"augment.impl=triton: the kernel knows the recipes deit and none, got {cfg.recipe}; use augment.impl=auto"
         )
-    return cfg.impl == "triton" or (cfg.impl == "auto" and known and device.type == "cuda")
+    return pick("augment", cfg.impl, (), device, known, unmeasured="triton") == "triton"
 
 
 def _augment_fused(

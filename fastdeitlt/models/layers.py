@@ -1,16 +1,12 @@
-"""The student's layers under timm's parameter names, and the choice of who computes them."""
+"""The student's layers, under timm's parameter names, each in torch's operations or through a kernel."""
 # B batch, C channels, H W height and width of images_BCHW, N tokens, M of them, D width;
 # after the qkv projection: H heads, E width of a head (D = H E)
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeitlt.config import near
-from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._pick import pick, pick_attention
 
 MLP_RATIO = 4
 
@@ -29,22 +25,39 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
 
-# of (x_BND, its qkv projection, number of heads, how many of the first tokens ask; None = all) -> [B, N or M, D]
-Attention = Callable[[Tensor, Linear, int, int | None], Tensor]
-
-
-def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None) -> Tensor:
+def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str = "sdpa") -> Tensor:
     """Softmax attention of every token, or of the first ``num_queries``, to every token.
+
+    Args:
+        impl: see ``kernels._pick``. The kernel gives the projection's bias its gradient as well, which would be another
+            pass over the gradient of the projection's output.
 
     Returns:
         [B, N, D] or [B, M, D], heads side by side.
     """
+    device = x_BND.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x_BND.dtype
+    impl = pick_attention(impl, x_BND.shape[1], x_BND.shape[-1] // heads, dtype, device)
+    if impl != "sdpa":
+        return _attend(x_BND, qkv, heads, num_queries, impl)
     if num_queries is None:
         q_BHME, k_BHNE, v_BHNE = _packed(x_BND, qkv, heads).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries)
         q_BHME, (k_BHNE, v_BHNE) = q_BMHE.transpose(1, 2), kv_BN2HE.permute(2, 0, 3, 1, 4)
     return _softmax_attention(q_BHME, k_BHNE, v_BHNE)
+
+
+def _attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str) -> Tensor:
+    from fastdeitlt.kernels.attention import attention, attention_first  # Triton is slow to import
+
+    kernel = impl == "triton"
+    # the bias is read after the projection has run: ZeRO's stage 3 takes its weights away when it has
+    if num_queries is None:
+        qkv_BN3HE = _packed(x_BND, qkv, heads, train_bias=not kernel)
+        return attention(qkv_BN3HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
+    q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, train_bias=not kernel)
+    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
 
 
 def _packed(x_BND: Tensor, qkv: Linear, heads: int, *, train_bias: bool = True) -> Tensor:
@@ -69,70 +82,13 @@ def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor
     return F.scaled_dot_product_attention(q_BHME, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
 
 
-def attend_kernel(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, *, impl: str) -> Tensor:
-    """``attend`` through kernels/attention.py, whose kernel gives the projection's bias its gradient as well.
-
-    That would be another pass over the gradient of the projection's output.
-    """
-    from fastdeitlt.kernels.attention import attention, attention_first, choose
-
-    dtype = torch.get_autocast_dtype(x_BND.device.type) if torch.is_autocast_enabled(x_BND.device.type) else x_BND.dtype
-    kernel = choose(impl, x_BND.shape[1], x_BND.shape[-1] // heads, dtype, x_BND.device) == "triton"
-    # the bias is read after the projection has run: ZeRO's stage 3 takes its weights away when it has
-    if num_queries is None:
-        qkv_BN3HE = _packed(x_BND, qkv, heads, train_bias=not kernel)
-        return attention(qkv_BN3HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
-    q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, train_bias=not kernel)
-    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
-
-
-def attention_function(name: str) -> Attention:
-    """The function of an implementation (kernels/attention.py); "auto" on a machine without a GPU is "sdpa"."""
-    if name == "sdpa" or (name == "auto" and not torch.cuda.is_available()):
-        return attend
-    from fastdeitlt.kernels.attention import IMPLS
-
-    if name not in IMPLS:
-        raise UserError(f"student attention {name!r}: unknown, expected one of {', '.join(IMPLS)}{near(name, IMPLS)}")
-    return partial(attend_kernel, impl=name)
-
-
-# the hidden layer of (x_BND, its linear map)
-Hidden = Callable[[Tensor, nn.Linear], Tensor]
-
-
-def linear_gelu(x_BND: Tensor, linear: nn.Linear) -> Tensor:
-    """Linear map with bias, then exact GELU."""
-    return F.gelu(linear(x_BND))
-
-
-def linear_gelu_kernel(x_BND: Tensor, linear: nn.Linear) -> Tensor:
-    """``linear_gelu`` with bias and GELU in one pass (kernels/bias_gelu.py), whose backward sums the bias gradient."""
+def linear_gelu(x_BND: Tensor, linear: nn.Linear, impl: str = "torch") -> Tensor:
+    """Linear map with bias, then exact GELU; the kernel does both in one pass and sums the bias gradient in another."""
+    if pick("bias_gelu", impl, (linear.out_features,), x_BND.device) == "torch":
+        return F.gelu(linear(x_BND))
     from fastdeitlt.kernels.bias_gelu import bias_gelu
 
     return bias_gelu(F.linear(x_BND, linear.weight), linear.bias, impl="triton")
-
-
-def linear_gelu_auto(x_BND: Tensor, linear: nn.Linear) -> Tensor:
-    """``linear_gelu`` by what was measured fastest where x is: a student that is on the CPU of a tuned GPU has torch's.
-
-    An export of it would otherwise hold our kernels.
-    """
-    from fastdeitlt.kernels.bias_gelu import choose
-
-    kernel = choose("auto", linear.out_features, x_BND.device) == "triton"
-    return linear_gelu_kernel(x_BND, linear) if kernel else linear_gelu(x_BND, linear)
-
-
-def hidden_function(name: str) -> Hidden:
-    """The function of an implementation of the MLP's hidden layer; names as ``residual.add_norm_function``."""
-    auto = linear_gelu_auto if torch.cuda.is_available() else linear_gelu
-    known = {"auto": auto, "torch": linear_gelu, "triton": linear_gelu_kernel}
-    if name not in known:
-        raise UserError(
-            f"student bias_gelu {name!r}: unknown, expected one of {', '.join(known)}{near(name, list(known))}"
-        )
-    return known[name]
 
 
 class PatchProjection(nn.Conv2d):
@@ -167,26 +123,25 @@ class PatchEmbed(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention up to the heads' outputs; ``proj`` is applied where the branch joins the stream."""
 
-    def __init__(self, width: int, heads: int, attention: Attention) -> None:
+    def __init__(self, width: int, heads: int, impl: str) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.impl = heads, impl
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.attend = attention
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
         """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
-        return self.attend(x_BND, self.qkv, self.heads, num_queries)
+        return attend(x_BND, self.qkv, self.heads, num_queries, self.impl)
 
 
 class Mlp(nn.Module):
     """Linear map and exact GELU; the second map, ``fc2``, is applied where the branch joins the stream."""
 
-    def __init__(self, width: int, hidden: Hidden) -> None:
+    def __init__(self, width: int, impl: str) -> None:
         super().__init__()
+        self.impl = impl
         self.fc1 = Linear(width, MLP_RATIO * width)
         self.fc2 = Linear(MLP_RATIO * width, width)
-        self.hidden = hidden
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.hidden(x_BND, self.fc1)
+        return linear_gelu(x_BND, self.fc1, self.impl)

@@ -1,15 +1,13 @@
 """The student's residual stream: drop path, and the sum of a branch with the norm that reads it as one operation."""
 # B batch, S of its samples, N tokens, D width, E inputs of a branch's last linear map
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeitlt.config import near
-from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._pick import pick
 
 DROP_PATH_LAWS = ("bernoulli", "count")
 
@@ -41,15 +39,31 @@ def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
     return Kept(x_BND.new_full((batch, 1, 1), batch / num_kept), samples_S)
 
 
-# (stream, branch up to its last linear map, that map, which samples have one, norm, which samples the next branch runs)
-# -> (sum, its norm)
-AddNorm = Callable[[Tensor, Tensor, nn.Linear, Kept | None, nn.LayerNorm, Kept | None], tuple[Tensor, Tensor]]
-
-
 def add_norm(
-    x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+    x_BND: Tensor,
+    inner_SNE: Tensor,
+    linear: nn.Linear,
+    kept: Kept | None,
+    norm: nn.LayerNorm,
+    next_kept: Kept | None,
+    impl: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Add a residual branch to the stream x, then norm the samples that the next branch runs."""
+    """Add a residual branch to the stream x, then norm the samples that the next branch runs.
+
+    Args:
+        x_BND: the stream.
+        inner_SNE: the branch up to its last linear map.
+        linear: that map.
+        kept: samples that have the branch.
+        norm: applied to the sum.
+        next_kept: samples that the next branch runs.
+        impl: see ``kernels._pick``.
+
+    Returns:
+        (sum, its norm).
+    """
+    if pick("add_layernorm", impl, (x_BND.shape[-1],), x_BND.device) == "triton":
+        return _add_norm_kernel(x_BND, inner_SNE, linear, kept, norm, next_kept)
     branch_SND = linear(inner_SNE)
     if kept is None:
         x_BND = x_BND + branch_SND
@@ -61,7 +75,7 @@ def add_norm(
     return x_BND, norm(select(x_BND, next_kept))
 
 
-def add_norm_kernel(
+def _add_norm_kernel(
     x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
 ) -> tuple[Tensor, Tensor]:
     """``add_norm`` through kernels/add_layernorm.py: one pass over the stream, nothing gathered or scattered.
@@ -81,28 +95,3 @@ def add_norm_kernel(
 def select(x_BND: Tensor, kept: Kept | None) -> Tensor:
     """The samples that a branch runs."""
     return x_BND if kept is None or kept.samples_S is None else x_BND.index_select(0, kept.samples_S)
-
-
-def add_norm_auto(
-    x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
-) -> tuple[Tensor, Tensor]:
-    """``add_norm`` by what was measured fastest where x is, as ``layers.linear_gelu_auto``."""
-    from fastdeitlt.kernels.add_layernorm import choose
-
-    kernel = choose("auto", x_BND.shape[-1], x_BND.device) == "triton"
-    return (add_norm_kernel if kernel else add_norm)(x_BND, inner_SNE, linear, kept, norm, next_kept)
-
-
-def add_norm_function(name: str) -> AddNorm:
-    """The function of an implementation: torch, triton, or auto (the one measured fastest on this GPU, else torch).
-
-    Raises:
-        UserError: an unknown name.
-    """
-    known = {"auto": add_norm_auto if torch.cuda.is_available() else add_norm}
-    known |= {"torch": add_norm, "triton": add_norm_kernel}
-    if name not in known:
-        raise UserError(
-            f"student add_layernorm {name!r}: unknown, expected one of {', '.join(known)}{near(name, list(known))}"
-        )
-    return known[name]

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import near
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.layers import (
-    MLP_RATIO,
-    Attention,
-    Hidden,
-    Mlp,
-    PatchEmbed,
-    SelfAttention,
-    attention_function,
-    hidden_function,
-)
-from fastdeitlt.models.residual import DROP_PATH_LAWS, AddNorm, Kept, add_norm_function, draw_kept, select
+from fastdeitlt.kernels._pick import check_impl
+from fastdeitlt.models.layers import MLP_RATIO, Mlp, PatchEmbed, SelfAttention
+from fastdeitlt.models.residual import DROP_PATH_LAWS, Kept, add_norm, draw_kept, select
 
 NUM_PREFIX = 2  # CLS and DIST stand before the patch tokens
 # width, heads, depth
@@ -34,18 +26,19 @@ _NAME = re.compile(r"deit_(tiny|small|base|large)_distilled_patch(2|4|8|16)_([1-
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; each residual branch is dropped a sample with probability ``drop_path``."""
+    """Pre-norm transformer block; each residual branch is dropped a sample with probability ``drop_path``.
 
-    def __init__(
-        self, width: int, heads: int, drop_path: float, attention: Attention, add_norm: AddNorm, hidden: Hidden
-    ) -> None:
+    ``impls`` are the implementations of attention, add_layernorm and bias_gelu.
+    """
+
+    def __init__(self, width: int, heads: int, drop_path: float, impls: tuple[str, str, str]) -> None:
         super().__init__()
+        attention, self.add_layernorm, bias_gelu = impls
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = SelfAttention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden)
+        self.mlp = Mlp(width, bias_gelu)
         self.drop_path = drop_path
-        self.add_norm = add_norm
 
     def forward(
         self,
@@ -68,9 +61,9 @@ class Block(nn.Module):
             num_queries: compute the first so many tokens alone: exact where nothing later reads the others.
         """
         kept_attn, kept_mlp = kept
-        heads_SMD, proj = self.attn(normed_SND, num_queries), self.attn.proj
-        x_BMD, normed_SMD = self.add_norm(x_BND[:, :num_queries], heads_SMD, proj, kept_attn, self.norm2, kept_mlp)
-        return self.add_norm(x_BMD, self.mlp(normed_SMD), self.mlp.fc2, kept_mlp, next_norm, next_kept)
+        heads_SMD, proj, impl = self.attn(normed_SND, num_queries), self.attn.proj, self.add_layernorm
+        x_BMD, normed_SMD = add_norm(x_BND[:, :num_queries], heads_SMD, proj, kept_attn, self.norm2, kept_mlp, impl)
+        return add_norm(x_BMD, self.mlp(normed_SMD), self.mlp.fc2, kept_mlp, next_norm, next_kept, impl)
 
 
 class DistilledViT(nn.Module):
@@ -80,9 +73,7 @@ class DistilledViT(nn.Module):
         drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
         drop_path_law: "bernoulli" or "count", see ``draw_kept``.
         last_block_shortcut: in training, compute only the CLS and DIST rows in the last block (about 7 % less work).
-        attention: see ``attention_function``.
-        add_layernorm: see ``add_norm_function``.
-        bias_gelu: see ``hidden_function``.
+        attention, add_layernorm, bias_gelu: implementations, see ``kernels._pick``.
     """
 
     def __init__(
@@ -108,9 +99,11 @@ class DistilledViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
-        functions = attention_function(attention), add_norm_function(add_layernorm), hidden_function(bias_gelu)
+        impls = attention, add_layernorm, bias_gelu
+        for op, impl in zip(("attention", "add_layernorm", "bias_gelu"), impls, strict=True):
+            check_impl(op, impl)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, rate, *functions) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, rate, impls) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
         self.head_dist = nn.Linear(width, num_classes)
@@ -192,9 +185,7 @@ def create_student(
         img_size: height and width of the images in pixels. 0 or None = the size in the name.
         drop_path: stochastic depth of the last block.
         depth: number of blocks. 0 or None = 12 (large: 24).
-        attention: auto, triton, sdpa, cudnn, flash or math; see ``attention_function``.
-        add_layernorm: auto, triton or torch; see ``add_norm_function``.
-        bias_gelu: auto, triton or torch; see ``hidden_function``.
+        attention, add_layernorm, bias_gelu: implementations, see ``kernels._pick``.
         drop_path_law: bernoulli or count; see ``draw_kept``.
 
     Raises:

@@ -90,17 +90,17 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "gpu": gpu,
         "world": distributed.get_world(),
-        "kernel measurements": _kernel_measurements(gpu) if gpu else None,
+        "kernel measurements": _kernel_measurements() if gpu else None,
         "packages": versions,
         "commit": _commit(),
     }
 
 
-def _kernel_measurements(gpu: str) -> str:
-    """What decides which kernels `auto` takes."""
+def _kernel_measurements() -> str:
+    """Hash of the measurements by which `auto` chooses kernels."""
     from fastdeitlt.kernels._measured import fingerprint
 
-    return fingerprint(gpu)
+    return fingerprint()
 
 
 def _commit() -> str | None:
@@ -168,6 +168,11 @@ class Run:
         _warn_of_changes(read_json(folder / "env.json"), now)
         write_atomically(folder / "env.json", json.dumps(now, indent=1))
         return folder
+
+    def note_environment(self) -> None:
+        """Rewrite env.json, whose kernel measurements may have been made since the start."""
+        if self.is_main:
+            write_atomically(self.folder / "env.json", json.dumps(environment(), indent=1))
 
     def __enter__(self) -> "Run":
         return self

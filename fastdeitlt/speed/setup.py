@@ -21,6 +21,7 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.running.meter import forward_flops
+from fastdeitlt.speed.auto import measure_kernels
 from fastdeitlt.teachers.opening import teacher_of
 
 
@@ -116,6 +117,7 @@ def set_up(
 
     first = student()
     teacher = _teacher(cfg, images, len(counts), first.img_size, device)
+    measure_kernels(cfg, first, teacher, len(counts), device)
     joint = JointForward(first, teacher, counts, cfg, device)
     labels_B = torch.arange(t.batch_size, device=device) % len(counts)
     lam = torch.tensor(0.7, device=device)

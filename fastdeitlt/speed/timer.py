@@ -62,7 +62,8 @@ def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, 
         tensors: what it is differentiated by.
     """
     kept = tensors_of(function())
-    upstream = [torch.randn_like(tensor) for tensor in kept]
+    generator = torch.Generator(kept[0].device).manual_seed(0)  # functions that should agree get equal gradients
+    upstream = [torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) for x in kept]
 
     def forward() -> object:
         with torch.no_grad():

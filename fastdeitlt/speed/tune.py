@@ -6,44 +6,31 @@ the whole training step, one after the other, and stay only where the step becom
 that wins alone can cost the compiler a fusion. Rows go to the user's cache, where ``kernels._measured`` finds them.
 """
 
-import datetime
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from fastdeitlt import config, distributed
 from fastdeitlt.data.counts import KNOWN_CLASSES
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._launch import compiling
-from fastdeitlt.kernels._measured import Key, Row, file_of, gpu_name, read, trying, use, write
-from fastdeitlt.kernels.adamw_ema import KEY
+from fastdeitlt.kernels._measured import Key, Row, by_key, file_of, gpu_name, is_current, read, trying, use, write
 from fastdeitlt.speed.bench import step_of
+from fastdeitlt.speed.first_start import copied, fastest, microseconds, new_row, same
 from fastdeitlt.speed.setup import Setup, set_up
-from fastdeitlt.speed.timer import Call, Timing, capturing_stream, measure, tensors_of
-from fastdeitlt.speed.tune_parts import Part, Pass, parts, under
+from fastdeitlt.speed.timer import Call, capturing_stream, measure
+from fastdeitlt.speed.tune_parts import SETTINGS, Pass, Shapes, parts, under
 
 log = logging.getLogger("fastdeitlt")
 
 ROUNDS, SEARCH_ROUNDS = 20, 5
-TOLERANCE = 2e-2
-"""Of a setting's results beside the default's, as a share of the largest value: several roundings of bfloat16."""
-CHOICES = {
-    "attention": ("student", "attention", "sdpa"),
-    "add_layernorm": ("student", "add_layernorm", "torch"),
-    "bias_gelu": ("student", "bias_gelu", "torch"),
-    "joint_loss": ("loss", "impl", "torch"),
-    "adamw_ema": ("optim", "backend", "torch"),
-}
-"""Op -> section and field of the configuration that chooses it, and torch's implementation."""
 
 
 def tune(
@@ -59,66 +46,61 @@ def tune(
     Args:
         config_name, overrides: as for training; the data set is not opened where its number of classes is known.
         out: folder for the GPU's file. None = the user's cache.
-        with_step: let the whole step decide; else each op alone, and the optimizer stays as it is.
+        with_step: let the whole step decide; else each op alone.
         again: measure the ops also where the file has what was measured with these versions.
 
     Raises:
         UserError: no GPU, or what training would have raised.
     """
     cfg = config.load(config_name, list(overrides))
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"measure_kernels": False})})
     device = distributed.device_of(cfg.train.device)
     if device.type != "cuda":
         raise UserError("tune: got no GPU, and the kernels run on one; on a CPU auto takes torch's everywhere")
     path = file_of(gpu_name(device.index), Path(out) if out else None)
     with capturing_stream(device):
         setup = set_up(cfg, device, synthetic=cfg.data.dataset in KNOWN_CLASSES)
-        rows, won = tune_ops(setup, path, {} if again else measured(path, gpu_name(device.index)))
+        known = {} if again else by_key(row for row in read(path) if is_current(row, gpu_name(device.index)))
+        rows, won = tune_ops(shapes_of(setup), path, known)
         rows += choose_by_step(setup, won) if with_step else list(won.values())
     write(path, rows)
     show(rows, path)
     return rows
 
 
-def measured(path: Path, gpu: str) -> dict[tuple[str, str, Key], Row]:
-    """(kind, op, key) -> row of a file, of those measured on a GPU with the installed versions."""
-    versions = _versions()
-    rows = [row for row in read(path) if row.gpu == gpu and {name: getattr(row, name) for name in versions} == versions]
-    return {(row.kind, row.op, row.key): row for row in rows}
+def shapes_of(setup: Setup) -> Shapes:
+    """Return what the shapes of a step follow from."""
+    return Shapes(setup.cfg, setup.joint.student, setup.teacher, len(setup.counts), setup.device)
 
 
-def tune_ops(setup: Setup, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
+def tune_ops(shapes: Shapes, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
     """Rows of the settings, each written when it is found, and op -> its row of what is fastest alone.
 
     The settings found for an op hold from then on, so that its kernel is compared at its best. What is ``known`` is not
     measured: an interrupted `tune` goes on where it was.
     """
     rows, won = [], {}
-    for part in parts(setup):
+    for part in parts(shapes):
         for key, found in part.passes.items():
-            row = known.get(("setting", part.op, key)) or search(setup, part.op, key, found)
+            row = known.get(("setting", part.op, key)) or search(shapes, part.op, key, found)
             use(part.op, key, row.config)
             write(path, [row])
             rows.append(row)
         if part.whole:
             row = known.get(("fastest", part.op, part.key))
             if row is None:
-                row = _fastest(setup, part)
-                write(path, [row.model_copy(update={"impl": CHOICES[part.op][2]})])  # until the caller has decided
+                row = fastest(shapes, part, ROUNDS)
+                write(path, [row.model_copy(update={"impl": shapes.torchs(part.op)})])  # until the caller has decided
             won[part.op] = row.model_copy(update={"impl": min(row.us, key=row.us.__getitem__)})
     return rows, won
 
 
-def _fastest(setup: Setup, part: Part) -> Row:
-    us = _us(measure(part.whole, setup.device, ROUNDS))
-    return _row(setup, part.op, part.key, "fastest", us, impl=min(us, key=us.__getitem__))
-
-
-def search(setup: Setup, op: str, key: Key, found: Pass) -> Row:
+def search(shapes: Shapes, op: str, key: Key, found: Pass) -> Row:
     """The fastest setting of a launch, the default where none is faster."""
     default = found.settings[0]
     others = [setting for setting in found.settings if setting != default]
     with trying(op, key, default):
-        expected = _copied(found.result())
+        expected = copied(found.result())
     with compiling(os.cpu_count() or 1):
         for setting in found.settings:
             with trying(op, key, setting):
@@ -134,25 +116,15 @@ def search(setup: Setup, op: str, key: Key, found: Pass) -> Row:
             if not same(got, expected):
                 log.warning("%s %s: %s computes something else and is left out; please report it", op, key, setting)
                 continue
-            times[number] = measure({op: found.call}, setup.device, SEARCH_ROUNDS)[op].median
+            times[number] = measure({op: found.call}, shapes.device, SEARCH_ROUNDS)[op].median
     log.info("%s %s: %d of %d settings run", op, key, len(times) + 1, len(others) + 1)
     best = others[min(times, key=times.__getitem__)] if times else default
     calls = {"best": under(op, key, best, found.call), "default": under(op, key, default, found.call)}
-    timings = measure(calls, setup.device, ROUNDS)
+    timings = measure(calls, shapes.device, ROUNDS)
     if timings["best"].median >= timings["default"].median:
         best = default
     options = {"blocks": dict(best.blocks), "num_warps": best.num_warps, "num_stages": best.num_stages}
-    return _row(setup, op, key, "setting", _us(timings), **options)
-
-
-def same(got: Any, expected: Any) -> bool:
-    """Whether two results agree to the rounding that another order of sums brings."""
-    pairs = zip(tensors_of(got), tensors_of(expected), strict=True)
-    return all((a.float() - b.float()).abs().max() <= TOLERANCE * b.float().abs().max() for a, b in pairs if b.numel())
-
-
-def _copied(result: Any) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors_of(result)]
+    return new_row(shapes, op, key, "setting", microseconds(timings), **options)
 
 
 def choose_by_step(setup: Setup, won: Mapping[str, Row]) -> list[Row]:
@@ -160,11 +132,9 @@ def choose_by_step(setup: Setup, won: Mapping[str, Row]) -> list[Row]:
 
     The step begins with torch's implementations; an op whose winner does not help keeps torch's.
     """
-    tried = {op: row for op, row in won.items() if row.impl != CHOICES[op][2]}
-    if setup.cfg.optim.algorithm == "adamw":
-        tried["adamw_ema"] = _row(setup, "adamw_ema", KEY, "fastest", {}, impl="fastdeitlt")
+    chosen = {op: shapes_of(setup).torchs(op) for op in SETTINGS}
+    tried = {op: row for op, row in won.items() if row.impl != chosen[op]}
     rows = {op: row for op, row in won.items() if op not in tried}
-    chosen = {op: torchs for op, (_, _, torchs) in CHOICES.items()}
     with torch._dynamo.config.patch(recompile_limit=64):
         step = _step(setup, chosen)
         for op, row in tried.items():
@@ -174,7 +144,7 @@ def choose_by_step(setup: Setup, won: Mapping[str, Row]) -> list[Row]:
             if timings["with"].median < timings["without"].median:
                 chosen[op], step = row.impl, other
             else:
-                facts["impl"] = CHOICES[op][2]
+                facts["impl"] = chosen[op]
             rows[op] = row.model_copy(update=facts)
     return list(rows.values())
 
@@ -183,25 +153,11 @@ def _step(setup: Setup, choice: Mapping[str, str]) -> Call:
     """The training step with an implementation of each op."""
     sections: dict[str, dict[str, str]] = {}
     for op, impl in choice.items():
-        section, field, _ = CHOICES[op]
+        section, field = SETTINGS[op]
         sections.setdefault(section, {})[field] = impl
     update = {name: getattr(setup.cfg, name).model_copy(update=fields) for name, fields in sections.items()}
     another = set_up(setup.cfg.model_copy(update=update), setup.device, synthetic=True, counts=setup.counts)
     return step_of(another, another.joint)
-
-
-def _us(timings: Mapping[str, Timing]) -> dict[str, float]:
-    return {name: timing.median * 1e3 for name, timing in timings.items()}
-
-
-def _row(setup: Setup, op: str, key: Key, kind: str, us: dict[str, float], **facts: Any) -> Row:
-    command = f"fastdeitlt tune {setup.cfg.name}"
-    gpu, date = gpu_name(setup.device.index), datetime.date.today().isoformat()
-    return Row(op=op, key=key, kind=kind, gpu=gpu, date=date, command=command, us=us, **_versions(), **facts)
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "triton")}
 
 
 def show(rows: Sequence[Row], path: Path) -> None:

@@ -1,38 +1,109 @@
-"""What `tune` measures: each op of the step that has a kernel, with random inputs of a configuration's shapes."""
+"""Each op of the step that has a kernel, with random inputs of a configuration's shapes, to be timed."""
 
-# B images, N tokens, H heads, E width of a head, D width, F width of the hidden layer, K classes
+# B images, N tokens, H heads, E width of a head, D width, F width of the hidden layer, K classes, J the teacher's
 
+import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdeitlt.config import Config
 from fastdeitlt.data import augment as augmenting
 from fastdeitlt.data import mixup
 from fastdeitlt.data.batches import use_kernel
+from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import UserError
 from fastdeitlt.flat_adamw import ALIGNMENT
+from fastdeitlt.joint import JointForward
 from fastdeitlt.kernels import _search, adamw_ema, attention, augment
 from fastdeitlt.kernels._attention_launch import Problem, one_program
 from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._measured import Key, trying
+from fastdeitlt.kernels._pick import FLASH_MODULES, MAX_TOKENS, torch_backend
 from fastdeitlt.kernels.add_layernorm import add_layernorm
 from fastdeitlt.kernels.bias_gelu import bias_gelu
 from fastdeitlt.loss import joint_loss
-from fastdeitlt.models.layers import MLP_RATIO, linear_gelu, linear_gelu_kernel
-from fastdeitlt.models.residual import Kept, add_norm, add_norm_kernel
-from fastdeitlt.models.vit import NUM_PREFIX, Block
-from fastdeitlt.speed.setup import Setup
+from fastdeitlt.models.layers import MLP_RATIO, linear_gelu
+from fastdeitlt.models.residual import Kept, add_norm
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import NUM_PREFIX, Block, DistilledViT
+from fastdeitlt.optim import Ema, peak_learning_rate
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.speed.timer import Call, passes
 
 log = logging.getLogger("fastdeitlt")
 
+TORCHS = ("flash", "cudnn", "efficient", *FLASH_MODULES)
+"""Implementations of attention that the kernel is timed beside."""
 SOURCE = (375, 500)
 """Height and width of the images that are cropped: ImageNet's usual ones."""
+
+
+SETTINGS = {
+    "attention": ("student", "attention"),
+    "add_layernorm": ("student", "add_layernorm"),
+    "bias_gelu": ("student", "bias_gelu"),
+    "joint_loss": ("loss", "impl"),
+    "adamw_ema": ("optim", "backend"),
+}
+"""Op -> section and field of the configuration that chooses its implementation."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the shapes of a step follow from."""
+
+    cfg: Config
+    student: DistilledViT
+    teacher: Teacher | None
+    num_classes: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the step's matrix products."""
+        return autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
+
+    @property
+    def batch(self) -> int:
+        """Images in a micro-batch."""
+        return self.cfg.train.batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return int(self.student.pos_embed.shape[1])
+
+    @property
+    def keys(self) -> dict[str, Key]:
+        """Ops of the step that have a kernel -> the shape that their measurements are of."""
+        width = self.student.width
+        head = width // cast(Block, self.student.blocks[0]).attn.heads
+        found: dict[str, Key] = {
+            "attention": (self.tokens, head), "add_layernorm": (width,), "bias_gelu": (MLP_RATIO * width,),
+            "joint_loss": (self.num_classes,), "adamw_ema": adamw_ema.KEY, "augment": (self.student.img_size,),
+        }  # fmt: skip
+        has_kernel = {
+            "attention": self.dtype != torch.float32 and self.tokens <= MAX_TOKENS and head in attention.WIDTHS,
+            "adamw_ema": self.cfg.optim.algorithm == "adamw",
+            "augment": use_kernel(self.cfg.augment, self.device),
+        }
+        return {op: key for op, key in found.items() if has_kernel.get(op, True)}
+
+    def torchs(self, op: str) -> str:
+        """Return torch's implementation of an op here."""
+        return torch_backend(self.dtype, self.device) if op == "attention" else "torch"
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a random tensor that requires a gradient."""
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype).requires_grad_()
 
 
 class Pass(NamedTuple):
@@ -53,7 +124,9 @@ class Part(NamedTuple):
     """Of its choice."""
     passes: Mapping[Key, Pass]
     whole: Mapping[str, Call] = {}
-    """Implementation -> forward and backward; none where only the step tells, or where another part chooses."""
+    """Implementation -> forward and backward; empty where another part chooses."""
+    eager: bool = False
+    """Whether ``whole`` cannot be captured in a CUDA graph."""
 
 
 def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
@@ -66,16 +139,15 @@ def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
     return run
 
 
-def parts(setup: Setup) -> Iterator[Part]:
-    """Every op of the step with a kernel; inputs are freed when the next part is asked for."""
-    if setup.dtype != torch.float32:  # the attention kernel has no float32 on a GPU
-        yield from _attention(setup)
-    yield _add_layernorm(setup)
-    yield _bias_gelu(setup)
-    yield _joint_loss(setup)
-    yield _adamw_ema(setup)
-    if use_kernel(setup.cfg.augment, setup.device):
-        yield _augment(setup)
+def parts(shapes: Shapes, only: Container[str] | None = None) -> Iterator[Part]:
+    """Yield every op of the step with a kernel, or some; the inputs of a part are freed with it."""
+    builders = {
+        "attention": _attention, "add_layernorm": _add_layernorm, "bias_gelu": _bias_gelu, "joint_loss": _joint_loss,
+        "adamw_ema": _adamw_ema, "augment": _augment,
+    }  # fmt: skip
+    for op, build in builders.items():
+        if op in shapes.keys and (only is None or op in only):
+            yield from build(shapes)
 
 
 def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key, Pass]:
@@ -84,29 +156,16 @@ def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key
     return {key: Pass(of_key[key], found, of_key[key]) for key, found in settings.items()}
 
 
-def _random(setup: Setup, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.randn(shape, device=setup.device, dtype=dtype or setup.dtype).requires_grad_()
-
-
-def _shape(setup: Setup) -> tuple[int, int, int, int]:
-    """B, N, H, D."""
-    student = setup.joint.student
-    block = cast(Block, student.blocks[0])
-    return len(setup.batch.labels_B), student.pos_embed.shape[1], block.attn.heads, student.width
-
-
-def _attention(setup: Setup) -> Iterator[Part]:
-    """All tokens, beside each of torch's backends that this GPU has; then the two first rows of the last block.
+def _attention(shapes: Shapes) -> Iterator[Part]:
+    """All tokens, beside torch's backends and FlashAttention 3 and 4; then the two first rows of the last block.
 
     All with the gradient of the projection's bias.
     """
-    batch, tokens, heads, width = _shape(setup)
-    head = width // heads
-    if tokens > attention.MAX_TOKENS or head not in attention.WIDTHS:
-        return
-    qkv, bias = _random(setup, batch, tokens, 3, heads, head), _random(setup, 3 * width, dtype=torch.float32)
+    batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
+    head = width // (heads := cast(Block, shapes.student.blocks[0]).attn.heads)
+    qkv, bias = shapes.random(batch, tokens, 3, heads, head), shapes.random(3 * width, dtype=torch.float32)
     problem = Problem.of(qkv, None, tokens)
-    settings = _search.attention(problem, setup.device)
+    settings = _search.attention(problem, shapes.device)
     triton = partial(attention.attention, qkv, qkv_bias=bias, impl="triton")
     calls = passes(triton, [qkv, bias])
     launches = _launches(settings, calls)
@@ -116,41 +175,44 @@ def _attention(setup: Setup) -> Iterator[Part]:
         two_launches = under("attention", backward, in_two, launches[keys].call)
         launches[keys] = Pass(two_launches, settings[keys], two_launches)
     whole = {"triton": calls["whole"]}
-    for impl in ("sdpa", "cudnn", "flash"):
+    for impl in dict.fromkeys((shapes.torchs("attention"), *TORCHS)):
         try:
             torchs = _summing(passes(partial(attention.attention, qkv, impl=impl), [qkv])["whole"])
             torchs()
-        except (RuntimeError, UserError) as error:  # a backend that does not know the device or the shape
-            log.info("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
+        except (RuntimeError, UserError) as error:  # not installed, or not for this device or shape
+            log.debug("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
             continue
         whole[impl] = torchs
     yield Part("attention", (tokens, head), launches, whole)
-    q, kv = _random(setup, batch, NUM_PREFIX, heads, head), _random(setup, batch, tokens, 2, heads, head)
+    q, kv = shapes.random(batch, NUM_PREFIX, heads, head), shapes.random(batch, tokens, 2, heads, head)
     first = partial(attention.attention_first, q, kv, qkv_bias=bias, impl="triton")
-    few = _search.attention(Problem.of(q, kv, NUM_PREFIX), setup.device)
+    few = _search.attention(Problem.of(q, kv, NUM_PREFIX), shapes.device)
     yield Part("attention", (tokens, head), _launches(few, passes(first, [q, kv, bias])))
 
 
 def _summing(whole: Callable[[], Any]) -> Call:
     """Then the pass over the gradient of the packed qkv that its projection's bias needs, where no kernel sums it."""
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         (dqkv_BN3HE,) = whole()
-        return cast(Tensor, dqkv_BN3HE).sum((0, 1), dtype=torch.float32)
+        return dqkv_BN3HE, dqkv_BN3HE.sum((0, 1), dtype=torch.float32).flatten()
 
     return run
 
 
-def _add_layernorm(setup: Setup) -> Part:
+def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
     """The float32 stream, a branch with drop path, and the norm in the type of the products that read it.
 
     Both implementations are timed with the branch's last product, in which torch adds the bias for nothing.
     """
-    batch, tokens, _, width = _shape(setup)
-    x, branch = _random(setup, batch, tokens, width, dtype=torch.float32), _random(setup, batch, tokens, width)
-    linear, norm = nn.Linear(width, width).to(setup.device, setup.dtype), nn.LayerNorm(width, eps=1e-6).to(setup.device)
-    kept = Kept(torch.rand(batch, 1, 1, device=setup.device).round() * 2)
-    bias = _random(setup, width, dtype=torch.float32)
+    batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
+    x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
+    linear, norm = (
+        nn.Linear(width, width).to(shapes.device, shapes.dtype),
+        nn.LayerNorm(width, eps=1e-6).to(shapes.device),
+    )
+    kept = Kept(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
+    bias = shapes.random(width, dtype=torch.float32)
     alone = partial(
         add_layernorm, x, branch, norm.weight, norm.bias, kept.scale_B11.flatten(), branch_bias=bias, impl="triton"
     )
@@ -159,52 +221,50 @@ def _add_layernorm(setup: Setup) -> Part:
 
     def torchs() -> tuple[Tensor, Tensor]:
         stream, normed = add_norm(x, branch, linear, kept, norm, None)
-        return stream, normed.to(setup.dtype)
+        return stream, normed.to(shapes.dtype)
 
     tensors += [linear.weight, linear.bias]
-    ours = partial(add_norm_kernel, x, branch, linear, kept, norm, None)
-    return Part("add_layernorm", (width,), launches, _both(setup, ours, torchs, tensors))
+    ours = partial(add_norm, x, branch, linear, kept, norm, None, "triton")
+    yield Part("add_layernorm", (width,), launches, _both(shapes, ours, torchs, tensors))
 
 
-def _bias_gelu(setup: Setup) -> Part:
+def _bias_gelu(shapes: Shapes) -> Iterator[Part]:
     """The hidden layer with its product, in which torch adds the bias for nothing."""
-    batch, tokens, _, width = _shape(setup)
+    batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     hidden = MLP_RATIO * width
-    x, linear = _random(setup, batch, tokens, width), nn.Linear(width, hidden).to(setup.device, setup.dtype)
-    u, bias = _random(setup, batch, tokens, hidden), _random(setup, hidden, dtype=torch.float32)
+    x, linear = shapes.random(batch, tokens, width), nn.Linear(width, hidden).to(shapes.device, shapes.dtype)
+    u, bias = shapes.random(batch, tokens, hidden), shapes.random(hidden, dtype=torch.float32)
     tensors = [x, linear.weight, linear.bias]
     alone = passes(partial(bias_gelu, u, bias, impl="triton"), [u, bias])
-    whole = _both(setup, partial(linear_gelu_kernel, x, linear), partial(linear_gelu, x, linear), tensors)
-    return Part("bias_gelu", (hidden,), _launches(_search.bias_gelus(hidden), alone), whole)
+    whole = _both(shapes, partial(linear_gelu, x, linear, "triton"), partial(linear_gelu, x, linear), tensors)
+    yield Part("bias_gelu", (hidden,), _launches(_search.bias_gelus(hidden), alone), whole)
 
 
-def _joint_loss(setup: Setup) -> Part:
+def _joint_loss(shapes: Shapes) -> Iterator[Part]:
     """Both losses and both gradients of a mixed, re-weighted batch."""
-    teacher, batch, num_classes = setup.joint.teacher, setup.batch, len(setup.counts)
-    assert teacher is not None
-    with torch.no_grad(), setup.autocast():
-        teacher_logits = teacher(batch.images_BCHW)
-    cls_logits, dist_logits = heads = [_random(setup, len(batch.labels_B), num_classes) for _ in range(2)]
-    options: dict[str, Any] = {
-        "weights": torch.rand(num_classes, device=setup.device) + 0.1,
-        "class_map": teacher.class_map,
-    }
-    options |= {"partner": batch.partner_B, "lam": batch.lam, "smoothing": setup.cfg.mixup.smoothing}
+    batch, num_classes, teacher = shapes.batch, shapes.num_classes, shapes.teacher
+    class_map = None if teacher is None else teacher.class_map
+    teacher_logits = shapes.random(batch, num_classes if teacher is None else teacher.num_classes).detach()
+    cls_logits, dist_logits = heads = [shapes.random(batch, num_classes) for _ in range(2)]
+    labels_B = torch.arange(batch, device=shapes.device) % num_classes
+    weights = torch.rand(num_classes, device=shapes.device) + 0.1
+    options: dict[str, Any] = {"weights": weights, "class_map": class_map, "smoothing": shapes.cfg.mixup.smoothing}
+    options |= {"partner": labels_B.flip(0), "lam": torch.full((), 0.7, device=shapes.device)}
     ours, torchs = (
-        partial(joint_loss, cls_logits, dist_logits, batch.labels_B, teacher_logits, impl=impl, **options)
+        partial(joint_loss, cls_logits, dist_logits, labels_B, teacher_logits, impl=impl, **options)
         for impl in ("triton", "torch")
     )
     largest = max(num_classes, teacher_logits.shape[1])
     launches = _launches(_search.joint_losses(largest, heads[0].element_size()), passes(ours, heads))
-    return Part("joint_loss", (num_classes,), launches, _both(setup, ours, torchs, heads))
+    yield Part("joint_loss", (num_classes,), launches, _both(shapes, ours, torchs, heads))
 
 
-def _adamw_ema(setup: Setup) -> Part:
-    """The flat step; which optimizer is faster only the whole step tells."""
-    weights = sum(parameter.numel() for parameter in setup.joint.student.parameters())
+def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
+    """The kernel on flat buffers; and the whole optimizer step with clipping and average, beside torch's."""
+    weights = sum(parameter.numel() for parameter in shapes.student.parameters())
     size = -(-weights // ALIGNMENT) * ALIGNMENT  # as the optimizer's buffers, which the kernel reads 16 bytes at a time
-    flat = torch.rand(5, size, device=setup.device)
-    lr, step = torch.full((), 1e-3, device=setup.device), torch.full((), 7.0, device=setup.device)
+    flat = torch.rand(5, size, device=shapes.device)
+    lr, step = torch.full((), 1e-3, device=shapes.device), torch.full((), 7.0, device=shapes.device)
     options: dict[str, Any] = {"lr": lr, "step": step, "num_decayed": size // 2, "weight_decay": 0.05, "scale": lr}
 
     def on(buffers: Sequence[Tensor]) -> None:
@@ -217,36 +277,60 @@ def _adamw_ema(setup: Setup) -> Part:
         return copies
 
     settings = _search.elementwise({adamw_ema.KEY: adamw_ema.DEFAULT})
-    return Part(
-        "adamw_ema", adamw_ema.KEY, {adamw_ema.KEY: Pass(partial(on, list(flat)), settings[adamw_ema.KEY], result)}
-    )
+    launches = {adamw_ema.KEY: Pass(partial(on, list(flat)), settings[adamw_ema.KEY], result)}
+    whole = {impl: _optimizer(shapes, impl) for impl in ("fastdeitlt", "torch")}
+    yield Part("adamw_ema", adamw_ema.KEY, launches, whole, eager=True)
 
 
-def _augment(setup: Setup) -> Part:
+def _optimizer(shapes: Shapes, backend: str) -> Call:
+    """The engine's step of a student whose weights are 0, so that results tell the steps of two backends apart."""
+    student, cfg = copy.deepcopy(shapes.student), shapes.cfg
+    for parameter in student.parameters():
+        parameter.data.zero_()
+    sections = {"optim": cfg.optim.model_copy(update={"backend": backend})}
+    sections["train"] = cfg.train.model_copy(update={"compile": False})  # type: ignore[assignment]
+    joint = cast(JointForward, SimpleNamespace(student=student))
+    engine = PlainEngine(joint, cfg.model_copy(update=sections), 1)
+    ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    generator, rate = torch.Generator(shapes.device).manual_seed(0), peak_learning_rate(cfg)
+    gradients = [torch.randn(p.shape, device=p.device, generator=generator) for p in engine.parameters]
+
+    def step() -> list[Tensor]:
+        for parameter, gradient in zip(engine.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = engine.step(rate)
+        if ema:
+            ema.update()
+        return [norm, *engine.parameters]
+
+    return step
+
+
+def _augment(shapes: Shapes) -> Iterator[Part]:
     """Crop to mixed batch, from noise."""
-    batch, (height, width), cfg, side = len(setup.batch.labels_B), SOURCE, setup.cfg.augment, setup.size
+    batch, (height, width), cfg, side = shapes.batch, SOURCE, shapes.cfg.augment, shapes.student.img_size
     numbers = np.arange(batch)
-    pixels = torch.randint(0, 256, (batch * height * width * 3,), dtype=torch.uint8, device=setup.device)
+    pixels = torch.randint(0, 256, (batch * height * width * 3,), dtype=torch.uint8, device=shapes.device)
     draws = augmenting.draw(numbers, numbers * 0, seed=0, epoch=0, cfg=cfg, size=side)
-    mix = mixup.draw(0, 0, 0, 0, setup.cfg.mixup, side)
+    mix = mixup.draw(0, 0, 0, 0, shapes.cfg.mixup, side)
     sizes_B2 = np.tile(np.array((height, width)), (batch, 1))
     call = partial(
-        augment.augment, pixels, numbers * height * width * 3, sizes_B2, draws, mix, cfg, side, dtype=setup.dtype
+        augment.augment, pixels, numbers * height * width * 3, sizes_B2, draws, mix, cfg, side, dtype=shapes.dtype
     )
     settings = _search.elementwise({(kernel, side): augment.default_config(kernel) for kernel in augment.SEARCHED})
-    return Part("augment", (side,), {key: Pass(call, found, call) for key, found in settings.items()})
+    yield Part("augment", (side,), {key: Pass(call, found, call) for key, found in settings.items()})
 
 
 def _both(
-    setup: Setup, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
+    shapes: Shapes, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
 ) -> dict[str, Call]:
     """Forward and backward of the kernel's function and of torch's, which is compiled as the step is."""
-    functions = {"triton": triton, "torch": _compiled(setup, torchs)}
+    functions = {"triton": triton, "torch": _compiled(shapes, torchs)}
     return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}
 
 
-def _compiled(setup: Setup, function: Callable[[], Any]) -> Callable[[], Any]:
+def _compiled(shapes: Shapes, function: Callable[[], Any]) -> Callable[[], Any]:
     def call() -> Any:
         return function()
 
-    return torch.compile(call, dynamic=False) if setup.cfg.train.compile else function
+    return torch.compile(call, dynamic=False) if shapes.cfg.train.compile else function

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -22,6 +23,18 @@ UNWRITTEN = 0x7FC0DEAD
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def free_memory(device) -> Callable[[float], None]:
+    """``free_memory(gib)`` skips a test where the GPU has less free memory than it needs."""
+
+    def needs(gib: float) -> None:
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        if free < gib:
+            pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are free")
+
+    return needs
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ import hypothesis
 import pytest
 import torch
 from fastdeitlt.kernels import _attention_launch as launch
-from fastdeitlt.kernels import _measured
+from fastdeitlt.kernels import _measured, _pick
 from fastdeitlt.kernels import attention as module
 from fastdeitlt.kernels._launch import LaunchConfig
-from fastdeitlt.kernels.attention import attention, attention_first, choose, reference
+from fastdeitlt.kernels._pick import pick_attention, say_once
+from fastdeitlt.kernels.attention import attention, attention_first, reference
 from hypothesis import strategies as st
 
 from fastdeitlt.errors import UserError
@@ -237,32 +238,83 @@ def test_compiles_without_a_graph_break(impl, device):
 
 
 def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
-    module.say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     qkv = packed(1, 1030, 1, 32, torch.device("cpu"))
     with caplog.at_level(logging.WARNING, "fastdeitlt"):
         outs = [attention(qkv, impl="triton") for _ in range(2)]
     torch.testing.assert_close(outs[0], reference(qkv), rtol=1e-4, atol=1e-5)
     assert [record.message for record in caplog.records] == [
-        "attention: 1030 tokens are more than 1024, torch's scaled_dot_product_attention runs"
+        "attention: the kernel supports up to 1024 tokens, got 1030; torch's sdpa runs"
     ]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "expected"),
-    [(torch.bfloat16, 577, "cudnn"), (torch.float16, 66, "sdpa"), (torch.float32, 577, "sdpa")],
+    ("dtype", "tokens", "major", "expected", "reason"),
+    [
+        (torch.bfloat16, 577, 9, "cudnn", "measured on some GPU"),
+        (torch.float16, 66, 9, "flash", "not measured on some GPU"),
+        (torch.float16, 66, 7, "efficient", "not measured on some GPU"),
+        (torch.float32, 577, 9, "efficient", "no kernel for it"),
+        (torch.bfloat16, 1300, 8, "flash", "no kernel for it"),
+    ],
 )
-def test_auto_takes_the_measured_choice_and_torchs_where_nobody_measured(dtype, tokens, expected, caplog, monkeypatch):
-    module.say_once.cache_clear()
-    row = SimpleNamespace(impl="cudnn")
+def test_auto_is_the_measured_choice_or_one_backend_and_is_logged_once(
+    dtype, tokens, major, expected, reason, caplog, monkeypatch
+):
+    say_once.cache_clear()
+    row = SimpleNamespace(impl="cudnn", gpu="some GPU")
     monkeypatch.setattr(_measured, "gpu_name", lambda index: "some GPU")
-    monkeypatch.setattr(_measured, "rows_of", lambda gpu: {("fastest", "attention", (577, 64)): row})
+    monkeypatch.setattr(_measured, "rows_of", lambda index: {("fastest", "attention", (577, 64)): row})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
-    with caplog.at_level(logging.WARNING, "fastdeitlt"):
-        chosen = [choose("auto", tokens, 64, dtype, torch.device("cuda", 0)) for _ in range(2)]
+    with caplog.at_level(logging.INFO, "fastdeitlt"):
+        chosen = [pick_attention("auto", tokens, 64, dtype, torch.device("cuda", 0)) for _ in range(2)]
     assert chosen == [expected] * 2
-    said = ["nothing is measured on some GPU at (66, 64)" in record.message for record in caplog.records]
-    assert said == ([True] if tokens == 66 else [])
+    assert [record.message for record in caplog.records] == [f"attention at {tokens} 64: {expected}, {reason}"]
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """torch's registry of FlashAttention, where version 3 is installed; records what is activated."""
+    activated = []
+    monkeypatch.setattr(_pick.importlib.util, "find_spec", lambda name: name == "flash_attn_interface" or None)
+    for name, call in (
+        ("current_flash_attention_impl", lambda: activated[-1] if activated else None),
+        ("activate_flash_attention_impl", activated.append),
+        ("restore_flash_attention_impl", lambda: activated.append(None)),
+    ):
+        monkeypatch.setattr(_pick.torch_attention, name, call, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    return activated
+
+
+ON_GPU = (198, 64, torch.bfloat16, torch.device("cuda", 0))
+
+
+def test_another_flash_attention_is_activated_before_it_runs_and_restored_after(registry):
+    for impl in ("fa3", "fa3", "triton", "flash", "flash"):
+        assert pick_attention(impl, *ON_GPU) == impl
+    assert registry == ["FA3", None]
+    with pytest.raises(UserError, match="got impl 'fa4', but flash_attn is not installed"):
+        pick_attention("fa4", *ON_GPU)
+
+
+def test_a_flash_attention_that_does_not_start_is_one_line(registry, monkeypatch):
+    def broken(impl):
+        raise ImportError("no kernels for this GPU")
+
+    monkeypatch.setattr(_pick.torch_attention, "activate_flash_attention_impl", broken)
+    with pytest.raises(UserError, match=r"impl 'fa3' does not start \(no kernels for this GPU\)"):
+        pick_attention("fa3", *ON_GPU)
+
+
+def test_a_measured_flash_attention_that_is_not_installed_is_not_chosen(registry, monkeypatch):
+    row = SimpleNamespace(impl="fa4", gpu="some GPU")
+    monkeypatch.setattr(_measured, "rows_of", lambda index: {("fastest", "attention", (198, 64)): row})
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert pick_attention("auto", *ON_GPU) == "flash"
 
 
 @pytest.mark.parametrize(
@@ -316,8 +368,9 @@ def test_importing_the_kernels_touches_no_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU with 40 GB")
-def test_offsets_beyond_two_to_the_31_elements_are_right(device):
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_offsets_beyond_two_to_the_31_elements_are_right(device, free_memory):
+    free_memory(24)
     batch = 2**31 // (198 * 3 * 12 * 64) + 2
     qkv = torch.randn(batch, 198, 3, 12, 64, device=device, dtype=torch.bfloat16).requires_grad_()
     out = attention(qkv, impl="triton")

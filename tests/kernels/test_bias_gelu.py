@@ -137,7 +137,7 @@ def test_compiles_without_a_graph_break(impl, device):
         ({"u": torch.zeros(8, 2).T}, "u has strides .* expected contiguous"),
         ({"bias": torch.zeros(9)}, r"bias has shape \(9,\), expected \(8,\)"),
         ({"bias": torch.zeros(8, device="meta")}, "bias is on meta, expected cpu"),
-        ({"impl": "fast"}, "got impl 'fast', expected one of auto, triton, torch"),
+        ({"impl": "fast"}, "got impl 'fast', expected one of auto, torch, triton"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(change, message):

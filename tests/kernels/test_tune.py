@@ -12,12 +12,12 @@ from fastdeitlt.kernels import _attention_launch, _launch, _measured, _search, a
 from fastdeitlt.kernels._attention_launch import Problem, one_program
 from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._measured import setting
-from fastdeitlt.kernels.attention import choose
+from fastdeitlt.kernels._pick import pick_attention
 
 from fastdeitlt import config
 from fastdeitlt.errors import UserError
 from fastdeitlt.flat_adamw import ALIGNMENT
-from fastdeitlt.speed import tune, tune_parts
+from fastdeitlt.speed import first_start, tune, tune_parts
 from fastdeitlt.speed.setup import set_up
 from fastdeitlt.speed.timer import Timing
 
@@ -33,12 +33,30 @@ DEFAULT, FAST, SLOW, WRONG, BROKEN = (LaunchConfig({"BLOCK": block}) for block i
 def measured(tmp_path, monkeypatch):
     """A GPU by name and an empty cache; the search keeps its finds out of other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for module in (_measured, tune):
+    for module in (_measured, first_start, tune):
         monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
+    for module in (_measured, first_start):
+        monkeypatch.setattr(module, "capability", lambda index: (9, 0))
     monkeypatch.setattr(_measured, "_tried", {})
     _measured.rows_of.cache_clear()
     yield
     _measured.rows_of.cache_clear()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """``timed(times)`` reads times instead of measuring, see ``clock``."""
+
+    def plant(times):
+        for module in (first_start, tune):
+            monkeypatch.setattr(module, "measure", clock(times))
+
+    return plant
+
+
+@pytest.fixture(scope="module")
+def shapes(setup):
+    return tune.shapes_of(setup)
 
 
 @pytest.fixture(scope="module")
@@ -74,50 +92,52 @@ def planted(settings, op="op"):
     return tune_parts.Pass(call, settings, result)
 
 
-def test_the_fastest_setting_wins_and_wrong_and_failing_ones_are_left_out(setup, monkeypatch):
-    monkeypatch.setattr(tune, "measure", clock({}))
-    row = tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, SLOW, WRONG, FAST]))
+def test_the_fastest_setting_wins_and_wrong_and_failing_ones_are_left_out(shapes, timed):
+    timed({})
+    row = tune.search(shapes, "op", ("k",), planted([DEFAULT, BROKEN, SLOW, WRONG, FAST]))
     assert row.config == FAST
     assert row.us == {"best": 5e3, "default": 10e3} and row.gpu == "some GPU"
 
 
-def test_the_default_stays_where_nothing_is_faster(setup, monkeypatch):
-    monkeypatch.setattr(tune, "measure", clock({}))
-    assert tune.search(setup, "op", ("k",), planted([DEFAULT, SLOW])).config == DEFAULT
-    assert tune.search(setup, "op", ("k",), planted([DEFAULT, BROKEN, WRONG])).config == DEFAULT
+def test_the_default_stays_where_nothing_is_faster(shapes, timed):
+    timed({})
+    assert tune.search(shapes, "op", ("k",), planted([DEFAULT, SLOW])).config == DEFAULT
+    assert tune.search(shapes, "op", ("k",), planted([DEFAULT, BROKEN, WRONG])).config == DEFAULT
 
 
-def test_what_was_found_is_kept_when_a_later_part_fails(setup, tmp_path, monkeypatch):
-    def parts(setup):
+def test_what_was_found_is_kept_when_a_later_part_fails(shapes, tmp_path, monkeypatch, timed):
+    def parts(shapes):
         yield tune_parts.Part("op", ("k",), {("k",): planted([DEFAULT, SLOW, FAST])})
         raise torch.OutOfMemoryError("the next part does not fit")
 
-    monkeypatch.setattr(tune, "measure", clock({}))
+    timed({})
     monkeypatch.setattr(tune, "parts", parts)
     with pytest.raises(torch.OutOfMemoryError):
-        tune.tune_ops(setup, tmp_path / "rows.jsonl", {})
+        tune.tune_ops(shapes, tmp_path / "rows.jsonl", {})
     (row,) = _measured.read(tmp_path / "rows.jsonl")
     assert row.config == FAST
     assert setting("op", ("k",), torch.device("cpu"), DEFAULT) == FAST  # the rest of the op is measured with it
 
 
-def test_an_interrupted_search_goes_on_where_it_was(setup, tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on_where_it_was(shapes, tmp_path, monkeypatch, timed):
     counted = []
     path, op, key = tmp_path / "rows.jsonl", "bias_gelu", ("k",)
     whole = {"torch": lambda: [2.0], "triton": lambda: [counted.append(1) or 1.0]}
-    monkeypatch.setattr(tune, "measure", clock({}))
-    monkeypatch.setattr(
-        tune, "parts", lambda setup: [tune_parts.Part(op, key, {key: planted([DEFAULT, FAST], op)}, whole)]
-    )
-    first = tune.tune_ops(setup, path, tune.measured(path, "some GPU"))
+    timed({})
+    monkeypatch.setattr(tune, "parts", lambda _: [tune_parts.Part(op, key, {key: planted([DEFAULT, FAST], op)}, whole)])
+
+    def current():
+        return _measured.by_key(row for row in _measured.read(path) if _measured.is_current(row, "some GPU"))
+
+    first, calls = tune.tune_ops(shapes, path, current()), len(counted)
     assert first[1][op].impl == "triton"
-    known = tune.measured(path, "some GPU")
+    known = current()
     assert known["fastest", op, key].impl == "torch"  # as long as the step has not said yes
     monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched twice"))
-    assert tune.tune_ops(setup, path, known) == first and len(counted) == 1
+    assert tune.tune_ops(shapes, path, known) == first and len(counted) == calls
     for other in ({"triton": "3.0.0"}, {"torch": "2.0.0"}, {"gpu": "another"}):
         _measured.write(path, [first[1][op].model_copy(update=other)])
-        assert [kind for kind, _, _ in tune.measured(path, "some GPU")] == ["setting"] + ["fastest"] * ("gpu" in other)
+        assert [kind for kind, _, _ in current()] == ["setting"] + ["fastest"] * ("gpu" in other)
         _measured.write(path, [first[1][op]])
 
 
@@ -126,21 +146,21 @@ def test_an_interrupted_search_goes_on_where_it_was(setup, tmp_path, monkeypatch
 )
 def test_results_agree_up_to_rounding(got, agree):
     expected = [torch.tensor([1.0, 0.0]), torch.zeros(0)]
-    assert tune.same((torch.tensor([got, 0.0]), torch.zeros(0), None), expected) is agree
+    assert first_start.same((torch.tensor([got, 0.0]), torch.zeros(0), None), expected) is agree
 
 
-def test_every_launch_of_the_step_is_searched_and_its_settings_agree(setup, monkeypatch):
+def test_every_launch_of_the_step_is_searched_and_its_settings_agree(shapes, monkeypatch, timed):
     monkeypatch.setattr(tune_parts, "SOURCE", (20, 24))
-    monkeypatch.setattr(tune, "measure", clock(dict.fromkeys(("best", "default", "triton", "sdpa", "torch"), 1.0)))
+    timed(dict.fromkeys(("best", "default"), 1.0))
     if not GPU:  # the weights in few programs: the interpreter runs one after the other
         monkeypatch.setattr(adamw_ema, "DEFAULT", LaunchConfig({"BLOCK": 1 << 17}))
     seen = {}
-    for part in tune_parts.parts(setup):
+    for part in tune_parts.parts(shapes):
         for key, found in part.passes.items():
             last = found.settings[:1] if part.op == "adamw_ema" and not GPU else found.settings[-1:]
             assert sum(setting != found.settings[0] for setting in found.settings) > 5
             few = found._replace(settings=[found.settings[0], *last], call=lambda: [1.0])
-            seen.setdefault(part.op, []).append(tune.search(setup, part.op, key, few).key[0])
+            seen.setdefault(part.op, []).append(tune.search(shapes, part.op, key, few).key[0])
         for call in part.whole.values():
             assert call() is not None
     both = ["forward", "backward"]
@@ -155,22 +175,25 @@ def test_attention_is_searched_only_where_the_step_is_in_bfloat16(native_bf16):
     """The kernel has no float32 on a GPU."""
     setup = set_up(config.load("quickstart", SMALL), torch.device("cpu"), synthetic=True)
     ops = ["attention"] * 2 * native_bf16 + ["add_layernorm", "bias_gelu", "joint_loss", "adamw_ema", "augment"]
-    assert [part.op for part in tune_parts.parts(setup)] == ops
+    assert [part.op for part in tune_parts.parts(tune.shapes_of(setup))] == ops
 
 
-def test_attentions_keys_are_searched_within_a_backward_that_launches_their_kernel(monkeypatch):
+def test_attentions_keys_are_searched_within_a_backward_that_launches_their_kernel(monkeypatch, timed):
     device = torch.device("cuda" if GPU else "cpu")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     setup = set_up(config.load("quickstart", [*SMALL, "student.img_size=128"]), device, synthetic=True)
-    monkeypatch.setattr(tune, "measure", clock(dict.fromkeys(("attention", "best", "default"), 1.0)))
+    timed(dict.fromkeys(("attention", "best", "default"), 1.0))
     launched = []
     monkeypatch.setattr(_attention_launch, "launch", lambda *_, **options: launched.append(options))
-    part = next(tune_parts.parts(setup))
+    shapes = tune.shapes_of(setup)
+    part = next(tune_parts.parts(shapes))
     key = Problem(66, 66, 3, 64, packed=True).key("backward_keys")
     launched.clear()
     last = part.passes[key].settings[-1]
     monkeypatch.setattr(tune, "same", lambda *_: True)
-    row = tune.search(setup, "attention", key, part.passes[key]._replace(settings=[part.passes[key].settings[0], last]))
+    row = tune.search(
+        shapes, "attention", key, part.passes[key]._replace(settings=[part.passes[key].settings[0], last])
+    )
     assert row.key == key
     assert last.options in [{name: options.get(name) for name in last.options} for options in launched]
 
@@ -186,10 +209,11 @@ def test_attentions_keys_are_searched_where_a_backward_may_launch_their_kernel(t
     assert list(settings)[-1] == problem.key("backward")  # which then has the best keys
 
 
-def test_the_optimizer_is_timed_on_buffers_as_aligned_as_its_own(setup, monkeypatch):
+def test_the_optimizer_is_timed_on_buffers_as_aligned_as_its_own(shapes, monkeypatch):
     buffers = []
     monkeypatch.setattr(adamw_ema, "adamw_ema", lambda *given, **_: buffers.extend(given))
-    tune_parts._adamw_ema(setup).passes[adamw_ema.KEY].call()
+    (part,) = tune_parts.parts(shapes, ["adamw_ema"])
+    part.passes[adamw_ema.KEY].call()
     assert len(buffers) == 4 and all(len(buffer) % ALIGNMENT == 0 for buffer in buffers)
 
 
@@ -201,7 +225,7 @@ def test_no_setting_gives_a_thread_more_than_twice_the_defaults_elements(default
     assert min(of_a_warp) >= 32 and max(of_a_warp) == 2 * of_a_warp[0]
 
 
-def test_a_kernel_stays_where_the_step_is_faster_with_it(setup, monkeypatch):
+def test_a_kernel_stays_where_the_step_is_faster_with_it(setup, shapes, monkeypatch, timed):
     built = []
 
     def step(setup, choice):
@@ -210,10 +234,15 @@ def test_a_kernel_stays_where_the_step_is_faster_with_it(setup, monkeypatch):
         return lambda: [10.0 - sum(saved for op, (impl, saved) in helps.items() if choice[op] == impl)]
 
     monkeypatch.setattr(tune, "_step", step)
-    monkeypatch.setattr(tune, "measure", clock({}))
+    timed({})
     won = {
-        op: tune._row(setup, op, ("k",), "fastest", {"torch": 2.0, impl: 1.0}, impl=impl)
-        for op, impl in (("attention", "triton"), ("bias_gelu", "triton"), ("add_layernorm", "torch"))
+        op: first_start.new_row(shapes, op, ("k",), "fastest", {"torch": 2.0, impl: 1.0}, impl=impl)
+        for op, impl in (
+            ("attention", "triton"),
+            ("bias_gelu", "triton"),
+            ("add_layernorm", "torch"),
+            ("adamw_ema", "fastdeitlt"),
+        )
     }
     rows = {row.op: row for row in tune.choose_by_step(setup, won)}
     taken = {op: row.impl for op, row in rows.items()}
@@ -222,16 +251,17 @@ def test_a_kernel_stays_where_the_step_is_faster_with_it(setup, monkeypatch):
     assert built[-1] == {**built[0], "attention": "triton", "adamw_ema": "fastdeitlt"}
 
 
-def test_the_step_takes_the_implementations_it_is_given(setup):
-    torchs = {op: impl for op, (_, _, impl) in tune.CHOICES.items()}
+def test_the_step_takes_the_implementations_it_is_given(setup, shapes):
+    torchs = {op: shapes.torchs(op) for op in tune_parts.SETTINGS}
     step = tune._step(setup, torchs | {"attention": "triton", "adamw_ema": "fastdeitlt"})
     assert torch.isfinite(step())
 
 
-def test_what_is_written_is_what_auto_takes(setup, tmp_path):
-    row = tune._row(setup, "attention", (6, 64), "fastest", {"triton": 1.0, "sdpa": 2.0}, impl="triton")
+def test_what_is_written_is_what_auto_takes(shapes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    row = first_start.new_row(shapes, "attention", (6, 64), "fastest", {"triton": 1.0, "sdpa": 2.0}, impl="triton")
     _measured.write(_measured.file_of("some GPU"), [row])
-    assert choose("auto", 6, 64, torch.bfloat16, torch.device("cuda", 0)) == "triton"
+    assert pick_attention("auto", 6, 64, torch.bfloat16, torch.device("cuda", 0)) == "triton"
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")

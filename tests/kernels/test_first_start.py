@@ -1,0 +1,181 @@
+"""The first start on a GPU: what "auto" leaves open is measured once, kept, and the same on all ranks."""
+
+import logging
+
+import pytest
+import torch
+from fastdeitlt.kernels import _measured, adamw_ema
+from fastdeitlt.kernels._launch import LaunchConfig
+from fastdeitlt.kernels._pick import pick, say_once
+
+from fastdeitlt import config, distributed
+from fastdeitlt.speed import auto, first_start, tune
+from fastdeitlt.speed.setup import set_up
+from fastdeitlt.speed.timer import Timing
+from fastdeitlt.speed.tune_parts import SETTINGS, Part
+
+GPU, CUDA = torch.cuda.is_available(), torch.device("cuda", 0)
+SMALL = [
+    "student.name=deit_tiny_distilled_patch16_32", "student.img_size=32", "student.depth=1", "teacher.arch=resnet8",
+    "train.batch_size=2", "train.accumulate=1", "train.compile=false", "optim.ema_decay=0.9", "optim.clip_norm=1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A GPU by name and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_measured, "_shared", {})
+    for module in (_measured, first_start):
+        monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
+        monkeypatch.setattr(module, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    _measured.rows_of.cache_clear()
+    say_once.cache_clear()
+    yield
+    _measured.rows_of.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """``steps(*overrides)`` is a step in bfloat16, whatever the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        device = torch.device("cuda" if GPU else "cpu")
+        settings = [*SMALL, "train.precision=bf16"]
+        yield lambda *more: tune.shapes_of(
+            set_up(config.load("quickstart", [*settings, *more]), device, synthetic=True)
+        )
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A timer by implementation; records what it was asked for."""
+    asked = []
+    times = {"triton": 1.0, "fastdeitlt": 1.0, "torch": 2.0, "sdpa": 2.0, "flash": 3.0}
+
+    def measure(calls, device, rounds, eager=frozenset()):
+        asked.append(set(calls))
+        return {name: Timing(times[name], 0, 0, False) for name in calls}
+
+    monkeypatch.setattr(first_start, "measure", measure)
+    return asked
+
+
+def plant(monkeypatch, **kernels):
+    """Parts whose torch implementation gives ones; an op's kernel gives the number named, or raises an error."""
+
+    def kernel(result):
+        def call():
+            if isinstance(result, Exception):
+                raise result
+            return torch.full((3,), result)
+
+        return call
+
+    def parts(shapes, only):
+        for op in sorted(only):
+            whole = {"triton": kernel(kernels.get(op, 1.0)), shapes.torchs(op): kernel(1.0)}
+            yield Part(op, shapes.keys[op], {}, whole)
+
+    monkeypatch.setattr(first_start, "parts", parts)
+
+
+def chosen(rows):
+    return {row.op: row.impl for row in rows}
+
+
+def test_every_kernel_agrees_with_torch_at_its_default_setting_and_the_fastest_is_kept(steps, timed, monkeypatch):
+    """The real ops at a small shape."""
+    if not GPU:  # the weights in few programs: the interpreter runs one after the other
+        monkeypatch.setattr(adamw_ema, "DEFAULT", LaunchConfig({"BLOCK": 1 << 17}))
+    rows = first_start.current_rows(steps())
+    assert chosen(rows) == dict.fromkeys(SETTINGS, "triton") | {"adamw_ema": "fastdeitlt"}
+    assert all("triton" in names or "fastdeitlt" in names for names in timed)
+    assert rows == _measured.read(_measured.file_of("some GPU"))
+    for row in rows:
+        if row.op != "attention":
+            assert pick(row.op, "auto", row.key, CUDA) == row.impl
+
+
+def test_a_second_start_measures_nothing_and_other_versions_or_shapes_do(steps, timed, monkeypatch, caplog):
+    plant(monkeypatch)
+    shapes = steps()
+    with caplog.at_level(logging.INFO, "fastdeitlt"):
+        rows = first_start.current_rows(shapes)
+        assert len(timed) == len(rows) == len(SETTINGS) and first_start.current_rows(shapes) == rows
+    (said,) = [record.message for record in caplog.records if "measured on" in record.message]
+    assert "bias_gelu=triton" in said and "train.measure_kernels=false" in said
+    assert len(timed) == len(SETTINGS)
+    path = _measured.file_of("some GPU")
+    for other in ({"torch": "2.0.0"}, {"triton": "2.0.0"}):
+        timed.clear()
+        _measured.write(path, [row.model_copy(update=other) for row in rows if row.op == "bias_gelu"])
+        first_start.current_rows(shapes)
+        assert len(timed) == 1
+    timed.clear()
+    first_start.current_rows(steps("student.name=deit_small_distilled_patch16_32"))
+    assert len(timed) == 2  # the widths changed, not tokens, width of a head and classes
+
+
+def test_what_the_configuration_names_or_forbids_is_not_measured(steps, timed, monkeypatch):
+    plant(monkeypatch)
+    assert first_start.current_rows(steps("train.measure_kernels=false")) == [] == timed
+    rows = first_start.current_rows(steps("student.attention=sdpa", "loss.impl=torch", "optim.backend=torch"))
+    assert {row.op for row in rows} == {"add_layernorm", "bias_gelu"}
+
+
+def test_a_prior_of_the_same_compute_capability_is_replaced_by_a_measurement(steps, timed, monkeypatch):
+    plant(monkeypatch)
+    shapes = steps()
+    prior = first_start.new_row(shapes, "bias_gelu", shapes.keys["bias_gelu"], "fastest", {"torch": 1}, impl="torch")
+    _measured.write(_measured.file_of("other GPU"), [prior.model_copy(update={"gpu": "other GPU"})])
+    assert chosen(first_start.current_rows(steps("train.measure_kernels=false"))) == {"bias_gelu": "torch"}
+    assert chosen(first_start.current_rows(shapes))["bias_gelu"] == "triton"
+
+
+def test_a_wrong_or_failing_kernel_is_left_out_with_a_warning(steps, timed, monkeypatch, caplog):
+    plant(monkeypatch, add_layernorm=1.1, bias_gelu=float("nan"), joint_loss=RuntimeError("out of resources"))
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        rows = chosen(first_start.current_rows(steps()))
+    torchs = dict.fromkeys(("add_layernorm", "bias_gelu", "joint_loss"), "torch")
+    assert rows == torchs | {"attention": "triton", "adamw_ema": "triton"}
+    said = [record.message for record in caplog.records]
+    assert [" ".join(line.split()[:2]) for line in said] == [
+        "add_layernorm: triton",
+        "bias_gelu: triton",
+        "joint_loss: triton",
+    ]
+    assert "please report it" in said[0] and "out of resources" in said[2]
+
+
+def test_measuring_leaves_the_random_numbers_as_they_were(steps, timed, monkeypatch):
+    if not GPU:
+        monkeypatch.setattr(adamw_ema, "DEFAULT", LaunchConfig({"BLOCK": 1 << 17}))
+    shapes = steps("student.attention=sdpa")
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    first_start.current_rows(shapes)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_other_ranks_run_what_the_first_measured(steps, monkeypatch):
+    """Rank 1, whose own cache says something else."""
+    shapes = steps()
+    key = shapes.keys["bias_gelu"]
+
+    def row(impl):
+        return first_start.new_row(shapes, "bias_gelu", key, "fastest", {impl: 1.0}, impl=impl)
+
+    _measured.write(_measured.file_of("some GPU"), [row("torch")])
+    monkeypatch.setattr(distributed, "get_world", lambda: 2)
+    monkeypatch.setattr(distributed, "on_main", lambda work: [row("triton")])
+    auto.measure_kernels(shapes.cfg, shapes.student, shapes.teacher, shapes.num_classes, CUDA)
+    assert pick("bias_gelu", "auto", key, CUDA) == "triton"
+
+
+def test_without_a_gpu_nothing_is_measured(steps, monkeypatch):
+    monkeypatch.setattr(distributed, "on_main", lambda work: pytest.fail("measured"))
+    shapes = steps()
+    auto.measure_kernels(shapes.cfg, shapes.student, shapes.teacher, shapes.num_classes, torch.device("cpu"))
