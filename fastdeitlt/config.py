@@ -103,8 +103,8 @@ class AugmentConfig(Section):
     std: tuple[float, float, float] = IMAGENET_STD
     """Channel standard deviations that normalise the student's input."""
     impl: Literal["auto", "torch", "triton"] = "auto"
-    """Who augments training batches: the fused kernel, or torch operations. auto: the kernel on a GPU for the recipes
-    it knows (deit, none)."""
+    """Implementation of training augmentation: Triton kernels, or torch operations. auto: the kernels on a GPU for the
+    recipes deit and none, if their first batch agrees with torch's."""
 
 
 class MixupConfig(Section):

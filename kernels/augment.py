@@ -21,7 +21,9 @@ import triton
 from fastdeitlt.kernels._augment_plan import Plan, make_plan
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, check_launchable, interpreted, launch
 from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels._pick import refuse
 from torch import Tensor
+from triton.runtime.errors import TritonError
 
 from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data import augment as torch_augment
@@ -30,6 +32,8 @@ from fastdeitlt.data.augment import Draws
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.errors import UserError
 
+TWO_LEVELS = 2 / 255
+"""Difference of two values of an image that is more than rounding."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COEFFICIENT_BLOCK = 16
 FP_FUSION = False
@@ -92,6 +96,46 @@ def augment(
     if plan.num_second:
         _make_tables(second, rows, operated, tables, plan.num_first, gpu.SECOND.value, size)
     return _finish(rows, crops, operated, tables, mix, cfg, size, dtype)
+
+
+_agrees: bool | None = None
+"""Whether the kernels computed the first batch of this process as torch does; None before it."""
+
+
+def augment_checked(*arguments: Any, **options: Any) -> Tensor:
+    """``augment`` if its kernels are right on this device, else ``reference``; arguments as theirs.
+
+    The first batch of a process decides: it is computed both ways, mixed in every way. Later batches are not checked.
+    A kernel that fails or differs is refused in ``_pick``, with one warning.
+    """
+    global _agrees
+    if _agrees is None:
+        reason = _difference(*arguments, **options)
+        _agrees = not reason
+        if reason:
+            refuse("augment", f"{reason}, so torch operations augment")
+    return (augment if _agrees else reference)(*arguments, **options)
+
+
+def _difference(
+    pixels: Tensor, starts_B: np.ndarray, sizes_B2: np.ndarray, draws: Draws, mix: MixDraw, cfg: AugmentConfig,
+    size: int, **options: Any,
+) -> str:  # fmt: skip
+    """Return why the kernels are not trusted; "" where they agree with torch."""
+    mixes = [MixDraw()] if len(draws) % 2 else [MixDraw(), MixDraw(0.3), MixDraw(0.75, (0, size // 2, 0, size // 2))]
+    for mixed in mixes:
+        arguments = (pixels, starts_B, sizes_B2, draws, mixed, cfg, size)
+        try:
+            got = augment(*arguments, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (TritonError, RuntimeError) as error:
+            return f"it fails on the first batch ({' '.join(str(error).split())[:200]})"
+        difference = (got.float() - reference(*arguments, **options).float()).abs()
+        share_B = (~(difference <= TWO_LEVELS / min(cfg.std))).flatten(1).float().mean(1)
+        if share_B.max().item() > 0.01:
+            return f"its first batch differs from torch's in {share_B.max().item():.0%} of an image's values"
+    return ""
 
 
 def reference(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.device("cuda", 0)
@@ -209,6 +210,8 @@ def fake_cuda():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *_, answer=answer, **__: answer))
         available = "torch.backends.cuda.is_flash_attention_available"
         stack.enter_context(mock.patch(available, lambda: True))
+        # torch refuses its backends for CUDA where there is no GPU
+        stack.enter_context(mock.patch.dict("fastdeitlt.kernels.attention.BACKENDS", flash=SDPBackend.MATH))
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", run_backward))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", _pinned))
         stack.enter_context(mock.patch("torch.nn.Module.to", _move))

@@ -136,8 +136,9 @@ def _augment_fused(
 ) -> Tensor:
     from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
 
+    augment = kernel.augment_checked if cfg.augment.impl == "auto" else kernel.augment
     with torch.cuda.device_of(regions.pixels):  # a thread starts on the first GPU, whatever the rank's is
-        return kernel.augment(
+        return augment(
             regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
             boxes_B4=regions.boxes_B4, dtype=dtype,
         )  # fmt: skip

@@ -1,16 +1,20 @@
 """Training batches of the fused kernel are those of torch, whatever the source."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
+from fastdeitlt.kernels import _pick
+from fastdeitlt.kernels import augment as module
 from fastdeitlt.kernels.augment import augment
 from image_files import make_set
 
 from fastdeitlt.config import AugmentConfig, Config, DataConfig, TrainConfig
 from fastdeitlt.data import augment as torch_augment
+from fastdeitlt.data import batches as data_batches
 from fastdeitlt.data import resize
 from fastdeitlt.data.batches import Batch, Source, train_batches
 from fastdeitlt.data.longtail import LongTailSet
@@ -82,3 +86,86 @@ def test_staged_boxes_give_what_the_whole_images_give(device: torch.device) -> N
     boxed = augment(staged.pixels.to(device), staged.starts_B, staged.sizes_B2, *how, boxes_B4=staged.boxes_B4)
     assert len(staged.pixels) < len(together)
     assert torch.equal(whole, boxed)
+
+
+@pytest.fixture
+def first_start(monkeypatch):
+    """The first batch of a process, where "auto" is the kernel unless it is refused; counts calls by function.
+
+    torch's operations stand in for the kernels, which the interpreter runs slowly.
+    """
+    calls = {"augment": 0, "reference": 0}
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(module, "_agrees", None)
+    monkeypatch.setattr(_pick, "_refused", set())
+    monkeypatch.setattr(data_batches, "use_kernel", lambda cfg, device: "augment" not in _pick._refused)
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    _pick.say_once.cache_clear()
+    torchs = module.reference
+    for name in calls:
+        monkeypatch.setattr(module, name, counted(name, torchs))
+    return calls
+
+
+def decoded() -> LongTailSet:
+    """Images that come decoded, of two classes."""
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), dtype=np.uint8)
+    labels = np.arange(12) % 2
+    return LongTailSet([str(i) for i in range(12)], labels, np.bincount(labels).tolist(), images_NHWC=images_NHWC)
+
+
+def auto_batches(device: torch.device) -> list[Batch]:
+    images = decoded()
+    with closing(Resident(images, DataConfig(residency="device", num_threads=1), device)) as source:
+        return batches(source, images, config("auto"))
+
+
+def test_the_first_batch_alone_is_compared_with_torch(first_start, device, caplog) -> None:
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        ours = auto_batches(device)
+        assert first_start == {"augment": 3 + len(MICRO_BATCHES), "reference": 3}
+        auto_batches(device)
+    assert first_start == {"augment": 3 + 2 * len(MICRO_BATCHES), "reference": 3}
+    assert len(ours) == len(MICRO_BATCHES) and not caplog.records
+
+
+def spoiled(crops: torch.Tensor) -> torch.Tensor:
+    crops[2] = 0
+    return crops
+
+
+def failing(crops: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("PTXAS error")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(spoiled, "differs from torch's"), (failing, r"fails on the first batch (PTXAS error)")]
+)
+def test_a_wrong_kernel_is_replaced_by_torch_with_one_warning(wrong, said, first_start, device, monkeypatch, caplog):
+    """A resizing kernel that blanks one image of the batch, and one that does not compile."""
+    right, resized = module._resize, []
+
+    def resize_wrongly(*arguments):
+        resized.append(1)
+        return wrong(right(*arguments))
+
+    monkeypatch.setattr(module, "augment", augment)
+    monkeypatch.setattr(module, "_resize", resize_wrongly)
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        got = [auto_batches(device) for _ in range(2)]
+    assert len(resized) == 1  # the second epoch leaves the kernels to themselves
+    images = decoded()
+    with closing(Resident(images, DataConfig(residency="device", num_threads=1), device)) as source:
+        expected = batches(source, images, config("torch"))
+    for epoch in got:
+        for ours, torchs in zip(epoch, expected, strict=True):
+            assert torch.equal(ours.images_BCHW, torchs.images_BCHW)
+    (record,) = caplog.records
+    assert said in record.message and "torch operations augment; please report it" in record.message
