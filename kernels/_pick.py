@@ -77,7 +77,7 @@ def pick(
     device: torch.device,
     fits: bool = True,
     torchs: str = "torch",
-    unmeasured: str = "",
+    on_gpu: str = "",
 ) -> str:
     """Return the implementation that runs.
 
@@ -88,7 +88,7 @@ def pick(
         device: device of the inputs; on a CPU "auto" is torch's, so that an export there holds torch's operations.
         fits: whether our kernel supports shape and type; else "auto" is torch's.
         torchs: torch's implementation.
-        unmeasured: what "auto" is on a GPU without measurements; "" = ``torchs``.
+        on_gpu: what "auto" is on a GPU; "" = the implementation measured fastest, ``torchs`` without measurements.
 
     Raises:
         UserError: see ``check_impl``.
@@ -100,11 +100,13 @@ def pick(
         return torchs
     if not (fits and HAS_TRITON) or op in _refused:
         chosen, reason = torchs, "no kernel for it"
+    elif on_gpu:
+        chosen, reason = on_gpu, "the default on a GPU"
     else:
         from fastdeitlt.kernels._measured import gpu_name, rows_of
 
         row = rows_of(device.index).get(("fastest", op, key))
-        chosen = row.impl if row and installed(row.impl) else unmeasured or torchs
+        chosen = row.impl if row and installed(row.impl) else torchs
         reason = f"measured on {row.gpu}" if row else f"not measured on {gpu_name(device.index)}"
     shape = " ".join(map(str, key))
     say_once(f"{op} at {shape}: {chosen}, {reason}" if shape else f"{op}: {chosen}, {reason}", logging.INFO)

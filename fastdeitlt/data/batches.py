@@ -128,7 +128,7 @@ def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
         raise UserError(
             f"augment.impl=triton: the kernel knows the recipes deit and none, got {cfg.recipe}; use augment.impl=auto"
         )
-    return pick("augment", cfg.impl, (), device, known, unmeasured="triton") == "triton"
+    return pick("augment", cfg.impl, (), device, known, on_gpu="triton") == "triton"
 
 
 def _augment_fused(

@@ -135,8 +135,10 @@ def test_a_shape_without_a_kernel_and_a_refused_kernel_are_torchs(monkeypatch, c
     assert record.message == "bias_gelu: the kernel is not used, it is wrong; please report it"
 
 
-def test_what_nobody_measured_is_the_ops_own_default():
-    assert picked(unmeasured="triton") == "triton" and picked(CPU, unmeasured="triton") == "torch"
+def test_an_op_may_have_its_own_default_on_a_gpu():
+    write(file_of(GPU), [fastest_row("torch")])
+    assert picked(on_gpu="triton") == "triton" and picked(CPU, on_gpu="triton") == "torch"
+    assert picked(on_gpu="triton", fits=False) == "torch"
 
 
 def test_a_requested_kernel_without_triton_is_refused(monkeypatch):
