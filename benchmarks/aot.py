@@ -192,7 +192,8 @@ def _source(config: Any) -> Any:
     if known != set(names) or set(config.signature) & set(config.constexprs):
         raise ValueError(f"aot_configs of {config.kernel.__name__}: got arguments {sorted(known)}, expected {names}")
     kinds = {name: "constexpr" if name in config.constexprs else config.signature[name] for name in names}
-    aligned = [n for n in names if kinds[n].startswith("*") or n in config.divisible_by_16]
+    anywhere = {param.name for param in config.kernel.params if param.do_not_specialize_on_alignment}
+    aligned = [n for n in names if (kinds[n].startswith("*") and n not in anywhere) or n in config.divisible_by_16]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(fn=config.kernel, signature=kinds, constexprs=dict(config.constexprs), attrs=attributes)
 

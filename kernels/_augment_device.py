@@ -4,7 +4,8 @@ An image of a batch is described by one row of float64, exact for every integer 
 split by pixel p = y * S + x, whose three values share places and weights; between the passes a pixel is one int32, red
 in the lowest byte. A program takes BLOCK pixels, STEP at a time, one a thread: neighbours then read neighbours, and the
 compiler has no reason to change layouts inside a loop. Launched without fused multiply-adds, as Pillow has none
-(``FP_FUSION``).
+(``FP_FUSION``). Arguments whose alignment or value changes between batches are not specialised: each variant would be
+compiled while the step waits for data.
 Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 
@@ -59,7 +60,7 @@ def coefficients_kernel(rows, weights, first, S: tl.constexpr, K: tl.constexpr, 
     tl.store(first + (image * 2 + axis) * S + i, begin, mask=place < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source"])
 def convolve_kernel(
     rows, weights, first, source, target, source_size, target_size,
     PASS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -134,7 +135,7 @@ def _luma(red, green, blue):
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["jobs"])
 def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.constexpr):
     """Add a block's values (bin 256 c + v) and luma to the statistics of the image a job names."""
     job = tl.program_id(0)
@@ -148,7 +149,7 @@ def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.con
     tl.atomic_add(lumas + job, tl.sum(tl.where(inside, _luma(values[0], values[1], values[2]), 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"], do_not_specialize_on_alignment=["jobs"])
 def table_kernel(jobs, rows, counts, lumas, tables, slot, FIELD: tl.constexpr, S: tl.constexpr):
     """Turn an image's statistics into the lookup table of its first or second operation (FIELD), one channel."""
     job, c = tl.program_id(0), tl.program_id(1)
@@ -292,7 +293,7 @@ def _sharpen(value, total, middle, factor):
     return _blend(smooth.to(tl.float32), value.to(tl.float32), factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["jobs"])
 def operate_kernel(
     jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,7 @@ from fastdeitlt.kernels import _attention_launch as launch
 from fastdeitlt.kernels import _measured, _pick
 from fastdeitlt.kernels import attention as module
 from fastdeitlt.kernels._launch import LaunchConfig
-from fastdeitlt.kernels._pick import pick_attention, say_once
+from fastdeitlt.kernels._pick import pick_attention, say_once, torch_backend
 from fastdeitlt.kernels.attention import attention, attention_first, reference
 from hypothesis import strategies as st
 
@@ -198,6 +198,55 @@ def test_keys_with_logits_of_minus_infinity_get_no_weight(tokens, device):
 def test_the_cpu_reference_of_the_op_matches_float64(query_rows, monkeypatch):
     monkeypatch.setattr(module, "interpreted", lambda: False)
     check_against_float64(packed(2, 37, 2, 32, torch.device("cpu")), query_rows)
+
+
+BACKENDS = ["triton", "flash", "cudnn", "efficient", "math"] if GPU else ["triton", "flash", "math"]
+"""The kernel, and torch's backends that the device has; a CPU's flash is another implementation than a GPU's."""
+
+
+def errors_beside_float64(impl, tokens, query_rows, device, dtype):
+    """Largest error of the output and of each gradient, as a share of the largest value."""
+    qkv = packed(2, tokens, 2, 64, device, dtype)
+    q, kv = qkv[:, :query_rows, 0].detach().contiguous(), qkv[:, :, 1:].detach().contiguous()
+    tensors = [qkv] if query_rows is None else [q.requires_grad_(), kv.requires_grad_()]
+    out = (attention if query_rows is None else attention_first)(*tensors, impl=impl)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    got = [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+    exact = qkv.detach().double().requires_grad_()
+    expected_out = reference(exact, query_rows)
+    (dqkv,) = torch.autograd.grad(expected_out, exact, upstream.double())
+    gradients = [dqkv] if query_rows is None else [dqkv[:, :query_rows, 0], dqkv[:, :, 1:]]
+    pairs = zip(got, [expected_out.detach(), *gradients], strict=True)
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("query_rows", [None, 2], ids=["all_rows", "two_rows"])
+@pytest.mark.parametrize("tokens", [66, 198])
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_gradients_of_every_backend_match_float64(impl, tokens, query_rows, device):
+    """Of the whole sequence, and of the two query rows in the last block."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    try:
+        errors = errors_beside_float64(impl, tokens, query_rows, device, dtype)
+    except RuntimeError as error:
+        if impl in ("triton", torch_backend(dtype, device)):  # what "auto" may choose must run
+            raise
+        pytest.skip(f"torch has no {impl} here: {' '.join(str(error).split())[:120]}")
+    assert max(errors) <= TOLERANCES[dtype], errors
+
+
+def test_a_wrong_backend_is_found(monkeypatch):
+    """NaN in a gradient, and a gradient that is off."""
+    right = module._split
+    for factor in (float("nan"), 1.1):
+
+        def scaled(*arguments, factor=factor):
+            q, k, v = right(*arguments)
+            return q * factor, k, v
+
+        monkeypatch.setattr(module, "_split", scaled)
+        errors = errors_beside_float64("math", 66, 2, torch.device("cpu"), torch.float32)
+        assert not max(errors) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.skipif(GPU, reason="torch's CPU implementations")

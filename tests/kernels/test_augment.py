@@ -1,5 +1,9 @@
 """The fused augmentation kernels against data.augment, which equals timm: exactly, in float32."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -118,3 +122,44 @@ def test_bad_input_is_refused_with_its_values(change: dict, message: str) -> Non
     arguments = {"pixels": pixels, "starts_B": starts, "sizes_B2": sizes, "draws": drawn(3, 6), "mix": MixDraw()}
     with pytest.raises(UserError, match=message):
         augment(**(arguments | {"cfg": CFG, "size": 6} | change))
+
+
+VARIANTS = """
+import collections
+import json
+import numpy as np
+import torch
+from fastdeitlt.kernels import augment as module
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from fastdeitlt.config import AugmentConfig
+from fastdeitlt.data import augment
+from fastdeitlt.data.mixup import MixDraw
+
+backend, variants = make_backend(GPUTarget("cuda", 90, 32)), collections.defaultdict(set)
+
+
+def record(kernel, grid, near, *arguments, **options):
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialised, _ = bind(*arguments, **options)
+    variants[kernel.__name__].add(str(specialised))
+
+
+module._launch, module.check_launchable = record, lambda *_: None
+cfg, pixels = AugmentConfig(), torch.zeros(16 * 300 + 1, dtype=torch.uint8)
+for seed in range(20):
+    draws = augment.draw(np.arange(16), np.zeros(16, int), seed=seed, epoch=0, cfg=cfg, size=12)
+    places = np.arange(16) * 300, np.full((16, 2), 10)
+    module.augment(pixels[seed % 2 :], *places, draws, MixDraw(), cfg, 12)
+print(json.dumps({name: len(found) for name, found in variants.items()}))
+"""
+
+
+def test_a_kernel_is_compiled_once_whatever_is_drawn() -> None:
+    """Once a pass or place of the operation; a variant more would be compiled in the data thread."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", VARIANTS], capture_output=True, text=True, env=environment)
+    counts = {"coefficients_kernel": 1, "convolve_kernel": 2, "histogram_kernel": 1, "table_kernel": 2}
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == counts | {"operate_kernel": 1, "finish_kernel": 1}

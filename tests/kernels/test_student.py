@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeitlt.models import create_student
+from fastdeitlt import config
+from fastdeitlt.joint import JointForward, compiled
+from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.models.fold import fold_batchnorm
+from fastdeitlt.models.teacher import Teacher
 
 DATA = Path(__file__).parents[1] / "data"
 TRITON = {"attention": "triton", "add_layernorm": "triton", "bias_gelu": "triton"}
@@ -84,4 +88,43 @@ def test_in_eval_mode_features_and_logits_equal_torchs(device):
     ours, torchs = (student(device, **options).eval() for options in (TRITON, TORCH))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=GPU):
         got, expected = ({"f": m.forward_features(images).float(), "l": m(images).float()} for m in (ours, torchs))
+    assert_same(got, expected)
+
+
+def losses_and_gradients(cfg, device, run):
+    """Three losses and every gradient of a mixed batch."""
+    torch.manual_seed(0)
+    student = create_student(num_classes=7, **cfg.student.model_dump()).to(device).train()
+    network = fold_batchnorm(create_teacher("resnet8", 7).eval()).to(memory_format=torch.channels_last)
+    joint = JointForward(student, Teacher(network, 7).to(device), [5] * 7, cfg, device)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+    labels, weights = torch.arange(4, device=device), torch.rand(7, generator=generator).to(device) + 0.5
+    lam = torch.full((), 0.3, device=device)
+    losses = run(joint)(images, labels, labels.flip(0), lam, weights, None)
+    losses.loss.backward()
+    return {"losses": torch.stack(losses).detach()} | {name: p.grad for name, p in student.named_parameters()}
+
+
+@pytest.mark.parametrize("kernels", [{}, TRITON], ids=["auto", "kernels"])
+def test_the_compiled_step_as_shipped_equals_eager_float32(kernels, device, monkeypatch):
+    """On a GPU by inductor in bfloat16; on a CPU, whose compiler takes long, the same graph run by torch."""
+    settings = {"student.name": "deit_tiny_distilled_patch8_32", "student.depth": 1, "student.drop_path": 0.0}
+    shipped = config.build(settings | {f"student.{op}": impl for op, impl in kernels.items()})
+    exact = config.build(settings | {f"student.{op}": impl for op, impl in TORCH.items()} | {"train.precision": "fp32"})
+    if not GPU:
+        shipped = shipped.model_copy(update={"train": exact.train})
+        compile = torch.compile
+
+        def without_inductor(module, options, **how):
+            return compile(module, backend="aot_eager", **how)
+
+        monkeypatch.setattr(torch, "compile", without_inductor)
+    torch._dynamo.reset()
+    got = losses_and_gradients(shipped, device, compiled)
+    expected = losses_and_gradients(exact, device, lambda joint: joint)
+    torch._dynamo.reset()
+    for name in [key for key in got if key.endswith("qkv.bias")]:  # the keys' third is rounding alone
+        for found in (got, expected):
+            found[name] = found[name].view(3, -1)[[0, 2]]
     assert_same(got, expected)
