@@ -1,6 +1,7 @@
 """`fastdeitlt bench` and the benchmarks around it: every part measured, peers that agree, a model that adds up."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from fastdeitlt.speed import timer
 from fastdeitlt.speed.bench import _at_ranks, _take_steps, bench
 from fastdeitlt.speed.setup import set_up
 
+ROOT = Path(__file__).parents[1]
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
 CPU = torch.device("cpu")
 
@@ -110,19 +112,70 @@ def test_without_the_data_set_the_step_is_still_measured():
     assert set(result["left_out"]) == {"data only", "end to end", "scaling over ranks"}
 
 
-WITHOUT_DALI = """
+BARE = """
 import sys
-sys.modules["nvidia.dali"] = None
+for name in ("nvidia.dali", "deepspeed", "apex", "onnx"):
+    sys.modules[name] = None
+"""
+"""An image without the packages that decode, shard or export."""
+
+WITHOUT_DATA = (
+    BARE
+    + """
+import tempfile
 from fastdeitlt.speed import timer, tune
 from fastdeitlt.speed.bench import bench
+from fastdeitlt.speed.profiling import profile
 timer.WARM_UP_CALLS = 1
 bench("quickstart", sys.argv[1:], quick=True, synthetic=True, batches=[])
+with tempfile.TemporaryDirectory() as folder:
+    profile("quickstart", [*sys.argv[1:], "train.compile=false"], folder, num_steps=1, synthetic=True)
 """
+)
+
+FROM_ARRAYS = (
+    BARE
+    + """
+import numpy as np
+import torch
+from fastdeitlt import config
+from fastdeitlt.data.batches import train_batches
+from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.speed.bench import step_of
+from fastdeitlt.speed.setup import set_up
+cfg = config.load("quickstart", [*sys.argv[1:], "train.compile=false", "train.accumulate=1", "train.virtual_ranks=1"])
+setup = set_up(cfg, torch.device("cpu"), synthetic=True)
+images_NHWC, labels = np.zeros((8, 40, 40, 3), np.uint8), np.arange(8) % 2
+images = LongTailSet([str(i) for i in range(8)], labels, [4, 4], images_NHWC=images_NHWC)
+source = Resident(images, config.DataConfig(residency="device", num_threads=1), setup.device)
+micro_batches = [MicroBatch(0, i, 0, np.arange(8), np.zeros(8, int)) for i in range(2)]
+batches = train_batches(micro_batches, source, images, cfg, mixing=True, size=setup.size)
+print("norm", float(step_of(setup, setup.joint, take=lambda: next(batches))()))
+"""
+)
+
+KERNEL_TESTS = (
+    BARE
+    + """
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/kernels"]))
+"""
+)
 
 
-def test_a_step_on_no_images_needs_no_decoder():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_DALI, *TINY], capture_output=True, text=True)
-    assert done.returncode == 0 and "full step" in done.stdout, done.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(WITHOUT_DATA, "operations"), (FROM_ARRAYS, "norm"), (KERNEL_TESTS, "test_attention.py")],
+    ids=["bench, profile and tune", "a step from arrays", "the kernels' tests"],
+)
+def test_what_decodes_and_shards_nothing_runs_without_those_packages(code, said, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *TINY], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0 and said in done.stdout, done.stdout[-1000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
