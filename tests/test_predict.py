@@ -209,7 +209,7 @@ def test_predict_streaming_and_held_sets_have_the_same_pixels(tmp_path, monkeypa
     predict(tmp_path / "model", [Image.open(path) for path in paths], batch_size=64, device="cpu", strict=True)
     assert torch.equal(seen[-1], crops), "images in memory obey the same rule"
     chosen = []
-    monkeypatch.setattr(evaluation, "open_source", lambda images, cfg, *rest: chosen.append(cfg.exif) or 1 / 0)
+    monkeypatch.setattr(evaluation, "open_source", lambda _, cfg, *rest, **how: chosen.append(cfg.exif) or 1 / 0)
     other = build({"data.exif": "ignore" if exif == "apply" else "apply", "train.device": "cpu"})
     with pytest.raises(ZeroDivisionError):
         evaluation._logits(open_saved(tmp_path / "model"), images, other)
