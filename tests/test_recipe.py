@@ -3,6 +3,7 @@
 Expected values are worked out from the recipe here, not by the code that trains.
 """
 
+import logging
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -54,6 +55,7 @@ class Recording:
     evaluations: list[tuple[int, int, bool]] = field(default_factory=list)
     scored: list[SimpleNamespace] = field(default_factory=list)
     """Set, mode and weights of each pass over images that are scored."""
+    log: list[str] = field(default_factory=list)
     folder: object = None
 
 
@@ -72,9 +74,15 @@ def recorded(request, tmp_path_factory):
         "teacher.path": str(_in_another_order(folder)),
     }  # fmt: skip
     run = Recording(config.build(flat | recipe | RECIPES[request.param]))
+    log, handler = logging.getLogger("fastdeitlt"), logging.Handler()
+    level = log.level
+    log.setLevel(logging.INFO)
     with pytest.MonkeyPatch.context() as patch:
         _record(run, patch)
+        patch.setattr(handler, "emit", lambda record: run.log.append(record.getMessage()))
+        patch.setattr(log, "handlers", [handler])
         run.folder = train(run.cfg)
+    log.setLevel(level)
     return run
 
 
@@ -181,6 +189,9 @@ def test_every_micro_batch_has_the_images_of_its_epoch(recorded, plan):
         assert seen.labels.tolist() == plan.images.labels[sample].tolist()
     orders = {tuple(sample) for _, sample in plan.micro_batches}
     assert len(orders) == len(plan.micro_batches), "epochs and ranks differ"
+    n, seen = len(plan.images), {index for epoch, sample in plan.micro_batches if epoch == 0 for index in sample}
+    assert any(line.startswith(f"an epoch has {len(seen)} of the {n} images") for line in recorded.log)
+    assert recorded.cfg.augment.repeats > 1 or n - len(seen) < BATCH * RANKS
 
 
 def test_images_and_labels_are_mixed_and_smoothed_in_the_phase_for_it(recorded, plan):
