@@ -3,13 +3,15 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable
+from fastdeitlt.running import process
 
 if TYPE_CHECKING:
     from fastdeitlt.config import Config
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 Verb = Callable[[argparse.Namespace], int]
 EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
 """The last two are of teachers."""
+PRINTS = ("eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
+"""Verbs whose result is, at least in part, what they print: losing it is an error."""
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """Where the system writes nothing: not a fault of the program."""
 
@@ -401,59 +405,73 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Arguments by name; settings may stand before, between and after options, where argparse takes one run of them."""
     parser = _parser()
+    arguments = list(arguments)
     args, rest = parser.parse_known_args(arguments)
     strangers = [word for word in rest if word.startswith("-") or "=" not in word]
     if strangers or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
     if rest:
         args.overrides += rest
+    args.arguments = arguments
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb.
+    """Run one verb: of the command line with the process set up for it, or of ``arguments`` inside another program.
 
     Exit code 0 done; 1 a bug (with its traceback); in one line 2 bad input, 4 no whole checkpoint or none can be
-    written, 5 loss not finite, 6 memory full, 7 another rank lost, 8 crash loop, 75 stopped by a signal with the state
-    saved (start it again), 130 Ctrl-C.
+    written, 5 loss not finite, 6 memory full, 7 another rank lost, 8 crash loop, 75 stopped by SIGTERM or SIGUSR1
+    (start it again), 130 Ctrl-C, 141 nobody reads what it prints.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parse(arguments)
-    args.arguments = list(arguments)
+    if arguments is not None:
+        return _run(_parse(arguments))
+    stdout = process.start()
+    try:
+        args = _parse(sys.argv[1:])
+        code, prints = _run(args), args.verb in PRINTS
+    except process.Stopped as stop:  # outside the verb
+        code, prints = _say_stopped(stop), False
+    return process.end(code, stdout if prints else None)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The exit code of the verb; what is the user's to know is one line."""
     try:
         return args.run(args)
     except UserError as error:
         if not getattr(error, "told", False):  # by another rank
-            print(f"fastdeitlt: error: {error}", file=sys.stderr)
-        _leave_others(error.exit_code)
+            _say(f"error: {error}")
         return error.exit_code
-    except OSError as error:
-        if error.errno not in NO_PLACE:
-            _leave_others(1)
+    except KeyboardInterrupt as stop:
+        return _say_stopped(stop)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            where = f"{error.filename}: " if error.filename else ""
+            _say(f"error: {where}{error.strerror}; free space or choose another place")
+            return UserError.exit_code
+        if is_memory_full(error):
+            _say(f"error: out of memory ({' '.join(str(error).split())[:160]}); raise the limit or use smaller batches")
+            return MemoryFullError.exit_code
+        if "FASTDEITLT_LAUNCHER" not in os.environ:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fastdeitlt: error: {where}{error.strerror}; free space or choose another place", file=sys.stderr)
-        _leave_others(UserError.exit_code)
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        print("fastdeitlt: stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception:
-        if "FASTDEITLT_LAUNCHER" in os.environ:
-            traceback.print_exc()
-        _leave_others(1)
-        raise
+        traceback.print_exc()
+        return 1
 
 
-def _leave_others(code: int) -> None:
-    """End a rank of several at once: the others wait for it, and Python takes seconds to free everything."""
-    if "FASTDEITLT_LAUNCHER" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _say(text: str) -> None:
+    print(f"fastdeitlt: {printable(text)}", file=sys.stderr)
+
+
+def _say_stopped(stop: KeyboardInterrupt) -> int:
+    """Report a stop that came at a moment when nothing was to be saved, from one rank, and return its code."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        _say(
+            f"stopped by {str(stop) or 'SIGINT'}; the same command continues from the last checkpoint, if there is one"
+        )
+    return process.stop_code(process.STOP.first or signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,54 @@ A value comes, in rising order, from the schema's default, from the YAML file, f
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from fastdeitlt.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INT64_MAX, FLOAT_MAX = 2**63 - 1, 1e30
+"""The second leaves room for products below the largest float32."""
 
 
 class Section(BaseModel):
     """A frozen group of fields that refuses unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Section":
+        """Refuse numbers that 64-bit integers and float32 tensors do not hold."""
+        for name, value in self:
+            for number in _numbers(value):
+                if abs(number) > (INT64_MAX if isinstance(number, int) else FLOAT_MAX):
+                    got = _SHORT.repr(number)
+                    raise ValueError(f"{name}: got {got}, expected at most {INT64_MAX} (whole) or {FLOAT_MAX:g}")
+        return self
+
+
+def _numbers(value: object) -> list[int | float]:
+    if isinstance(value, tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"expected a range (low, high); use [{bounds[1]}, {bounds[0]}]")
+    return bounds
+
+
+Positive = Annotated[float, Field(gt=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+PerChannel = tuple[Positive, Positive, Positive]
 
 
 class DataConfig(Section):
@@ -78,9 +109,9 @@ class AugmentConfig(Section):
     recipe: Literal["deit", "pad_crop", "autoaugment_cutout", "crop_jitter", "none"] = "deit"
     """deit: RandomResizedCrop, flip, RandAugment, erasing. pad_crop: pad, crop, flip (CIFAR CNNs). autoaugment_cutout:
     pad_crop + AutoAugment + Cutout (PaCo). crop_jitter: RandomResizedCrop, flip, ColorJitter(.4). none: resize only."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Range = (0.08, 1.0)
     """RandomResizedCrop: range of the crop's share of the image area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Range = (3 / 4, 4 / 3)
     """RandomResizedCrop: range of the crop's aspect ratio."""
     pad: int = Field(4, ge=0)
     """pad_crop: pixels padded on each side. 0 = no crop."""
@@ -100,7 +131,7 @@ class AugmentConfig(Section):
     """Repeated augmentation: copies of an image in an epoch. 1 = off."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Channel means that normalise the student's input (images in 0..1)."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: PerChannel = IMAGENET_STD
     """Channel standard deviations that normalise the student's input."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of training augmentation: Triton kernels, or torch operations. auto: the kernels on a GPU for the
@@ -170,7 +201,7 @@ class TeacherConfig(Section):
     official code uses. teacher: those of its folder, else teacher.mean and teacher.std."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Channel means of a teacher without a model folder (used by normalise=teacher)."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: PerChannel = IMAGENET_STD
     """Channel standard deviations of a teacher without a model folder (used by normalise=teacher)."""
     resize_antialias: bool = False
     """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
@@ -214,7 +245,7 @@ class OptimConfig(Section):
     lr_scale: Literal["official", "effective", "none"] = "official"
     """official: lr * batch_size * ranks / 512 (ignores accumulation, as the reference). effective: with accumulation.
     none: lr as it stands."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """AdamW momenta."""
     eps: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
@@ -482,6 +513,8 @@ def _field(name: str) -> FieldInfo:
     return model.model_fields[field]
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 FIELDS = tuple(_field_names(Config))
 TEXTS = frozenset(name for name in FIELDS if _field(name).annotation is str)
 
@@ -546,6 +579,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path}: nested too deeply; a config has two levels") from None
     except UserError as error:
         raise UserError(f"config file {path}: {error}") from None
+    except (ValueError, ArithmeticError) as error:  # an integer of thousands of digits, the 99th of a month
+        raise UserError(f"config file {path}: not a number or date ({str(error).partition(';')[0]})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -604,6 +639,12 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
             raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
         except RecursionError:
             raise UserError(f"override {override[:40]!r}...: nested too deeply") from None
+        except UserError:
+            raise
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(
+                f"override {override[:40]!r}: not a number or date ({str(error).partition(';')[0]})"
+            ) from None
     return values
 
 
@@ -627,9 +668,10 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        if first["type"] == "value_error":  # of a whole section, whose message names the field and what it got
+        if first["type"] == "value_error" and not isinstance(first["input"], tuple | list):
+            # of a whole section, whose message names the field and what it got
             raise UserError(f"{name}.{message}" if name else message) from None
-        raise UserError(f"{name}: got {first['input']!r}, {message}") from None
+        raise UserError(f"{name}: got {_SHORT.repr(first['input'])}, {message}") from None
     config._origins.update({name: origins.get(name, "default") for name in FIELDS})
     return config
 

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ MEETING_S = 300
 """Ranks of a busy machine or a queue start minutes apart."""
 ROLL_CALL_S = 3.0
 """How long ranks that failed wait for each other to say so, before they name those that did not."""
+LISTENER = "FASTDEITLT_LISTENER"
+"""Environment variable: the descriptor of a socket that our launcher listens with for rank 0."""
 DRIVER = Path("/dev/nvidiactl")
 """There where NVIDIA's driver is."""
 
@@ -66,19 +69,55 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         timeout = _timeout = timedelta(seconds=timeout_s)
-        try:
-            _store, place, world = next(collective.rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
-        except collective.DistError as error:
-            said = " ".join(str(error).split())[:160]
-            raise RankLostError(
-                f"the ranks did not find each other in {MEETING_S} s at {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')} ({said}); is each of them started, and the address reachable?"
-            ) from error
+        _store, place, world = _meet()
         _store.set_timeout(timeout)
         store = collective.PrefixStore("group", _store)
         collective.init_process_group(_backend(device), store=store, rank=place, world_size=world, timeout=timeout)
         atexit.register(stop)
     return rank(), get_world()
+
+
+def _meet() -> tuple[collective.Store, int, int]:
+    """The meeting point of the ranks with this one's number and theirs; on a loopback address it listens there alone.
+
+    Raises:
+        UserError: the launcher has not told all, or the address is another program's.
+        RankLostError: some do not come.
+    """
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"{missing[0]}: is not set, but WORLD_SIZE is {_told('WORLD_SIZE', 1)}; start ranks by a launcher"
+        )
+    place, world = _told("RANK", 0), _told("WORLD_SIZE", 1)
+    host, port = os.environ["MASTER_ADDR"], _told("MASTER_PORT", 0)
+    if place >= world or not 0 < port < 2**16:
+        raise UserError(
+            f"RANK, MASTER_PORT: got {place} of WORLD_SIZE {world} and port {port}; start ranks by a launcher"
+        )
+    patience = timedelta(seconds=MEETING_S)
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not _is_loopback(host):
+            return next(collective.rendezvous("env://", timeout=patience))
+        listener = None
+        if place == 0:  # torch's own socket listens on every interface
+            given = os.environ.pop(LISTENER, None)
+            listener = int(given) if given else socket.create_server((host, port)).detach()
+        store = collective.TCPStore(host, port, world, place == 0, patience, master_listen_fd=listener)
+        return store, place, world
+    except (collective.DistError, OSError) as error:
+        said = " ".join(str(error).split())[:160]
+        if isinstance(error, OSError) or "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT: rank 0 cannot listen at {host}:{port} ({said}); choose a free port of this machine"
+            ) from error
+        raise RankLostError(
+            f"the ranks did not find each other in {MEETING_S} s at {host}:{port} ({said}); is each of them started, "
+            "and the address reachable?"
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _end_with_launcher() -> None:
@@ -107,6 +146,8 @@ def group(device_type: str, timeout_s: int = 600) -> Iterator[tuple[int, int]]:
         if ranks[1] == 1:
             raise
         atexit.unregister(stop)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         if isinstance(error, UserError):
             # all ranks stop together: the first says it, whoever is quicker; it holds the store, so it cannot be asked
             said_by_another = ranks[0] > 0 if isinstance(error, StoppedError) else _already_said(str(error))
@@ -163,20 +204,24 @@ class Agreement:
 
     def __init__(self) -> None:
         self._group = all_ranks("gloo") if get_world() > 1 else None
-        self._said: Tensor | None = None
+        self._said = torch.tensor(0)
         self._pending: Any = None
 
-    def highest(self, number: int) -> int:
-        """The ranks' highest ``number`` of the call before; alone, this call's."""
+    def highest(self, number: int, at_once: bool = False) -> int:
+        """The ranks' highest ``number`` of the call before; of this one too when alone, or where it waits for them."""
         if self._group is None:
             return number
-        found = 0
-        if self._said is not None:
-            self._pending.wait()
-            found = int(self._said)
+        found = self._collect()
         self._said = torch.tensor(number)
         self._pending = collective.all_reduce(self._said, collective.ReduceOp.MAX, group=self._group, async_op=True)
-        return found
+        return max(found, self._collect()) if at_once else found
+
+    def _collect(self) -> int:
+        if self._pending is None:
+            return 0
+        self._pending.wait()
+        self._pending = None
+        return int(self._said)
 
 
 def start_alone(device: torch.device) -> None:
@@ -192,15 +237,26 @@ def adopt_slurm(env: Any) -> None:
 
     Args:
         env: os.environ, or another mapping of strings.
+
+    Raises:
+        UserError: a number of SLURM's is none.
     """
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if "RANK" in env or tasks_of_slurm(env) == 1:
         return
+    missing = [name for name in ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID") if f"SLURM_{name}" not in env]
+    if missing:
+        raise UserError(f"SLURM_{missing[0]}: is not set, but SLURM_STEP_NUM_TASKS is; start the ranks by srun")
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
     # a task with one GPU of its own (--gpus-per-task=1) sees it as the first, whatever its place
     env["LOCAL_RANK"] = "0" if visible[0] and len(visible) == 1 else env["SLURM_LOCALID"]
     env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+    env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID", 0) % 10000))
+
+
+def tasks_of_slurm(env: Any) -> int:
+    """Number of tasks that srun started, this one among them; 1 without srun."""
+    return _number(env, "SLURM_STEP_NUM_TASKS", 1)
 
 
 def _first_host(nodes: str) -> str:
@@ -209,9 +265,18 @@ def _first_host(nodes: str) -> str:
 
 
 def _told(name: str, alone: int) -> int:
-    """What the launcher said."""
+    """Read an integer that the launcher set, or return the default."""
     adopt_slurm(os.environ)
-    return int(os.environ.get(name, alone))
+    return _number(os.environ, name, alone)
+
+
+def _number(env: Any, name: str, alone: int) -> int:
+    text = env.get(name, str(alone))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(
+            f"{name}: got {text[:40]!r} in the environment, expected a whole number; unset it, or see launchers"
+        )
+    return int(text)
 
 
 def _backend(device: torch.device) -> str:

@@ -1,10 +1,40 @@
 """Errors that are the user's to fix or to know of: the command line prints one line and exits with the error's code."""
 
+import errno
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line and paragraph separators, what reverses the direction of a line, bytes that are no UTF-8."""
+_NO_ROOM = (
+    "out of memory", "can't allocate", "cannot allocate", "alloc_failed", "allocation_failed", "can't start new thread",
+    "failed to map segment", "std::bad_alloc",
+)  # fmt: skip
+"""What plain errors say, in small letters, of CUDA outside torch's allocator (pinned memory, modules, Triton, NCCL), of
+the host's allocator and DALI's, of cuBLAS and cuDNN, of the loader of libraries and of threads."""
+
+
+def printable(text: object) -> str:
+    """Return the text with its control characters escaped: names come from files and may hold what terminals obey."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Return whether an error says that the device or the system gave no memory."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    said = str(
+        error
+    ).lower()  # torch.OutOfMemoryError is a RuntimeError, and a library that does not fit an ImportError
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(words in said for words in _NO_ROOM)
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what, got, expected, how to fix. Exit code 2."""
 
     exit_code = 2
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(UserError):

@@ -119,6 +119,9 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                 if last or before_drw or (every_epochs and (epoch + 1) % every_epochs == 0):
                     milestone = "before-drw" if before_drw else ""
                     save(run, engine, ema, selector, meter, done, wait=last, milestone=milestone)  # 8 checkpoint
+            if number := stop.agreed(at_once=True):
+                save(run, engine, ema, selector, meter, done, wait=True)
+                raise run.stopped(number, done)
         stop.close()  # nothing is left to save
         source.close()
         selector.finish(done, epoch=cfg.train.epochs - 1)

@@ -16,23 +16,28 @@ from fastdeitlt.running import launch
 FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
     "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
-    "sigint": (4, 130, "stopped by SIGINT, saved after step"),
+    "sigint": (5, 130, "stopped by SIGINT, saved after step"),
     "raise": (6, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
     "hang": (7, 7, "lost contact with rank 1"),
     "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
     "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
     "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
 }
-SLOW_STEP = 12
-"""At which rank 1 works a second longer on each micro-batch, with the fault ``none``."""
+SLOW_STEPS = (11, 12)
+"""At which rank 1 works half a second longer on each micro-batch, with the fault ``none``."""
 
 
 def main(fault, note, *arguments):
     """The program; writes the moment of the fault to the file ``note``."""
     launch.PROGRAM = [sys.executable, __file__, fault, note]
+    if "RANK" in os.environ:
+        from fastdeitlt.running import watch
+
+        watch.PERIOD_S = 1.0
     if os.environ.get("RANK") == "1":
         _inject(fault, Path(note))
-    return cli.main(arguments)
+    sys.argv = [__file__, *arguments]
+    return cli.main()
 
 
 def _inject(fault, note):
@@ -46,13 +51,17 @@ def _inject(fault, note):
     def faulty(self, batches):
         batch = wait(self, batches)
         if fault == "none":
-            time.sleep(self.done + 1 == SLOW_STEP)
+            time.sleep(0.5 * (self.done + 1 in SLOW_STEPS))
             return batch
         if note.exists() or self.done + 1 != FAULTS[fault][0]:
             return batch
         note.write_text(str(time.time()))
-        if fault in ("sigterm", "sigint"):
-            os.kill(os.getppid(), getattr(signal, fault.upper()))
+        if fault == "sigterm":  # as of an impatient queue
+            for _ in range(40):
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(0.009)
+        elif fault == "sigint":
+            os.kill(os.getppid(), signal.SIGINT)
         elif fault in ("hang", "kill"):
             os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
         elif fault == "raise":

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import stub_command
 
 from fastdeitlt import cli
 
@@ -100,3 +103,70 @@ def test_the_installed_command_exists():
     assert done.returncode == 0
     for verb in ("train", "train-teacher", "demo", "eval", "predict", "export", "report", "data", "config", "doctor"):
         assert f"    {verb}" in done.stdout
+
+
+def _stub(what, folder, verb="demo", shell="", **streams):
+    """A command of ``stub_command``, in a shell that takes away some of its streams."""
+    program = [sys.executable, "-W", "error::ResourceWarning", stub_command.__file__, what, verb]
+    program += ["--runs-dir", str(folder)] if verb == "demo" else ["show", str(folder)]
+    return subprocess.Popen(["sh", "-c", f'exec "$@" {shell}', "sh", *program], **streams)
+
+
+@pytest.mark.parametrize("shell", [">/dev/full", ">/dev/full 2>&1", ">&- 2>&- <&-", "2>&-", "| true", "| head -1"])
+@pytest.mark.parametrize("verb", ["demo", "config"])
+def test_output_that_cannot_be_written_changes_no_file_and_no_code_of_a_run(shell, verb, tmp_path):
+    if "|" in shell:  # the reader ends, and the program meets the closed pipe
+        command = _stub("talk", tmp_path, verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if "head" in shell:
+            command.stdout.read(10)
+        command.stdout.close()
+        said = command.stderr.read()
+        command.stderr.close()
+    else:
+        command = _stub("talk", tmp_path, verb, shell, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        said = command.communicate()[1]
+    command.wait()
+    assert (tmp_path / "results.json").exists()
+    assert b"Logging error" not in said and b"BrokenPipe" not in said and b"Exception ignored" not in said
+    lost = 0 if shell == "2>&-" else 141 if "|" in shell else 2
+    assert command.returncode == (lost if verb == "config" else 0), said  # what config prints is all there is
+    if verb == "config" and shell == ">/dev/full":
+        assert said.count(b"fastdeitlt: error: standard output: No space left on device") == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "number", "count", "code", "words"),
+    [
+        ("wait", signal.SIGTERM, 1, 75, b"stopped by SIGTERM"),
+        ("wait", signal.SIGUSR1, 40, 75, b"stopped by SIGUSR1"),
+        ("wait", signal.SIGINT, 1, 130, b"stopped by SIGINT"),
+        ("swallow", signal.SIGTERM, 1, 75, b""),
+        ("loop", signal.SIGTERM, 40, 75, b""),
+    ],
+)
+def test_a_stop_signal_ends_a_command_with_its_code(what, number, count, code, words, tmp_path):
+    command = _stub(what, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout.readline() == b"ready\n"
+    for _ in range(count):
+        command.send_signal(number)
+        time.sleep(0.01)
+    said = command.communicate()[1]
+    assert command.returncode == code, said
+    assert words in said and b"Traceback" not in said and said.count(b"\n") == bool(words)
+    if what == "loop":
+        assert int((tmp_path / "saved").read_text()) > 1  # the others came while it saved
+    if what == "swallow":
+        assert (tmp_path / "left").read_text() == str(int(number))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_save(tmp_path):
+    command = _stub("impatient", tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in (b"ready\n", b"noted\n"):
+        assert command.stdout.readline() == line
+        command.send_signal(signal.SIGINT)
+    assert b"stopped by SIGINT" in command.communicate()[1]
+    assert command.returncode == 130
+
+
+def test_a_closed_terminal_does_not_end_a_command(tmp_path):
+    assert _stub("hangup", tmp_path).wait() == 0

@@ -21,7 +21,7 @@ import fault_ranks
 import numpy as np
 import pytest
 import torch
-from fault_ranks import FAULTS, SLOW_STEP
+from fault_ranks import FAULTS, SLOW_STEPS
 from tiny_run import TIMES, tiny_run
 from torch.distributed import DistBackendError
 
@@ -30,8 +30,10 @@ from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
+from fastdeitlt.running import watch
+from fastdeitlt.running.process import STOP, Stopped
 from fastdeitlt.running.run import RESTARTS, Run
-from fastdeitlt.running.watch import Norms, dump, memory_hint, warn_of_straggler
+from fastdeitlt.running.watch import Norms, dump, memory_hint
 from fastdeitlt.train import train
 
 HANG_TIMEOUT_S = 12
@@ -48,6 +50,8 @@ class Launch:
         command = [sys.executable, fault_ranks.__file__, fault, str(self.note), "train", str(path), f"name={name}"]
         command += [f"train.timeout_s={timeout}", "--processes", "2", "--restarts", "1" if fault == "kill" else "0"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        if fault == "none":  # nothing is to hang on a stream
+            command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *command]
         with log.open("wb") as out:
             self.code = subprocess.run(
                 command, stdout=out, stderr=subprocess.STDOUT, env=env | {"OMP_NUM_THREADS": "1"}, check=False
@@ -122,8 +126,9 @@ def test_a_run_through_all_faults_ends_as_the_untouched_one_bit_for_bit(story):
 
 
 def test_a_straggler_is_named_with_what_it_was_slow_at(story):
-    assert f"steps {SLOW_STEP} to {SLOW_STEP}: rank 1 holds the others up" in story["none"].said
-    assert "most of it in forward and backward" in story["none"].said
+    last = SLOW_STEPS[-1]
+    assert f"steps {last} to {last}: rank 1 holds the others up" in story["none"].said
+    assert story["none"].said.count("most of it in forward and backward") == 1  # in the second period alone
 
 
 def test_the_images_of_a_loss_that_is_not_finite_are_named(story):
@@ -226,6 +231,15 @@ def test_a_crash_loop_stops_after_three_restarts_without_a_checkpoint(tmp_path):
     assert not (tmp_path / "r" / "starts.json").exists()
 
 
+def test_a_stop_before_the_first_step_is_no_crash_and_leaves_its_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr(STOP, "first", signal.SIGTERM)
+    with pytest.raises(Stopped), Run(config.build({"name": "r", "runs_dir": str(tmp_path)})) as run:
+        run.count_start(5)
+        raise Stopped
+    assert json.loads((tmp_path / "r" / "PREEMPTED").read_text()) == {"signal": "SIGTERM", "step": 5}
+    assert not (tmp_path / "r" / "starts.json").exists() and STOP.cleanup is None
+
+
 def test_a_disk_that_fills_up_is_survived_until_the_third_save(tmp_path, capsys):
     """A real limit on the size of files stops the writes half-way; training itself goes on."""
     cfg = tiny_run(tmp_path)
@@ -295,13 +309,21 @@ def test_norms_say_spikes_and_count_what_is_left_out(caplog, monkeypatch):
     assert norms.failure([float("nan")], 8) == 7  # with the one of the window before
 
 
-def test_ranks_alike_are_no_stragglers(caplog, monkeypatch):
+def test_a_straggler_is_one_over_periods_of_seconds(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
-    warn_of_straggler([0.1, 0.1, 0.1], [1.0, 1.2, 1.1], "steps 1 to 2")
-    warn_of_straggler([3.0], [1.0], "steps 1 to 2")
+    for wait_R, work_R in (([0.1, 0.1, 0.1], [9.0, 12.0, 10.0]), ([30.0], [10.0])):
+        for _ in range(4):
+            watch.Stragglers().add(wait_R, work_R, 2)
+    one_hiccup, chance, slow = watch.Stragglers(), watch.Stragglers(), watch.Stragglers()
+    for step in range(1, 9):
+        one_hiccup.add([0.1, 0.1], [10.0, 40.0 if step == 3 else 10.0], step)
+    for step in range(1, 2001):  # steps of 20 ms, of which either rank is late at times
+        chance.add([0.0, 0.0], [0.04, 0.02] if step % 5 else [0.02, 0.09], step)
     assert not caplog.text
-    warn_of_straggler([0.1, 3.0, 0.1], [1.0, 1.2, 1.1], "steps 1 to 2")
-    assert "rank 1 holds the others up: 4.20 s where the usual rank took 1.20 s" in caplog.text
+    for step in range(1, 6):
+        slow.add([0.1, 6.0, 0.1], [5.0, 5.2, 5.1], step)
+    assert caplog.text.count("rank 1 holds the others up") == 2  # after two periods and after four
+    assert "steps 2 to 2: rank 1 holds the others up: 11.2 s where the usual rank took 5.2 s" in caplog.text
     assert "most of it in waiting for data" in caplog.text
 
 

@@ -12,18 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
 import torch
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import RankLostError, UserError
-from fastdeitlt.running.preemption import SIGNALS
+from fastdeitlt.running.process import SIGNALS, STOP, stop_code
 
 log = logging.getLogger("fastdeitlt")
 PROGRAM = [sys.executable, "-P", "-m", "fastdeitlt.cli"]
 """What a rank is started as."""
+LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has failed."""
 RESTARTABLE = (1, RankLostError.exit_code)
@@ -43,7 +43,7 @@ def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
     """
     if "FASTDEITLT_LAUNCHER" in env:
         return 1
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "RANK" in env or distributed.tasks_of_slurm(env) > 1:
         if asked:
             raise UserError("--processes: another launcher has started this process; let one of the two do it")
         return 1
@@ -70,18 +70,16 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
         0, or the exit code of the rank that failed first; 7 for one that was killed.
     """
     ranks = _Ranks(count, arguments)
-    before = {number: signal.signal(number, ranks.forward) for number in SIGNALS}
-    try:
-        for left in range(restarts, -1, -1):
-            code = ranks.run()
-            if code not in RESTARTABLE or not left or ranks.asked_to_stop:
-                break
-            log.warning("starting all ranks again (%d more restarts)", left - 1)
-        return code
-    finally:
-        ranks.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with STOP.received_by(ranks.forward):
+        try:
+            for left in range(restarts, -1, -1):
+                code = ranks.run()
+                if code not in RESTARTABLE or not left or ranks.asked_to_stop:
+                    break
+                log.warning("starting all ranks again (%d more restarts)", left - 1)
+        finally:
+            ranks.kill()
+    return code
 
 
 class _Ranks:
@@ -90,26 +88,28 @@ class _Ranks:
         self.asked_to_stop = 0
         self.alive: list[subprocess.Popen[bytes]] = []
 
-    def forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(self, number: int) -> None:
         """Signals to the launcher are for the ranks, which save and end; the launcher waits for them."""
-        self.asked_to_stop = number
+        self.asked_to_stop = self.asked_to_stop or number
         for rank in self.alive:
             if rank.poll() is None:
                 rank.send_signal(number)
 
     def run(self) -> int:
         """Start all, wait until they end, and say which failed first."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.count)))
-        shared = {"WORLD_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"LOCAL_WORLD_SIZE": str(self.count), "OMP_NUM_THREADS": threads}
-        shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid())}
+        shared = {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count), "OMP_NUM_THREADS": threads}
+        shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK}
+        shared |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         command = [*PROGRAM, *self.arguments]
-        for rank in range(self.count):
-            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.alive.append(subprocess.Popen(command, env=env))
+        with socket.create_server((LOOPBACK, 0)) as meeting:  # held from here on, so no other program gets its port
+            shared |= {"MASTER_PORT": str(meeting.getsockname()[1]), distributed.LISTENER: str(meeting.fileno())}
+            for rank in range(self.count):
+                env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                held = [meeting.fileno()] if rank == 0 else []
+                self.alive.append(subprocess.Popen(command, env=env, pass_fds=held))
+        if self.asked_to_stop:  # while some had not been started
+            self.forward(self.asked_to_stop)
         while not (failed := self._failed()) and any(rank.poll() is None for rank in self.alive):
             time.sleep(0.05)
         deadline = time.monotonic() + GRACE_S
@@ -126,8 +126,8 @@ class _Ranks:
             ((r, c) for r, c in failed.items() if c != RankLostError.exit_code), next(iter(failed.items()))
         )
         if code < 0:
-            if self.asked_to_stop and -code == self.asked_to_stop:  # before the loop that would have saved
-                return 130 if -code == signal.SIGINT else 75
+            if self.asked_to_stop and -code in SIGNALS:  # before its first line
+                return stop_code(self.asked_to_stop)
             log.error("rank %d of %d died of %s", rank, self.count, signal.Signals(-code).name)
             return RankLostError.exit_code
         return code

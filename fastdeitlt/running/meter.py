@@ -99,7 +99,7 @@ class Meter(Pace):
         )
         self.peak = peak_flops(device)
         self.device = device
-        self.norms = watch.Norms(cfg.train.nonfinite_skips)
+        self.norms, self.stragglers = watch.Norms(cfg.train.nonfinite_skips), watch.Stragglers(done)
         super().__init__(plan.optimizer_steps * cfg.train.epochs, done)
         run.start_progress(self.total, done)
 
@@ -149,7 +149,7 @@ class Meter(Pace):
         failed = self.norms.failure(norms, self.window_done + 1)
         if failed is not None:
             self._fail(failed, window, losses_Mx3[:, 0].tolist(), norms, good_R)
-        watch.warn_of_straggler(wait_R, work_R, window)
+        self.stragglers.add(wait_R, work_R, self.done)
         loss, cls_loss, dist_loss = (value / max(sum(good_R), 1.0) for value in summed)
         norm = sum(n for n in norms if n < float("inf")) / steps
         facts = {"epoch": self.epoch, "loss": loss, "cls_loss": cls_loss, "dist_loss": dist_loss, "lr": self.rate}

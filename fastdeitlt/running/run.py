@@ -29,6 +29,7 @@ from fastdeitlt.atomic import write_atomically
 from fastdeitlt.checkpoint import Checkpoints, sweep
 from fastdeitlt.config import Config
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError
+from fastdeitlt.running.process import STOP, Stopped, stop_code
 from fastdeitlt.running.run_files import read_json
 
 log = logging.getLogger("fastdeitlt")
@@ -88,6 +89,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
         "gpu": gpu,
         "world": distributed.get_world(),
         "kernel measurements": _kernel_measurements() if gpu else None,
@@ -134,6 +136,7 @@ class Run:
         self.must = resume not in ("auto", "never")
         self.folder = distributed.on_main(lambda: self._take(resume))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep)
+        self._first = 0
         self._progress: Progress | None = None
         self._board: SummaryWriter | None = None
         self.started = time.perf_counter()
@@ -175,18 +178,22 @@ class Run:
             write_atomically(self.folder / "env.json", json.dumps(environment(), indent=1))
 
     def __enter__(self) -> "Run":
+        STOP.cleanup = self._leave
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, Stopped):
+                self._leave(STOP.first)
             if self._progress:
                 self._progress.stop()
             if self._board:
                 self._board.close()
             self.checkpoints.finish(must=error is None)
         finally:
+            STOP.cleanup = None
             if self.is_main:
                 if _is_clean(error):
                     (self.folder / "starts.json").unlink(missing_ok=True)
@@ -198,6 +205,7 @@ class Run:
         Raises:
             CrashLoopError: too many starts from there have died.
         """
+        self._first = step
         path = self.folder / "starts.json"
         before = read_json(path)
         died = before.get("died", 0) + 1 if before.get("step") == step else 0
@@ -211,13 +219,23 @@ class Run:
 
     def stopped(self, number: int, step: int) -> StoppedError:
         """The error that ends a run whose state after ``step`` is saved, because a signal asked for it."""
+        self._mark(number, step)
         name = signal.Signals(number).name
-        if self.is_main:
-            write_atomically(self.folder / "PREEMPTED", json.dumps({"signal": name, "step": step}))
-        code = 130 if number == signal.SIGINT else 75
         return StoppedError(
-            f"{self.folder}: stopped by {name}, saved after step {step}; the same command goes on", code
+            f"{self.folder}: stopped by {name}, saved after step {step}; the same command goes on", stop_code(number)
         )
+
+    def _leave(self, number: int) -> None:
+        """Leave the folder because of a signal, where no more is to be saved than is being saved."""
+        self.checkpoints.finish()
+        self._mark(number, max(self.checkpoints.step, self._first))
+        if self.is_main:
+            (self.folder / "starts.json").unlink(missing_ok=True)
+
+    def _mark(self, number: int, step: int) -> None:
+        if self.is_main:
+            facts = {"signal": signal.Signals(number).name, "step": step}
+            write_atomically(self.folder / "PREEMPTED", json.dumps(facts))
 
     @property
     def finished(self) -> bool:

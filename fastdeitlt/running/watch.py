@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,68 @@ from fastdeitlt import distributed
 from fastdeitlt.checkpoint import Checkpoints
 from fastdeitlt.config import Config
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.errors import CheckpointError, MemoryFullError
+from fastdeitlt.errors import CheckpointError, MemoryFullError, is_memory_full
 
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 1.5
 """Times the usual seconds of a rank from which one is said to hold the others up."""
-NO_ROOM = ("out of memory", "can't allocate", "alloc_failed", "allocation_failed")
-"""What plain runtime errors say, in small letters, of CUDA outside torch's allocator (pinned memory, modules, Triton,
-NCCL), of the host's allocator and DALI's, and of cuBLAS and cuDNN."""
+PERIOD_S = 10.0
+"""Seconds of the slowest rank over which ranks are compared: shorter ones differ by chance."""
 SPIKE = 10.0
 """Times the usual gradient norm from which a step's is a spike."""
 
 
-def warn_of_straggler(wait_R: Sequence[float], work_R: Sequence[float], window: str) -> None:
-    """Log the rank that the others wait for.
+class Stragglers:
+    """Compares the ranks' own seconds over periods, and warns of a rank that holds the others up in several of them."""
 
-    Args:
-        wait_R: seconds that each rank waited for its data.
-        work_R: seconds of each rank's forward and backward passes.
-        window: the steps they are of, for the message.
-    """
-    busy_R = [wait + work for wait, work in zip(wait_R, work_R, strict=True)]
-    usual, slowest = statistics.median_low(busy_R), max(range(len(busy_R)), key=busy_R.__getitem__)
-    if len(busy_R) < 2 or busy_R[slowest] <= STRAGGLER * usual:
-        return
-    over = {
-        phase: seconds[slowest] - statistics.median_low(seconds)
-        for phase, seconds in (("waiting for data", wait_R), ("forward and backward", work_R))
-    }
-    log.warning(
-        "%s: rank %d holds the others up: %.2f s where the usual rank took %.2f s, most of it in %s",
-        window,
-        slowest,
-        busy_R[slowest],
-        usual,
-        max(over, key=over.__getitem__),
-    )
+    def __init__(self, done: int = 0) -> None:
+        self._slow, self._periods = -1, 0
+        self._start(done)
+
+    def _start(self, step: int) -> None:
+        self._first, self._wait_R, self._work_R = step + 1, [0.0], [0.0]
+
+    def add(self, wait_R: Sequence[float], work_R: Sequence[float], step: int) -> None:
+        """Add the steps up to ``step``, and log the rank that the others wait for, at the end of a period.
+
+        The first warning comes after two periods, then after twice as many each time.
+
+        Args:
+            wait_R: seconds that each rank waited for its data, since the last call.
+            work_R: seconds of each rank's forward and backward passes.
+            step: the last of these steps.
+        """
+        if len(wait_R) < 2:
+            return
+        self._wait_R, self._work_R = (
+            [sum(pair) for pair in zip_longest(before, now, fillvalue=0.0)]
+            for before, now in ((self._wait_R, wait_R), (self._work_R, work_R))
+        )
+        busy_R = [wait + work for wait, work in zip(self._wait_R, self._work_R, strict=True)]
+        usual, slowest = statistics.median_low(busy_R), max(range(len(busy_R)), key=busy_R.__getitem__)
+        if busy_R[slowest] < PERIOD_S:
+            return
+        slow = slowest if busy_R[slowest] > STRAGGLER * usual else -1
+        self._periods = self._periods + 1 if slow == self._slow else 1
+        self._slow = slow
+        if slow >= 0 and self._periods > 1 and self._periods.bit_count() == 1:
+            over = {
+                phase: seconds[slow] - statistics.median_low(seconds)
+                for phase, seconds in (("waiting for data", self._wait_R), ("forward and backward", self._work_R))
+            }
+            log.warning(
+                "steps %d to %d: rank %d holds the others up: %.1f s where the usual rank took %.1f s, most of it in "
+                "%s (so for %d periods of %.0f s)",
+                self._first,
+                step,
+                slow,
+                busy_R[slow],
+                usual,
+                max(over, key=over.__getitem__),
+                self._periods,
+                PERIOD_S,
+            )
+        self._start(step)
 
 
 class Norms:
@@ -132,9 +159,8 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and not any(said in str(error).lower() for said in NO_ROOM):
+    except (RuntimeError, MemoryError, OSError, ImportError) as error:
+        if not is_memory_full(error):
             raise
         t, note = cfg.train, ""
         if torch.cuda.is_initialized():

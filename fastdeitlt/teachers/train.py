@@ -89,6 +89,10 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
                     selector.evaluate(done, epoch, last)  # evaluate
                 if last or (cfg.train.save_every_epochs and (epoch + 1) % cfg.train.save_every_epochs == 0):
                     save(run, objective.network, optimizer, selector, meter, done)  # checkpoint
+            if number := stop.agreed(at_once=True):
+                save(run, objective.network, optimizer, selector, meter, done, wait=True)
+                raise run.stopped(number, done)
+        stop.close()  # nothing is left to save
         selector.finish(done, epoch=t.epochs - 1)
         source.close()
     return best

@@ -1,0 +1,88 @@
+"""The program with a verb of a few lines in place of a slow one: ``python stub_command.py WHAT [FOLDER]``."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from fastdeitlt import cli
+from fastdeitlt.running import process
+
+
+def talk(folder):
+    """Use every way to the terminal, then write a file, as a run does its results."""
+    from rich.console import Console
+
+    log = logging.getLogger("stub")
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    for _ in range(2000):
+        log.error("a line of a log \udcff")
+    Console().print("a table")
+    print("a line", flush=True)
+    warnings.warn("a warning", stacklevel=1)
+    try:
+        raise ValueError("shown")
+    except ValueError:
+        traceback.print_exc()
+    (Path(folder) / "results.json").write_text("{}")
+
+
+def ready():
+    """Tell the test that signals may come."""
+    print("ready", flush=True)
+
+
+def wait(folder):
+    """Slow work with nothing to save."""
+    ready()
+    time.sleep(60)
+
+
+def swallow(folder):
+    """Native code, or a library that holds back every exception."""
+    process.GRACE_S = 0.2
+    process.STOP.cleanup = lambda number: (Path(folder) / "left").write_text(str(number))
+    with contextlib.suppress(BaseException):
+        ready()
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(60)
+
+
+def loop(folder):
+    """A training loop, which saves for half a second after the first signal and then ends with its code."""
+    seen = []
+    with process.STOP.received_by(seen.append):
+        ready()
+        while not seen:
+            time.sleep(0.01)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    (Path(folder) / "saved").write_text(str(len(seen)))
+    return process.stop_code(process.STOP.first)
+
+
+def impatient(folder):
+    """A training loop that takes too long to save."""
+    process.PATIENCE_S = 0.0
+    with process.STOP.received_by(lambda number: os.write(1, b"noted\n")):
+        ready()
+        time.sleep(60)
+
+
+def hangup(folder):
+    """A run whose terminal is closed."""
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+if __name__ == "__main__":
+    stub = globals()[sys.argv[1]]
+    cli._demo = cli._config = lambda args: stub(sys.argv[-1] if args.verb == "config" else args.runs_dir) or 0
+    sys.argv = [sys.argv[0], *sys.argv[2:]]
+    sys.exit(cli.main())
