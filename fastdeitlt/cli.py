@@ -241,6 +241,7 @@ def _data_cache(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     from fastdeitlt import config
 
@@ -250,7 +251,8 @@ def _config(args: argparse.Namespace) -> int:
         return 0
     table = Table(*(Column(title, overflow="fold") for title in ("name", "value", "from", "meaning")))
     for name, value in config.flatten(cfg).items():
-        table.add_row(name, str(value), cfg.origins[name], config.describe(name))
+        value = Text(printable(value))
+        table.add_row(name, value, cfg.origins[name], Text(config.describe(name)))
     Console().print(table)
     return 0
 

@@ -18,6 +18,12 @@ def printable(text: object) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def csv_name(text: object) -> str:
+    """Return a name for a cell of a CSV file, after an apostrophe where a spreadsheet would take it for a formula."""
+    shown = printable(text)
+    return f"'{shown}" if str(text)[:1] in set("=+-@\t\r") else shown
+
+
 def is_memory_full(error: BaseException) -> bool:
     """Return whether an error says that the device or the system gave no memory."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:

@@ -25,7 +25,7 @@ from fastdeitlt.data.files import Encoded, UnreadableError, from_pillow, read_en
 from fastdeitlt.data.folders import is_image, walk
 from fastdeitlt.data.resize import centre_crop
 from fastdeitlt.data.workers import Workers, num_threads
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, csv_name, printable
 from fastdeitlt.saved import Saved, open_saved
 
 HEADS = ("AVG", "CLS", "DIST")
@@ -180,7 +180,7 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
     else:
         out.write_text(to_csv(rows), encoding="utf-8", newline="")
     for row in failed:
-        print(f"fastdeitlt: {row.path}: {row.error}", file=sys.stderr)
+        print(printable(f"fastdeitlt: {row.path}: {row.error}"), file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -193,7 +193,7 @@ def table(rows: Sequence[Prediction]) -> Table:
     for row in rows:
         best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
         heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]
-        table.add_row(*(Text(cell) for cell in (row.path, best, *heads)))
+        table.add_row(*(Text(printable(cell)) for cell in (row.path, best, *heads)))
     return table
 
 
@@ -209,7 +209,7 @@ def to_csv(rows: Sequence[Prediction]) -> str:
     for row in rows:
         cells: list[str | float] = []
         for choice in [*row.top, *[None] * (len(ranks) - len(row.top)), row.cls, row.dist]:
-            cells += [choice.name, round(choice.probability, 6)] if choice else ["", ""]
+            cells += [csv_name(choice.name), round(choice.probability, 6)] if choice else ["", ""]
         cells += [round((row.temperatures or {}).get(head, 1.0), 6) for head in HEADS] if row.top else [""] * len(HEADS)
-        writer.writerow([row.path, *cells, row.error])
+        writer.writerow([csv_name(row.path), *cells, csv_name(row.error)])
     return text.getvalue()

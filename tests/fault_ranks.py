@@ -17,7 +17,7 @@ FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
     "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
     "sigint": (5, 130, "stopped by SIGINT, saved after step"),
-    "raise": (6, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
+    "raise": (7, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
     "hang": (7, 7, "lost contact with rank 1"),
     "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
     "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,19 @@ class Canary:
 
     def __reduce__(self) -> tuple:
         return os.system, (f"touch {self.path}",)
+
+
+def test_a_file_that_unpacks_to_more_than_it_holds_is_refused_unread(tmp_path: Path) -> None:
+    torch.save(official_student(small()), tmp_path / "good.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pth") as good,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in good.namelist():
+            bomb.writestr(name, bytes(2**20))
+    load_student_checkpoint(tmp_path / "good.pth")
+    with pytest.raises(UserError, match=r"refused, [0-9,]+ bytes that unpack to [0-9,]+"):
+        load_student_checkpoint(tmp_path / "bomb.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

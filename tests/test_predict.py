@@ -8,6 +8,7 @@ import pytest
 import torch
 from image_files import encoded, picture
 from PIL import Image
+from rich.console import Console
 from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
 
 from fastdeitlt import predict as predict_module
@@ -20,7 +21,7 @@ from fastdeitlt.data.resident import Resident
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.evaluation.evaluate import collect_logits
-from fastdeitlt.predict import main, predict, to_csv
+from fastdeitlt.predict import Choice, Prediction, main, predict, table, to_csv
 from fastdeitlt.saved import open_saved
 
 
@@ -134,6 +135,18 @@ def test_csv_and_json_hold_the_same_rows(saved, tmp_path):
         assert [line["class1"], line["class2"]] == [choice["name"] for choice in row["top"]]
         assert float(line["probability1"]) == pytest.approx(row["top"][0]["probability"], abs=1e-6)
         assert (line["cls_class"], line["dist_class"]) == (row["cls"]["name"], row["dist"]["name"])
+
+
+def test_names_can_neither_drive_a_terminal_nor_be_formulas_of_a_spreadsheet(saved, capsys, tmp_path):
+    evil = tmp_path / "\x1b[2J\udcff.png"
+    evil.write_text("no image")
+    main(saved[0], [evil], top_k=1, out=tmp_path / "rows.csv", strict=False)
+    assert r"\x1b[2J\udcff.png: " in capsys.readouterr().err
+    rows = [Prediction("=1+1.png", [Choice(0, "+1\x1b", -0.5)], Choice(0, "@a", 0.5), Choice(0, "-a", 0.5))]
+    (row,) = csv.DictReader(to_csv(rows).splitlines())
+    assert list(row.values())[:5] == ["'=1+1.png", r"'+1\x1b", "-0.5", "'@a", "0.5"]
+    Console().print(table(rows))
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_the_terminal_table_shows_class_names_literally(saved, capsys, monkeypatch):

@@ -209,6 +209,12 @@ def test_class_names_and_run_names_are_text_and_never_markup(tmp_path):
     assert "&lt;script&gt;" in html and any(EVIL in row for table in page.tables for row in table)
 
 
+def test_control_characters_in_names_are_escaped_in_the_page(tmp_path):
+    html = write_report(make_run(tmp_path / "run", names=["\x1b]0;t\x07cat\u202e"] * 10)).read_text(encoding="utf-8")
+    assert all(character.isprintable() or character == "\n" for character in html)
+    assert r"\x1b]0;t\x07cat\u202e" in html
+
+
 def test_a_crashed_run_without_results_still_gets_curves(tmp_path):
     folder = make_run(tmp_path / "crashed")
     (folder / "results.json").unlink()

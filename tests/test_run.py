@@ -1,14 +1,16 @@
 """The run folder: one owner, no secrets, a log that reads as if nothing had stopped."""
 
 import json
+import logging
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastdeitlt import config
 from fastdeitlt.errors import UserError
-from fastdeitlt.running.run import Run, environment
+from fastdeitlt.running.run import Run, environment, set_up_logging
 
 
 def _config(tmp_path, **flat):
@@ -65,6 +67,21 @@ def test_environment_has_no_secrets(tmp_path, monkeypatch):
         run.record("step", 1, loss=0.5)
     assert "canary" not in json.dumps(environment())
     assert not any(b"canary" in p.read_bytes() for p in run.folder.rglob("*") if p.is_file())
+
+
+def test_names_in_messages_cannot_drive_a_terminal(capsys):
+    set_up_logging()
+    logging.getLogger("fastdeitlt").warning("class %s: 100%% new", "\x1b[2J\n")
+    assert capsys.readouterr().out.endswith(r" class \x1b[2J\n: 100% new" + "\n")
+
+
+def test_threads_of_another_number_are_told_at_the_next_start(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    for threads in (2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        with Run(_config(tmp_path)):
+            pass
+    assert "threads 2 -> 3" in caplog.text
 
 
 def test_rewinding_drops_later_records_and_half_lines(tmp_path):

@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastdeitlt import config
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, printable
 from fastdeitlt.evaluation.metrics import GROUPS, cell
 from fastdeitlt.reporting import figures, page
 from fastdeitlt.reporting.page import Section
@@ -97,7 +98,7 @@ def tables(facts: dict[str, Any]) -> list[Table]:
             for number, name in enumerate(block.header):
                 table.add_column(name, justify="right" if number else "left")
             for row in block.rows:
-                table.add_row(*row)
+                table.add_row(*(Text(printable(shown)) for shown in row))
             shown.append(table)
     return shown
 

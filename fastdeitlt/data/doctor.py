@@ -24,7 +24,7 @@ from fastdeitlt.data.findings import (
 )
 from fastdeitlt.data.longtail import LongTailSet, Sets, has_official_split, open_sets, shot_groups
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, printable
 from fastdeitlt.teachers.views import plan_of
 
 _NUMBERS = ("images", "classes", "empty", "largest", "smallest", "rho", "Gini", "head", "mid", "tail", "rank")
@@ -121,14 +121,14 @@ class Report:
             k = order[rank]
             name = f" {self.class_names[k]}" if self.class_names else ""
             bar = "█" * round(40 * counts[k] / max(counts))
-            table.add_row(str(rank), escape(f"{k}{name}"), f"{counts[k]:,}", bar)
+            table.add_row(str(rank), escape(printable(f"{k}{name}")), f"{counts[k]:,}", bar)
         return table
 
     def _findings(self) -> Table:
         table = _table("findings" if self.findings else "no findings", "level", "split", "what", "for example")
         for f in self.findings:
             level = f"[{_COLOURS[f.level]}]{f.level}[/]"
-            table.add_row(level, f.split, escape(f.message), escape("\n".join(f.examples)))
+            table.add_row(level, f.split, escape(printable(f.message)), escape("\n".join(map(printable, f.examples))))
         return table
 
 

@@ -23,7 +23,7 @@ from fastdeitlt.data.batches import Source
 from fastdeitlt.data.class_names import listed
 from fastdeitlt.data.longtail import LongTailSet, open_splits
 from fastdeitlt.data.resident import open_source
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, csv_name
 from fastdeitlt.evaluation import shift
 from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, score, score_single
 from fastdeitlt.evaluation.posthoc import PostHoc, post_hoc
@@ -254,5 +254,5 @@ def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:
     for k, (count, support) in enumerate(zip(result.counts_K, result.support_K, strict=True)):
         numbers = [value for head in result.heads for value in (accuracy[head][k], *interval[head][k])]
         cells = ["" if np.isnan(value) else f"{value:.3f}" for value in numbers]
-        writer.writerow([k, class_names[k] if class_names else "", count, support, *cells])
+        writer.writerow([k, csv_name(class_names[k]) if class_names else "", count, support, *cells])
     return text.getvalue()

@@ -4,6 +4,7 @@ import argparse
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def read_torch(path: Path) -> Any:
     Raises:
         UserError: the file holds any other Python object (nothing of it is executed), or is damaged.
     """
+    _refuse_bomb(path)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -54,6 +56,20 @@ def read_torch(path: Path) -> Any:
         alien = isinstance(error, (pickle.UnpicklingError, LookupError))  # what a lookup misses says nothing
         reason = "not torch's pickle" if alien else _first_line(error)
         raise UserError(f"checkpoint {path}: damaged, or not of torch.save ({reason}); copy it again") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a file whose records say that they unpack to more than it holds: torch.save stores them as they are."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            unpacked = sum(record.file_size for record in records.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of an old torch, or damaged
+    if unpacked > (size := path.stat().st_size):
+        raise UserError(
+            f"checkpoint {path}: refused, {size:,} bytes that unpack to {unpacked:,}, expected no compression, as "
+            "torch.save writes; save it again"
+        )
 
 
 def read_safetensors(path: Path) -> State:

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastdeitlt import __version__
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, printable
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,13 @@ def best_cells(rows: list[list[str]]) -> frozenset[tuple[str, int]]:
     return frozenset(found)
 
 
+def _shown(value: object) -> object:
+    """What the template shows: names without control characters; markup and the lines of a block stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
+
+
 def write(page: Page, path: Path) -> Path:
     """Render ``page`` to ``path`` as one self-contained HTML file: no script, no external request.
 
@@ -103,6 +110,7 @@ def write(page: Page, path: Path) -> Path:
     environment = Environment(
         loader=PackageLoader("fastdeitlt.reporting", ""),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

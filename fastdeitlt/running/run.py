@@ -28,7 +28,7 @@ from fastdeitlt import config, distributed
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.checkpoint import Checkpoints, sweep
 from fastdeitlt.config import Config
-from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError
+from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError, printable
 from fastdeitlt.running.process import STOP, Stopped, stop_code
 from fastdeitlt.running.run_files import read_json
 
@@ -73,7 +73,14 @@ def set_up_logging() -> None:
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_escape)
     log.handlers = [handler]
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape what names in a message could make a terminal do."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def environment() -> dict[str, Any]:

@@ -238,7 +238,7 @@ def _proton(step: Any, num_steps: int, folder: Path) -> None:
             step()
         proton.finalize()
     except RuntimeError as error:
-        Console().print(f"Proton: no profile, {' '.join(str(error).split())}")
+        Console().print(f"Proton: no profile, {' '.join(str(error).split())}", markup=False)
 
 
 def stage_times(events: Sequence[Any], gpu: bool) -> dict[str, float]:
@@ -307,7 +307,7 @@ def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_ste
         known = ["-" if value is None else form.format(value) for value, form in counts]
         found.add_row(row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *known)
     console.print(found)
-    console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)")
+    console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)", markup=False)
     if setup.cfg.train.compile:
         console.print("bytes, FLOPs and roofline: not counted inside a compiled graph; train.compile=false counts them")
     if not gpu:

@@ -172,4 +172,4 @@ def show(rows: Sequence[Row], path: Path) -> None:
         )
         table.add_row(row.op, " ".join(map(str, row.key)), taken, alone, step)
     console.print(table)
-    console.print(f"written to {path}")
+    console.print(f"written to {path}", markup=False)
