@@ -85,14 +85,13 @@ def _meet() -> tuple[collective.Store, int, int]:
         RankLostError: some do not come.
     """
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(
-            f"{missing[0]}: is not set, but WORLD_SIZE is {_told('WORLD_SIZE', 1)}; start ranks by a launcher"
-        )
+        raise UserError(f"{missing[0]}: not set in the environment, but WORLD_SIZE is; use a launcher, or unset it")
     place, world = _told("RANK", 0), _told("WORLD_SIZE", 1)
     host, port = os.environ["MASTER_ADDR"], _told("MASTER_PORT", 0)
     if place >= world or not 0 < port < 2**16:
         raise UserError(
-            f"RANK, MASTER_PORT: got {place} of WORLD_SIZE {world} and port {port}; start ranks by a launcher"
+            f"RANK={place} WORLD_SIZE={world} MASTER_PORT={port}: expected a rank below the world size and a port from "
+            "1 to 65535; use a launcher, or unset them"
         )
     patience = timedelta(seconds=MEETING_S)
     try:
@@ -273,9 +272,7 @@ def _told(name: str, alone: int) -> int:
 def _number(env: Any, name: str, alone: int) -> int:
     text = env.get(name, str(alone))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(
-            f"{name}: got {text[:40]!r} in the environment, expected a whole number; unset it, or see launchers"
-        )
+        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected a whole number; unset it")
     return int(text)
 
 

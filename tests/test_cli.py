@@ -105,6 +105,17 @@ def test_the_installed_command_exists():
         assert f"    {verb}" in done.stdout
 
 
+def test_memory_that_is_refused_is_one_line(monkeypatch, capsys):
+    def load(args):
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(cli, "_doctor", load)
+    assert cli.main(["doctor"]) == 6
+    assert capsys.readouterr().err.startswith(
+        "fastdeitlt: error: out of memory (libtorch_cpu.so: failed to map segment"
+    )
+
+
 def _stub(what, folder, verb="demo", shell="", **streams):
     """A command of ``stub_command``, in a shell that takes away some of its streams."""
     program = [sys.executable, "-W", "error::ResourceWarning", stub_command.__file__, what, verb]

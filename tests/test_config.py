@@ -131,3 +131,39 @@ def test_own_images_are_called_by_their_folder(dataset, tmp_path, monkeypatch):
         assert config.DataConfig(dataset=dataset, root=root).title == "birds"
     assert config.DataConfig(dataset=dataset, root="/").title == dataset
     assert config.DataConfig(dataset="imagenet_lt", root="birds").title == "imagenet_lt"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f"train.seed={'9' * 6000}", "Exceeds the limit"),
+        (f"train.seed={2**63}", "train.seed: got 9223372036854775808, expected at most 9223372036854775807"),
+        ("optim.lr=1e300", r"optim.lr: got 1e\+300, expected at most .* 1e\+30"),
+        (f"optim.lr={'9' * 4000}", r"optim.lr: got 9+\.\.\.9+, expected a valid number"),
+        ("teacher_training.lr_steps=[[1, 1e300]]", r"lr_steps: got 1e\+300"),
+        ("optim.lr=.inf", "optim.lr: got inf, expected a finite number"),
+        ("train.epochs=2001-99-99", "not a number or date"),
+    ],
+)
+def test_numbers_that_tensors_cannot_hold_are_refused(override, words, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        config.load("quickstart", [override])
+    assert len(str(caught.value)) < 250
+    name, value = override.split("=")
+    section, field = name.split(".")
+    (tmp_path / "c.yaml").write_text(f"{section}:\n  {field}: {value}\n")
+    with pytest.raises(UserError):
+        config.load(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("name", ["augment.crop_scale", "augment.crop_ratio"])
+def test_a_range_upside_down_is_refused_with_the_right_one(name):
+    with pytest.raises(UserError, match=rf"{name}: got \[2, 1\], expected a range \(low, high\); use \[1.0, 2.0\]"):
+        config.load("quickstart", [f"{name}=[2, 1]"])
+    assert config.load("quickstart", [f"{name}=[0.5, 0.5]"])
+
+
+@pytest.mark.parametrize("override", ["augment.std=[0,1,1]", "optim.betas=[0.9,1]", "augment.crop_scale=[0,1]"])
+def test_a_number_of_a_list_has_its_bounds(override):
+    with pytest.raises(UserError, match=r"expected (greater|less) than"):
+        config.load("quickstart", [override])

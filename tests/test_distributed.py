@@ -212,7 +212,9 @@ def test_slurm_is_left_alone_when_it_did_not_start_the_ranks(already):
 REQUEUE = Path(__file__).parent.parent / "docs" / "slurm.sbatch"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (7, True), (2, False), (5, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (75, True), (7, True), (143, True), (138, True), (2, False), (5, False)]
+)
 def test_the_slurm_script_requeues_what_can_go_on(tmp_path, code, requeued):
     """srun and scontrol are stand-ins: the script's own decisions are what is tested."""
     for name, line in (("srun", f'echo "$@"; exit {code}'), ("scontrol", f"echo $@ > {tmp_path}/requeued")):
@@ -261,6 +263,58 @@ def test_gpus_that_torch_cannot_use_start_one_process_and_a_warning(monkeypatch,
     assert "cannot use" in caplog.text
     with pytest.raises(UserError, match="no GPU that it can use"):
         launch.processes(config.build({"train.device": "cuda"}), 0, {})
+
+
+def _place(monkeypatch, **env):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: got 'abc'"),
+        ({"WORLD_SIZE": "9" * 6000}, "WORLD_SIZE: got '9999"),
+        ({"WORLD_SIZE": "2"}, "RANK: not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "expected a rank below the world size",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "70000"}, "a port from 1 to 65535"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS: got 'two'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID: is not set"),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_refused(monkeypatch, env, words):
+    monkeypatch.setattr(distributed, "_end_with_launcher", lambda: None)
+    _place(monkeypatch, **env)
+    with pytest.raises(UserError, match=words):
+        distributed.start("cpu")
+
+
+def test_a_port_of_another_program_is_told_at_once(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        _place(monkeypatch, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with pytest.raises(UserError, match=f"rank 0 cannot listen at 127.0.0.1:{port} .*choose a free port"):
+            distributed._meet()
+
+
+def test_the_meeting_point_on_loopback_cannot_be_reached_from_outside(monkeypatch):
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    _place(monkeypatch, WORLD_SIZE="1", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    monkeypatch.setenv(distributed.LISTENER, str(listener.detach()))
+    store, *place = distributed._meet()
+    store.set("key", "value")
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    listening = [fields[1] for fields in lines if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")]
+    assert place == [0, 1] and listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 in the machine's byte order
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
