@@ -21,8 +21,11 @@ EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
 """The last two are of teachers."""
 PRINTS = ("eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
 """Verbs whose result is, at least in part, what they print: losing it is an error."""
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-"""Where the system writes nothing: not a fault of the program."""
+CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS), "free space or choose another place"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "put it back if it was moved, and start again"),
+}
+"""Errors of the system that are no fault of the program, and what to do."""
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -450,9 +453,9 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as stop:
         return _say_stopped(stop)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in NO_PLACE:
+        if isinstance(error, OSError) and (cure := CURES.get(error.errno or 0)):
             where = f"{error.filename}: " if error.filename else ""
-            _say(f"error: {where}{error.strerror}; free space or choose another place")
+            _say(f"error: {where}{error.strerror}; {cure}")
             return UserError.exit_code
         if is_memory_full(error):
             _say(f"error: out of memory ({' '.join(str(error).split())[:160]}); raise the limit or use smaller batches")

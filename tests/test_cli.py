@@ -55,19 +55,26 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EBADF, None)])
-def test_a_place_that_takes_no_file_is_one_line(number, code, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "free space or choose another place"),
+        (errno.EACCES, "free space or choose another place"),
+        (errno.ENOENT, "put it back if it was moved, and start again"),
+        (errno.EBADF, None),
+    ],
+)
+def test_a_place_that_takes_no_file_is_one_line(number, cure, monkeypatch, capsys):
     def write(args):
         raise OSError(number, os.strerror(number), "/full/scores.json")
 
     monkeypatch.setattr(cli, "_doctor", write)
-    if code is None:
+    if cure is None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             cli.main(["doctor"])
         return
-    assert cli.main(["doctor"]) == code
-    error = capsys.readouterr().err
-    assert error == f"fastdeitlt: error: /full/scores.json: {os.strerror(number)}; free space or choose another place\n"
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"fastdeitlt: error: /full/scores.json: {os.strerror(number)}; {cure}\n"
 
 
 def test_ctrl_c_is_code_130(monkeypatch, capsys):

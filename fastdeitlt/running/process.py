@@ -111,9 +111,11 @@ class StopSignals:
             time.sleep(GRACE_S)
             if self._raised or (number in SIGNALS and self._receiver is None):
                 number = self.first or number
-                if self.cleanup:
-                    self.cleanup(number)
-                os._exit(stop_code(number))
+                try:
+                    if self.cleanup:
+                        self.cleanup(number)
+                finally:
+                    os._exit(stop_code(number))
 
 
 STOP = StopSignals()

@@ -204,6 +204,8 @@ class Run:
             if self.is_main:
                 if _is_clean(error):
                     (self.folder / "starts.json").unlink(missing_ok=True)
+                if error is None:
+                    (self.folder / "PREEMPTED").unlink(missing_ok=True)
                 self._lock.release()
 
     def count_start(self, step: int) -> None:
