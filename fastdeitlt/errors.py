@@ -26,11 +26,10 @@ def csv_name(text: object) -> str:
 
 def is_memory_full(error: BaseException) -> bool:
     """Return whether an error says that the device or the system gave no memory."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    if named or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    said = str(
-        error
-    ).lower()  # torch.OutOfMemoryError is a RuntimeError, and a library that does not fit an ImportError
+    said = str(error).lower()  # a library that does not fit is an ImportError
     return isinstance(error, RuntimeError | ImportError | OSError) and any(words in said for words in _NO_ROOM)
 
 

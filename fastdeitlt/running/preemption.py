@@ -51,5 +51,5 @@ class StopRequest:
         """
         if not self._notes:
             self._noting.enter_context(STOP.received_by(self._note))
-            self._notes = True
+            self._notes = at_once = True  # no rank goes on before all note signals
         return self._agreement.highest(self._signal, at_once) if self._agreement else self._signal
