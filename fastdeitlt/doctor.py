@@ -195,15 +195,15 @@ def triton() -> Row:
 
 
 def kernel_choice() -> Row:
-    """Whether `auto` knows which kernels are fastest on this GPU."""
+    """Count the measurements by which `auto` chooses kernels on this GPU."""
     if not _has_gpu():
-        return Row("kernel choice", "missing", "no GPU: auto takes torch's")
+        return Row("kernel choice", "missing", "no GPU: auto is torch's")
     works, said = probe(
         "import torch; from fastdeitlt.kernels._measured import gpu_name, rows_of; gpu = gpu_name(0); "
         "print(sum(row.gpu == gpu for row in rows_of(0).values()), 'measurements of', gpu)"
     )
     known = works and not said.startswith("0 ")
-    fix = "" if known else "fastdeitlt tune RECIPE measures which kernels win; until then auto takes torch's"
+    fix = "" if known else "the first start of train measures them, 'fastdeitlt tune RECIPE' measures more"
     return Row("kernel choice", "ok" if known else "warn", said, fix)
 
 

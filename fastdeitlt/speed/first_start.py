@@ -49,7 +49,7 @@ def current_rows(shapes: Shapes) -> list[Row]:
         start = time.perf_counter()
         generators = [shapes.device] if shapes.device.type == "cuda" else []
         with capturing_stream(shapes.device), torch.random.fork_rng(generators):
-            found = [fastest(shapes, part, ROUNDS) for part in parts(shapes, missing) if part.whole]
+            found = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
         torch.compiler.reset()  # its graphs count against the compiler's limit
         torch.cuda.empty_cache()
         write(file_of(gpu), found)
@@ -59,6 +59,18 @@ def current_rows(shapes: Shapes) -> list[Row]:
             "measures more", gpu, time.perf_counter() - start, choices,
         )  # fmt: skip
     return list(rows_of(index).values())
+
+
+def _measured_op(shapes: Shapes, op: str) -> Row | None:
+    """Return the row of an op: torch's where its kernel does not run at all, None where memory does not suffice."""
+    try:
+        return next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
+    except torch.OutOfMemoryError:
+        log.warning("%s: not measured, the GPU's memory does not suffice", op)
+        return None
+    except (TritonError, RuntimeError) as error:
+        log.warning("%s: the kernel is left out, it fails: %s", op, " ".join(str(error).split())[:200])
+        return new_row(shapes, op, shapes.keys[op], "fastest", {}, impl=shapes.torchs(op))
 
 
 def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:

@@ -180,6 +180,8 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
             torchs = _summing(passes(partial(attention.attention, qkv, impl=impl), [qkv])["whole"])
             torchs()
         except (RuntimeError, UserError) as error:  # not installed, or not for this device or shape
+            if impl == shapes.torchs("attention"):
+                raise
             log.debug("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
             continue
         whole[impl] = torchs

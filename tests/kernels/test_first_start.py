@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from fastdeitlt.kernels import _measured, adamw_ema
+from fastdeitlt.kernels import _measured, adamw_ema, bias_gelu
 from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._pick import pick, say_once
 
@@ -147,6 +147,22 @@ def test_a_wrong_or_failing_kernel_is_left_out_with_a_warning(steps, timed, monk
         "joint_loss: triton",
     ]
     assert "please report it" in said[0] and "out of resources" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "rows"), [(RuntimeError("ptxas"), {"bias_gelu": "torch"}), (torch.OutOfMemoryError("full"), {})]
+)
+def test_a_kernel_that_fails_before_it_is_timed_does_not_stop_the_run(error, rows, steps, timed, monkeypatch, caplog):
+    def fail(u, bias):
+        raise error
+
+    monkeypatch.setattr(bias_gelu, "_launch_forward", fail)
+    others = [f"student.{op}=triton" for op in ("attention", "add_layernorm")]
+    shapes = steps(*others, "loss.impl=torch", "optim.backend=torch")
+    with caplog.at_level(logging.WARNING, "fastdeitlt"):
+        assert chosen(first_start.current_rows(shapes)) == rows
+    (record,) = caplog.records
+    assert record.message.startswith("bias_gelu: ")
 
 
 def test_measuring_leaves_the_random_numbers_as_they_were(steps, timed, monkeypatch):
