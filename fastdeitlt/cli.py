@@ -235,7 +235,11 @@ def _data_cache(args: argparse.Namespace) -> int:
         return 0
     for cached in before:
         date = datetime.fromtimestamp(cached.modified).isoformat(" ", "minutes")
-        what = f"{cached.num_images:,} images of {cached.root}" if cached.root else "unfinished, damaged or of another version"
+        what = (
+            f"{cached.num_images:,} images of {cached.root}"
+            if cached.root
+            else "unfinished, damaged or of another version"
+        )
         print(f"{cached.num_bytes / 1e6:,.1f} MB  {date}  {cached.path.name}  {what}")
     print(f"{len(before)} decoded sets under {cache.user_cache('decoded')}")
     return 0
