@@ -1,4 +1,4 @@
-"""Attention on the packed qkv, forward and backward: the Triton kernel beside torch's cuDNN and Flash backends.
+"""Attention on the packed qkv, forward and backward: the Triton kernel beside torch's backends, FlashAttention 3 and 4.
 
     python -m benchmarks.bench_attention [--rounds 20]
 
@@ -15,11 +15,12 @@ from fastdeitlt.kernels.attention import attention, attention_first
 from torch import Tensor
 
 from benchmarks import harness
+from fastdeitlt.errors import UserError
 from fastdeitlt.speed.timer import passes
 
 # batch, tokens, heads, width: ViT-B at 224 and 384 pixels, ViT-T on CIFAR with patches of 4 and 2, ViT-B with patch 8
 SHAPES = ((256, 198, 12, 64), (64, 578, 12, 64), (1024, 66, 3, 64), (512, 258, 3, 64), (32, 786, 12, 64))
-IMPLS = ("triton", "cudnn", "flash", "sdpa")
+IMPLS = ("triton", "cudnn", "flash", "efficient", "fa3", "fa4", "sdpa")
 
 
 def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tensor]:
@@ -30,14 +31,14 @@ def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tens
 
 
 def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, dict[str, harness.Call]]:
-    """Calls of the implementations this GPU and torch have; torch refuses a backend with a RuntimeError."""
+    """Calls of the implementations that this GPU and torch have and that are installed."""
     found = {}
     for impl in IMPLS:
         try:
             calls = passes(partial(implementation, *tensors, impl=impl), tensors)
             calls["backward"]()
             found[impl] = calls
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             print(f"{impl}: left out, {' '.join(str(error).split())[:120]}")
     return found
 

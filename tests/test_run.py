@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from tiny_run import tiny_run
 
-from fastdeitlt import config
+from fastdeitlt import config, train
 from fastdeitlt.errors import UserError
+from fastdeitlt.running import run as run_module
 from fastdeitlt.running.run import Run, environment, set_up_logging
 
 
@@ -106,3 +108,26 @@ def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         Run(_config(tmp_path / "file"))
+
+
+def test_kernels_are_measured_before_the_step_is_built_and_the_folder_knows_their_measurements(tmp_path, monkeypatch):
+    """What a resumed run compares its measurements with."""
+    order = []
+
+    def measure(cfg, student, teacher, num_classes, device):
+        order.append("measure")
+        now = environment() | {"kernel measurements": "measured at this start"}
+        monkeypatch.setattr(run_module, "environment", lambda: now)
+
+    def build(joint, cfg, plan):
+        order.append("build")
+        raise UserError("stop here")
+
+    monkeypatch.setattr(train, "measure_kernels", measure)
+    monkeypatch.setattr(train, "build_engine", build)
+    cfg = tiny_run(tmp_path)
+    with pytest.raises(UserError, match="stop here"):
+        train.train(cfg)
+    assert order == ["measure", "build"]
+    noted = json.loads((tmp_path / cfg.name / "env.json").read_text())
+    assert noted["kernel measurements"] == "measured at this start"
