@@ -11,7 +11,9 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
+from fastdeitlt import config
 from fastdeitlt.errors import UserError
+from fastdeitlt.joint import JointForward
 from fastdeitlt.loss import decision_weight, joint_loss
 
 DATA = Path(__file__).parent / "data"
@@ -257,3 +259,42 @@ def test_bad_arguments_are_named_with_what_is_expected(change, message):
     names = ("cls_logits", "dist_logits", "labels", "teacher_logits")
     with pytest.raises(UserError, match=message):
         joint_loss(**{**dict(zip(names, batch(), strict=True)), **change})
+
+
+class FixedHeads(torch.nn.Module):
+    """A student, or a teacher of one head, whose logits are set from outside."""
+
+    class_map = None
+
+    def __init__(self, *logits, logit_scale=1.0):
+        super().__init__()
+        self.logits, self.logit_scale = logits if len(logits) > 1 else logits[0], logit_scale
+
+    def forward(self, images_BCHW):
+        return self.logits
+
+
+@pytest.mark.parametrize("case", ["rank", "global", "no teacher", "soft"])
+def test_a_runs_loss_gives_each_head_its_weights_and_its_share(case):
+    generator = torch.Generator().manual_seed(3)
+    cls_logits, dist_logits, teacher_logits = torch.randn(3, 6, 4, generator=generator)
+    labels, images = torch.tensor([0, 1, 2, 3, 3, 1]), torch.zeros(6, 3, 2, 2)
+    dist_weights, cls_weights = torch.tensor([0.2, 0.5, 1.3, 2.0]), torch.tensor([1.6, 0.4, 0.9, 1.1])
+    settings = {"loss.alpha": 0.3, "train.precision": "fp32", "train.compile": False}
+    settings |= {"global": {"loss.normalise": "global"}, "soft": {"loss.distillation": "soft"}}.get(case, {})
+    teacher = None if case == "no teacher" else FixedHeads(teacher_logits, logit_scale=30.0)
+    student = FixedHeads(cls_logits, dist_logits)
+    joint = JointForward(student, teacher, [4, 3, 2, 1], config.build(settings), torch.device("cpu"))
+    found = joint(images, labels, None, None, dist_weights, cls_weights)
+    if case == "global":
+        found = found.joined(0.3)
+    cls_loss = F.cross_entropy(cls_logits, labels, weight=cls_weights)
+    decided = labels if case == "no teacher" else teacher_logits.argmax(1)
+    dist_loss = F.cross_entropy(dist_logits, decided, weight=dist_weights)
+    if case == "soft":
+        probabilities = (30 * teacher_logits).softmax(1) * dist_weights
+        probabilities /= probabilities.sum(1, keepdim=True)
+        dist_loss = F.kl_div(dist_logits.log_softmax(1), probabilities, reduction="sum") / dist_logits.numel()
+    torch.testing.assert_close(found.cls_loss, cls_loss)
+    torch.testing.assert_close(found.dist_loss, dist_loss)
+    torch.testing.assert_close(found.loss, 0.7 * cls_loss + 0.3 * dist_loss)
