@@ -333,6 +333,8 @@ def test_evaluations_and_the_state_before_re_weighting_come_when_they_are_due(re
 
 
 TEACHER_BATCH = 16
+TEACHER_SCORES = [60.0, 60.0, 40.0]
+"""What selection is told at the three evaluations; of equal ones a teacher keeps the later."""
 
 
 @pytest.fixture(scope="module", params=["sam", "none"])
@@ -353,8 +355,8 @@ def recorded_teacher(request, tmp_path_factory):
         "accumulate": 2, "sam": request.param, "sam_rho": 0.2, "sam_schedule": "linear",
     }  # fmt: skip
     cfg = config.build(flat | recipe | {f"teacher_training.{name}": value for name, value in training.items()})
-    run = SimpleNamespace(cfg=cfg, steps=[], evaluations=[])
-    take_step, evaluate = Step.__call__, TeacherSelector.evaluate
+    run = SimpleNamespace(cfg=cfg, steps=[], evaluations=[], scored=[])
+    take_step, evaluate, score = Step.__call__, TeacherSelector.evaluate, TeacherSelector._score
 
     def spied_step(self, batch, weights_K, seed):
         group, network = self.optimizer.param_groups[0], self.objective.network
@@ -372,7 +374,14 @@ def recorded_teacher(request, tmp_path_factory):
         run.evaluations.append(place)
         return evaluate(self, *place)
 
+    def spied_score(self, name):
+        weights = {key: value.clone() for key, value in self.network.state_dict().items()}
+        run.scored.append((name, weights))
+        return score(self, name)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherSelector, "_score", spied_score)
+        patch.setattr(Result, "selection_accuracy", lambda self, by: TEACHER_SCORES[min(len(run.scored), 3) - 1])
         patch.setattr(Step, "__call__", spied_step)
         patch.setattr(TeacherSelector, "evaluate", spied_evaluate)
         run.folder = train_teacher(cfg).parent
@@ -421,3 +430,14 @@ def test_the_teacher_that_trains_is_the_one_that_the_last_step_left(recorded_tea
     assert all(torch.equal(value, run.steps[-1].after[name]) for name, value in last.items())
     ends = [(run.per_epoch * (epoch + 1), epoch, epoch == EPOCHS - 1) for epoch in (1, 3, 4)]
     assert run.evaluations == ends
+
+
+def test_a_teachers_latest_best_weights_are_kept_and_tested(recorded_teacher):
+    run = recorded_teacher
+    at = [run.steps[step - 1].after for step, *_ in run.evaluations]
+    assert [name for name, _ in run.scored] == ["val", "val", "val", "train", "val", "test"]
+    for (_, weights), expected in zip(run.scored, [*at, at[1], at[1], at[1]], strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert read_manifest(run.folder / "best")["selected"]["step"] == run.evaluations[1][0]
+    kept = load_tensors(run.folder / "best")
+    assert all(torch.equal(value, at[1][name]) for name, value in kept.items())
