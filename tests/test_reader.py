@@ -62,6 +62,14 @@ def test_what_fails_after_decoding_is_no_images_fault(tmp_path, monkeypatch):
     assert len(decoded) == 1
 
 
+def test_a_missing_decoder_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="Install nvidia-dali"):
+        deliver(make_set(tmp_path), [request([0])])
+    with pytest.raises(UserError, match="Install nvidia-dali"):
+        decoder.decoder_version()
+
+
 def test_resuming_in_mid_epoch_gives_the_same_batches(tmp_path):
     images = make_set(tmp_path)
     generator = np.random.default_rng(0)

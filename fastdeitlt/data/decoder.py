@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdeitlt.data.files import FORMATS, PILLOW_ERRORS, Encoded
+from fastdeitlt.errors import UserError
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -29,11 +31,20 @@ TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7
 ``PIL.ImageOps.exif_transpose``."""
 
 
-def decoder_version() -> str:
-    """What decodes, and its version."""
-    import nvidia.dali
+def _dali() -> ModuleType:
+    try:
+        import nvidia.dali
+    except ImportError as error:
+        raise UserError(
+            f"data: DALI, which decodes the images, cannot be imported ({error}). Install nvidia-dali-cuda130==2.4.* "
+            "(it also decodes without a GPU)."
+        ) from None
+    return nvidia.dali
 
-    return f"dali {nvidia.dali.__version__}"
+
+def decoder_version() -> str:
+    """Return the decoder's name and version."""
+    return f"dali {_dali().__version__}"
 
 
 def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65) -> Pipeline:
@@ -44,10 +55,11 @@ def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65)
     Orientation tags are ignored: ``Decoder`` turns images. ``peek_image_shape`` is there for safety: a header that does
     not parse raises in it, but ends the process in the decoder.
     """
-    from nvidia.dali import Pipeline, fn, math, types
+    dali = _dali()
+    from nvidia.dali import fn, math, types
 
     on_gpu = device.type == "cuda"
-    graph = Pipeline(MAX_DECODE, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=1)
+    graph = dali.Pipeline(MAX_DECODE, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=1)
     with graph:
         encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
         region = fn.external_source(name="region", dtype=types.DALIDataType.INT32, ndim=1)
