@@ -16,7 +16,6 @@ import torch
 
 from benchmarks import harness
 from fastdeitlt import config
-from fastdeitlt.checkpoint import Checkpoints
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
 from fastdeitlt.data.sampler import Plan
@@ -24,6 +23,7 @@ from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.running.checkpoints import Checkpoints
 from fastdeitlt.speed.timer import measure
 
 STEPS = 10

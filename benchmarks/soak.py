@@ -5,9 +5,10 @@
 
 Two ranks train the embedded images with a checkpoint every few steps. In turn the launcher and all ranks die of
 SIGKILL, one rank does, the launcher gets SIGTERM (all ranks save and stop with exit code 75), or a kill is aimed at the
-moment a checkpoint is being written; then the same command starts again. At the end weights, moving average, optimizer
-state, every logged loss and the test results are compared bit for bit with the untouched run's. The seconds between
-kills count from a life's first new step; time in which the machine freezes this process does not count.
+moment a checkpoint is being written or an evaluation was logged; then the same command starts again. At the end
+weights, moving average, optimizer state, the best checkpoint, every logged loss and evaluation and the test results are
+compared bit for bit with the untouched run's. The seconds between kills count from a life's first new step; time in
+which the machine freezes this process does not count.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.models import create_teacher
 
 TIMES = ("images_per_s", "data_wait", "eta_s")
-KINDS = ("kill all", "kill one rank", "stop by signal", "kill while saving")
+KINDS = ("kill all", "kill one rank", "stop by signal", "kill while saving", "kill after an evaluation")
 TICK_S = 0.05
 SETTINGS = {
     "data.dataset": "list",
@@ -87,7 +88,7 @@ def settings(folder: Path, steps: int) -> Path:
         flat[f"data.{split}_list"] = str(path)
     images = len((folder / "train.txt").read_text().splitlines())
     epochs = max(4, math.ceil(steps / (images // 256 * 256 // 32)))
-    flat |= {"train.epochs": epochs, "loss.drw_epoch": epochs * 2 // 3, "evaluate.every": max(1, epochs // 8)}
+    flat |= {"train.epochs": epochs, "loss.drw_epoch": epochs * 2 // 3, "evaluate.every": max(1, epochs // 40)}
     flat["optim.warmup_epochs"] = 1
     path = folder / "soak.yaml"
     path.write_text(config.dump(config.build(flat)))
@@ -122,11 +123,22 @@ def steps_logged(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def evaluations_logged(run: Path) -> int:
+    """Evaluations in the run's log."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b'"kind": "eval"') if path.exists() else 0
+
+
 def strike(kind: str, launcher: subprocess.Popen[bytes], ranks: list[int], run: Path, clock: AwakeClock) -> None:
     """End the run in one of the ways of ``KINDS``."""
-    if kind == "kill while saving":
+    before = evaluations_logged(run)
+    moments = {
+        "kill while saving": lambda: any((run / "checkpoints").glob(".step-*.tmp-*")),
+        "kill after an evaluation": lambda: evaluations_logged(run) > before,
+    }
+    if kind in moments:
         patience = clock.seconds + 10
-        while not list((run / "checkpoints").glob(".step-*.tmp-*")) and clock.seconds < patience:
+        while not moments[kind]() and clock.seconds < patience:
             clock.seconds += 0.001
             time.sleep(0.001)
     if kind == "stop by signal":
@@ -169,19 +181,28 @@ def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock
 def differences(one: Path, other: Path) -> list[str]:
     """What is not the same bit for bit."""
     found = []
-    for part in ("model", "ema", "optimizer"):
-        a, b = (load_tensors(run / "checkpoints" / "last", part) for run in (one, other))
-        found += [f"{part} {k}" for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])]
+    for folder, parts in (("last", ("model", "ema", "optimizer")), ("before-drw", ("model",)), ("best", ("model",))):
+        manifests = [read_manifest(run / "checkpoints" / folder) for run in (one, other)]
+        if manifests[0] != manifests[1]:
+            found.append(f"{folder}: manifest ({', '.join(str(m.get('selected', m['step'])) for m in manifests)})")
+        for part in parts:
+            a, b = (load_tensors(run / "checkpoints" / folder, part) for run in (one, other))
+            names = a.keys() | b.keys()
+            found += [f"{folder}: {part} {k}" for k in names if k not in a or k not in b or not torch.equal(a[k], b[k])]
     logs = []
     for run in (one, other):
-        read_manifest(run / "checkpoints" / "last")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         logs.append([{k: v for k, v in line.items() if k not in TIMES} for line in lines])
+    for kind in sorted({line["kind"] for log in logs for line in log}):
+        ours, theirs = ([line for line in log if line["kind"] == kind] for log in logs)
+        if ours != theirs:
+            found.append(f"log: {kind} records ({len(ours)} and {len(theirs)})")
     if logs[0] != logs[1]:
-        found.append(f"logs ({len(logs[0])} and {len(logs[1])} lines)")
-    if len({(run / "results.json").read_text() for run in (one, other)}) > 1:
-        found.append("results.json")
-    return found
+        found.append("log: as a whole")
+    for name in ("results.json", "summary.csv"):
+        if len({(run / name).read_text() for run in (one, other)}) > 1:
+            found.append(name)
+    return found + [f"{run.name}: no report" for run in (one, other) if not (run / "report.html").is_file()]
 
 
 def main() -> int:

@@ -307,7 +307,7 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     """Optimizer steps between log lines; the only host syncs of the loop."""
     save_every_epochs: int = Field(1, ge=0)
-    """Epochs between checkpoints. 0 = only at the end."""
+    """Epochs between checkpoints; each evaluation has one besides. 0 = off."""
     save_every_steps: int = Field(0, ge=0)
     """Optimizer steps between checkpoints within an epoch. 0 = off."""
     keep: int = Field(2, ge=2)

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastdeitlt import config
 from fastdeitlt.config import Config
+from fastdeitlt.data.fingerprint import fingerprint
 from fastdeitlt.data.longtail import open_sets
 from fastdeitlt.running.run import MAY_CHANGE
-from fastdeitlt.teachers.selection import data_fingerprint
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train
 
@@ -47,7 +47,7 @@ def _teacher_key(flat: dict[str, Any], cfg: Config) -> str:
     """
     named = {name: value for name, value in flat.items() if name not in (*MAY_CHANGE, "name")}
     sets = open_sets(cfg.data)
-    content = [data_fingerprint(images) for images in (sets.train, sets.val) if images is not None]
+    content = [fingerprint(images) for images in (sets.train, sets.val) if images is not None]
     return hashlib.sha256(json.dumps([named, content], sort_keys=True).encode()).hexdigest()[:8]
 
 

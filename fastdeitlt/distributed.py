@@ -47,11 +47,15 @@ ROLL_CALL_S = 3.0
 """How long ranks that failed wait for each other to say so, before they name those that did not."""
 LISTENER = "FASTDEITLT_LISTENER"
 """Environment variable: the descriptor of a socket that our launcher listens with for rank 0."""
+WAIT_FOR_MAIN = timedelta(days=1)
+"""How long ranks wait for what rank 0 does alone: a slow disk is no lost rank. A dead rank 0 is noticed at once."""
 DRIVER = Path("/dev/nvidiactl")
 """There where NVIDIA's driver is."""
 
 _store: collective.Store | None = None
 _timeout: timedelta | None = None
+_patient: Any = None
+"""The group of all ranks for ``on_main``."""
 
 
 def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
@@ -62,7 +66,7 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         timeout_s: seconds after which a rank that waits for another gives up.
     """
     if _told("WORLD_SIZE", 1) > 1 and not collective.is_initialized():
-        global _store, _timeout
+        global _store, _timeout, _patient
         _end_with_launcher()
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where a rank hangs
         device = device_of(device_type)
@@ -73,6 +77,7 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         _store.set_timeout(timeout)
         store = collective.PrefixStore("group", _store)
         collective.init_process_group(_backend(device), store=store, rank=place, world_size=world, timeout=timeout)
+        _patient = collective.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
         atexit.register(stop)
     return rank(), get_world()
 
@@ -365,7 +370,7 @@ def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Rank 0 does ``work``; every rank waits for it and gets its result.
+    """Rank 0 does ``work``; every rank waits for it, longer than ``train.timeout_s``, and gets its result.
 
     Raises:
         UserError: the one that ``work`` raised, on every rank.
@@ -378,7 +383,7 @@ def on_main(work: Callable[[], T]) -> T:
             answer[0] = work()
         except UserError as error:
             answer[1] = error
-    collective.broadcast_object_list(answer, src=0)
+    collective.broadcast_object_list(answer, src=0, group=_patient)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]

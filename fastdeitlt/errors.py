@@ -48,6 +48,10 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class DamagedError(UserError):
+    """A model folder has a file that is missing, does not match its hash or cannot be parsed."""
+
+
 class NonFiniteError(UserError):
     """The loss, a gradient or a weight is NaN or infinite. Exit code 5."""
 

@@ -47,6 +47,15 @@ class Calibration(_Facts):
     """Validation images."""
 
 
+class Best(_Facts):
+    """The best weights of a run."""
+
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    weights: Literal["model", "ema"]
+    """The part of that step's checkpoint."""
+
+
 class Manifest(_Facts):
     """The facts that readers rely on; a folder may have more. One of the wrong type or range is refused."""
 
@@ -56,8 +65,10 @@ class Manifest(_Facts):
     model: ModelInfo = ModelInfo()
     step: int = Field(0, ge=0)
     """Of a checkpoint: optimizer steps done."""
-    best: dict[str, Any] | None = None
-    """Of a checkpoint: the best result so far."""
+    epoch: int = Field(0, ge=0)
+    """Of a checkpoint: epochs that have ended, with the evaluation and the milestone that were due."""
+    best: Best | None = None
+    """Of a checkpoint: the best weights so far."""
     class_map: list[int] | None = None
     """The model's class of each label of the data set; None = the same."""
     class_names: list[str] | None = None

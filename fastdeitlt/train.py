@@ -3,14 +3,17 @@
 # B images in a micro-batch, K classes
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastdeitlt import analysis, checkpoint, distributed
+from fastdeitlt import analysis, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.longtail import drw_weights, open_training_sets
@@ -19,6 +22,7 @@ from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.scan import check_files
 from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.evaluation.selection import Selector
+from fastdeitlt.evaluation.student import StudentScorer
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student
 from fastdeitlt.optim import Ema, learning_rate
@@ -26,6 +30,7 @@ from fastdeitlt.reporting import report
 from fastdeitlt.running.meter import Meter
 from fastdeitlt.running.preemption import StopRequest
 from fastdeitlt.running.run import Run
+from fastdeitlt.running.state import State
 from fastdeitlt.running.watch import memory_hint
 from fastdeitlt.speed.auto import measure_kernels
 from fastdeitlt.teachers.check import check_decisions
@@ -55,6 +60,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         cfg, ranks = run.cfg, run.cfg.train.virtual_ranks
         if run.finished:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
+            report_once(run)
             return run.folder
         torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
         device = distributed.device_of(cfg.train.device)
@@ -76,21 +82,22 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         joint = JointForward(student, teacher, images.counts, cfg, device)  # 6 joint loss
         engine = build_engine(joint, cfg, plan)  # 7 backward, step
         ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
-        selector = Selector(cfg, run, sets, student, teacher, ema, device)
-        done = restore(run, engine, ema, selector)
-        if teacher and cfg.teacher.check and done == 0:
+        selector = Selector(cfg, run, sets, StudentScorer(cfg, sets, student, teacher, ema, device))
+        state = State(run, selector, Student(engine, ema), plan.optimizer_steps)
+        state.restore()
+        if teacher and cfg.teacher.check and state.step == 0:
             distributed.on_main(lambda: check_decisions(teacher, images, source, cfg, size))
         stop = stack.enter_context(StopRequest())
-        meter = Meter(cfg, run, plan, student, teacher, device, done)
+        meter = Meter(cfg, run, plan, student, teacher, device, state.step)
         drw_weights_K = drw_weights(images.counts, cfg.loss.drw_beta).to(device)
-        every_epochs = cfg.train.save_every_epochs
+        every_steps, every_epochs = cfg.train.save_every_steps, cfg.train.save_every_epochs
 
-        for epoch in range(done // plan.optimizer_steps, cfg.train.epochs):
+        for epoch in range(state.epoch, cfg.train.epochs):
             reweight = 0 <= cfg.loss.drw_epoch <= epoch
             mixing = cfg.mixup.on and not (reweight and cfg.mixup.off_in_drw)
             dist_weights_K = drw_weights_K if reweight else torch.ones_like(drw_weights_K)
             cls_weights_K = drw_weights_K if reweight and cfg.loss.reweight_cls else None
-            steps = list(plan.steps(epoch, done % plan.optimizer_steps))
+            steps = list(plan.steps(epoch, state.begun))
             micro_batches = chain.from_iterable(step.micro_batches for step in steps)
             batches = train_batches(micro_batches, source, images, cfg, mixing=mixing, size=size)  # 3 augment, mix
             for step in steps:
@@ -104,74 +111,59 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                 norm = engine.step(rate)
                 if ema:
                     ema.update()
-                done += 1
-                meter.step(done, epoch, rate, norm)
-                if cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0:
-                    save(run, engine, ema, selector, meter, done)
+                state.step += 1
+                meter.step(state.step, epoch, rate, norm)
+                if every_steps and state.step % every_steps == 0:
+                    state.save(meter)
                 if number := stop.agreed():
-                    save(run, engine, ema, selector, meter, done, wait=True)
-                    raise run.stopped(number, done)
+                    state.save(meter, wait=True)
+                    raise run.stopped(number, state.step)
             batches.close()
             last, before_drw = epoch + 1 == cfg.train.epochs, epoch + 1 == cfg.loss.drw_epoch
+            evaluates = last or (epoch + 1) % cfg.evaluate.every == 0
             with meter.paused():
-                if last or (epoch + 1) % cfg.evaluate.every == 0:
-                    selector.evaluate(done, epoch, last)  # 9 evaluate
-                if last or before_drw or (every_epochs and (epoch + 1) % every_epochs == 0):
-                    milestone = "before-drw" if before_drw else ""
-                    save(run, engine, ema, selector, meter, done, wait=last, milestone=milestone)  # 8 checkpoint
+                if evaluates:
+                    selector.evaluate(state.step, epoch, last)  # 9 evaluate
+                state.epoch += 1
+                if evaluates or before_drw or (every_epochs and (epoch + 1) % every_epochs == 0):
+                    state.save(meter, wait=last, milestone="before-drw" if before_drw else "")  # 8 checkpoint
             if number := stop.agreed(at_once=True):
-                save(run, engine, ema, selector, meter, done, wait=True)
-                raise run.stopped(number, done)
+                state.save(meter, wait=True)
+                raise run.stopped(number, state.step)
         stop.close()  # nothing is left to save
         source.close()
-        selector.finish(done, epoch=cfg.train.epochs - 1)
-        if run.is_main:  # the others do not wait
-            analysis.look_into(run.folder, cfg.evaluate.analyze_images)
-            log.info("report: %s", report.write_report(run.folder))  # 10 report
+        selector.finish(state.step, epoch=cfg.train.epochs - 1)
+        report_once(run)  # 10 report
     return run.folder
+
+
+def report_once(run: Run) -> None:
+    """Look into a tested run and write its report, unless there is one. Rank 0; the others do not wait."""
+    if run.is_main and not (run.folder / "report.html").exists():
+        analysis.look_into(run.folder, run.cfg.evaluate.analyze_images)
+        log.info("report: %s", report.write_report(run.folder))
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is trained, as a checkpoint has it."""
+
+    engine: Engine
+    ema: Ema | None
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by name."""
+        parts = {"model": self.engine.weights(), "optimizer": self.engine.optimizer_tensors()}
+        return parts | ({"ema": self.ema.state} if self.ema else {})
+
+    def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Put them back."""
+        self.engine.load(read("model"), read("optimizer"))
+        if self.ema:
+            self.ema.load(read("ema"))
 
 
 def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:
     """Seed drop path from the micro-batch's place alone, so that no generator state is saved or shared by ranks."""
     key = (seed, micro_batch.epoch, micro_batch.index, micro_batch.virtual_rank)
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def save(
-    run: Run,
-    engine: Engine,
-    ema: Ema | None,
-    selector: Selector,
-    meter: Meter,
-    done: int,
-    wait: bool = False,
-    milestone: str = "",
-) -> None:
-    """Checkpoint after ``done`` optimizer steps: weights, optimizer, average, and the best result so far.
-
-    The meter reports first: it refuses weights that came from a loss that is not finite, and a resumed run then logs
-    the same intervals as one that never stopped.
-    """
-    meter.report()
-    parts = {"model": engine.weights(), "optimizer": engine.optimizer_tensors()}
-    if ema:
-        parts["ema"] = ema.state
-    manifest = selector.manifest() | {"best": selector.best, "fingerprint": selector.fingerprint}
-    distributed.on_main(lambda: run.checkpoints.save(done, parts, manifest, wait=wait, milestone=milestone))
-
-
-def restore(run: Run, engine: Engine, ema: Ema | None, selector: Selector) -> int:
-    """Continue from the run's newest whole checkpoint, if there is one; the optimizer steps already done."""
-    folder, manifest = distributed.on_main(lambda: run.checkpoints.newest(run.must)) or (None, {"step": 0})
-    done: int = manifest["step"]
-    distributed.on_main(lambda: run.count_start(done))
-    run.rewind(done)
-    if folder is None:
-        return 0
-    selector.check_fingerprint(manifest, run.folder)
-    engine.load(checkpoint.load_tensors(folder), checkpoint.load_tensors(folder, "optimizer"))
-    if ema:
-        ema.load(checkpoint.load_tensors(folder, "ema"))
-    selector.best = manifest["best"]
-    log.info("resumed %s after step %d", run.folder, done)
-    return done

@@ -16,10 +16,10 @@ from fastdeitlt.running import launch
 FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
     "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
-    "raise": (6, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
-    "sigint": (7, 130, "stopped by SIGINT, saved after step"),
-    "hang": (9, 7, "lost contact with rank 1"),
-    "memory": (9, 6, "out of memory with train.batch_size=8 on rank 1"),
+    "sigint": (5, 130, "stopped by SIGINT, saved after step"),
+    "raise": (7, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
+    "hang": (7, 7, "lost contact with rank 1"),
+    "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
     "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
     "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
 }

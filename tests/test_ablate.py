@@ -241,9 +241,9 @@ def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
 def test_the_dry_run_lists_runs_with_steps_and_states_and_trains_nothing(grid_file, trained, tmp_path, capsys):
     runs = f"runs_dir={tmp_path / 'runs'}"
     ablate.ablate(grid_file(), [runs], seeds=[0], arms=["vit"])
-    last = tmp_path / "runs/grid/no-drw-seed0/checkpoints/last"
-    last.mkdir(parents=True)
-    (last / "manifest.json").write_text('{"step": 154}')
+    newest = tmp_path / "runs/grid/no-drw-seed0/checkpoints/step-00000154"
+    newest.mkdir(parents=True)
+    (newest / "manifest.json").write_text('{"step": 154}')
     trained.clear()
     capsys.readouterr()
     assert cli.main(["ablate", grid_file(), "--dry-run", "--seeds", "0", "--arms", "base", "vit", "no-drw", runs]) == 0

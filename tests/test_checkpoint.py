@@ -1,7 +1,9 @@
 """Model folders are whole or absent, and what is read back is what was written."""
 
+import errno
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from fastdeitlt import checkpoint
-from fastdeitlt.checkpoint import Checkpoints, load_tensors, read_manifest, save_model_folder, sweep
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.errors import CheckpointError, UserError
+from fastdeitlt.running import checkpoints
+from fastdeitlt.running.checkpoints import Checkpoints, sweep
 
 STATE = {
     "w": torch.arange(6.0).view(2, 3),
@@ -66,19 +70,22 @@ import os, sys
 from pathlib import Path
 import torch
 from fastdeitlt import checkpoint
+from fastdeitlt.running.checkpoints import Checkpoints
 folder, point = Path(sys.argv[1]), sys.argv[2]
-found = checkpoint.Checkpoints(folder)
+found = Checkpoints(folder)
 
 def save(step):
     parts = {"model": {"w": torch.full((2,), float(step))}}
-    found.save(step, parts, {"best": None}, wait=True, milestone="before-drw")
+    best = {"step": step, "epoch": 0, "weights": "model"}
+    found.save(step, parts, {"epoch": 0, "best": best, "fingerprint": {}}, wait=True, milestone="before-drw")
 
 save(1)
 rename, replace = Path.rename, Path.replace
 if point == "before the rename":
     Path.rename = lambda self, to: os._exit(9)
-elif point == "between the renames":
-    Path.rename = lambda self, to: os._exit(9) if ".tmp-" in self.name and self.name[1] == "b" else rename(self, to)
+elif point.startswith("renaming "):
+    draft = f".{point.removeprefix('renaming ')}*.tmp-*"
+    Path.rename = lambda self, to: os._exit(9) if self.match(draft) else rename(self, to)
 elif point == "before last":
     Path.replace = lambda self, to: os._exit(9)
 else:
@@ -88,10 +95,18 @@ save(2)
 
 
 @pytest.mark.parametrize(
-    ("point", "survivor"),
-    [("save_file", 1), ("flush", 1), ("before the rename", 1), ("between the renames", 2), ("before last", 2)],
+    ("point", "survivor", "milestone", "best"),
+    [
+        ("save_file", 1, 1, 1),
+        ("flush", 1, 1, 1),
+        ("before the rename", 1, 1, 1),
+        ("renaming before-drw", 1, 1, 1),
+        ("renaming step", 1, 2, 1),
+        ("renaming best", 2, 2, 1),
+        ("before last", 2, 2, 2),
+    ],
 )
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, point, survivor):
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, point, survivor, milestone, best):
     """The process ends at a named point, as with kill -9; what is there loads, and the next start cleans up."""
     done = subprocess.run([sys.executable, "-c", SAVE_TWICE, str(tmp_path), point], check=False)
     assert done.returncode == 9
@@ -101,18 +116,25 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, point, survivor
     assert manifest["step"] == survivor
     assert torch.equal(load_tensors(path)["w"], torch.full((2,), float(survivor)))
     assert read_manifest(tmp_path / "last")["step"] == 1
-    assert read_manifest(tmp_path / "before-drw")["step"] == (2 if point == "before last" else 1)
+    assert read_manifest(tmp_path / "before-drw")["step"] == milestone
+    assert read_manifest(tmp_path / "best")["selected"]["step"] == best
+    assert Checkpoints(tmp_path).restore_best(manifest)  # made again where the checkpoint names other weights
+    assert read_manifest(tmp_path / "best")["selected"]["step"] == survivor
+    assert torch.equal(load_tensors(tmp_path / "best")["w"], torch.full((2,), float(survivor)))
 
 
-def _save(found, step, value=0.0, **options):
-    found.save(step, {"model": {"w": torch.full((3,), value)}}, {"best": None}, **options)
+FACTS = {"epoch": 0, "best": None, "fingerprint": {}}
+
+
+def _save(found, step, value=0.0, best=None, **options):
+    found.save(step, {"model": {"w": torch.full((3,), value)}}, FACTS | {"best": best}, **options)
 
 
 def test_a_save_in_the_background_holds_the_weights_of_its_step(tmp_path, monkeypatch):
     go, real = threading.Event(), checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *rest: (go.wait(10), real(*rest)))
     found, weights = Checkpoints(tmp_path), torch.zeros(3)
-    found.save(1, {"model": {"w": weights}}, {"best": None})
+    found.save(1, {"model": {"w": weights}}, FACTS)
     weights.fill_(7.0)  # the next step, while the writer waits
     assert not list(tmp_path.glob("step-*"))
     go.set()
@@ -122,7 +144,7 @@ def test_a_save_in_the_background_holds_the_weights_of_its_step(tmp_path, monkey
 
 def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
     running, most = [], []
-    real = checkpoint.save_model_folder
+    real = checkpoints.save_model_folder
 
     def slow(*rest, **parts):
         running.append(1)
@@ -131,7 +153,7 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
         running.pop()
         return real(*rest, **parts)
 
-    monkeypatch.setattr(checkpoint, "save_model_folder", slow)
+    monkeypatch.setattr(checkpoints, "save_model_folder", slow)
     found = Checkpoints(tmp_path)
     for step in range(4):
         _save(found, step)
@@ -173,17 +195,126 @@ def test_a_milestone_is_kept_when_its_checkpoint_goes(tmp_path):
     assert torch.equal(load_tensors(tmp_path / "before-drw")["w"], torch.ones(3))
 
 
-def test_resume_must_refuses_when_no_checkpoint_is_whole(tmp_path):
+def test_a_run_without_a_whole_checkpoint_does_not_start_over(tmp_path):
     found = Checkpoints(tmp_path)
-    assert found.newest(must=True) is None  # none yet
+    assert found.newest() is None  # none yet
     for step in (1, 2):
         _save(found, step, wait=True)
         (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints.*--resume auto") as caught:
-        found.newest(must=True)
-    assert caught.value.exit_code == 4
-    assert found.newest() is None
-    assert len(list(tmp_path.glob("*.damaged-*"))) == 2
+    for _ in range(2):  # nor the next time, when both are set aside
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints.*--resume never") as caught:
+            found.newest()
+        assert caught.value.exit_code == 4
+        assert len(list(tmp_path.glob("*.damaged-*"))) == 2
+
+
+@pytest.mark.parametrize("what", ["listing", "manifest", "weights"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, what, times):
+    """ESTALE, as a network file system gives it: tried again, then one line; the checkpoint stays where it is."""
+    found, left = Checkpoints(tmp_path), [times]
+    _save(found, 1, wait=True)
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0)
+
+    def failing(real):
+        def read(*arguments):
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(*arguments)
+
+        return read
+
+    owner, name = {"listing": (checkpoint.os, "listdir"), "manifest": (checkpoint.Path, "read_bytes")}.get(
+        what, (checkpoint.hashlib, "file_digest")
+    )
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    if times < checkpoint.READ_TRIES:
+        assert found.newest()[1]["step"] == 1
+    else:
+        with pytest.raises(CheckpointError, match=r"Stale file handle.*nothing was changed") as caught:
+            found.newest()
+        assert caught.value.exit_code == 4
+    monkeypatch.undo()
+    assert found.newest()[1]["step"] == 1
+    assert not list(tmp_path.glob("*.damaged-*"))
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(tmp_path):
+    save_model_folder(tmp_path / "step-00000003", STATE, {"step": 3, "best": None, "version": "0.1"})
+    with pytest.raises(CheckpointError, match=r"written by version 0\.1.*finish the run with that version"):
+        Checkpoints(tmp_path).newest()
+    assert (tmp_path / "step-00000003").is_dir()
+
+
+BEST = {"step": 1, "epoch": 0, "weights": "model", "accuracy": 50.0}
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped bit", "other weights"])
+@pytest.mark.parametrize("there", [True, False], ids=["its step is there", "its step is gone"])
+def test_best_is_made_again_from_its_step_or_given_up(tmp_path, monkeypatch, caplog, harm, there):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    found = Checkpoints(tmp_path)
+    _save(found, 1, 1.0, BEST, wait=True)
+    _save(found, 2, 2.0, BEST, wait=True)
+    weights = tmp_path / "best" / "model.safetensors"
+    if harm == "missing":
+        shutil.rmtree(tmp_path / "best")
+    elif harm == "flipped bit":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    else:
+        save_model_folder(tmp_path / "best", STATE, {"selected": BEST | {"step": 9}})
+    if not there:
+        shutil.rmtree(tmp_path / "step-00000001")
+    _, manifest = found.newest()
+    assert found.restore_best(manifest) is there
+    if there:
+        assert read_manifest(tmp_path / "best")["selected"] == BEST
+        assert torch.equal(load_tensors(tmp_path / "best")["w"], torch.ones(3))
+    said = "made again from step-00000001" if there else "are lost, and the next evaluation chooses again"
+    assert said in caplog.text
+
+
+def test_best_is_written_after_a_save_that_failed(tmp_path, monkeypatch):
+    found, real = Checkpoints(tmp_path), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    _save(found, 1, 1.0, BEST)
+    found.finish()
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    _save(found, 2, 2.0, BEST, wait=True)
+    assert read_manifest(tmp_path / "best")["selected"] == BEST
+    assert torch.equal(load_tensors(tmp_path / "best")["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), TypeError("a bug"), MemoryError()])
+def test_an_error_of_any_kind_is_a_failed_save(tmp_path, monkeypatch, caplog, error):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    found = Checkpoints(tmp_path)
+    monkeypatch.setattr(found, "_write", lambda *_: (_ for _ in ()).throw(error))
+    _save(found, 1)
+    _save(found, 2)
+    assert f"could not be written ({type(error).__name__}" in caplog.text
+    assert "training goes on (1 of 3 failed saves)" in caplog.text
+    with pytest.raises(CheckpointError, match="2 failed saves in a row"):
+        found.finish(must=True)
+    assert found.step == -1
+
+
+@pytest.mark.parametrize("reason", ["a folder in its place", "no links"])
+def test_checkpoints_need_no_symbolic_link(tmp_path, monkeypatch, caplog, reason):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    found = Checkpoints(tmp_path / "run" / "checkpoints")
+    if reason == "no links":
+        monkeypatch.setattr(checkpoint.Path, "symlink_to", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no")))
+    else:
+        (found.folder / "last").mkdir()
+    for step in (1, 2):
+        _save(found, step, wait=True)
+    assert caplog.text.count("cannot link to step-00000001") == 1
+    assert found.newest()[1]["step"] == 2
+    assert checkpoint.find_model_folder(tmp_path / "run") == found.folder / "step-00000002"
+    assert not list(found.folder.glob(".*"))
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -213,7 +344,7 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_no_draft(tmp_path, monke
 def test_only_the_two_newest_checkpoints_are_kept_and_last_points_at_the_newest(tmp_path):
     found = Checkpoints(tmp_path)
     for step in (1, 2, 10):
-        found.save(step, {"model": STATE}, {"best": None}, wait=True)
+        found.save(step, {"model": STATE}, FACTS, wait=True)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000010"]
     assert read_manifest(tmp_path / "last")["step"] == 10
     assert found.newest()[1]["step"] == 10

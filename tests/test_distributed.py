@@ -356,5 +356,23 @@ def test_alone_there_is_nothing_to_exchange():
     assert distributed.on_main(lambda: "done") == "done"
 
 
+def _wait_for_main(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.start("cpu", timeout_s=1)
+    found = distributed.on_main(lambda: time.sleep(2.5) or "saved")
+    Path(folder, str(rank)).write_text(found)
+    distributed.stop()
+
+
+def test_ranks_wait_for_what_rank_0_does_alone(tmp_path):
+    """Longer than the time-out of a collective: a slow disk is no lost rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_wait_for_main, (port, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["saved", "saved"]
+
+
 if __name__ == "__main__":
     _main(*sys.argv[1:])

@@ -217,16 +217,16 @@ def test_a_crash_loop_stops_after_three_restarts_without_a_checkpoint(tmp_path):
 
     def crash(step):
         with pytest.raises(RuntimeError, match="bug"), Run(cfg) as run:
-            run.count_start(step)
+            run.count_start(step, 0)
             raise RuntimeError("bug")
 
     for _ in range(RESTARTS + 1):
         crash(5)
     with pytest.raises(CrashLoopError, match=r"4 starts from step 5 died.*starts\.json"), Run(cfg) as run:
-        run.count_start(5)
+        run.count_start(5, 0)
     crash(6)  # progress
     with pytest.raises(UserError, match="typo"), Run(cfg) as run:  # an end that explains itself
-        run.count_start(6)
+        run.count_start(6, 0)
         raise UserError("typo")
     assert not (tmp_path / "r" / "starts.json").exists()
 
@@ -234,7 +234,7 @@ def test_a_crash_loop_stops_after_three_restarts_without_a_checkpoint(tmp_path):
 def test_a_stop_before_the_first_step_is_no_crash_and_leaves_its_mark(tmp_path, monkeypatch):
     monkeypatch.setattr(STOP, "first", signal.SIGTERM)
     with pytest.raises(Stopped), Run(config.build({"name": "r", "runs_dir": str(tmp_path)})) as run:
-        run.count_start(5)
+        run.count_start(5, 0)
         raise Stopped
     assert json.loads((tmp_path / "r" / "PREEMPTED").read_text()) == {"signal": "SIGTERM", "step": 5}
     assert not (tmp_path / "r" / "starts.json").exists() and STOP.cleanup is None
@@ -282,7 +282,7 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path, verb, capsys):
         evil.rename(folder / "model.safetensors")
         (folder / "optimizer.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
         files = {f.name: {"sha256": sha256(f.read_bytes()).hexdigest()} for f in folder.glob("*.safetensors")}
-        manifest = {"format": "fastdeitlt", "step": 3, "best": None, "files": files}
+        manifest = {"format": "fastdeitlt", "step": 3, "epoch": 0, "best": None, "fingerprint": {}, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "config.yaml").write_text(config.dump(cfg))
     arguments = {

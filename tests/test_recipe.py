@@ -20,11 +20,12 @@ from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.evaluation.evaluate import OneHead
 from fastdeitlt.evaluation.metrics import Result
 from fastdeitlt.evaluation.selection import Selector
+from fastdeitlt.evaluation.student import StudentScorer
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import learning_rate
 from fastdeitlt.reporting import report
-from fastdeitlt.teachers.selection import TeacherSelector
+from fastdeitlt.teachers.selection import TeacherScorer
 from fastdeitlt.teachers.step import Step
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train
@@ -96,7 +97,7 @@ def _in_another_order(folder):
 def _record(run, patch):
     loss, forward, backward = joint.joint_loss, PlainEngine.forward, PlainEngine.backward
     step, evaluate = PlainEngine.step, Selector.evaluate
-    logits, prefix = Selector._logits, DistilledViT.forward_prefix
+    logits, prefix = StudentScorer._logits, DistilledViT.forward_prefix
     now = SimpleNamespace(scored=None)
 
     def spied_forward(self, batch, *weights):
@@ -150,7 +151,7 @@ def _record(run, patch):
         number = sum(seen.split == "val" for seen in run.scored)
         return SCORES[min(number, len(SCORES)) - 1]
 
-    patch.setattr(Selector, "_logits", spied_logits)
+    patch.setattr(StudentScorer, "_logits", spied_logits)
     patch.setattr(DistilledViT, "forward_prefix", spied_prefix)
     patch.setattr(Result, "selection_accuracy", scripted)
     patch.setattr(joint, "joint_loss", spied_loss)
@@ -356,7 +357,7 @@ def recorded_teacher(request, tmp_path_factory):
     }  # fmt: skip
     cfg = config.build(flat | recipe | {f"teacher_training.{name}": value for name, value in training.items()})
     run = SimpleNamespace(cfg=cfg, steps=[], evaluations=[], scored=[])
-    take_step, evaluate, score = Step.__call__, TeacherSelector.evaluate, TeacherSelector._score
+    take_step, evaluate, score = Step.__call__, Selector.evaluate, TeacherScorer.score
 
     def spied_step(self, batch, weights_K, seed):
         group, network = self.optimizer.param_groups[0], self.objective.network
@@ -374,16 +375,16 @@ def recorded_teacher(request, tmp_path_factory):
         run.evaluations.append(place)
         return evaluate(self, *place)
 
-    def spied_score(self, name):
+    def spied_score(self, candidate, name):
         weights = {key: value.clone() for key, value in self.network.state_dict().items()}
         run.scored.append((name, weights))
-        return score(self, name)
+        return score(self, candidate, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TeacherSelector, "_score", spied_score)
+        patch.setattr(TeacherScorer, "score", spied_score)
         patch.setattr(Result, "selection_accuracy", lambda self, by: TEACHER_SCORES[min(len(run.scored), 3) - 1])
         patch.setattr(Step, "__call__", spied_step)
-        patch.setattr(TeacherSelector, "evaluate", spied_evaluate)
+        patch.setattr(Selector, "evaluate", spied_evaluate)
         run.folder = train_teacher(cfg).parent
     run.images = open_sets(cfg.data).train
     run.per_epoch = -(-len(run.images) // TEACHER_BATCH)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import tiny_run
 
 from fastdeitlt import config, train
@@ -92,8 +93,23 @@ def test_rewinding_drops_later_records_and_half_lines(tmp_path):
             run.record("step", step, loss=float(step))
         with (run.folder / "metrics.jsonl").open("a") as file:
             file.write('{"kind": "step", "step": 2, "lo')
-        run.rewind(2)
+            file.write('\n{"step": 1}\n')
+        run.rewind(2, ended=False)
         assert [line["step"] for line in run.records()] == [1, 2]
+
+
+@pytest.mark.parametrize(("ended", "kept"), [(False, ["step"]), (True, ["step", "eval", "signs"])])
+def test_rewinding_to_an_epochs_last_step_keeps_its_evaluation_only_when_the_epoch_has_ended(tmp_path, ended, kept):
+    with Run(_config(tmp_path)) as run:
+        for step in (1, 2):
+            run.record("step", step, loss=1.0)
+            run.record("eval", step, epoch=step - 1, weights="model", avg_all=10.0)
+            run.record("signs", step, epoch=step - 1, signs=[])
+        run.record("eval", 2, epoch=1, weights="selected", avg_all=10.0)
+        run.summarise()
+        run.rewind(2, ended)
+        assert [line["kind"] for line in run.records() if line["step"] == 2] == kept
+        assert (run.folder / "summary.csv").read_text().count("\n") == 2 + ended
 
 
 def test_summary_has_one_row_an_evaluation(tmp_path):
@@ -131,3 +147,14 @@ def test_kernels_are_measured_before_the_step_is_built_and_the_folder_knows_thei
     assert order == ["measure", "build"]
     noted = json.loads((tmp_path / cfg.name / "env.json").read_text())
     assert noted["kernel measurements"] == "measured at this start"
+
+
+def test_tensorboard_shows_a_resumed_run_without_what_was_dropped(tmp_path):
+    with Run(_config(tmp_path)) as run:
+        for step in (1, 2, 3):
+            run.record("step", step, loss=float(step))
+    with Run(_config(tmp_path)) as run:
+        run.rewind(1, ended=False)
+        run.record("step", 2, loss=20.0)
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(1, 1.0), (2, 20.0)]

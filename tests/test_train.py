@@ -18,7 +18,9 @@ from fastdeitlt.data.longtail import drw_weights, open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import NonFiniteError, UserError
-from fastdeitlt.evaluation import selection
+from fastdeitlt.evaluation import student
+from fastdeitlt.evaluation.metrics import SELECT_BY
+from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
@@ -178,7 +180,7 @@ def test_a_run_folder_has_all_its_parts(whole):
 def test_the_best_weights_are_chosen_by_class_or_by_image(tiny, tmp_path, monkeypatch, select_by, epoch):
     """On a long-tailed validation set the first evaluation knows the tail classes, the second the head class."""
     head = np.zeros(12, dtype=np.int64)
-    monkeypatch.setattr(selection, "gather_logits", lambda *_, **__: _logits_of(next(decisions), labels))
+    monkeypatch.setattr(student, "gather_logits", lambda *_, **__: _logits_of(next(decisions), labels))
     labels = torch.from_numpy(np.concatenate([head, np.arange(1, 4)]))
     knows_tail, knows_head = torch.where(labels == 0, 9, labels), torch.zeros_like(labels)
     cfg = config.build(
@@ -190,12 +192,12 @@ def test_the_best_weights_are_chosen_by_class_or_by_image(tiny, tmp_path, monkey
     val = replace(sets.val, labels=labels.numpy(), paths=sets.val.paths[:15])
     monkeypatch.setattr("fastdeitlt.train.open_training_sets", lambda data: replace(sets, val=val, test=None))
     decisions = chain.from_iterable([[knows_tail, knows_head], repeat(knows_head)])
-    monkeypatch.setattr(selection.signs, "tail_images", lambda *_: val.take(np.arange(0)))
-    monkeypatch.setattr(selection.WithCosine, "cosine_N", lambda *_: torch.zeros(15))
+    monkeypatch.setattr(student.signs, "tail_images", lambda *_: val.take(np.arange(0)))
+    monkeypatch.setattr(student.WithCosine, "cosine_N", lambda *_: torch.zeros(15))
     run = train(cfg)
     selected = json.loads((run / "results.json").read_text())["selected"]
     assert (selected["epoch"], selected["by"], selected["on"]) == (epoch, select_by, "val")
-    assert f"by {selection.SELECT_BY[select_by]}" in (run / "report.html").read_text()
+    assert f"by {SELECT_BY[select_by]}" in (run / "report.html").read_text()
 
 
 def _logits_of(decided_N, labels_N):
@@ -398,16 +400,16 @@ def test_runs_of_one_process_do_not_use_up_the_compilers_limit(tiny, tmp_path, m
 @pytest.mark.parametrize(("select_on", "kept"), [("val", {"test"}), ("test", {"val"}), ("last", {"val", "test"})])
 def test_a_list_that_does_not_shape_the_weights_may_be_corrected(tiny, select_on, kept):
     cfg = config.build(tiny | {"evaluate.select_on": select_on})
-    sets, student = open_sets(cfg.data), create_student("deit_tiny_distilled_patch16_32", 10, depth=1)
+    sets, model = open_sets(cfg.data), create_student("deit_tiny_distilled_patch16_32", 10, depth=1)
 
     def selector(sets):
-        return selection.Selector(cfg, None, sets, student, None, None, CPU)
+        return Selector(cfg, None, sets, student.StudentScorer(cfg, sets, model, None, None, CPU))
 
-    saved = {"fingerprint": selector(sets).fingerprint}
+    saved = selector(sets).fingerprint
     for split, images in sets:
         changed = selector(replace(sets, **{split: images.take(np.arange(1, len(images)))}))
         with nullcontext() if split in kept else pytest.raises(UserError, match=f"labels of the {split} set changed"):
-            changed.check_fingerprint(saved, Path("run"))
+            changed.check_fingerprint(saved, "run")
 
 
 @pytest.mark.parametrize("spine", [train, train_teacher])

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fastdeitlt import analysis, config
 from fastdeitlt.ablation import table
+from fastdeitlt.checkpoint import step_folders
 from fastdeitlt.config import Config, Section
 from fastdeitlt.data.longtail import LongTailSet, open_training_sets
 from fastdeitlt.data.sampler import Plan
@@ -273,7 +274,8 @@ def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
 
 
 def _work(folder: Path, steps: int) -> Work:
-    done = read_json(folder / "checkpoints" / "last" / "manifest.json").get("step", 0)
+    newest = next(iter(step_folders(folder / "checkpoints")), folder)
+    done = read_json(newest / "manifest.json").get("step", 0)
     return Work(folder.name, steps, steps if is_finished(folder) else done, is_finished(folder))
 
 

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastdeitlt import __version__
+from fastdeitlt.atomic import write_atomically
 from fastdeitlt.errors import UserError, printable
 
 
@@ -117,7 +118,7 @@ def write(page: Page, path: Path) -> Path:
     )
     html = environment.get_template("report.html").render(page=page, version=__version__)
     try:
-        path.write_text(html, encoding="utf-8")
+        write_atomically(path, html)
     except OSError as error:
         raise UserError(f"page {path}: cannot be written ({error.strerror}); choose another place with --out") from None
     return path

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -26,9 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastdeitlt import config, distributed
 from fastdeitlt.atomic import write_atomically
-from fastdeitlt.checkpoint import Checkpoints, sweep
 from fastdeitlt.config import Config
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError, printable
+from fastdeitlt.running.checkpoints import Checkpoints, sweep
 from fastdeitlt.running.process import STOP, Stopped, stop_code
 from fastdeitlt.running.run_files import read_json
 
@@ -140,12 +139,12 @@ class Run:
     def __init__(self, cfg: Config, resume: str = "auto") -> None:
         self.cfg = _with_ranks(cfg)
         self.is_main = distributed.rank() == 0
-        self.must = resume not in ("auto", "never")
         self.folder = distributed.on_main(lambda: self._take(resume))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep)
         self._first = 0
         self._progress: Progress | None = None
         self._board: SummaryWriter | None = None
+        self._restored = 0
         self.started = time.perf_counter()
 
     def _take(self, resume: str) -> Path:
@@ -208,22 +207,25 @@ class Run:
                     (self.folder / "PREEMPTED").unlink(missing_ok=True)
                 self._lock.release()
 
-    def count_start(self, step: int) -> None:
-        """Rank 0: note a start from ``step``, which a death before the next checkpoint leaves in the folder.
+    def count_start(self, step: int, epoch: int) -> None:
+        """Rank 0: note a start from a state, which a death before the next checkpoint leaves in the folder.
+
+        Args:
+            step, epoch: optimizer steps done, epochs ended.
 
         Raises:
             CrashLoopError: too many starts from there have died.
         """
         self._first = step
-        path = self.folder / "starts.json"
+        path, state = self.folder / "starts.json", {"step": step, "epoch": epoch}
         before = read_json(path)
-        died = before.get("died", 0) + 1 if before.get("step") == step else 0
+        died = before.get("died", 0) + 1 if before.items() >= state.items() else 0
         if died > RESTARTS:
             raise CrashLoopError(
                 f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint; find out "
                 f"why (its messages, the system's log), then remove {path} to try again"
             )
-        write_atomically(path, json.dumps({"step": step, "died": died}))
+        write_atomically(path, json.dumps({**state, "died": died}))
         (self.folder / "PREEMPTED").unlink(missing_ok=True)
 
     def stopped(self, number: int, step: int) -> StoppedError:
@@ -251,13 +253,20 @@ class Run:
         """The run has its results."""
         return (self.folder / "results.json").exists()
 
-    def rewind(self, step: int) -> None:
-        """Drop logged records after ``step``, so that a resumed run's log reads as if it had never stopped."""
+    def rewind(self, step: int, ended: bool) -> None:
+        """Drop what was logged after a state, so that a resumed run's log reads as if it had never stopped.
+
+        Args:
+            step: optimizer steps done.
+            ended: whether this step ended an epoch, with the evaluation that was due.
+        """
+        self._restored = step
         path = self.folder / "metrics.jsonl"
         if self.is_main and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            kept = [line for line in lines if line.endswith("\n") and _is_before(line, step, ended)]
             write_atomically(path, "".join(kept))
+            self.summarise()
 
     def start_progress(self, total: int, step: int) -> None:
         """Show a bar of optimizer steps when on a terminal."""
@@ -275,7 +284,7 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._board is None:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._restored + 1)
         for name, value in facts.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -289,8 +298,8 @@ class Run:
 
     def summarise(self) -> None:
         """Rewrite summary.csv: one row an evaluation."""
-        if self.is_main:
-            rows = [line for line in self.records() if line["kind"] == "eval"]
+        rows = [line for line in self.records() if line["kind"] == "eval"] if self.is_main else []
+        if rows:
             head = [key for key, value in rows[-1].items() if isinstance(value, int | float | str) and key != "kind"]
             table = [",".join(head), *(",".join(str(row.get(key, "")) for key in head) for row in rows)]
             write_atomically(self.folder / "summary.csv", "\n".join(table) + "\n")
@@ -301,12 +310,16 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _step_of(line: str) -> float:
-    """The step of a logged record; infinite for a line that a crash has spoilt."""
+def _is_before(line: str, step: int, ended: bool) -> bool:
+    """Whether a logged record belongs to the state after ``step``; not a line that a crash has spoilt."""
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        at, kind = float(record["step"]), record["kind"]
     except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf
+        return False
+    if at == step and kind != "step":  # an evaluation; that of the chosen weights is done again until results are there
+        return ended and record.get("weights") != "selected"
+    return at <= step
 
 
 def _is_clean(error: BaseException | None) -> bool:

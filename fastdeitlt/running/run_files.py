@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeitlt import config
+from fastdeitlt.checkpoint import step_folders
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import Result
@@ -89,7 +90,8 @@ def read_run(folder: str | Path) -> RunFiles:
     results = read_json(folder / "results.json")
     if not (config_file.is_file() or records or results):
         raise UserError(f"run folder {folder}: no config.yaml, metrics.jsonl or results.json; give runs/<name>")
-    manifests = [read_json(folder / "checkpoints" / which / "manifest.json") for which in ("best", "last")]
+    models = [folder / "checkpoints" / "best", *step_folders(folder / "checkpoints")]
+    manifests = [read_json(model / "manifest.json") for model in models]
     return RunFiles(
         folder=folder,
         name=folder.resolve().name,

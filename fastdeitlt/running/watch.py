@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fastdeitlt import distributed
-from fastdeitlt.checkpoint import Checkpoints
 from fastdeitlt.config import Config
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.errors import CheckpointError, MemoryFullError, is_memory_full
+from fastdeitlt.running.checkpoints import Checkpoints
 
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 1.5

@@ -1,24 +1,27 @@
 """The teacher's spine: one flat CNN from data to model folder, one line a stage."""
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastdeitlt import checkpoint, distributed, optim
+from fastdeitlt import distributed, optim
 from fastdeitlt.config import Config
 from fastdeitlt.data.longtail import drw_weights, open_training_sets
 from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.scan import check_files
-from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.running.preemption import StopRequest
 from fastdeitlt.running.run import Run
+from fastdeitlt.running.state import State
 from fastdeitlt.teachers.meter import Meter
 from fastdeitlt.teachers.sam import SAM
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.selection import TeacherSelector
+from fastdeitlt.teachers.selection import TeacherScorer
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import plan_of, teacher_batches, view_recipes
 
@@ -61,39 +64,43 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         objective = build_objective(t, images.counts, device)  # network, loss
         optimizer = build_optimizer(objective.network, t)  # SGD, SAM
         take_step = Step(objective, optimizer, cfg, device)
-        selector = TeacherSelector(cfg, run, sets, source, objective.network, device)
-        done = restore(run, objective.network, optimizer, selector)
+        selector = Selector(cfg, run, sets, TeacherScorer(cfg, sets, source, objective.network, device))
+        state = State(run, selector, Trained(objective.network, optimizer), plan.steps)
+        state.restore()
         stop = stack.enter_context(StopRequest())
-        meter = Meter(cfg, run, plan, device, done)
+        meter = Meter(cfg, run, plan, device, state.step)
         drw_weights_K = drw_weights(images.counts, t.drw_beta).to(device)
+        every_steps, every_epochs = cfg.train.save_every_steps, cfg.train.save_every_epochs
 
-        for epoch in range(done // plan.steps, t.epochs):
+        for epoch in range(state.epoch, t.epochs):
             rate, rho = learning_rate(epoch, t), radius(epoch, t)
             optim.set_learning_rate(optimizer, rate)
             if isinstance(optimizer, SAM):
                 optimizer.set_rho(rho)
             weights_K = drw_weights_K if 0 <= t.drw_epoch <= epoch else torch.ones_like(drw_weights_K)
-            batches = teacher_batches(cfg, source, images, plan, epoch, done % plan.steps)  # augment
-            for index, batch in enumerate(meter.timed(batches), done % plan.steps):
+            batches = teacher_batches(cfg, source, images, plan, epoch, state.begun)  # augment
+            for index, batch in enumerate(meter.timed(batches), state.begun):
                 loss = take_step(batch, weights_K, plan.step_seed(epoch, index))  # forward, backward, step
-                done += 1
-                meter.step(loss, len(batch.labels_B), done, epoch, rate, rho)
-                if cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0:
-                    save(run, objective.network, optimizer, selector, meter, done)
+                state.step += 1
+                meter.step(loss, len(batch.labels_B), state.step, epoch, rate, rho)
+                if every_steps and state.step % every_steps == 0:
+                    state.save(meter)
                 if number := stop.agreed():
-                    save(run, objective.network, optimizer, selector, meter, done, wait=True)
-                    raise run.stopped(number, done)
+                    state.save(meter, wait=True)
+                    raise run.stopped(number, state.step)
             last = epoch + 1 == t.epochs
+            evaluates = last or (epoch + 1) % cfg.evaluate.every == 0
             with meter.paused():
-                if last or (epoch + 1) % cfg.evaluate.every == 0:
-                    selector.evaluate(done, epoch, last)  # evaluate
-                if last or (cfg.train.save_every_epochs and (epoch + 1) % cfg.train.save_every_epochs == 0):
-                    save(run, objective.network, optimizer, selector, meter, done)  # checkpoint
+                if evaluates:
+                    selector.evaluate(state.step, epoch, last)  # evaluate
+                state.epoch += 1
+                if evaluates or (every_epochs and (epoch + 1) % every_epochs == 0):
+                    state.save(meter, wait=last)  # checkpoint
             if number := stop.agreed(at_once=True):
-                save(run, objective.network, optimizer, selector, meter, done, wait=True)
-                raise run.stopped(number, done)
+                state.save(meter, wait=True)
+                raise run.stopped(number, state.step)
         stop.close()  # nothing is left to save
-        selector.finish(done, epoch=t.epochs - 1)
+        selector.finish(state.step, epoch=t.epochs - 1)
         source.close()
     return best
 
@@ -103,40 +110,18 @@ def _for_any_ranks(cfg: Config) -> Config:
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 1})})
 
 
-def save(
-    run: Run,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    selector: TeacherSelector,
-    meter: Meter,
-    done: int,
-    wait: bool = False,
-) -> None:
-    """Checkpoint after ``done`` steps: weights (PaCo's key encoder and queue with them), momentum, the best so far.
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, as a checkpoint has it: weights (PaCo's key encoder and queue with them) and momentum."""
 
-    The meter reports first, which refuses weights that came from a loss that is not finite.
-    """
-    meter.report()
-    parts = {"model": network.state_dict(), "optimizer": optim.optimizer_tensors(network, optimizer)}
-    manifest = selector.manifest() | {"best": selector.best}
-    distributed.on_main(lambda: run.checkpoints.save(done, parts, manifest, wait=wait))
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by name."""
+        return {"model": self.network.state_dict(), "optimizer": optim.optimizer_tensors(self.network, self.optimizer)}
 
-def restore(run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, selector: TeacherSelector) -> int:
-    """Continue from the run's newest whole checkpoint, if there is one; the steps already done."""
-    folder, manifest = distributed.on_main(lambda: run.checkpoints.newest(run.must)) or (None, {"step": 0})
-    done: int = manifest["step"]
-    distributed.on_main(lambda: run.count_start(done))
-    run.rewind(done)
-    if folder is None:
-        return 0
-    if manifest.get("data_sha256", selector.data_sha256) != selector.data_sha256:
-        raise UserError(
-            f"run folder {run.folder}: images or labels of the training set changed since the checkpoint; bring back "
-            "the old files, or use --resume never for a new folder"
-        )
-    network.load_state_dict(checkpoint.load_tensors(folder))
-    optim.load_optimizer(network, optimizer, checkpoint.load_tensors(folder, "optimizer"))
-    selector.best = manifest["best"]
-    log.info("resumed %s after step %d", run.folder, done)
-    return done
+    def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Put them back."""
+        self.network.load_state_dict(read("model"))
+        optim.load_optimizer(self.network, self.optimizer, read("optimizer"))

@@ -1,0 +1,144 @@
+"""What is due when a run dies is done by the next start: evaluation, best, milestone, results, report."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from snapshots import END, EVALUATION, Snapshots
+from tiny_run import TIMES, tiny_run
+
+from fastdeitlt import config
+from fastdeitlt.checkpoint import load_tensors, read_manifest, step_folders
+from fastdeitlt.errors import CheckpointError
+from fastdeitlt.evaluation.selection import Selector
+from fastdeitlt.running.checkpoints import Checkpoints
+from fastdeitlt.teachers.train import train_teacher
+from fastdeitlt.train import train
+
+SPINES = {"student": train, "teacher": train_teacher}
+EPOCH_END = 3
+"""Steps of an epoch, the same for both; there are two epochs."""
+SHORT = {
+    "train.epochs": 2,
+    "train.save_every_steps": 1,
+    "loss.drw_epoch": 1,
+    "evaluate.every": 1,
+    "evaluate.analyze_images": 0,
+    "teacher_training.arch": "resnet8",
+    "teacher_training.img_size": 28,
+    "teacher_training.epochs": 2,
+    "teacher_training.drw_epoch": 1,
+    "teacher_training.batch_size": 50,
+    "teacher_training.lr": 0.02,
+    "teacher_training.warmup_epochs": 0,
+}
+
+
+@pytest.fixture(scope="module", params=SPINES)
+def untouched(request, tmp_path_factory):
+    """(kind, its settings, the folder of its runs): a run that came to its end, and its snapshots beside it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    cfg = tiny_run(folder)
+    cfg = config.build(config.flatten(cfg) | SHORT | {"name": "untouched"})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Snapshots(monkeypatch, folder / "untouched", folder).take(EPOCH_END)
+        SPINES[request.param](cfg)
+    return request.param, cfg, folder
+
+
+def resume(untouched, moment, name):
+    """Continue a copy of a snapshot to its end."""
+    kind, cfg, folder = untouched
+    shutil.copytree(folder / moment, folder / name, symlinks=True)
+    SPINES[kind](cfg.model_copy(update={"name": name}))
+    return folder / name
+
+
+def outcome(run):
+    """All that a run leaves, without its speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {"log": [{k: v for k, v in line.items() if k not in TIMES} for line in lines]}
+    found |= {name: (run / name).read_text() for name in ("results.json", "summary.csv")}
+    folders = [p for p in (run / "checkpoints").iterdir() if p.is_dir() and not p.is_symlink()]
+    found |= {p.name: read_manifest(p) for p in folders}
+    return found | {"files": sorted(p.name for p in run.iterdir())}
+
+
+@pytest.mark.parametrize("moment", [*EVALUATION, *END])
+def test_a_run_killed_at_any_moment_ends_as_the_untouched_one(untouched, moment):
+    kind, _, folder = untouched
+    if kind == "teacher" and moment == END[2]:
+        assert not (folder / moment).exists()  # a teacher's run has no report
+        return
+    assert not (folder / moment / "report.html").exists()
+    assert outcome(resume(untouched, moment, f"killed-{moment}".replace(",", "").replace(" ", "-"))) == outcome(
+        folder / "untouched"
+    )
+
+
+def test_results_name_the_weights_that_were_tested_when_a_resumed_run_differs(untouched, monkeypatch):
+    """As on a GPU: the checkpoint of the best weights is damaged, and the steps before it are not repeated exactly."""
+    kind, cfg, folder = untouched
+    shutil.copytree(folder / EVALUATION[-1], folder / "other", symlinks=True)
+    newest = step_folders(folder / "other" / "checkpoints")[0]
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    restored = Checkpoints.newest
+
+    def newest_with_other_weights(self):
+        path, manifest = restored(self)
+        assert manifest["step"] == EPOCH_END - 1
+        monkeypatch.setattr("fastdeitlt.checkpoint.load_tensors", lambda *rest: _changed(load_tensors(*rest)))
+        return path, manifest
+
+    def _changed(tensors):
+        monkeypatch.setattr("fastdeitlt.checkpoint.load_tensors", load_tensors)
+        return {k: v * 1.5 if v.is_floating_point() else v for k, v in tensors.items()}
+
+    monkeypatch.setattr(Checkpoints, "newest", newest_with_other_weights)
+    SPINES[kind](cfg.model_copy(update={"name": "other"}))
+    results = json.loads((folder / "other" / "results.json").read_text())
+    best = folder / "other" / "checkpoints" / "best"
+    assert read_manifest(best)["selected"] | {"on": "val"} == results["selected"]
+    source = folder / "other" / "checkpoints" / f"step-{results['selected']['step']:08d}"
+    expected = load_tensors(source, results["selected"]["weights"])
+    assert all(torch.equal(value, expected[name]) for name, value in load_tensors(best).items())
+
+
+def test_lost_best_weights_are_chosen_again_at_the_end(untouched, monkeypatch):
+    _, _, folder = untouched
+    monkeypatch.setattr(Checkpoints, "restore_best", lambda *_: False)
+    run = resume(untouched, END[0], "lost")
+    selected = json.loads((run / "results.json").read_text())["selected"]
+    assert selected["step"] == 2 * EPOCH_END
+    assert read_manifest(run / "checkpoints" / "best")["selected"] | {"on": "val"} == selected
+    assert outcome(run)["summary.csv"].count("\n") == outcome(folder / "untouched")["summary.csv"].count("\n")
+
+
+def test_flipped_bits_in_best_are_found_before_it_is_loaded(untouched, monkeypatch):
+    kind, cfg, folder = untouched
+    real, name = Selector.finish, f"flipped-{kind}"
+
+    def finish(self, step, epoch):
+        weights = self.run.folder / "checkpoints" / "best" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 64
+        weights.write_bytes(content)
+        real(self, step, epoch)
+
+    monkeypatch.setattr(Selector, "finish", finish)
+    with pytest.raises(CheckpointError, match=r"does not match its sha256.*run the same command again") as caught:
+        resume(untouched, END[0], name)
+    assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    SPINES[kind](cfg.model_copy(update={"name": name}))
+    assert (folder / name / "results.json").exists()
+
+
+def test_a_start_after_the_results_writes_the_report_once(untouched, caplog, monkeypatch):
+    kind, cfg, _ = untouched
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="fastdeitlt")
+    SPINES[kind](cfg)
+    assert "is finished" in caplog.text and "report:" not in caplog.text
