@@ -10,8 +10,9 @@ from snapshots import END, EVALUATION, Snapshots
 from tiny_run import TIMES, tiny_run
 
 from fastdeitlt import config
-from fastdeitlt.checkpoint import load_tensors, read_manifest, step_folders
+from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder, step_folders
 from fastdeitlt.errors import CheckpointError
+from fastdeitlt.evaluation.metrics import Result
 from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.running.checkpoints import Checkpoints
 from fastdeitlt.teachers.train import train_teacher
@@ -79,31 +80,24 @@ def test_a_run_killed_at_any_moment_ends_as_the_untouched_one(untouched, moment)
 
 
 def test_results_name_the_weights_that_were_tested_when_a_resumed_run_differs(untouched, monkeypatch):
-    """As on a GPU: the checkpoint of the best weights is damaged, and the steps before it are not repeated exactly."""
+    """As on a GPU: ``best`` is of an evaluation whose checkpoint is lost, and which is not repeated exactly."""
     kind, cfg, folder = untouched
-    shutil.copytree(folder / EVALUATION[-1], folder / "other", symlinks=True)
-    newest = step_folders(folder / "other" / "checkpoints")[0]
-    (newest / "optimizer.safetensors").write_bytes(b"")
-    restored = Checkpoints.newest
-
-    def newest_with_other_weights(self):
-        path, manifest = restored(self)
-        assert manifest["step"] == EPOCH_END - 1
-        monkeypatch.setattr("fastdeitlt.checkpoint.load_tensors", lambda *rest: _changed(load_tensors(*rest)))
-        return path, manifest
-
-    def _changed(tensors):
-        monkeypatch.setattr("fastdeitlt.checkpoint.load_tensors", load_tensors)
-        return {k: v * 1.5 if v.is_floating_point() else v for k, v in tensors.items()}
-
-    monkeypatch.setattr(Checkpoints, "newest", newest_with_other_weights)
+    run = folder / "other"
+    shutil.copytree(folder / END[0], run, symlinks=True)
+    (run / "checkpoints" / f"step-{2 * EPOCH_END:08d}" / "optimizer.safetensors").write_bytes(b"")
+    first, later = {"step": EPOCH_END, "epoch": 0}, {"step": 2 * EPOCH_END, "epoch": 1}
+    best, facts = load_tensors(run / "checkpoints" / "best"), read_manifest(run / "checkpoints" / "best")
+    before = run / "checkpoints" / f"step-{2 * EPOCH_END - 1:08d}"
+    assert read_manifest(before)["best"].items() >= first.items()
+    facts["selected"] |= later
+    save_model_folder(run / "checkpoints" / "best", best, {k: v for k, v in facts.items() if k != "files"})
+    monkeypatch.setattr(Result, "selection_accuracy", lambda *_: -0.5)  # now it would not be the best
     SPINES[kind](cfg.model_copy(update={"name": "other"}))
-    results = json.loads((folder / "other" / "results.json").read_text())
-    best = folder / "other" / "checkpoints" / "best"
-    assert read_manifest(best)["selected"] | {"on": "val"} == results["selected"]
-    source = folder / "other" / "checkpoints" / f"step-{results['selected']['step']:08d}"
-    expected = load_tensors(source, results["selected"]["weights"])
-    assert all(torch.equal(value, expected[name]) for name, value in load_tensors(best).items())
+    selected = json.loads((run / "results.json").read_text())["selected"]
+    assert selected.items() >= later.items()
+    assert read_manifest(run / "checkpoints" / "best")["selected"] | {"on": "val"} == selected
+    expected = load_tensors(step_folders(run / "checkpoints")[0], selected["weights"])
+    assert all(torch.equal(v, expected[k]) for k, v in load_tensors(run / "checkpoints" / "best").items())
 
 
 def test_lost_best_weights_are_chosen_again_at_the_end(untouched, monkeypatch):
