@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+import weakref
 from pathlib import Path
 
 from fastdeitlt import cli
@@ -52,6 +53,23 @@ def swallow(folder):
     while True:
         with contextlib.suppress(BaseException):
             time.sleep(60)
+
+
+def callback(folder):
+    """A weak reference's callback, whose exceptions Python reports and drops."""
+
+    class Short:
+        pass
+
+    def slow(reference):
+        ready()
+        time.sleep(60)
+
+    kept = Short()
+    reference = weakref.ref(kept, slow)
+    del kept
+    time.sleep(60)
+    return reference
 
 
 def loop(folder):

@@ -159,6 +159,7 @@ def test_output_that_cannot_be_written_changes_no_file_and_no_code_of_a_run(shel
         ("wait", signal.SIGUSR1, 40, 75, b"stopped by SIGUSR1"),
         ("wait", signal.SIGINT, 1, 130, b"stopped by SIGINT"),
         ("swallow", signal.SIGTERM, 1, 75, b""),
+        ("callback", signal.SIGTERM, 1, 75, b"stopped by SIGTERM"),
         ("loop", signal.SIGTERM, 40, 75, b""),
     ],
 )

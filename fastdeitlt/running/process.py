@@ -20,6 +20,8 @@ PATIENCE_S = 1.0
 """A terminal and a launcher may both deliver one Ctrl-C; one this much later than the first signal is a second one."""
 GRACE_S = 5.0
 """Time to clean up after a stop signal before the process is ended: native code and libraries may swallow it."""
+AFTER_CALLBACK_S = 0.05
+"""A callback in which a stop signal could not be raised has ended by then; else the signal comes again."""
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has gone, as the shell reports it for other programs."""
 
@@ -62,6 +64,7 @@ class StopSignals:
         for end in self._pipe:
             os.set_blocking(end, end == self._pipe[0])
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        sys.unraisablehook = self._raise_again
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
 
     @contextmanager
@@ -104,6 +107,14 @@ class StopSignals:
         if self._pipe:
             os.write(self._pipe[1], bytes([self.first]))
         raise Stopped(signal.Signals(self.first).name)
+
+    def _raise_again(self, swallowed: "sys.UnraisableHookArgs") -> None:
+        """Let a stop that came in a callback, where nothing can be raised, come once more after it."""
+        if isinstance(swallowed.exc_value, Stopped):
+            self._raised = False
+            threading.Timer(AFTER_CALLBACK_S, os.kill, (os.getpid(), self.first)).start()
+        else:
+            sys.__unraisablehook__(swallowed)
 
     def _watch(self) -> None:
         assert self._pipe
