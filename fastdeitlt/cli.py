@@ -438,12 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _run(_parse(arguments))
     stdout = process.start()
-    try:
-        args = _parse(sys.argv[1:])
-        code, prints = _run(args), args.verb in PRINTS
-    except process.Stopped as stop:  # outside the verb
-        code, prints = _say_stopped(stop), False
-    return process.end(code, stdout if prints else None)
+    args = _parse(sys.argv[1:])
+    return process.end(_run(args), stdout if args.verb in PRINTS else None)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -454,8 +450,9 @@ def _run(args: argparse.Namespace) -> int:
         if not getattr(error, "told", False):  # by another rank
             _say(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt as stop:
-        return _say_stopped(stop)
+    except KeyboardInterrupt:
+        process.say_stopped(process.STOP.first or signal.SIGINT)
+        return process.stop_code(process.STOP.first or signal.SIGINT)
     except Exception as error:
         if isinstance(error, OSError) and (cure := CURES.get(error.errno or 0)):
             where = f"{error.filename}: " if error.filename else ""
@@ -472,15 +469,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _say(text: str) -> None:
     print(f"fastdeitlt: {printable(text)}", file=sys.stderr)
-
-
-def _say_stopped(stop: KeyboardInterrupt) -> int:
-    """Report a stop that came at a moment when nothing was to be saved, from one rank, and return its code."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        _say(
-            f"stopped by {str(stop) or 'SIGINT'}; the same command continues from the last checkpoint, if there is one"
-        )
-    return process.stop_code(process.STOP.first or signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The program with a verb of a few lines in place of a slow one: ``python stub_command.py WHAT [FOLDER]``."""
 
-import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -44,15 +44,11 @@ def wait(folder):
     time.sleep(60)
 
 
-def swallow(folder):
-    """Native code, or a library that holds back every exception."""
-    process.GRACE_S = 0.2
+def native(folder):
+    """Native code, which no exception of Python reaches, with something to put in order."""
     process.STOP.cleanup = lambda number: (Path(folder) / "left").write_text(str(number))
-    with contextlib.suppress(BaseException):
-        ready()
-    while True:
-        with contextlib.suppress(BaseException):
-            time.sleep(60)
+    ready()
+    ctypes.CDLL(None).sleep(60)
 
 
 def callback(folder):
@@ -68,7 +64,6 @@ def callback(folder):
     kept = Short()
     reference = weakref.ref(kept, slow)
     del kept
-    time.sleep(60)
     return reference
 
 

@@ -77,13 +77,13 @@ def test_a_place_that_takes_no_file_is_one_line(number, cure, monkeypatch, capsy
     assert capsys.readouterr().err == f"fastdeitlt: error: /full/scores.json: {os.strerror(number)}; {cure}\n"
 
 
-def test_ctrl_c_is_code_130(monkeypatch, capsys):
+def test_ctrl_c_is_code_130(monkeypatch, capfd):
     def interrupted(args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_doctor", interrupted)
     assert cli.main(["doctor"]) == 130
-    assert "continues from the last checkpoint" in capsys.readouterr().err
+    assert "continues from the last checkpoint" in capfd.readouterr().err
 
 
 def test_config_show_names_value_origin_and_meaning(capsys, monkeypatch):
@@ -158,7 +158,7 @@ def test_output_that_cannot_be_written_changes_no_file_and_no_code_of_a_run(shel
         ("wait", signal.SIGTERM, 1, 75, b"stopped by SIGTERM"),
         ("wait", signal.SIGUSR1, 40, 75, b"stopped by SIGUSR1"),
         ("wait", signal.SIGINT, 1, 130, b"stopped by SIGINT"),
-        ("swallow", signal.SIGTERM, 1, 75, b""),
+        ("native", signal.SIGTERM, 1, 75, b"stopped by SIGTERM"),
         ("callback", signal.SIGTERM, 1, 75, b"stopped by SIGTERM"),
         ("loop", signal.SIGTERM, 40, 75, b""),
     ],
@@ -174,7 +174,7 @@ def test_a_stop_signal_ends_a_command_with_its_code(what, number, count, code, w
     assert words in said and b"Traceback" not in said and said.count(b"\n") == bool(words)
     if what == "loop":
         assert int((tmp_path / "saved").read_text()) > 1  # the others came while it saved
-    if what == "swallow":
+    if what == "native":
         assert (tmp_path / "left").read_text() == str(int(number))
 
 

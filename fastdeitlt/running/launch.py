@@ -71,6 +71,7 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
     """
     ranks = _Ranks(count, arguments)
     with STOP.received_by(ranks.forward):
+        STOP.cleanup = lambda number: ranks.kill()
         try:
             for left in range(restarts, -1, -1):
                 code = ranks.run()
@@ -78,6 +79,7 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
                     break
                 log.warning("starting all ranks again (%d more restarts)", left - 1)
         finally:
+            STOP.cleanup = None
             ranks.kill()
     return code
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,16 +18,13 @@ from fastdeitlt.errors import UserError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE_S = 1.0
 """A terminal and a launcher may both deliver one Ctrl-C; one this much later than the first signal is a second one."""
-GRACE_S = 5.0
-"""Time to clean up after a stop signal before the process is ended: native code and libraries may swallow it."""
-AFTER_CALLBACK_S = 0.05
-"""A callback in which a stop signal could not be raised has ended by then; else the signal comes again."""
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has gone, as the shell reports it for other programs."""
+SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by the first stop signal, where no training loop will save and stop by itself."""
+    """Raised at the end of a training loop by a stop signal that came too late for it, outside a command."""
 
 
 def stop_code(number: int) -> int:
@@ -35,19 +32,28 @@ def stop_code(number: int) -> int:
     return 130 if number == signal.SIGINT else 75
 
 
+def say_stopped(number: int) -> None:
+    """Report a stop at a moment when nothing was to be saved, from one rank."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        name = signal.Signals(number).name
+        line = f"fastdeitlt: stopped by {name}; the same command continues from the last checkpoint, if there is one\n"
+        with suppress(OSError):
+            os.write(2, SHOW_CURSOR * os.isatty(2) + line.encode())
+
+
 class StopSignals:
     """SIGTERM, SIGUSR1 and Ctrl-C of this process: end it at once, or go to a receiver while there is one.
 
-    Signals after the first change nothing, except that a second Ctrl-C does not wait for the receiver.
+    A thread ends it: the main thread may be in native code, and an exception in its place would break a library that
+    is being imported or called back. Signals after the first change nothing, except that a second Ctrl-C does not wait
+    for the receiver.
     """
 
     def __init__(self) -> None:
         self.first = 0
         """The first stop signal; 0 = none."""
         self.cleanup: Callable[[int], None] | None = None
-        """What a stop must not leave undone, also where the main thread cannot unwind. It may be called twice."""
-        self._at = 0.0
-        self._raised = False
+        """What a stop must not leave undone; the main thread runs on beside it."""
         self._receiver: Callable[[int], None] | None = None
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -55,17 +61,15 @@ class StopSignals:
     def install(self) -> None:
         """Set the handlers; does nothing outside the main thread, the only one that can."""
         if threading.current_thread() is threading.main_thread():
-            self.first, self._raised = 0, False
+            self.first = 0
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def watch(self) -> None:
-        """Start a thread that ends the process ``GRACE_S`` after a stop signal, whatever the main thread does."""
+        """Start the thread, for a process that is a command."""
         self._pipe = os.pipe()
-        for end in self._pipe:
-            os.set_blocking(end, end == self._pipe[0])
+        os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        sys.unraisablehook = self._raise_again
-        threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
+        threading.Thread(target=self._watch, args=self._pipe[:1], name="stop signals", daemon=True).start()
 
     @contextmanager
     def received_by(self, receiver: Callable[[int], None]) -> Iterator[None]:
@@ -87,46 +91,36 @@ class StopSignals:
         """Stop here if a signal has arrived that its receiver left unserved.
 
         Raises:
-            Stopped: there is one.
+            Stopped: there is one, and this process is no command.
         """
+        if self.first and self._pipe:
+            self._leave()
         if self.first:
-            self._raise()
+            raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        impatient = self.first and number == signal.SIGINT and now - self._at > PATIENCE_S
-        if not self.first:
-            self.first, self._at = number, now
+        self.first = self.first or number
         if self._receiver:
             self._receiver(number)
-        if (impatient or not self._receiver) and not self._raised:
-            self._raise()
 
-    def _raise(self) -> NoReturn:
-        self._raised = True
-        if self._pipe:
-            os.write(self._pipe[1], bytes([self.first]))
-        raise Stopped(signal.Signals(self.first).name)
+    def _watch(self, pipe: int) -> None:
+        begun = 0.0
+        while number := os.read(pipe, 1)[0]:
+            if number in SIGNALS:
+                self.first = self.first or number
+                now = time.monotonic()
+                begun = begun or now
+                impatient = number == signal.SIGINT and now - begun > PATIENCE_S
+                if impatient or not self._receiver:
+                    self._leave()
 
-    def _raise_again(self, swallowed: "sys.UnraisableHookArgs") -> None:
-        """Let a stop that came in a callback, where nothing can be raised, come once more after it."""
-        if isinstance(swallowed.exc_value, Stopped):
-            self._raised = False
-            threading.Timer(AFTER_CALLBACK_S, os.kill, (os.getpid(), self.first)).start()
-        else:
-            sys.__unraisablehook__(swallowed)
-
-    def _watch(self) -> None:
-        assert self._pipe
-        while number := os.read(self._pipe[0], 1)[0]:
-            time.sleep(GRACE_S)
-            if self._raised or (number in SIGNALS and self._receiver is None):
-                number = self.first or number
-                try:
-                    if self.cleanup:
-                        self.cleanup(number)
-                finally:
-                    os._exit(stop_code(number))
+    def _leave(self) -> NoReturn:
+        try:
+            if self.cleanup:
+                self.cleanup(self.first)
+        finally:
+            say_stopped(self.first)
+            os._exit(stop_code(self.first))
 
 
 STOP = StopSignals()

@@ -238,6 +238,8 @@ class Run:
 
     def _leave(self, number: int) -> None:
         """Leave the folder because of a signal, where no more is to be saved than is being saved."""
+        if self._progress:
+            self._progress.stop()
         self.checkpoints.finish()
         self._mark(number, max(self.checkpoints.step, self._first))
         if self.is_main:
