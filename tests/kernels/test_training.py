@@ -57,8 +57,12 @@ def base(tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("data"), embedded.unpack()
     settings = {"data.root": str(root), "runs_dir": str(folder / "runs"), "teacher.path": str(folder / "teacher")}
     for split, count in (("train", 16), ("val", 10), ("test", 10)):
-        lines = (root / f"{split}.txt").read_text().splitlines()
-        (folder / f"{split}.txt").write_text("\n".join(lines[:: len(lines) // count][:count]))
+        of_class: dict[str, list[str]] = {}
+        for line in (root / f"{split}.txt").read_text().splitlines():
+            of_class.setdefault(line.rsplit(None, 1)[1], []).append(line)
+        # of every class: re-weighting has no weight for a decision for a class without training images
+        chosen = [lines[i] for i in range(2) for lines in of_class.values()][:count]
+        (folder / f"{split}.txt").write_text("\n".join(chosen))
         settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
     torch.manual_seed(1)
     manifest = {
