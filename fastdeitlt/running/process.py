@@ -55,6 +55,7 @@ class StopSignals:
         self.cleanup: Callable[[int], None] | None = None
         """What a stop must not leave undone; the main thread runs on beside it."""
         self._receiver: Callable[[int], None] | None = None
+        self._leaving = threading.Lock()
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
 
@@ -115,12 +116,13 @@ class StopSignals:
                     self._leave()
 
     def _leave(self) -> NoReturn:
-        try:
-            if self.cleanup:
-                self.cleanup(self.first)
-        finally:
-            say_stopped(self.first)
-            os._exit(stop_code(self.first))
+        with self._leaving:  # of two threads the first ends the process
+            try:
+                if self.cleanup:
+                    self.cleanup(self.first)
+            finally:
+                say_stopped(self.first)
+                os._exit(stop_code(self.first))
 
 
 STOP = StopSignals()
@@ -192,6 +194,8 @@ def end(code: int, result: _Stream | None) -> int:
         code: what the command returned.
         result: standard output, for a command whose result is what it prints: losing that is an error.
     """
+    if code == 0:
+        STOP.check()  # a signal that cut short what the command waited for is no success
     sys.stdout.flush()
     if code == 0 and result and (lost := result.error):
         if lost.errno == errno.EPIPE:
