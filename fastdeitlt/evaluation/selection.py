@@ -15,7 +15,7 @@ from fastdeitlt import checkpoint, distributed
 from fastdeitlt.atomic import write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.data.fingerprint import fingerprint
-from fastdeitlt.data.sets import Sets
+from fastdeitlt.data.sets import LongTailSet, Sets
 from fastdeitlt.errors import CheckpointError, DamagedError, UserError
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result
@@ -59,6 +59,23 @@ class Scorer(Protocol):
 
     def test(self) -> Tested:
         """Score the installed weights on what is reported."""
+
+
+def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]:
+    """Return what a model folder states of its training set and of the preprocessing, ``img_size`` in pixels."""
+    return {
+        "class_map": list(range(train.num_classes)),
+        "class_names": train.class_names,
+        "class_counts": train.counts,
+        "dataset": cfg.data.title,
+        "preprocess": {
+            "mean": cfg.augment.mean,
+            "std": cfg.augment.std,
+            "img_size": img_size,
+            "crop_pct": cfg.evaluate.crop_pct,
+            "exif": cfg.data.exif,
+        },
+    }
 
 
 class Selector:

@@ -18,7 +18,7 @@ from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
 from fastdeitlt.evaluation.metrics import Result, readable, score, score_single
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
-from fastdeitlt.evaluation.selection import Tested
+from fastdeitlt.evaluation.selection import Tested, data_facts
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.optim import Ema
@@ -99,17 +99,7 @@ class StudentScorer:
         return {
             "kind": "student",
             "model": {**cfg.student.model_dump(), "img_size": self.student.img_size, "num_classes": train.num_classes},
-            "class_map": list(range(train.num_classes)),
-            "class_names": train.class_names,
-            "class_counts": train.counts,
-            "dataset": cfg.data.title,
-            "preprocess": {
-                "mean": cfg.augment.mean,
-                "std": cfg.augment.std,
-                "img_size": self.student.img_size,
-                "crop_pct": cfg.evaluate.crop_pct,
-                "exif": cfg.data.exif,
-            },
+            **data_facts(cfg, train, self.student.img_size),
         }
 
     @contextmanager

@@ -17,7 +17,7 @@ from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.resize import resized_side
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
 from fastdeitlt.evaluation.metrics import Result, score_single
-from fastdeitlt.evaluation.selection import Tested
+from fastdeitlt.evaluation.selection import Tested, data_facts
 from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
 
@@ -125,16 +125,6 @@ class TeacherScorer:
                 "style": "official_paco" if t.loss == "paco" else "fastdeitlt",
                 "normed_head": t.normed_head,
             },
-            "class_map": list(range(train.num_classes)),
-            "class_names": train.class_names,
-            "class_counts": train.counts,
-            "dataset": cfg.data.title,
-            "preprocess": {
-                "mean": cfg.augment.mean,
-                "std": cfg.augment.std,
-                "img_size": t.img_size,
-                "crop_pct": cfg.evaluate.crop_pct,
-                "exif": cfg.data.exif,
-            },
+            **data_facts(cfg, train, t.img_size),
             "recipe": t.model_dump(mode="json"),
         }
