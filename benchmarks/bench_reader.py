@@ -28,11 +28,11 @@ from fastdeitlt.data import augment
 from fastdeitlt.data.batches import train_batches
 from fastdeitlt.data.decoder import Decoder
 from fastdeitlt.data.files import read_encoded
-from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resident import Resident
 from fastdeitlt.data.resize import crop_resize
 from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.data.sets import LongTailSet
 
 SIZE = 224
 BATCH = 64

@@ -27,9 +27,9 @@ from benchmarks.bench_reader import CLASSES, allow_posterize_to_black, make_phot
 from benchmarks.peers import Step, Workload
 from fastdeitlt import config
 from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.sets import LongTailSet
 
 CASES = {
     "cpu": Workload("deit_tiny_distilled_patch8_64", 64, CLASSES, 32, "resnet8", "bf16", bench_step.CPU),

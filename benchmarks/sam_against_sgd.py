@@ -16,10 +16,9 @@ from typing import Any
 
 from benchmarks import harness
 from fastdeitlt import config
-from fastdeitlt.atomic import write_atomically
+from fastdeitlt.atomic import read_json, write_atomically
 from fastdeitlt.evaluation.metrics import GROUPS
 from fastdeitlt.running import run
-from fastdeitlt.running.run_files import read_json
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.train import train_teacher
 

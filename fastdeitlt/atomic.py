@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: made under another name beside their own, then renamed into place."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -7,6 +8,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from fastdeitlt.errors import UserError
 
 
 def flush(path: Path) -> None:
@@ -53,3 +57,20 @@ def draft_folder(path: Path) -> Iterator[Path]:
             path.rename(Path(temporary) / "old")
         draft.rename(path)
         flush(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file, empty if there is no file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: got a {type(tree).__name__}, expected an object; restore or remove it")
+    return tree

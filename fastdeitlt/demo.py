@@ -9,7 +9,7 @@ from typing import Any
 from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.data.fingerprint import fingerprint
-from fastdeitlt.data.longtail import open_sets
+from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.running.run import MAY_CHANGE
 from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train

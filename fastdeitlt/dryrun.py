@@ -15,10 +15,12 @@ from torch import nn
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.longtail import LongTailSet, Sets, open_training_sets
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.open_sets import open_training_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.data.scan import check_files
+from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.data.source import open_source
+from fastdeitlt.data.teacher_plan import plan_of
 from fastdeitlt.engine import build_engine
 from fastdeitlt.errors import UserError
 from fastdeitlt.joint import JointForward
@@ -31,7 +33,7 @@ from fastdeitlt.running.run import console
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settle_order, teacher_of
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
-from fastdeitlt.teachers.views import Part, StepBatch, plan_of, view_recipes
+from fastdeitlt.teachers.views import Part, StepBatch, view_recipes
 
 MIB = 2**20
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdeitlt.atomic import read_json
 from fastdeitlt.checkpoint import find_model_folder, read_manifest
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment import normalise
@@ -19,7 +20,6 @@ from fastdeitlt.manifest import Calibration
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.convert import load_student_checkpoint
 from fastdeitlt.models.teacher import check_class_map
-from fastdeitlt.running.run_files import read_json
 
 DEFAULT_CROP_PCT = 0.875
 

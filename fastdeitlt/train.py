@@ -16,10 +16,11 @@ from torch import Tensor
 from fastdeitlt import analysis, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.longtail import drw_weights, open_training_sets
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.data.open_sets import open_training_sets
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.scan import check_files
+from fastdeitlt.data.source import open_source
 from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.evaluation.student import StudentScorer

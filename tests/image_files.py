@@ -9,8 +9,8 @@ from PIL import Image
 
 from fastdeitlt.config import AugmentConfig, DataConfig
 from fastdeitlt.data import augment, reader
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.sets import LongTailSet
 
 CPU = torch.device("cpu")
 CLASSES = 3

@@ -9,10 +9,11 @@ from torch import nn
 from fastdeitlt import config, distributed
 from fastdeitlt.checkpoint import load_tensors
 from fastdeitlt.config import Config
+from fastdeitlt.data.teacher_plan import Plan
 from fastdeitlt.teachers.losses import build_loss
 from fastdeitlt.teachers.step import LogitObjective, Step, build_optimizer
 from fastdeitlt.teachers.train import train_teacher
-from fastdeitlt.teachers.views import Part, Plan, StepBatch
+from fastdeitlt.teachers.views import Part, StepBatch
 
 
 def flat_step(loss: str, sam: str, parts: int, ranks: int = 1, scope: str = "global") -> list[torch.Tensor]:

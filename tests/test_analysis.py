@@ -20,7 +20,7 @@ from tiny_run import tiny_run
 from fastdeitlt.analysis import attention, look_into, overlay, sections
 from fastdeitlt.analysis.features import patch_similarity, watch_tokens
 from fastdeitlt.analysis.student import look, main, section, tables, write
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.saved import open_saved

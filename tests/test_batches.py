@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig, Config, DataConfig
 from fastdeitlt.data import batches, colour
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.batches import Batch, prefetch, train_batches
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.batches import Batch, train_batches
+from fastdeitlt.data.prefetch import prefetch
 from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.request import CropRequest
 from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.data.workers import Workers
 from fastdeitlt.errors import UserError
 

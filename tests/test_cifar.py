@@ -12,7 +12,7 @@ import pytest
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import cifar
-from fastdeitlt.data.longtail import cifar_lt_counts
+from fastdeitlt.data.counts import cifar_lt_counts
 from fastdeitlt.errors import UserError
 
 CLASSES, PER_CLASS = 10, 20

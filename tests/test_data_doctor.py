@@ -11,9 +11,10 @@ from PIL import Image
 
 from fastdeitlt.config import Config, build, flatten, load
 from fastdeitlt.data import cifar
+from fastdeitlt.data.counts import cifar_lt_counts
 from fastdeitlt.data.doctor import check, gini, stats
 from fastdeitlt.data.findings import Finding
-from fastdeitlt.data.longtail import LongTailSet, cifar_lt_counts, class_counts
+from fastdeitlt.data.sets import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
 SEEDS = iter(range(10_000))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastdeitlt import embedded
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.longtail import open_sets
+from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.embedded import build
 from fastdeitlt.errors import UserError
 

@@ -23,8 +23,8 @@ from torchmetrics.functional.classification import (
 
 from fastdeitlt import embedded
 from fastdeitlt.checkpoint import save_model_folder
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits, evaluate
 from fastdeitlt.evaluation.metrics import (

@@ -25,10 +25,11 @@ from torch.utils._pytree import tree_leaves
 from fastdeitlt import config
 from fastdeitlt.data import augment, mixup, warps
 from fastdeitlt.data.batches import Batch, train_batches
-from fastdeitlt.data.longtail import LongTailSet, drw_weights
+from fastdeitlt.data.counts import drw_weights
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.engine import build_engine
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import metrics

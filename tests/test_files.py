@@ -13,8 +13,8 @@ from PIL import Image, ImageCms, ImageOps
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import files, reader
-from fastdeitlt.data.augment import CropRequest
 from fastdeitlt.data.decoder import Decoder
+from fastdeitlt.data.request import CropRequest
 from fastdeitlt.data.scan import scan_files
 from fastdeitlt.errors import UserError
 

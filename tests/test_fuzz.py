@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastdeitlt import config
 from fastdeitlt.checkpoint import load_tensors, read_manifest
-from fastdeitlt.data.longtail import read_list
+from fastdeitlt.data.lists import read_list
 from fastdeitlt.errors import UserError
 from fastdeitlt.running.checkpoints import Checkpoints
 from fastdeitlt.running.run_files import read_run

@@ -14,10 +14,10 @@ from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
 from fastdeitlt import predict as predict_module
 from fastdeitlt.checkpoint import add_facts
 from fastdeitlt.config import DataConfig, build
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.request import CropRequest
 from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.evaluation.evaluate import collect_logits

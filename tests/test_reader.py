@@ -16,7 +16,7 @@ from timm.data import create_transform
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import decoder, reader
-from fastdeitlt.data.augment import CropRequest
+from fastdeitlt.data.request import CropRequest
 from fastdeitlt.errors import UserError
 
 

@@ -14,7 +14,8 @@ from tiny_run import tiny_run
 
 from fastdeitlt import config, joint
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
-from fastdeitlt.data.longtail import drw_weights, open_sets
+from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.data.sampler import RepeatedAugmentationSampler
 from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.evaluation.evaluate import OneHead

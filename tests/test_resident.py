@@ -19,10 +19,11 @@ from PIL import Image
 from fastdeitlt import cli
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data import cache, resident
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.resident import Resident, open_source
+from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.source import open_source
 from fastdeitlt.errors import UserError
 
 HOST = DataConfig(residency="host", num_threads=2)

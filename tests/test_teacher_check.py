@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdeitlt import config
-from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.source import open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.teacher import Teacher, teacher_input

@@ -12,7 +12,8 @@ from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data import colour
 from fastdeitlt.data.colour import CIFAR10_POLICY, View
 from fastdeitlt.data.randaugment import OPS
-from fastdeitlt.teachers.views import Plan, view_recipes
+from fastdeitlt.data.teacher_plan import Plan
+from fastdeitlt.teachers.views import view_recipes
 
 CROP = AugmentConfig(recipe="crop_jitter", crop_scale=(0.2, 1.0))
 SIMCLR = View(CROP, jitter_prob=0.8, hue=0.1, gray_prob=0.2, blur_prob=0.5)

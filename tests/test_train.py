@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdeitlt import config, embedded
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.longtail import drw_weights, open_sets
+from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import NonFiniteError, UserError

@@ -24,9 +24,10 @@ from fastdeitlt.analysis import sections
 from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.cli import main
 from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
-from fastdeitlt.data.longtail import LongTailSet, open_sets
-from fastdeitlt.data.resident import open_source
-from fastdeitlt.data.sets import class_counts
+from fastdeitlt.data.open_sets import open_sets
+from fastdeitlt.data.sets import LongTailSet, class_counts
+from fastdeitlt.data.source import open_source
+from fastdeitlt.data.teacher_plan import Plan
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate
 from fastdeitlt.joint import JointForward
@@ -43,7 +44,6 @@ from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.teachers.step import Step, build_objective
 from fastdeitlt.teachers.train import train_teacher
-from fastdeitlt.teachers.views import Plan
 from fastdeitlt.train import train
 
 COLOURS = [(220, 40, 40), (40, 220, 40), (40, 40, 220)]

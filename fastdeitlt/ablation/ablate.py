@@ -13,18 +13,19 @@ from rich.table import Table
 
 from fastdeitlt import analysis, config
 from fastdeitlt.ablation import table
+from fastdeitlt.atomic import read_json
 from fastdeitlt.checkpoint import step_folders
 from fastdeitlt.config import Config, Section
-from fastdeitlt.data.longtail import LongTailSet, open_training_sets
+from fastdeitlt.data.open_sets import open_training_sets
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.teacher_plan import plan_of
 from fastdeitlt.demo import train_both
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.running.run import console, refuse_changes
-from fastdeitlt.running.run_files import read_json
 from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.step import build_objective
-from fastdeitlt.teachers.views import plan_of
 from fastdeitlt.train import train
 
 log = logging.getLogger("fastdeitlt")

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from fastdeitlt.atomic import write_atomically
+from fastdeitlt.atomic import read_json, write_atomically
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import GROUPS, cell
 from fastdeitlt.reporting.figures import COLOURS, STYLE
-from fastdeitlt.running.run_files import read_json, read_run
+from fastdeitlt.running.run_files import read_run
 
 log = logging.getLogger("fastdeitlt")
 TEACHER_FILE = Path("analysis", "teacher.json")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from fastdeitlt.atomic import read_json
 from fastdeitlt.errors import UserError
 from fastdeitlt.reporting.page import Section
-from fastdeitlt.running.run_files import read_json
 
 log = logging.getLogger("fastdeitlt")
 REPORTED = ("student", "teacher")

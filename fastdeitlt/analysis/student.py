@@ -21,11 +21,11 @@ from fastdeitlt import config, distributed
 from fastdeitlt.analysis import attention, overlay
 from fastdeitlt.analysis.features import CENTRINGS, watch_tokens
 from fastdeitlt.atomic import write_atomically
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.batches import Source
-from fastdeitlt.data.longtail import LongTailSet, class_order, open_splits, shot_groups
-from fastdeitlt.data.resident import open_source
-from fastdeitlt.data.sets import SPLITS
+from fastdeitlt.data.counts import class_order, shot_groups
+from fastdeitlt.data.open_sets import open_splits
+from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.sets import SPLITS, LongTailSet
+from fastdeitlt.data.source import Source, open_source
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import cell
 from fastdeitlt.models.vit import DistilledViT

@@ -20,9 +20,6 @@ from torch import Tensor
 from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data import buffers, counter
 from fastdeitlt.data.randaugment import OPS, chunk_size, rand_augment
-from fastdeitlt.data.resize import centre_crop, crop_resize
-
-__all__ = ["CropRequest", "Draws", "Regions", "apply", "centre_crop", "crop_resize", "draw", "noise", "normalise"]
 
 ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
@@ -82,34 +79,6 @@ class Draws:
         box_B2 = np.where(fits_B1, box_B2, central_B2)
         place_B2 = np.where(fits_B1, place_B2, (sizes_B2 - central_B2) // 2)
         return np.concatenate([place_B2, box_B2], axis=1).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class CropRequest:
-    """A batch a source is to deliver as uint8 crops [B, size, size, 3].
-
-    With ``draws``: RandomResizedCrop by ``draws.boxes``. Without: shorter side resized to ``resize`` pixels (None:
-    ``size``), then the central ``size`` x ``size`` window.
-    """
-
-    sample_B: np.ndarray
-    size: int
-    draws: Draws | None = None
-    resize: int | None = None
-
-
-@dataclass(frozen=True)
-class Regions:
-    """The pixels a batch of crops is made of, for the fused kernel."""
-
-    pixels: Tensor
-    """uint8 on the device: images, or regions of them, [H, W, 3] one after the other."""
-    starts_B: np.ndarray
-    """int64: where the pixels of each one begin."""
-    sizes_B2: np.ndarray
-    """Their (height, width)."""
-    boxes_B4: np.ndarray
-    """The crop of each one (top, left, height, width), inside these pixels."""
 
 
 def _sides(area: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,56 +2,29 @@
 
 # B images in a micro-batch, C channels, H height, W width
 
-import queue
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig, Config
 from fastdeitlt.data import colour, mixup
-from fastdeitlt.data.augment import CropRequest, Regions
 from fastdeitlt.data.colour import ViewDraws
-from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.data.prefetch import prefetch
+from fastdeitlt.data.request import CropRequest, Regions
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.data.side_stream import aside, side_stream
-from fastdeitlt.data.workers import keep_to_one_core
+from fastdeitlt.data.source import Source
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import pick
 from fastdeitlt.precision import autocast_dtype
 
 T = TypeVar("T")
-
-
-class Source(Protocol):
-    """Where decoded images come from: ``reader.Stream`` or ``resident.Resident``."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where crops and regions are."""
-
-    @property
-    def pool(self) -> Executor:
-        """Threads for work on parts of a batch on the host."""
-
-    @property
-    def unreadable(self) -> set[int]:
-        """Images for which others stand in, of those that have been delivered or of all."""
-
-    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
-        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order."""
-
-    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
-        """The pixels that crops are made of, on the device, one ``Regions`` a request with draws, in order."""
-
-    def close(self) -> None:
-        """Stop threads and give memory back."""
 
 
 @dataclass(frozen=True)
@@ -142,49 +115,3 @@ def _augment_fused(
             regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
             boxes_B4=regions.boxes_B4, dtype=dtype,
         )  # fmt: skip
-
-
-def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """The same items, computed up to ``depth`` ahead by a thread that ends with the consumer.
-
-    An exception of the producer is raised where its item would have been.
-    """
-    consumer = threading.current_thread()
-    torch.get_num_threads()
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def produce() -> None:
-        keep_to_one_core()
-        try:
-            for item in items:
-                if not put(item, None):
-                    return
-            put(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            put(None, error)
-
-    thread = threading.Thread(target=produce, name="batches", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        stopped.set()
-        if threading.current_thread() is consumer:
-            # else a generator that nobody closed was collected, perhaps in a thread that the producer waits for
-            thread.join()

@@ -22,8 +22,8 @@ from fastdeitlt.atomic import draft_folder, flush
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.decoder import decoder_version
 from fastdeitlt.data.files import shrunk
-from fastdeitlt.data.longtail import LongTailSet
 from fastdeitlt.data.reader import Stream
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.data.workers import num_threads
 from fastdeitlt.errors import UserError
 from fastdeitlt.user_cache import user_cache

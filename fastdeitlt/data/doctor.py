@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastdeitlt.config import Config
+from fastdeitlt.data.counts import has_official_split, shot_groups
 from fastdeitlt.data.findings import (
     Finding,
     class_findings,
@@ -22,10 +23,11 @@ from fastdeitlt.data.findings import (
     known_findings,
     opening_findings,
 )
-from fastdeitlt.data.longtail import LongTailSet, Sets, has_official_split, open_sets, shot_groups
+from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.data.teacher_plan import plan_of
 from fastdeitlt.errors import UserError, printable
-from fastdeitlt.teachers.views import plan_of
 
 _NUMBERS = ("images", "classes", "empty", "largest", "smallest", "rho", "Gini", "head", "mid", "tail", "rank")
 _SHOT_SPLITS = {"threshold": "threshold (>100, 20-100, <20)", "official": "official (class ranges)"}

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.augment import CropRequest, Regions
 from fastdeitlt.data.decoder import Decoder
 from fastdeitlt.data.files import Encoded, UnreadableError, read_encoded, shrunk
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.request import CropRequest, Regions
 from fastdeitlt.data.resize import centre_crop, crop_resize, resize
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.data.side_stream import aside, side_stream
 from fastdeitlt.data.workers import Workers, num_threads
 from fastdeitlt.errors import UserError

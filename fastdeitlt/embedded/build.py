@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastdeitlt import embedded
-from fastdeitlt.data.longtail import cifar_lt_counts
+from fastdeitlt.data.counts import cifar_lt_counts
 
 CLASS_NAMES = (
     "T-shirt/top",

@@ -18,11 +18,12 @@ from torch.nn.functional import cosine_similarity
 
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.augment import CropRequest, normalise
-from fastdeitlt.data.batches import Source
+from fastdeitlt.data.augment import normalise
 from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.longtail import LongTailSet, open_splits
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.open_sets import open_splits
+from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.source import Source, open_source
 from fastdeitlt.errors import UserError, csv_name
 from fastdeitlt.evaluation import shift
 from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, score, score_single

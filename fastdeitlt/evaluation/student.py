@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import Source
-from fastdeitlt.data.longtail import LongTailSet, Sets, shot_groups
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.counts import shot_groups
 from fastdeitlt.data.resize import resized_side
+from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.data.source import Source, open_source
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
 from fastdeitlt.evaluation.metrics import Result, readable, score, score_single

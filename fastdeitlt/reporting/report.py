@@ -10,6 +10,7 @@ import numpy as np
 import rich.table
 
 from fastdeitlt import analysis, config
+from fastdeitlt.atomic import read_json
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
 from fastdeitlt.reporting import figures
@@ -17,7 +18,7 @@ from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
 from fastdeitlt.reporting.published import published_table
 from fastdeitlt.reporting.scores import score_sections
-from fastdeitlt.running.run_files import RunFiles, column, read_json, read_run
+from fastdeitlt.running.run_files import RunFiles, column, read_run
 
 __all__ = ["compare", "results_table", "write_report"]
 

@@ -24,12 +24,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdeitlt import config, distributed
-from fastdeitlt.atomic import write_atomically
+from fastdeitlt.atomic import read_json, write_atomically
 from fastdeitlt.config import Config
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError, printable
 from fastdeitlt.running.checkpoints import Checkpoints, sweep
 from fastdeitlt.running.process import STOP, Stopped, stop_code
-from fastdeitlt.running.run_files import read_json
 
 log = logging.getLogger("fastdeitlt")
 console = Console()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeitlt import config
+from fastdeitlt.atomic import read_json
 from fastdeitlt.checkpoint import step_folders
 from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
@@ -103,23 +104,6 @@ def read_run(folder: str | Path) -> RunFiles:
         results=results,
         class_names=next((m["class_names"] for m in manifests if m.get("class_names")), None),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file, empty if there is no file.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: got a {type(tree).__name__}, expected an object; restore or remove it")
-    return tree
 
 
 def _read_records(path: Path) -> list[Record]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch, train_batches
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.source import open_source
 from fastdeitlt.engine import Engine, build_engine
 from fastdeitlt.joint import JointForward
 from fastdeitlt.optim import Ema, peak_learning_rate

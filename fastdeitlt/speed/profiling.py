@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from fastdeitlt import config, distributed
 from fastdeitlt.data.batches import Batch, train_batches
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.source import open_source
 from fastdeitlt.engine import build_engine
 from fastdeitlt.optim import Ema, peak_learning_rate
 from fastdeitlt.speed.setup import Setup, set_up

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastdeitlt.config import Config
 from fastdeitlt.data.batches import Batch, use_kernel
 from fastdeitlt.data.counts import KNOWN_CLASSES
-from fastdeitlt.data.longtail import LongTailSet, open_sets
+from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD, Config
-from fastdeitlt.data.batches import Source
 from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.source import Source
 from fastdeitlt.errors import UserError
 from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.resnet_cifar import ResNetCifar

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
+from fastdeitlt.data.teacher_plan import Plan
 from fastdeitlt.errors import NonFiniteError
 from fastdeitlt.running import watch
 from fastdeitlt.running.meter import Pace
 from fastdeitlt.running.run import Run
-from fastdeitlt.teachers.views import Plan
 
 T = TypeVar("T")
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from fastdeitlt import distributed
-from fastdeitlt.atomic import write_atomically
+from fastdeitlt.atomic import read_json, write_atomically
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import Source
 from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.longtail import LongTailSet, class_order
+from fastdeitlt.data.counts import class_order
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.source import Source
 from fastdeitlt.models.teacher import Teacher, open_teacher
-from fastdeitlt.running.run_files import read_json
 from fastdeitlt.teachers.decisions import class_sample, clean_batches, decide
 
 log = logging.getLogger("fastdeitlt")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import Source
-from fastdeitlt.data.longtail import LongTailSet, Sets
-from fastdeitlt.data.resident import open_source
 from fastdeitlt.data.resize import resized_side
+from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.data.source import Source, open_source
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
 from fastdeitlt.evaluation.metrics import Result, score_single
 from fastdeitlt.evaluation.selection import Tested, data_facts

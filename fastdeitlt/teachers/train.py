@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from fastdeitlt import distributed, optim
 from fastdeitlt.config import Config
-from fastdeitlt.data.longtail import drw_weights, open_training_sets
-from fastdeitlt.data.resident import open_source
+from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.data.open_sets import open_training_sets
 from fastdeitlt.data.scan import check_files
+from fastdeitlt.data.source import open_source
+from fastdeitlt.data.teacher_plan import plan_of
 from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.running.preemption import StopRequest
 from fastdeitlt.running.run import Run
@@ -23,7 +25,7 @@ from fastdeitlt.teachers.sam import SAM
 from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.teachers.selection import TeacherScorer
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
-from fastdeitlt.teachers.views import plan_of, teacher_batches, view_recipes
+from fastdeitlt.teachers.views import teacher_batches, view_recipes
 
 log = logging.getLogger("fastdeitlt")
 

@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import Config
-from fastdeitlt.data import colour, counter
-from fastdeitlt.data.augment import CropRequest
-from fastdeitlt.data.batches import Source, prefetch
+from fastdeitlt.data import colour
 from fastdeitlt.data.colour import View, ViewDraws
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.prefetch import prefetch
+from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.sets import LongTailSet
 from fastdeitlt.data.side_stream import aside, side_stream
-from fastdeitlt.errors import UserError
-
-ORDER, STEP = 210, 211
-"""Streams of the generator."""
-MIN_PART = 2
-"""Images in a micro-batch: batch norm has no deviation of one value."""
+from fastdeitlt.data.source import Source
+from fastdeitlt.data.teacher_plan import Plan
 
 
 @dataclass(frozen=True)
@@ -41,75 +37,6 @@ class StepBatch:
 
     parts: list[Part]
     labels_B: Tensor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The batches of an epoch: a new order of all images each time, drawn from (seed, epoch) alone.
-
-    A batch is cut into nearly equal parts, in order: over ranks, then a rank's into micro-batches. Batch norm needs two
-    images in each, so a last batch that has fewer joins the one before. PaCo leaves any incomplete last batch out,
-    because a batch replaces a whole part of its queue.
-    """
-
-    n: int
-    batch_size: int
-    seed: int
-    drop_last: bool
-    rank: int = 0
-    world: int = 1
-    accumulate: int = 1
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in an epoch."""
-        whole, rest = divmod(self.n, self.batch_size)
-        return whole + (rest >= MIN_PART * self.world * self.accumulate and not self.drop_last)
-
-    @property
-    def last_batch(self) -> str:
-        """What becomes of images that fill no batch; empty where they are an ordinary smaller one, or none."""
-        left = self.n - self.steps * self.batch_size
-        if left <= 0:
-            return ""
-        if self.drop_last:
-            return f"{left} of {self.n} images, others in each epoch, are left out, because PaCo takes whole batches"
-        return f"the last batch of an epoch has {self.batch_size + left} images: {left} would be too few for batch norm"
-
-    def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Indices sample_B of each batch from number ``start`` on."""
-        key_N = counter.keys(self.seed, epoch, np.arange(self.n))
-        order_N = counter.words(key_N, ORDER, 1)[:, 0].argsort(kind="stable")
-        for index in range(start, self.steps):
-            is_last = index + 1 == self.steps and not self.drop_last
-            yield order_N[index * self.batch_size : self.n if is_last else (index + 1) * self.batch_size]
-
-    def parts(self, sample_B: np.ndarray) -> list[np.ndarray]:
-        """This rank's parts of a batch."""
-        return np.array_split(np.array_split(sample_B, self.world)[self.rank], self.accumulate)
-
-    def step_seed(self, epoch: int, index: int) -> int:
-        """Seed of everything else that is random in a step on this rank."""
-        seed = int(counter.words(counter.keys(self.seed, epoch, index), STEP, 1)[0, 0] >> np.uint64(1))
-        return (seed + self.rank) % 2**63
-
-
-def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1) -> Plan:
-    """Return the batches of a teacher's run.
-
-    Raises:
-        UserError: a batch that is too small for the ranks and micro-batches, or larger than the set.
-    """
-    t = cfg.teacher_training
-    plan = Plan(num_images, t.batch_size, cfg.train.seed, t.loss == "paco", rank, world, t.accumulate)
-    if plan.batch_size < MIN_PART * world * t.accumulate:
-        raise UserError(
-            f"teacher_training.batch_size: got {plan.batch_size}, expected at least {MIN_PART} images for each of "
-            f"{world} ranks x {t.accumulate} micro-batches, as batch norm needs. Use a larger batch or fewer of them."
-        )
-    if plan.steps == 0:
-        raise UserError(f"teacher_training.batch_size: got {plan.batch_size}, the set has {plan.n} images; lower it")
-    return plan
 
 
 def view_recipes(cfg: Config) -> list[View]:

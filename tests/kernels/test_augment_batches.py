@@ -16,12 +16,13 @@ from fastdeitlt.config import AugmentConfig, Config, DataConfig, TrainConfig
 from fastdeitlt.data import augment as torch_augment
 from fastdeitlt.data import batches as data_batches
 from fastdeitlt.data import resize
-from fastdeitlt.data.batches import Batch, Source, train_batches
-from fastdeitlt.data.longtail import LongTailSet
+from fastdeitlt.data.batches import Batch, train_batches
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.reader import Stream
 from fastdeitlt.data.resident import Resident, stage
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.source import Source
 
 SIZE = 12
 MICRO_BATCHES = [

@@ -10,7 +10,7 @@ import torch
 from fastdeitlt.kernels.joint_loss import joint_loss, reference
 from hypothesis import strategies as st
 
-from fastdeitlt.data.longtail import drw_weights
+from fastdeitlt.data.counts import drw_weights
 from fastdeitlt.errors import UserError
 from fastdeitlt.loss import joint_loss as public_joint_loss
 
