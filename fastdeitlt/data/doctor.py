@@ -15,14 +15,8 @@ from rich.table import Table
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.counts import has_official_split, shot_groups
-from fastdeitlt.data.findings import (
-    Finding,
-    class_findings,
-    duplicate_findings,
-    image_findings,
-    known_findings,
-    opening_findings,
-)
+from fastdeitlt.data.findings import Finding, class_findings, known_findings, opening_findings
+from fastdeitlt.data.image_findings import duplicate_findings, image_findings
 from fastdeitlt.data.open_sets import open_sets
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.data.sets import LongTailSet, Sets

@@ -1,22 +1,19 @@
-"""What can be wrong or odd with a data set: its counts, its classes, its files, duplicates.
+"""What can be wrong or odd with the splits of a data set before a file is opened: counts, classes, names.
 
 K classes.
 """
 
-import hashlib
-from collections import defaultdict
-
 from fastdeitlt.config import Config, DataConfig
 from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.counts import CIFAR_CLASSES, KNOWN_CLASSES, KNOWN_COUNTS, cifar_lt_counts
-from fastdeitlt.data.scan import scan_files
-from fastdeitlt.data.sets import Finding, Level, LongTailSet, Sets
+from fastdeitlt.data.counts import CIFAR_CLASSES, KNOWN_COUNTS, cifar_lt_counts
+from fastdeitlt.data.sets import Finding, LongTailSet, Sets
 
 FEW_IMAGES = 5
 NUM_EXAMPLES = 3
 
 
-def _many(number: int, noun: str) -> str:
+def many(number: int, noun: str) -> str:
+    """A number of things, as text."""
     plural = {"image": "images", "file": "files", "class": "classes"}[noun]
     return f"{number:,} {noun if number == 1 else plural}"
 
@@ -58,10 +55,10 @@ def opening_findings(sets: Sets) -> list[Finding]:
     for split, images in sets:
         absent = [k for k, n in enumerate(images.counts) if n == 0 and train.counts[k]]
         if split != "train" and absent:
-            message = f"{_many(len(absent), 'class')} without {split} images, so without a measured accuracy"
+            message = f"{many(len(absent), 'class')} without {split} images, so without a measured accuracy"
             findings.append(Finding("warning", split, message, _some(train, absent)))
         if images.left_out and split not in sets.held_out:
-            message = f"{_many(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
+            message = f"{many(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
             findings.append(Finding("warning", split, message, tuple(images.left_out[:NUM_EXAMPLES])))
     return findings
 
@@ -70,7 +67,7 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
     """Classes with few images, missing or lopsided splits."""
     findings = []
     if few := [k for k, n in enumerate(sets.train.counts) if 0 < n < FEW_IMAGES]:
-        message = f"{_many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
+        message = f"{many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
         findings.append(Finding("note", "train", message, _some(sets.train, few)))
     if sets.test is None:
         findings.append(Finding("warning", "test", "no test set, so there is nothing to report accuracy on"))
@@ -89,58 +86,3 @@ def _some(train: LongTailSet, classes: list[int]) -> tuple[str, ...]:
     """Return the first few classes by number, and by name if they have one."""
     names = train.class_names
     return tuple(f"{k} ({names[k]})" if names else f"class {k}" for k in classes[:NUM_EXAMPLES])
-
-
-def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:
-    """Findings about single images, and what tells each image from others: its sha256, or else its path."""
-    if images.images_NHWC is not None:
-        return [], [hashlib.sha256(image.tobytes()).digest() for image in images.images_NHWC]
-    if not decode:
-        return [], [path.encode() for path in images.paths]
-    found: dict[tuple[Level, str], list[str]] = defaultdict(list)
-    digests = []
-    for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg), strict=True):
-        if scan.problem:
-            found["error", scan.problem].append(path)
-        if scan.doubt:
-            found["warning", scan.doubt].append(path)
-        for note in scan.notes:
-            found["note", note].append(path)
-        digests.append(scan.digest or path.encode())
-    findings = [
-        Finding(level, split, f"{_many(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
-        for (level, what), paths in found.items()
-    ]
-    return findings, digests
-
-
-def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[bytes]]) -> list[Finding]:
-    """The same image in two splits, twice in one, or with two labels. Published sets keep theirs, to be comparable."""
-    places: dict[bytes, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for split, keys in digests.items():
-        for index, key in enumerate(keys):
-            places[key][split].append(index)
-    splits = dict(sets)
-    shared: dict[tuple[str, str], list[str]] = defaultdict(list)
-    repeated: dict[str, list[str]] = defaultdict(list)
-    conflicting: dict[str, list[str]] = defaultdict(list)
-    for place in places.values():
-        for split, indices in place.items():
-            names = [splits[split].paths[i] for i in indices]
-            if len(indices) > 1:
-                repeated[split].append(" = ".join(names[:2]))
-            if len(set(splits[split].labels[indices].tolist())) > 1:
-                conflicting[split].append(" = ".join(names[:2]))
-        if len(place) > 1:
-            first, *others = ((split, splits[split].paths[indices[0]]) for split, indices in place.items())
-            for split, name in others:
-                shared[first[0], split].append(f"{first[1]} = {name}")
-    leak: Level = "warning" if cfg.dataset in KNOWN_CLASSES else "error"
-    findings = [_named(leak, b, f"of {b} also in {a}", names) for (a, b), names in shared.items()]
-    findings += [_named("note", split, "more than once", names) for split, names in repeated.items()]
-    findings += [_named("warning", split, "with several labels", names) for split, names in conflicting.items()]
-    return findings
-
-
-def _named(level: Level, split: str, what: str, names: list[str]) -> Finding:
-    return Finding(level, split, f"duplicate: {_many(len(names), 'image')} {what}", tuple(names[:NUM_EXAMPLES]))
