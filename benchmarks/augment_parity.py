@@ -18,8 +18,8 @@ from torchvision.transforms import functional
 from benchmarks import harness
 from benchmarks.bench_augment import PHOTOS
 from fastdeitlt.config import AugmentConfig
-from fastdeitlt.data import augment
-from fastdeitlt.data.randaugment import FUNCTIONS, OPS
+from fastdeitlt.data.augment import transform as augment
+from fastdeitlt.data.augment.randaugment import FUNCTIONS, OPS
 from tests import timm_oracle
 
 SIZE = 224

@@ -18,7 +18,7 @@ from fastdeitlt.kernels import add_layernorm as module
 from torch import Tensor
 
 from benchmarks import harness
-from fastdeitlt.speed.timer import passes
+from fastdeitlt.core.measure.timer import passes
 
 # batch, tokens, width: ViT-T, -S, -B and -L
 SHAPES = ((512, 198, 192), (256, 198, 384), (256, 198, 768), (128, 198, 1024))

@@ -15,8 +15,8 @@ from fastdeitlt.kernels.attention import attention, attention_first
 from torch import Tensor
 
 from benchmarks import harness
+from fastdeitlt.core.measure.timer import passes
 from fastdeitlt.errors import UserError
-from fastdeitlt.speed.timer import passes
 
 # batch, tokens, heads, width: ViT-B at 224 and 384 pixels, ViT-T on CIFAR with patches of 4 and 2, ViT-B with patch 8
 SHAPES = ((256, 198, 12, 64), (64, 578, 12, 64), (1024, 66, 3, 64), (512, 258, 3, 64), (32, 786, 12, 64))

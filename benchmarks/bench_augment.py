@@ -19,9 +19,10 @@ from timm.data import auto_augment, create_transform
 
 from benchmarks import harness
 from fastdeitlt.config import AugmentConfig, MixupConfig
-from fastdeitlt.data import augment, mixup
-from fastdeitlt.data.randaugment import OPS, rand_augment
-from fastdeitlt.data.warps import FILL
+from fastdeitlt.data import mixup
+from fastdeitlt.data.augment import transform as augment
+from fastdeitlt.data.augment.randaugment import OPS, rand_augment
+from fastdeitlt.data.augment.warps import FILL
 
 PHOTOS = sorted((Path(__file__).resolve().parent.parent / "tests" / "data" / "photos").glob("*.jpg"))
 OP_SHAPES = ((224, 8), (32, 16))

@@ -17,7 +17,7 @@ from fastdeitlt.kernels import bias_gelu as module
 from torch import Tensor
 
 from benchmarks import harness
-from fastdeitlt.speed.timer import passes
+from fastdeitlt.core.measure.timer import passes
 
 # rows, width of the hidden layer: ViT-T, -S, -B and -L at 198 tokens
 SHAPES = ((512 * 198, 768), (256 * 198, 1536), (256 * 198, 3072), (128 * 198, 4096))

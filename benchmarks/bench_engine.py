@@ -17,14 +17,14 @@ import torch
 from benchmarks import harness
 from fastdeitlt import config
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import Batch
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine import Engine, build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.measure.timer import measure
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import Engine, build_engine
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.running.checkpoints import Checkpoints
-from fastdeitlt.speed.timer import measure
+from fastdeitlt.run.checkpoints import Checkpoints
 
 STEPS = 10
 """Between checkpoints."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness
-from fastdeitlt.loss import joint_loss
+from fastdeitlt.core.loss import joint_loss
 
 SHAPES = ((256, 10), (256, 100), (256, 1000), (1024, 1000), (256, 8142), (1024, 8142), (256, 21841))
 

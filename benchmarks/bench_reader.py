@@ -24,15 +24,15 @@ from PIL import Image, ImageOps
 
 from benchmarks import harness
 from fastdeitlt import config
-from fastdeitlt.data import augment
-from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.decoder import Decoder
-from fastdeitlt.data.files import read_encoded
-from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.resident import Resident
-from fastdeitlt.data.resize import crop_resize
+from fastdeitlt.core.batches import train_batches
+from fastdeitlt.data.augment import transform as augment
+from fastdeitlt.data.pixels.decoder import Decoder
+from fastdeitlt.data.pixels.files import read_encoded
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.pixels.resize import crop_resize
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.sets.types import LongTailSet
 
 SIZE = 224
 BATCH = 64

@@ -20,11 +20,11 @@ import torch
 
 from benchmarks import harness, peers
 from benchmarks.peers import Workload
-from fastdeitlt.checkpoint import save_model_folder
-from fastdeitlt.data.lists import read_list
 from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sets.lists import read_list
 from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.models import create_student
+from fastdeitlt.store.checkpoint import save_model_folder
 
 CPU = torch.device("cpu")
 TINY = Workload("deit_tiny_distilled_patch8_32", 32, 10, 32, "resnet8", "fp32", CPU)

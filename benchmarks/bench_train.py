@@ -26,10 +26,10 @@ from benchmarks import bench_step, harness, peers
 from benchmarks.bench_reader import CLASSES, allow_posterize_to_black, make_photos, one_pass, timm_loader
 from benchmarks.peers import Step, Workload
 from fastdeitlt import config
-from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.resident import Resident
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.core.batches import train_batches
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.sets.types import LongTailSet
 
 CASES = {
     "cpu": Workload("deit_tiny_distilled_patch8_64", 64, CLASSES, 32, "resnet8", "bf16", bench_step.CPU),

@@ -1,6 +1,7 @@
 """What every benchmark file shares: cases, a named baseline, no numbers from a red op, and rows that say their origin.
 
-The timer is ``fastdeitlt.speed.timer``. Rows are appended to ``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``.
+The timer is ``fastdeitlt.core.measure.timer``. Rows are appended to
+``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastdeitlt.speed.timer import Call, Timing, bandwidth, capturing_stream, cpu_name, matmul_rate, measure
+from fastdeitlt.core.measure.timer import Call, Timing, bandwidth, capturing_stream, cpu_name, matmul_rate, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RECOMPILES = 64

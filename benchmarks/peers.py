@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt import config, distributed
-from fastdeitlt.data.batches import Batch
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine import build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.optim import Ema, parameter_groups
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import build_engine
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.optim import Ema, parameter_groups
 
 RATE, DECAY, EMA_DECAY, SMOOTHING = 1e-4, 0.05, 0.99996, 0.1
 Step = Callable[[Batch], Tensor]

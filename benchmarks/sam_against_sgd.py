@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks import harness
 from fastdeitlt import config
-from fastdeitlt.atomic import read_json, write_atomically
 from fastdeitlt.evaluation.metrics import GROUPS
-from fastdeitlt.running import run
+from fastdeitlt.run import folder as run
+from fastdeitlt.store.files import read_json, write_atomically
 from fastdeitlt.teachers.diagnose import diagnose_teacher
-from fastdeitlt.teachers.train import train_teacher
+from fastdeitlt.train_teacher import train_teacher
 
 ARMS = {"SAM": "sam", "SGD": "none"}
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from fastdeitlt import config, embedded
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt import config
+from fastdeitlt.data.sets import embedded
 from fastdeitlt.models import create_teacher
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 
 TIMES = ("images_per_s", "data_wait", "eta_s")
 KINDS = ("kill all", "kill one rank", "stop by signal", "kill while saving", "kill after an evaluation")

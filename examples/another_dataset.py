@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdeitlt.data.counts import cifar_lt_counts
+from fastdeitlt.data.sets.counts import cifar_lt_counts
 
 Split = dict[str, list[int]]  # split -> images of each class [K]
 SEED = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable
-from fastdeitlt.running import process
+from fastdeitlt.run import process
 
 if TYPE_CHECKING:
     from fastdeitlt.config import Config
@@ -30,7 +30,7 @@ CURES = {
 
 def _train(args: argparse.Namespace) -> int:
     from fastdeitlt import config
-    from fastdeitlt.running import run
+    from fastdeitlt.run import folder as run
 
     # shared out as `ablate` does
     of_teacher = [word for word in args.overrides if word.startswith("teacher_training.")]
@@ -44,11 +44,11 @@ def _train(args: argparse.Namespace) -> int:
     if (code := _as_ranks(cfg, args)) is not None:
         return code
     if args.dry_run:
-        from fastdeitlt.dryrun import dry_run
+        from fastdeitlt.tools.dryrun import dry_run
 
         return dry_run(cfg, teacher)
     if teacher:
-        from fastdeitlt.demo import train_both
+        from fastdeitlt.tools.demo import train_both
 
         train_both(cfg, teacher, args.resume)
         return 0
@@ -60,17 +60,17 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_teacher(args: argparse.Namespace) -> int:
     from fastdeitlt import config
-    from fastdeitlt.running import run
+    from fastdeitlt.run import folder as run
 
     cfg = config.load(args.config, args.overrides)
     run.set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
     if args.dry_run:
-        from fastdeitlt.dryrun import dry_run_teacher
+        from fastdeitlt.tools.dryrun import dry_run_teacher
 
         return dry_run_teacher(cfg)
-    from fastdeitlt.teachers.train import train_teacher
+    from fastdeitlt.train_teacher import train_teacher
 
     train_teacher(cfg, args.resume)
     return 0
@@ -78,15 +78,15 @@ def _train_teacher(args: argparse.Namespace) -> int:
 
 def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
     """Run the same command as several ranks, if there are to be some; their exit code."""
-    from fastdeitlt.running import launch
+    from fastdeitlt.run import launch
 
     count = launch.processes(cfg, args.processes, os.environ)
     return launch.launch(count, args.arguments, args.restarts) if count > 1 else None
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from fastdeitlt.ablation.ablate import ablate
-    from fastdeitlt.running import run
+    from fastdeitlt.run import folder as run
+    from fastdeitlt.tools.ablate import ablate
 
     run.set_up_logging()
     settings = [word for word in args.arms if "=" in word]  # those that follow --arms
@@ -104,8 +104,8 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fastdeitlt.demo import demo
-    from fastdeitlt.running import run
+    from fastdeitlt.run import folder as run
+    from fastdeitlt.tools.demo import demo
 
     run.set_up_logging()
     demo(args.seed, args.runs_dir)
@@ -114,7 +114,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from fastdeitlt.evaluation.evaluate import evaluate
-    from fastdeitlt.running import run
+    from fastdeitlt.run import folder as run
 
     run.set_up_logging()
     evaluate(args.model, args.overrides, split=args.split, json_path=args.json, csv_path=args.csv)
@@ -122,7 +122,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from fastdeitlt.predict import main
+    from fastdeitlt.tools.predict import main
 
     return main(args.model, args.inputs, top_k=args.top_k, out=args.out, strict=args.strict, raw=args.raw)
 
@@ -133,7 +133,7 @@ def _export(args: argparse.Namespace) -> int:
 
         print(export_official(args.model, args.format, args.out))
         return 0
-    from fastdeitlt.export import export
+    from fastdeitlt.tools.export import export
 
     print(export(args.model, args.out, args.format))
     return 0
@@ -148,8 +148,8 @@ def _timed_settings(args: argparse.Namespace) -> list[str]:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from fastdeitlt.running import run
-    from fastdeitlt.speed.bench import bench
+    from fastdeitlt.run import folder as run
+    from fastdeitlt.tools.bench import bench
 
     run.set_up_logging()
     given = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
@@ -158,8 +158,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from fastdeitlt.running import run
-    from fastdeitlt.speed.tune import tune
+    from fastdeitlt.run import folder as run
+    from fastdeitlt.tools.tune import tune
 
     run.set_up_logging()
     tune(args.config, args.overrides, out=args.out, with_step=not args.ops_only, again=args.again)
@@ -167,8 +167,8 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from fastdeitlt.running import run
-    from fastdeitlt.speed.profiling import profile
+    from fastdeitlt.run import folder as run
+    from fastdeitlt.tools.profiling import profile
 
     run.set_up_logging()
     profile(args.config, _timed_settings(args), args.out, num_steps=args.steps, synthetic=args.synthetic)
@@ -178,14 +178,14 @@ def _profile(args: argparse.Namespace) -> int:
 def _analyze(args: argparse.Namespace) -> int:
     from importlib import import_module
 
-    from fastdeitlt.running import run
+    from fastdeitlt.run import folder as run
 
     run.set_up_logging()
     runs = [word for word in args.runs if "=" not in word]
     overrides = [word for word in (*args.runs, *args.overrides) if "=" in word]
     common = {"verb", "run", "what", "runs", "overrides", "arguments"}
     options = {name: value for name, value in vars(args).items() if name not in common}
-    import_module(f"fastdeitlt.analysis.{args.what}").main(runs, overrides, **options)
+    import_module(f"fastdeitlt.reporting.analysis.{args.what}").main(runs, overrides, **options)
     return 0
 
 
@@ -208,13 +208,13 @@ def _data(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError(f"data {args.action}: got no data set, expected a recipe such as quickstart, or a YAML file")
     if args.action == "prepare":
-        from fastdeitlt.data.cifar import prepare
+        from fastdeitlt.data.sets.cifar import prepare
 
         if args.root is None:
             raise UserError("data prepare: got no folder for the archive, expected --root FOLDER")
         print(prepare(args.config, args.root, download=args.download))
         return 0
-    from fastdeitlt.data import doctor
+    from fastdeitlt.data.check import doctor
 
     cfg = config.load(args.config, args.overrides)
     findings = doctor.check(cfg) if args.action == "check" else doctor.stats(cfg)
@@ -225,7 +225,7 @@ def _data(args: argparse.Namespace) -> int:
 def _data_cache(args: argparse.Namespace) -> int:
     from datetime import datetime
 
-    from fastdeitlt.data import cache
+    from fastdeitlt.data.pixels import cache
 
     before = cache.cached_sets()
     if args.clear:
@@ -265,7 +265,7 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from fastdeitlt.doctor import doctor
+    from fastdeitlt.tools.doctor import doctor
 
     findings = doctor()
     findings.print(as_json=args.json)

@@ -13,27 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeitlt import analysis, distributed
+from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.counts import drw_weights
-from fastdeitlt.data.open_sets import open_training_sets
+from fastdeitlt.core.batches import train_batches
+from fastdeitlt.core.engine import Engine, build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.measure.auto import measure_kernels
+from fastdeitlt.core.optim import Ema, learning_rate
+from fastdeitlt.data.check.scan import check_files
+from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.data.scan import check_files
-from fastdeitlt.data.source import open_source
-from fastdeitlt.engine import Engine, build_engine
-from fastdeitlt.evaluation.selection import Selector
-from fastdeitlt.evaluation.student import StudentScorer
-from fastdeitlt.joint import JointForward
+from fastdeitlt.data.sets.counts import drw_weights
+from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.models import create_student
-from fastdeitlt.optim import Ema, learning_rate
-from fastdeitlt.reporting import report
-from fastdeitlt.running.meter import Meter
-from fastdeitlt.running.preemption import StopRequest
-from fastdeitlt.running.run import Run
-from fastdeitlt.running.state import State
-from fastdeitlt.running.watch import memory_hint
-from fastdeitlt.speed.auto import measure_kernels
+from fastdeitlt.reporting import analysis, report
+from fastdeitlt.run.folder import Run
+from fastdeitlt.run.meter import Meter
+from fastdeitlt.run.preemption import StopRequest
+from fastdeitlt.run.selection import Selector
+from fastdeitlt.run.state import State
+from fastdeitlt.run.student_scorer import StudentScorer
+from fastdeitlt.run.watch import memory_hint
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settle_order, teacher_of
 

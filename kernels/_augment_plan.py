@@ -8,9 +8,9 @@ import fastdeitlt.kernels._augment_device as gpu
 import numpy as np
 import triton
 
-from fastdeitlt.data import randaugment as ops
-from fastdeitlt.data import warps
-from fastdeitlt.data.augment import Draws
+from fastdeitlt.data.augment import randaugment as ops
+from fastdeitlt.data.augment import warps
+from fastdeitlt.data.augment.transform import Draws
 from fastdeitlt.data.mixup import MixDraw
 
 KINDS = {

@@ -37,7 +37,7 @@ def reference(
     cls_weights: Tensor | None = None,
     normaliser: Tensor | None = None,
 ) -> JointLoss:
-    """The loss of ``fastdeitlt.loss.joint_loss``, with its arguments, in float32 (float64 stays); unchecked.
+    """The loss of ``fastdeitlt.core.loss.joint_loss``, with its arguments, in float32 (float64 stays); unchecked.
 
     ``lam`` is a 0-d tensor, ``log_prior`` [K] is added to the CLS logits. No dense target is built.
     """

@@ -17,9 +17,9 @@ import torch
 from fastdeitlt.kernels._launch import LaunchConfig
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from fastdeitlt.atomic import write_atomically
 from fastdeitlt.errors import UserError
-from fastdeitlt.user_cache import user_cache
+from fastdeitlt.store.files import write_atomically
+from fastdeitlt.store.user_cache import user_cache
 
 Key = tuple[str | int, ...]
 SHIPPED = Path(__file__).parent / "measured"

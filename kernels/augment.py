@@ -26,9 +26,9 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from fastdeitlt.config import AugmentConfig
-from fastdeitlt.data import augment as torch_augment
 from fastdeitlt.data import mixup
-from fastdeitlt.data.augment import Draws
+from fastdeitlt.data.augment import transform as torch_augment
+from fastdeitlt.data.augment.transform import Draws
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.errors import UserError
 

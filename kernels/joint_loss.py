@@ -6,7 +6,7 @@
     d loss / d dist_bc = alpha w[t_b] (softmax(dist_b)_c - [c = t_b]) / sum_b w[t_b]
 
 v are class weights of the CLS loss, n_b = lam v[y_b] + (1 - lam) v[y'_b] (1 by default). Soft distillation and binary
-cross-entropy replace one term each. Source: val-iisc/DeiT-LT losses.py, DistillationLoss; ``fastdeitlt.loss``.
+cross-entropy replace one term each. Source: val-iisc/DeiT-LT losses.py, DistillationLoss; ``fastdeitlt.core.loss``.
 
 A program a row reads the three logit rows and keeps eleven numbers; one program adds the rows up in a fixed order; the
 backward writes each gradient once, scaled by the upstream gradient, which stays on the device. Moves 3 logits in, then

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from fastdeitlt import cli
-from fastdeitlt.running import launch
+from fastdeitlt.run import launch
 
 FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
@@ -31,7 +31,7 @@ def main(fault, note, *arguments):
     """The program; writes the moment of the fault to the file ``note``."""
     launch.PROGRAM = [sys.executable, __file__, fault, note]
     if "RANK" in os.environ:
-        from fastdeitlt.running import watch
+        from fastdeitlt.run import watch
 
         watch.PERIOD_S = 1.0
     if os.environ.get("RANK") == "1":
@@ -44,7 +44,7 @@ def _inject(fault, note):
     """Rank 1 meets the fault when it waits for the first batch of a step."""
     import torch
 
-    from fastdeitlt.running.meter import Meter
+    from fastdeitlt.run.meter import Meter
 
     wait = Meter.wait
 

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from fastdeitlt.config import AugmentConfig, DataConfig
-from fastdeitlt.data import augment, reader
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.augment import transform as augment
+from fastdeitlt.data.pixels import reader
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.sets.types import LongTailSet
 
 CPU = torch.device("cpu")
 CLASSES = 3

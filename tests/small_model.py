@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.models import create_student
+from fastdeitlt.store.checkpoint import save_model_folder
 
 NAME, SIZE = "deit_tiny_distilled_patch8_32", 32
 CLASS_NAMES = ["<b>cat</b>", "dog, small", "[red]eel[/red]", "fish"]

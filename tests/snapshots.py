@@ -3,11 +3,11 @@
 import shutil
 import threading
 
-from fastdeitlt.evaluation import selection
-from fastdeitlt.evaluation.selection import Selector
 from fastdeitlt.reporting import report
-from fastdeitlt.running.checkpoints import Checkpoints
-from fastdeitlt.running.state import State
+from fastdeitlt.run import selection
+from fastdeitlt.run.checkpoints import Checkpoints
+from fastdeitlt.run.selection import Selector
+from fastdeitlt.run.state import State
 
 EVALUATION = (
     "before the last step is saved",

@@ -12,7 +12,7 @@ import weakref
 from pathlib import Path
 
 from fastdeitlt import cli
-from fastdeitlt.running import process
+from fastdeitlt.run import process
 
 
 def talk(folder):

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from fastdeitlt import config, distributed
-from fastdeitlt.checkpoint import load_tensors
 from fastdeitlt.config import Config
 from fastdeitlt.data.teacher_plan import Plan
+from fastdeitlt.store.checkpoint import load_tensors
 from fastdeitlt.teachers.losses import build_loss
 from fastdeitlt.teachers.step import LogitObjective, Step, build_optimizer
-from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.teachers.views import Part, StepBatch
+from fastdeitlt.train_teacher import train_teacher
 
 
 def flat_step(loss: str, sam: str, parts: int, ranks: int = 1, scope: str = "global") -> list[torch.Tensor]:

@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 
-from fastdeitlt import cli, config, demo, embedded
-from fastdeitlt.ablation import ablate, table
-from fastdeitlt.ablation.table import paired_t_test
-from fastdeitlt.analysis import teacher as analysis_of_teacher
+from fastdeitlt import cli, config
+from fastdeitlt.data.sets import embedded
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.reporting.analysis import teacher as analysis_of_teacher
+from fastdeitlt.tools import ablate, demo
+from fastdeitlt.tools import ablation_table as table
+from fastdeitlt.tools.ablation_table import paired_t_test
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 SHORT = {

@@ -17,13 +17,13 @@ from PIL import Image
 from small_model import SIZE, save_student
 from tiny_run import tiny_run
 
-from fastdeitlt.analysis import attention, look_into, overlay, sections
-from fastdeitlt.analysis.features import patch_similarity, watch_tokens
-from fastdeitlt.analysis.student import look, main, section, tables, write
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
-from fastdeitlt.saved import open_saved
+from fastdeitlt.models.saved import open_saved
+from fastdeitlt.reporting.analysis import attention, look_into, overlay, sections
+from fastdeitlt.reporting.analysis.features import patch_similarity, watch_tokens
+from fastdeitlt.reporting.analysis.student import look, main, section, tables, write
 from fastdeitlt.train import train
 
 NUM_TOKENS = 2 + 16  # 4 x 4 patches of 8 px

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastdeitlt.atomic import draft_file, draft_folder, write_atomically
+from fastdeitlt.store.files import draft_file, draft_folder, write_atomically
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block(tmp_path):

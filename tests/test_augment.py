@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
-from fastdeitlt.data import augment, counter
-from fastdeitlt.data.augment import Draws
+from fastdeitlt.data.augment import counter
+from fastdeitlt.data.augment import transform as augment
+from fastdeitlt.data.augment.transform import Draws
 
 NUM = 50_000
 SIZE = 224

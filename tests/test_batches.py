@@ -11,14 +11,15 @@ from image_files import CPU, make_set
 from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig, Config, DataConfig
-from fastdeitlt.data import batches, colour
-from fastdeitlt.data.batches import Batch, train_batches
-from fastdeitlt.data.prefetch import prefetch
-from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.request import CropRequest
+from fastdeitlt.core import batches
+from fastdeitlt.core.batches import Batch, train_batches
+from fastdeitlt.data.augment import colour
+from fastdeitlt.data.pixels.prefetch import prefetch
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.workers import Workers
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.workers import Workers
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 
 SIZE = 24

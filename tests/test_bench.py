@@ -17,12 +17,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import bench_add_layernorm, bench_attention, bench_scaling, bench_step, gpu, peers, simulate
 from fastdeitlt import config
 from fastdeitlt.cli import main
+from fastdeitlt.core.measure import timer
 from fastdeitlt.models import create_student
 from fastdeitlt.models.vit import num_parameters
-from fastdeitlt.running.meter import peak_flops
-from fastdeitlt.speed import timer
-from fastdeitlt.speed.bench import _at_ranks, _take_steps, bench
-from fastdeitlt.speed.setup import set_up
+from fastdeitlt.run.meter import peak_flops
+from fastdeitlt.tools.bench import _at_ranks, _take_steps, bench
+from fastdeitlt.tools.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
@@ -33,9 +33,9 @@ CPU = torch.device("cpu")
 def quick(monkeypatch):
     """Nothing here is about the numbers."""
     monkeypatch.setattr(timer, "WARM_UP_CALLS", 1)
-    monkeypatch.setattr("fastdeitlt.speed.bench.QUICK_ROUNDS", 2)
-    monkeypatch.setattr("fastdeitlt.speed.bench.QUICK_DATA_BATCHES", 3)
-    monkeypatch.setattr("fastdeitlt.speed.bench.matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("fastdeitlt.tools.bench.QUICK_ROUNDS", 2)
+    monkeypatch.setattr("fastdeitlt.tools.bench.QUICK_DATA_BATCHES", 3)
+    monkeypatch.setattr("fastdeitlt.tools.bench.matmul_rate", lambda device, dtype: 1e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,7 +72,7 @@ def test_power_is_that_of_steps_alone_and_a_failed_step_leaves_no_thread(monkeyp
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 650_000)  # milliwatts
     for name, seconds in (("POWER_S", 0.3), ("SENSOR_S", 0.0), ("POWER_PERIOD_S", 0.01)):
-        monkeypatch.setattr(f"fastdeitlt.speed.bench.{name}", seconds)
+        monkeypatch.setattr(f"fastdeitlt.tools.bench.{name}", seconds)
     taken = []
     watts = _take_steps(lambda: taken.append(time.sleep(0.01)), torch.device("cuda", 0))
     assert taken and watts and set(watts) == {650.0}
@@ -204,8 +204,8 @@ def test_the_teacher_whose_time_is_measured_is_said(verb, settings, arch, tmp_pa
     def stop(*_):
         raise EnoughError
 
-    monkeypatch.setattr("fastdeitlt.speed.bench._parts", stop)
-    monkeypatch.setattr("fastdeitlt.speed.profiling._step", stop)
+    monkeypatch.setattr("fastdeitlt.tools.bench._parts", stop)
+    monkeypatch.setattr("fastdeitlt.tools.profiling._step", stop)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EnoughError):
         main([verb, "quickstart", *TINY, *settings, "--synthetic"])

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fastdeitlt.data import buffers
+from fastdeitlt.data.augment import buffers
 
 SHAPE = (3, 50, 50, 8)
 

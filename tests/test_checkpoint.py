@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from fastdeitlt import checkpoint
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.errors import CheckpointError, UserError
-from fastdeitlt.running import checkpoints
-from fastdeitlt.running.checkpoints import Checkpoints, sweep
+from fastdeitlt.run import checkpoints
+from fastdeitlt.run.checkpoints import Checkpoints, sweep
+from fastdeitlt.store import checkpoint
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 
 STATE = {
     "w": torch.arange(6.0).view(2, 3),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data import cifar
-from fastdeitlt.data.counts import cifar_lt_counts
+from fastdeitlt.data.sets import cifar
+from fastdeitlt.data.sets.counts import cifar_lt_counts
 from fastdeitlt.errors import UserError
 
 CLASSES, PER_CLASS = 10, 20

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastdeitlt.data.class_names import listed, match_names
+from fastdeitlt.data.sets.class_names import listed, match_names
 from fastdeitlt.errors import UserError
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"

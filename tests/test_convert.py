@@ -10,7 +10,6 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.models.convert import (
@@ -19,6 +18,7 @@ from fastdeitlt.models.convert import (
     resample_pos_embed,
 )
 from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.store.checkpoint import save_model_folder
 
 TINY32 = "deit_tiny_distilled_patch8_32"
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from fastdeitlt.config import Config, build, flatten, load
-from fastdeitlt.data import cifar
-from fastdeitlt.data.counts import cifar_lt_counts
-from fastdeitlt.data.doctor import check, gini, stats
-from fastdeitlt.data.findings import Finding
-from fastdeitlt.data.sets import LongTailSet, class_counts
+from fastdeitlt.data.check.doctor import check, gini, stats
+from fastdeitlt.data.sets import cifar
+from fastdeitlt.data.sets.counts import cifar_lt_counts
+from fastdeitlt.data.sets.findings import Finding
+from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
 SEEDS = iter(range(10_000))

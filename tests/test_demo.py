@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeitlt import cli, config, demo, dryrun
+from fastdeitlt import cli, config
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.tools import demo, dryrun
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import torch
 from tiny_run import TIMES, tiny_run
 
 from fastdeitlt import config, distributed
-from fastdeitlt.checkpoint import load_tensors, read_manifest
-from fastdeitlt.data.workers import num_threads
-from fastdeitlt.engine.plain import PlainEngine
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.data.pixels.workers import num_threads
 from fastdeitlt.errors import UserError
-from fastdeitlt.running import launch
+from fastdeitlt.run import launch
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
 
 KILLED_AT = 5
@@ -75,7 +75,7 @@ def _main(path, *jobs):
 
 
 def _die_at(number, note):
-    from fastdeitlt.engine.sharded import DeepSpeedEngine
+    from fastdeitlt.core.engine.sharded import DeepSpeedEngine
 
     real, count = DeepSpeedEngine.step, [0]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdeitlt import doctor
-from fastdeitlt.doctor import Report, Row
+from fastdeitlt.tools import doctor
+from fastdeitlt.tools.doctor import Report, Row
 
 
 def test_only_a_broken_requirement_fails(capsys):
@@ -29,7 +29,8 @@ def test_only_a_broken_requirement_fails(capsys):
 
 def test_the_doctor_starts_where_torch_does_not():
     code = (
-        "import sys; sys.modules['torch'] = None; import fastdeitlt.doctor; print(sorted({'dali', 'timm', 'numpy'} & "
+        "import sys; sys.modules['torch'] = None; import fastdeitlt.tools.doctor; "
+        "print(sorted({'dali', 'timm', 'numpy'} & "
     )
     done = subprocess.run([sys.executable, "-c", code + "set(sys.modules)))"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdeitlt import cli, config
-from fastdeitlt.data.counts import CIFAR_CLASSES
+from fastdeitlt.data.sets.counts import CIFAR_CLASSES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[ce]*/**/*.yaml")))

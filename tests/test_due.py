@@ -10,13 +10,13 @@ from snapshots import END, EVALUATION, Snapshots
 from tiny_run import TIMES, tiny_run
 
 from fastdeitlt import config
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder, step_folders
 from fastdeitlt.errors import CheckpointError
 from fastdeitlt.evaluation.metrics import Result
-from fastdeitlt.evaluation.selection import Selector
-from fastdeitlt.running.checkpoints import Checkpoints
-from fastdeitlt.teachers.train import train_teacher
+from fastdeitlt.run.checkpoints import Checkpoints
+from fastdeitlt.run.selection import Selector
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder, step_folders
 from fastdeitlt.train import train
+from fastdeitlt.train_teacher import train_teacher
 
 SPINES = {"student": train, "teacher": train_teacher}
 EPOCH_END = 3

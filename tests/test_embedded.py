@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeitlt import embedded
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.open_sets import open_sets
-from fastdeitlt.embedded import build
+from fastdeitlt.data.sets import embedded
+from fastdeitlt.data.sets.embedded import build
+from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.errors import UserError
 
 

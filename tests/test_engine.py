@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdeitlt import config, distributed, optim
-from fastdeitlt.data.batches import Batch
+from fastdeitlt import config, distributed
+from fastdeitlt.core import optim
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine import build_engine
+from fastdeitlt.core.engine.finite_guard import FiniteGuard
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.core.joint import JointForward
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine import build_engine
-from fastdeitlt.engine.finite_guard import FiniteGuard
-from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import UserError
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.stopwatch import WORK

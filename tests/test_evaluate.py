@@ -21,10 +21,9 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from fastdeitlt import embedded
-from fastdeitlt.checkpoint import save_model_folder
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.sets import embedded
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits, evaluate
 from fastdeitlt.evaluation.metrics import (
@@ -37,6 +36,7 @@ from fastdeitlt.evaluation.metrics import (
 )
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.models import create_student
+from fastdeitlt.store.checkpoint import save_model_folder
 
 COUNTS = [500, 300, 150, 90, 60, 40, 21, 12, 6, 3]  # threshold groups: 3 head, 4 mid, 3 tail
 SIZE, RESIZE = 8, 9

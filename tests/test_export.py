@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import fastdeitlt.tools.export
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,14 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_student
 
-import fastdeitlt.export
 from fastdeitlt.cli import main
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score
-from fastdeitlt.export import FACTS, export, facts, timm_architecture
 from fastdeitlt.models import create_student
-from fastdeitlt.predict import predict
-from fastdeitlt.saved import open_saved
+from fastdeitlt.models.saved import open_saved
+from fastdeitlt.tools.export import FACTS, export, facts, timm_architecture
+from fastdeitlt.tools.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -177,14 +177,14 @@ def test_every_student_has_a_timm_architecture_with_the_same_parameters(name, de
 
 
 def test_an_export_that_gives_other_logits_is_not_kept(saved, tmp_path, monkeypatch):
-    original = fastdeitlt.export.save_for_hf
+    original = fastdeitlt.tools.export.save_for_hf
 
     def damage(model, folder, **options):
         original(model, folder, **options)
         state = load_file(f"{folder}/model.safetensors")
         save_file(state | {"head.bias": state["head.bias"] + 1e-3}, f"{folder}/model.safetensors")
 
-    monkeypatch.setattr(fastdeitlt.export, "save_for_hf", damage)
+    monkeypatch.setattr(fastdeitlt.tools.export, "save_for_hf", damage)
     with pytest.raises(UserError, match="nothing was written"):
         export(saved[0], tmp_path / "out", "timm")
     assert list(tmp_path.iterdir()) == []

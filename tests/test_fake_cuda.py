@@ -23,22 +23,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdeitlt import config
-from fastdeitlt.data import augment, mixup, warps
-from fastdeitlt.data.batches import Batch, train_batches
-from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.core.batches import Batch, train_batches
+from fastdeitlt.core.engine import build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.optim import Ema
+from fastdeitlt.data import mixup
+from fastdeitlt.data.augment import transform as augment
+from fastdeitlt.data.augment import warps
 from fastdeitlt.data.mixup import MixDraw
-from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.engine import build_engine
+from fastdeitlt.data.sets.counts import drw_weights
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import metrics
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, collect_logits
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Paco, Teacher
-from fastdeitlt.optim import Ema
 from fastdeitlt.teachers import diagnose, views
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, teacher_batches
@@ -342,8 +344,10 @@ def data_in_a_row(monkeypatch):
     """Threads of the data path are not in the fake mode and streams there are none: all in a row, in the caller's."""
 
     def place(cuda):
-        monkeypatch.setattr("fastdeitlt.data.workers.Workers.ahead", lambda self, start, xs: (start(x)() for x in xs))
-        for module in ("data.batches", "data.resident", "teachers.views"):
+        monkeypatch.setattr(
+            "fastdeitlt.data.pixels.workers.Workers.ahead", lambda self, start, xs: (start(x)() for x in xs)
+        )
+        for module in ("core.batches", "data.pixels.resident", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device, user: device)
             monkeypatch.setattr(f"fastdeitlt.{module}.aside", cuda.aside)
         for module in ("data.batches", "teachers.views"):

@@ -26,14 +26,14 @@ from tiny_run import TIMES, tiny_run
 from torch.distributed import DistBackendError
 
 from fastdeitlt import cli, config
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.engine.plain import PlainEngine
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
-from fastdeitlt.running import watch
-from fastdeitlt.running.process import STOP, Stopped
-from fastdeitlt.running.run import RESTARTS, Run
-from fastdeitlt.running.watch import Norms, dump, memory_hint
+from fastdeitlt.run import watch
+from fastdeitlt.run.folder import RESTARTS, Run
+from fastdeitlt.run.process import STOP, Stopped
+from fastdeitlt.run.watch import Norms, dump, memory_hint
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.train import train
 
 HANG_TIMEOUT_S = 12

@@ -12,10 +12,10 @@ from image_files import CPU, GOOD, SIZES, assert_like_pillow, deliver, encoded, 
 from PIL import Image, ImageCms, ImageOps
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data import files, reader
-from fastdeitlt.data.decoder import Decoder
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.scan import scan_files
+from fastdeitlt.data.check.scan import scan_files
+from fastdeitlt.data.pixels import files, reader
+from fastdeitlt.data.pixels.decoder import Decoder
+from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.errors import UserError
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

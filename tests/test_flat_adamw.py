@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastdeitlt.core.flat_adamw import FlatAdamW
 from fastdeitlt.errors import UserError
-from fastdeitlt.flat_adamw import FlatAdamW
 
 WEIGHT_DECAY, EMA_DECAY, CLIP_NORM = 0.05, 0.9, 0.3
 

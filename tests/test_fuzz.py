@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastdeitlt import config
-from fastdeitlt.checkpoint import load_tensors, read_manifest
-from fastdeitlt.data.lists import read_list
+from fastdeitlt.data.sets.lists import read_list
 from fastdeitlt.errors import UserError
-from fastdeitlt.running.checkpoints import Checkpoints
-from fastdeitlt.running.run_files import read_run
-from fastdeitlt.saved import open_saved
+from fastdeitlt.models.saved import open_saved
+from fastdeitlt.run.checkpoints import Checkpoints
+from fastdeitlt.run.run_files import read_run
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 
 fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "fastdeitlt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
 ONLY = {
     "torch.distributed": {"fastdeitlt.distributed"},
-    "deepspeed": {"fastdeitlt.engine.sharded", "fastdeitlt.optim"},
-    "apex": {"fastdeitlt.optim"},
-    "nvidia.dali": {"fastdeitlt.data.decoder"},
+    "deepspeed": {"fastdeitlt.core.engine.sharded", "fastdeitlt.core.optim"},
+    "apex": {"fastdeitlt.core.optim"},
+    "nvidia.dali": {"fastdeitlt.data.pixels.decoder"},
 }
 """Who may import what."""
 
@@ -47,7 +48,28 @@ def test_no_import_goes_round():
     assert set(in_order(IMPORTS)) == IMPORTS.keys()
     lazily = "def late():\n    from fastdeitlt.data import longtail"
     with pytest.raises(CycleError):  # the check can fail
-        in_order(IMPORTS | {"fastdeitlt.data.cifar": imports_of(lazily)})
+        in_order(IMPORTS | {"fastdeitlt.data.sets.cifar": imports_of(lazily)})
+
+
+def test_packages_import_downwards_at_every_level():
+    """The files and packages of a package, as what they hold imports, form no circle."""
+    levels = defaultdict(lambda: defaultdict(set))
+    for module, names in IMPORTS.items():
+        for name in names & IMPORTS.keys() - {"fastdeitlt"}:
+            here, there = module.split("."), name.split(".")
+            depth = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), None)
+            if depth is not None:
+                levels[".".join(here[:depth])][here[depth]].add(there[depth])
+    assert {"fastdeitlt", "fastdeitlt.data", "fastdeitlt.core"} <= levels.keys()
+    for level, imports in levels.items():
+        try:
+            list(TopologicalSorter(imports).static_order())
+        except CycleError as error:
+            pytest.fail(f"in {level}: {' <- '.join(error.args[1])}")
+
+
+def test_few_files_lie_at_the_top():
+    assert len(list((ROOT / "fastdeitlt").glob("*.py"))) <= 12
 
 
 @pytest.mark.parametrize("package", ONLY)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeitlt.data.lists import read_list
+from fastdeitlt.data.sets.lists import read_list
 from fastdeitlt.errors import UserError
 
 LISTS = Path(__file__).parent / "data" / "lists"

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.counts import cifar_lt_counts, class_map, drw_weights, shot_groups
-from fastdeitlt.data.open_sets import hold_out, open_sets, open_splits, open_training_sets
-from fastdeitlt.data.sets import LongTailSet, class_counts
-from fastdeitlt.data.splits import Classes
+from fastdeitlt.data.sets.counts import cifar_lt_counts, class_map, drw_weights, shot_groups
+from fastdeitlt.data.sets.opening import hold_out, open_sets, open_splits, open_training_sets
+from fastdeitlt.data.sets.splits import Classes
+from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "cifar_lt_counts.json").read_text())

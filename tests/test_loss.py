@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from fastdeitlt import config
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.loss import decision_weight, joint_loss
 from fastdeitlt.errors import UserError
-from fastdeitlt.joint import JointForward
-from fastdeitlt.loss import decision_weight, joint_loss
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "joint_loss.json").read_text())

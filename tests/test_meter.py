@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fastdeitlt import config
+from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.errors import NonFiniteError
-from fastdeitlt.loss import JointLoss
 from fastdeitlt.models import create_student
-from fastdeitlt.running import meter as student_meter
-from fastdeitlt.running.checkpoints import Checkpoints
-from fastdeitlt.teachers import meter as teacher_meter
+from fastdeitlt.run import meter as student_meter
+from fastdeitlt.run import teacher_meter
+from fastdeitlt.run.checkpoints import Checkpoints
 from fastdeitlt.teachers import views
 
 CPU = torch.device("cpu")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeitlt import config, optim
-from fastdeitlt.data.batches import Batch
-from fastdeitlt.engine.plain import PlainEngine
+from fastdeitlt import config
+from fastdeitlt.core import optim
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.core.joint import JointForward
 from fastdeitlt.errors import UserError
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student
 
 DATA = Path(__file__).parent / "data"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from fastdeitlt.data.splits import Classes
+from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.evaluation.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
-from fastdeitlt.manifest import Calibration
-from fastdeitlt.model_card import model_card
-from fastdeitlt.saved import Saved
+from fastdeitlt.models.saved import Saved
+from fastdeitlt.store.manifest import Calibration
+from fastdeitlt.tools.model_card import model_card
 
 COUNTS = [500, 120, 60, 20, 8]
 

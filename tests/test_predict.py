@@ -11,18 +11,18 @@ from PIL import Image
 from rich.console import Console
 from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
 
-from fastdeitlt import predict as predict_module
-from fastdeitlt.checkpoint import add_facts
 from fastdeitlt.config import DataConfig, build
-from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.resident import Resident
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.evaluation.evaluate import collect_logits
-from fastdeitlt.predict import Choice, Prediction, main, predict, table, to_csv
-from fastdeitlt.saved import open_saved
+from fastdeitlt.models.saved import open_saved
+from fastdeitlt.store.checkpoint import add_facts
+from fastdeitlt.tools import predict as predict_module
+from fastdeitlt.tools.predict import Choice, Prediction, main, predict, table, to_csv
 
 
 @pytest.fixture(scope="module")

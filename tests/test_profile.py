@@ -9,15 +9,15 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from fastdeitlt.cli import main
-from fastdeitlt.speed.profiling import AUTOGRAD, Costs, _proton, stage_times
+from fastdeitlt.tools.profiling import AUTOGRAD, Costs, _proton, stage_times
 
 ARGUMENTS = ["student.depth=1", "train.batch_size=4", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
 
 
 @pytest.fixture(autouse=True)
 def peaks(monkeypatch):
-    monkeypatch.setattr("fastdeitlt.speed.profiling.bandwidth", lambda device: 1e12)
-    monkeypatch.setattr("fastdeitlt.speed.profiling.matmul_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr("fastdeitlt.tools.profiling.bandwidth", lambda device: 1e12)
+    monkeypatch.setattr("fastdeitlt.tools.profiling.matmul_rate", lambda device, dtype: 1e12)
 
 
 def test_a_profile_has_stages_operations_and_a_trace(tmp_path, capsys):

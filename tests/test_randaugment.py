@@ -8,8 +8,8 @@ import timm_oracle
 import torch
 from PIL import Image
 
-from fastdeitlt.data import randaugment, warps
-from fastdeitlt.data.randaugment import FUNCTIONS, OPS, rand_augment
+from fastdeitlt.data.augment import randaugment, warps
+from fastdeitlt.data.augment.randaugment import FUNCTIONS, OPS, rand_augment
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 SLIDES = ("shear_x", "shear_y", "translate_x", "translate_y")

@@ -15,8 +15,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data import decoder, reader
-from fastdeitlt.data.request import CropRequest
+from fastdeitlt.data.pixels import decoder, reader
+from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.errors import UserError
 
 

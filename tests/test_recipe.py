@@ -12,24 +12,25 @@ import pytest
 import torch
 from tiny_run import tiny_run
 
-from fastdeitlt import config, joint
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
-from fastdeitlt.data.counts import drw_weights
-from fastdeitlt.data.open_sets import open_sets
+from fastdeitlt import config
+from fastdeitlt.core import joint
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.core.optim import learning_rate
 from fastdeitlt.data.sampler import RepeatedAugmentationSampler
-from fastdeitlt.engine.plain import PlainEngine
+from fastdeitlt.data.sets.counts import drw_weights
+from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.evaluation.evaluate import OneHead
 from fastdeitlt.evaluation.metrics import Result
-from fastdeitlt.evaluation.selection import Selector
-from fastdeitlt.evaluation.student import StudentScorer
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.vit import DistilledViT
-from fastdeitlt.optim import learning_rate
 from fastdeitlt.reporting import report
-from fastdeitlt.teachers.selection import TeacherScorer
+from fastdeitlt.run.selection import Selector
+from fastdeitlt.run.student_scorer import StudentScorer
+from fastdeitlt.run.teacher_scorer import TeacherScorer
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.teachers.step import Step
-from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train
+from fastdeitlt.train_teacher import train_teacher
 
 EPOCHS, DRW_EPOCH, BATCH, ACCUMULATE, RANKS = 5, 2, 4, 3, 2
 OUTPUT_OF_CLASS = [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from fastdeitlt import cli, config
-from fastdeitlt.analysis import overlay
-from fastdeitlt.analysis.student import write as write_analysis
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score, score_single
 from fastdeitlt.evaluation.posthoc import METHODS, post_hoc
 from fastdeitlt.reporting import figures
+from fastdeitlt.reporting.analysis import overlay
+from fastdeitlt.reporting.analysis.student import write as write_analysis
 from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.published import TABLES, published_table
 from fastdeitlt.reporting.report import results_table, write_report

@@ -18,12 +18,12 @@ from PIL import Image
 
 from fastdeitlt import cli
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data import cache, resident
-from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.resident import Resident
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import open_source
+from fastdeitlt.data.pixels import cache, resident
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 
 HOST = DataConfig(residency="host", num_threads=2)

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from fastdeitlt.data.resize import centre_crop, columns_first, crop_resize, resize_batched, resized_side
+from fastdeitlt.data.pixels.resize import centre_crop, columns_first, crop_resize, resize_batched, resized_side
 
 PILLOW = int(PIL.__version__.split(".")[0])
 PHOTO = np.array(Image.open(Path(__file__).parent / "data" / "photos" / "astronaut.jpg"))

@@ -12,8 +12,8 @@ from tiny_run import tiny_run
 
 from fastdeitlt import config, train
 from fastdeitlt.errors import UserError
-from fastdeitlt.running import run as run_module
-from fastdeitlt.running.run import Run, environment, set_up_logging
+from fastdeitlt.run import folder as run_module
+from fastdeitlt.run.folder import Run, environment, set_up_logging
 
 
 def _config(tmp_path, **flat):
@@ -22,7 +22,7 @@ def _config(tmp_path, **flat):
 
 def test_second_process_in_the_folder_is_refused(tmp_path):
     with Run(_config(tmp_path)):
-        code = "import sys; from fastdeitlt import config; from fastdeitlt.running.run import Run;"
+        code = "import sys; from fastdeitlt import config; from fastdeitlt.run.folder import Run;"
         code += "Run(config.build({'name': 'r', 'runs_dir': sys.argv[1]}))"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "another process is using it" in done.stderr

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.scan import Scan, check_files, scan_files
-from fastdeitlt.data.sets import LongTailSet, Sets
+from fastdeitlt.data.check.scan import Scan, check_files, scan_files
+from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.errors import UserError
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (9, 13, 3)).astype(np.uint8)

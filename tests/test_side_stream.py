@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fastdeitlt.data.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.side_stream import aside, side_stream
 
 FIRST, OWN = torch.device("cuda", 0), torch.device("cuda", 3)
 

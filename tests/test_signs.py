@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.evaluation.signs import NUM_TAIL_IMAGES, Reading, check, tail_images
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from fastdeitlt import config
-from fastdeitlt.checkpoint import save_model_folder
 from fastdeitlt.config import TeacherConfig
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.loss import joint_loss
 from fastdeitlt.errors import UserError
-from fastdeitlt.joint import JointForward
-from fastdeitlt.loss import joint_loss
 from fastdeitlt.models import create_student, create_teacher, load_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear
 from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.models.vit import num_parameters
+from fastdeitlt.store.checkpoint import save_model_folder
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "teachers.json").read_text())
 TEACHERS = list(GOLDEN["teachers"])

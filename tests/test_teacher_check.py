@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdeitlt import config
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import open_source
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.teacher import Teacher, teacher_input
+from fastdeitlt.store.manifest import Manifest
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.decisions import Decisions, class_sample
 from fastdeitlt.teachers.opening import ORDER_FILE, settle_order

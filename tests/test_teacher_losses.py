@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdeitlt.config import TeacherTrainingConfig
-from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.teachers import (
     balanced_softmax_loss,
     cb_focal_loss,

@@ -9,9 +9,9 @@ from torchvision.transforms import functional as torchvision
 
 from fastdeitlt import config
 from fastdeitlt.config import AugmentConfig
-from fastdeitlt.data import colour
-from fastdeitlt.data.colour import CIFAR10_POLICY, View
-from fastdeitlt.data.randaugment import OPS
+from fastdeitlt.data.augment import colour
+from fastdeitlt.data.augment.colour import CIFAR10_POLICY, View
+from fastdeitlt.data.augment.randaugment import OPS
 from fastdeitlt.data.teacher_plan import Plan
 from fastdeitlt.teachers.views import view_recipes
 

@@ -11,23 +11,24 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdeitlt import config, embedded
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
-from fastdeitlt.data.batches import Batch
-from fastdeitlt.data.counts import drw_weights
-from fastdeitlt.data.open_sets import open_sets
+from fastdeitlt import config
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.optim import Ema, learning_rate
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.engine.plain import PlainEngine
+from fastdeitlt.data.sets import embedded
+from fastdeitlt.data.sets.counts import drw_weights
+from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.errors import NonFiniteError, UserError
-from fastdeitlt.evaluation import student
 from fastdeitlt.evaluation.metrics import SELECT_BY
-from fastdeitlt.evaluation.selection import Selector
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.optim import Ema, learning_rate
-from fastdeitlt.teachers.train import train_teacher
+from fastdeitlt.run import student_scorer as student
+from fastdeitlt.run.selection import Selector
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.train import train
+from fastdeitlt.train_teacher import train_teacher
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")

@@ -20,19 +20,19 @@ from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
 from fastdeitlt import train as train_module
-from fastdeitlt.analysis import sections
-from fastdeitlt.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.cli import main
 from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
-from fastdeitlt.data.open_sets import open_sets
-from fastdeitlt.data.sets import LongTailSet, class_counts
-from fastdeitlt.data.source import open_source
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.data.teacher_plan import Plan
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate
-from fastdeitlt.joint import JointForward
 from fastdeitlt.models.teacher import Paco, Teacher, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.reporting.analysis import sections
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.teachers import flatness
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
@@ -43,8 +43,8 @@ from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.teachers.step import Step, build_objective
-from fastdeitlt.teachers.train import train_teacher
 from fastdeitlt.train import train
+from fastdeitlt.train_teacher import train_teacher
 
 COLOURS = [(220, 40, 40), (40, 220, 40), (40, 40, 220)]
 COUNTS = {"train": (14, 8, 5), "val": (4, 4, 4), "test": (5, 5, 5)}
@@ -149,8 +149,8 @@ def test_the_best_teacher_is_chosen_by_class_or_by_image(
         logits_NK = F.one_hot(decided_N, 3).float()
         return logits_NK, logits_NK, seen_N
 
-    monkeypatch.setattr("fastdeitlt.teachers.train.open_training_sets", lambda _: replace(sets, val=val))
-    monkeypatch.setattr("fastdeitlt.teachers.selection.collect_logits", logits)
+    monkeypatch.setattr("fastdeitlt.train_teacher.open_training_sets", lambda _: replace(sets, val=val))
+    monkeypatch.setattr("fastdeitlt.run.teacher_scorer.collect_logits", logits)
     run = train_teacher(cfg).parents[1]
     selected = json.loads((run / "results.json").read_text())["selected"]
     assert (selected["epoch"], selected["by"], selected["on"]) == (epoch, select_by, "val")

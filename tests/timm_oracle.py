@@ -10,7 +10,7 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from fastdeitlt.data.warps import FILL
+from fastdeitlt.data.augment.warps import FILL
 
 POLICY = auto_augment.rand_augment_transform(
     "rand-m9-mstd0.5-inc1", {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC, "translate_const": 100}

@@ -2,9 +2,10 @@
 
 import torch
 
-from fastdeitlt import config, embedded
-from fastdeitlt.checkpoint import save_model_folder
+from fastdeitlt import config
+from fastdeitlt.data.sets import embedded
 from fastdeitlt.models import create_teacher
+from fastdeitlt.store.checkpoint import save_model_folder
 
 # 8 micro-steps of a virtual rank in an epoch, three to an optimizer step: the third has two. 77 test images: odd.
 SETTINGS = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdeitlt.config import Config
-from fastdeitlt.data import counter
+from fastdeitlt.data.augment import counter
 from fastdeitlt.errors import UserError
 
 ORDER, STEP = 210, 211

@@ -18,20 +18,20 @@ from torch.nn.functional import cosine_similarity
 
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.augment import normalise
-from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.open_sets import open_splits
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import Source, open_source
+from fastdeitlt.data.augment.transform import normalise
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.source import Source, open_source
+from fastdeitlt.data.sets.class_names import listed
+from fastdeitlt.data.sets.opening import open_splits
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError, csv_name
 from fastdeitlt.evaluation import shift
 from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, score, score_single
 from fastdeitlt.evaluation.posthoc import PostHoc, post_hoc
+from fastdeitlt.models.saved import Saved, open_saved, run_of
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.saved import Saved, open_saved, run_of
 
 log = logging.getLogger("fastdeitlt")
 

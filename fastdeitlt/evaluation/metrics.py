@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from rich.table import Table
 from torch import Tensor
 
-from fastdeitlt.data.counts import has_official_split, shot_groups
+from fastdeitlt.data.sets.counts import has_official_split, shot_groups
 from fastdeitlt.errors import NonFiniteError, UserError
 
 SELECT_BY = {"balanced": "mean class accuracy", "micro": "accuracy over images"}

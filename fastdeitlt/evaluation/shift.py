@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from fastdeitlt.data.counts import class_order
+from fastdeitlt.data.sets.counts import class_order
 from fastdeitlt.evaluation.metrics import Result, cell
 
 SHIFTS: dict[str, float] = {

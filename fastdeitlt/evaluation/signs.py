@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdeitlt.data.counts import class_order, shot_groups
-from fastdeitlt.data.sets import LongTailSet
+from fastdeitlt.data.sets.counts import class_order, shot_groups
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.evaluation.metrics import Result
 
 SPLIT = "official"

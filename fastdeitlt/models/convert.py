@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeitlt.checkpoint import read_folder
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
+from fastdeitlt.store.checkpoint import read_folder
 
 
 def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeitlt.checkpoint import read_folder
 from fastdeitlt.config import TeacherConfig, near
-from fastdeitlt.data.class_names import match_names
+from fastdeitlt.data.sets.class_names import match_names
 from fastdeitlt.errors import UserError
-from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
+from fastdeitlt.store.checkpoint import read_folder
+from fastdeitlt.store.manifest import Manifest
 
 log = logging.getLogger("fastdeitlt")
 LDAM_SCALE = 30.0

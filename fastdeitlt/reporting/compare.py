@@ -12,7 +12,7 @@ from fastdeitlt.evaluation import shift
 from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.page import Block, Figure, Page, Section, Table, best_cells, write
-from fastdeitlt.running.run_files import Record, RunFiles, column, read_run
+from fastdeitlt.run.run_files import Record, RunFiles, column, read_run
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:

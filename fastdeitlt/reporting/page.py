@@ -8,8 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastdeitlt import __version__
-from fastdeitlt.atomic import write_atomically
 from fastdeitlt.errors import UserError, printable
+from fastdeitlt.store.files import write_atomically
 
 
 @dataclass(frozen=True)

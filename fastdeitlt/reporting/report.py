@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import rich.table
 
-from fastdeitlt import analysis, config
-from fastdeitlt.atomic import read_json
+from fastdeitlt import config
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
-from fastdeitlt.reporting import figures
+from fastdeitlt.reporting import analysis, figures
 from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
 from fastdeitlt.reporting.published import published_table
 from fastdeitlt.reporting.scores import score_sections
-from fastdeitlt.running.run_files import RunFiles, column, read_run
+from fastdeitlt.run.run_files import RunFiles, column, read_run
+from fastdeitlt.store.files import read_json
 
 __all__ = ["compare", "results_table", "write_report"]
 

@@ -11,7 +11,7 @@ from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
 from fastdeitlt.evaluation.posthoc import HEADER, PostHoc
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.page import Block, Figure, Fold, Section, Table, best_cells
-from fastdeitlt.running.run_files import RunFiles
+from fastdeitlt.run.run_files import RunFiles
 
 MAX_CLASS_ROWS = 200
 

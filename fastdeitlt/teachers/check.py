@@ -10,13 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD, Config
-from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import Source
+from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.sets.class_names import listed
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.manifest import Manifest
 from fastdeitlt.models.resnet_cifar import ResNetCifar
 from fastdeitlt.models.teacher import Teacher, TeacherInput, teacher_input
+from fastdeitlt.store.manifest import Manifest
 from fastdeitlt.teachers.decisions import Decisions, class_sample, clean_batches, decide
 from fastdeitlt.teachers.opening import label_name
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from fastdeitlt.checkpoint import read_folder, save_model_folder
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.teacher import create_teacher, load_teacher
+from fastdeitlt.store.checkpoint import read_folder, save_model_folder
 
 STYLES = ("official_ldam", "official_paco")
 

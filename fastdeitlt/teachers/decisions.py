@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeitlt.data.augment import normalise
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.resize import resized_side
-from fastdeitlt.data.source import Source
+from fastdeitlt.data.augment.transform import normalise
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.resize import resized_side
+from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.models.teacher import Teacher
 
 IMAGES = 4096

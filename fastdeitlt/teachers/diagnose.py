@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.batches import train_batches
-from fastdeitlt.data.counts import shot_groups
-from fastdeitlt.data.open_sets import open_sets
+from fastdeitlt.core.batches import train_batches
+from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import Source, open_source
+from fastdeitlt.data.sets.counts import shot_groups
+from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.models.teacher import Teacher, load_teacher
 from fastdeitlt.teachers.decisions import clean_batches
 from fastdeitlt.teachers.flatness import feature_rank, sharpness

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from fastdeitlt import distributed
-from fastdeitlt.atomic import read_json, write_atomically
 from fastdeitlt.config import Config
-from fastdeitlt.data.class_names import listed
-from fastdeitlt.data.counts import class_order
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import Source
+from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.sets.class_names import listed
+from fastdeitlt.data.sets.counts import class_order
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.models.teacher import Teacher, open_teacher
+from fastdeitlt.store.files import read_json, write_atomically
 from fastdeitlt.teachers.decisions import class_sample, clean_batches, decide
 
 log = logging.getLogger("fastdeitlt")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import Config
-from fastdeitlt.data import colour
-from fastdeitlt.data.colour import View, ViewDraws
-from fastdeitlt.data.prefetch import prefetch
-from fastdeitlt.data.request import CropRequest
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.side_stream import aside, side_stream
-from fastdeitlt.data.source import Source
+from fastdeitlt.data.augment import colour
+from fastdeitlt.data.augment.colour import View, ViewDraws
+from fastdeitlt.data.pixels.prefetch import prefetch
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import Plan
 
 

@@ -12,10 +12,10 @@ import torch
 from fastdeitlt.kernels.augment import augment, reference
 
 from fastdeitlt.config import AugmentConfig
-from fastdeitlt.data import augment as torch_augment
-from fastdeitlt.data.augment import Draws
+from fastdeitlt.data.augment import transform as torch_augment
+from fastdeitlt.data.augment.randaugment import OPS
+from fastdeitlt.data.augment.transform import Draws
 from fastdeitlt.data.mixup import MixDraw
-from fastdeitlt.data.randaugment import OPS
 from fastdeitlt.errors import UserError
 
 CFG = AugmentConfig()

@@ -13,16 +13,16 @@ from fastdeitlt.kernels.augment import augment
 from image_files import make_set
 
 from fastdeitlt.config import AugmentConfig, Config, DataConfig, TrainConfig
-from fastdeitlt.data import augment as torch_augment
-from fastdeitlt.data import batches as data_batches
-from fastdeitlt.data import resize
-from fastdeitlt.data.batches import Batch, train_batches
+from fastdeitlt.core import batches as data_batches
+from fastdeitlt.core.batches import Batch, train_batches
+from fastdeitlt.data.augment import transform as torch_augment
 from fastdeitlt.data.mixup import MixDraw
-from fastdeitlt.data.reader import Stream
-from fastdeitlt.data.resident import Resident, stage
+from fastdeitlt.data.pixels import resize
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.resident import Resident, stage
+from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.data.sets import LongTailSet
-from fastdeitlt.data.source import Source
+from fastdeitlt.data.sets.types import LongTailSet
 
 SIZE = 12
 MICRO_BATCHES = [

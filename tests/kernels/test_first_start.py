@@ -9,10 +9,11 @@ from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._pick import pick, say_once
 
 from fastdeitlt import config, distributed
-from fastdeitlt.speed import auto, first_start, tune
-from fastdeitlt.speed.setup import set_up
-from fastdeitlt.speed.timer import Timing
-from fastdeitlt.speed.tune_parts import SETTINGS, Part
+from fastdeitlt.core.measure import auto, first_start
+from fastdeitlt.core.measure.parts import SETTINGS, Part
+from fastdeitlt.core.measure.timer import Timing
+from fastdeitlt.tools import tune
+from fastdeitlt.tools.setup import set_up
 
 GPU, CUDA = torch.cuda.is_available(), torch.device("cuda", 0)
 SMALL = [

@@ -10,9 +10,9 @@ import torch
 from fastdeitlt.kernels.joint_loss import joint_loss, reference
 from hypothesis import strategies as st
 
-from fastdeitlt.data.counts import drw_weights
+from fastdeitlt.core.loss import joint_loss as public_joint_loss
+from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.errors import UserError
-from fastdeitlt.loss import joint_loss as public_joint_loss
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "joint_loss.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdeitlt import config
-from fastdeitlt.joint import JointForward, compiled
+from fastdeitlt.core.joint import JointForward, compiled
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher

@@ -7,9 +7,10 @@ import torch
 from fastdeitlt.kernels import adamw_ema
 from fastdeitlt.kernels._launch import LaunchConfig
 
-from fastdeitlt import config, embedded
-from fastdeitlt.checkpoint import load_tensors, save_model_folder
+from fastdeitlt import config
+from fastdeitlt.data.sets import embedded
 from fastdeitlt.models import create_teacher
+from fastdeitlt.store.checkpoint import load_tensors, save_model_folder
 from fastdeitlt.train import train
 
 GPU = torch.cuda.is_available()

@@ -15,11 +15,13 @@ from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels._pick import pick_attention
 
 from fastdeitlt import config
+from fastdeitlt.core.flat_adamw import ALIGNMENT
+from fastdeitlt.core.measure import first_start
+from fastdeitlt.core.measure import parts as tune_parts
+from fastdeitlt.core.measure.timer import Timing
 from fastdeitlt.errors import UserError
-from fastdeitlt.flat_adamw import ALIGNMENT
-from fastdeitlt.speed import first_start, tune, tune_parts
-from fastdeitlt.speed.setup import set_up
-from fastdeitlt.speed.timer import Timing
+from fastdeitlt.tools import tune
+from fastdeitlt.tools.setup import set_up
 
 GPU = torch.cuda.is_available()
 SMALL = [

@@ -1,1 +1,0 @@
-"""Grids of settings and seeds, and their table."""

@@ -1,0 +1,118 @@
+"""Stages 2 to 3' in a row: micro-batches of indices in, augmented and mixed batches on the device out."""
+
+# B images in a micro-batch, C channels, H height, W width
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import AugmentConfig, Config
+from fastdeitlt.data import mixup
+from fastdeitlt.data.augment import colour
+from fastdeitlt.data.augment.colour import ViewDraws
+from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.data.pixels.prefetch import prefetch
+from fastdeitlt.data.pixels.request import CropRequest, Regions
+from fastdeitlt.data.pixels.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._pick import pick
+from fastdeitlt.precision import autocast_dtype
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, ready for the step."""
+
+    images_BCHW: Tensor
+    """Normalised, mixed; float32, or bfloat16 from the fused kernel when the step computes in it."""
+    labels_B: Tensor
+    partner_B: Tensor | None
+    """Labels of the images mixed in; None when mixing is off."""
+    lam: Tensor | None
+    """Share of the own image, a 0-d tensor; None when mixing is off."""
+
+
+def train_batches(
+    micro_batches: Iterable[MicroBatch], source: Source, images: LongTailSet, cfg: Config, *, mixing: bool, size: int
+) -> Generator[Batch, None, None]:
+    """Augmented training batches, prepared two ahead in a thread.
+
+    Everything random is drawn from (seed, epoch, image, copy) or (seed, epoch, micro-step, virtual rank), so a batch
+    does not depend on threads, ranks or restarts.
+
+    Args:
+        micro_batches: which images.
+        source: decoded images of the training set.
+        images: the training set (labels).
+        cfg: the run.
+        mixing: Mixup and CutMix on.
+        size: height and width in pixels.
+    """
+    labels_N, view = torch.from_numpy(images.labels), colour.view_of(cfg.augment)
+    dtype = autocast_dtype(cfg.train.precision, source.device) or torch.float32
+    fused, side = use_kernel(cfg.augment, source.device), side_stream(source.device, "augment")
+
+    def prepare() -> Iterator[Batch]:
+        waiting: deque[tuple[MicroBatch, ViewDraws]] = deque()
+
+        def requests() -> Iterator[CropRequest]:
+            for micro in micro_batches:
+                key = {"seed": cfg.train.seed, "epoch": micro.epoch}
+                draws = colour.draw(micro.sample_B, micro.copy_B, **key, view=view, size=size)
+                waiting.append((micro, draws))
+                yield CropRequest(micro.sample_B, size, draws.draws)
+
+        def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
+            if isinstance(pixels, Regions):
+                return _augment_fused(pixels, draws, mix, cfg, size, dtype)
+            with aside(side) as made:  # copying draws to the device would wait for the step on its stream
+                made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
+            return made[0]
+
+        for pixels in source.regions(requests()) if fused else source.crops(requests()):
+            micro, draws = waiting.popleft()
+            mix = MixDraw()
+            if mixing:
+                mix = mixup.draw(cfg.train.seed, micro.epoch, micro.index, micro.virtual_rank, cfg.mixup, size)
+            images_BCHW = augmented(pixels, draws, mix)
+            labels_B = labels_N[torch.from_numpy(micro.sample_B)].to(images_BCHW.device, non_blocking=True)
+            lam = torch.tensor(mix.lam).to(images_BCHW.device, non_blocking=True) if mixing else None
+            yield Batch(images_BCHW, labels_B, labels_B.flip(0) if mixing else None, lam)
+
+    return prefetch(prepare(), depth=2)
+
+
+def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
+    """Whether ``augment.impl`` means the fused kernel for batches on this device.
+
+    Raises:
+        UserError: `triton`, for a recipe that the kernel does not know.
+    """
+    known = cfg.recipe in ("deit", "none")
+    if cfg.impl == "triton" and not known:
+        raise UserError(
+            f"augment.impl=triton: the kernel knows the recipes deit and none, got {cfg.recipe}; use augment.impl=auto"
+        )
+    return pick("augment", cfg.impl, (), device, known, on_gpu="triton") == "triton"
+
+
+def _augment_fused(
+    regions: Regions, draws: ViewDraws, mix: MixDraw, cfg: Config, size: int, dtype: torch.dtype
+) -> Tensor:
+    from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
+
+    augment = kernel.augment_checked if cfg.augment.impl == "auto" else kernel.augment
+    with torch.cuda.device_of(regions.pixels):  # a thread starts on the first GPU, whatever the rank's is
+        return augment(
+            regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
+            boxes_B4=regions.boxes_B4, dtype=dtype,
+        )  # fmt: skip

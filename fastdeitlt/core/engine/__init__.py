@@ -1,0 +1,93 @@
+"""Stage 7: backward, accumulation and step, by torch alone on one rank (plain.py) or by DeepSpeed (sharded.py)."""
+
+# K classes
+
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import Config
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.loss import JointLoss
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+
+
+class Engine(Protocol):
+    """Backward, accumulation and step of one rank."""
+
+    optimizer: torch.optim.Optimizer
+
+    def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
+        """The losses of a micro-batch; their graph is kept until ``backward``."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of loss / micro_batches_per_step."""
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update the weights, clear the gradients; the gradient norm before clipping, on the device."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's state dict."""
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state, flat."""
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Put weights and optimizer state back."""
+
+
+def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
+    if cfg.loss.normalise == "rank":
+        return
+    if plan.virtual_ranks > plan.world:
+        raise UserError(
+            f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks} on {plan.world} ranks; a rank that "
+            "plays several in turn does not know the weights of the later ones when it needs them; use as many "
+            f"virtual ranks as real ones (train.virtual_ranks={plan.world}), or loss.normalise=rank"
+        )
+    if joint.teacher is None or cfg.loss.reweight_cls:
+        what = "both heads learn the labels" if joint.teacher is None else "loss.reweight_cls weights the CLS loss too"
+        raise UserError(
+            f"loss.normalise=global: is the mean of the distillation loss alone, and {what}; use loss.normalise=rank"
+        )
+
+
+def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
+    """The engine that ``train.engine`` names; `auto` is plain at one rank and DeepSpeed at more, and says so.
+
+    Raises:
+        UserError: `plain` at more than one rank, offload where nothing is sharded, weights that are not float32, or a
+            global mean that this set-up cannot form.
+    """
+    _check_global_mean(joint, cfg, plan)
+    dtypes = {p.dtype for p in joint.student.parameters()} - {torch.float32}
+    if dtypes:
+        raise UserError(
+            f"engine: the student has weights of {dtypes.pop()}, expected float32; use train.precision=bf16, which "
+            "autocasts: with bfloat16 weights DeepSpeed's stage 0 takes a hidden optimizer step before training"
+        )
+    t, kind = cfg.train, cfg.train.engine
+    if kind == "auto":
+        kind = "deepspeed" if plan.world > 1 else "plain"
+        log.info("engine: %s, because there %s", kind, "is one rank" if plan.world == 1 else f"are {plan.world} ranks")
+    if kind == "plain" and plan.world > 1:
+        raise UserError(
+            f"train.engine=plain: does not share gradients, and there are {plan.world} ranks; use train.engine=auto"
+        )
+    if t.offload and (kind == "plain" or t.zero_stage == 0):
+        raise UserError(
+            f"train.offload: is DeepSpeed's, of stages 1 to 3; got the {kind} engine and train.zero_stage="
+            f"{t.zero_stage}; use train.engine=deepspeed train.zero_stage=1, or train.offload=false"
+        )
+    if kind == "plain":
+        return PlainEngine(joint, cfg, plan.micro_batches_per_step)
+    from fastdeitlt.core.engine.sharded import DeepSpeedEngine  # DeepSpeed is slow to import
+
+    return DeepSpeedEngine(joint, cfg, plan)

@@ -1,0 +1,315 @@
+"""Stage 7b on several ranks: DeepSpeed ZeRO around the joint forward. The only importer of deepspeed.
+
+What is DeepSpeed's: which rank holds which part of gradients, moments and (stage 3) weights, and moving them. What is
+ours: the loss, its autocast, where a step ends, clipping, and checkpoints, which hold whole tensors, so that a run
+saved by two ranks continues on one.
+
+Weights are float32 and the forward pass autocasts itself. DeepSpeed's `bf16` mode is never on: at stage 0 it takes a
+hidden optimizer step before training, which leaves Adam's bias correction off by one and decays every weight once.
+"""
+
+import copy
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.core import optim
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine.finite_guard import FiniteGuard
+from fastdeitlt.core.joint import JointForward, LocalSums, compiled
+from fastdeitlt.core.loss import JointLoss
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.errors import UserError
+from fastdeitlt.stopwatch import WORK
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast")
+REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
+
+
+class _Compiled(nn.Module):
+    """What DeepSpeed wraps. Its hooks sit on this module, so the graph inside stays whole."""
+
+    _forward: Callable[..., JointLoss | LocalSums]
+
+    def __init__(self, joint: JointForward, is_compiled: bool) -> None:
+        super().__init__()
+        self.joint = joint
+        object.__setattr__(self, "_forward", compiled(joint) if is_compiled else joint)
+
+    def forward(self, *inputs: Tensor | None) -> JointLoss | LocalSums:
+        return self._forward(*inputs)
+
+
+class DeepSpeedEngine:
+    """One rank of several, ZeRO stage 0 to 3.
+
+    ``student``, the one that ``joint`` came with, has all its weights on every rank after every step, so that average,
+    evaluation and checkpoint need not know of sharding. At stage 3 it is a copy beside the sharded one, gathered once
+    a step (float32 weights of extra memory on each rank).
+
+    Args:
+        joint: what is differentiated; at stage 3 its student is replaced by the one that is sharded.
+        cfg: the run.
+        plan: of this rank.
+
+    Raises:
+        UserError: stage 3 with train.compile, or an optimizer that cannot be sharded.
+    """
+
+    def __init__(self, joint: JointForward, cfg: Config, plan: Plan) -> None:
+        self.stage, self.offload = cfg.train.zero_stage, cfg.train.offload
+        if self.stage == 3 and cfg.train.compile:
+            raise UserError(
+                "train.zero_stage=3: its weights are gathered by hooks inside the model, which one compiled graph "
+                "cannot hold; set train.compile=false, or train.zero_stage=2"
+            )
+        self.student = joint.student
+        device = next(self.student.parameters()).device
+        if self.stage == 3:
+            joint.student = copy.deepcopy(self.student)
+        self.sharded = joint.student
+        self.optimizer = optim.build_optimizer(self.sharded, _shardable(cfg))
+        if self.offload:
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]))  # beside the moments
+        self.clip_norm = cfg.optim.clip_norm
+        self.micro_batches_per_step = plan.micro_batches_per_step
+        self.alpha = cfg.loss.alpha
+        self.guard = FiniteGuard(self.optimizer, cfg.train.nonfinite_skips, device)
+        self._deepspeed = _import(device)
+        self.engine, self.zero, _, _ = self._deepspeed.initialize(
+            model=_Compiled(joint, cfg.train.compile),
+            optimizer=self.optimizer,
+            config=self._settings(plan.batch_size),
+        )
+        _stand_still_in_collectives(self._deepspeed.comm.comm.cdb)
+        self.engine.set_gradient_accumulation_boundary(False)
+        if self.stage:
+            self._start_moments(torch.zeros(()))
+
+    @property
+    def _clips_itself(self) -> bool:
+        """DeepSpeed clips only where it keeps gradients out of reach; it waits for the device to do so.
+
+        There it also leaves out the update of a gradient that is not finite, as ``FiniteGuard`` does elsewhere.
+        """
+        return self.stage == 3 or self.offload
+
+    def _settings(self, batch_size: int) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage}
+        zero["overlap_comm"] = False  # its stages 1 and 2 wait for the device after each backward
+        if self.stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if not self._clips_itself and self.stage:
+            zero["compute_grad_norm"] = False
+        return {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": 1,  # counted here: an epoch's last step may have fewer micro-batches
+            "gradient_clipping": self.clip_norm if self._clips_itself else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler
+            "timers": {"throughput": {"enabled": False}},  # waits for the device
+        }
+
+    def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
+        losses = self.engine(
+            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K
+        )
+        return losses.joined(self.alpha) if isinstance(losses, LocalSums) else losses
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss / self.micro_batches_per_step, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> Tensor:
+        optim.set_learning_rate(self.optimizer, learning_rate)
+        self.engine.set_gradient_accumulation_boundary(True)
+        if self.stage < 2:
+            self.engine.allreduce_gradients()
+        else:
+            self.zero.finalize_gradient_accumulation_boundary()
+        norm = None if self._clips_itself else self._clip()
+        self.engine.step()
+        self.engine.set_gradient_accumulation_boundary(False)
+        if self.stage == 3:
+            self._gather()
+        return torch.as_tensor(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def _clip(self) -> Tensor:
+        """Clip this rank's gradients by the norm over all ranks', without waiting for the device."""
+        if self.stage == 0:
+            gradients = [p.grad for p in self.sharded.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:
+            gradients = [part for parts in self.zero.averaged_gradients.values() for part in parts]
+            norm = distributed.sum_over_ranks(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
+        if self.clip_norm:
+            torch._foreach_mul_(gradients, optim.clip_coefficient(norm, self.clip_norm))
+        self.guard.watch(norm)
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.student.state_dict()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Whole moments of each parameter; every rank takes part, and rank 0 alone keeps them."""
+        if self.stage == 0:
+            return optim.optimizer_tensors(self.sharded, self.optimizer)
+        step = next(iter(self.optimizer.state.values()))["step"].cpu()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.sharded.named_parameters():
+            for key in MOMENTS:
+                whole = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                if distributed.rank() == 0:
+                    tensors[f"{name}/{key}"] = whole.cpu().clone()
+            tensors[f"{name}/step"] = step.clone()
+        return tensors
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        self.student.load_state_dict(weights)
+        if self.stage == 0:
+            optim.load_optimizer(self.sharded, self.optimizer, optimizer)
+            return
+        if self.stage == 3:
+            with self._deepspeed.zero.GatheredParameters(list(self.sharded.parameters()), modifier_rank=0):
+                self.sharded.load_state_dict(weights)
+        self.zero.refresh_fp32_params()
+        optim.check_optimizer(self.sharded, optimizer)
+        if optimizer:
+            self._load_moments(optimizer)
+
+    def _start_moments(self, step: Tensor) -> None:
+        """AdamW's state of each flat part, zeros after ``step`` steps, as the first step would make it.
+
+        Left to that step, DeepSpeed would tie only the first group's state to its parameters.
+        """
+        flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        for flat in flats:
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            # each its own counter: a shared one would count once a part
+            self.optimizer.state[flat] = {"step": step.clone().to(flat.device), **moments}
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _load_moments(self, optimizer: dict[str, Tensor]) -> None:
+        """Fill in this rank's shares of whole moments."""
+        self._start_moments(next(value for key, value in optimizer.items() if key.endswith("/step")))
+        utils = self._deepspeed.utils
+        for name, parameter in self.sharded.named_parameters():
+            for key in MOMENTS:
+                whole = optimizer[f"{name}/{key}"].to(parameter.device)
+                if self.stage < 3:
+                    utils.safe_set_full_optimizer_state(parameter, whole, key)
+                else:
+                    utils.safe_set_local_optimizer_state(parameter, _share(whole, parameter), key)
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Stage 3: the whole weights, from all ranks' shares, into ``student``."""
+        parts = list(self.sharded.parameters())
+        with self._deepspeed.zero.GatheredParameters(parts):
+            torch._foreach_copy_(list(self.student.parameters()), [part.data for part in parts])
+
+
+def _share(whole: Tensor, parameter: Any) -> Tensor:
+    """This rank's share of a stage 3 parameter's tensor; the last rank's is padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    flat = whole.flatten()
+    part = flat[distributed.rank() * size : (distributed.rank() + 1) * size]
+    return F.pad(part, (0, size - part.numel()))
+
+
+class _Pending:
+    """A collective that was started; what a rank waits for it is not work of its own."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle, name)
+
+    def wait(self) -> Any:
+        with WORK.paused():
+            return self.handle.wait()
+
+
+def _stand_still_in_collectives(backend: Any) -> None:
+    """Keep DeepSpeed's collectives, which at stages 2 and 3 are inside forward and backward, out of a rank's work.
+
+    Args:
+        backend: what deepspeed.comm calls for all of them, on this rank.
+    """
+
+    def timed(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            with WORK.paused():
+                handle = collective(*args, **kwargs)
+            return None if handle is None else _Pending(handle)
+
+        return paused
+
+    for name in GATHERS + REDUCTIONS:
+        if name not in vars(backend):  # once a process
+            setattr(backend, name, timed(getattr(backend, name)))
+
+
+def _shardable(cfg: Config) -> Config:
+    """The run with an implementation that its ZeRO stage does not break; where states are sharded, torch's AdamW.
+
+    It takes DeepSpeed's flat parts and keeps a step counter with each.
+    """
+    o, stage = cfg.optim, cfg.train.zero_stage
+    if stage and o.algorithm == "lamb":
+        raise UserError(
+            f"optim.algorithm=lamb: scales each step by the norms of whole weights, and train.zero_stage={stage} cuts "
+            "them in parts; use train.zero_stage=0, or optim.algorithm=adamw"
+        )
+    if o.algorithm == "lamb" or (stage == 0 and o.backend in ("apex", "deepspeed")):
+        return cfg
+    if o.backend not in ("auto", "torch"):
+        less = ", or train.zero_stage=0, which shards no state" if o.backend != "fastdeitlt" else ""
+        raise UserError(
+            f"optim.backend: got {o.backend}, and the DeepSpeed engine at train.zero_stage={stage} takes torch's "
+            f"AdamW; use optim.backend=torch{less}"
+        )
+    return cfg.model_copy(update={"optim": o.model_copy(update={"backend": "torch"})})
+
+
+def _import(device: torch.device) -> Any:
+    """DeepSpeed, told the device, with its group, and without the extension it would build with a C++ compiler."""
+    distributed.start_alone(device)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+        import deepspeed.ops
+        import deepspeed.utils
+    except ImportError as error:
+        raise UserError(
+            f"train.engine=deepspeed: DeepSpeed cannot be imported ({error}); install it with "
+            "'DS_BUILD_OPS=0 pip install deepspeed==0.19.8', or use train.engine=plain on one rank"
+        ) from None
+    groups = deepspeed.utils.groups
+    if groups._WORLD_GROUP is None and distributed.get_world() > 1:  # its own would not notice a rank that hangs
+        groups._WORLD_GROUP = distributed.all_ranks()
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
+    deepspeed.ops.__compatible_ops__ = {}  # or it asks compilers and GPUs which extensions could be built here
+    # an optimizer of DeepSpeed's that is not used here compiles itself: torch's compiler takes 3 s of a rank's start
+    with mock.patch.object(torch, "compile", lambda function: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

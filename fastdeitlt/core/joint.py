@@ -1,0 +1,136 @@
+"""Stages 4 to 6 as one graph: student, teacher and joint loss, which is what is differentiated."""
+
+# B images in a micro-batch, C channels, H height, W width, K classes
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.core.loss import JointLoss, decision_weight, joint_loss
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.precision import autocast_dtype
+
+
+class LocalSums(NamedTuple):
+    """A rank's part of a loss whose DIST term is a weighted mean over all ranks; 0-d float32 tensors."""
+
+    weight_sum: Tensor
+    cls_loss: Tensor
+    dist_sum: Tensor
+
+    def joined(self, alpha: float) -> JointLoss:
+        """The losses; their mean over ranks divides by the weights of all ranks. One sum over ranks, no host sync."""
+        mean_weight = distributed.sum_over_ranks(self.weight_sum.detach().clone()) / distributed.get_world()
+        dist_loss = self.dist_sum / mean_weight
+        return JointLoss((1 - alpha) * self.cls_loss + alpha * dist_loss, self.cls_loss, dist_loss)
+
+
+class JointForward(nn.Module):
+    """Student, teacher and joint loss as one module, so that one compiled graph holds all three.
+
+    The teacher is not registered: it is never trained, sharded or saved with the student.
+
+    Args:
+        student: maps images_BCHW to (cls_logits_BK, dist_logits_BK).
+        teacher: maps the same images to teacher_logits_BK and has ``class_map``; None trains both heads on the labels.
+        class_counts: training images of each class.
+        cfg: the run.
+        device: where the step runs.
+    """
+
+    teacher: Teacher | None
+
+    def __init__(
+        self, student: DistilledViT, teacher: Teacher | None, class_counts: list[int], cfg: Config, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.cfg = cfg
+        self.device_type, self.dtype = device.type, autocast_dtype(cfg.train.precision, device)
+        if teacher is not None and self.dtype is not None:
+            teacher = teacher.for_autocast(self.dtype)
+        object.__setattr__(self, "teacher", teacher)
+        # soft distillation divides by the number of images, which is the same on all ranks
+        self.is_global = cfg.loss.normalise == "global" and cfg.loss.distillation == "hard"
+        self.one = torch.ones((), device=device)
+        self.counts = torch.tensor(class_counts, device=device) if cfg.loss.base not in ("ce", "bce") else None
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        partner_B: Tensor | None,
+        lam: Tensor | None,
+        dist_weights_K: Tensor,
+        cls_weights_K: Tensor | None,
+    ) -> JointLoss | LocalSums:
+        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device; sums where the mean is one over all ranks."""
+        c = self.cfg.loss
+        smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
+        labels: dict[str, Any] = {
+            "partner": partner_B,
+            "lam": lam,
+            "smoothing": smoothing,
+            "base": c.base,
+            "counts": self.counts,
+        }
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
+            teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
+        if self.teacher is None or teacher_logits_BK is None:
+            return self._label_losses(cls_logits_BK, dist_logits_BK, labels_B, dist_weights_K, cls_weights_K, labels)
+        if c.distillation == "soft":
+            teacher_logits_BK = teacher_logits_BK.float() * self.teacher.logit_scale
+        losses = joint_loss(
+            cls_logits_BK,
+            dist_logits_BK,
+            labels_B,
+            teacher_logits_BK,
+            weights=dist_weights_K,
+            cls_weights=cls_weights_K,
+            class_map=self.teacher.class_map,
+            distillation=c.distillation,
+            tau=c.tau,
+            alpha=c.alpha,
+            normaliser=self.one if self.is_global else None,
+            impl=c.impl,
+            **labels,
+        )
+        if not self.is_global:
+            return losses
+        weight_sum = decision_weight(teacher_logits_BK, dist_weights_K, self.teacher.class_map)
+        return LocalSums(weight_sum, losses.cls_loss, losses.dist_loss)
+
+    def _label_losses(
+        self,
+        cls_logits_BK: Tensor,
+        dist_logits_BK: Tensor,
+        labels_B: Tensor,
+        dist_weights_K: Tensor,
+        cls_weights_K: Tensor | None,
+        labels: dict[str, Any],
+    ) -> JointLoss:
+        """Both heads learn the labels, the DIST head with re-weighting (official losses.py, distillation 'none')."""
+        alpha, impl = self.cfg.loss.alpha, self.cfg.loss.impl
+        heads = ((cls_logits_BK, cls_weights_K), (dist_logits_BK, dist_weights_K))
+        cls_loss, dist_loss = (
+            joint_loss(x, x.detach(), labels_B, x.detach(), cls_weights=w, alpha=0.0, impl=impl, **labels).cls_loss
+            for x, w in heads
+        )
+        return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
+
+
+def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
+    """One graph of student, teacher and loss.
+
+    The compiler's layout optimization is off: because the teacher's convolutions are in the graph it would lay out all
+    4-d tensors channels-last, among them those of attention, and copy them in every block. The teacher is channels-last
+    already.
+    """
+    options = {"layout_optimization": False} | joint.cfg.train.compiler_options
+    return torch.compile(joint, fullgraph=True, options=options)

@@ -1,0 +1,187 @@
+"""Stage 6: the joint loss of DeiT-LT. The CLS head learns the (mixed) labels, the DIST head the teacher's decisions.
+
+    loss     = (1 - alpha) cls_loss + alpha dist_loss
+    cls_loss = mean_b CE(cls_logits_b, lam y_b + (1 - lam) y'_b, smoothed)
+    dist_loss= sum_b w[t_b] CE(dist_logits_b, t_b) / sum_b w[t_b],   t_b = class_map[argmax teacher_logits_b]
+
+Source: DeiT-LT (arXiv 2404.02900) section 3; val-iisc/DeiT-LT losses.py, DistillationLoss.
+Shapes: B batch, K classes, J the teacher's classes.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._joint_loss_reference import JointLoss, decision_weight, reference
+from fastdeitlt.kernels._pick import pick
+
+__all__ = ["JointLoss", "decision_weight", "joint_loss"]
+
+Distillation = Literal["hard", "soft"]
+Base = Literal["ce", "bce", "balanced_softmax", "logit_adjustment"]
+Impl = Literal["auto", "torch", "triton"]
+
+EMPTY_CLASS_PRIOR = 1e-9
+"""Prior of a class without training images, as in PaCo (losses.py): keeps its log finite."""
+
+
+def joint_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    partner: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    class_map: Tensor | None = None,
+    distillation: Distillation = "hard",
+    tau: float = 1.0,
+    alpha: float = 0.5,
+    base: Base = "ce",
+    counts: Tensor | None = None,
+    cls_weights: Tensor | None = None,
+    normaliser: Tensor | None = None,
+    impl: Impl = "auto",
+) -> JointLoss:
+    """Joint loss of the two heads, in float32 whatever the logits' type; deterministic, without a host sync.
+
+    Args:
+        cls_logits, dist_logits: [B, K], float32, float16 or bfloat16.
+        labels: [B] int64 class of each image, 0..K-1. Out of range is not checked (it would sync the host).
+        teacher_logits: [B, J] the teacher's; J = K unless ``class_map`` says otherwise. No gradient flows to it.
+        partner: [B] int64 class of the image each one is mixed with (Mixup, CutMix). None = not mixed.
+        lam: share of ``labels`` in the target, 0..1; a float, or a 0-d tensor on the logits' device (then a changing
+            value never recompiles). Given exactly when ``partner`` is.
+        smoothing: label smoothing of the CLS target: ``1 - smoothing + smoothing / K`` on, ``smoothing / K`` off.
+        weights: [K] float32 DRW weights of the DIST loss, by the teacher's decision. None = all 1.
+        class_map: [J] int64, teacher class -> student class. None = the same order.
+        distillation: "hard" = the teacher's argmax; "soft" = its distribution at temperature ``tau``.
+        tau: temperature of soft distillation, > 0.
+        alpha: weight of the DIST term, 0..1.
+        base: loss of the CLS head. "bce" is the mean over images and classes; "balanced_softmax" and
+            "logit_adjustment" (at strength 1: the same function) add the log prior of ``counts`` to the logits.
+        counts: [K] training images per class, for the last two bases.
+        cls_weights: [K] float32 weights of the CLS loss by class. None = all 1.
+        normaliser: 0-d float32 that replaces ``sum_b w[t_b]`` (``decision_weight``, averaged over ranks, makes the
+            weighted mean global). None = this batch's own.
+        impl: "torch", "triton", or "auto", see ``kernels._pick``.
+
+    Returns:
+        loss, cls_loss, dist_loss, all differentiable. With ``weights`` the DIST loss is the weighted mean over the
+        batch given; soft distillation is ``tau^2 KL(teacher || DIST) / (B K)``, and its weights tilt the teacher's
+        distribution, ``p_c w_c / sum p w``.
+
+    Raises:
+        UserError: shapes, types, devices or ranges do not fit.
+
+    Source: val-iisc/DeiT-LT losses.py (its soft loss with weights multiplies log-probabilities by the weights, which
+        gives no distribution; ours re-weights the probabilities); balanced softmax: Ren et al. 2020, eq. 4; logit
+        adjustment: Menon et al. 2021, eq. 10.
+    """
+    _check_options(smoothing, distillation, tau, alpha, base, counts)
+    _check_logits(cls_logits, dist_logits, teacher_logits, class_map, distillation)
+    (batch, num_classes), device = cls_logits.shape, cls_logits.device
+    _check_mixing(partner, lam, device)
+    for name, tensor, shape, dtype in (
+        ("labels", labels, (batch,), torch.int64),
+        ("partner", partner, (batch,), torch.int64),
+        ("class_map", class_map, (teacher_logits.size(1),), torch.int64),
+        ("weights", weights, (num_classes,), torch.float32),
+        ("cls_weights", cls_weights, (num_classes,), torch.float32),
+        ("counts", counts, (num_classes,), None),
+        ("normaliser", normaliser, (), torch.float32),
+    ):
+        _check_tensor(name, tensor, shape, dtype, device)
+    log_prior = None
+    if counts is not None:
+        log_prior = (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
+
+    run: Callable[..., JointLoss] = reference
+    if pick("joint_loss", impl, (num_classes,), device, cls_logits.dtype != torch.float64) == "triton":
+        from fastdeitlt.kernels import joint_loss as kernel  # Triton is slow to import
+
+        run = kernel.joint_loss
+    return run(
+        cls_logits, dist_logits, labels, teacher_logits.detach(), partner=partner,
+        lam=torch.full((), lam, device=device) if isinstance(lam, float | int) else lam,
+        smoothing=smoothing, weights=weights, class_map=class_map, soft=distillation == "soft", tau=tau, alpha=alpha,
+        bce=base == "bce", log_prior=log_prior, cls_weights=cls_weights, normaliser=normaliser,
+    )  # fmt: skip
+
+
+def _check_options(
+    smoothing: float, distillation: str, tau: float, alpha: float, base: str, counts: Tensor | None
+) -> None:
+    for name, got, known in (
+        ("distillation", distillation, get_args(Distillation)),
+        ("base", base, get_args(Base)),
+    ):
+        if got not in known:
+            raise UserError(f"joint_loss: {name} is {got!r}, expected one of {', '.join(known)}")
+    if not 0 <= smoothing < 1:
+        raise UserError(f"joint_loss: smoothing is {smoothing}, expected 0 <= smoothing < 1")
+    if not 0 <= alpha <= 1:
+        raise UserError(f"joint_loss: alpha is {alpha}, expected 0 <= alpha <= 1")
+    if not tau > 0:
+        raise UserError(f"joint_loss: tau is {tau}, expected a temperature > 0")
+    if (counts is not None) != (base in ("balanced_softmax", "logit_adjustment")):
+        state = "missing" if counts is None else "given"
+        raise UserError(
+            f"joint_loss: counts is {state} with base={base}; balanced_softmax and logit_adjustment need the training "
+            "images per class, the other bases take none"
+        )
+
+
+def _check_logits(
+    cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, class_map: Tensor | None, distillation: str
+) -> None:
+    for name, logits in (("cls_logits", cls_logits), ("dist_logits", dist_logits), ("teacher_logits", teacher_logits)):
+        if logits.dim() != 2 or not logits.numel() or not logits.is_floating_point():
+            raise UserError(f"joint_loss: {name} is {_say(logits)}, expected floating (batch, classes), not empty")
+        if logits.device != cls_logits.device or logits.size(0) != cls_logits.size(0):
+            raise UserError(
+                f"joint_loss: {name} is {_say(logits)}, expected {cls_logits.size(0)} rows on {cls_logits.device} as "
+                "cls_logits has"
+            )
+    if cls_logits.shape != dist_logits.shape or cls_logits.dtype != dist_logits.dtype:
+        raise UserError(
+            f"joint_loss: cls_logits is {_say(cls_logits)} but dist_logits is {_say(dist_logits)}; the heads must agree"
+        )
+    if teacher_logits.size(1) != cls_logits.size(1) and (class_map is None or distillation == "soft"):
+        raise UserError(
+            f"joint_loss: the teacher has {teacher_logits.size(1)} classes and the student {cls_logits.size(1)}; "
+            "hard distillation with a class_map (teacher class -> student class) can bridge that"
+        )
+
+
+def _check_mixing(partner: Tensor | None, lam: float | Tensor | None, device: torch.device) -> None:
+    if (partner is None) != (lam is None):
+        given, missing = ("lam", "partner") if partner is None else ("partner", "lam")
+        raise UserError(
+            f"joint_loss: {given} is given without {missing}; a mixed batch needs both, a plain one neither"
+        )
+    if isinstance(lam, Tensor) and (lam.dim() or not lam.is_floating_point() or lam.device != device):
+        raise UserError(
+            f"joint_loss: lam is {_say(lam)}, expected a floating 0-d tensor on {device} (a copy would stall)"
+        )
+    if isinstance(lam, float | int) and not 0 <= lam <= 1:
+        raise UserError(f"joint_loss: lam is {lam}, expected 0 <= lam <= 1")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    if tensor is None:
+        return
+    dtype = dtype or tensor.dtype
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise UserError(f"joint_loss: {name} is {_say(tensor)}, expected {dtype} {shape} on {device}")
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,27 @@
+"""Let every rank know which kernels are fastest before the step is compiled."""
+
+import torch
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT
+
+
+def measure_kernels(
+    cfg: Config, student: DistilledViT, teacher: Teacher | None, num_classes: int, device: torch.device
+) -> None:
+    """Measure the ops that the configuration leaves to "auto", once a GPU, torch, Triton and shape.
+
+    Rank 0 measures, and all ranks run what its rows say. Without a GPU it does nothing; with
+    train.measure_kernels=false it measures nothing.
+    """
+    if device.type != "cuda":
+        return
+    from fastdeitlt.core.measure.first_start import current_rows  # Triton is slow to import, and not there on every CPU
+    from fastdeitlt.core.measure.parts import Shapes
+    from fastdeitlt.kernels._measured import share
+
+    rows = distributed.on_main(lambda: current_rows(Shapes(cfg, student, teacher, num_classes, device)))
+    if distributed.get_world() > 1:
+        share(rows)

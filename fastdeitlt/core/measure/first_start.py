@@ -1,0 +1,122 @@
+"""Measure at the first start on a GPU what "auto" chooses by: each op at its default settings beside torch's, once.
+
+Rows go to the user cache, where ``kernels._measured`` reads them, and hold for this GPU, torch and Triton. `tune`
+measures more: launch settings, and the whole step.
+"""
+
+import datetime
+import logging
+import os
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import TritonError
+
+from fastdeitlt.core.measure.parts import SETTINGS, Part, Shapes, parts
+from fastdeitlt.core.measure.timer import Call, Timing, capturing_stream, measure, tensors_of
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._launch import compiling
+from fastdeitlt.kernels._measured import (
+    Key,
+    Row,
+    capability,
+    file_of,
+    gpu_name,
+    is_current,
+    rows_of,
+    write,
+)
+
+log = logging.getLogger("fastdeitlt")
+
+ROUNDS = 10
+TOLERANCE = 2e-2
+"""Largest difference between two implementations, as a share of the largest value: several roundings of bfloat16."""
+
+
+def current_rows(shapes: Shapes) -> list[Row]:
+    """Measure what "auto" misses, unless the configuration forbids it; return all rows that count."""
+    index, cfg = shapes.device.index, shapes.cfg
+    known, gpu = rows_of(index), gpu_name(index)
+    auto = {op for op, (section, field) in SETTINGS.items() if getattr(getattr(cfg, section), field) == "auto"}
+    current = {op for op, key in shapes.keys.items() if (r := known.get(("fastest", op, key))) and is_current(r, gpu)}
+    missing = auto & shapes.keys.keys() - current
+    if missing and cfg.train.measure_kernels:
+        start = time.perf_counter()
+        generators = [shapes.device] if shapes.device.type == "cuda" else []
+        with capturing_stream(shapes.device), torch.random.fork_rng(generators):
+            found = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
+        torch.compiler.reset()  # its graphs count against the compiler's limit
+        torch.cuda.empty_cache()
+        write(file_of(gpu), found)
+        choices = ", ".join(f"{row.op}={row.impl}" for row in found)
+        log.info(
+            "kernels: measured on %s in %.0f s: %s; train.measure_kernels=false leaves this out, 'fastdeitlt tune' "
+            "measures more", gpu, time.perf_counter() - start, choices,
+        )  # fmt: skip
+    return list(rows_of(index).values())
+
+
+def _measured_op(shapes: Shapes, op: str) -> Row | None:
+    """Return the row of an op: torch's where its kernel does not run at all, None where memory does not suffice."""
+    try:
+        return next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
+    except torch.OutOfMemoryError:
+        log.warning("%s: not measured, the GPU's memory does not suffice", op)
+        return None
+    except (TritonError, RuntimeError) as error:
+        log.warning("%s: the kernel is left out, it fails: %s", op, " ".join(str(error).split())[:200])
+        return new_row(shapes, op, shapes.keys[op], "fastest", {}, impl=shapes.torchs(op))
+
+
+def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
+    """Time the implementations of an op that run and agree with torch's; return the row of the fastest."""
+    torchs = shapes.torchs(part.op)
+    expected = copied(part.whole[torchs]())
+    agreeing: dict[str, Call] = {}
+    for impl, call in part.whole.items():
+        try:
+            if impl == "triton":  # several launches: compile them side by side
+                with compiling(os.cpu_count() or 1):
+                    call()
+            agrees = impl == torchs or same(call(), expected)
+        except torch.OutOfMemoryError:
+            raise
+        except (TritonError, RuntimeError, UserError) as error:
+            log.warning("%s: %s is left out, it fails: %s", part.op, impl, " ".join(str(error).split())[:200])
+            continue
+        if not agrees:
+            log.warning("%s: %s is left out, its results differ from torch's; please report it", part.op, impl)
+            continue
+        agreeing[impl] = call
+    eager = frozenset(agreeing) if part.eager else frozenset()
+    us = microseconds(measure(agreeing, shapes.device, rounds, eager))
+    return new_row(shapes, part.op, part.key, "fastest", us, impl=min(us, key=us.__getitem__))
+
+
+def same(got: Any, expected: Any) -> bool:
+    """Return whether two results agree to the rounding that another order of sums brings."""
+    pairs = zip(tensors_of(got), tensors_of(expected), strict=True)
+    return all((a.float() - b.float()).abs().max() <= TOLERANCE * b.float().abs().max() for a, b in pairs if b.numel())
+
+
+def copied(result: Any) -> list[Tensor]:
+    """Return copies of the tensors of a result."""
+    return [tensor.detach().clone() for tensor in tensors_of(result)]
+
+
+def microseconds(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Return name -> median in microseconds."""
+    return {name: timing.median * 1e3 for name, timing in timings.items()}
+
+
+def new_row(shapes: Shapes, op: str, key: Key, kind: str, us: dict[str, float], **facts: Any) -> Row:
+    """Return a measurement with today's date and what it was measured on."""
+    where: dict[str, Any] = {name: metadata.version(name) for name in ("torch", "triton")}
+    where |= {"gpu": gpu_name(shapes.device.index), "capability": capability(shapes.device.index)}
+    where |= {"date": datetime.date.today().isoformat(), "command": f"fastdeitlt tune {shapes.cfg.name}"}
+    return Row(op=op, key=key, kind=kind, us=us, **where, **facts)

@@ -1,0 +1,338 @@
+"""Each op of the step that has a kernel, with random inputs of a configuration's shapes, to be timed."""
+
+# B images, N tokens, H heads, E width of a head, D width, F width of the hidden layer, K classes, J the teacher's
+
+import copy
+import logging
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.config import Config
+from fastdeitlt.core.batches import use_kernel
+from fastdeitlt.core.engine.plain import PlainEngine
+from fastdeitlt.core.flat_adamw import ALIGNMENT
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.loss import joint_loss
+from fastdeitlt.core.measure.timer import Call, passes
+from fastdeitlt.core.optim import Ema, peak_learning_rate
+from fastdeitlt.data import mixup
+from fastdeitlt.data.augment import transform as augmenting
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels import _search, adamw_ema, attention, augment
+from fastdeitlt.kernels._attention_launch import Problem, one_program
+from fastdeitlt.kernels._launch import LaunchConfig
+from fastdeitlt.kernels._measured import Key, trying
+from fastdeitlt.kernels._pick import FLASH_MODULES, MAX_TOKENS, torch_backend
+from fastdeitlt.kernels.add_layernorm import add_layernorm
+from fastdeitlt.kernels.bias_gelu import bias_gelu
+from fastdeitlt.models.layers import MLP_RATIO, linear_gelu
+from fastdeitlt.models.residual import Kept, add_norm
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import NUM_PREFIX, Block, DistilledViT
+from fastdeitlt.precision import autocast_dtype
+
+log = logging.getLogger("fastdeitlt")
+
+TORCHS = ("flash", "cudnn", "efficient", *FLASH_MODULES)
+"""Implementations of attention that the kernel is timed beside."""
+SOURCE = (375, 500)
+"""Height and width of the images that are cropped: ImageNet's usual ones."""
+
+
+SETTINGS = {
+    "attention": ("student", "attention"),
+    "add_layernorm": ("student", "add_layernorm"),
+    "bias_gelu": ("student", "bias_gelu"),
+    "joint_loss": ("loss", "impl"),
+    "adamw_ema": ("optim", "backend"),
+}
+"""Op -> section and field of the configuration that chooses its implementation."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the shapes of a step follow from."""
+
+    cfg: Config
+    student: DistilledViT
+    teacher: Teacher | None
+    num_classes: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the step's matrix products."""
+        return autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
+
+    @property
+    def batch(self) -> int:
+        """Images in a micro-batch."""
+        return self.cfg.train.batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return int(self.student.pos_embed.shape[1])
+
+    @property
+    def keys(self) -> dict[str, Key]:
+        """Ops of the step that have a kernel -> the shape that their measurements are of."""
+        width = self.student.width
+        head = width // cast(Block, self.student.blocks[0]).attn.heads
+        found: dict[str, Key] = {
+            "attention": (self.tokens, head), "add_layernorm": (width,), "bias_gelu": (MLP_RATIO * width,),
+            "joint_loss": (self.num_classes,), "adamw_ema": adamw_ema.KEY, "augment": (self.student.img_size,),
+        }  # fmt: skip
+        has_kernel = {
+            "attention": self.dtype != torch.float32 and self.tokens <= MAX_TOKENS and head in attention.WIDTHS,
+            "adamw_ema": self.cfg.optim.algorithm == "adamw",
+            "augment": use_kernel(self.cfg.augment, self.device),
+        }
+        return {op: key for op, key in found.items() if has_kernel.get(op, True)}
+
+    def torchs(self, op: str) -> str:
+        """Return torch's implementation of an op here."""
+        return torch_backend(self.dtype, self.device) if op == "attention" else "torch"
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a random tensor that requires a gradient."""
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype).requires_grad_()
+
+
+class Pass(NamedTuple):
+    """One launch whose setting is searched."""
+
+    call: Call
+    settings: list[LaunchConfig]
+    """The default first."""
+    result: Call
+    """What a setting must compute as the default does."""
+
+
+class Part(NamedTuple):
+    """One op at the shape of a configuration."""
+
+    op: str
+    key: Key
+    """Of its choice."""
+    passes: Mapping[Key, Pass]
+    whole: Mapping[str, Call] = {}
+    """Implementation -> forward and backward; empty where another part chooses."""
+    eager: bool = False
+    """Whether ``whole`` cannot be captured in a CUDA graph."""
+
+
+def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
+    """The call with a setting."""
+
+    def run() -> object:
+        with trying(op, key, setting):
+            return call()
+
+    return run
+
+
+def parts(shapes: Shapes, only: Container[str] | None = None) -> Iterator[Part]:
+    """Yield every op of the step with a kernel, or some; the inputs of a part are freed with it."""
+    builders = {
+        "attention": _attention, "add_layernorm": _add_layernorm, "bias_gelu": _bias_gelu, "joint_loss": _joint_loss,
+        "adamw_ema": _adamw_ema, "augment": _augment,
+    }  # fmt: skip
+    for op, build in builders.items():
+        if op in shapes.keys and (only is None or op in only):
+            yield from build(shapes)
+
+
+def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key, Pass]:
+    """The launches of a differentiable function, by keys whose name is "forward", "backward" or of a part of one."""
+    of_key = {key: calls[str(key[0]).partition("_")[0]] for key in settings}
+    return {key: Pass(of_key[key], found, of_key[key]) for key, found in settings.items()}
+
+
+def _attention(shapes: Shapes) -> Iterator[Part]:
+    """All tokens, beside torch's backends and FlashAttention 3 and 4; then the two first rows of the last block.
+
+    All with the gradient of the projection's bias.
+    """
+    batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
+    head = width // (heads := cast(Block, shapes.student.blocks[0]).attn.heads)
+    qkv, bias = shapes.random(batch, tokens, 3, heads, head), shapes.random(3 * width, dtype=torch.float32)
+    problem = Problem.of(qkv, None, tokens)
+    settings = _search.attention(problem, shapes.device)
+    triton = partial(attention.attention, qkv, qkv_bias=bias, impl="triton")
+    calls = passes(triton, [qkv, bias])
+    launches = _launches(settings, calls)
+    backward, keys = problem.key("backward"), problem.key("backward_keys")
+    if keys in settings:  # measured within a backward that launches it
+        in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
+        two_launches = under("attention", backward, in_two, launches[keys].call)
+        launches[keys] = Pass(two_launches, settings[keys], two_launches)
+    whole = {"triton": calls["whole"]}
+    for impl in dict.fromkeys((shapes.torchs("attention"), *TORCHS)):
+        try:
+            torchs = _summing(passes(partial(attention.attention, qkv, impl=impl), [qkv])["whole"])
+            torchs()
+        except (RuntimeError, UserError) as error:  # not installed, or not for this device or shape
+            if impl == shapes.torchs("attention"):
+                raise
+            log.debug("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
+            continue
+        whole[impl] = torchs
+    yield Part("attention", (tokens, head), launches, whole)
+    q, kv = shapes.random(batch, NUM_PREFIX, heads, head), shapes.random(batch, tokens, 2, heads, head)
+    first = partial(attention.attention_first, q, kv, qkv_bias=bias, impl="triton")
+    few = _search.attention(Problem.of(q, kv, NUM_PREFIX), shapes.device)
+    yield Part("attention", (tokens, head), _launches(few, passes(first, [q, kv, bias])))
+
+
+def _summing(whole: Callable[[], Any]) -> Call:
+    """Then the pass over the gradient of the packed qkv that its projection's bias needs, where no kernel sums it."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        (dqkv_BN3HE,) = whole()
+        return dqkv_BN3HE, dqkv_BN3HE.sum((0, 1), dtype=torch.float32).flatten()
+
+    return run
+
+
+def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
+    """The float32 stream, a branch with drop path, and the norm in the type of the products that read it.
+
+    Both implementations are timed with the branch's last product, in which torch adds the bias for nothing.
+    """
+    batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
+    x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
+    linear, norm = (
+        nn.Linear(width, width).to(shapes.device, shapes.dtype),
+        nn.LayerNorm(width, eps=1e-6).to(shapes.device),
+    )
+    kept = Kept(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
+    bias = shapes.random(width, dtype=torch.float32)
+    alone = partial(
+        add_layernorm, x, branch, norm.weight, norm.bias, kept.scale_B11.flatten(), branch_bias=bias, impl="triton"
+    )
+    tensors = [x, branch, norm.weight, norm.bias]
+    launches = _launches(_search.add_layer_norm(width, x.dtype), passes(alone, [*tensors, bias]))
+
+    def torchs() -> tuple[Tensor, Tensor]:
+        stream, normed = add_norm(x, branch, linear, kept, norm, None)
+        return stream, normed.to(shapes.dtype)
+
+    tensors += [linear.weight, linear.bias]
+    ours = partial(add_norm, x, branch, linear, kept, norm, None, "triton")
+    yield Part("add_layernorm", (width,), launches, _both(shapes, ours, torchs, tensors))
+
+
+def _bias_gelu(shapes: Shapes) -> Iterator[Part]:
+    """The hidden layer with its product, in which torch adds the bias for nothing."""
+    batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
+    hidden = MLP_RATIO * width
+    x, linear = shapes.random(batch, tokens, width), nn.Linear(width, hidden).to(shapes.device, shapes.dtype)
+    u, bias = shapes.random(batch, tokens, hidden), shapes.random(hidden, dtype=torch.float32)
+    tensors = [x, linear.weight, linear.bias]
+    alone = passes(partial(bias_gelu, u, bias, impl="triton"), [u, bias])
+    whole = _both(shapes, partial(linear_gelu, x, linear, "triton"), partial(linear_gelu, x, linear), tensors)
+    yield Part("bias_gelu", (hidden,), _launches(_search.bias_gelus(hidden), alone), whole)
+
+
+def _joint_loss(shapes: Shapes) -> Iterator[Part]:
+    """Both losses and both gradients of a mixed, re-weighted batch."""
+    batch, num_classes, teacher = shapes.batch, shapes.num_classes, shapes.teacher
+    class_map = None if teacher is None else teacher.class_map
+    teacher_logits = shapes.random(batch, num_classes if teacher is None else teacher.num_classes).detach()
+    cls_logits, dist_logits = heads = [shapes.random(batch, num_classes) for _ in range(2)]
+    labels_B = torch.arange(batch, device=shapes.device) % num_classes
+    weights = torch.rand(num_classes, device=shapes.device) + 0.1
+    options: dict[str, Any] = {"weights": weights, "class_map": class_map, "smoothing": shapes.cfg.mixup.smoothing}
+    options |= {"partner": labels_B.flip(0), "lam": torch.full((), 0.7, device=shapes.device)}
+    ours, torchs = (
+        partial(joint_loss, cls_logits, dist_logits, labels_B, teacher_logits, impl=impl, **options)
+        for impl in ("triton", "torch")
+    )
+    largest = max(num_classes, teacher_logits.shape[1])
+    launches = _launches(_search.joint_losses(largest, heads[0].element_size()), passes(ours, heads))
+    yield Part("joint_loss", (num_classes,), launches, _both(shapes, ours, torchs, heads))
+
+
+def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
+    """The kernel on flat buffers; and the whole optimizer step with clipping and average, beside torch's."""
+    weights = sum(parameter.numel() for parameter in shapes.student.parameters())
+    size = -(-weights // ALIGNMENT) * ALIGNMENT  # as the optimizer's buffers, which the kernel reads 16 bytes at a time
+    flat = torch.rand(5, size, device=shapes.device)
+    lr, step = torch.full((), 1e-3, device=shapes.device), torch.full((), 7.0, device=shapes.device)
+    options: dict[str, Any] = {"lr": lr, "step": step, "num_decayed": size // 2, "weight_decay": 0.05, "scale": lr}
+
+    def on(buffers: Sequence[Tensor]) -> None:
+        weights, grads, exp_avg, exp_avg_sq, ema = buffers
+        adamw_ema.adamw_ema(weights, grads, exp_avg, exp_avg_sq, ema=ema, ema_decay=0.999, **options)
+
+    def result() -> list[Tensor]:
+        copies = list(flat.clone())
+        on(copies)
+        return copies
+
+    settings = _search.elementwise({adamw_ema.KEY: adamw_ema.DEFAULT})
+    launches = {adamw_ema.KEY: Pass(partial(on, list(flat)), settings[adamw_ema.KEY], result)}
+    whole = {impl: _optimizer(shapes, impl) for impl in ("fastdeitlt", "torch")}
+    yield Part("adamw_ema", adamw_ema.KEY, launches, whole, eager=True)
+
+
+def _optimizer(shapes: Shapes, backend: str) -> Call:
+    """The engine's step of a student whose weights are 0, so that results tell the steps of two backends apart."""
+    student, cfg = copy.deepcopy(shapes.student), shapes.cfg
+    for parameter in student.parameters():
+        parameter.data.zero_()
+    sections = {"optim": cfg.optim.model_copy(update={"backend": backend})}
+    sections["train"] = cfg.train.model_copy(update={"compile": False})  # type: ignore[assignment]
+    joint = cast(JointForward, SimpleNamespace(student=student))
+    engine = PlainEngine(joint, cfg.model_copy(update=sections), 1)
+    ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    generator, rate = torch.Generator(shapes.device).manual_seed(0), peak_learning_rate(cfg)
+    gradients = [torch.randn(p.shape, device=p.device, generator=generator) for p in engine.parameters]
+
+    def step() -> list[Tensor]:
+        for parameter, gradient in zip(engine.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = engine.step(rate)
+        if ema:
+            ema.update()
+        return [norm, *engine.parameters]
+
+    return step
+
+
+def _augment(shapes: Shapes) -> Iterator[Part]:
+    """Crop to mixed batch, from noise."""
+    batch, (height, width), cfg, side = shapes.batch, SOURCE, shapes.cfg.augment, shapes.student.img_size
+    numbers = np.arange(batch)
+    pixels = torch.randint(0, 256, (batch * height * width * 3,), dtype=torch.uint8, device=shapes.device)
+    draws = augmenting.draw(numbers, numbers * 0, seed=0, epoch=0, cfg=cfg, size=side)
+    mix = mixup.draw(0, 0, 0, 0, shapes.cfg.mixup, side)
+    sizes_B2 = np.tile(np.array((height, width)), (batch, 1))
+    call = partial(
+        augment.augment, pixels, numbers * height * width * 3, sizes_B2, draws, mix, cfg, side, dtype=shapes.dtype
+    )
+    settings = _search.elementwise({(kernel, side): augment.default_config(kernel) for kernel in augment.SEARCHED})
+    yield Part("augment", (side,), {key: Pass(call, found, call) for key, found in settings.items()})
+
+
+def _both(
+    shapes: Shapes, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
+) -> dict[str, Call]:
+    """Forward and backward of the kernel's function and of torch's, which is compiled as the step is."""
+    functions = {"triton": triton, "torch": _compiled(shapes, torchs)}
+    return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}
+
+
+def _compiled(shapes: Shapes, function: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        return function()
+
+    return torch.compile(call, dynamic=False) if shapes.cfg.train.compile else function

@@ -1,0 +1,273 @@
+"""Stage 7a: parameter groups, AdamW and its state, the learning-rate schedule, and the moving average."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.config import Config
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._pick import pick
+
+log = logging.getLogger("fastdeitlt")
+
+
+def peak_learning_rate(cfg: Config, ranks: int | None = None) -> float:
+    """Learning rate after warm-up.
+
+    Args:
+        cfg: the run.
+        ranks: data-parallel ranks of the recipe; None = train.virtual_ranks, or 1 when that is 0.
+
+    Source: DeiT main.py (lr * batch_size * world / 512); "effective" also counts accumulation.
+    """
+    ranks = ranks or cfg.train.virtual_ranks or 1
+    images = cfg.train.batch_size * ranks
+    match cfg.optim.lr_scale:
+        case "none":
+            return cfg.optim.lr
+        case "official":
+            return cfg.optim.lr * images / 512
+        case "effective":
+            return cfg.optim.lr * images * cfg.train.accumulate / 512
+
+
+def learning_rate(epoch_float: float, cfg: Config, ranks: int | None = None) -> float:
+    """Learning rate at a point of training.
+
+    Linear from warmup_lr to the peak during warm-up, then half a cosine from the peak to min_lr over *all* epochs, so
+    that the rate at the end of warm-up is already slightly under the peak.
+
+    Args:
+        epoch_float: epochs from the start, with the fraction of the epoch that has passed.
+        cfg: the run.
+        ranks: see ``peak_learning_rate``.
+
+    Source: timm CosineLRScheduler with t_initial=epochs, warmup_prefix=False.
+    """
+    peak, o = peak_learning_rate(cfg, ranks), cfg.optim
+    if epoch_float < o.warmup_epochs:
+        return o.warmup_lr + epoch_float * (peak - o.warmup_lr) / o.warmup_epochs
+    if epoch_float >= cfg.train.epochs:
+        return o.min_lr
+    return o.min_lr + 0.5 * (peak - o.min_lr) * (1 + math.cos(math.pi * epoch_float / cfg.train.epochs))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two AdamW groups: no decay for vectors, biases, tokens and position embeddings; ``weight_decay`` for the rest.
+
+    Source: timm create_optimizer with the model's ``no_weight_decay``.
+    """
+    no_weight_decay: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    skip = no_weight_decay()
+    plain: list[Tensor] = []
+    decayed: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            no_decay = parameter.ndim <= 1 or name.endswith(".bias") or name in skip
+            (plain if no_decay else decayed).append(parameter)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW or LAMB over ``parameter_groups`` with the implementation that ``optim.backend`` names.
+
+    The learning rate is a tensor on the parameters' device where the implementation takes one, so that changing it
+    neither syncs nor recompiles. `auto` is the AdamW measured fastest on this GPU, else torch's fused one
+    (``kernels._pick``), and apex for LAMB. `fastdeitlt` updates the moving average in the same pass.
+
+    Raises:
+        UserError: the named implementation is not installed, needs a GPU, or does not do what ``optim.algorithm`` asks.
+    """
+    o = cfg.optim
+    groups = parameter_groups(model, o.weight_decay)
+    device = groups[1]["params"][0].device
+    backend = "apex" if (o.algorithm, o.backend) == ("lamb", "auto") else o.backend
+    backend = pick("adamw_ema", backend, ("step",), device)
+    if o.algorithm == "lamb" and backend != "apex":
+        raise UserError(
+            f"optim.algorithm=lamb: only NVIDIA apex has it, got optim.backend={backend}; use optim.backend=apex"
+        )
+    arguments: dict[str, Any] = {"betas": o.betas, "eps": o.eps}
+    lr = learning_rate(0.0, cfg)
+    match backend:
+        case "torch":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=torch.tensor(lr, device=device), fused=True, **arguments
+            )
+        case "fastdeitlt":
+            from fastdeitlt.core.flat_adamw import FlatAdamW
+
+            optimizer = FlatAdamW(groups, lr=lr, ema_decay=o.ema_decay, **arguments)
+        case "apex":
+            fused_adam, fused_lamb = _apex()
+            _needs_gpu("apex", device)
+            if o.algorithm == "lamb":  # it clips to norm 1 unless told otherwise; the engine clips
+                optimizer = fused_lamb(groups, lr=lr, adam_w_mode=True, max_grad_norm=math.inf, **arguments)
+            else:
+                optimizer = fused_adam(groups, lr=lr, adam_w_mode=True, **arguments)
+        case "deepspeed":
+            _needs_gpu("deepspeed", device)
+            optimizer = _deepspeed_adam(groups, lr=lr, adam_w_mode=True, **arguments)
+    log.info("optimizer: %s by %s", {"adamw": "AdamW", "lamb": "LAMB"}[o.algorithm], backend)
+    return optimizer
+
+
+def _apex() -> tuple[type, type]:
+    """NVIDIA's FusedAdam and FusedLAMB. PyPI's `apex` is another project, so the compiled extension is probed."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam, FusedLAMB
+    except ImportError as error:
+        raise UserError(
+            f"optim.backend=apex: NVIDIA apex with its CUDA extensions is not installed ({error}); build it from "
+            "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch"
+        ) from None
+    return FusedAdam, FusedLAMB
+
+
+def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's FusedAdam, which is compiled when the first one is made."""
+    try:
+        from deepspeed.ops.adam import FusedAdam
+        from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
+    except ImportError as error:
+        raise UserError(f"optim.backend=deepspeed: it cannot be imported ({error}); use optim.backend=torch") from None
+    try:
+        return FusedAdam(groups, **arguments)
+    except (ImportError, RuntimeError, OSError, CUDAMismatchException, MissingCUDAException) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"optim.backend=deepspeed: its FusedAdam does not compile here ({said}); it needs nvcc of torch's CUDA "
+            f"{torch.version.cuda} and ninja; use optim.backend=torch"
+        ) from None
+
+
+def _needs_gpu(backend: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError(f"optim.backend={backend}: needs a GPU, got {device}; use optim.backend=torch")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's rate, in place where it is a tensor (an asynchronous fill, no sync)."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
+    """0-d factor that brings gradients of a 0-d norm to at most ``clip_norm``; torch.nn.utils.clip_grad_norm_'s."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat tensors named ``<parameter>/<state>``, whichever implementation it is of."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    for group in optimizer.param_groups if _counts_in_groups(optimizer) else ():
+        for parameter in group["params"]:
+            tensors[f"{name_of[id(parameter)]}/step"] = torch.tensor(float(group.get("step", 0)))
+    return tensors
+
+
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """apex's and DeepSpeed's FusedAdam count steps once a group instead of once a parameter."""
+    return hasattr(optimizer, "adam_w_mode")
+
+
+def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError when ``optimizer_tensors`` are of other parameters than the model's."""
+    parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {key.rpartition("/")[0] for key in tensors}
+    if names and names != parameters:
+        raise UserError(f"optimizer state: of other parameters (e.g. {sorted(names ^ parameters)[0]}); start anew")
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put ``optimizer_tensors`` back.
+
+    Raises:
+        UserError: the state belongs to other parameters.
+    """
+    check_optimizer(model, tensors)
+    parameters = dict(model.named_parameters())
+    if tensors and _counts_in_groups(optimizer):
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        for group in optimizer.param_groups:
+            group["step"] = int(tensors[f"{name_of[id(group['params'][0])]}/step"])
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("/step")}
+    for key, tensor in tensors.items():
+        name, _, state = key.rpartition("/")
+        parameter = parameters[name]
+        device = (
+            parameter.device if tensor.ndim or parameter.device.type == "cpu" else _step_device(optimizer, parameter)
+        )
+        optimizer.state[parameter][state] = tensor.to(device, copy=True)
+
+
+def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    """AdamW keeps its step counter on the parameter's device only when fused or capturable."""
+    fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return parameter.device if fused else torch.device("cpu")
+
+
+class Ema:
+    """Exponential moving average of weights and floating-point buffers, ema = decay * ema + (1 - decay) * weight.
+
+    One update an optimizer step. (The reference updates at every micro-step, never evaluates the average, and loses
+    it on resume.)
+
+    Args:
+        model: whose weights are averaged.
+        decay: of the average, an update.
+        optimizer: one that keeps the averages of its parameters itself (``FlatAdamW.ema``) does so; None = here.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.decay = decay
+        self._live = _floating(model)
+        kept: dict[nn.Parameter, Tensor] = getattr(optimizer, "ema", {})
+        elsewhere = {name: kept[p] for name, p in model.named_parameters() if p in kept}
+        here = {name: live.detach().clone() for name, live in self._live.items() if name not in elsewhere}
+        self.state = {name: elsewhere[name] if name in elsewhere else here[name] for name in self._live}
+        self._averages, self._followed = list(here.values()), [self._live[name] for name in here]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model's present weights, in one fused pass over all tensors."""
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._followed, 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the model's weights; call twice to undo."""
+        for name, live in self._live.items():
+            held = live.clone()
+            live.copy_(self.state[name])
+            self.state[name].copy_(held)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved average.
+
+        Raises:
+            UserError: names or shapes differ from the model's.
+        """
+        for name, tensor in self.state.items():
+            if name not in state or state[name].shape != tensor.shape:
+                got = tuple(state[name].shape) if name in state else "nothing"
+                raise UserError(f"ema state: {name} has {got}, expected {tuple(tensor.shape)}; is it of another model?")
+            tensor.copy_(state[name])
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if tensor.is_floating_point()}

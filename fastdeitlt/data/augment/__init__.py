@@ -1,0 +1,1 @@
+"""Strong augmentation: drawn ahead on the host, applied to a batch."""

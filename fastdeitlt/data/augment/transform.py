@@ -1,0 +1,257 @@
+"""Stage 3: strong augmentation. Parameters are drawn ahead on the host, then applied to a batch on any device.
+
+``draw`` is a pure function of (seed, epoch, sample, copy), so batches do not depend on workers, ranks or restarts.
+``apply`` is timm's chain on uint8 crops: flip, RandAugment, normalise, random erasing (timm ``create_transform`` with
+rand-m9-mstd0.5-inc1; RandAugment arXiv 1909.13719, random erasing arXiv 1708.04896).
+"""
+
+# B batch, C channels, H height, W width, S output side, A attempts
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import AugmentConfig
+from fastdeitlt.data.augment import buffers, counter
+from fastdeitlt.data.augment.randaugment import OPS, chunk_size, rand_augment
+
+ATTEMPTS = 10
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_RATIO = (0.3, 1 / 0.3)
+CROP, FLIP, OP, LEVEL, ERASE, NOISE, SHIFT = range(7)
+"""Streams of the generator; a new kind of draw takes a new number, so the others stay as they are."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What happens to each of B images; index it with a slice or an index array to get a part.
+
+    ``flip_B`` bool. ``op_B2`` int8 indices into ``OPS``, -1 = not applied. ``level_B2`` magnitude 0..10, ``sign_B2``
+    +1 or -1. ``erase_B4`` int32 (top, left, height, width) at the output size, height 0 = none; ``noise_B`` uint32 key
+    of the noise in it. ``shift_B2`` int32 (down, right) offset of a pad_crop. ``area_BA`` and ``ratio_BA`` are the
+    RandomResizedCrop attempts, ``place_B2`` its position in 0..1; no attempts = the whole image.
+    """
+
+    flip_B: np.ndarray
+    op_B2: np.ndarray
+    level_B2: np.ndarray
+    sign_B2: np.ndarray
+    erase_B4: np.ndarray
+    noise_B: np.ndarray
+    shift_B2: np.ndarray
+    area_BA: np.ndarray
+    ratio_BA: np.ndarray
+    place_B2: np.ndarray
+    ratio_range: tuple[float, float]
+
+    def __len__(self) -> int:
+        return len(self.flip_B)
+
+    def __getitem__(self, index: slice | np.ndarray) -> "Draws":
+        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "ratio_range"}
+        return Draws(**arrays, ratio_range=self.ratio_range)
+
+    def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
+        """RandomResizedCrop boxes for images of the given (height, width): int32 [B, 4] (top, left, height, width).
+
+        The first attempt that fits; if none does, the largest central box within the ratio range.
+        Source: timm ``RandomResizedCropAndInterpolation.get_params``.
+        """
+        sizes_B2 = np.broadcast_to(np.asarray(sizes_B2, np.int64), (len(self), 2))
+        if not self.area_BA.shape[1]:
+            return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
+        area_BA = self.area_BA * sizes_B2.prod(axis=1, keepdims=True)
+        height_BA, width_BA = _sides(area_BA, 1.0 / self.ratio_BA)
+        fits_BA = (height_BA <= sizes_B2[:, :1]) & (width_BA <= sizes_B2[:, 1:])
+        box_B2 = _first(fits_BA, height_BA, width_BA)
+        place_B2 = np.floor(self.place_B2 * (sizes_B2 - box_B2 + 1)).astype(np.int64)
+        low, high = self.ratio_range
+        central_B2 = np.minimum(
+            sizes_B2, np.rint(np.stack([sizes_B2[:, 1] / low, sizes_B2[:, 0] * high], 1)).astype(int)
+        )
+        fits_B1 = fits_BA.any(axis=1, keepdims=True)
+        box_B2 = np.where(fits_B1, box_B2, central_B2)
+        place_B2 = np.where(fits_B1, place_B2, (sizes_B2 - central_B2) // 2)
+        return np.concatenate([place_B2, box_B2], axis=1).astype(np.int32)
+
+
+def _sides(area: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width in pixels, at least 1, of boxes of this area and height / width ratio."""
+    height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    return np.maximum(height, 1).astype(np.int64), np.maximum(width, 1).astype(np.int64)
+
+
+def _first(fits_BA: np.ndarray, height_BA: np.ndarray, width_BA: np.ndarray) -> np.ndarray:
+    """Height and width of each sample's first attempt that fits [B, 2]."""
+    rows_B, first_B = np.arange(len(fits_BA)), fits_BA.argmax(axis=1)
+    return np.stack([height_BA[rows_B, first_B], width_BA[rows_B, first_B]], axis=1)
+
+
+def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + (high - low) * u
+
+
+def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg: AugmentConfig, size: int) -> Draws:
+    """Draw the augmentation of samples' copies for images that come out ``size`` x ``size``.
+
+    Args:
+        sample_B, copy_B: index in the set, and which of its copies this epoch.
+        seed, epoch: the rest of the key.
+        cfg: laws; ``recipe`` switches whole stages off.
+
+    Returns:
+        Draws of B images; equal keys give equal draws in any batch.
+    """
+    key_B = counter.keys(seed, epoch, sample_B, copy_B)
+    deit = cfg.recipe == "deit"
+    attempts = ATTEMPTS if cfg.recipe in ("deit", "crop_jitter") else 0
+    pad = cfg.pad if cfg.recipe in ("pad_crop", "autoaugment_cutout") else 0
+    crop_Bn, op_B6 = counter.uniform(key_B, CROP, 2 * ATTEMPTS + 2), counter.uniform(key_B, OP, 6)
+    applied_B2 = (op_B6[:, 2:4] < cfg.rand_prob) & (np.arange(2) < cfg.rand_ops) & deit
+    log_ratio = math.log(cfg.crop_ratio[0]), math.log(cfg.crop_ratio[1])
+    return Draws(
+        flip_B=(counter.uniform(key_B, FLIP, 1)[:, 0] < cfg.flip_prob) & (cfg.recipe != "none"),
+        op_B2=np.where(applied_B2, (op_B6[:, :2] * len(OPS)).astype(np.int8), np.int8(-1)),
+        level_B2=(cfg.rand_magnitude + cfg.rand_std * counter.normal(key_B, LEVEL, 2)).clip(0.0, 10.0),
+        sign_B2=np.where(op_B6[:, 4:] < 0.5, 1.0, -1.0),
+        erase_B4=_draw_erase(key_B, cfg.erase_prob * deit, size),
+        noise_B=(counter.words(key_B, NOISE, 1)[:, 0] >> np.uint64(32)).astype(np.uint32),
+        shift_B2=(counter.uniform(key_B, SHIFT, 2) * (2 * pad + 1)).astype(np.int32) - pad,
+        area_BA=_between(crop_Bn[:, :attempts], *cfg.crop_scale),
+        ratio_BA=np.exp(_between(crop_Bn[:, ATTEMPTS : ATTEMPTS + attempts], *log_ratio)),
+        place_B2=crop_Bn[:, -2:],
+        ratio_range=cfg.crop_ratio,
+    )
+
+
+def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
+    """Boxes of random erasing: the first of ten attempts strictly smaller than the image (timm ``RandomErasing``)."""
+    u_Bn = counter.uniform(key_B, ERASE, 2 * ATTEMPTS + 3)
+    area_BA = _between(u_Bn[:, :ATTEMPTS], *ERASE_AREA) * size**2
+    ratio_BA = np.exp(_between(u_Bn[:, ATTEMPTS : 2 * ATTEMPTS], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])))
+    height_BA, width_BA = _sides(area_BA, ratio_BA)
+    fits_BA = (height_BA < size) & (width_BA < size)
+    box_B2 = _first(fits_BA, height_BA, width_BA)
+    place_B2 = np.floor(u_Bn[:, -2:] * (size - box_B2 + 1)).astype(np.int64)
+    applied_B1 = fits_BA.any(axis=1, keepdims=True) & (u_Bn[:, 2 * ATTEMPTS, None] < prob)
+    return np.where(applied_B1, np.concatenate([place_B2, box_B2], axis=1), 0).astype(np.int32)
+
+
+def apply(
+    crops_BHWC: Tensor,
+    draws: Draws,
+    cfg: AugmentConfig,
+    dtype: torch.dtype = torch.float32,
+    pool: Executor | None = None,
+) -> Tensor:
+    """Augment uint8 crops as drawn: flip, shift, RandAugment, normalise, erase.
+
+    Args:
+        crops_BHWC: uint8 on any device; not changed.
+        draws: one entry an image, drawn for this size.
+        cfg: mean and std.
+        pool: threads for crops on the host; None = the calling thread.
+
+    Returns:
+        images_BCHW of ``dtype``, channels last in memory.
+    """
+    images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
+    step = chunk_size(crops_BHWC)  # an image goes all the way while it is in the cache
+    parts = [slice(start, start + step) for start in range(0, len(crops_BHWC), step)]
+
+    def augment(part: slice) -> None:
+        _apply(crops_BHWC[part], draws[part], cfg, images_BHWC[part])
+
+    # a thread of the pool would not be on the caller's CUDA stream
+    list(pool.map(augment, parts) if pool and crops_BHWC.device.type == "cpu" else map(augment, parts))
+    return images_BHWC.permute(0, 3, 1, 2)
+
+
+def _apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, images_BHWC: Tensor) -> None:
+    pixels_BHWC = crops_BHWC.clone()
+    for b in np.flatnonzero(draws.flip_B).tolist():
+        pixels_BHWC[b] = crops_BHWC[b].flip(1)
+    if draws.shift_B2.any():
+        pixels_BHWC = _shift(pixels_BHWC, draws.shift_B2)
+    rand_augment(pixels_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
+    _normalise(pixels_BHWC, cfg.mean, cfg.std, images_BHWC)
+    erased = np.flatnonzero(draws.erase_B4[:, 2])
+    boxes = draws.erase_B4[erased]
+    values = noise(draws.noise_B[erased], boxes, crops_BHWC)
+    for b, box, noise_HWC in zip(erased.tolist(), boxes.tolist(), values, strict=True):
+        top, left, height, width = box
+        images_BHWC[b, top : top + height, left : left + width] = noise_HWC[:height, :width]
+
+
+def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
+    """Move each image (down, right) by whole pixels over black: zero padding and a random crop."""
+    shifted_BHWC = torch.zeros_like(images_BHWC)
+    height, width = images_BHWC.shape[1:3]
+    for b, (down, right) in enumerate(shift_B2.tolist()):
+        rows, columns = (slice(max(s, 0), n + min(s, 0)) for s, n in ((down, height), (right, width)))
+        from_rows, from_columns = (slice(max(-s, 0), n - max(s, 0)) for s, n in ((down, height), (right, width)))
+        shifted_BHWC[b, rows, columns] = images_BHWC[b, from_rows, from_columns]
+    return shifted_BHWC
+
+
+def normalise(
+    crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(crop / 255 - mean) / std as images_BCHW, channels last in memory; computed in float32, stored as ``dtype``."""
+    images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
+    step = chunk_size(crops_BHWC)
+    for start in range(0, len(crops_BHWC), step):
+        _normalise(crops_BHWC[start : start + step], mean, std, images_BHWC[start : start + step])
+    return images_BHWC.permute(0, 3, 1, 2)
+
+
+def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], images_BHWC: Tensor) -> None:
+    width = crops_BHWC.shape[2]
+    # a whole row of constants, because broadcasting three of them keeps the loop from vectorising
+    scale, offset = (value_C.repeat(width) for value_C in affine(mean, std, crops_BHWC.device))
+    scaled = crops_BHWC.flatten(2).float().mul_(scale)
+    torch.add(scaled, offset, out=images_BHWC.flatten(2))
+
+
+@lru_cache(maxsize=8)
+def affine(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and offset (float32 [C]) that take a uint8 value to (value / 255 - mean) / std."""
+    mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return (1.0 / (255.0 * std_C)).float().to(device), (-mean_C / std_C).float().to(device)
+
+
+@lru_cache(maxsize=4)
+def normal_table(device: torch.device) -> Tensor:
+    """65,536 equally likely quantiles of N(0, 1), float32: one lookup turns 16 random bits into a normal number."""
+    return torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().to(device)
+
+
+def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Tensor:
+    """Erasing noise N(0, 1) for boxes (top, left, height, width): float32 [B, largest height, largest width, 3].
+
+    A hash of (pixel and channel, key), the same on every device and in the fused kernel (the finaliser "lowbias32" of
+    C. Wellons' hash prospector).
+    """
+    device, width = images_BHWC.device, images_BHWC.shape[2]
+    key_B11 = torch.from_numpy(key_B.view(np.int32)).to(device)[:, None, None]
+    top_B11, left_B11 = torch.from_numpy(box_B4[:, :2].T.copy()).to(device)[:, :, None, None]
+    height, row = (int(n) for n in box_B4[:, 2:].max(axis=0) * (1, 3)) if len(box_B4) else (0, 0)
+    y = torch.arange(height, dtype=torch.int32, device=device)[:, None]
+    x = torch.arange(row, dtype=torch.int32, device=device)
+    place = (top_B11 + y).mul_(3 * width).add_(3 * left_B11) + x
+    bits = place.mul_(_signed(0x9E3779B1)).bitwise_xor_(key_B11)
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)).mul_(_signed(0x7FEB352D))
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)).mul_(_signed(0x846CA68B))
+    index = (bits >> 16) & 0xFFFF
+    return normal_table(device).index_select(0, index.view(-1)).view(len(box_B4), height, row // 3, 3)
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits; int32 products wrap like uint32 ones."""
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -1,0 +1,1 @@
+"""What is wrong or odd with a data set, and with its files."""

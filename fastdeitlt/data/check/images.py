@@ -1,0 +1,65 @@
+"""What can be wrong or odd with the images of a data set: files, duplicates."""
+
+import hashlib
+from collections import defaultdict
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.check.scan import scan_files
+from fastdeitlt.data.sets.counts import KNOWN_CLASSES
+from fastdeitlt.data.sets.findings import NUM_EXAMPLES, many
+from fastdeitlt.data.sets.types import Finding, Level, LongTailSet, Sets
+
+
+def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:
+    """Findings about single images, and what tells each image from others: its sha256, or else its path."""
+    if images.images_NHWC is not None:
+        return [], [hashlib.sha256(image.tobytes()).digest() for image in images.images_NHWC]
+    if not decode:
+        return [], [path.encode() for path in images.paths]
+    found: dict[tuple[Level, str], list[str]] = defaultdict(list)
+    digests = []
+    for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg), strict=True):
+        if scan.problem:
+            found["error", scan.problem].append(path)
+        if scan.doubt:
+            found["warning", scan.doubt].append(path)
+        for note in scan.notes:
+            found["note", note].append(path)
+        digests.append(scan.digest or path.encode())
+    findings = [
+        Finding(level, split, f"{many(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
+        for (level, what), paths in found.items()
+    ]
+    return findings, digests
+
+
+def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[bytes]]) -> list[Finding]:
+    """The same image in two splits, twice in one, or with two labels. Published sets keep theirs, to be comparable."""
+    places: dict[bytes, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for split, keys in digests.items():
+        for index, key in enumerate(keys):
+            places[key][split].append(index)
+    splits = dict(sets)
+    shared: dict[tuple[str, str], list[str]] = defaultdict(list)
+    repeated: dict[str, list[str]] = defaultdict(list)
+    conflicting: dict[str, list[str]] = defaultdict(list)
+    for place in places.values():
+        for split, indices in place.items():
+            names = [splits[split].paths[i] for i in indices]
+            if len(indices) > 1:
+                repeated[split].append(" = ".join(names[:2]))
+            if len(set(splits[split].labels[indices].tolist())) > 1:
+                conflicting[split].append(" = ".join(names[:2]))
+        if len(place) > 1:
+            first, *others = ((split, splits[split].paths[indices[0]]) for split, indices in place.items())
+            for split, name in others:
+                shared[first[0], split].append(f"{first[1]} = {name}")
+    leak: Level = "warning" if cfg.dataset in KNOWN_CLASSES else "error"
+    findings = [_named(leak, b, f"of {b} also in {a}", names) for (a, b), names in shared.items()]
+    findings += [_named("note", split, "more than once", names) for split, names in repeated.items()]
+    findings += [_named("warning", split, "with several labels", names) for split, names in conflicting.items()]
+    return findings
+
+
+def _named(level: Level, split: str, what: str, names: list[str]) -> Finding:
+    return Finding(level, split, f"duplicate: {many(len(names), 'image')} {what}", tuple(names[:NUM_EXAMPLES]))

@@ -1,0 +1,188 @@
+"""Look at every image file of a data set: is it there, does it decode, what is odd about it, is it there twice."""
+
+import hashlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.pixels.decoder import Decoder
+from fastdeitlt.data.pixels.files import (
+    PILLOW_ERRORS,
+    Encoded,
+    UnreadableError,
+    glance,
+    read_encoded,
+    stated_orientation,
+)
+from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.sets.types import LongTailSet, Sets
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+
+HUGE_IMAGE_PIXELS = 50_000_000
+GROUP = 32
+"""Files read and decoded together."""
+NUM_GLANCES = 32
+"""Threads that look at the ends of files: more than cores, because on network storage they mostly wait."""
+MANY = 10_000
+"""Files from which a look at all of them shows its progress."""
+NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one image file turned out to be."""
+
+    problem: str = ""
+    """Why training cannot read it; empty for a good image."""
+    doubt: str = ""
+    """Damage that Pillow reports and training does not notice."""
+    notes: tuple[str, ...] = ()
+    """What is odd about it, though it can be read."""
+    digest: bytes = b""
+    """sha256 of the file; empty if it could not be read."""
+
+
+def scan_files(root: str, names: list[str], cfg: DataConfig) -> Iterator[Scan]:
+    """Read and decode each image (relative to ``root``) as training does, in order; progress on a terminal.
+
+    Never raises for a bad image.
+
+    Args:
+        cfg: ``num_threads`` (0 = the cores) and ``exif``.
+    """
+    threads, console = num_threads(cfg.num_threads), Console(stderr=True)
+    groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
+    with (
+        warnings.catch_warnings(),
+        closing(Workers(threads)) as workers,
+        closing(Decoder(threads, torch.device("cpu"))) as decoder,
+    ):
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is in the Scan
+
+        def start(group: list[str]) -> Callable[[], list[Scan]]:
+            looks = [workers.pool.submit(_look, root, name, cfg.exif) for name in group]
+            return partial(_decode, looks, decoder)
+
+        shown = track(groups, "reading images", console=console, transient=True, disable=not console.is_terminal)
+        for scans in workers.ahead(start, shown):
+            yield from scans
+
+
+def check_files(sets: Sets, cfg: DataConfig) -> str:
+    """Look at the first and last bytes of every file of every split, before anything is trained.
+
+    With ``data.on_error=skip`` unreadable files are counted in a warning instead.
+
+    Returns:
+        What was looked at.
+
+    Raises:
+        UserError: some files are not there, not whole, or no images; names the first of each split.
+    """
+    files = [(split, images) for split, images in sets if images.images_NHWC is None]
+    total = sum(len(images) for _, images in files)
+    if total >= MANY:
+        log.info("looking at the first and last bytes of %s image files", f"{total:,}")
+    told = []
+    for split, images in files:
+        if faults := _faults(images, split):
+            shown = "; ".join(f"{images.paths[i]}: {faults[i]}" for i in sorted(faults)[:NUM_EXAMPLES])
+            told.append(
+                f"{len(faults):,} of {len(images):,} {split} images under {images.root} cannot be read ({shown})"
+            )
+            if cfg.on_error == "skip":
+                used = "replaced by others of their class" if split == "train" else "left out of the scores"
+                log.warning("data: %s; %s", told[-1], used)
+    if told and cfg.on_error == "raise":
+        raise UserError(f"data: {'; '.join(told)}; repair them, take them off the list, or set data.on_error=skip")
+    looked = (
+        f"first and last bytes of all {total:,} files; only 'data check' decodes them" if total else "decoded already"
+    )
+    return f"{looked}; {'; '.join(told)}" if told else looked
+
+
+def _faults(images: LongTailSet, split: str) -> dict[int, str]:
+    """Why files cannot be read, by their index."""
+    console = Console(stderr=True)
+    parts = [range(start, min(start + 512, len(images))) for start in range(0, len(images), 512)]
+
+    def faults_of(part: range) -> dict[int, str]:
+        found = {}
+        for index in part:
+            try:
+                glance(os.path.join(images.root, images.paths[index]))
+            except UnreadableError as error:
+                found[index] = str(error)
+        return found
+
+    hidden = not console.is_terminal or len(images) < MANY
+    with ThreadPoolExecutor(NUM_GLANCES) as pool:
+        found = track(pool.map(faults_of, parts), f"{split} files", len(parts), console=console, disable=hidden)
+        return {index: reason for part in found for index, reason in part.items()}
+
+
+def _look(root: str, name: str, exif: str) -> tuple[Scan, Encoded | None]:
+    """The file for the decoder, or its problem, and what Pillow finds odd about it."""
+    path = os.path.join(root, name)
+    try:
+        file = read_encoded(path, exif=exif)
+        with open(path, "rb") as handle:
+            data = handle.read()
+    except UnreadableError as error:
+        return Scan(str(error)), None
+    notes = () if _inside(root, path) else ("reached through a link that leaves the root",)
+    doubt, odd = _oddities(data, exif)
+    return Scan("", doubt, notes + odd, hashlib.sha256(data).digest()), file
+
+
+def _decode(looks: list[Future[tuple[Scan, Encoded | None]]], decoder: Decoder) -> list[Scan]:
+    """The scans with the decoder's verdict."""
+    pairs = [look.result() for look in looks]
+    outcomes = iter(decoder.whole([file for _, file in pairs if file]))
+    scans = []
+    for scan, file in pairs:
+        if file and isinstance(next(outcomes), str):
+            scan = replace(scan, problem="truncated or damaged", doubt="")
+        scans.append(scan)
+    return scans
+
+
+def _inside(root: str, path: str) -> bool:
+    top = os.path.realpath(root)
+    return os.path.commonpath([top, os.path.realpath(path)]) == top
+
+
+def _oddities(data: bytes, exif: str) -> tuple[str, tuple[str, ...]]:
+    """(doubt, notes) of encoded image bytes."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, size = image.mode, image.size
+            alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+            turned = image.format != "TIFF" and stated_orientation(image, data) in range(2, 9)
+            image.load()
+    except (*PILLOW_ERRORS, MemoryError) as error:
+        return f"damaged in a way that training does not notice (Pillow: {type(error).__name__})", ()
+    turning = {"ignore": "ignored; data.exif=apply turns images upright", "apply": "turned upright by data.exif=apply"}
+    notes = {
+        "gray": mode in ("1", "L", "LA"),
+        "16 or 32 bits a channel (training sees 8)": mode.startswith(("I", "F")),
+        "CMYK": mode in ("CMYK", "YCCK"),
+        "an alpha channel (dropped)": alpha,
+        f"an EXIF orientation ({turning[exif]})": turned,
+        f"more than {HUGE_IMAGE_PIXELS // 10**6} megapixels": size[0] * size[1] > HUGE_IMAGE_PIXELS,
+    }
+    return "", tuple(note for note, found in notes.items() if found)

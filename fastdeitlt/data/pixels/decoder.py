@@ -1,0 +1,170 @@
+"""Stage 2, decoding: encoded images to pixels by DALI. No other module imports it.
+
+DALI only turns the bytes of a file into the pixels of a region. We read the bytes, because DALI 2.4 ends the process on
+files it cannot parse, and resize ourselves, because its resize takes a CPU longer than decoding and is not Pillow's.
+It is imported when the first image is decoded: a step on images that nobody reads (`tune`, `bench --synthetic`) goes
+without it.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdeitlt.data.pixels.files import FORMATS, PILLOW_ERRORS, Encoded
+from fastdeitlt.errors import UserError
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
+MAX_DECODE = 256
+"""Most images in one run of the decoding graph."""
+TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
+"""Orientation: whether rows and columns change places, and which of them are then reversed. Source: TIFF 6.0, tag 274,
+``PIL.ImageOps.exif_transpose``."""
+
+
+def _dali() -> ModuleType:
+    try:
+        import nvidia.dali
+    except ImportError as error:
+        raise UserError(
+            f"data: DALI, which decodes the images, cannot be imported ({error}). Install nvidia-dali-cuda130==2.4.* "
+            "(it also decodes without a GPU)."
+        ) from None
+    return nvidia.dali
+
+
+def decoder_version() -> str:
+    """Return the decoder's name and version."""
+    return f"dali {_dali().__version__}"
+
+
+def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65) -> Pipeline:
+    """The DALI graph, not yet built: inputs ``encoded`` (bytes) and ``region`` (top, left, height, width).
+
+    ``engine_share`` of the JPEG files go to a GPU's hardware decoder, if it has one.
+
+    Orientation tags are ignored: ``Decoder`` turns images. ``peek_image_shape`` is there for safety: a header that does
+    not parse raises in it, but ends the process in the decoder.
+    """
+    dali = _dali()
+    from nvidia.dali import fn, math, types
+
+    on_gpu = device.type == "cuda"
+    graph = dali.Pipeline(MAX_DECODE, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=1)
+    with graph:
+        encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+        region = fn.external_source(name="region", dtype=types.DALIDataType.INT32, ndim=1)
+        size = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.DALIDataType.INT32)[:2]
+        pixels = fn.decoders.image_slice(
+            encoded,
+            start=region[:2],
+            shape=math.min(region[2:], size - region[:2]),
+            axis_names="HW",
+            device="mixed" if on_gpu else "cpu",
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=engine_share,
+        )
+        graph.set_outputs(pixels)
+    return graph
+
+
+class Decoder:
+    """Regions of encoded images to RGB pixels: uint8 [height, width, 3] tensors on the device, one an image.
+
+    On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled rather than clipped.
+    """
+
+    def __init__(self, threads: int, device: torch.device, engine_share: float = 0.65) -> None:
+        self._new_graph = partial(decode_graph, threads, device, engine_share)
+        self._graph: Pipeline | None = None
+
+    def __call__(self, files: list[Encoded], regions_B4: np.ndarray) -> list[Tensor]:
+        """Decode.
+
+        Args:
+            regions_B4: int32 (top, left, height, width), inside the images as they are after turning.
+
+        Raises:
+            RuntimeError: DALI could not decode one of them; it does not say which.
+        """
+        pixels: list[Tensor] = []
+        for start in range(0, len(files), MAX_DECODE):
+            part = slice(start, start + MAX_DECODE)
+            graph, self._graph = self._graph or self._new_graph(), None  # a graph that raised is dead
+            stored_B4 = regions_B4[part].copy()
+            for i, file in enumerate(files[part]):
+                if file.orientation != 1:
+                    stored_B4[i] = _stored(file, *stored_B4[i].tolist())
+            (out,) = graph.run(encoded=[file.data for file in files[part]], region=stored_B4)
+            self._graph = graph
+            pixels += [_turned(torch.from_dlpack(out[i]), file.orientation) for i, file in enumerate(files[part])]
+        return pixels
+
+    def whole(self, files: list[Encoded]) -> list[Tensor | str]:
+        """Decode whole images; in place of one that does not decode, why.
+
+        Raises:
+            RuntimeError: DALI fails on all of them together, but on none alone.
+        """
+        sizes_B2 = np.array([(file.height, file.width) for file in files], np.int32).reshape(-1, 2)
+        regions_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1)
+        try:
+            return list(self(files, regions_B4))
+        except RuntimeError as error:
+            alone = self.faults(files, regions_B4, error)
+            good = [i for i in range(len(files)) if i not in alone]
+            pixels = iter(self([files[i] for i in good], regions_B4[good]))
+            return [alone[i] if i in alone else next(pixels) for i in range(len(files))]
+
+    def faults(self, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError) -> dict[int, str]:
+        """Why files do not decode that raised ``error`` together, by their place; raises it if each decodes alone."""
+        alone = {}
+        for i, file in enumerate(files):
+            try:
+                self([file], regions_B4[i : i + 1])
+            except RuntimeError as reason:
+                alone[i] = _why(file, reason)
+        if not alone:
+            raise error
+        return alone
+
+    def close(self) -> None:
+        """End DALI's threads."""
+        self._graph = None
+
+
+def _stored(file: Encoded, top: int, left: int, height: int, width: int) -> list[int]:
+    """The region of the stored image that becomes this one of the turned image."""
+    swapped, rows, columns = TURNS[file.orientation]
+    top = file.height - top - height if rows else top
+    left = file.width - left - width if columns else left
+    return [left, top, width, height] if swapped else [top, left, height, width]
+
+
+def _turned(pixels_HWC: Tensor, orientation: int) -> Tensor:
+    """Stored pixels of a region as they are after turning."""
+    if orientation == 1:
+        return pixels_HWC
+    swapped, *backwards = TURNS[orientation]
+    turned = pixels_HWC.transpose(0, 1) if swapped else pixels_HWC
+    return turned.flip([axis for axis in (0, 1) if backwards[axis]]).contiguous()
+
+
+def _why(file: Encoded, error: RuntimeError) -> str:
+    """Why an image does not decode: Pillow's words, or if it can decode it, DALI's."""
+    try:
+        Image.open(io.BytesIO(file.data.tobytes()), formats=FORMATS).load()
+    except PILLOW_ERRORS as reason:
+        return str(reason) or type(reason).__name__
+    said = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
+    return f"DALI cannot decode it ({said[-1].strip() if said else error})"

@@ -1,0 +1,256 @@
+"""Stage 2: read and decode image files as they are needed.
+
+What comes out is a pure function of the files and the request, so a run resumed in mid-epoch just asks from there on.
+"""
+
+# N images in the set, B images of a request, U distinct images of a group of requests, H height, W width, S output side
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from functools import partial
+from itertools import chain, islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.pixels.decoder import Decoder
+from fastdeitlt.data.pixels.files import Encoded, UnreadableError, read_encoded, shrunk
+from fastdeitlt.data.pixels.request import CropRequest, Regions
+from fastdeitlt.data.pixels.resize import centre_crop, crop_resize, resize
+from fastdeitlt.data.pixels.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+T = TypeVar("T")
+Made = TypeVar("Made", Tensor, Regions)
+Wanted = tuple[CropRequest, np.ndarray, np.ndarray]
+"""A request, its boxes inside the decoded regions, and the region of each of its images."""
+Make = Callable[[list[Tensor], list[Wanted]], list[Made]]
+
+DECODE_GROUP = 32
+"""Whole images decoded at a time when the set is decoded once."""
+
+
+class Stream:
+    """Crops of image files that are read and decoded anew for each request.
+
+    An image that cannot be read raises, or with ``data.on_error=skip`` is replaced by the next readable one of its
+    class in the list (the same one each time), logged once and kept in ``unreadable`` (indices).
+
+    Args:
+        images: the set.
+        cfg: ``num_threads``, ``on_error``, ``exif`` and ``jpeg_engine_share``.
+        device: where decoding ends and crops are made.
+        share: consecutive requests that are decoded together. An image that appears in them more than once (the copies
+            of repeated augmentation, which go to different virtual ranks) is then read and decoded once.
+    """
+
+    def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> None:
+        self.unreadable: set[int] = set()
+        self._images, self.device, self._share = images, device, share
+        self._skip, self._exif = cfg.on_error == "skip", cfg.exif
+        self._refusing = threading.Lock()
+        self._workers = Workers(num_threads(cfg.num_threads))
+        self._side = side_stream(device, "source")
+        self._decoder = Decoder(self._workers.count, device, cfg.jpeg_engine_share)
+        self._host_decoder = Decoder(self._workers.count, torch.device("cpu"))
+
+    @property
+    def pool(self) -> Executor:
+        """Threads for work on parts of a batch on the host."""
+        return self._workers.pool
+
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
+        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``.
+
+        Raises:
+            UserError: an image cannot be read, or with skip none of a class can; names the file and the reason.
+        """
+        yield from self._deliver(requests, self._cut)
+
+    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
+        """What the crops of requests with draws are made of, in order: of each image the part that its crops share.
+
+        Raises:
+            UserError: as ``crops``.
+        """
+        yield from self._deliver(requests, self._gather)
+
+    def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[Tensor | None]:
+        """Whole images [H, W, 3] on the host, in order; None for one that cannot be read, with skip.
+
+        Args:
+            short_side: a longer shorter side is resized to this; 0 = full size.
+
+        Raises:
+            UserError: as ``crops``.
+        """
+        samples = iter(sample_N)
+        groups = iter(lambda: list(islice(samples, DECODE_GROUP)), [])
+        for decoded in self._workers.ahead(partial(self._start_whole, short_side), groups):
+            yield from decoded
+
+    def sizes(self) -> np.ndarray:
+        """Height and width of every image by its header: int32 [N, 2], zeros for what skip leaves out.
+
+        Raises:
+            UserError: as ``crops``.
+        """
+        parts = self._workers.split(self._read_sizes, list(range(len(self._images))))
+        return np.array(_results(parts), np.int32).reshape(-1, 2)
+
+    def close(self) -> None:
+        """End all threads and give memory back. May be called twice."""
+        self._workers.close()
+        self._decoder.close()
+        self._host_decoder.close()
+
+    def _deliver(self, requests: Iterable[CropRequest], make: Make[Made]) -> Iterator[Made]:
+        requests = iter(requests)
+        groups = iter(lambda: list(islice(requests, self._share)), [])
+        for group in self._workers.ahead(partial(self._start_group, make), groups):
+            yield from group
+
+    def _start_group(self, make: Make[Made], group: list[CropRequest]) -> Callable[[], list[Made]]:
+        sample_U, index_B = np.unique(np.concatenate([r.sample_B for r in group]), return_inverse=True)
+        index = np.split(index_B, np.cumsum([len(r.sample_B) for r in group])[:-1])
+        reads = self._workers.split(self._read, sample_U.tolist())
+        return lambda: self._group(make, group, index, _results(reads))
+
+    def _group(
+        self, make: Make[Made], group: list[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
+    ) -> list[Made]:
+        """What ``make`` makes of each request; ``index`` has the position in ``files_U`` of each of its images."""
+        size_U2 = np.array([(file.height, file.width) for file in files_U])
+        boxes = [_boxes(request, size_U2[index_B]) for request, index_B in zip(group, index, strict=True)]
+        first_U2, last_U2 = size_U2.copy(), np.zeros_like(size_U2)
+        for box_B4, index_B in zip(boxes, index, strict=True):
+            np.minimum.at(first_U2, index_B, box_B4[:, :2])
+            np.maximum.at(last_U2, index_B, box_B4[:, :2] + box_B4[:, 2:])
+        regions_U4 = np.concatenate([first_U2, last_U2 - first_U2], 1).astype(np.int32)
+        for box_B4, index_B in zip(boxes, index, strict=True):
+            box_B4[:, :2] -= first_U2[index_B]
+        with aside(self._side) as made:  # DALI uses the pixels' memory again once they are dropped
+            try:
+                pixels_U = self._decoder(files_U, regions_U4)
+            except RuntimeError as error:
+                return self._group(make, group, index, self._replace(self._decoder, files_U, regions_U4, error))
+            wanted = make(pixels_U, list(zip(group, boxes, index, strict=True)))
+            made.extend(one.pixels if isinstance(one, Regions) else one for one in wanted)
+        return wanted
+
+    def _cut(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Tensor]:
+        crops = []
+        for request, box_B4, index_B in wanted:
+            pixels_B = [pixels_U[u] for u in index_B]
+            if request.draws is None:
+                crops.append(centre_crop(pixels_B, request.resize or request.size, request.size, self.pool))
+            else:
+                crops.append(crop_resize(pixels_B, box_B4, request.size, self.pool))
+        return crops
+
+    def _gather(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Regions]:
+        sizes_U2 = np.array([pixels.shape[:2] for pixels in pixels_U])
+        ends_U = 3 * sizes_U2.prod(axis=1).cumsum()
+        starts_U = ends_U - 3 * sizes_U2.prod(axis=1)
+        together = torch.cat([pixels.flatten() for pixels in pixels_U])
+        return [Regions(together, starts_U[index_B], sizes_U2[index_B], box_B4) for _, box_B4, index_B in wanted]
+
+    def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[Tensor | None]]:
+        reads = self._workers.split(self._read_own, samples)
+        return lambda: self._whole(short_side, samples, _results(reads))
+
+    def _whole(self, short_side: int, samples: list[int], files: list[Encoded | None]) -> list[Tensor | None]:
+        outcomes = self._host_decoder.whole(read := [file for file in files if file])
+        images: dict[int, Tensor] = {}
+        for file, outcome in zip(read, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self._refuse(file.sample, outcome)
+            else:
+                images[file.sample] = outcome
+        if short_side and images:
+            sizes_B2 = np.array([image.shape[:2] for image in images.values()], np.int32)
+            shapes = [(height, width) for height, width in shrunk(sizes_B2, short_side).tolist()]
+            images = dict(zip(images, resize(list(images.values()), shapes, self._workers.pool), strict=True))
+        return [images.get(sample) for sample in samples]
+
+    def _read(self, samples: list[int]) -> list[Encoded]:
+        return [self._read_one(sample) for sample in samples]
+
+    def _read_one(self, sample: int) -> Encoded:
+        """The image, or the one that stands in for it."""
+        file = None if sample in self.unreadable else self._try(sample)
+        return file or stand_in(self._images, sample, lambda i: None if i in self.unreadable else self._try(i))
+
+    def _read_own(self, samples: list[int]) -> list[Encoded | None]:
+        return [self._try(sample) for sample in samples]
+
+    def _read_sizes(self, samples: list[int]) -> list[tuple[int, int]]:
+        files = [self._try(sample, header_only=True) for sample in samples]
+        return [(file.height, file.width) if file else (0, 0) for file in files]
+
+    def _try(self, sample: int, header_only: bool = False) -> Encoded | None:
+        try:
+            return read_encoded(self._path(sample), sample, exif=self._exif, header_only=header_only)
+        except UnreadableError as error:
+            self._refuse(sample, str(error))
+        return None
+
+    def _path(self, sample: int) -> str:
+        return os.path.join(self._images.root, self._images.paths[sample])
+
+    def _refuse(self, sample: int, reason: str) -> None:
+        """Raise, or note once that the image is left out."""
+        if not self._skip:
+            raise UserError(
+                f"image {self._path(sample)}: {reason}; repair it, take it off the list, or set data.on_error=skip"
+            )
+        with self._refusing:
+            if sample not in self.unreadable:
+                self.unreadable.add(sample)
+                log.warning("image %s: %s; skipped (%d so far)", self._path(sample), reason, len(self.unreadable))
+
+    def _replace(
+        self, decoder: Decoder, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError
+    ) -> list[Encoded]:
+        """The files with those that do not decode replaced; raises DALI's error if each decodes alone."""
+        replaced = list(files)
+        for i, reason in decoder.faults(files, regions_B4, error).items():
+            self._refuse(files[i].sample, reason)
+            replaced[i] = self._read_one(files[i].sample)
+        return replaced
+
+
+def stand_in(images: LongTailSet, sample: int, use: Callable[[int], T | None]) -> T:
+    """What ``use`` gives of an image, or of the first that it can use among the others of its class.
+
+    These follow it in the list, going round.
+
+    Raises:
+        UserError: it can use none.
+    """
+    members = np.flatnonzero(images.labels == images.labels[sample])
+    for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
+        if (found := use(candidate)) is not None:
+            return found
+    path = os.path.join(images.root, images.paths[sample])
+    raise UserError(f"image {path}: cannot be read, nor can any that could stand in for it; repair or remove them")
+
+
+def _results(parts: list[Future[list[T]]]) -> list[T]:
+    return list(chain.from_iterable(part.result() for part in parts))
+
+
+def _boxes(request: CropRequest, sizes_B2: np.ndarray) -> np.ndarray:
+    """Regions the request needs of images of these sizes: int32 [B, 4]."""
+    if request.draws is not None:
+        return request.draws.boxes(sizes_B2)
+    return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1).astype(np.int32)

@@ -1,0 +1,129 @@
+"""Stage 2': the set decoded once and held in memory, with the interface of ``reader.Stream``."""
+
+# B images of a request, N images in the set, H height, W width, S output side
+
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.pixels.cache import DecodedSet, num_bytes, open_decoded, pack
+from fastdeitlt.data.pixels.reader import Stream, stand_in
+from fastdeitlt.data.pixels.request import CropRequest, Regions
+from fastdeitlt.data.pixels.resize import centre_crop, crop_resize
+from fastdeitlt.data.pixels.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.sets.types import LongTailSet
+
+log = logging.getLogger("fastdeitlt")
+Residency = Literal["auto", "stream", "host", "device"]
+
+SMALL = 48
+"""Side in pixels of crops that one thread makes, because handing them out to more would cost more than it saves."""
+AUTO_SHARE = 0.5
+"""Part of the free memory that ``residency: auto`` takes; the rest is for the model and its activations."""
+
+
+class Resident:
+    """Crops of a set that is held decoded, in host memory or on the device.
+
+    At full size (``data.stored_short_side=0``) batches equal those of ``Stream``, pixel for pixel; on a GPU up to what
+    its JPEG decoder differs, because the held set is always decoded on the host. ``unreadable`` has the indices of
+    images that could not be read, for which others stand in as in ``Stream``.
+
+    Args:
+        images: the set.
+        cfg: ``residency`` (device, or else the host holds the pixels), ``stored_short_side``, ``num_threads``.
+        device: where crops go.
+        decoded: the pixels, if they are there already; None: from the cache, or decode.
+
+    Raises:
+        UserError: an image cannot be read (see ``Stream``).
+    """
+
+    def __init__(
+        self, images: LongTailSet, cfg: DataConfig, device: torch.device, decoded: DecodedSet | None = None
+    ) -> None:
+        if decoded is None and images.images_NHWC is not None:
+            decoded = pack(images.images_NHWC)
+        if decoded is None:
+            with closing(Stream(images, cfg, device)) as stream:
+                decoded = open_decoded(images, cfg, stream)
+        pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
+        self._decoded, self.device = replace(decoded, pixels=pixels), device
+        self._side = side_stream(device, "source")
+        self._workers = Workers(num_threads(cfg.num_threads))
+        self.unreadable = set(decoded.unreadable.tolist())
+        self._slot_N = np.arange(len(images))
+        """The image whose pixels each one has: itself, or a stand-in."""
+        for sample in self.unreadable:
+            self._slot_N[sample] = stand_in(images, sample, lambda i: None if i in self.unreadable else i)
+
+    @property
+    def pool(self) -> Executor:
+        """Threads for work on parts of a batch on the host."""
+        return self._workers.pool
+
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
+        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``."""
+        yield from self._workers.ahead(lambda request: partial(self._crops, request), requests)
+
+    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
+        """What the crops of requests with draws are made of, in order: the held set itself if it is on the device."""
+        yield from self._workers.ahead(lambda request: partial(self._regions, request), requests)
+
+    def close(self) -> None:
+        """End all threads and give memory back. May be called twice."""
+        self._workers.close()
+        self._decoded = replace(self._decoded, pixels=torch.empty(0, dtype=torch.uint8))
+
+    def _crops(self, request: CropRequest) -> Tensor:
+        slot_B = self._slot_N[request.sample_B]
+        pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
+        pool = self._workers.pool if request.size > SMALL else None
+        with aside(self._side) as made:
+            if request.draws is None:
+                crops_BHWC = centre_crop(pixels_B, request.resize or request.size, request.size, pool)
+            else:
+                boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
+                crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, pool)
+            if crops_BHWC.device.type != self.device.type:
+                crops_BHWC = crops_BHWC.pin_memory().to(self.device, non_blocking=True)
+            made.append(crops_BHWC)
+        return crops_BHWC
+
+    def _regions(self, request: CropRequest) -> Regions:
+        if request.draws is None:
+            raise ValueError("regions are for requests with draws")
+        slot_B, decoded = self._slot_N[request.sample_B], self._decoded
+        sizes_B2 = decoded.sizes_N2[slot_B]
+        boxes_B4 = request.draws.boxes(sizes_B2)
+        if decoded.pixels.device.type == self.device.type:
+            return Regions(decoded.pixels, decoded.starts[slot_B], sizes_B2, boxes_B4)
+        staged = stage([decoded.image(slot) for slot in slot_B.tolist()], boxes_B4, self.device, self.pool)
+        with aside(self._side) as made:
+            made.append(staged.pixels.to(self.device, non_blocking=True))
+        return replace(staged, pixels=made[0])
+
+
+def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device, pool: Executor) -> Regions:
+    """The boxes of host images, copied next to each other into memory from which ``device`` reads fast."""
+    sizes_B2 = boxes_B4[:, 2:]
+    ends_B = num_bytes(sizes_B2).cumsum()
+    starts_B = ends_B - num_bytes(sizes_B2)
+    staged = torch.empty(int(ends_B[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def copy(image: Tensor, box: list[int], start: int, end: int) -> None:
+        top, left, height, width = box
+        staged[start:end].view(height, width, 3).copy_(image[top : top + height, left : left + width])
+
+    list(pool.map(copy, images, boxes_B4.tolist(), starts_B.tolist(), ends_B.tolist()))
+    return Regions(staged, starts_B, sizes_B2, np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1))

@@ -1,0 +1,131 @@
+"""Where decoded images come from: streamed from files, or held in memory."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.pixels.cache import num_bytes, open_decoded, pack, stored_sizes
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.request import CropRequest, Regions
+from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+Residency = Literal["auto", "stream", "host", "device"]
+AUTO_SHARE = 0.5
+"""Part of the free memory that ``residency: auto`` takes; the rest is for the model and its activations."""
+
+
+class Source(Protocol):
+    """Where decoded images come from: ``reader.Stream`` or ``resident.Resident``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where crops and regions are."""
+
+    @property
+    def pool(self) -> Executor:
+        """Threads for work on parts of a batch on the host."""
+
+    @property
+    def unreadable(self) -> set[int]:
+        """Images for which others stand in, of those that have been delivered or of all."""
+
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
+        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order."""
+
+    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
+        """The pixels that crops are made of, on the device, one ``Regions`` a request with draws, in order."""
+
+    def close(self) -> None:
+        """Stop threads and give memory back."""
+
+
+def open_source(
+    images: LongTailSet,
+    cfg: DataConfig,
+    device: torch.device,
+    share: int = 1,
+    *,
+    tell: bool = False,
+    scored: bool = False,
+) -> Stream | Resident:
+    """The source of a set's crops that ``data.residency`` asks for; auto takes the device, the host or streams.
+
+    Args:
+        share: requests in a row that may have copies of one image; see ``Stream``.
+        tell: say in the log what was taken and why.
+        scored: the set is only evaluated on. What stands in for an unreadable image is left out of the scores, so it
+            need not be of its class.
+
+    Raises:
+        UserError: the set does not fit where it is to live; a set that comes decoded is to stream; see ``Stream``.
+    """
+    if scored:
+        images = replace(images, labels=np.zeros_like(images.labels))
+    if images.images_NHWC is not None:
+        if cfg.residency == "stream":
+            raise UserError(f"data.residency=stream: {cfg.dataset} comes decoded; use auto, host or device")
+        decoded = pack(images.images_NHWC)
+        chosen = _choose(images, cfg, device, decoded.pixels.numel(), tell)
+        return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+    with ExitStack() as stack:
+        stream = stack.enter_context(closing(Stream(images, cfg, device, share)))
+        sizes_N2 = None if cfg.residency == "stream" else stored_sizes(images, cfg, stream)
+        chosen = "stream" if sizes_N2 is None else _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
+        if chosen == "stream":
+            stack.pop_all()  # it stays open
+            return stream
+        decoded = open_decoded(images, cfg, stream, sizes_N2)
+    return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+
+
+def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool) -> Residency:
+    """device, host or stream.
+
+    Raises:
+        UserError: the place asked for is too small.
+    """
+    free = {"host": _free_host_bytes()}
+    if device.type == "cuda":
+        free = {"device": torch.cuda.mem_get_info(device)[0], **free}
+    room = ", ".join(f"{place} has {_size(amount)} free" for place, amount in free.items())
+    stored = f"short side {cfg.stored_short_side}" if cfg.stored_short_side else "full size"
+    what = f"{len(images):,} images take {_size(needed)} decoded at {stored}; {room}"
+    if cfg.residency == "auto":
+        places: tuple[Residency, ...] = ("device", "host")
+        fits = [place for place in places if needed <= AUTO_SHARE * free.get(place, 0)]
+        chosen = fits[0] if fits else "stream" if images.images_NHWC is None else "host"
+        if tell:
+            log.info("data.residency=auto: %s (up to %.0f %% are used): %s", what, 100 * AUTO_SHARE, chosen)
+        return chosen
+    chosen = cfg.residency if cfg.residency in free else "host"
+    if needed > free[chosen]:
+        raise UserError(f"data.residency={cfg.residency}: {what}; use residency=stream or a smaller stored_short_side")
+    if tell:
+        log.info("data.residency=%s: %s", cfg.residency, what)
+    return chosen
+
+
+def _size(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
+
+
+def _free_host_bytes() -> int:
+    """Memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return int(amount.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

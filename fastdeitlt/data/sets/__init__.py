@@ -1,0 +1,1 @@
+"""Which images: splits, labels, counts, class names."""

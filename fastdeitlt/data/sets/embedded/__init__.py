@@ -1,0 +1,63 @@
+"""Fashion-MNIST-LT, shipped with the package: a real long tail that needs no download.
+
+10 classes, 1000 to 10 training images (2,478, exponential decay), 500 balanced validation and 1,000 balanced test
+images, 28 x 28 gray, as PNG files with list files, so that they go through the same reader as ImageNet-LT. Cut from
+Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; copyright 2017 Zalando SE, MIT licence, see LICENSE.fashion-mnist beside
+this file) by ``python -m fastdeitlt.data.sets.embedded.build``.
+"""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.store.files import draft_folder
+from fastdeitlt.store.user_cache import user_cache
+
+ARCHIVE = Path(__file__).with_name("fashion_mnist_lt.zip")
+SHA256 = "a21017d47ca7399a1351967bfc8aa39e47b448ed8611becf03bc21199b9125d3"
+"""Of the archive; also names the folder it is unpacked to."""
+
+
+def cache_folder() -> Path:
+    """Where the archive is unpacked."""
+    return user_cache(SHA256[:16])
+
+
+def unpack() -> Path:
+    """The folder with the images, train.txt, val.txt, test.txt and classes.txt; unpacked at the first call.
+
+    Safe when several processes call it at once: one unpacks into a temporary folder and renames it. A folder in which
+    a file is missing or has the wrong size is unpacked anew.
+
+    Raises:
+        UserError: the archive is damaged, or the cache cannot be written.
+    """
+    folder = cache_folder()
+    try:
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            if _complete(folder, archive):
+                return folder
+            digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
+            if digest != SHA256:
+                raise UserError(f"{ARCHIVE}: sha256 is {digest}, expected {SHA256}; reinstall fastdeitlt")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not _complete(folder, archive):
+                    with draft_folder(folder) as draft:
+                        archive.extractall(draft)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{ARCHIVE}: damaged ({error}); reinstall fastdeitlt") from None
+    except OSError as error:
+        raise UserError(f"cache {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from None
+    return folder
+
+
+def _complete(folder: Path, archive: zipfile.ZipFile) -> bool:
+    try:
+        return all(os.stat(folder / f.filename).st_size == f.file_size for f in archive.infolist())
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -1,0 +1,88 @@
+"""What can be wrong or odd with the splits of a data set before a file is opened: counts, classes, names.
+
+K classes.
+"""
+
+from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.data.sets.class_names import listed
+from fastdeitlt.data.sets.counts import CIFAR_CLASSES, KNOWN_COUNTS, cifar_lt_counts
+from fastdeitlt.data.sets.types import Finding, LongTailSet, Sets
+
+FEW_IMAGES = 5
+NUM_EXAMPLES = 3
+
+
+def many(number: int, noun: str) -> str:
+    """A number of things, as text."""
+    plural = {"image": "images", "file": "files", "class": "classes"}[noun]
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
+    """Differences from the published counts (of what the list says, before a hold-out)."""
+    known = dict(KNOWN_COUNTS.get(cfg.dataset, {}))
+    if classes := CIFAR_CLASSES.get(cfg.dataset):
+        counts = cifar_lt_counts(50_000, classes, cfg.imbalance_factor, cfg.imbalance_kind)
+        known = {"train": (sum(counts), classes, max(counts), min(counts))}
+        known["test"] = (10_000, classes, 10_000 // classes, 10_000 // classes)
+    findings = []
+    for split, images in sets:
+        counts = images.counts
+        if split == "train":
+            parts = [counts, *(held.counts for name, held in sets if name in sets.held_out)]
+            counts = [sum(part) for part in zip(*parts, strict=True)]
+        got = (sum(counts), len(counts), max(counts), min(counts))
+        if split in known and split not in sets.held_out and got != known[split]:
+            sizes = "{:,} images in {:,} classes of {:,} to {:,}"
+            message = f"got {sizes.format(*got)}; the published set has {sizes.format(*known[split])}"
+            findings.append(Finding("error", split, message))
+    return findings
+
+
+def opening_findings(sets: Sets) -> list[Finding]:
+    """What opening the splits shows: too few classes, classes without images, files and folders that are not read."""
+    findings, train = list(sets.remarks), sets.train
+    present = [k for k, n in enumerate(train.counts) if n]
+    if len(present) < 2:
+        name = f" ({listed(train.class_names[k] for k in present)})" if train.class_names and present else ""
+        message = (
+            f"got {len(present)} class with training images{name}, expected at least 2. Add images of another class."
+        )
+        findings.append(Finding("error", "train", message))
+    if gaps := [k for k, n in enumerate(train.counts) if n == 0]:
+        message = f"label gap: {len(gaps):,} of {train.num_classes:,} classes without training images"
+        findings.append(Finding("warning", "train", message, _some(train, gaps)))
+    for split, images in sets:
+        absent = [k for k, n in enumerate(images.counts) if n == 0 and train.counts[k]]
+        if split != "train" and absent:
+            message = f"{many(len(absent), 'class')} without {split} images, so without a measured accuracy"
+            findings.append(Finding("warning", split, message, _some(train, absent)))
+        if images.left_out and split not in sets.held_out:
+            message = f"{many(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
+            findings.append(Finding("warning", split, message, tuple(images.left_out[:NUM_EXAMPLES])))
+    return findings
+
+
+def class_findings(config: Config, sets: Sets) -> list[Finding]:
+    """Classes with few images, missing or lopsided splits."""
+    findings = []
+    if few := [k for k, n in enumerate(sets.train.counts) if 0 < n < FEW_IMAGES]:
+        message = f"{many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
+        findings.append(Finding("note", "train", message, _some(sets.train, few)))
+    if sets.test is None:
+        findings.append(Finding("warning", "test", "no test set, so there is nothing to report accuracy on"))
+    elif len({n for n in sets.test.counts if n}) > 1:
+        message = "the test set is not balanced, so the overall accuracy favours its frequent classes"
+        findings.append(Finding("note", "test", message))
+    if sets.val is None and config.evaluate.select_on == "val":
+        message = (
+            "evaluate.select_on=val, but there is no validation list and data.val_holdout=0: the last epoch is kept"
+        )
+        findings.append(Finding("warning", "val", message))
+    return findings
+
+
+def _some(train: LongTailSet, classes: list[int]) -> tuple[str, ...]:
+    """Return the first few classes by number, and by name if they have one."""
+    names = train.class_names
+    return tuple(f"{k} ({names[k]})" if names else f"class {k}" for k in classes[:NUM_EXAMPLES])

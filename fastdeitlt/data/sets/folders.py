@@ -1,0 +1,124 @@
+"""Class folders, <split>/<class>/<image> or <class>/<image>, to image paths and labels; no image is opened."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from fastdeitlt.data.sets.class_names import normalised, numbered
+from fastdeitlt.data.sets.types import LongTailSet, class_counts
+from fastdeitlt.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""Names of a split's folder, in any case."""
+
+
+def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
+    """Return the folder of each split under ``root``, by split, and the folders that are no split.
+
+    Raises:
+        UserError: two folders for one split.
+    """
+    splits: dict[str, str] = {}
+    others = []
+    for name in sorted(_folders(root)):
+        split = next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), "")
+        if split in splits:
+            raise UserError(
+                f"data folder {root}: got {splits[split]!r} and {name!r} for the {split} split, expected one of them. "
+                "Rename or merge the other."
+            )
+        if split:
+            splits[split] = name
+        else:
+            others.append(name)
+    return splits, others
+
+
+def read_folder(root: str | Path, folder: str) -> LongTailSet:
+    """Read root/folder/<class>/<image>; classes are the sub-folders in sorted order, images may lie deeper.
+
+    Hidden files and folders are ignored, linked folders are followed, other files are listed in ``left_out``. A class
+    folder without images has count 0. Names of classes are in Unicode NFC.
+
+    Args:
+        folder: the split's folder; "." for class folders directly under ``root``, where a folder without images is no
+            class.
+
+    Raises:
+        UserError: no such folder, no images, two folders of one class name, a file name that is not UTF-8.
+    """
+    place = Path(root) / folder
+    if not place.is_dir():
+        raise UserError(f"data folder {place}: no such folder; expected {folder}/<class>/<image> under {root}")
+    stray = [name for name in _visible(os.listdir(place)) if not (place / name).is_dir()]
+    images: dict[str, list[str]] = {}
+    others = [os.path.normpath(f"{folder}/{name}") for name in stray]
+    for name in sorted(_folders(place), key=normalised):
+        files = [os.path.normpath(f"{folder}/{name}/{file}") for file in walk(place / name)]
+        images[name] = [file for file in files if is_image(file)]
+        others += [file for file in files if not is_image(file)]
+    if folder == os.curdir:
+        others += [f"{name}/" for name, files in images.items() if not files]
+        images = {name: files for name, files in images.items() if files}
+    if not any(images.values()):
+        expected = f"{folder}/<class>/<image>" if folder != os.curdir else "train/<class>/<image> or <class>/<image>"
+        raise UserError(f"data folder {root}: no images ({', '.join(IMAGE_SUFFIXES)}), expected {expected}")
+    names = list(numbered(list(images), f"data folder {place}"))
+    paths = [file for files in images.values() for file in files]
+    try:
+        "".join(paths).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"data folder {str(place)!r}: holds a file whose name is not UTF-8; rename it") from None
+    labels_N = np.repeat(np.arange(len(names)), [len(files) for files in images.values()])
+    counts = class_counts(labels_N, len(names))
+    return LongTailSet(paths, labels_N, counts, str(root), names, left_out=sorted(others))
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is named as an image that can be read."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def walk(folder: str | Path) -> list[str]:
+    """Return the files below a folder, relative to it, sorted within each folder; hidden ones are ignored.
+
+    Linked folders are followed, after all others; a folder that is reached again is not read again, so links that form
+    a loop end.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data folder {error.filename}: cannot be read ({error.strerror}); make it readable")
+
+    found: list[str] = []
+    seen = set()
+    pending = [os.fspath(folder)]
+    while pending:
+        for parent, folders, files in os.walk(pending.pop(0), onerror=refuse):
+            status = os.stat(parent)
+            place = status.st_dev, status.st_ino
+            folders[:] = [] if place in seen else sorted(_visible(folders))
+            if place not in seen:
+                seen.add(place)
+                prefix = os.path.relpath(parent, folder)
+                found += [os.path.normpath(os.path.join(prefix, name)) for name in sorted(_visible(files))]
+                inside = (os.path.join(parent, name) for name in folders)
+                pending += [path for path in inside if os.path.islink(path)]
+    return found
+
+
+def _folders(place: str | Path) -> list[str]:
+    with os.scandir(place) as entries:
+        return _visible([entry.name for entry in entries if entry.is_dir()])
+
+
+def _visible(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".")]

@@ -1,0 +1,124 @@
+"""Stage 1: open the splits of a data set.
+
+N images in the set, K classes.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.sets.findings import opening_findings
+from fastdeitlt.data.sets.splits import Classes, Places, find_splits, no_training_split, number_alike, renumber
+from fastdeitlt.data.sets.types import SPLITS, LongTailSet, Sets
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+HOLDOUT_SEED = 0
+
+
+def hold_out(
+    images: LongTailSet, val: float = 0.0, test: float = 0.0, seed: int = HOLDOUT_SEED
+) -> tuple[LongTailSet, LongTailSet, LongTailSet]:
+    """Set shares of each class aside: (what stays, val, test), always the same for a seed.
+
+    Rounded to whole images, so classes with fewer than 0.5 / share images give none; one image always stays. All keep
+    the order of the list. The validation images do not depend on ``test``.
+
+    Raises:
+        UserError: nothing would be held out for a share above 0.
+    """
+    generator = np.random.RandomState(seed)
+    part_N = np.zeros(len(images), dtype=np.int64)
+    for members in np.split(np.argsort(images.labels, kind="stable"), np.cumsum(images.counts)[:-1]):
+        order, start = generator.permutation(members), 0
+        for part, share in ((1, val), (2, test)):
+            stop = max(start, min(start + int(len(members) * share + 0.5), len(members) - 1))
+            part_N[order[start:stop]] = part
+            start = stop
+    for part, name, share in ((1, "val", val), (2, "test", test)):
+        if share and not (part_N == part).any():
+            raise UserError(
+                f"data.{name}_holdout: got {share}, but the largest class has {max(images.counts)} images, so none "
+                "would be held out; use a larger share or 0"
+            )
+    train, held_val, held_test = (images.take(np.flatnonzero(part_N == part)) for part in range(3))
+    return train, held_val, held_test
+
+
+def open_sets(cfg: DataConfig) -> Sets:
+    """Open the splits that ``cfg`` names. Reads lists and class folders, not images (CIFAR: its archive).
+
+    Names of the classes come from the list (csv, json), the folders, or the lines of root/classes.txt. Validation and
+    test images have the training split's classes, matched by name where both have names.
+
+    Raises:
+        UserError: a missing root, list or archive; a faulty list, see ``read_list``; classes that differ.
+    """
+    places = find_splits(cfg)
+    if "train" not in places.readers:
+        raise no_training_split(cfg)
+    splits = _read(places, SPLITS)
+    return Sets(splits["train"], splits.get("val"), splits.get("test"), tuple(places.shares), places.remarks)
+
+
+def open_training_sets(cfg: DataConfig) -> Sets:
+    """Open the sets for training, and log what is odd about them.
+
+    Raises:
+        UserError: see ``open_sets``; or fewer than two classes with training images.
+    """
+    sets = open_sets(cfg)
+    log.info("data %s: %s", cfg.title, sets)
+    for finding in opening_findings(sets):
+        if finding.level == "error":
+            raise UserError(f"data {cfg.title}, {finding.split}: {finding.message}")
+        examples = f" ({', '.join(finding.examples)})" if finding.examples else ""
+        level = logging.WARNING if finding.level == "warning" else logging.INFO
+        log.log(level, "data %s, %s: %s%s", cfg.title, finding.split, finding.message, examples)
+    return sets
+
+
+def open_splits(
+    cfg: DataConfig, required: Sequence[str], optional: Sequence[str], classes: Classes
+) -> dict[str, LongTailSet]:
+    """Open splits for a model, numbered by its classes: by name where both have names, else by position.
+
+    A split may lack some of the model's classes. The training split need not exist; it is read where another one is
+    held out of it, or where lists follow its numbering.
+
+    Args:
+        required, optional: splits to open; of the optional ones those that there are.
+        classes: the model's.
+
+    Raises:
+        UserError: see ``open_sets``; no such split, or classes that the model does not have.
+    """
+    places = find_splits(cfg, required)
+    there = [split for split in SPLITS if split in places.readers or split in places.shares]
+    if absent := [split for split in required if split not in there]:
+        raise UserError(
+            f"split {absent[0]!r}: {cfg.title} has only {', '.join(there) or 'nothing'}"
+            + (f"; use --split {there[-1]}" if there else "")
+        )
+    for remark in places.remarks:
+        log.info("data %s: %s", cfg.title, remark.message)
+    return _read(places, (*required, *optional), classes)
+
+
+def _read(places: Places, wanted: Sequence[str], classes: Classes | None = None) -> dict[str, LongTailSet]:
+    """Read the wanted splits that there are, and number them by ``classes`` (None: the training split's)."""
+    shares, needed = places.shares, {*wanted}
+    if places.names_file or shares.keys() & needed:
+        needed.add("train")
+    found = number_alike({split: read() for split, read in places.readers.items() if split in needed}, places)
+    if shares and "train" in found:
+        train, val, test = hold_out(found["train"], shares.get("val", 0.0), shares.get("test", 0.0))
+        found |= {"train": train} | {split: part for split, part in (("val", val), ("test", test)) if split in shares}
+    chosen = [split for split in wanted if split in found]
+    if classes:
+        what = dict.fromkeys(shares, places.what.get("train", "")) | places.what
+        exact = "train" in found  # else nothing but labels says how many classes lists without names have
+        found = {split: renumber(found[split], classes, what[split], exact) for split in chosen}
+    return {split: found[split] for split in SPLITS if split in chosen}

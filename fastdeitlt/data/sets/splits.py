@@ -1,0 +1,227 @@
+"""The splits of a data set: where each is read from, and the same numbering of classes in all.
+
+N images in the set, K classes.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.sets.class_names import listed, match_names
+from fastdeitlt.data.sets.counts import CIFAR_CLASSES
+from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, read_folder, split_folders
+from fastdeitlt.data.sets.lists import read_list
+from fastdeitlt.data.sets.types import SPLITS, Finding, LongTailSet, class_counts
+from fastdeitlt.errors import UserError
+
+log = logging.getLogger("fastdeitlt")
+DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "fashion_mnist_lt": {"train": ("train.txt",), "val": ("val.txt",), "test": ("test.txt",)},
+    "imagenet_lt": {split: (f"ImageNet_LT_{split}.txt", f"Imagenet_LT_{split}.txt") for split in SPLITS},
+    # published iNaturalist numbers are on its validation set, so that is the test set
+    "inat18": {
+        "train": ("iNaturalist18_train.txt", "train2018.json"),
+        "test": ("iNaturalist18_val.txt", "val2018.json"),
+    },
+    "places_lt": {split: (f"Places_LT_{split}.txt",) for split in SPLITS},
+}
+"""Names of the published lists under data.root, in the order they are looked for."""
+SOURCES = {
+    "imagenet_lt": "images: ILSVRC 2012 of image-net.org, as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; lists: "
+    "ImageNet_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
+    "inat18": "train_val2018/, train2018.json and val2018.json of github.com/visipedia/inat_comp/tree/master/2018",
+    "places_lt": "images: Places365 of places2.csail.mit.edu, 256 x 256, so that data_256/a/airfield/*.jpg is there; "
+    "lists: Places_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
+    "folder": "train/<class>/<image>, and val/ and test/ of the same form; or <class>/<image>",
+}
+"""Where the published sets come from and how they lie under data.root, for a message that one is not there."""
+FLAT_HOLDOUTS = {"val": 0.1, "test": 0.2}
+"""Shares held out of a root whose class folders are in no split, unless the configuration states others."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The numbering of classes that a split is to have: the training split's, or a model's."""
+
+    whose: str
+    """What has these classes, for messages; such as "model runs/a". Empty: the split itself."""
+    num_classes: int
+    names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the splits of a data set are, before anything is read."""
+
+    readers: Mapping[str, Callable[[], LongTailSet]]
+    """Reader of each split."""
+    what: dict[str, str]
+    """What each split is read from, for messages."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Share of the training images to hold out, of the splits without images of their own."""
+    names_file: Path | None = None
+    """A class name a line, for lists without names."""
+    remarks: tuple[Finding, ...] = ()
+
+
+def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
+    """Find the splits that there are. No list is read yet.
+
+    Args:
+        required: splits whose list must be there if ``cfg`` names one.
+
+    Raises:
+        UserError: no root, or a list that is named and not there.
+    """
+    if cfg.dataset in CIFAR_CLASSES:
+        from fastdeitlt.data.sets import cifar  # torchvision is slow to import
+
+        sets = dict(cifar.open_cifar(cfg))
+        readers = {split: partial(sets.__getitem__, split) for split in sets}
+        places = Places(readers, dict.fromkeys(sets, f"data {cfg.dataset}"))
+    elif cfg.dataset == "folder":
+        places = _find_folders(cfg)
+    else:
+        root = _root(cfg)
+        found = {split: _find_list(cfg, root, split, split in required) for split in SPLITS}
+        files = {split: file for split, file in found.items() if file}
+        what = {split: f"list {file}" for split, file in files.items()}
+        readers = {split: partial(read_list, file, root) for split, file in files.items()}
+        places = Places(readers, what, names_file=Path(root) / "classes.txt")
+    asked = {"val": cfg.val_holdout, "test": cfg.test_holdout}
+    shares = {split: places.shares.get(split, 0.0) if share is None else share for split, share in asked.items()}
+    from_train = "train" in places.readers
+    shares = {s: share for s, share in shares.items() if share and s not in places.readers and from_train}
+    return replace(places, shares=shares)
+
+
+def no_training_split(cfg: DataConfig) -> UserError:
+    """Return the error for a data set that has no training split."""
+    root = _root(cfg)
+    if cfg.dataset == "folder":
+        return UserError(f"data folder {root}: got no training split, expected {SOURCES['folder']}")
+    usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
+    looked = f"no {usual} under {root}; put it there or set" if usual else "got nothing; set"
+    return UserError(f"data.train_list: {looked} data.train_list=FILE{_source(cfg)}")
+
+
+def number_alike(found: dict[str, LongTailSet], places: Places) -> dict[str, LongTailSet]:
+    """Give all splits the training split's classes, if it is among them; lists without names get those of a file.
+
+    Without names anywhere K is that of the largest label in any split.
+
+    Raises:
+        UserError: classes that differ, or a file of names with another number of them.
+    """
+    train = found.get("train")
+    unnamed = {split: images for split, images in found.items() if images.class_names is None}
+    if unnamed and not (train and train.class_names):
+        largest = max(images.num_classes for images in unnamed.values())
+        names = _class_names(places.names_file, largest, exact="train" in unnamed)
+        classes = Classes("", len(names) if names else largest, names)
+        found = found | {split: renumber(images, classes, "") for split, images in unnamed.items()}
+    if train := found.get("train"):
+        classes = Classes("the training split", train.num_classes, train.class_names)
+        found = {split: renumber(images, classes, places.what[split]) for split, images in found.items()}
+    return found
+
+
+def renumber(images: LongTailSet, classes: Classes, what: str, exact: bool = False) -> LongTailSet:
+    """Number the classes of a split as ``classes``: by name where both have names, else by position.
+
+    Args:
+        what: what the split was read from, for messages.
+        exact: refuse a set without names that has fewer classes: its labels are all there are.
+
+    Raises:
+        UserError: a class with images that is not in ``classes``, or another number of classes without names.
+    """
+    labels_N, names = images.labels, images.class_names
+    if names and classes.names:
+        used = [label for label, count in enumerate(images.counts) if count]
+        if names != classes.names:
+            number_K = np.full(len(names), -1)
+            shown = [names[label] for label in used]
+            number_K[used] = match_names(shown, classes.names, what, classes.whose, subset=True)
+            labels_N = number_K[labels_N]
+    elif images.num_classes > classes.num_classes or ((names or exact) and images.num_classes < classes.num_classes):
+        raise UserError(
+            f"{what}: got {images.num_classes} classes, expected the {classes.num_classes} of {classes.whose}. "
+            "Give data of the same classes."
+        )
+    elif classes.whose and bool(names) != bool(classes.names):
+        log.warning("%s: classes are those of %s by position, because only one of them has names", what, classes.whose)
+    counts = class_counts(labels_N, classes.num_classes)
+    return replace(images, labels=labels_N, counts=counts, class_names=classes.names or names)
+
+
+def _root(cfg: DataConfig) -> str:
+    if cfg.dataset == "fashion_mnist_lt" and not cfg.root:
+        from fastdeitlt.data.sets import embedded
+
+        return str(embedded.unpack())
+    root = os.path.expanduser(cfg.root)
+    if not root:
+        whose = "the" if cfg.dataset in ("list", "folder") else f"{cfg.dataset}'s"
+        raise UserError(
+            f"data.root: got nothing, expected the folder of {whose} images; set data.root=FOLDER{_source(cfg)}"
+        )
+    if not os.path.isdir(root):
+        raise UserError(f"data.root: no such folder {root!r}{_source(cfg)}")
+    return root
+
+
+def _source(cfg: DataConfig) -> str:
+    """Return the hint appended to missing-data errors."""
+    return f" ({SOURCES[cfg.dataset]})" if cfg.dataset in SOURCES else ""
+
+
+def _find_folders(cfg: DataConfig) -> Places:
+    root = _root(cfg)
+    folders, others = split_folders(root)
+    shares, remarks = {}, []
+    if not folders:
+        folders, shares = {"train": os.curdir}, FLAT_HOLDOUTS
+        message = f"no split folders under {root}: its class folders are split by class, always in the same way"
+        remarks.append(Finding("note", "train", message))
+    elif others:
+        usual = "; ".join(", ".join(names) for names in SPLIT_FOLDERS.values())
+        message = f"folders that are not read, because they name no split ({usual}): {listed(others)}"
+        remarks.append(Finding("warning", "train", message))
+    readers = {split: partial(read_folder, root, folder) for split, folder in folders.items()}
+    what = {split: f"data folder {Path(root) / folder}" for split, folder in folders.items()}
+    return Places(readers, what, shares, remarks=tuple(remarks))
+
+
+def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path | None:
+    """The list file of a split: the one that is named, else the data set's usual one if it is there."""
+    if named := getattr(cfg, f"{split}_list"):
+        places = [Path(named).expanduser(), Path(root) / named]
+        file = next((place for place in places if place.is_file()), None)
+        if required and file is None:
+            raise UserError(f"data.{split}_list: no such file {named!r} (nor under {root}); give an existing list")
+        return file
+    usual = DEFAULT_LISTS.get(cfg.dataset, {}).get(split, ())
+    return next((Path(root) / name for name in usual if (Path(root) / name).is_file()), None)
+
+
+def _class_names(file: Path | None, num_classes: int, exact: bool) -> list[str] | None:
+    """Return the lines of a file of class names, or None if it is not there."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        names = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"class names {file}: cannot be read ({error}); give one name a line in UTF-8") from None
+    if len(names) < num_classes or (exact and len(names) > num_classes):
+        raise UserError(
+            f"class names {file}: got {len(names)} names, expected one for each of the {num_classes} classes of the "
+            "lists. Give one name a line, in the order of the labels."
+        )
+    return names

@@ -1,0 +1,130 @@
+"""A saved model as those who use it need it: weights in eval mode, class names, and how to prepare images."""
+
+# B batch, H height, W width, C channels, K classes
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
+from fastdeitlt.data.augment.transform import normalise
+from fastdeitlt.data.pixels.resize import resized_side
+from fastdeitlt.data.sets.splits import Classes
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import load_teacher
+from fastdeitlt.models.convert import load_student_checkpoint
+from fastdeitlt.models.teacher import check_class_map
+from fastdeitlt.store.checkpoint import find_model_folder, read_manifest
+from fastdeitlt.store.files import read_json
+from fastdeitlt.store.manifest import Calibration
+
+DEFAULT_CROP_PCT = 0.875
+
+EXPORTED = (".onnx", ".pt2")
+"""Files of `export`; its timm folders have a config.json."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model from a model folder, a run folder or a released checkpoint. Classes are numbered as the model does."""
+
+    model: nn.Module
+    kind: str
+    """"student" or "teacher"."""
+    class_names: list[str]
+    """Name of each class of the model [K], made up where its file has none."""
+    classes: Classes
+    """What the labels of a data set must be: names by label, if the model's file has them."""
+    class_map: Tensor
+    """The model's class of each label of the data set, int64 [K]."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    img_size: int
+    crop_pct: float
+    """img_size over the short side that images are resized to before the centre crop."""
+    calibration: Calibration | None = None
+    """Temperatures fitted on validation images, if the model's run had some."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Everything else that the file says, e.g. ``model``, ``dataset``, ``recipe``."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """results.json of the run that the model is from, if it is still in the run's folder."""
+    exif: str = "ignore"
+    """``data.exif`` of the run."""
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Training images of each label [K], if the model's file has them."""
+        return self.info.get("class_counts")
+
+    @property
+    def resize(self) -> int:
+        """Pixels to which the shorter side is resized before the centre crop."""
+        return resized_side(self.img_size, self.crop_pct)
+
+    def normalise(self, crops_BHWC: Tensor) -> Tensor:
+        """uint8 crops as the model's input images_BCHW, float32."""
+        return normalise(crops_BHWC, self.mean, self.std, torch.float32)
+
+    def by_label(self, logits_BK: Tensor) -> Tensor:
+        """Logits of the model's classes as logits of the data set's labels."""
+        return logits_BK[:, self.class_map.to(logits_BK.device)]
+
+
+def open_saved(path: str | Path) -> Saved:
+    """Open a student, or the folder of a teacher.
+
+    Args:
+        path: a model folder, a run folder (its best checkpoint), a released student checkpoint (.pth, .safetensors).
+
+    Raises:
+        UserError: no such file or folder, damaged, or not a model.
+    """
+    path = Path(path)
+    if (path.suffix in EXPORTED and path.is_file()) or (path / "config.json").is_file():
+        raise UserError(
+            f"model {path}: was exported for other programs, which read it; give the run folder it was exported from"
+        )
+    model: nn.Module
+    if path.is_dir() and (info := read_manifest(find_model_folder(path))).get("kind") == "teacher":
+        model = load_teacher(path, "", info.get("model", {}).get("num_classes", 0))
+    else:
+        model, info = load_student_checkpoint(path)
+    num_classes, preprocess = info["model"]["num_classes"], info.get("preprocess") or {}
+    map_K = check_class_map(info.get("class_map") or range(num_classes), num_classes)
+    names = info.get("class_names") or [f"class {label}" for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise UserError(f"model {path}: has {len(names)} class names for {num_classes} classes; repair its manifest")
+    if len(info.get("class_counts") or names) != num_classes:
+        number = len(info["class_counts"])
+        raise UserError(f"model {path}: has {number} class counts for {num_classes} classes; repair its manifest")
+    return Saved(
+        model=model,
+        kind=info.get("kind", "student"),
+        classes=Classes(f"model {path}", num_classes, info.get("class_names")),
+        class_names=[names[label] for label in map_K.argsort().tolist()],
+        class_map=map_K,
+        mean=tuple(preprocess.get("mean", IMAGENET_MEAN)),
+        std=tuple(preprocess.get("std", IMAGENET_STD)),
+        img_size=preprocess.get("img_size") or info["model"]["img_size"],
+        crop_pct=preprocess.get("crop_pct", DEFAULT_CROP_PCT),
+        exif=preprocess.get("exif", "ignore"),
+        calibration=Calibration(**info["calibration"]) if info.get("calibration") else None,
+        info=info,
+        results=read_json(run / "results.json") if (run := run_of(path)) else {},
+    )
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a model folder is in (as checkpoints/<name>), if it is in one."""
+    if not path.is_dir():
+        return None
+    folder = find_model_folder(path)
+    return next((place for place in (folder, folder.parent.parent) if (place / "config.yaml").is_file()), None)

@@ -1,0 +1,277 @@
+"""`analyze student`: where CLS and DIST look, how far heads attend, how many dimensions the features use."""
+
+# B images, C channels, H height, W width, K classes, N images in all, P patches, L blocks
+
+import base64
+import json as json_module
+import logging
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from fastdeitlt import config, distributed
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.source import Source, open_source
+from fastdeitlt.data.sets.counts import class_order, shot_groups
+from fastdeitlt.data.sets.opening import open_splits
+from fastdeitlt.data.sets.types import SPLITS, LongTailSet
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.metrics import cell
+from fastdeitlt.models.saved import Saved, open_saved, run_of
+from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.reporting import figures, page
+from fastdeitlt.reporting.analysis import attention, overlay
+from fastdeitlt.reporting.analysis.features import CENTRINGS, watch_tokens
+from fastdeitlt.reporting.page import Block, Section
+from fastdeitlt.store.files import write_atomically
+
+log = logging.getLogger("fastdeitlt")
+SPLIT = "official"
+NUM_IMAGES = 2048
+PER_GROUP = 4
+"""Pictures of each of head, mid and tail."""
+WEIGHT_BYTES = 2**29
+"""Memory for the attention weights of a batch."""
+
+
+def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Path | None) -> None:
+    """Look into each student on its test images, print the tables, write RUN/analysis/student.json and pictures.
+
+    Raises:
+        UserError: not a student, no images, or another data set than the student's.
+    """
+    for path in runs:
+        facts = _open_and_look(path, overrides, images)
+        for table in tables(facts):
+            Console().print(table)
+        if run := run_of(Path(path)):
+            log.info("%s", write(facts, run))
+        if json:
+            write_atomically(json, json_module.dumps(facts, indent=1))
+
+
+def leave(run_dir: Path, num_images: int) -> None:
+    """Look into the student of a run that has just been trained."""
+    write(_open_and_look(str(run_dir), (), num_images), run_dir)
+
+
+def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str, Any]:
+    saved, run = open_saved(path), run_of(Path(path))
+    if not isinstance(saved.model, DistilledViT):
+        raise UserError(f"model {path}: got a {saved.kind}, expected a student (analyze teacher looks into teachers)")
+    if images < 1:
+        raise UserError(f"analyze student: --images is {images}, expected at least 1")
+    cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
+    device = distributed.device_of(cfg.train.device)
+    splits = open_splits(cfg.data, () if saved.class_counts else ("train",), SPLITS, saved.classes)
+    name, chosen = list(splits.items())[-1]  # test, else validation, else training images
+    counts, dataset = saved.class_counts or splits["train"].counts, saved.info.get("dataset", cfg.data.dataset)
+    saved.model.to(device)
+    with closing(open_source(chosen, cfg.data, device)) as source:
+        return {"set": name} | look(saved, source, chosen, counts, dataset, images)
+
+
+def write(facts: dict[str, Any], run_dir: Path) -> Path:
+    """Write what ``look`` found into the run's folder, each picture as a file too. Returns analysis/student.json."""
+    folder = run_dir / "analysis"
+    (folder / "attention").mkdir(parents=True, exist_ok=True)
+    for index, item in enumerate(facts["gallery"]):
+        picture = base64.b64decode(item["picture"].partition(",")[2])
+        (folder / "attention" / f"{index:02d}-{item['group']}.png").write_bytes(picture)
+    path = folder / "student.json"
+    write_atomically(path, json_module.dumps(facts, indent=1))
+    return path
+
+
+def look(
+    saved: Saved, source: Source, images: LongTailSet, counts: Sequence[int], dataset: str, num_images: int = NUM_IMAGES
+) -> dict[str, Any]:
+    """Run a student over images and measure attention and features. Float32, on the device where the model is.
+
+    Args:
+        saved: the student.
+        source: gives the images of ``images``.
+        counts: training images of each class: what head, mid and tail mean (official split).
+        num_images: at most so many, evenly spaced in the list.
+
+    Returns:
+        ``distance`` mean attention distance in pixels [L][heads] and ``uniform_distance``, that of attention which is
+        the same everywhere; ``rank`` token -> centring -> [L]; ``cosine`` of CLS and DIST [L]; ``patch_similarity``
+        [L]; ``maps`` group -> likeness (cosine) and spread of the rollouts of CLS and DIST; ``gallery`` pictures of
+        the first image of some classes of each group: image, rollout of CLS and DIST, last block of CLS and DIST.
+    """
+    student = saved.model
+    assert isinstance(student, DistilledViT)
+    student.eval()
+    sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
+    distances, maps = [], []
+    with watch_tokens(student) as tokens:
+        for _, weights, _ in _batches(saved, source, sample_N):
+            distances.append(torch.stack([attention.mean_distance(w, student.patch).mean(0) * len(w) for w in weights]))
+            maps.append(attention.rollout(weights).cpu())
+    side = student.img_size // student.patch
+    return {
+        "images": len(sample_N),
+        "patch": student.patch,
+        "side": side,
+        "distance": (torch.stack(distances).sum(0) / len(sample_N)).tolist(),
+        "uniform_distance": float(attention.patch_distances(side, student.patch).mean()),
+        "rank": tokens.ranks(),
+        "width": student.width,
+        "cosine": tokens.cosines(),
+        "patch_similarity": tokens.patch_similarities(),
+        "maps": _compare_maps(torch.cat(maps), torch.as_tensor(images.labels[sample_N]), counts, dataset),
+        "gallery": _gallery(saved, source, images, counts, dataset),
+    }
+
+
+def _batches(saved: Saved, source: Source, sample_N: np.ndarray) -> Any:
+    """(crops_BHWC on the CPU, attention weights of each block, (cls_logits_BK, dist_logits_BK)) of batches in order."""
+    student = saved.model
+    assert isinstance(student, DistilledViT)
+    tokens = student.pos_embed.shape[1]
+    heads = student.get_submodule("blocks.0.attn").heads
+    batch = int(np.clip(WEIGHT_BYTES // (4 * len(student.blocks) * heads * tokens**2), 1, 64))  # type: ignore[operator]
+    parts = [sample_N[i : i + batch] for i in range(0, len(sample_N), batch)]
+    requests = [CropRequest(part, size=saved.img_size, resize=saved.resize) for part in parts]
+    with attention.attention_weights(student) as weights, torch.inference_mode():
+        for crops_BHWC in source.crops(requests):
+            x_BND = student.forward_features(saved.normalise(crops_BHWC))
+            yield crops_BHWC.cpu(), weights, (student.head(x_BND[:, 0]), student.head_dist(x_BND[:, 1]))
+
+
+def _compare_maps(
+    maps_N2P: Tensor, labels_N: Tensor, counts: Sequence[int], dataset: str
+) -> dict[str, dict[str, float]]:
+    found = {}
+    groups = {"all": torch.arange(len(counts))} | shot_groups(counts, SPLIT, dataset)
+    likeness_N, spread_N2 = cosine_similarity(maps_N2P[:, 0], maps_N2P[:, 1], dim=1), attention.spread(maps_N2P)
+    for group, ids in groups.items():
+        inside_N = torch.isin(labels_N, ids)
+        if inside_N.any():
+            spread_2 = spread_N2[inside_N].mean(0).tolist()
+            found[group] = {
+                "images": int(inside_N.sum()),
+                "likeness": float(likeness_N[inside_N].mean()),
+                "spread_cls": spread_2[0],
+                "spread_dist": spread_2[1],
+            }
+    return found
+
+
+def _gallery(
+    saved: Saved, source: Source, images: LongTailSet, counts: Sequence[int], dataset: str
+) -> list[dict[str, Any]]:
+    """The first image of up to ``PER_GROUP`` classes of each group, evenly spaced by class size: nothing is picked."""
+    first: dict[int, int] = {}
+    for index, label in enumerate(images.labels.tolist()):
+        first.setdefault(label, index)
+    chosen: list[tuple[str, int]] = []
+    for group, ids in shot_groups(counts, SPLIT, dataset).items():
+        members = [k for k in class_order(counts).tolist() if k in first and k in set(ids.tolist())]
+        places = np.linspace(0, len(members) - 1, min(PER_GROUP, len(members))).astype(int)
+        chosen += [(group, members[place]) for place in places]
+    names = [saved.class_names[k] for k in saved.class_map.tolist()]
+    items: list[dict[str, Any]] = []
+    for crops_BHWC, weights, (cls_BK, dist_BK) in _batches(saved, source, np.array([first[k] for _, k in chosen])):
+        side = round((weights[0].shape[-1] - 2) ** 0.5)
+        maps = torch.cat([attention.rollout(weights), attention.last_maps(weights)], dim=1).unflatten(-1, (side, side))
+        predicted = {
+            head: saved.by_label(logits_BK).argmax(1).tolist()
+            for head, logits_BK in (("AVG", (cls_BK + dist_BK) / 2), ("CLS", cls_BK), ("DIST", dist_BK))
+        }
+        for b, (crop_HWC, maps_4PP) in enumerate(zip(crops_BHWC.numpy(), maps.cpu().numpy(), strict=True)):
+            group, label = chosen[len(items)]
+            items.append(
+                {
+                    "group": group,
+                    "class": names[label],
+                    "training_images": int(counts[label]),
+                    "predicted": {head: names[classes[b]] for head, classes in predicted.items()},
+                    "picture": overlay.data_uri(overlay.strip(crop_HWC, list(maps_4PP))),
+                }
+            )
+    return items
+
+
+def tables(facts: dict[str, Any]) -> list[Table]:
+    """The numbers for a terminal."""
+    found = []
+    for title, header, rows in (_block_rows(facts), _map_rows(facts)):
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        found.append(table)
+    return found
+
+
+def _block_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    header = ["block", "px", *(f"rank {token}, {c}" for token in facts["rank"] for c in CENTRINGS)]
+    header += ["CLS-DIST cosine", "patch cosine"]
+    rows = [
+        [
+            str(index + 1),
+            f"{min(heads):.1f} to {max(heads):.1f}",
+            *(str(ranks[c][index]) for ranks in facts["rank"].values() for c in CENTRINGS),
+            cell(facts["cosine"][index], 3),
+            cell(facts["patch_similarity"][index], 3),
+        ]
+        for index, heads in enumerate(facts["distance"])
+    ]
+    return f"By block, {facts['images']:,} {facts['set']} images", header, rows
+
+
+def _map_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    header = ["classes", "images", "likeness", "spread CLS", "spread DIST"]
+    rows = [
+        [group, f"{m['images']:,}", *(cell(m[key], 3) for key in ("likeness", "spread_cls", "spread_dist"))]
+        for group, m in facts["maps"].items()
+    ]
+    return "Rollout maps of CLS and DIST", header, rows
+
+
+def section(facts: dict[str, Any]) -> Section:
+    """The report's part, from analysis/student.json."""
+    blocks: list[Block] = [
+        page.Gallery(
+            "The image; rollout of CLS and of DIST; last block of CLS and of DIST",
+            [(item["picture"], _caption(item)) for item in facts["gallery"]],
+        ),
+        page.Figure(
+            "Mean attention distance of each head", figures.distances(facts["distance"], facts["uniform_distance"])
+        ),
+        page.Figure("Feature rank (99 % of the energy)", figures.over_blocks(_rank_lines(facts), "rank")),
+        page.Figure(
+            "Likeness of tokens",
+            figures.over_blocks({"CLS and DIST": facts["cosine"], "patches": facts["patch_similarity"]}, "cosine"),
+        ),
+        page.Table(*_map_rows(facts)),
+        page.Fold("Every block", page.Table(*_block_rows(facts))),
+    ]
+    note = (
+        f"On {facts['images']:,} {facts['set']} images. Pictures: the first image of each class, none picked; each map "
+        "is scaled to its own range, brighter is more. Rollout is the product of the blocks' attention (mean over "
+        "heads, half identity). Distance: a patch's mean distance to the patches that it attends to; the dotted line "
+        "is that of attention which is the same everywhere. Rank counts the singular values that hold 99 % of the "
+        "energy, centred by sample (as in published figures) or by feature (as in PCA). Spread is a map's entropy, 1 "
+        "where all patches are attended alike."
+    )
+    return Section("Attention and features", note, blocks)
+
+
+def _rank_lines(facts: dict[str, Any]) -> dict[str, list[float]]:
+    return {f"{token}, by {c}": ranks[c] for token, ranks in facts["rank"].items() for c in CENTRINGS}
+
+
+def _caption(item: dict[str, Any]) -> str:
+    """What the image shows, and what each head took it for."""
+    said = ", ".join(f"{head} {name}" for head, name in item["predicted"].items())
+    return f"{item['group']}: {item['class']} ({item['training_images']:,} training images). Taken for: {said}"

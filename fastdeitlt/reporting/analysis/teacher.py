@@ -1,0 +1,175 @@
+"""`analyze teacher`: what a student is taught on its own images, how flat the teacher is, its feature rank."""
+
+# K classes
+
+import json as json_module
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastdeitlt import config
+from fastdeitlt.config import Config
+from fastdeitlt.errors import UserError, printable
+from fastdeitlt.evaluation.metrics import GROUPS, cell
+from fastdeitlt.models.saved import run_of
+from fastdeitlt.reporting import figures, page
+from fastdeitlt.reporting.page import Section
+from fastdeitlt.store.files import write_atomically
+from fastdeitlt.teachers.diagnose import diagnose_teacher
+
+log = logging.getLogger("fastdeitlt")
+CONDITIONS = {"clean": "clean", "augmented": "augmented", "mixed": "mixed", "mixed_resized": "resized"}
+SHOTS = GROUPS[1:]
+MAX_CLASS_ROWS = 100
+
+
+def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, images: int, json: Path | None) -> None:
+    """Diagnose teachers, print the tables, write RUN/analysis/teacher.json (which the report of RUN shows).
+
+    Args:
+        runs: students' runs, whose teacher is meant; with ``recipe``, teachers (runs, model folders, checkpoints).
+        overrides: settings over the student's.
+        recipe: the student's recipe or configuration; its ``data`` are the teacher's run's where it has one.
+        images: training images to look at.
+        json: file for the numbers of all teachers, by RUN.
+
+    Raises:
+        UserError: a run without a teacher, a teacher without a recipe, or whatever is wrong with teacher or data.
+    """
+    if images < 2:
+        raise UserError(f"analyze teacher: --images is {images}, expected at least 2")
+    found = {}
+    for run in runs:
+        path, cfg = _student_of(run, recipe, overrides)
+        found[run] = facts = diagnose_teacher(path, cfg, images, run_dir=None if recipe else run_of(Path(run)))
+        for table in tables(facts):
+            Console().print(table)
+        if folder := run_of(Path(run)):
+            log.info("%s", _write(facts, folder))
+    if json:
+        write_atomically(json, json_module.dumps(found, indent=1))
+
+
+def leave(run_dir: Path, num_images: int) -> None:
+    """Look into the teacher of a student that has just been trained, if it had one; without its sharpness."""
+    cfg = config.load(str(run_dir / "config.yaml"))
+    if cfg.teacher.path:
+        _write(diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False, run_dir=run_dir), run_dir)
+
+
+def _write(facts: dict[str, Any], run_dir: Path) -> Path:
+    path = run_dir / "analysis" / "teacher.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json_module.dumps(facts, indent=1))
+    return path
+
+
+def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Config]:
+    """(the teacher's path, the student's configuration)."""
+    folder = run_of(Path(run))
+    own = folder / "config.yaml" if folder else None
+    if recipe:
+        # the teacher's data are the student's, as in train --with-teacher
+        data = config.flatten(config.load(str(own))) if own else {}
+        inherited = {name: value for name, value in data.items() if name.startswith("data.")}
+        cfg = config.load(recipe)
+        return run, config.build(config.flatten(cfg) | inherited | config.parse_overrides(list(overrides)))
+    cfg = config.load(str(own), list(overrides)) if own else Config()
+    if not cfg.teacher.path:
+        raise UserError(
+            f"analyze teacher: {run} is no student's run with a teacher; for a teacher itself name the recipe whose "
+            "images it will teach on, such as --recipe quickstart"
+        )
+    return cfg.teacher.path, cfg
+
+
+def tables(facts: dict[str, Any]) -> list[Table]:
+    """The tables for a terminal."""
+    shown = []
+    for block in section(facts).blocks:
+        if isinstance(block, page.Table):
+            table = Table(title=block.caption, title_justify="left")
+            for number, name in enumerate(block.header):
+                table.add_column(name, justify="right" if number else "left")
+            for row in block.rows:
+                table.add_row(*(Text(printable(shown)) for shown in row))
+            shown.append(table)
+    return shown
+
+
+def section(facts: dict[str, Any]) -> Section:
+    """The part of the report."""
+    conditions = {name: facts[name] for name in CONDITIONS}
+    heights = {"all": [f["accuracy"] for f in conditions.values()]}
+    heights |= {shot: [f["agreement"][shot] or math.nan for f in conditions.values()] for shot in SHOTS}
+    colours = dict(zip(heights, (figures.COLOURS["AVG"], *figures.RUN_COLOURS), strict=False))
+    return Section(
+        "Teacher",
+        f"Teacher {_name(facts['path'])} on {facts['images']:,} training images: clean, as in its own evaluation; "
+        "augmented by the student's recipe; mixed besides; and resized from the student's size, which is what it "
+        "teaches on. Right: the hard decision is the label of the larger share of the image (groups by the official "
+        "split); either: the label of one of its two. Entropy is that of the softmax. Feature rank counts the singular "
+        "values that hold 99 % of the energy; sharpness is the rise of the loss that far along its gradient.",
+        [
+            page.Figure(
+                "Decisions of the teacher that are right, in %",
+                figures.bars(list(CONDITIONS.values()), heights, colours),
+            ),
+            _condition_table(conditions),
+            _target_table(facts),
+            _flatness_table(facts),
+        ],
+    )
+
+
+def _name(path: str) -> str:
+    """Of the teacher's run or file."""
+    return next(part for part in reversed(Path(path).parts) if part not in ("checkpoints", "best", "last"))
+
+
+def _condition_table(conditions: dict[str, Any]) -> page.Table:
+    rows = [
+        [
+            CONDITIONS[name],
+            *(cell(value) for value in (f["accuracy"], *(f["agreement"][shot] for shot in SHOTS), f["either"])),
+            f"{f['entropy']:.3f}",
+        ]
+        for name, f in conditions.items()
+    ]
+    return page.Table("Right and either, in %; entropy, in nats", ["images", *GROUPS, "either", "nats"], rows)
+
+
+def _target_table(facts: dict[str, Any]) -> page.Table:
+    """Shares of hard targets beside those of labels: of each class if they are few, else of each group."""
+    counts = facts["hard_targets"]
+    totals = {kind: max(sum(counts[kind]), 1) for kind in counts}
+    names = facts["class_names"] or [f"class {k}" for k in range(len(counts["labels"]))]
+    bins = {name: [k] for k, name in enumerate(names)} if len(names) <= MAX_CLASS_ROWS else facts["groups"]
+    rows = []
+    for name, ids in bins.items():
+        number = {kind: sum(counts[kind][k] for k in ids) for kind in ("labels", "targets")}
+        share = {kind: 100 * number[kind] / totals[kind] for kind in number}
+        ratio = f"{share['targets'] / share['labels']:.1f}" if share["labels"] else "-"
+        rows.append([name, *(f"{share[kind]:.1f}" for kind in ("labels", "targets")), ratio])
+    header = ["", "label, %", "taught, %", "ratio"]
+    return page.Table("How often each class is the label, and how often it is taught", header, rows)
+
+
+def _flatness_table(facts: dict[str, Any]) -> page.Table:
+    """Sharpness, where it was taken, and feature rank."""
+    rank, rows = facts["feature_rank"], []
+    if sharp := facts.get("sharpness"):
+        rows = [["loss, clean images", f"{sharp['loss']:.4f}"]]
+        rows += [[f"its rise at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
+        rows += [["largest Hessian eigenvalue", f"{sharp['top_eigenvalue']:.1f}"]]
+    rows += [
+        ["feature rank, by sample", f"{rank['sample']} of {rank['width']}"],
+        ["feature rank, by feature", f"{rank['feature']} of {rank['width']}"],
+    ]
+    return page.Table("Sharpness and feature rank" if sharp else "Feature rank", ["", "value"], rows)

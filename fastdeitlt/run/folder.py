@@ -1,0 +1,379 @@
+"""The run folder, what is written into it, and what the person at the terminal sees."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from fastdeitlt import config, distributed
+from fastdeitlt.config import Config
+from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError, printable
+from fastdeitlt.run.checkpoints import Checkpoints, sweep
+from fastdeitlt.run.process import STOP, Stopped, stop_code
+from fastdeitlt.store.files import read_json, write_atomically
+
+log = logging.getLogger("fastdeitlt")
+console = Console()
+
+# A resumed run may differ from the saved one in these alone; anything else would not be the same run.
+MAY_CHANGE = (
+    "runs_dir",
+    "published",
+    "data.root",
+    "data.test_list",
+    "data.residency",
+    "data.num_threads",
+    "data.jpeg_engine_share",
+    "augment.impl",
+    "train.device",
+    "train.compile",
+    "train.engine",
+    "train.zero_stage",
+    "train.offload",
+    "train.timeout_s",
+    "train.keep",
+    "train.log_every",
+    "train.save_every_epochs",
+    "train.save_every_steps",
+    "evaluate.batch_size",
+    "evaluate.analyze_images",
+)
+RESTARTS = 3
+"""Starts from one step that may die before the run refuses the next."""
+PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
+
+
+def set_up_logging() -> None:
+    """Messages through rich on a terminal; plain lines with a time elsewhere, and only from rank 0."""
+    log.setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
+    log.propagate = False
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X")
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_escape)
+    log.handlers = [handler]
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape what names in a message could make a terminal do."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: an allow-list, never the process's environment or its arguments."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "world": distributed.get_world(),
+        "kernel measurements": _kernel_measurements() if gpu else None,
+        "packages": versions,
+        "commit": _commit(),
+    }
+
+
+def _kernel_measurements() -> str:
+    """Hash of the measurements by which `auto` chooses kernels."""
+    from fastdeitlt.kernels._measured import fingerprint
+
+    return fingerprint()
+
+
+def _commit() -> str | None:
+    git = shutil.which("git")
+    if not git:
+        return None
+    root = Path(__file__).parents[2]
+    found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+class Run:
+    """One run's folder: config.yaml, env.json, metrics.jsonl, summary.csv, tensorboard/, checkpoints/.
+
+    ``PREEMPTED`` is in it from the moment a signal stopped the run until it goes on; ``starts.json`` counts the starts
+    from the same step that died.
+
+    Args:
+        cfg: the resolved configuration; the folder is cfg.runs_dir/cfg.name.
+        resume: auto (continue if there is something), never (a new folder beside an old one), must, or the path of a
+            run folder.
+
+    Raises:
+        UserError: another process has the folder, resume=must finds nothing, or the configuration differs from the
+            saved one in a way that would make it another run.
+    """
+
+    def __init__(self, cfg: Config, resume: str = "auto") -> None:
+        self.cfg = _with_ranks(cfg)
+        self.is_main = distributed.rank() == 0
+        self.folder = distributed.on_main(lambda: self._take(resume))
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep)
+        self._first = 0
+        self._progress: Progress | None = None
+        self._board: SummaryWriter | None = None
+        self._restored = 0
+        self.started = time.perf_counter()
+
+    def _take(self, resume: str) -> Path:
+        """Rank 0: choose the folder, make it, lock it, and write what the run is."""
+        folder = Path(self.cfg.runs_dir) / self.cfg.name
+        if resume not in ("auto", "never", "must"):
+            folder = Path(resume)
+        elif resume == "never":
+            folder = _unused(folder)
+        saved = folder / "config.yaml"
+        if resume not in ("auto", "never") and not saved.is_file():
+            raise UserError(f"resume: {folder} holds no run; use --resume auto to start one")
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {folder}: cannot be made ({error}); choose another runs_dir") from None
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            owner = folder / ".owner"
+            by = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
+            raise UserError(f"run folder {folder}: another process is using it{by}; wait, or set name=...") from None
+        write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
+        sweep(folder / "checkpoints")
+        if saved.exists() and _has_begun(folder):
+            refuse_changes(config.load(str(saved)), self.cfg, folder)
+        write_atomically(saved, config.dump(self.cfg))
+        now = environment()
+        _warn_of_changes(read_json(folder / "env.json"), now)
+        write_atomically(folder / "env.json", json.dumps(now, indent=1))
+        return folder
+
+    def note_environment(self) -> None:
+        """Rewrite env.json, whose kernel measurements may have been made since the start."""
+        if self.is_main:
+            write_atomically(self.folder / "env.json", json.dumps(environment(), indent=1))
+
+    def __enter__(self) -> "Run":
+        STOP.cleanup = self._leave
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Stopped):
+                self._leave(STOP.first)
+            if self._progress:
+                self._progress.stop()
+            if self._board:
+                self._board.close()
+            self.checkpoints.finish(must=error is None)
+        finally:
+            STOP.cleanup = None
+            if self.is_main:
+                if _is_clean(error):
+                    (self.folder / "starts.json").unlink(missing_ok=True)
+                if error is None:
+                    (self.folder / "PREEMPTED").unlink(missing_ok=True)
+                self._lock.release()
+
+    def count_start(self, step: int, epoch: int) -> None:
+        """Rank 0: note a start from a state, which a death before the next checkpoint leaves in the folder.
+
+        Args:
+            step, epoch: optimizer steps done, epochs ended.
+
+        Raises:
+            CrashLoopError: too many starts from there have died.
+        """
+        self._first = step
+        path, state = self.folder / "starts.json", {"step": step, "epoch": epoch}
+        before = read_json(path)
+        died = before.get("died", 0) + 1 if before.items() >= state.items() else 0
+        if died > RESTARTS:
+            raise CrashLoopError(
+                f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint; find out "
+                f"why (its messages, the system's log), then remove {path} to try again"
+            )
+        write_atomically(path, json.dumps({**state, "died": died}))
+        (self.folder / "PREEMPTED").unlink(missing_ok=True)
+
+    def stopped(self, number: int, step: int) -> StoppedError:
+        """The error that ends a run whose state after ``step`` is saved, because a signal asked for it."""
+        self._mark(number, step)
+        name = signal.Signals(number).name
+        return StoppedError(
+            f"{self.folder}: stopped by {name}, saved after step {step}; the same command goes on", stop_code(number)
+        )
+
+    def _leave(self, number: int) -> None:
+        """Leave the folder because of a signal, where no more is to be saved than is being saved."""
+        if self._progress:
+            self._progress.stop()
+        self.checkpoints.finish()
+        self._mark(number, max(self.checkpoints.step, self._first))
+        if self.is_main:
+            (self.folder / "starts.json").unlink(missing_ok=True)
+
+    def _mark(self, number: int, step: int) -> None:
+        if self.is_main:
+            facts = {"signal": signal.Signals(number).name, "step": step}
+            write_atomically(self.folder / "PREEMPTED", json.dumps(facts))
+
+    @property
+    def finished(self) -> bool:
+        """The run has its results."""
+        return (self.folder / "results.json").exists()
+
+    def rewind(self, step: int, ended: bool) -> None:
+        """Drop what was logged after a state, so that a resumed run's log reads as if it had never stopped.
+
+        Args:
+            step: optimizer steps done.
+            ended: whether this step ended an epoch, with the evaluation that was due.
+        """
+        self._restored = step
+        path = self.folder / "metrics.jsonl"
+        if self.is_main and path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _is_before(line, step, ended)]
+            write_atomically(path, "".join(kept))
+            self.summarise()
+
+    def start_progress(self, total: int, step: int) -> None:
+        """Show a bar of optimizer steps when on a terminal."""
+        if self.is_main and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=console)
+            self._progress.add_task(self.cfg.name, total=total, completed=step)
+            self._progress.start()
+
+    def record(self, kind: str, step: int, **facts: Any) -> None:
+        """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
+        if not self.is_main:
+            return
+        line = {"kind": kind, "step": step, **facts}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is None:
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._restored + 1)
+        for name, value in facts.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def show(self, step: int, text: str) -> None:
+        """Advance the bar, or print a plain line where there is none."""
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step, description=text)
+        else:
+            log.info(text)
+
+    def summarise(self) -> None:
+        """Rewrite summary.csv: one row an evaluation."""
+        rows = [line for line in self.records() if line["kind"] == "eval"] if self.is_main else []
+        if rows:
+            head = [key for key, value in rows[-1].items() if isinstance(value, int | float | str) and key != "kind"]
+            table = [",".join(head), *(",".join(str(row.get(key, "")) for key in head) for row in rows)]
+            write_atomically(self.folder / "summary.csv", "\n".join(table) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _is_before(line: str, step: int, ended: bool) -> bool:
+    """Whether a logged record belongs to the state after ``step``; not a line that a crash has spoilt."""
+    try:
+        record = json.loads(line)
+        at, kind = float(record["step"]), record["kind"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    if at == step and kind != "step":  # an evaluation; that of the chosen weights is done again until results are there
+        return ended and record.get("weights") != "selected"
+    return at <= step
+
+
+def _is_clean(error: BaseException | None) -> bool:
+    """Whether the run ended for a reason it gave itself, rather than by a crash that the next start may meet again."""
+    crashes = (RankLostError, MemoryFullError, CrashLoopError)
+    return (
+        error is None
+        or isinstance(error, KeyboardInterrupt)
+        or (isinstance(error, UserError) and not isinstance(error, crashes))
+    )
+
+
+def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what a resumed run runs on that it did not before: its results may differ in the last bits."""
+    flat = [{**e, **e["packages"]} for e in (before, now) if isinstance(e.get("packages"), dict)]
+    if len(flat) < 2:
+        return
+    changed = [name for name in flat[0] if name in flat[1] and flat[0][name] != flat[1][name] and name != "packages"]
+    if changed:
+        listed = ", ".join(f"{name} {flat[0][name]} -> {flat[1][name]}" for name in changed)
+        log.warning("resumed on another machine or code (%s): the last bits may differ", listed)
+
+
+def _with_ranks(cfg: Config) -> Config:
+    """The run with its virtual ranks named, so that other real ranks continue the same run or are refused."""
+    ranks = cfg.train.virtual_ranks or distributed.get_world()
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
+
+
+def _unused(folder: Path) -> Path:
+    number = 2
+    candidate = folder
+    while candidate.exists():
+        candidate = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return candidate
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is anything in the folder that other settings would spoil: not after a start that was refused."""
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
+
+
+def refuse_changes(
+    saved: Config,
+    now: Config,
+    folder: Path,
+    free: Collection[str] = (),
+    cure: str = "use --resume never for a new folder, or the saved settings",
+) -> None:
+    """Raise UserError where a folder's run has other settings than ``now``, besides MAY_CHANGE and ``free``."""
+    before, after = config.flatten(saved), config.flatten(now)
+    changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name", *free)]
+    if changed:
+        listed = ", ".join(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed[:4])
+        raise UserError(f"run folder {folder}: holds a run with other settings ({listed}); {cure}")

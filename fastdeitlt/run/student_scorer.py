@@ -1,0 +1,151 @@
+"""A student in training as the selection sees it: its weights and their average, scored on both heads."""
+
+# K classes, N images in the set
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt.config import Config
+from fastdeitlt.core.optim import Ema
+from fastdeitlt.data.pixels.resize import resized_side
+from fastdeitlt.data.pixels.source import Source, open_source
+from fastdeitlt.data.sets.counts import shot_groups
+from fastdeitlt.data.sets.types import LongTailSet, Sets
+from fastdeitlt.evaluation import signs
+from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
+from fastdeitlt.evaluation.metrics import Result, readable, score, score_single
+from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.run.selection import Tested, data_facts
+
+
+class StudentScorer:
+    """Scores of a student's weights and of their average.
+
+    Args:
+        cfg: the run.
+        sets: training, validation and test images.
+        student, teacher: the models; teacher may be None.
+        ema: the moving average, or None.
+        device: where the step runs.
+    """
+
+    later_wins = False
+
+    def __init__(
+        self,
+        cfg: Config,
+        sets: Sets,
+        student: DistilledViT,
+        teacher: Teacher | None,
+        ema: Ema | None,
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.sets, self.device = cfg, sets, device
+        self.student, self.teacher, self.ema = student, teacher, ema
+        wanted = ("model", "ema") if cfg.evaluate.weights == "both" else (cfg.evaluate.weights,)
+        self.candidates: Sequence[str] = [weights for weights in wanted if weights == "model" or ema]
+        self.identity: str | None = teacher.sha256() if teacher else None
+        self.tail = signs.tail_images(sets.train, cfg.data.dataset)
+        self._sources: dict[int, Source] = {}
+
+    def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
+        """Scores on a split; how alike the heads' features are, and the scores on training images of the tail."""
+        images, model = getattr(self.sets, split), WithCosine(self.student)
+        with self._installed(weights):
+            result = self._score(self._logits(images, model))
+            seen = self._score(self._logits(self.tail, self.student)) if len(self.tail) else None
+        facts: dict[str, Any] = self._cosines(model.cosine_N(len(images), self.device), torch.as_tensor(images.labels))
+        return result, facts | ({"tail_seen": seen.to_json()} if seen else {})
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Install the chosen weights."""
+        self.student.load_state_dict(weights)
+
+    def test(self) -> Tested:
+        """Score on test images, else on validation images, beside the teacher; fit what validation images can fit."""
+        images = self.sets.test or self.sets.val
+        if images is None:
+            return Tested({}, None, {}, {})
+        split, counts = "test" if self.sets.test else "val", self.sets.train.counts
+        logits = self._logits(images, self.student)
+        result = self._score(logits)
+        teacher = self._score_teacher(images, self.teacher) if self.teacher else None
+        others: dict[str, Any] = {"teacher": teacher.to_json() if teacher else None}
+        facts = {}
+        if self.sets.val:
+            val = logits if split == "val" else self._logits(self.sets.val, self.student)
+            fitted = {"temperatures": temperatures(val, counts), "num_fitted": len(readable(*val)[2])}
+            facts = {"calibration": fitted}
+            if split == "test":
+                others["posthoc"] = post_hoc(val, logits, counts, self.cfg.data.dataset).to_json()
+        self.close()
+        return Tested({split: result}, result.table("official", teacher), others, facts)
+
+    def close(self) -> None:
+        """Close the sources of images."""
+        while self._sources:
+            self._sources.popitem()[1].close()
+
+    def manifest(self) -> dict[str, Any]:
+        """What a reader of the weights needs to know."""
+        train, cfg = self.sets.train, self.cfg
+        return {
+            "kind": "student",
+            "model": {**cfg.student.model_dump(), "img_size": self.student.img_size, "num_classes": train.num_classes},
+            **data_facts(cfg, train, self.student.img_size),
+        }
+
+    @contextmanager
+    def _installed(self, weights: str) -> Iterator[None]:
+        if weights == "ema" and self.ema:
+            self.ema.swap()
+        try:
+            yield
+        finally:
+            if weights == "ema" and self.ema:
+                self.ema.swap()
+
+    def _source(self, images: LongTailSet) -> Source:
+        """The images' source, opened at their first evaluation and kept."""
+        if id(images) not in self._sources:
+            self._sources[id(images)] = open_source(images, self.cfg.data, self.device, scored=True)
+        return self._sources[id(images)]
+
+    def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(cls_logits_NK, dist_logits_NK, labels_N) on every rank, so that all choose the same weights."""
+        cfg, size = self.cfg, self.student.img_size
+        return gather_logits(
+            model,
+            self._source(images),
+            images,
+            size=size,
+            resize=resized_side(size, cfg.evaluate.crop_pct),
+            batch_size=cfg.evaluate.batch_size,
+            mean=cfg.augment.mean,
+            std=cfg.augment.std,
+            device=self.device,
+            autocast_dtype=autocast_dtype(cfg.train.precision, self.device),
+        )
+
+    def _score(self, logits: tuple[Tensor, Tensor, Tensor]) -> Result:
+        return score(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)
+
+    def _score_teacher(self, images: LongTailSet, teacher: Teacher) -> Result:
+        logits_NK, _, labels_N = self._logits(images, OneHead(teacher, teacher.logit_scale))
+        if teacher.class_map is not None:
+            logits_NK = logits_NK[:, teacher.class_map.cpu().argsort()]
+        return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
+
+    def _cosines(self, cosine_N: Tensor, labels_N: Tensor) -> dict[str, float]:
+        """Mean cosine of CLS and DIST features: of all images, and of each group (official split) that has any."""
+        groups = shot_groups(self.sets.train.counts, signs.SPLIT, self.cfg.data.dataset)
+        masks = {"all": torch.ones_like(labels_N, dtype=torch.bool)}
+        masks |= {group: torch.isin(labels_N, ids) for group, ids in groups.items()}
+        return {f"cosine_{group}": float(cosine_N[mask].mean()) for group, mask in masks.items() if mask.any()}

@@ -1,0 +1,129 @@
+"""A teacher in training as the selection sees it: one head, scored under the teacher's own preprocessing."""
+
+# K classes, N images in the set
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.data.pixels.resize import resized_side
+from fastdeitlt.data.pixels.source import Source, open_source
+from fastdeitlt.data.sets.types import LongTailSet, Sets
+from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
+from fastdeitlt.evaluation.metrics import Result, score_single
+from fastdeitlt.models.teacher import logit_scale
+from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.run.selection import Tested, data_facts
+
+CLEAN_IMAGES = 10_000
+"""Training images on which the clean accuracy is taken: all of a smaller set, else evenly spaced ones."""
+
+
+def score_teacher(
+    network: nn.Module,
+    source: Source,
+    images: LongTailSet,
+    counts: list[int],
+    cfg: Config,
+    device: torch.device,
+    limit: int = 0,
+) -> Result:
+    """Accuracy of a teacher on a set under its own preprocessing (centre crop, ``cfg.augment``'s mean and std).
+
+    Ranks share the images; each gets the whole result.
+
+    Args:
+        network: maps images_BCHW to logits_BK in the data set's class order.
+        source: gives the images of ``images``.
+        images: the set.
+        counts: training images of each class.
+        cfg: the teacher's run.
+        device: where the network is.
+        limit: use at most so many images, evenly spaced in the list. 0 = all.
+    """
+    size = cfg.teacher_training.img_size
+    total = min(limit or len(images), len(images))
+    chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
+    logits_BK, _, labels_B = collect_logits(
+        OneHead(network, logit_scale(network, cfg.teacher_training.model_dump())),
+        source,
+        images,
+        size=size,
+        resize=resized_side(size, cfg.evaluate.crop_pct),
+        batch_size=cfg.evaluate.batch_size,
+        mean=cfg.augment.mean,
+        std=cfg.augment.std,
+        device=device,
+        autocast_dtype=autocast_dtype(cfg.train.precision, device),
+        sample_N=chosen_N[distributed.rank() :: distributed.get_world()],
+    )
+    logits_NK, labels_N = (distributed.gather_interleaved(part, total, device) for part in (logits_BK, labels_B))
+    return score_single(logits_NK, labels_N, counts, cfg.data.dataset, device)
+
+
+class TeacherScorer:
+    """Scores of a teacher in training.
+
+    Args:
+        cfg: the run.
+        sets: training, validation and test images.
+        source: gives the training images.
+        network: the teacher.
+        device: where it is.
+    """
+
+    candidates: Sequence[str] = ("model",)
+    later_wins = True
+    identity: str | None = None
+
+    def __init__(self, cfg: Config, sets: Sets, source: Source, network: nn.Module, device: torch.device) -> None:
+        self.cfg, self.sets, self.network, self.device = cfg, sets, network, device
+        self.sources: dict[str, Source] = {"train": source}
+
+    def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
+        """Scores on a split; of training images, on up to 10,000."""
+        images, limit = getattr(self.sets, split), CLEAN_IMAGES if split == "train" else 0
+        if split not in self.sources:
+            self.sources[split] = open_source(images, self.cfg.data, self.device, scored=True)
+        counts = self.sets.train.counts
+        return score_teacher(self.network, self.sources[split], images, counts, self.cfg, self.device, limit), {}
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Install the chosen weights."""
+        self.network.load_state_dict(weights)
+
+    def test(self) -> Tested:
+        """Score on clean training, validation and test images; their accuracy is part of the folder."""
+        scores = {split: self.score("model", split)[0] for split, _ in self.sets}
+        self.close()
+        facts = {
+            "accuracy": {split: result.accuracy("TEACHER") for split, result in scores.items()},
+            "balanced_accuracy": {split: r.heads["TEACHER"].balanced_accuracy for split, r in scores.items()},
+        }
+        return Tested(scores, list(scores.values())[-1].table("official"), {}, facts)
+
+    def close(self) -> None:
+        """Close the sources that were opened here."""
+        for split in self.sources.keys() - {"train"}:
+            self.sources.pop(split).close()
+
+    def manifest(self) -> dict[str, Any]:
+        """What a reader of the weights needs to know."""
+        cfg, t, train = self.cfg, self.cfg.teacher_training, self.sets.train
+        return {
+            "kind": "teacher",
+            "model": {
+                "arch": t.arch,
+                "num_classes": train.num_classes,
+                "img_size": t.img_size,
+                "style": "official_paco" if t.loss == "paco" else "fastdeitlt",
+                "normed_head": t.normed_head,
+            },
+            **data_facts(cfg, train, t.img_size),
+            "recipe": t.model_dump(mode="json"),
+        }

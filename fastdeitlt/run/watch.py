@@ -1,0 +1,181 @@
+"""What goes wrong in the loop, and on which rank: losses that are not finite, gradient spikes, stragglers, memory."""
+
+import json
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.errors import CheckpointError, MemoryFullError, is_memory_full
+from fastdeitlt.run.checkpoints import Checkpoints
+
+log = logging.getLogger("fastdeitlt")
+STRAGGLER = 1.5
+"""Times the usual seconds of a rank from which one is said to hold the others up."""
+PERIOD_S = 10.0
+"""Seconds of the slowest rank over which ranks are compared: shorter ones differ by chance."""
+SPIKE = 10.0
+"""Times the usual gradient norm from which a step's is a spike."""
+
+
+class Stragglers:
+    """Compares the ranks' own seconds over periods, and warns of a rank that holds the others up in several of them."""
+
+    def __init__(self, done: int = 0) -> None:
+        self._slow, self._periods = -1, 0
+        self._start(done)
+
+    def _start(self, step: int) -> None:
+        self._first, self._wait_R, self._work_R = step + 1, [0.0], [0.0]
+
+    def add(self, wait_R: Sequence[float], work_R: Sequence[float], step: int) -> None:
+        """Add the steps up to ``step``, and log the rank that the others wait for, at the end of a period.
+
+        The first warning comes after two periods, then after twice as many each time.
+
+        Args:
+            wait_R: seconds that each rank waited for its data, since the last call.
+            work_R: seconds of each rank's forward and backward passes.
+            step: the last of these steps.
+        """
+        if len(wait_R) < 2:
+            return
+        self._wait_R, self._work_R = (
+            [sum(pair) for pair in zip_longest(before, now, fillvalue=0.0)]
+            for before, now in ((self._wait_R, wait_R), (self._work_R, work_R))
+        )
+        busy_R = [wait + work for wait, work in zip(self._wait_R, self._work_R, strict=True)]
+        usual, slowest = statistics.median_low(busy_R), max(range(len(busy_R)), key=busy_R.__getitem__)
+        if busy_R[slowest] < PERIOD_S:
+            return
+        slow = slowest if busy_R[slowest] > STRAGGLER * usual else -1
+        self._periods = self._periods + 1 if slow == self._slow else 1
+        self._slow = slow
+        if slow >= 0 and self._periods > 1 and self._periods.bit_count() == 1:
+            over = {
+                phase: seconds[slow] - statistics.median_low(seconds)
+                for phase, seconds in (("waiting for data", self._wait_R), ("forward and backward", self._work_R))
+            }
+            log.warning(
+                "steps %d to %d: rank %d holds the others up: %.1f s where the usual rank took %.1f s, most of it in "
+                "%s (so for %d periods of %.0f s)",
+                self._first,
+                step,
+                slow,
+                busy_R[slow],
+                usual,
+                max(over, key=over.__getitem__),
+                self._periods,
+                PERIOD_S,
+            )
+        self._start(step)
+
+
+class Norms:
+    """The gradient norms of a run as the host reads them: spikes, and steps that were left out."""
+
+    def __init__(self, skips: int) -> None:
+        self.skips = skips
+        self.in_a_row = 0
+        self.usual: float | None = None
+
+    def failure(self, norms: Sequence[float], first_step: int) -> int | None:
+        """The step at which more than ``skips`` norms in a row were not finite, if one was; logs what is unusual."""
+        for step, norm in enumerate(norms, first_step):
+            if not math.isfinite(norm):
+                self.in_a_row += 1
+                if self.in_a_row > self.skips:
+                    return step - self.skips
+                log.warning("step %d: the gradient is not finite; the update was left out", step)
+                continue
+            self.in_a_row = 0
+            if self.usual and norm > SPIKE * self.usual:
+                log.warning("step %d: gradient norm %.3g, usually %.3g", step, norm, self.usual)
+            self.usual = norm if self.usual is None else self.usual + 0.1 * (min(norm, SPIKE * self.usual) - self.usual)
+        return None
+
+
+def dump(
+    folder: Path, step: int, losses: Sequence[tuple[int, float]], micro_batches: Sequence[MicroBatch], **facts: Any
+) -> Path:
+    """Write what this rank saw when the run failed at ``step``, and return the file.
+
+    Args:
+        folder: the run's.
+        step: the first step whose gradient was not finite.
+        losses: (step, loss) of each micro-batch since the last report.
+        micro_batches: they themselves.
+        facts: more to write.
+    """
+    seen = [
+        {
+            "step": at,
+            "loss": repr(loss),
+            "epoch": micro.epoch,
+            "index": micro.index,
+            "virtual_rank": micro.virtual_rank,
+            "images": micro.sample_B.tolist(),
+        }
+        for (at, loss), micro in zip(losses, micro_batches, strict=True)
+        if at == step
+    ]
+    bad = [entry for entry in seen if not math.isfinite(float(entry["loss"]))]
+    path = folder / f"nonfinite.rank{distributed.rank()}.json"
+    path.write_text(json.dumps({"step": step, **facts, "micro_batches": bad or seen}, indent=1), encoding="utf-8")
+    return path
+
+
+def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -> str:
+    """Return what a run that met a loss or gradient that is not finite can resume from, and which settings help.
+
+    Args:
+        checkpoints: the run's; a save in flight is waited for.
+        section: of the learning rate and ``clip_norm`` in the configuration.
+        clip_norm: its value. 0 = off.
+    """
+    with suppress(CheckpointError):  # the loss is the news
+        checkpoints.finish()
+    saved = checkpoints.latest
+    state = f"checkpoint {saved} is sound" if saved else "no checkpoint was saved before"
+    clip = "" if 0 < clip_norm <= 1 else f" or set {section}.clip_norm=1"
+    return f"{state}; lower {section}.lr{clip} (another run: --resume never)"
+
+
+@contextmanager
+def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
+    """Turn running out of memory into one line with settings that need less.
+
+    Raises:
+        MemoryFullError: the device, or the host's allocator, has no room.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError, ImportError) as error:
+        if not is_memory_full(error):
+            raise
+        t, note = cfg.train, ""
+        if torch.cuda.is_initialized():
+            path = folder / f"memory.rank{distributed.rank()}.txt"
+            path.write_text(torch.cuda.memory_summary(), encoding="utf-8")
+            note = f"; {path} says what held it"
+        half = t.batch_size // 2
+        less = (
+            f"train.batch_size={half} train.virtual_ranks={2 * t.virtual_ranks} has the same learning rate and images "
+            "a step in half the memory"
+            if half >= 2 and half % 2 == 0
+            else "use a smaller student, or train.zero_stage=3"
+        )
+        said = " ".join(str(error).split())[:160]
+        raise MemoryFullError(
+            f"out of memory with train.batch_size={t.batch_size} on rank {distributed.rank()} ({said}); {less} "
+            f"(another run: --resume never){note}"
+        ) from None

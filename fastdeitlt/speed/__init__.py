@@ -1,1 +1,0 @@
-"""Images a second: `bench`, `profile`, `tune`."""

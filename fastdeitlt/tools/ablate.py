@@ -1,0 +1,304 @@
+"""`ablate`: a grid of arms x seeds over one recipe. Every run is a usual run folder, so a grid continues as runs do."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from rich.table import Table
+
+from fastdeitlt import config
+from fastdeitlt.config import Config, Section
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sets.opening import open_training_sets
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.data.teacher_plan import plan_of
+from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.models import create_student
+from fastdeitlt.reporting import analysis
+from fastdeitlt.run.folder import console, refuse_changes
+from fastdeitlt.store.checkpoint import step_folders
+from fastdeitlt.store.files import read_json
+from fastdeitlt.teachers.opening import teacher_of
+from fastdeitlt.teachers.step import build_objective
+from fastdeitlt.tools import ablation_table as table
+from fastdeitlt.tools.demo import train_both
+from fastdeitlt.train import train
+
+log = logging.getLogger("fastdeitlt")
+OOD_IMAGES = 1024
+OWN_SETTINGS = ("name", "runs_dir", "train.seed", "teacher.path")
+"""What the grid itself sets in every run."""
+
+
+class Arm(Section):
+    """Settings by dotted name, over those of the grid."""
+
+    student: dict[str, Any] = Field(default_factory=dict)
+    """Of the student's run."""
+    teacher: dict[str, Any] | Literal["none"] = Field(default_factory=dict)
+    """Of the teacher's run; none: the student has no teacher and both heads learn the labels."""
+
+
+class Grid(Section):
+    """A grid file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder under runs_dir that holds the runs and the table."""
+    student: str
+    """Recipe of the students: YAML file or shipped name."""
+    teacher: str = ""
+    """Recipe of the teachers. Empty: none is trained; settings may give `teacher.path`."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Each arm is trained once with each."""
+    settings: Arm = Arm()
+    """Settings of all arms."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """Name -> what is different. The first is the base that the others are compared with."""
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One cell of the grid: the runs to train, the teacher's first."""
+
+    arm: str
+    seed: int
+    student: Config
+    teacher: Config | None
+
+    @property
+    def folder(self) -> Path:
+        """The student's run folder."""
+        return Path(self.student.runs_dir) / self.student.name
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run folder's optimizer steps: all of them, and those already done."""
+
+    name: str
+    steps: int
+    done: int
+    finished: bool
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        return "finished" if self.finished else f"interrupted at step {self.done:,}" if self.done else "new"
+
+
+def ablate(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    dry_run: bool = False,
+    table_only: bool = False,
+) -> Path | None:
+    """Train every run of a grid that is not finished, then write the table of the finished ones.
+
+    Args:
+        path: grid file, or a shipped one such as ``ablation/embedded``.
+        overrides: ``section.field=value`` over the grid's settings; an arm's own win over them. Names of
+            ``teacher_training`` go to the teacher, all others to the student, whose data, seed and device the teacher
+            takes over.
+        arms, seeds: train these only. The table holds whatever is finished.
+        dry_run: check everything, list the runs with their steps, and stop.
+        table_only: train nothing.
+
+    Returns:
+        The folder with results.csv, results.md and results.svg; None after a dry run.
+
+    Raises:
+        UserError: anything wrong with the grid, an arm's settings, the data, a teacher or a saved run; before the
+            first step.
+        NonFiniteError: a run diverged; raised after the other runs.
+    """
+    grid = read_grid(path)
+    runs = plan(grid, overrides)
+    if unknown := [arm for arm in arms if arm not in grid.arms]:
+        raise UserError(f"ablate: no arm {unknown[0]!r} in {path}{config.near(unknown[0], list(grid.arms))}")
+    wanted = [run for run in runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
+    if not wanted:
+        raise UserError(f"ablate: seeds {', '.join(map(str, seeds))} are not in {path}; it has {grid.seeds}")
+    folder = runs[0].folder.parent
+    if not table_only:
+        works = check(wanted)
+        if dry_run:
+            console.print(_listing(grid.name, works))
+            return None
+        diverged = [run.folder for run in wanted if not _finish(run)]
+    finished = [(run.arm, run.seed, run.folder) for run in runs if is_finished(run.folder)]
+    table.write(folder, list(grid.arms), finished)
+    if not table_only and diverged:
+        raise NonFiniteError(f"ablate: {len(diverged)} runs diverged: {', '.join(map(str, diverged))}")
+    return folder
+
+
+def read_grid(path: str) -> Grid:
+    """A grid from a YAML file or a shipped name.
+
+    Raises:
+        UserError: no such file; not a grid (the nearest name is given).
+    """
+    file = config.find(path)
+    tree = config.read_yaml(file)
+    try:
+        return Grid.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        hint = config.near(name, list(Grid.model_fields)) if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"grid {file}: {name}: {first['msg']}{hint}") from None
+
+
+def plan(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
+    """The grid's runs, all arms of the first seed first, so that a part of the grid compares whole rows.
+
+    Raises:
+        UserError: settings that are not valid, that the grid sets itself, or that are those of another arm.
+    """
+    given = config.parse_overrides(tuple(overrides))
+    of_teacher = {name: value for name, value in given.items() if name.startswith("teacher_training.")}
+    of_student = {name: value for name, value in given.items() if name not in of_teacher}
+    recipe = config.flatten(config.load(grid.student))
+    teacher_recipe = config.flatten(config.load(grid.teacher)) if grid.teacher else {}
+    runs_dir = Path(str(of_student.get("runs_dir", recipe["runs_dir"]))) / grid.name
+    common_teacher = grid.settings.teacher
+    if common_teacher == "none":
+        raise UserError("grid settings.teacher: got none, expected settings; leave the grid's teacher recipe out")
+
+    def built(what: str, seed: int, flat: dict[str, Any], name: str) -> Config:
+        own = {"name": name, "runs_dir": str(runs_dir), "train.seed": seed}
+        try:
+            return config.build(flat | own)
+        except UserError as error:
+            raise UserError(f"grid {grid.name}, {what}: {error}") from None
+
+    runs = []
+    for seed in grid.seeds:
+        for name, arm in grid.arms.items():
+            student = recipe | grid.settings.student | of_student | arm.student
+            taught = bool(grid.teacher) and arm.teacher != "none"
+            _check_own(grid, name, arm, of_student, taught)
+            if arm.teacher == "none":
+                student |= {"teacher.path": ""}
+            teacher_cfg = None
+            if taught:
+                flat = teacher_recipe | common_teacher | of_teacher | arm.teacher  # type: ignore[operator]
+                teacher_cfg = built(f"arm {name}, teacher", seed, flat, str(teacher_recipe["name"]))
+            runs.append(ArmRun(name, seed, built(f"arm {name}", seed, student, f"{name}-seed{seed}"), teacher_cfg))
+    _refuse_equal_arms(runs[: len(grid.arms)])
+    return runs
+
+
+def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taught: bool) -> None:
+    given = {**grid.settings.student, **arm.student}
+    wrong = [key for key in OWN_SETTINGS if key in given and (key != "teacher.path" or taught)]
+    wrong += [key for key in ("name", "train.seed") if key in of_student]
+    if wrong:
+        raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid; leave it out")
+    if arm.teacher and arm.teacher != "none" and not grid.teacher:
+        raise UserError(f"grid {grid.name}, arm {name}: has settings of a teacher, but the grid has no teacher recipe")
+
+
+def _refuse_equal_arms(runs: list[ArmRun]) -> None:
+    """Two arms of one meaning would be two draws of the same thing under different names."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        parts = [config.flatten(cfg) | {"name": ""} if cfg else {} for cfg in (run.student, run.teacher)]
+        other = seen.setdefault(json.dumps(parts), run.arm)
+        if other != run.arm:
+            raise UserError(f"arm {run.arm}: has the settings of arm {other}; remove one or correct it")
+
+
+def is_finished(folder: Path) -> bool:
+    """The run has its results."""
+    return (folder / "results.json").is_file()
+
+
+def check(runs: Sequence[ArmRun]) -> list[Work]:
+    """Open what every run needs, and find how far each is; a teacher is listed once, before its first student.
+
+    Raises:
+        UserError: data, model or teacher that a run could not be trained with, or a folder with another run in it.
+    """
+    train_sets: dict[str, LongTailSet] = {}
+    works: dict[str, Work] = {}
+    for run in runs:
+        cfg, data = run.student, run.student.data.model_dump_json()
+        if data not in train_sets:
+            train_sets[data] = open_training_sets(cfg.data).train
+        images = train_sets[data]
+        try:
+            with torch.device("meta"):
+                student = create_student(num_classes=images.num_classes, **cfg.student.model_dump())
+            if cfg.teacher.path:
+                teacher_of(cfg, images, student.img_size, torch.device("cpu"))
+            if run.teacher:
+                key = run.teacher.model_dump_json() + data
+                works[key] = works.get(key) or _teacher_work(run, images)
+            works[str(run.folder)] = _student_work(run, images)
+        except UserError as error:
+            raise UserError(f"arm {run.arm}: {error}") from None
+    return list(works.values())
+
+
+def _student_work(run: ArmRun, images: LongTailSet) -> Work:
+    cfg, saved = run.student, run.folder / "config.yaml"
+    if saved.is_file():
+        free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
+        found = [name for name, is_found in free.items() if is_found]  # only when it trains
+        cure = "remove it, or give the grid another name"
+        refuse_changes(config.load(str(saved)), cfg, run.folder, found, cure)
+    batches = cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, cfg.train.virtual_ranks or 1
+    return _work(run.folder, Plan(len(images), *batches).optimizer_steps * cfg.train.epochs)
+
+
+def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
+    """The teacher's run is looked for by its settings, since ``train_both`` names it by a hash of them."""
+    assert run.teacher
+    t = run.teacher.teacher_training
+    with torch.device("meta"):
+        build_objective(t, images.counts, torch.device("meta"))
+    steps = t.epochs * plan_of(run.teacher, len(images)).steps
+    for saved in run.folder.parent.glob(f"{run.teacher.name}-*/config.yaml"):
+        cfg = config.load(str(saved))
+        own = (cfg.teacher_training, cfg.augment, cfg.data, cfg.train.seed)
+        if own == (t, run.teacher.augment, run.student.data, run.seed):
+            return _work(saved.parent, steps)
+    return Work(f"{run.teacher.name} of {run.folder.name}", steps, 0, False)
+
+
+def _work(folder: Path, steps: int) -> Work:
+    newest = next(iter(step_folders(folder / "checkpoints")), folder)
+    done = read_json(newest / "manifest.json").get("step", 0)
+    return Work(folder.name, steps, steps if is_finished(folder) else done, is_finished(folder))
+
+
+def _listing(name: str, works: Sequence[Work]) -> Table:
+    left = sum(work.steps - work.done for work in works)
+    plan = Table("run", "optimizer steps", "state", title=f"grid {name}: {left:,} steps left", title_justify="left")
+    for work in works:
+        plan.add_row(work.name, f"{work.steps:,}", work.state)
+    return plan
+
+
+def _finish(run: ArmRun) -> bool:
+    """Train what is missing of a run; whether it has its results."""
+    if is_finished(run.folder):
+        log.info("%s is finished", run.folder)
+    else:
+        try:
+            train_both(run.student, run.teacher) if run.teacher else train(run.student)
+        except NonFiniteError as error:
+            log.error("%s: %s; going on with the next", run.folder, error)
+            return False
+    if not (run.folder / table.TEACHER_FILE).is_file():  # trained with evaluate.analyze_images=0
+        analysis.look_into(run.folder, OOD_IMAGES, ["teacher"])
+    return True

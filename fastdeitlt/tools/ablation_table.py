@@ -1,0 +1,234 @@
+"""The table of an ablation grid: mean and deviation of each arm over seeds, and a paired test against the first arm."""
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.metrics import GROUPS, cell
+from fastdeitlt.reporting.figures import COLOURS, STYLE
+from fastdeitlt.run.run_files import read_run
+from fastdeitlt.store.files import read_json, write_atomically
+
+log = logging.getLogger("fastdeitlt")
+TEACHER_FILE = Path("analysis", "teacher.json")
+"""In a run folder: ``diagnose_teacher`` of its teacher on its own images."""
+SPLITS = ("official", "threshold")
+
+Metric = tuple[str, str, str]  # head, group, split
+Values = dict[Metric, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One number of one arm over its seeds, and its difference from the base over the seeds that both have."""
+
+    num_seeds: int
+    mean: float
+    deviation: float
+    """Sample standard deviation; NaN for one seed."""
+    num_pairs: int
+    difference: float
+    p: float
+    """Two-sided paired t-test; NaN for fewer than two pairs."""
+
+
+def paired_t_test(differences: Sequence[float]) -> tuple[float, float]:
+    """(t, two-sided p) of the mean of paired differences being zero; NaN for fewer than two.
+
+    Equal differences other than zero give p = 0, differences that are all zero p = 1.
+    Source: Student 1908; the distribution as finite sums, Abramowitz and Stegun 26.7.3 and 26.7.4.
+    """
+    pairs = len(differences)
+    if pairs < 2:
+        return math.nan, math.nan
+    mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    if deviation == 0:
+        return (0.0, 1.0) if mean == 0 else (math.copysign(math.inf, mean), 0.0)
+    t = mean / (deviation / math.sqrt(pairs))
+    return t, 1 - _central_probability(abs(t), pairs - 1)
+
+
+def _central_probability(t: float, degrees: int) -> float:
+    """P(-t < T < t) of Student's distribution with a whole number of degrees of freedom."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = total = (cosine if odd else 1.0) * (degrees > 1)
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def read_values(folder: Path) -> Values:
+    """The accuracies in % of a finished run: heads and TEACHER by group and split, and the teacher's on OOD images."""
+    run = read_run(folder)
+    if run.tested is None:
+        raise UserError(f"run folder {folder}: no test or validation scores; the data set needs one of the two")
+    results = [run.tested[1], *([run.teacher] if run.teacher else [])]
+    values = {
+        (head, group, split): result.accuracy(head, group, split)
+        for result in results
+        for head in result.heads
+        for group in GROUPS
+        for split in SPLITS
+    }
+    if ood := read_json(folder / TEACHER_FILE):
+        values["TEACHER", "OOD", "training"] = float(ood["mixed_resized"]["accuracy"])
+    elif run.teacher:
+        told = "%s: no %s, so it is left out of *teacher, OOD*; `fastdeitlt analyze teacher %s` writes it"
+        log.warning(told, folder, TEACHER_FILE, folder)
+    return values
+
+
+def summarise(values: Mapping[str, Mapping[int, Values]]) -> dict[str, dict[Metric, Summary]]:
+    """Arm -> metric -> summary, from arm -> seed -> values; the first arm is the base."""
+    base = next(iter(values.values()), {})
+    return {
+        arm: {
+            metric: _summary(metric, by_seed, base) for metric in dict.fromkeys(m for v in by_seed.values() for m in v)
+        }
+        for arm, by_seed in values.items()
+    }
+
+
+def _summary(metric: Metric, arm: Mapping[int, Values], base: Mapping[int, Values]) -> Summary:
+    found = [values[metric] for values in arm.values() if metric in values]
+    pairs = [arm[s][metric] - base[s][metric] for s in arm if s in base and metric in arm[s] and metric in base[s]]
+    return Summary(
+        num_seeds=len(found),
+        mean=float(np.mean(found)),
+        deviation=float(np.std(found, ddof=1)) if len(found) > 1 else math.nan,
+        num_pairs=len(pairs),
+        difference=float(np.mean(pairs)) if pairs else math.nan,
+        p=paired_t_test(pairs)[1],
+    )
+
+
+COLUMNS: dict[str, Metric] = {
+    "teacher": ("TEACHER", "all", "official"),
+    "teacher, OOD": ("TEACHER", "OOD", "training"),
+    **{f"AVG {group}": ("AVG", group, "official") for group in GROUPS},
+    **{f"{head} {group}": (head, group, "official") for head in ("CLS", "DIST") for group in ("all", "head", "tail")},
+}
+DIFFERENCES = ("AVG all", "AVG head", "AVG tail", "CLS head", "DIST tail")
+
+
+def rows(summaries: Mapping[str, Mapping[Metric, Summary]]) -> tuple[list[list[str]], list[list[str]]]:
+    """(accuracies, differences), tables of text with their heading first."""
+    accuracies = [["arm", "seeds", *COLUMNS]]
+    differences = [["arm", "pairs", *(name for column in DIFFERENCES for name in (column, "p"))]]
+    for index, (arm, summary) in enumerate(summaries.items()):
+        seeds = max((s.num_seeds for s in summary.values()), default=0)
+        accuracies.append([arm, str(seeds), *(_spread(summary.get(metric)) for metric in COLUMNS.values())])
+        if index:
+            found = [summary.get(COLUMNS[column]) for column in DIFFERENCES]
+            pairs = max((s.num_pairs for s in summary.values()), default=0)
+            cells = [text for s in found for text in (_signed(s), cell(s.p if s else None, 3))]
+            differences.append([arm, str(pairs), *cells])
+    return accuracies, differences
+
+
+def _spread(summary: Summary | None) -> str:
+    if summary is None or math.isnan(summary.mean):
+        return "-"
+    return cell(summary.mean) + ("" if math.isnan(summary.deviation) else f" ± {summary.deviation:.1f}")
+
+
+def _signed(summary: Summary | None) -> str:
+    return "-" if summary is None or math.isnan(summary.difference) else f"{summary.difference:+.1f}"
+
+
+def markdown(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> str:
+    """Both tables with what they mean."""
+    accuracies, differences = rows(summaries)
+    return (
+        "Top-1 accuracy in %, mean ± sample standard deviation over seeds; head, mid and tail as the runs' reports "
+        "have them. *teacher, OOD*: the teacher on training images as the student sees them (augmented, mixed, "
+        "resized).\n\n"
+        f"{_markdown(accuracies)}\n"
+        f"Difference from `{base}` in points, with the two-sided p of a paired t-test over seeds (not corrected for "
+        f"the number of comparisons).\n\n{_markdown(differences)}"
+    )
+
+
+def _markdown(table: list[list[str]]) -> str:
+    heading, *lines = [f"| {' | '.join(row)} |\n" for row in table]
+    return heading + f"| --- |{' ---: |' * (len(table[0]) - 1)}\n" + "".join(lines)
+
+
+def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, Path]]) -> None:
+    """Write results.csv, results.md and results.svg of the finished runs (arm, seed, run folder), and print the table.
+
+    Raises:
+        UserError: no run is finished, or results that cannot be read.
+    """
+    if not finished:
+        raise UserError(f"ablate: no finished run under {folder}; run the grid first")
+    ran = {arm for arm, _, _ in finished} | {arms[0]}
+    values: dict[str, dict[int, Values]] = {arm: {} for arm in arms if arm in ran}
+    for arm, seed, run in finished:
+        values[arm][seed] = read_values(run)
+    summaries = summarise(values)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["arm", "head", "group", "split", "seeds", "mean", "deviation", "pairs", "difference", "p"])
+    for arm, summary in summaries.items():
+        for metric, s in summary.items():
+            numbers = (s.mean, s.deviation, s.difference, s.p)
+            mean, deviation, difference, p = ("" if math.isnan(n) else f"{n:.6g}" for n in numbers)
+            table.writerow([arm, *metric, s.num_seeds, mean, deviation, s.num_pairs, difference, p])
+    write_atomically(folder / "results.csv", text.getvalue())
+    absent = [f"`{arm}`" for arm in arms if arm not in ran]
+    note = f"\nNo run of {', '.join(absent)} is finished.\n" if absent else ""
+    write_atomically(folder / "results.md", markdown(arms[0], summaries) + note)
+    write_atomically(folder / "results.svg", figure(values))
+    Console().print(_brief(arms[0], summaries))
+
+
+def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Table:
+    """What fits a terminal of 80 columns."""
+    columns = {name: COLUMNS[name] for name in ("teacher", "AVG all", "CLS head", "DIST tail")}
+    table = Table("arm", "seeds", *columns, "AVG all", "p", title=f"accuracy in %, and AVG's difference from {base}")
+    for arm, summary in summaries.items():
+        average = summary.get(COLUMNS["AVG all"])
+        table.add_row(
+            arm,
+            str(average.num_seeds if average else 0),
+            *(_spread(summary.get(metric)) for metric in columns.values()),
+            *(("", "") if arm == base else (_signed(average), cell(average.p if average else None, 3))),
+        )
+    return table
+
+
+def figure(values: Mapping[str, Mapping[int, Values]]) -> str:
+    """An <svg>: for each arm, AVG over all, CLS on head and DIST on tail classes; a dot a seed, a bar at their mean."""
+    panels: dict[str, Metric] = {name: COLUMNS[name] for name in ("AVG all", "CLS head", "DIST tail")}
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(8.6, 0.9 + 0.32 * len(values)), layout="constrained")
+        for axes, (title, metric) in zip(
+            np.atleast_1d(drawing.subplots(1, 3, sharey=True)), panels.items(), strict=True
+        ):
+            colour = COLOURS[metric[0]]
+            for row, by_seed in enumerate(values.values()):
+                found = [v[metric] for v in by_seed.values() if metric in v]
+                axes.plot(found, [row] * len(found), "o", markersize=4, color=colour, alpha=0.45)
+                if found:
+                    axes.plot([np.mean(found)], [row], "|", markersize=13, markeredgewidth=2, color=colour)
+            axes.set_title(f"{title}, %", fontsize=9)
+            axes.set_yticks(range(len(values)), list(values))
+            axes.set_ylim(len(values) - 0.5, -0.5)
+        text = io.StringIO()
+        drawing.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

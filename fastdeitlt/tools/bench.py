@@ -1,0 +1,327 @@
+"""`bench`: images a second of a configuration on this machine, part by part, with what the numbers are made of.
+
+Full step, student alone and teacher alone take turns in one process (``timer.measure``) on random images that lie on
+the device; data alone and end to end run the pipeline of training. Nothing is written and no run folder is made.
+"""
+
+import datetime
+import json
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from pynvml import NVMLError
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastdeitlt import config, distributed
+from fastdeitlt.config import Config
+from fastdeitlt.core.batches import Batch, train_batches
+from fastdeitlt.core.engine import Engine, build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.measure.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
+from fastdeitlt.core.optim import Ema, peak_learning_rate
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.run.folder import environment
+from fastdeitlt.run.meter import peak_flops
+from fastdeitlt.tools.setup import Setup, set_up
+
+log = logging.getLogger("fastdeitlt")
+ROUNDS, QUICK_ROUNDS = 12, 3
+DATA_BATCHES, QUICK_DATA_BATCHES = 48, 12
+WARM_UP_BATCHES = 4
+STEPS_AHEAD = 2
+"""Steps that the host may have asked for beyond the one on the device, while power is watched."""
+POWER_S, SENSOR_S, POWER_PERIOD_S = 4.0, 1.0, 0.1
+"""How long power is watched, how long the sensor looks back (NVML, Hopper), and how often it is read."""
+Row = dict[str, Any]
+
+
+def bench(
+    config_name: str,
+    overrides: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    synthetic: bool = False,
+    ranks: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    json_path: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure and print; every number is of this machine, now.
+
+    Args:
+        config_name, overrides: as for training. An empty ``teacher.path`` means a fresh teacher of ``teacher.arch``:
+            weights do not change the speed.
+        quick: fewer rounds, no scaling over ranks, and on a CPU no compiling.
+        synthetic: no data set is opened; the parts that need one are left out.
+        ranks: numbers of processes to measure the step on. None = 1, 2, 4, ... up to the GPUs; one on a CPU.
+        batches: micro-batch sizes. None = half, one and two times the configuration's.
+        json_path: file for the results.
+
+    Returns:
+        What is written: ``rows``, ``facts``, ``left_out`` (part -> why) and ``environment``.
+
+    Raises:
+        UserError: what training would have raised.
+    """
+    cfg = config.load(config_name, list(overrides))
+    rank, world = distributed.start(cfg.train.device, cfg.train.timeout_s)
+    device = distributed.device_of(cfg.train.device)
+    if quick and device.type == "cpu" and cfg.train.compile:
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
+    setup = set_up(cfg, device, rank, world, synthetic=synthetic)
+    log.info("teacher: %s", setup.teacher_title)
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    result: dict[str, Any] = {"config": cfg.name, "rows": [], "facts": {}, "left_out": {}}
+    result["environment"] = environment() | {"cpu": cpu_name(), "date": datetime.date.today().isoformat()}
+
+    parts = _parts(setup)
+    measured = measure(parts, device, rounds, eager=frozenset(parts))
+    step = parts["full step"]
+    del parts  # and what the other parts hold of the device's memory
+    watts = _take_steps(step, device) if world == 1 and device.type == "cuda" else []
+    images = setup.images_per_call
+    rows = [_row(cfg, name, found, images) for name, found in measured.items()]
+    result["facts"] = _facts(setup, rows[0]["images_per_s"], watts)
+    if synthetic:
+        result["left_out"] |= dict.fromkeys(("data only", "end to end"), "--synthetic opens no data set")
+    elif world == 1:
+        found, share = _with_data(setup, QUICK_DATA_BATCHES if quick else DATA_BATCHES)
+        rows += found
+        result["facts"]["data wait, share of the end-to-end time"] = share
+    if world == 1:
+        own = cfg.train.batch_size
+        sizes = batches if batches is not None else [own // 2 // 2 * 2 or 2, own] if quick else [own // 2, own, 2 * own]
+        rows += [_at_batch(setup, size, rounds) for size in sizes]
+        given = ranks if ranks is not None else [] if quick else _powers_of_two(torch.cuda.device_count())
+        rows += [_at_ranks(config_name, overrides, number, synthetic) for number in given]
+        if not given:
+            result["left_out"]["scaling over ranks"] = "one GPU or none, or --quick; ask with --ranks 1 2"
+    else:
+        rows[0] |= {"candidate": f"{world} ranks", "images_per_s": rows[0]["images_per_s"] * world}
+    result["rows"] = rows
+    if rank == 0:
+        if json_path:
+            Path(json_path).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        show(result)
+    return result
+
+
+def _row(cfg: Config, name: str, found: Timing, images: int) -> Row:
+    row: Row = {"op": "bench", "case": cfg.name, "candidate": name, "images_per_s": images / found.median * 1e3}
+    return row | {"median_ms": found.median, "p20_ms": found.p20, "p80_ms": found.p80, "images": images}
+
+
+def _parts(setup: Setup) -> dict[str, Callable[[], object]]:
+    """Full step, student alone, teacher alone: each all the work on ``images_per_call`` images."""
+    full = step_of(setup, setup.joint)
+    alone = step_of(setup, JointForward(setup.second_student(), None, setup.counts, setup.cfg, setup.device))
+    teacher = setup.joint.teacher
+    assert teacher is not None
+    t = setup.cfg.train
+    forward = torch.compile(teacher, options=t.compiler_options) if t.compile else teacher
+
+    def teacher_only() -> None:
+        with torch.no_grad(), setup.autocast():
+            for _ in range(setup.micro_batches):
+                forward(setup.batch.images_BCHW)
+
+    return {"full step": full, "student only": alone, "teacher only": teacher_only}
+
+
+def step_of(setup: Setup, joint: JointForward, take: Callable[[], Batch] | None = None) -> Callable[[], Tensor]:
+    """An optimizer step as ``train`` takes it, with the moving average; ``take`` gives its batches."""
+    cfg = setup.cfg
+    engine: Engine = build_engine(joint, cfg, setup.plan)
+    ema = Ema(joint.student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    rate = peak_learning_rate(cfg, setup.plan.virtual_ranks)
+    ones_K = torch.ones(len(setup.counts), device=setup.device)
+
+    def step() -> Tensor:
+        for _ in range(setup.micro_batches):
+            losses = engine.forward(take() if take else setup.batch, ones_K, None)
+            engine.backward(losses.loss)
+        norm = engine.step(rate)
+        if ema:
+            ema.update()
+        return norm
+
+    return step
+
+
+def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
+    """Rows of the pipeline alone and of training from it, and the share of time that the step waits for images."""
+    cfg, images = setup.cfg, setup.images
+    assert images is not None
+
+    def stream() -> Generator[Batch, None, None]:
+        """Batches of as many epochs as are asked for."""
+        for epoch in range(1_000_000):
+            micro_batches = chain.from_iterable(step.micro_batches for step in setup.plan.steps(epoch))
+            with closing(
+                train_batches(micro_batches, source, images, cfg, mixing=cfg.mixup.on, size=setup.size)
+            ) as batches:
+                yield from batches
+
+    with closing(open_source(images, cfg.data, setup.device)) as source:
+        with closing(stream()) as batches:
+            marks = [_now(setup.device) for _ in islice(batches, num_batches + WARM_UP_BATCHES)][WARM_UP_BATCHES - 1 :]
+        times = [1e3 * (end - start) for start, end in pairwise(marks)]
+        mean = 1e3 * (marks[-1] - marks[0]) / len(times)  # batches come in bursts; the mean is the rate
+        spread = timing(times)
+        data = _row(cfg, "data only", Timing(mean, spread.p20, spread.p80, False), cfg.train.batch_size)
+        with closing(stream()) as batches:
+            waited: list[float] = []
+
+            def take() -> Batch:
+                start = time.perf_counter()
+                batch = next(batches)
+                waited.append(time.perf_counter() - start)
+                return batch
+
+            step = step_of(
+                setup, JointForward(setup.second_student(), setup.teacher, setup.counts, cfg, setup.device), take
+            )
+            for _ in range(-(-WARM_UP_BATCHES // setup.micro_batches)):
+                step()
+            waited.clear()
+            begun = last = _now(setup.device)
+            samples = []
+            for _ in range(-(-num_batches // setup.micro_batches)):
+                step()
+                now = _now(setup.device)
+                samples.append(1e3 * (now - last))
+                last = now
+    spread = timing(samples)
+    mean = 1e3 * (last - begun) / len(samples)
+    end_to_end = _row(cfg, "end to end", Timing(mean, spread.p20, spread.p80, False), setup.images_per_call)
+    return [data, end_to_end], sum(waited) / (last - begun)
+
+
+def _now(device: torch.device) -> float:
+    synchronise(device)
+    return time.perf_counter()
+
+
+def _at_batch(like: Setup, size: int, rounds: int) -> Row:
+    """The full step with another micro-batch size, or why there is none."""
+    cfg, device = like.cfg, like.device
+    train = cfg.train.model_copy(update={"batch_size": size})
+    torch.compiler.reset()  # or a second shape would be compiled for any shape
+    name = f"batch {size}"
+    try:
+        setup = set_up(cfg.model_copy(update={"train": train}), device, synthetic=True, counts=like.counts)
+        found = measure({name: step_of(setup, setup.joint)}, device, rounds, eager=frozenset((name,)))[name]
+    except torch.OutOfMemoryError:
+        return {"op": "bench", "case": cfg.name, "candidate": name, "failed": "does not fit in the device's memory"}
+    return _row(cfg, name, found, setup.images_per_call)
+
+
+def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic: bool) -> Row:
+    """The full step on some processes of this machine, started by torchrun."""
+    torch.cuda.empty_cache()  # rank 0 has this process's GPU
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
+        command += ["fastdeitlt.cli", "bench", config_name, *overrides, "--quick", "--batches", "--json", str(out)]
+        command += ["--synthetic"] if synthetic else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not out.is_file():
+            said = (done.stderr or done.stdout).strip().splitlines()
+            why = next((line for line in said if "Error" in line or "error:" in line), f"exit code {done.returncode}")
+            return {"op": "bench", "case": config_name, "candidate": f"{number} ranks", "failed": why.strip()[:200]}
+        return json.loads(out.read_text(encoding="utf-8"))["rows"][0] | {"candidate": f"{number} ranks"}
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most] if most > 1 else []
+
+
+def _facts(setup: Setup, images_per_s: float, watts: list[float]) -> dict[str, Any]:
+    """What the rate means: FLOPs, MFU against datasheet and matmul, memory, power; None = cannot be known here."""
+    device, gpu = setup.device, setup.device.type == "cuda"
+    memory = (  # before a large product adds to it
+        torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    flops = setup.flops
+    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, setup.dtype), peak_flops(device)
+    power = sum(watts) / len(watts) if watts else None
+    return {
+        "model GFLOP an image (student x 3, teacher x 1)": flops / 1e9,
+        "achieved GFLOP/s": achieved / 1e9,
+        f"measured matmul GFLOP/s ({str(setup.dtype).removeprefix('torch.')})": matmul / 1e9,
+        "MFU against the measured matmul": achieved / matmul,
+        "MFU against the datasheet": achieved / peak if peak else None,
+        "peak memory MiB" + ("" if gpu else " (of the process)"): memory / 2**20,
+        "power W (NVML)": power,
+        "images a joule": images_per_s / power if power else None,
+        "threads": torch.get_num_threads(),
+        "images an optimizer step and rank": setup.images_per_call,
+    }
+
+
+def _take_steps(step: Callable[[], object], device: torch.device) -> list[float]:
+    """Watts of the GPU while it does nothing but full steps; those steps' memory is the peak from then on.
+
+    Empty where NVML does not tell.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    done, end = threading.Event(), time.perf_counter() + POWER_S
+    asked: deque[torch.cuda.Event] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        watts = pool.submit(_read_power, device, done)
+        try:
+            while time.perf_counter() < end:
+                step()
+                asked.append(torch.cuda.Event())
+                asked[-1].record()
+                if len(asked) > STEPS_AHEAD:
+                    asked.popleft().synchronize()
+        finally:
+            done.set()
+    return watts.result()
+
+
+def _read_power(device: torch.device, done: threading.Event) -> list[float]:
+    watts: list[float] = []
+    done.wait(SENSOR_S)
+    while not done.wait(POWER_PERIOD_S):
+        try:
+            watts.append(torch.cuda.power_draw(device) / 1e3)
+        except (RuntimeError, NVMLError):  # no driver, or a GPU that does not tell
+            break
+    return watts
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the results as tables."""
+    console, where = Console(), result["environment"]
+    table = Table(title=f"{result['config']} on {where['gpu'] or where['cpu']}, {where['cpus']} cores, {where['date']}")
+    for column, justify in (("", "left"), ("images/s", "right"), ("ms a call", "right"), ("p20 .. p80", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in result["rows"]:
+        if "failed" in row:
+            table.add_row(row["candidate"], row["failed"], "", "")
+            continue
+        spread = f"{row['p20_ms']:.1f} .. {row['p80_ms']:.1f}"
+        table.add_row(row["candidate"], f"{row['images_per_s']:,.1f}", f"{row['median_ms']:.1f}", spread)
+    for part, why in result["left_out"].items():
+        table.add_row(part, "not measured", "", why)
+    console.print(table)
+    facts = Table(show_header=False)
+    for name, value in result["facts"].items():
+        facts.add_row(name, "cannot be measured here" if value is None else f"{value:,.4g}")
+    console.print(facts)

@@ -1,0 +1,66 @@
+"""Teacher and student in one go: `train --with-teacher`, and `demo` on the embedded images."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastdeitlt import config
+from fastdeitlt.config import Config
+from fastdeitlt.data.sets.fingerprint import fingerprint
+from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.run.folder import MAY_CHANGE
+from fastdeitlt.train import train
+from fastdeitlt.train_teacher import train_teacher
+
+log = logging.getLogger("fastdeitlt")
+
+
+def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
+    """Train the teacher on the student's data, then the student. A teacher trained before is used again.
+
+    Args:
+        cfg: the student's run.
+        teacher_cfg: the teacher's recipe; its data, seed, device and runs_dir are the student's.
+        resume: of the student; see ``train``. The teacher's is always auto.
+
+    Returns:
+        The student's run folder.
+
+    Raises:
+        UserError: see ``train`` and ``train_teacher``.
+    """
+    shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith("data.")}
+    shared |= {"train.seed": cfg.train.seed, "train.device": cfg.train.device, "runs_dir": cfg.runs_dir}
+    flat = config.flatten(teacher_cfg) | shared
+    flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
+    teacher = train_teacher(config.build(flat))
+    log.info("teacher: %s", teacher)
+    return train(config.build(config.flatten(cfg) | {"teacher.path": str(teacher)}), resume)
+
+
+def _teacher_key(flat: dict[str, Any], cfg: Config) -> str:
+    """A hash of all that shapes the teacher, settings and images, so that equal ones find it again and others do not.
+
+    Where the images lie and on what it trains does not count.
+    """
+    named = {name: value for name, value in flat.items() if name not in (*MAY_CHANGE, "name")}
+    sets = open_sets(cfg.data)
+    content = [fingerprint(images) for images in (sets.train, sets.val) if images is not None]
+    return hashlib.sha256(json.dumps([named, content], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def demo(seed: int = 0, runs_dir: str = "runs") -> Path:
+    """Train the quick-start teacher (a small CNN with SAM) and student (DeiT-LT) on the embedded Fashion-MNIST-LT.
+
+    Args:
+        seed: of both trainings; each seed has its own run folders.
+        runs_dir: folder that holds them.
+
+    Returns:
+        The student's run folder, with report.html.
+    """
+    common = [f"runs_dir={runs_dir}", f"train.seed={seed}"]
+    student = config.load("quickstart", [*common, f"name=demo-{seed}"])
+    return train_both(student, config.load("teacher/quickstart", common))

@@ -1,0 +1,213 @@
+"""`--dry-run`: everything that can be wrong before training, what training will need, one step on fake data."""
+
+# B images in a micro-batch, C channels, H height, W width
+
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import nn
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.engine import build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.optim import peak_learning_rate
+from fastdeitlt.data.check.scan import check_files
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sets.opening import open_training_sets
+from fastdeitlt.data.sets.types import LongTailSet, Sets
+from fastdeitlt.data.teacher_plan import plan_of
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_student
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT, num_parameters
+from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.run.folder import console
+from fastdeitlt.teachers.check import check_decisions
+from fastdeitlt.teachers.opening import settle_order, teacher_of
+from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
+from fastdeitlt.teachers.views import Part, StepBatch, view_recipes
+
+MIB = 2**20
+
+
+def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int, with_ema: bool) -> dict[str, float]:
+    """MiB of a rank in training without sharding.
+
+    Weights, gradients and two AdamW moments in float32, the average if there is one, and the activations that the
+    backward pass needs: per token and block 2 residuals, 2 norms, qkv, attention output, its projection and the MLP's
+    two hidden tensors and output, which is 17 widths (research: about 58 MB an image for ViT-B in bf16).
+    """
+    parameters = num_parameters(student)
+    tokens = student.pos_embed.shape[1]
+    activations = batch_size * tokens * len(student.blocks) * 17 * student.width * bytes_per_value
+    return {
+        "weights, gradients, AdamW": 16 * parameters / MIB,
+        "average of the weights": 4 * parameters * with_ema / MIB,
+        "activations of a micro-batch": activations / MIB,
+    }
+
+
+def dry_run(cfg: Config, recipe: Config | None = None) -> int:
+    """Open the data and the teacher, build the student, print sizes and steps, and run one step on random images.
+
+    Args:
+        cfg: the student's run.
+        recipe: of the teacher that is to be trained first, which takes a step before the student's; it has fresh
+            weights in both.
+
+    Raises:
+        UserError: what training would have raised.
+    """
+    opened = _open(cfg)
+    images, device, world = opened.sets.train, opened.device, opened.world
+    plan = Plan(
+        len(images),
+        cfg.train.batch_size,
+        cfg.train.accumulate,
+        cfg.augment.repeats,
+        cfg.train.virtual_ranks or world,
+        distributed.rank(),
+        world,
+    )
+    student = create_student(num_classes=images.num_classes, **cfg.student.model_dump()).to(device)
+    size = student.img_size
+    rows = opened.rows | {"student": f"{cfg.student.name}, {num_parameters(student):,} parameters"}
+    teacher: Teacher | None
+    if recipe:
+        network, facts = _teacher_step(recipe, opened)
+        teacher = Teacher(network, images.num_classes, img_size=cfg.teacher.img_size or size)
+        rows |= {f"{name}, trained first" if name == "teacher" else f"  {name}": text for name, text in facts.items()}
+    elif teacher := teacher_of(cfg, images, size, device):
+        rows["teacher"] = f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
+        _check_teacher(teacher, images, cfg, size)
+    else:
+        rows["teacher"] = "none"
+    rows |= {
+        "effective batch": f"{plan.images_per_step:,} images",
+        "optimizer steps": _steps(plan.optimizer_steps, cfg.train.epochs),
+        "peak learning rate": f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}",
+    }
+    width = 2 if autocast_dtype(cfg.train.precision, device) else 4
+    for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():
+        rows[f"memory: {name} (estimate)"] = f"{mib:,.0f} MiB"
+    _show_table(cfg, device, rows)
+
+    engine = build_engine(JointForward(student, teacher, images.counts, cfg, device), cfg, plan)
+    labels_B = torch.arange(cfg.train.batch_size, device=device) % images.num_classes
+    lam = torch.tensor(0.7, device=device)
+    mixed = (labels_B.flip(0), lam) if cfg.mixup.on else (None, None)
+    batch = Batch(torch.randn(cfg.train.batch_size, 3, size, size, device=device), labels_B, *mixed)
+    losses = engine.forward(batch, torch.ones(images.num_classes, device=device), None)
+    engine.backward(losses.loss)
+    norm = engine.step(peak_learning_rate(cfg, plan.virtual_ranks))
+    _show(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
+    return 0
+
+
+def dry_run_teacher(cfg: Config) -> int:
+    """Open the data, build the teacher, print sizes and steps, and run one step on random images.
+
+    Raises:
+        UserError: what training would have raised.
+    """
+    opened = _open(cfg)
+    _, facts = _teacher_step(cfg, opened)
+    loss = facts.pop("one step")
+    _show_table(cfg, opened.device, opened.rows | facts)
+    _show(f"one step on random images: {loss}. Ready.")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What both dry runs begin with."""
+
+    sets: Sets
+    device: torch.device
+    world: int
+    rows: dict[str, str]
+    """Of the table: the data."""
+
+
+def _open(cfg: Config) -> _Opened:
+    _, world = distributed.start(cfg.train.device)
+    sets = open_training_sets(cfg.data)
+    looked = distributed.on_main(lambda: check_files(sets, cfg.data))
+    distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
+    rows = {"training images": f"{len(sets.train):,} in {sets.num_classes} classes", "looked at": looked}
+    return _Opened(sets, distributed.device_of(cfg.train.device), world, rows)
+
+
+def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, str]]:
+    """Build a teacher's network by its recipe and take a step on random images: the network, and rows of the table."""
+    t, images, device = cfg.teacher_training, opened.sets.train, opened.device
+    plan = plan_of(cfg, len(images), distributed.rank(), opened.world)
+    objective = build_objective(t, images.counts, device)
+    step = Step(objective, build_optimizer(objective.network, t), cfg, device)
+    labels_B = torch.arange(len(next(plan.samples(0))), device=device) % images.num_classes
+    parts = []
+    for part_B in plan.parts(np.arange(len(labels_B))):
+        views = [torch.randn(len(part_B), 3, t.img_size, t.img_size, device=device) for _ in view_recipes(cfg)]
+        parts.append(Part(views, labels_B[torch.from_numpy(part_B).to(device)]))
+    loss = step(StepBatch(parts, labels_B), torch.ones(images.num_classes, device=device), plan.step_seed(0, 0))
+    parameters = num_parameters(objective.network)
+    copies = 3 + (t.sam != "none")
+    facts = {
+        "teacher": f"{t.arch}, {parameters:,} parameters, {t.loss}, images of {t.img_size} pixels",
+        "teacher's batch": f"{t.batch_size:,} images, {len(parts[0].labels_B):,} at a time",
+        "teacher's optimizer steps": _steps(plan.steps, t.epochs),
+        "teacher's last batch": plan.last_batch or "like the others, or smaller",
+        "teacher's peak learning rate": f"{t.lr:.3g}",
+        "memory: teacher's weights, gradients, momentum (estimate)": f"{4 * copies * parameters / MIB:,.1f} MiB",
+    }
+    if device.type == "cuda":
+        facts["memory: most in the teacher's step"] = f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB"
+    return objective.network, facts | {"one step": f"loss {distributed.sum_over_ranks(loss).item():.3f}"}
+
+
+def _check_teacher(teacher: Teacher, images: LongTailSet, cfg: Config, size: int) -> None:
+    """Check a teacher as training does before its first step, without decoding the whole set."""
+    residency = "stream" if images.images_NHWC is None else cfg.data.residency
+    data = cfg.data.model_copy(update={"residency": residency})
+    with closing(open_source(images, data, distributed.device_of(cfg.train.device))) as source:
+        settle_order(teacher, images, source, cfg, size)
+        if cfg.teacher.check:
+            distributed.on_main(lambda: check_decisions(teacher, images, source, cfg, size))
+
+
+def _steps(in_epoch: int, epochs: int) -> str:
+    return f"{in_epoch:,} an epoch, {in_epoch * epochs:,} in all"
+
+
+def _show_table(cfg: Config, device: torch.device, rows: dict[str, str]) -> None:
+    table = Table(title=f"dry run of {cfg.name} on {device}", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    _show(table)
+
+
+def _show(content: Table | str) -> None:
+    if distributed.rank() == 0:
+        console.print(content)
+
+
+def _check_folder(folder: Path) -> None:
+    """Write into the run folder, or the folder that it is to be made in, and leave no trace.
+
+    Raises:
+        UserError: that fails.
+    """
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(2**12))
+    except OSError as error:
+        raise UserError(f"run folder {folder}: cannot be written ({error.strerror}); choose another runs_dir") from None

@@ -1,0 +1,217 @@
+"""Write a saved student for other programs, and check what was written against the original on real images.
+
+timm: a folder that ``timm.create_model("local-dir:<folder>", pretrained=True)`` reads, with a model card; equal bit for
+bit. onnx: one file, batch size free, outputs avg, cls and dist. pt2: the same through torch.export. All give logits as
+trained; the temperatures that calibrate them, where some were fitted, are in ``facts``.
+"""
+
+# B batch, H height, W width, C channels, K classes
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from fastdeitlt.data.pixels.resize import centre_crop
+from fastdeitlt.data.sets import embedded
+from fastdeitlt.errors import UserError
+from fastdeitlt.models.saved import Saved, open_saved
+from fastdeitlt.models.vit import DistilledViT
+from fastdeitlt.tools.model_card import model_card
+
+log = logging.getLogger("fastdeitlt")
+OUTPUTS = ("avg", "cls", "dist")
+FACTS = "fastdeitlt.json"
+"""Name of the extra file inside a .pt2 that holds ``facts``."""
+INHERITED = ("architecture", "input_size", "fixed_input_size", "crop_mode", "first_conv", "classifier")
+"""What an export keeps of timm's own facts about an architecture."""
+BATCH = {"images_BCHW": {0: torch.export.Dim("batch")}}
+"""The axis of any length."""
+NUM_CHECKED = 5  # odd, and another batch size than the one that is traced
+MAX_DIFFERENCE = 1e-3
+"""Of logits, relative to the largest; another order of additions gives about 1e-6."""
+
+
+class ThreeOutputs(nn.Module):
+    """A student as other programs see it: images_BCHW to (avg, cls, dist) logits_BK."""
+
+    def __init__(self, student: DistilledViT) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of the heads, the CLS head, the DIST head."""
+        cls_logits_BK, dist_logits_BK = self.student.forward_heads(images_BCHW)
+        return (cls_logits_BK + dist_logits_BK) / 2, cls_logits_BK, dist_logits_BK
+
+
+def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> Path:
+    """Export a student and check the result.
+
+    Args:
+        model_folder: a model folder, a run folder, or a released student checkpoint.
+        out: the folder (timm) or file (onnx, pt2) to write; it may not exist, so that nothing is overwritten.
+        format: timm, onnx or pt2.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: an unknown format, ``out`` exists, not a student, a package that is missing, a full disk, or
+            an export whose logits differ from the original's.
+    """
+    writers: dict[str, Callable[[DistilledViT, Saved, Path], float]] = {
+        "timm": _to_timm,
+        "onnx": _to_onnx,
+        "pt2": _to_pt2,
+    }
+    out = Path(out)
+    if format not in writers:
+        raise UserError(f"export: got format {format!r}, expected one of {', '.join(writers)}")
+    if out.exists():
+        raise UserError(f"export {out}: exists; give a new name or remove it")
+    saved = open_saved(model_folder)
+    if not isinstance(saved.model, DistilledViT):
+        raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    _refuse_full_disk(out, saved.model)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
+        draft = Path(folder) / "export"
+        difference = writers[format](saved.model, saved, draft)
+        allowed = 0 if format == "timm" else MAX_DIFFERENCE
+        if not difference <= allowed:
+            raise UserError(
+                f"export {out}: logits of real images differ from the model's by {difference:.1e} of the largest, "
+                f"expected at most {allowed}; nothing was written"
+            )
+        draft.rename(out)
+    log.info("%s: logits of %d real images equal the model's (largest difference %.1e)", out, NUM_CHECKED, difference)
+    return out
+
+
+def _refuse_full_disk(out: Path, model: nn.Module) -> None:
+    """Before anything is written, since each writer fails in its own way on a full disk."""
+    needed = int(1.2 * sum(tensor.nbytes for tensor in model.state_dict().values())) + 2**20  # the graph, the card
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise UserError(f"export {out}: {free // 2**20} MiB free, {needed // 2**20} MiB needed; free space")
+
+
+def facts(saved: Saved) -> dict[str, Any]:
+    """What travels with each export: class names and map, how to prepare images, temperatures of its raw logits."""
+    fitted = saved.calibration.temperatures if saved.calibration else {}
+    return {
+        "class_names": saved.class_names,
+        "class_map": saved.class_map.tolist(),
+        "mean": saved.mean,
+        "std": saved.std,
+        "img_size": saved.img_size,
+        "crop_pct": saved.crop_pct,
+        "exif": saved.exif,
+        "interpolation": "bicubic",
+        "dataset": saved.info.get("dataset"),
+        "outputs": OUTPUTS,
+        "temperatures": {head.lower(): value for head, value in fitted.items()} or None,
+    }
+
+
+def _real_images(saved: Saved) -> Tensor:
+    """Test images of the embedded data set, prepared as the model's own images are: images_BCHW."""
+    paths = sorted(embedded.unpack().rglob("*.png"))[-NUM_CHECKED:]
+    pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
+    return saved.normalise(centre_crop(pixels, saved.resize, saved.img_size)).contiguous()
+
+
+def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference of any logit, as a share of the largest logit."""
+    worst = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
+    return worst / max(float(head.abs().max()) for head in expected)
+
+
+def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
+    architecture, model_args = timm_architecture(student)
+    twin: Any = timm.create_model(architecture, pretrained=False, num_classes=saved.num_classes, **model_args)
+    twin.load_state_dict(student.state_dict())
+    # the name's tag, licence and origin are those of Facebook's weights, not of these
+    twin.pretrained_cfg = {key: twin.pretrained_cfg[key] for key in INHERITED}
+    side = saved.img_size
+    own = ("mean", "std", "crop_pct", "interpolation")
+    travels = facts(saved)
+    save_for_hf(
+        twin,
+        str(out),
+        model_config={"label_names": saved.class_names}
+        | {name: travels[name] for name in ("class_map", "exif", "temperatures")},
+        model_args=model_args,
+        safe_serialization=True,
+        data_config={"input_size": (3, side, side)} | {name: travels[name] for name in own},
+    )
+    weights = out / "model.safetensors"
+    weights.chmod((out / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+    (out / "README.md").write_text(model_card(saved, architecture, model_args), encoding="utf-8")
+    images_BCHW = _real_images(saved)
+    with torch.inference_mode():
+        loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        return _difference([loaded(images_BCHW)], [student(images_BCHW)])
+
+
+def timm_architecture(student: DistilledViT) -> tuple[str, dict[str, Any]]:
+    """timm's name for a student, and the arguments that are not that name's own (timm knows no large, no patch 8)."""
+    name, width, heads = {192: ("tiny", 192, 3), 384: ("small", 384, 6)}.get(student.width, ("base", 768, 12))
+    usual = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
+    own = {
+        "img_size": student.img_size,
+        "patch_size": student.patch,
+        "embed_dim": student.width,
+        "depth": len(student.blocks),
+        "num_heads": student.get_submodule("blocks.0.attn").heads,
+    }
+    return f"deit_{name}_distilled_patch16_224", {key: own[key] for key in own if own[key] != usual[key]}
+
+
+def _trace(student: DistilledViT, saved: Saved) -> torch.export.ExportedProgram:
+    example = (torch.zeros(2, 3, saved.img_size, saved.img_size),)
+    return torch.export.export(ThreeOutputs(student), example, dynamic_shapes=BATCH)
+
+
+def _to_onnx(student: DistilledViT, saved: Saved, out: Path) -> float:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch.onnx needs it
+    except ImportError as error:
+        raise UserError(f"export: {error.name} is missing; pip install 'fastdeitlt[onnx]'") from None
+    program = torch.onnx.export(
+        _trace(student, saved),
+        input_names=["images"],
+        output_names=list(OUTPUTS),
+        dynamic_shapes=BATCH,  # names the axis, which is s12 or so without
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # only the old exporter returns None
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in facts(saved).items()})
+    program.save(str(out))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    images_BCHW = _real_images(saved)
+    got = [torch.from_numpy(head) for head in session.run(list(OUTPUTS), {"images": images_BCHW.numpy()})]
+    with torch.inference_mode():
+        return _difference(got, ThreeOutputs(student)(images_BCHW))
+
+
+def _to_pt2(student: DistilledViT, saved: Saved, out: Path) -> float:
+    program = _trace(student, saved)
+    with out.open("wb") as file:
+        torch.export.save(program, file, extra_files={FACTS: json.dumps(facts(saved))})
+    images_BCHW = _real_images(saved)
+    with out.open("rb") as file, torch.inference_mode():
+        return _difference(torch.export.load(file).module()(images_BCHW), ThreeOutputs(student)(images_BCHW))

@@ -1,0 +1,215 @@
+"""Classify images with a saved student: top-k of AVG, and what each head says."""
+
+# B batch, H height, W width, C channels, K classes
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+from torch import Tensor
+
+from fastdeitlt import distributed
+from fastdeitlt.data.pixels.decoder import Decoder
+from fastdeitlt.data.pixels.files import Encoded, UnreadableError, from_pillow, read_encoded
+from fastdeitlt.data.pixels.resize import centre_crop
+from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.sets.folders import is_image, walk
+from fastdeitlt.errors import UserError, csv_name, printable
+from fastdeitlt.models.saved import Saved, open_saved
+
+HEADS = ("AVG", "CLS", "DIST")
+Input = str | Path | Image.Image
+"""A file, a folder or an image in memory."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A class and the probability that a head gives it."""
+
+    class_id: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image, or why it could not be read."""
+
+    path: str
+    """The file, or of an image in memory its number among the inputs."""
+    top: list[Choice]
+    """Best first, by the mean of the heads' logits."""
+    cls: Choice | None = None
+    dist: Choice | None = None
+    error: str = ""
+    temperatures: dict[str, float] | None = None
+    """By which the logits of AVG, CLS and DIST were divided; None: nothing was fitted, or ``raw``."""
+
+
+def predict(
+    model_folder: str | Path,
+    inputs: Input | Sequence[Input],
+    top_k: int = 5,
+    batch_size: int = 64,
+    device: str = "auto",
+    strict: bool = False,
+    raw: bool = False,
+) -> list[Prediction]:
+    """Classify images and image files, and those below folders, in the order given (a folder's sorted by name).
+
+    Images are read, turned and cropped as in evaluation.
+
+    Args:
+        model_folder: a model folder, a run folder, or a released student checkpoint.
+        inputs: one or several files, folders (hidden files are left out) and images of Pillow.
+        top_k: classes an image, at most all of them.
+        device: auto, cpu or cuda.
+        strict: raise at the first file that cannot be read, instead of giving its row an ``error``.
+        raw: probabilities as the network gives them, without the temperatures that were fitted on validation images
+            (every class counting the same). The order of the classes does not depend on it.
+
+    Raises:
+        UserError: no model, a teacher, no images, a ``top_k`` or ``batch_size`` below 1, or with ``strict`` a file
+            that is no image.
+    """
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"predict: {name} is {value}, expected at least 1")
+    inputs = [inputs] if isinstance(inputs, Input) else list(inputs)
+    named = list(_images(inputs))
+    if not named:
+        raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or 'nothing'}; give files or folders")
+    saved = open_saved(model_folder)
+    if saved.kind != "student":
+        raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
+    where = distributed.device_of(device)
+    saved.model.to(where)
+    temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
+    rows: list[Prediction] = []
+    threads = num_threads()
+    with closing(Workers(threads)) as workers, closing(Decoder(threads, torch.device("cpu"))) as decoder:
+        for start in range(0, len(named), batch_size):
+            part = named[start : start + batch_size]
+            read = list(workers.pool.map(partial(_read, exif=saved.exif), [image for _, image in part]))
+            decoded = iter(decoder.whole([file for file in read if isinstance(file, Encoded)]))
+            outcomes = [next(decoded) if isinstance(file, Encoded) else file for file in read]
+            both = list(zip([name for name, _ in part], outcomes, strict=True))
+            if strict and (errors := [f"{name}: {error}" for name, error in both if isinstance(error, str)]):
+                raise UserError("; ".join(errors[:3]))
+            images = [image for image in outcomes if isinstance(image, Tensor)]
+            answers = iter(_predict_batch(saved, images, top_k, where, temperatures) if images else [])
+            rows += [
+                Prediction(name, [], error=outcome) if isinstance(outcome, str) else replace(next(answers), path=name)
+                for name, outcome in both
+            ]
+    return rows
+
+
+def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]:
+    """Each image with what to call it."""
+    for number, given in enumerate(inputs):
+        if isinstance(given, Image.Image):
+            yield f"image {number}", given
+        elif (path := Path(given)).is_dir():
+            yield from ((str(path / name), path / name) for name in walk(path) if is_image(name))
+        else:
+            yield str(path), path
+
+
+def _read(image: Path | Image.Image, exif: str) -> Encoded | str:
+    """The image for the decoder, or why there is none."""
+    try:
+        return read_encoded(str(image), exif=exif) if isinstance(image, Path) else from_pillow(image, exif=exif)
+    except UnreadableError as error:
+        return str(error)
+
+
+def _predict_batch(
+    saved: Saved, images: list[Tensor], top_k: int, device: torch.device, temperatures: dict[str, float] | None
+) -> list[Prediction]:
+    crops_BHWC = centre_crop(images, saved.resize, saved.img_size).to(device)
+    with torch.inference_mode():
+        cls_logits_BK, dist_logits_BK = saved.model.forward_heads(saved.normalise(crops_BHWC))  # type: ignore[operator]
+    heads = {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
+    best = [
+        _best(logits_BK / (temperatures or {}).get(head, 1), top_k if head == "AVG" else 1, saved.class_names)
+        for head, logits_BK in heads.items()
+    ]
+    return [
+        Prediction("", average, cls[0], dist[0], temperatures=temperatures)
+        for average, cls, dist in zip(*best, strict=True)
+    ]
+
+
+def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choice]]:
+    values, classes = logits_BK.float().softmax(-1).topk(min(top_k, len(names)))
+    return [
+        [Choice(k, names[k], p) for k, p in zip(*row, strict=True)]
+        for row in zip(classes.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, strict: bool, raw: bool = False) -> int:
+    """The verb: print a table, or write .csv or .json. Exit code 2 if some files could not be read.
+
+    Raises:
+        UserError: see ``predict``; or ``out`` is neither .csv nor .json.
+    """
+    if out is not None and (out.suffix not in (".csv", ".json") or not out.absolute().parent.is_dir()):
+        raise UserError(f"predict: got --out {out}, expected a .csv or .json file in a folder that exists")
+    rows = predict(model, inputs, top_k, strict=strict, raw=raw)
+    failed = [row for row in rows if row.error]
+    if out is None:
+        if read := [row for row in rows if not row.error]:
+            console = Console()
+            console = console if console.is_terminal else Console(width=max(console.width, 120))
+            console.print(table(read))
+    elif out.suffix == ".json":
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    else:
+        out.write_text(to_csv(rows), encoding="utf-8", newline="")
+    for row in failed:
+        print(printable(f"fastdeitlt: {row.path}: {row.error}"), file=sys.stderr)
+    return 2 if failed else 0
+
+
+def table(rows: Sequence[Prediction]) -> Table:
+    """A table for a terminal of images that were read: the best classes by AVG, and the decisions of CLS and DIST."""
+    fitted = next((row.temperatures for row in rows if row.temperatures), None)
+    told = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
+    how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
+    table = Table(Column("image", overflow="fold"), "AVG", "CLS", "DIST", caption=how, caption_justify="left")
+    for row in rows:
+        best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
+        heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]
+        table.add_row(*(Text(printable(cell)) for cell in (row.path, best, *heads)))
+    return table
+
+
+def to_csv(rows: Sequence[Prediction]) -> str:
+    """One line an image: path, class and probability of AVG by rank, of CLS and of DIST, temperatures, error."""
+    ranks = range(1, 1 + max((len(row.top) for row in rows), default=0))
+    header = [f"{what}{rank}" for rank in ranks for what in ("class", "probability")]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    heads = ["cls_class", "cls_probability", "dist_class", "dist_probability"]
+    temperatures = [f"{head.lower()}_temperature" for head in HEADS]
+    writer.writerow(["path", *header, *heads, *temperatures, "error"])
+    for row in rows:
+        cells: list[str | float] = []
+        for choice in [*row.top, *[None] * (len(ranks) - len(row.top)), row.cls, row.dist]:
+            cells += [csv_name(choice.name), round(choice.probability, 6)] if choice else ["", ""]
+        cells += [round((row.temperatures or {}).get(head, 1.0), 6) for head in HEADS] if row.top else [""] * len(HEADS)
+        writer.writerow([csv_name(row.path), *cells, csv_name(row.error)])
+    return text.getvalue()

@@ -1,0 +1,314 @@
+"""`profile`: where a step's time goes. A trace for Perfetto, time by stage, and a table by operation.
+
+The table's bytes and FLOPs are counted by running the same step once more under a dispatch counter, so they are of
+torch's own operations. A fused kernel of the compiled graph has a time but no such count. On a GPU the stages are NVTX
+ranges too, Proton writes its own profile, and the allocator's history is saved for pytorch.org/memory_viz.
+"""
+
+# B images in a micro-batch
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastdeitlt import config, distributed
+from fastdeitlt.core.batches import Batch, train_batches
+from fastdeitlt.core.engine import build_engine
+from fastdeitlt.core.measure.timer import bandwidth, matmul_rate, synchronise
+from fastdeitlt.core.optim import Ema, peak_learning_rate
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.tools.setup import Setup, set_up
+
+log = logging.getLogger("fastdeitlt")
+STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
+AUTOGRAD = "autograd::engine::evaluate_function"
+"""How the profiler names what autograd's thread does."""
+WARM_UP_STEPS = 2
+SHOWN = 25
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
+}
+"""Formulas by operation: torch's, and attention on a CPU, which it leaves out."""
+
+
+@dataclass
+class Operation:
+    """One row of the table, sums over the recorded steps.
+
+    Args:
+        name: operation or kernel.
+        calls: how often it ran.
+        time_ms: on the device; on a CPU its own time without what it called.
+        bytes: of its inputs and outputs, each once. None = not known.
+        flops: of its matrix products. None = not known.
+        share_of_roofline: least time that bytes and FLOPs need here, over its time. None = not known.
+    """
+
+    name: str
+    calls: int
+    time_ms: float
+    bytes: int | None = None
+    flops: int | None = None
+    share_of_roofline: float | None = None
+
+
+class Costs(TorchDispatchMode):
+    """Counts bytes and FLOPs by operation while it is on; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = defaultdict(int)
+        self.flops: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        name = f"{func.namespace}::{func._schema.name.partition('::')[2]}"
+        tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        self.bytes[name] += sum(t.numel() * t.element_size() for t in tensors.values())
+        if func.overloadpacket in FLOPS:
+            self.flops[name] += int(FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out))
+        return out
+
+
+@contextmanager
+def stage(name: str, device: torch.device) -> Iterator[None]:
+    """A named range in the trace, and for NVIDIA's tools on a GPU."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.profiler.record_function(name))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.nvtx.range(name))
+        yield
+
+
+def profile(
+    config_name: str,
+    overrides: Sequence[str] = (),
+    out: str | Path = "profile",
+    *,
+    num_steps: int = 3,
+    synthetic: bool = False,
+) -> list[Operation]:
+    """Record some optimizer steps; print the tables and write trace.json, operations.json and, on a GPU, memory.pickle.
+
+    Args:
+        config_name, overrides: as for training. An empty ``teacher.path`` means a fresh teacher.
+        out: folder, made if it is not there.
+        num_steps: optimizer steps in the trace, after two that warm up.
+        synthetic: random images on the device in place of the data set.
+
+    Returns:
+        The table, longest time first.
+
+    Raises:
+        UserError: what training would have raised.
+    """
+    cfg = config.load(config_name, list(overrides))
+    device = distributed.device_of(cfg.train.device)
+    setup = set_up(cfg, device, synthetic=synthetic)
+    log.info("teacher: %s", setup.teacher_title)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = device.type == "cuda"
+    if cfg.train.compile and not gpu:
+        import torch._inductor.config as inductor
+
+        inductor.cpp.enable_kernel_profile = True  # or its fused loops would have no name
+    with ExitStack() as stack:
+        step = _step(setup, stack)
+        for _ in range(WARM_UP_STEPS):
+            step()
+        synchronise(device)
+        if gpu:
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+        with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
+            for _ in range(num_steps):
+                step()
+            synchronise(device)
+        recorded.export_chrome_trace(str(folder / "trace.json"))
+        if gpu:
+            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        costs = Costs()
+        if not cfg.train.compile:
+            with costs:
+                for _ in range(num_steps):
+                    step()
+        events = recorded.events() or []
+        rows, stages = table(events, costs, setup), stage_times(events, gpu)
+        written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
+        (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
+        _show(rows, stages, setup, num_steps, folder)
+        if gpu:
+            _proton(step, num_steps, folder)
+    return rows
+
+
+def _step(setup: Setup, stack: ExitStack) -> Any:
+    """An optimizer step with its stages named."""
+    cfg, device = setup.cfg, setup.device
+    engine = build_engine(setup.joint, cfg, setup.plan)
+    ema = Ema(setup.joint.student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    rate, ones_K = peak_learning_rate(cfg), torch.ones(len(setup.counts), device=device)
+    batches = _batches(setup, stack)
+    if not cfg.train.compile:  # within one compiled graph there are no stages
+        assert setup.joint.teacher is not None
+        _name(setup.joint.student, "student", device)
+        _name(setup.joint.teacher, "teacher", device)
+
+    def step() -> None:
+        for _ in range(setup.micro_batches):
+            with stage("data", device):
+                batch = next(batches)
+            with stage("forward", device):
+                losses = engine.forward(batch, ones_K, None)
+            with stage("backward", device):
+                engine.backward(losses.loss)
+        with stage("optimizer", device):
+            engine.step(rate)
+        if ema:
+            with stage("average", device):
+                ema.update()
+
+    return step
+
+
+def _name(module: nn.Module, name: str, device: torch.device) -> None:
+    """Name the module's forward pass."""
+    open_stages: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        open_stages.append(stage(name, device))
+        open_stages[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        open_stages.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end)
+
+
+def _batches(setup: Setup, stack: ExitStack) -> Iterator[Batch]:
+    """Batches without end: of training, or the one on the device."""
+    images, cfg = setup.images, setup.cfg
+    if images is None:
+        while True:
+            yield setup.batch
+    source = stack.enter_context(closing(open_source(images, cfg.data, setup.device)))
+    for epoch in range(1_000_000):
+        micro_batches = chain.from_iterable(step.micro_batches for step in setup.plan.steps(epoch))
+        batches = train_batches(micro_batches, source, images, cfg, mixing=cfg.mixup.on, size=setup.size)
+        yield from stack.enter_context(closing(batches))
+
+
+def _proton(step: Any, num_steps: int, folder: Path) -> None:
+    """Triton's own profiler: its time by kernel in ``proton.hatchet``, for ``proton-viewer``.
+
+    It needs CUPTI, of which a process has one subscriber; torch's profiler may still be it.
+    """
+    import triton.profiler as proton
+
+    try:
+        proton.start(str(folder / "proton"), context="shadow")
+        for _ in range(num_steps):
+            step()
+        proton.finalize()
+    except RuntimeError as error:
+        Console().print(f"Proton: no profile, {' '.join(str(error).split())}", markup=False)
+
+
+def stage_times(events: Sequence[Any], gpu: bool) -> dict[str, float]:
+    """Milliseconds by stage, sums over the recorded steps.
+
+    With a GPU autograd works in a thread of its own: what it begins during a stage is that stage's.
+    """
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    autograd = [e for e in host if gpu and e.cpu_parent is None and e.name.startswith(AUTOGRAD)]
+    found: dict[str, float] = defaultdict(float)
+    for event in host:
+        if event.name in STAGES:
+            span = event.time_range
+            within = [e for e in autograd if e.thread != event.thread and span.start <= e.time_range.start <= span.end]
+            found[event.name] += sum(_ms(e, gpu, total=True) for e in (event, *within))
+    return dict(found)
+
+
+def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:
+    """The rows of a profile, longest first: counted operations with all that they called, the rest without."""
+    gpu = setup.device.type == "cuda"
+    rows: dict[str, Operation] = {}
+
+    def visit(event: Any) -> None:
+        counted = event.name in costs.bytes
+        row = rows.setdefault(event.name, Operation(event.name, 0, 0.0))
+        row.calls += 1
+        row.time_ms += _ms(event, gpu, total=counted)
+        for child in () if counted else event.cpu_children:
+            visit(child)
+
+    for event in events:
+        if event.cpu_parent is None and event.device_type == DeviceType.CPU:
+            visit(event)
+    for name in costs.bytes.keys() & rows.keys():
+        row = rows[name]
+        row.bytes, row.flops = costs.bytes[name], costs.flops.get(name, 0)
+        least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, setup.dtype))
+        row.share_of_roofline = 1e3 * least_s / row.time_ms if row.time_ms else None
+    kept = [row for row in rows.values() if row.time_ms > 0 and row.name not in STAGES]
+    return sorted(kept, key=lambda row: -row.time_ms)
+
+
+def _ms(event: Any, gpu: bool, total: bool = False) -> float:
+    kind = ("device_time_total" if total else "self_device_time_total") if gpu else None
+    kind = kind or ("cpu_time_total" if total else "self_cpu_time_total")
+    return getattr(event, kind) / 1e3
+
+
+def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_steps: int, folder: Path) -> None:
+    console, gpu = Console(), setup.device.type == "cuda"
+    by_stage = Table(title=f"{setup.cfg.name}: ms a step by stage ({'device' if gpu else 'CPU'} time)")
+    by_stage.add_column("stage")
+    by_stage.add_column("ms", justify="right")
+    for name in STAGES:
+        if name in stages:
+            by_stage.add_row(f"  {name}" if name in ("student", "teacher") else name, f"{stages[name] / num_steps:.2f}")
+    console.print(by_stage)
+    found = Table(title=f"the {SHOWN} longest of {len(rows)} operations, sums over {num_steps} steps")
+    for column in ("operation", "calls", "ms", "share", "MB", "GFLOP", "of the roofline"):
+        found.add_column(column, justify="left" if column == "operation" else "right", overflow="fold")
+    whole = sum(row.time_ms for row in rows)
+    for row in rows[:SHOWN]:
+        mega, giga = (None if value is None else value / unit for value, unit in ((row.bytes, 1e6), (row.flops, 1e9)))
+        counts = ((mega, "{:,.1f}"), (giga, "{:,.2f}"), (row.share_of_roofline, "{:.0%}"))
+        known = ["-" if value is None else form.format(value) for value, form in counts]
+        found.add_row(row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *known)
+    console.print(found)
+    console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)", markup=False)
+    if setup.cfg.train.compile:
+        console.print("bytes, FLOPs and roofline: not counted inside a compiled graph; train.compile=false counts them")
+    if not gpu:
+        console.print("no GPU: kernel times, NVTX ranges, Proton and the memory snapshot cannot be had here")

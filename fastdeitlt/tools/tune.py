@@ -1,0 +1,175 @@
+"""`tune`: what `auto` takes on this GPU, measured at the shapes of a configuration.
+
+Op by op, launch settings of the kernel are compiled many at a time, checked against the default one's results and
+timed; then the kernel is timed beside torch's implementations, forward and backward. Those that win there are tried in
+the whole training step, one after the other, and stay only where the step becomes faster with them, because a kernel
+that wins alone can cost the compiler a fusion. Rows go to the user's cache, where ``kernels._measured`` finds them.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from triton.runtime.errors import TritonError
+
+from fastdeitlt import config, distributed
+from fastdeitlt.core.measure.first_start import copied, fastest, microseconds, new_row, same
+from fastdeitlt.core.measure.parts import SETTINGS, Pass, Shapes, parts, under
+from fastdeitlt.core.measure.timer import Call, capturing_stream, measure
+from fastdeitlt.data.sets.counts import KNOWN_CLASSES
+from fastdeitlt.errors import UserError
+from fastdeitlt.kernels._launch import compiling
+from fastdeitlt.kernels._measured import Key, Row, by_key, file_of, gpu_name, is_current, read, trying, use, write
+from fastdeitlt.tools.bench import step_of
+from fastdeitlt.tools.setup import Setup, set_up
+
+log = logging.getLogger("fastdeitlt")
+
+ROUNDS, SEARCH_ROUNDS = 20, 5
+
+
+def tune(
+    config_name: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    with_step: bool = True,
+    again: bool = False,
+) -> list[Row]:
+    """Measure, print, and write what `auto` takes from now on.
+
+    Args:
+        config_name, overrides: as for training; the data set is not opened where its number of classes is known.
+        out: folder for the GPU's file. None = the user's cache.
+        with_step: let the whole step decide; else each op alone.
+        again: measure the ops also where the file has what was measured with these versions.
+
+    Raises:
+        UserError: no GPU, or what training would have raised.
+    """
+    cfg = config.load(config_name, list(overrides))
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"measure_kernels": False})})
+    device = distributed.device_of(cfg.train.device)
+    if device.type != "cuda":
+        raise UserError("tune: got no GPU, and the kernels run on one; on a CPU auto takes torch's everywhere")
+    path = file_of(gpu_name(device.index), Path(out) if out else None)
+    with capturing_stream(device):
+        setup = set_up(cfg, device, synthetic=cfg.data.dataset in KNOWN_CLASSES)
+        known = {} if again else by_key(row for row in read(path) if is_current(row, gpu_name(device.index)))
+        rows, won = tune_ops(shapes_of(setup), path, known)
+        rows += choose_by_step(setup, won) if with_step else list(won.values())
+    write(path, rows)
+    show(rows, path)
+    return rows
+
+
+def shapes_of(setup: Setup) -> Shapes:
+    """Return what the shapes of a step follow from."""
+    return Shapes(setup.cfg, setup.joint.student, setup.teacher, len(setup.counts), setup.device)
+
+
+def tune_ops(shapes: Shapes, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
+    """Rows of the settings, each written when it is found, and op -> its row of what is fastest alone.
+
+    The settings found for an op hold from then on, so that its kernel is compared at its best. What is ``known`` is not
+    measured: an interrupted `tune` goes on where it was.
+    """
+    rows, won = [], {}
+    for part in parts(shapes):
+        for key, found in part.passes.items():
+            row = known.get(("setting", part.op, key)) or search(shapes, part.op, key, found)
+            use(part.op, key, row.config)
+            write(path, [row])
+            rows.append(row)
+        if part.whole:
+            row = known.get(("fastest", part.op, part.key))
+            if row is None:
+                row = fastest(shapes, part, ROUNDS)
+                write(path, [row.model_copy(update={"impl": shapes.torchs(part.op)})])  # until the caller has decided
+            won[part.op] = row.model_copy(update={"impl": min(row.us, key=row.us.__getitem__)})
+    return rows, won
+
+
+def search(shapes: Shapes, op: str, key: Key, found: Pass) -> Row:
+    """The fastest setting of a launch, the default where none is faster."""
+    default = found.settings[0]
+    others = [setting for setting in found.settings if setting != default]
+    with trying(op, key, default):
+        expected = copied(found.result())
+    with compiling(os.cpu_count() or 1):
+        for setting in found.settings:
+            with trying(op, key, setting):
+                found.call()
+    times: dict[int, float] = {}
+    for number, setting in enumerate(others):
+        with trying(op, key, setting):
+            try:
+                got = found.result()
+            except (TritonError, RuntimeError) as error:  # too much shared memory, or ptxas gives up
+                log.debug("%s %s: %s left out, %s", op, key, setting, error)
+                continue
+            if not same(got, expected):
+                log.warning("%s %s: %s computes something else and is left out; please report it", op, key, setting)
+                continue
+            times[number] = measure({op: found.call}, shapes.device, SEARCH_ROUNDS)[op].median
+    log.info("%s %s: %d of %d settings run", op, key, len(times) + 1, len(others) + 1)
+    best = others[min(times, key=times.__getitem__)] if times else default
+    calls = {"best": under(op, key, best, found.call), "default": under(op, key, default, found.call)}
+    timings = measure(calls, shapes.device, ROUNDS)
+    if timings["best"].median >= timings["default"].median:
+        best = default
+    options = {"blocks": dict(best.blocks), "num_warps": best.num_warps, "num_stages": best.num_stages}
+    return new_row(shapes, op, key, "setting", microseconds(timings), **options)
+
+
+def choose_by_step(setup: Setup, won: Mapping[str, Row]) -> list[Row]:
+    """Rows of what the whole training step takes: each winner joins the step where that makes it faster.
+
+    The step begins with torch's implementations; an op whose winner does not help keeps torch's.
+    """
+    chosen = {op: shapes_of(setup).torchs(op) for op in SETTINGS}
+    tried = {op: row for op, row in won.items() if row.impl != chosen[op]}
+    rows = {op: row for op, row in won.items() if op not in tried}
+    with torch._dynamo.config.patch(recompile_limit=64):
+        step = _step(setup, chosen)
+        for op, row in tried.items():
+            other = _step(setup, chosen | {op: row.impl})
+            timings = measure({"without": step, "with": other}, setup.device, ROUNDS, frozenset(("without", "with")))
+            facts: dict[str, Any] = {"step_ms": {name: timing.median for name, timing in timings.items()}}
+            if timings["with"].median < timings["without"].median:
+                chosen[op], step = row.impl, other
+            else:
+                facts["impl"] = chosen[op]
+            rows[op] = row.model_copy(update=facts)
+    return list(rows.values())
+
+
+def _step(setup: Setup, choice: Mapping[str, str]) -> Call:
+    """The training step with an implementation of each op."""
+    sections: dict[str, dict[str, str]] = {}
+    for op, impl in choice.items():
+        section, field = SETTINGS[op]
+        sections.setdefault(section, {})[field] = impl
+    update = {name: getattr(setup.cfg, name).model_copy(update=fields) for name, fields in sections.items()}
+    another = set_up(setup.cfg.model_copy(update=update), setup.device, synthetic=True, counts=setup.counts)
+    return step_of(another, another.joint)
+
+
+def show(rows: Sequence[Row], path: Path) -> None:
+    """Print what was found and where it went."""
+    console = Console()
+    table = Table("op", "shape", "taken", "alone, us", "step, ms", title=f"{rows[0].gpu}: what auto takes")
+    for row in rows:
+        taken = row.impl or " ".join(f"{name}={value}" for name, value in row.blocks.items())
+        taken += "" if row.impl else f" warps={row.num_warps} stages={row.num_stages}"
+        alone, step = (
+            "  ".join(f"{name} {value:.4g}" for name, value in times.items()) for times in (row.us, row.step_ms)
+        )
+        table.add_row(row.op, " ".join(map(str, row.key)), taken, alone, step)
+    console.print(table)
+    console.print(f"written to {path}", markup=False)
