@@ -350,7 +350,7 @@ def data_in_a_row(monkeypatch):
         for module in ("core.batches", "data.pixels.resident", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device, user: device)
             monkeypatch.setattr(f"fastdeitlt.{module}.aside", cuda.aside)
-        for module in ("data.batches", "teachers.views"):
+        for module in ("core.batches", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.prefetch", lambda items, depth: items)
 
     return place
