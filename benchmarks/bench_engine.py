@@ -10,6 +10,7 @@ graphs, so that all engines run the same operators as in training.
 import argparse
 import sys
 import tempfile
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -17,14 +18,14 @@ import torch
 from benchmarks import harness
 from fastdeitlt import config
 from fastdeitlt.config import Config
-from fastdeitlt.core.batches import Batch
-from fastdeitlt.core.engine import Engine, build_engine
-from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.assemble import Data, assemble
+from fastdeitlt.core.engine import Engine
 from fastdeitlt.core.measure.timer import measure
-from fastdeitlt.data.sampler import Plan
-from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.data.sampler import plan_of
+from fastdeitlt.models import create_teacher
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.run.checkpoints import Checkpoints
+from fastdeitlt.tools.setup import step_of
 
 STEPS = 10
 """Between checkpoints."""
@@ -35,30 +36,18 @@ def settings(gpu: bool, kind: str, stage: int) -> Config:
     """The run of one candidate."""
     flat = {"train.engine": kind, "train.zero_stage": stage, "train.compile": False, "optim.clip_norm": 1.0}
     flat |= {"train.precision": "bf16" if gpu else "fp32", "train.batch_size": 256 if gpu else 16}
-    return config.build(flat)
+    flat |= {"augment.repeats": 1, "optim.ema_decay": 0.0}
+    flat["student.name"] = "deit_base_distilled_patch16_224" if gpu else "deit_tiny_distilled_patch4_32"
+    return config.build(flat | ({} if gpu else {"student.depth": 4}))
 
 
-def engine_of(cfg: Config, device: torch.device) -> tuple[Engine, harness.Call]:
+def step_with(cfg: Config, device: torch.device) -> tuple[Engine, harness.Call]:
     """An engine and its whole step on one batch."""
-    gpu, batch_size = device.type == "cuda", cfg.train.batch_size
-    name, classes, size, depth = ("deit_base_distilled_patch16_224", 1000, 224, None) if gpu else (
-        "deit_tiny_distilled_patch4_32", 10, 32, 4
-    )  # fmt: skip
-    torch.manual_seed(0)
-    student = create_student(name, classes, depth=depth).to(device).train()
-    teacher = Teacher(create_teacher("resnet50" if gpu else "resnet20", classes, "fastdeitlt"), classes).to(device)
-    joint = JointForward(student, teacher, [5] * classes, cfg, device)
-    engine = build_engine(joint, cfg, Plan(batch_size * 10, batch_size, 1, 1, 1))
-    labels_B = torch.arange(batch_size, device=device) % classes
-    images_BCHW = torch.randn(batch_size, 3, size, size, device=device)
-    batch = Batch(images_BCHW, labels_B, labels_B.flip(0), torch.tensor(0.7, device=device))
-    weights_K = torch.ones(classes, device=device)
-
-    def step() -> None:
-        engine.backward(engine.forward(batch, weights_K, None).loss)
-        engine.step(1e-4)
-
-    return engine, step
+    arch, classes = ("resnet50", 1000) if device.type == "cuda" else ("resnet20", 10)
+    data = Data([5] * classes, plan_of(cfg, 10 * cfg.train.batch_size))
+    teacher = Teacher(create_teacher(arch, classes, "fastdeitlt"), classes).to(device)
+    parts = assemble(cfg, data, device, lambda size: teacher)
+    return parts.engine, step_of(parts, repeat(parts.noise_batch()))
 
 
 def saving(engine: Engine, step: harness.Call, found: Checkpoints, wait: bool) -> harness.Call:
@@ -81,7 +70,7 @@ def main() -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     gpu = device.type == "cuda"
     eager = frozenset(KINDS)
-    engines = {name: engine_of(settings(gpu, *what), device) for name, what in KINDS.items()}
+    engines = {name: step_with(settings(gpu, *what), device) for name, what in KINDS.items()}
     case = harness.Case("step", {name: step for name, (_, step) in engines.items()}, "plain", eager=eager)
     found = harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, eager), device)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt import config, distributed
+from fastdeitlt.core.assemble import Data, assemble
 from fastdeitlt.core.batches import Batch
-from fastdeitlt.core.engine import build_engine
-from fastdeitlt.core.joint import JointForward
-from fastdeitlt.core.optim import Ema, parameter_groups
-from fastdeitlt.data.sampler import Plan
+from fastdeitlt.core.optim import parameter_groups
+from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
@@ -201,7 +200,7 @@ def official_loop(work: Workload) -> Step:
 
 
 def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
-    """fastdeitlt's step: JointForward, an engine, Ema.
+    """fastdeitlt's step.
 
     Args:
         shortcut: the last block computes only the CLS and DIST rows.
@@ -212,7 +211,7 @@ def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
         "train.precision": work.precision, "train.batch_size": work.batch_size, "optim.ema_decay": EMA_DECAY,
         "optim.weight_decay": DECAY, "mixup.smoothing": SMOOTHING, "train.engine": "plain",
         "train.device": work.device.type, "student.name": work.student, "student.img_size": work.img_size,
-        "student.drop_path": 0.0,
+        "student.drop_path": 0.0, "augment.repeats": 1,
     }  # fmt: skip
     cfg = config.build(recipe | values)
     student = create_student(
@@ -222,21 +221,12 @@ def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
     student = student.to(work.device).train()
     network = fold_batchnorm(copy.deepcopy(work.network)).to(memory_format=torch.channels_last)
     teacher = Teacher(network, work.num_classes).to(work.device)
-    joint = JointForward(student, teacher, [1] * work.num_classes, cfg, work.device)
     if cfg.train.engine == "deepspeed":
         distributed.start_alone(work.device)
-    engine = build_engine(joint, cfg, Plan(work.batch_size, work.batch_size, 1, 1, 1))
-    ema = Ema(student, EMA_DECAY, engine.optimizer)
-    weights_K = torch.ones(work.num_classes, device=work.device)
-
-    def step(batch: Batch) -> Tensor:
-        losses = engine.forward(batch, weights_K, None)
-        engine.backward(losses.loss)
-        engine.step(RATE)
-        ema.update()
-        return losses.loss.detach()
-
-    return step
+    data = Data([1] * work.num_classes, plan_of(cfg, work.batch_size))
+    parts = assemble(cfg, data, work.device, lambda size: teacher, student)
+    take_step, phase = parts.step(), parts.phase(0)
+    return lambda batch: take_step(iter([batch]), 1, phase, RATE).losses[0].loss
 
 
 TORCH = {"student__attention": "sdpa", "student__add_layernorm": "torch", "student__bias_gelu": "torch",

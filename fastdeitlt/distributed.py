@@ -36,7 +36,6 @@ from torch import Tensor
 from torch import distributed as collective
 
 from fastdeitlt.errors import RankLostError, StoppedError, UserError
-from fastdeitlt.stopwatch import WORK
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
@@ -303,8 +302,7 @@ def get_world() -> int:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """In-place sum over ranks, on the device, without a host sync; nothing when alone."""
     if get_world() > 1:
-        with WORK.paused():
-            collective.all_reduce(tensor)
+        collective.all_reduce(tensor)
     return tensor
 
 

@@ -1,13 +1,10 @@
 """The teacher's spine: one flat CNN from data to model folder, one line a stage."""
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
@@ -16,12 +13,13 @@ from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.data.sets.opening import open_training_sets
-from fastdeitlt.data.teacher_plan import plan_of
+from fastdeitlt.data.teacher_plan import TeacherPlan, teacher_plan_of
 from fastdeitlt.run.folder import Run
+from fastdeitlt.run.loop import EpochLoop
+from fastdeitlt.run.meter import Loop, Meter
 from fastdeitlt.run.preemption import StopRequest
 from fastdeitlt.run.selection import Selector
 from fastdeitlt.run.state import State
-from fastdeitlt.run.teacher_meter import Meter
 from fastdeitlt.run.teacher_scorer import TeacherScorer
 from fastdeitlt.teachers.sam import SAM
 from fastdeitlt.teachers.schedule import learning_rate, radius
@@ -59,7 +57,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         sets = open_training_sets(cfg.data)  # which images
         distributed.on_main(lambda: check_files(sets, cfg.data))
         images = sets.train
-        plan = plan_of(cfg, len(images), rank, world)
+        plan = teacher_plan_of(cfg, len(images), rank, world)
         if plan.last_batch:
             log.info(plan.last_batch)
         source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)), tell=True)  # read, decode
@@ -68,42 +66,32 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         optimizer = build_optimizer(objective.network, t)  # SGD, SAM
         take_step = Step(objective, optimizer, cfg, device)
         selector = Selector(cfg, run, sets, TeacherScorer(cfg, sets, source, objective.network, device))
-        state = State(run, selector, Trained(objective.network, optimizer), plan.steps)
+        state = State(run, selector, take_step, plan.steps)
         state.restore()
         stop = stack.enter_context(StopRequest())
-        meter = Meter(cfg, run, plan, device, state.step)
+        meter = Meter(run, loop_of(cfg, plan), device, state.step)
+        loop = EpochLoop(run, state, selector, meter, stop, t.epochs)
         drw_weights_K = drw_weights(images.counts, t.drw_beta).to(device)
-        every_steps, every_epochs = cfg.train.save_every_steps, cfg.train.save_every_epochs
 
-        for epoch in range(state.epoch, t.epochs):
+        for epoch in loop.epochs():
             rate, rho = learning_rate(epoch, t), radius(epoch, t)
             optim.set_learning_rate(optimizer, rate)
             if isinstance(optimizer, SAM):
                 optimizer.set_rho(rho)
             weights_K = drw_weights_K if 0 <= t.drw_epoch <= epoch else torch.ones_like(drw_weights_K)
             batches = teacher_batches(cfg, source, images, plan, epoch, state.begun)  # augment
-            for index, batch in enumerate(meter.timed(batches), state.begun):
+            for index in range(state.begun, plan.steps):
+                with meter.stage("data"):
+                    batch = next(batches)
                 loss = take_step(batch, weights_K, plan.step_seed(epoch, index))  # forward, backward, step
                 state.step += 1
-                meter.step(loss, len(batch.labels_B), state.step, epoch, rate, rho)
-                if every_steps and state.step % every_steps == 0:
-                    state.save(meter)
-                if number := stop.agreed():
-                    state.save(meter, wait=True)
-                    raise run.stopped(number, state.step)
-            last = epoch + 1 == t.epochs
-            evaluates = last or (epoch + 1) % cfg.evaluate.every == 0
-            with meter.paused():
-                if evaluates:
-                    selector.evaluate(state.step, epoch, last)  # evaluate
-                state.epoch += 1
-                if evaluates or (every_epochs and (epoch + 1) % every_epochs == 0):
-                    state.save(meter, wait=last)  # checkpoint
-            if number := stop.agreed(at_once=True):
-                state.save(meter, wait=True)
-                raise run.stopped(number, state.step)
-        stop.close()  # nothing is left to save
-        selector.finish(state.step, epoch=t.epochs - 1)
+                facts = {"lr": rate, "rho": rho}
+                share = world * loss  # of the whole batch's loss, so that the mean over ranks is that loss
+                meter.step([[share]], None, len(batch.labels_B), done=state.step, epoch=epoch, facts=facts)
+                loop.end_step()
+            batches.close()
+            loop.end_epoch()  # checkpoint, evaluate
+        loop.finish()
         source.close()
     return best
 
@@ -113,18 +101,16 @@ def _for_any_ranks(cfg: Config) -> Config:
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 1})})
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What is trained, as a checkpoint has it: weights (PaCo's key encoder and queue with them) and momentum."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts by name."""
-        return {"model": self.network.state_dict(), "optimizer": optim.optimizer_tensors(self.network, self.optimizer)}
-
-    def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Put them back."""
-        self.network.load_state_dict(read("model"))
-        optim.load_optimizer(self.network, self.optimizer, read("optimizer"))
+def loop_of(cfg: Config, plan: TeacherPlan) -> Loop:
+    """Return what the meter has to know of a teacher's training."""
+    t = cfg.teacher_training
+    return Loop(
+        steps=plan.steps * t.epochs,
+        epochs=t.epochs,
+        losses={"loss": ""},
+        section="teacher_training",
+        clip_norm=t.clip_norm,
+        log_every=cfg.train.log_every,
+        rank=plan.rank,
+        world=plan.world,
+    )

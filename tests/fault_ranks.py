@@ -24,7 +24,7 @@ FAULTS = {
     "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
 }
 SLOW_STEPS = (11, 12)
-"""At which rank 1 works half a second longer on each micro-batch, with the fault ``none``."""
+"""At which rank 1 waits half a second longer for each micro-batch, with the fault ``none``."""
 
 
 def main(fault, note, *arguments):
@@ -33,7 +33,7 @@ def main(fault, note, *arguments):
     if "RANK" in os.environ:
         from fastdeitlt.run import watch
 
-        watch.PERIOD_S = 1.0
+        watch.PERIOD_S, watch.STRAGGLER = 1.0, 0.3
     if os.environ.get("RANK") == "1":
         _inject(fault, Path(note))
     sys.argv = [__file__, *arguments]
@@ -44,16 +44,21 @@ def _inject(fault, note):
     """Rank 1 meets the fault when it waits for the first batch of a step."""
     import torch
 
+    from fastdeitlt.core.step import TrainStep
     from fastdeitlt.run.meter import Meter
 
-    wait = Meter.wait
+    take, start, meters = TrainStep.__call__, Meter.__init__, []
 
-    def faulty(self, batches):
-        batch = wait(self, batches)
+    def remembered(self, *arguments):
+        start(self, *arguments)
+        meters.append(self)
+
+    def faulty(batch):
+        step = meters[-1].done + 1
         if fault == "none":
-            time.sleep(0.5 * (self.done + 1 in SLOW_STEPS))
+            time.sleep(0.5 * (step in SLOW_STEPS))
             return batch
-        if note.exists() or self.done + 1 != FAULTS[fault][0]:
+        if note.exists() or step != FAULTS[fault][0]:
             return batch
         note.write_text(str(time.time()))
         if fault == "sigterm":  # as of an impatient queue
@@ -70,7 +75,8 @@ def _inject(fault, note):
             raise torch.OutOfMemoryError("tried to allocate 1 PiB")
         return dataclasses.replace(batch, images_BCHW=batch.images_BCHW * (float("nan") if fault == "nan" else 1.0))
 
-    Meter.wait = faulty
+    Meter.__init__ = remembered
+    TrainStep.__call__ = lambda self, batches, *rest: take(self, map(faulty, batches), *rest)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.teacher_plan import Plan
+from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.store.checkpoint import load_tensors
 from fastdeitlt.teachers.losses import build_loss
 from fastdeitlt.teachers.step import LogitObjective, Step, build_optimizer
@@ -33,7 +33,7 @@ def flat_step(loss: str, sam: str, parts: int, ranks: int = 1, scope: str = "glo
     objective = LogitObjective(network, build_loss(cfg.teacher_training, counts, cpu), per_image=loss == "focal")
     step = Step(objective, build_optimizer(network, cfg.teacher_training), cfg, cpu)
     images, labels = torch.randn(11, 3, 2, 2), torch.randint(3, (11,))
-    plan = Plan(11, 11, 0, drop_last=False, rank=rank, world=ranks, accumulate=parts)
+    plan = TeacherPlan(11, 11, 0, drop_last=False, rank=rank, world=ranks, accumulate=parts)
     own = [torch.from_numpy(part) for part in plan.parts(np.arange(11))]
     batch = StepBatch([Part([images[part]], labels[part]) for part in own], labels)
     for seed in range(2):

@@ -193,9 +193,9 @@ def made():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, made):
     """The run folder of the smallest training there is."""
-    module = importlib.import_module("fastdeitlt.train")
+    spine, parts = (importlib.import_module(f"fastdeitlt.{name}") for name in ("train", "core.assemble"))
 
-    def watched(name):
+    def watched(module, name):
         make = getattr(module, name)
 
         def make_and_note(*args, **kwargs):
@@ -205,8 +205,10 @@ def trained(tmp_path_factory, made):
         return make_and_note
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("create_student", "teacher_of", "build_engine", "open_source", "Selector", "Meter", "Ema", "Run"):
-            patch.setattr(module, name, watched(name))
+        for name in ("create_student", "build_engine", "open_source", "Ema"):
+            patch.setattr(parts, name, watched(parts, name))
+        for name in ("settled_teacher", "Selector", "Meter", "Run"):
+            patch.setattr(spine, name, watched(spine, name))
         return train(tiny_run(tmp_path_factory.mktemp("trained")))
 
 

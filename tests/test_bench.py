@@ -96,7 +96,7 @@ def test_the_batch_is_laid_out_as_trainings(precision, impl, native_bf16):
         "augment.impl": impl,
         "data.dataset": "cifar10_lt",
     }
-    images_BCHW = set_up(config.build(settings), CPU, synthetic=True).batch.images_BCHW
+    images_BCHW = set_up(config.build(settings), CPU, synthetic=True).assemble().noise_batch().images_BCHW
     half = native_bf16 and (precision, impl) == ("bf16", "triton")
     assert images_BCHW.dtype is (torch.bfloat16 if half else torch.float32)
     assert images_BCHW.is_contiguous(memory_format=torch.channels_last) and not images_BCHW.is_contiguous()
@@ -123,9 +123,10 @@ WITHOUT_DATA = (
     BARE
     + """
 import tempfile
-from fastdeitlt.speed import timer, tune
-from fastdeitlt.speed.bench import bench
-from fastdeitlt.speed.profiling import profile
+from fastdeitlt.core.measure import timer
+from fastdeitlt.tools import tune
+from fastdeitlt.tools.bench import bench
+from fastdeitlt.tools.profiling import profile
 timer.WARM_UP_CALLS = 1
 bench("quickstart", sys.argv[1:], quick=True, synthetic=True, batches=[])
 with tempfile.TemporaryDirectory() as folder:
@@ -139,20 +140,20 @@ FROM_ARRAYS = (
 import numpy as np
 import torch
 from fastdeitlt import config
-from fastdeitlt.data.batches import train_batches
+from fastdeitlt.core.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.resident import Resident
+from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.speed.bench import step_of
-from fastdeitlt.speed.setup import set_up
+from fastdeitlt.tools.setup import set_up, step_of
 cfg = config.load("quickstart", [*sys.argv[1:], "train.compile=false", "train.accumulate=1", "train.virtual_ranks=1"])
 setup = set_up(cfg, torch.device("cpu"), synthetic=True)
+parts = setup.assemble()
 images_NHWC, labels = np.zeros((8, 40, 40, 3), np.uint8), np.arange(8) % 2
 images = LongTailSet([str(i) for i in range(8)], labels, [4, 4], images_NHWC=images_NHWC)
 source = Resident(images, config.DataConfig(residency="device", num_threads=1), setup.device)
 micro_batches = [MicroBatch(0, i, 0, np.arange(8), np.zeros(8, int)) for i in range(2)]
-batches = train_batches(micro_batches, source, images, cfg, mixing=True, size=setup.size)
-print("norm", float(step_of(setup, setup.joint, take=lambda: next(batches))()))
+batches = train_batches(micro_batches, source, images, cfg, mixing=True, size=parts.size)
+print("norm", float(step_of(parts, batches)()))
 """
 )
 
@@ -204,7 +205,7 @@ def test_the_teacher_whose_time_is_measured_is_said(verb, settings, arch, tmp_pa
     def stop(*_):
         raise EnoughError
 
-    monkeypatch.setattr("fastdeitlt.tools.bench._parts", stop)
+    monkeypatch.setattr("fastdeitlt.tools.bench._calls", stop)
     monkeypatch.setattr("fastdeitlt.tools.profiling._step", stop)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EnoughError):

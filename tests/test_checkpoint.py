@@ -70,7 +70,7 @@ import os, sys
 from pathlib import Path
 import torch
 from fastdeitlt import checkpoint
-from fastdeitlt.running.checkpoints import Checkpoints
+from fastdeitlt.run.checkpoints import Checkpoints
 folder, point = Path(sys.argv[1]), sys.argv[2]
 found = Checkpoints(folder)
 

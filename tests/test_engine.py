@@ -24,7 +24,6 @@ from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.stopwatch import WORK
 
 CPU = torch.device("cpu")
 STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
@@ -157,8 +156,6 @@ def _one_of_several(rank, world, port, folder):
         engine.load(*half)
         again, _ = _run(engine, rank, world, range(2, STEPS))
         found[stage, offload] = (losses, norms, end, again, _state(engine))
-        if world == 2 and not offload:
-            found["collectives", stage] = _collectives(engine, rank)
     if world == 2:
         for stage in (0, 2):
             with _native_bf16():
@@ -175,43 +172,6 @@ def _one_of_several(rank, world, port, folder):
         found["global"] = _run_globally(rank)
     torch.save(found, folder / f"rank{rank}.pt")
     distributed.stop()
-
-
-class _Spied:
-    """A collective that was started and notes at its end, too, whether the stopwatch runs."""
-
-    def __init__(self, handle, note):
-        self.handle, self.note = handle, note
-
-    def wait(self):
-        self.note()
-        return self.handle.wait()
-
-
-def _collectives(engine, rank):
-    """Of each collective, and wait for one, inside forward and backward: whether the stopwatch ran meanwhile."""
-    seen, backend = [], sys.modules["deepspeed.comm.comm"].cdb
-
-    def spied(collective):
-        def call(*args, **kwargs):
-            seen.append(WORK.runs)
-            handle = collective(*args, **kwargs)
-            return handle and _Spied(handle, lambda: seen.append(WORK.runs))
-
-        return call
-
-    places = [(torch.distributed, "all_reduce"), (torch.distributed, "reduce")]
-    places += [(backend, "all_gather_function"), (backend, "reduce_scatter_function")]
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in places:
-            patch.setattr(owner, name, spied(getattr(owner, name)))
-        WORK.start(CPU)
-        loss = engine.forward(_batch(0, 0, rank), WEIGHTS_K, None).loss
-        forward = len(seen)
-        engine.backward(loss)
-        assert WORK.runs
-        WORK.stop()
-    return seen[:forward], seen[forward:]
 
 
 def _run_globally(rank):
@@ -307,15 +267,6 @@ def test_a_hidden_step_would_break_the_bounds_of_bf16(plain_bf16):
     hidden = _run(engine)[0]
     assert max(abs(hidden[place] - loss) for place, loss in losses.items()) > 10 * BF16_BOUND
     assert max((engine.weights()[n] - value).abs().max() for n, value in weights.items()) > 5 * BF16_WEIGHT_BOUND
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_the_stopwatch_of_a_ranks_work_stands_still_in_every_collective(several, stage):
-    """They are in the step at stages 0 and 1, in backward at 2, in forward as well at 3."""
-    for found in several(2):
-        forward, backward = found["collectives", stage]
-        assert bool(forward) == (stage == 3) and bool(backward) == (stage >= 2)
-        assert not any(forward + backward)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -4,7 +4,6 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import fastdeitlt.tools.export
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_student
 
+import fastdeitlt.tools.export
 from fastdeitlt.cli import main
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score

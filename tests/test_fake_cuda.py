@@ -6,6 +6,9 @@ What it cannot hold is in fake_cuda.py; scores are taken on the CPU and need val
 """
 
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,28 +26,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdeitlt import config
+from fastdeitlt.core.assemble import Data, assemble
 from fastdeitlt.core.batches import Batch, train_batches
-from fastdeitlt.core.engine import build_engine
 from fastdeitlt.core.joint import JointForward
-from fastdeitlt.core.optim import Ema
 from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.augment import warps
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import metrics
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, collect_logits
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Paco, Teacher
-from fastdeitlt.teachers import diagnose, views
+from fastdeitlt.teachers import diagnose
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, teacher_batches
-from fastdeitlt.train import seed_drop_path
 
 B, K, SIZE = 4, 10, 32
 COUNTS = [50] * 6 + [5] * 4
@@ -120,27 +121,30 @@ def small_teacher(**options):
 def take_steps(cuda, cfg, student, teacher, steps=1, spoil=lambda batch: None):
     """Optimizer steps of ``train`` with re-weighting, seeds, accumulation, clipping, NaN guard and average."""
     student.to(CUDA).train()
-    joint = JointForward(student, None if teacher is None else teacher.to(CUDA), COUNTS, cfg, CUDA)
-    engine = build_engine(joint, cfg, Plan(64, B, cfg.train.accumulate, 1, 1))
-    ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
-    weights_K = drw_weights(COUNTS, 0.9999).to(CUDA)
-    batch = mixed_batch(cfg)
-    micro_batch = MicroBatch(0, 0, 0, np.arange(B), np.zeros(B, int))
-    with cuda.step():
-        for _ in range(steps):
-            for _ in range(cfg.train.accumulate):
-                spoil(batch)
-                seed_drop_path(0, micro_batch)
-                losses = engine.forward(batch, weights_K, weights_K if cfg.loss.reweight_cls else None)
-                engine.backward(losses.loss)
+    data = Data(COUNTS, Plan(64, B, cfg.train.accumulate, 1, 1))
+    parts = assemble(cfg, data, CUDA, lambda size: teacher and teacher.to(CUDA), student)
+    batch = replace(mixed_batch(cfg), place=MicroBatch(0, 0, 0, np.arange(B), np.zeros(B, int)))
+    seen = []
+
+    @contextmanager
+    def watched(stage):
+        seen.append(stage)
+        if stage == "optimizer":
             grads = [p.grad for p in student.parameters()]
             assert all(grad.device == CUDA and grad.dtype == torch.float32 for grad in grads)
-            norm = engine.step(1e-3)
-            if ema:
-                ema.update()
-    assert [t.device for t in (*losses, norm)] == [CUDA] * 4
+        if stage == "forward":
+            spoil(batch)
+        yield
+
+    step, phase = parts.step(watched), parts.phase(max(cfg.loss.drw_epoch, 0))
+    with cuda.step():
+        for _ in range(steps):
+            taken = step(repeat(batch), cfg.train.accumulate, phase, 1e-3)
+    assert [t.device for t in (*taken.losses[-1], taken.norm)] == [CUDA] * 4
     assert all(p.grad is None for p in student.parameters())
-    assert {t.device for t in engine.optimizer_tensors().values()} == {CUDA}
+    assert {t.device for t in parts.engine.optimizer_tensors().values()} == {CUDA}
+    micro = ["data", "forward", "backward"] * cfg.train.accumulate
+    assert seen == (micro + ["optimizer"] + ["average"] * bool(parts.ema)) * steps
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -402,7 +406,7 @@ def test_a_teachers_views_wait_on_their_own_stream_alone(view, data_in_a_row):
         data_in_a_row(cuda)
         source = resident_set("device")
         with cuda.step():
-            (batch,) = teacher_batches(cfg, source, long_tail(), views.Plan(24, 24, 0, True), 0)
+            (batch,) = teacher_batches(cfg, source, long_tail(), TeacherPlan(24, 24, 0, True), 0)
         source.close()
     (part,) = batch.parts
     assert {t.device for t in (*part.views, part.labels_B, batch.labels_B)} == {CUDA} and len(part.views) == 2

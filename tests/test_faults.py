@@ -125,10 +125,10 @@ def test_a_run_through_all_faults_ends_as_the_untouched_one_bit_for_bit(story):
     assert not (faulty / "PREEMPTED").exists() and not (faulty / "starts.json").exists()
 
 
-def test_a_straggler_is_named_with_what_it_was_slow_at(story):
+def test_a_straggler_is_named(story):
     last = SLOW_STEPS[-1]
-    assert f"steps {last} to {last}: rank 1 holds the others up" in story["none"].said
-    assert story["none"].said.count("most of it in forward and backward") == 1  # in the second period alone
+    assert f"steps {last} to {last}: rank 1 holds the others up: it waited for data" in story["none"].said
+    assert story["none"].said.count("holds the others up") == 1  # in the second period alone
 
 
 def test_the_images_of_a_loss_that_is_not_finite_are_named(story):
@@ -311,20 +311,20 @@ def test_norms_say_spikes_and_count_what_is_left_out(caplog, monkeypatch):
 
 def test_a_straggler_is_one_over_periods_of_seconds(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
-    for wait_R, work_R in (([0.1, 0.1, 0.1], [9.0, 12.0, 10.0]), ([30.0], [10.0])):
+    for wait_R in ([0.1, 0.1, 0.1], [30.0]):
         for _ in range(4):
-            watch.Stragglers().add(wait_R, work_R, 2)
+            watch.Stragglers().add(wait_R, 30.0, 2)
     one_hiccup, chance, slow = watch.Stragglers(), watch.Stragglers(), watch.Stragglers()
     for step in range(1, 9):
-        one_hiccup.add([0.1, 0.1], [10.0, 40.0 if step == 3 else 10.0], step)
-    for step in range(1, 2001):  # steps of 20 ms, of which either rank is late at times
-        chance.add([0.0, 0.0], [0.04, 0.02] if step % 5 else [0.02, 0.09], step)
+        one_hiccup.add([0.1, 30.0 if step == 3 else 0.1], 40.0, step)
+    for step in range(1, 5001):  # steps of 20 ms, of which either rank is late at times
+        chance.add([0.004, 0.0] if step % 5 else [0.0, 0.02], 0.02, step)
     assert not caplog.text
     for step in range(1, 6):
-        slow.add([0.1, 6.0, 0.1], [5.0, 5.2, 5.1], step)
+        slow.add([0.1, 6.0, 0.1], 11.2, step)
     assert caplog.text.count("rank 1 holds the others up") == 2  # after two periods and after four
-    assert "steps 2 to 2: rank 1 holds the others up: 11.2 s where the usual rank took 5.2 s" in caplog.text
-    assert "most of it in waiting for data" in caplog.text
+    said = "steps 2 to 2: rank 1 holds the others up: it waited for data 6.0 s of 11.2 s, the usual rank 0.1 s"
+    assert said in caplog.text
 
 
 def test_a_gradient_that_is_not_finite_without_a_loss_that_is_lists_the_whole_step(tmp_path):

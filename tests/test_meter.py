@@ -5,15 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdeitlt import config
+from fastdeitlt import config, train, train_teacher
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.errors import NonFiniteError
-from fastdeitlt.models import create_student
-from fastdeitlt.run import meter as student_meter
-from fastdeitlt.run import teacher_meter
+from fastdeitlt.run import meter
 from fastdeitlt.run.checkpoints import Checkpoints
-from fastdeitlt.teachers import views
 
 CPU = torch.device("cpu")
 STEPS, EPOCHS, BATCH = 3, 4, 8
@@ -41,18 +39,20 @@ class Student:
 
     def __init__(self, run, **settings):
         flat = {"train.epochs": EPOCHS, "train.batch_size": BATCH, "train.log_every": 2}
-        student = create_student("deit_tiny_distilled_patch16_32", 10, depth=1)
-        plan = Plan(STEPS * BATCH, BATCH, 1, 1, 1)
         cfg = config.build(flat | {f"optim.{name}": value for name, value in settings.items()})
-        self.meter = student_meter.Meter(cfg, run, plan, student, None, CPU, 0)
+        parts = SimpleNamespace(cfg=cfg, data=SimpleNamespace(plan=Plan(STEPS * BATCH, BATCH, 1, 1, 1)), flops=1e6)
+        self.meter = meter.Meter(run, train.loop_of(parts), CPU, 0)
 
     def epoch(self, batches, first, loss, work):
         for done in range(first, first + STEPS):
-            self.meter.wait(batches)
-            work()
+            with self.meter.stage("data"):
+                next(batches)
+            with self.meter.stage("forward"):
+                work()
             losses = JointLoss(*torch.full((3,), loss))
-            self.meter.add(losses, MicroBatch(0, 0, 0, torch.arange(BATCH).numpy(), torch.zeros(BATCH).numpy()))
-            self.meter.step(done, 0, 1e-3, torch.tensor(loss))
+            micro_batch = MicroBatch(0, 0, 0, torch.arange(BATCH).numpy(), torch.zeros(BATCH).numpy())
+            place = {"done": done, "epoch": 0, "facts": {"lr": 1e-3}}
+            self.meter.step([losses], torch.tensor(loss), BATCH, **place, micro_batches=[micro_batch])
 
 
 class Teacher:
@@ -60,16 +60,17 @@ class Teacher:
 
     def __init__(self, run, **settings):
         flat = {"teacher_training.epochs": EPOCHS, "teacher_training.batch_size": BATCH, "train.log_every": 2}
-        plan = views.Plan(STEPS * BATCH, BATCH, 0, drop_last=False)
+        plan = TeacherPlan(STEPS * BATCH, BATCH, 0, drop_last=False)
         cfg = config.build(flat | {f"teacher_training.{name}": value for name, value in settings.items()})
-        self.meter = teacher_meter.Meter(cfg, run, plan, CPU, 0)
+        self.meter = meter.Meter(run, train_teacher.loop_of(cfg, plan), CPU, 0)
 
     def epoch(self, batches, first, loss, work):
-        timed = self.meter.timed(batches)
         for done in range(first, first + STEPS):
-            next(timed)
+            with self.meter.stage("data"):
+                next(batches)
             work()
-            self.meter.step(torch.tensor(loss), BATCH, done, 0, 1e-3, 0.05)
+            facts = {"lr": 1e-3, "rho": 0.05}
+            self.meter.step([[torch.tensor(loss)]], None, BATCH, done=done, epoch=0, facts=facts)
 
 
 BOTH = pytest.mark.parametrize("kind", [Student, Teacher])
@@ -88,8 +89,7 @@ def test_evaluation_and_checkpoints_do_not_count_as_time_of_the_loop(kind, tmp_p
             spend(0.5)
             yield None
 
-    monkeypatch.setattr(student_meter, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(teacher_meter, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now))
     run = FakeRun(tmp_path)
     driver = kind(run)
     for epoch in range(EPOCHS):

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import tiny_run
 
 from fastdeitlt import config, train
+from fastdeitlt.core import assemble
 from fastdeitlt.errors import UserError
 from fastdeitlt.run import folder as run_module
 from fastdeitlt.run.folder import Run, environment, set_up_logging
@@ -137,10 +139,15 @@ def test_kernels_are_measured_before_the_step_is_built_and_the_folder_knows_thei
 
     def build(joint, cfg, plan):
         order.append("build")
+        return SimpleNamespace(optimizer=None)
+
+    def stop(*_):
         raise UserError("stop here")
 
-    monkeypatch.setattr(train, "measure_kernels", measure)
-    monkeypatch.setattr(train, "build_engine", build)
+    monkeypatch.setattr(assemble, "measure_kernels", measure)
+    monkeypatch.setattr(assemble, "build_engine", build)
+    monkeypatch.setattr(assemble, "Ema", lambda *_: None)
+    monkeypatch.setattr(train, "Selector", stop)
     cfg = tiny_run(tmp_path)
     with pytest.raises(UserError, match="stop here"):
         train.train(cfg)

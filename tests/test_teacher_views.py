@@ -12,7 +12,7 @@ from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data.augment import colour
 from fastdeitlt.data.augment.colour import CIFAR10_POLICY, View
 from fastdeitlt.data.augment.randaugment import OPS
-from fastdeitlt.data.teacher_plan import Plan
+from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.teachers.views import view_recipes
 
 CROP = AugmentConfig(recipe="crop_jitter", crop_scale=(0.2, 1.0))
@@ -30,7 +30,7 @@ def draws_of(sample_B: np.ndarray, view: View, size: int = 16) -> colour.ViewDra
 def test_no_part_has_one_image_and_an_epoch_has_every_image(world: int, accumulate: int) -> None:
     least = 2 * world * accumulate
     for n, batch_size in itertools.product(range(least, 60), range(least, 20)):
-        plans = [Plan(n, batch_size, 0, False, rank, world, accumulate) for rank in range(world)]
+        plans = [TeacherPlan(n, batch_size, 0, False, rank, world, accumulate) for rank in range(world)]
         batches = list(plans[0].samples(0))
         assert len(batches) == plans[0].steps >= 1
         assert sorted(np.concatenate(batches).tolist()) == list(range(n))
@@ -41,11 +41,11 @@ def test_no_part_has_one_image_and_an_epoch_has_every_image(world: int, accumula
 
 
 def test_the_last_image_joins_the_batch_before_and_paco_leaves_it_out() -> None:
-    plan = Plan(121, 24, 0, drop_last=False)
+    plan = TeacherPlan(121, 24, 0, drop_last=False)
     assert [len(batch) for batch in plan.samples(0)] == [24, 24, 24, 24, 25]
     assert [len(batch) for batch in plan.samples(0, start=4)] == [25]
     assert plan.last_batch == "the last batch of an epoch has 25 images: 1 would be too few for batch norm"
-    paco = Plan(121, 24, 0, drop_last=True)
+    paco = TeacherPlan(121, 24, 0, drop_last=True)
     assert [len(batch) for batch in paco.samples(0)] == [24] * 5
     assert paco.last_batch.startswith("1 of 121 images, others in each epoch, are left out")
 

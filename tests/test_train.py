@@ -192,7 +192,7 @@ def test_the_best_weights_are_chosen_by_class_or_by_image(tiny, tmp_path, monkey
     )
     sets = open_sets(cfg.data)
     val = replace(sets.val, labels=labels.numpy(), paths=sets.val.paths[:15])
-    monkeypatch.setattr("fastdeitlt.train.open_training_sets", lambda data: replace(sets, val=val, test=None))
+    monkeypatch.setattr("fastdeitlt.core.assemble.open_training_sets", lambda data: replace(sets, val=val, test=None))
     decisions = chain.from_iterable([[knows_tail, knows_head], repeat(knows_head)])
     monkeypatch.setattr(student.signs, "tail_images", lambda *_: val.take(np.arange(0)))
     monkeypatch.setattr(student.WithCosine, "cosine_N", lambda *_: torch.zeros(15))

@@ -26,7 +26,7 @@ from fastdeitlt.core.joint import JointForward
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
-from fastdeitlt.data.teacher_plan import Plan
+from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate
 from fastdeitlt.models.teacher import Paco, Teacher, create_teacher, load_teacher, open_teacher
@@ -218,13 +218,13 @@ def test_a_batch_larger_than_the_set_is_refused_for_paco(data: Path, tmp_path: P
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:
-    plan = Plan(n=27, batch_size=8, seed=0, drop_last=False)
+    plan = TeacherPlan(n=27, batch_size=8, seed=0, drop_last=False)
     first, second = (np.concatenate(list(plan.samples(epoch))) for epoch in (0, 1))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(27))
     assert first.tolist() != second.tolist()
     assert [len(part) for part in plan.samples(0, start=2)] == [8, 3]
     assert np.concatenate(list(plan.samples(0, start=2))).tolist() == first[16:].tolist()
-    assert [len(part) for part in Plan(27, 8, 0, drop_last=True).samples(0)] == [8, 8, 8]
+    assert [len(part) for part in TeacherPlan(27, 8, 0, drop_last=True).samples(0)] == [8, 8, 8]
 
 
 def test_schedules_are_the_references() -> None:

@@ -39,6 +39,8 @@ class Batch:
     """Labels of the images mixed in; None when mixing is off."""
     lam: Tensor | None
     """Share of the own image, a 0-d tensor; None when mixing is off."""
+    place: MicroBatch | None = None
+    """Its place in the run; None for images that are not the run's."""
 
 
 def train_batches(
@@ -86,7 +88,7 @@ def train_batches(
             images_BCHW = augmented(pixels, draws, mix)
             labels_B = labels_N[torch.from_numpy(micro.sample_B)].to(images_BCHW.device, non_blocking=True)
             lam = torch.tensor(mix.lam).to(images_BCHW.device, non_blocking=True) if mixing else None
-            yield Batch(images_BCHW, labels_B, labels_B.flip(0) if mixing else None, lam)
+            yield Batch(images_BCHW, labels_B, labels_B.flip(0) if mixing else None, lam, micro)
 
     return prefetch(prepare(), depth=2)
 
@@ -116,3 +118,13 @@ def _augment_fused(
             regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
             boxes_B4=regions.boxes_B4, dtype=dtype,
         )  # fmt: skip
+
+
+def noise_batch(cfg: Config, num_classes: int, size: int, device: torch.device) -> Batch:
+    """Return a micro-batch of noise in the type and the layout in which ``train_batches`` gives them."""
+    images_BCHW = torch.randn(cfg.train.batch_size, 3, size, size, device=device)
+    dtype = autocast_dtype(cfg.train.precision, device) if use_kernel(cfg.augment, device) else None
+    images_BCHW = images_BCHW.to(dtype or torch.float32, memory_format=torch.channels_last)
+    labels_B = torch.arange(cfg.train.batch_size, device=device) % num_classes
+    mixed = (labels_B.flip(0), torch.tensor(0.7, device=device)) if cfg.mixup.on else (None, None)
+    return Batch(images_BCHW, labels_B, *mixed)

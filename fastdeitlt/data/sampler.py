@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
 
 
@@ -149,9 +150,14 @@ class Plan:
         return -(-self.micro_steps // self.accumulate)
 
     @property
+    def ranks_per_process(self) -> int:
+        """Virtual ranks that this real rank plays."""
+        return self.virtual_ranks // self.world
+
+    @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches that this real rank computes for one full optimizer step."""
-        return self.accumulate * (self.virtual_ranks // self.world)
+        return self.accumulate * self.ranks_per_process
 
     @property
     def images_per_step(self) -> int:
@@ -191,8 +197,7 @@ class Plan:
         The clock is that of the step's first micro-step, but of the epoch's very last micro-step for the last step:
         the reference's engine.py calls its schedule at both.
         """
-        per_rank = self.virtual_ranks // self.world
-        mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        mine = range(self.rank * self.ranks_per_process, (self.rank + 1) * self.ranks_per_process)
         orders = {}
         for virtual_rank in mine:
             sampler = self._sampler(virtual_rank)
@@ -208,3 +213,14 @@ class Plan:
     def _cut(self, epoch: int, index: int, virtual_rank: int, sample: np.ndarray, copy: np.ndarray) -> MicroBatch:
         part = slice(index * self.batch_size, (index + 1) * self.batch_size)
         return MicroBatch(epoch, index, virtual_rank, sample[part], copy[part])
+
+
+def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1) -> Plan:
+    """Return the micro-batches of a run on ``num_images`` images; as many virtual ranks as real ones by default.
+
+    Raises:
+        UserError: see ``Plan``.
+    """
+    t = cfg.train
+    virtual_ranks = t.virtual_ranks or world
+    return Plan(num_images, t.batch_size, t.accumulate, cfg.augment.repeats, virtual_ranks, rank, world)

@@ -18,7 +18,7 @@ MIN_PART = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class TeacherPlan:
     """The batches of an epoch: a new order of all images each time, drawn from (seed, epoch) alone.
 
     A batch is cut into nearly equal parts, in order: over ranks, then a rank's into micro-batches. Batch norm needs two
@@ -68,14 +68,14 @@ class Plan:
         return (seed + self.rank) % 2**63
 
 
-def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1) -> Plan:
+def teacher_plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1) -> TeacherPlan:
     """Return the batches of a teacher's run.
 
     Raises:
         UserError: a batch that is too small for the ranks and micro-batches, or larger than the set.
     """
     t = cfg.teacher_training
-    plan = Plan(num_images, t.batch_size, cfg.train.seed, t.loss == "paco", rank, world, t.accumulate)
+    plan = TeacherPlan(num_images, t.batch_size, cfg.train.seed, t.loss == "paco", rank, world, t.accumulate)
     if plan.batch_size < MIN_PART * world * t.accumulate:
         raise UserError(
             f"teacher_training.batch_size: got {plan.batch_size}, expected at least {MIN_PART} images for each of "

@@ -1,74 +1,79 @@
-"""What the loop costs: losses, images a second, share of time spent waiting for data, MFU, time left.
+"""What a training loop costs: losses, images a second, share of time spent waiting for data, MFU, time left.
 
 Losses stay on the device; the host reads them once in ``train.log_every`` optimizer steps, and nowhere else.
 """
 
+# M micro-batches, L losses, R ranks, S steps
+
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from fastdeitlt import distributed
-from fastdeitlt.config import Config
-from fastdeitlt.core.batches import Batch
-from fastdeitlt.core.loss import JointLoss
-from fastdeitlt.data.sampler import MicroBatch, Plan
+from fastdeitlt.core.measure.flops import peak_flops
+from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.errors import NonFiniteError
-from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.models.vit import DistilledViT, flops_per_image
 from fastdeitlt.run import watch
 from fastdeitlt.run.folder import Run
-from fastdeitlt.stopwatch import WORK
-
-PEAK_FLOPS = {
-    "H200 NVL": 836e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
-    "B200": 2250e12, "L40S": 362e12, "4090": 165e12,
-}  # fmt: skip
-"""By a part of the GPU's name, the first that fits: datasheet, dense bf16 with float32 accumulation, FLOP/s."""
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Datasheet bf16 rate of a known GPU in FLOP/s; None for others and for CPUs, where MFU is not shown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+@dataclass(frozen=True)
+class Loop:
+    """What a meter has to know of a training loop."""
+
+    steps: int
+    """Optimizer steps in all."""
+    epochs: int
+    losses: Mapping[str, str]
+    """Key in the log -> title, of the losses of a micro-batch; the first is minimised."""
+    section: str
+    """Of the configuration, with ``lr`` and ``clip_norm``."""
+    clip_norm: float
+    log_every: int
+    skips: int = 0
+    """Steps in a row whose gradient may be other than finite (``train.nonfinite_skips``)."""
+    flops: float = 0.0
+    """Model FLOPs an image. 0 = MFU is not shown."""
+    rank: int = 0
+    world: int = 1
 
 
-def forward_flops(teacher: nn.Module, img_size: int, device: torch.device) -> float:
-    """FLOPs of one image's forward pass, counted by running it."""
-    with FlopCounterMode(display=False) as counter:
-        teacher(torch.zeros(1, 3, img_size, img_size, device=device))
-    return float(counter.get_total_flops())
+class Meter:
+    """Count one run's steps and report them every ``train.log_every``.
 
+    Args:
+        run: where reports go.
+        loop: what is counted.
+        device: where losses are.
+        done: optimizer steps that were done before.
+    """
 
-class Pace:
-    """Images a second, waiting and time left of a loop of ``total`` steps, from one report to the next."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.first, self.done = total, done, done
+    def __init__(self, run: Run, loop: Loop, device: torch.device, done: int) -> None:
+        self.run, self.loop, self.device = run, loop, device
+        self.peak = peak_flops(device) if loop.flops else None
+        self.norms, self.stragglers = watch.Norms(loop.skips), watch.Stragglers(done)
+        self.first = self.done = done
+        self.epoch, self.facts = 0, dict[str, float]()
         self.away, self.paused_at = 0.0, math.inf
         self.begun = self._seconds()
-        self.start_window()
+        self._start_window()
+        run.start_progress(loop.steps, done)
 
     def _seconds(self) -> float:
         """Seconds of the loop, which stand still while it is paused."""
         return min(time.perf_counter(), self.paused_at) - self.away
 
-    def start_window(self) -> None:
+    def _start_window(self) -> None:
         """What is counted from here on is for the next report."""
         self.window, self.waited, self.images, self.window_done = self._seconds(), 0.0, 0, self.done
-
-    def read(self) -> dict[str, float]:
-        """Images a second, share of the time spent waiting for data, seconds left."""
-        now = self._seconds()
-        seconds, left = now - self.window, self.total - self.done
-        eta_s = (now - self.begun) / (self.done - self.first) * left
-        return {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds, "eta_s": eta_s}
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._micro_batches: list[tuple[int, MicroBatch]] = []
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -78,57 +83,41 @@ class Pace:
         self.away += time.perf_counter() - self.paused_at
         self.paused_at = math.inf
 
-
-class Meter(Pace):
-    """Counts one run's steps and reports them every ``train.log_every``."""
-
-    def __init__(
-        self,
-        cfg: Config,
-        run: Run,
-        plan: Plan,
-        student: DistilledViT,
-        teacher: Teacher | None,
-        device: torch.device,
-        done: int,
-    ) -> None:
-        self.cfg, self.run, self.plan = cfg, run, plan
-        # backward costs twice the forward; the teacher runs forward only
-        self.flops = 3 * flops_per_image(student) + (
-            forward_flops(teacher, student.img_size, device) if teacher else 0.0
-        )
-        self.peak = peak_flops(device)
-        self.device = device
-        self.norms, self.stragglers = watch.Norms(cfg.train.nonfinite_skips), watch.Stragglers(done)
-        super().__init__(plan.optimizer_steps * cfg.train.epochs, done)
-        run.start_progress(self.total, done)
-
-    def start_window(self) -> None:
-        super().start_window()
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
-        self._micro_batches: list[tuple[int, MicroBatch]] = []
-
-    def wait(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, timing how long it took to come."""
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count how long the stage "data" of a step takes."""
         start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        WORK.start(self.device)
-        return batch
+        yield
+        if name == "data":
+            self.waited += time.perf_counter() - start
 
-    def add(self, losses: JointLoss, micro_batch: MicroBatch) -> None:
-        """Count a micro-batch after its backward pass; nothing leaves the device."""
-        WORK.stop()
-        self._losses.append(torch.stack([loss.detach() for loss in losses]))
-        self._micro_batches.append((self.done + 1, micro_batch))
-        self.images += self.plan.batch_size * self.plan.world
+    def step(
+        self,
+        losses: Sequence[Sequence[Tensor]],
+        norm: Tensor | None,
+        images: int,
+        *,
+        done: int,
+        epoch: int,
+        facts: Mapping[str, float],
+        micro_batches: Sequence[MicroBatch] = (),
+    ) -> None:
+        """Count an optimizer step; report every ``log_every`` of them and at the end. Nothing leaves the device.
 
-    def step(self, done: int, epoch: int, rate: float, norm: Tensor) -> None:
-        """Count an optimizer step; report every ``log_every`` of them and at the end."""
-        self.done, self.epoch, self.rate = done, epoch, rate
-        self._norms.append(norm)
-        if done % self.cfg.train.log_every == 0 or done == self.total:
+        Args:
+            losses: of each micro-batch of this rank, 0-d; a report has the mean over micro-batches and ranks.
+            norm: of the gradient, the same on all ranks, 0-d; None: not known, and no step may fail.
+            images: of all ranks.
+            done, epoch: optimizer steps done, epochs ended before.
+            facts: settings of this step that the log keeps, ``lr`` among them.
+            micro_batches: which images, for the post-mortem of a loss that is not finite.
+        """
+        self.done, self.epoch, self.facts = done, epoch, dict(facts)
+        self._losses += [torch.stack(list(parts)) for parts in losses]
+        self._norms += [] if norm is None else [norm]
+        self._micro_batches += [(done, micro_batch) for micro_batch in micro_batches]
+        self.images += images
+        if done % self.loop.log_every == 0 or done == self.loop.steps:
             self.report()
 
     def report(self) -> None:
@@ -137,53 +126,68 @@ class Meter(Pace):
         Raises:
             NonFiniteError: the loss or the gradient norm is NaN or infinite, in more steps than may be left out.
         """
-        steps = self.done - self.window_done
+        loop, steps = self.loop, self.done - self.window_done
         if steps == 0:
             return
-        losses_Mx3, norms_S = torch.stack(self._losses), torch.stack(self._norms).to(self.device)
-        finite_M = losses_Mx3.isfinite().all(1)
-        sums = torch.where(finite_M[:, None], losses_Mx3, 0.0).sum(0)
-        summed, good_R, wait_R, work_R = self._exchange(sums, finite_M.sum())
-        norms: list[float] = norms_S.tolist()
-        pace, window = self.read(), f"steps {self.window_done + 1} to {self.done}"
+        losses_MxL = torch.stack(self._losses)
+        norms_S = torch.stack(self._norms).to(self.device) if self._norms else None
+        finite_M = losses_MxL.isfinite().all(1)
+        sums_L = torch.where(finite_M[:, None], losses_MxL, 0.0).sum(0)
+        summed_L, good_R, wait_R = self._exchange(sums_L, finite_M.sum())
+        norms: list[float] = norms_S.tolist() if norms_S is not None else []
+        now = self._seconds()
+        seconds, waited = now - self.window, self.waited
+        eta_s = (now - self.begun) / (self.done - self.first) * (loop.steps - self.done)
         failed = self.norms.failure(norms, self.window_done + 1)
-        if failed is not None:
-            self._fail(failed, window, losses_Mx3[:, 0].tolist(), norms, good_R)
-        self.stragglers.add(wait_R, work_R, self.done)
-        loss, cls_loss, dist_loss = (value / max(sum(good_R), 1.0) for value in summed)
-        norm = sum(n for n in norms if n < float("inf")) / steps
-        facts = {"epoch": self.epoch, "loss": loss, "cls_loss": cls_loss, "dist_loss": dist_loss, "lr": self.rate}
-        facts |= {"grad_norm": norm, **pace}
-        mfu = ""
+        if failed is not None or (not norms and sum(good_R) < loop.world * len(losses_MxL)):
+            self._fail(failed, losses_MxL[:, 0].tolist(), norms, good_R)
+        self.stragglers.add(wait_R, seconds, self.done)
+        means = {key: value / max(sum(good_R), 1.0) for key, value in zip(loop.losses, summed_L, strict=True)}
+        rate = self.images / seconds
+        facts: dict[str, float] = {"epoch": self.epoch, **means, **self.facts}
+        if norms:
+            facts["grad_norm"] = sum(n for n in norms if math.isfinite(n)) / steps
+        facts |= {"images_per_s": rate, "data_wait": waited / seconds, "eta_s": eta_s}
         if self.peak:
-            facts["mfu"] = pace["images_per_s"] * self.flops / (self.peak * self.plan.world)
-            mfu = f"  MFU {facts['mfu']:.1%}"
+            facts["mfu"] = rate * loop.flops / (self.peak * loop.world)
         self.run.record("step", self.done, **facts)
-        self.run.show(
-            self.done,
-            f"epoch {self.epoch + 1}/{self.cfg.train.epochs}  step {self.done}/{self.total}  loss {loss:.3f} "
-            f"(CLS {cls_loss:.3f}, DIST {dist_loss:.3f})  lr {self.rate:.2e}  {pace['images_per_s']:.0f} img/s  "
-            f"data wait {pace['data_wait']:.0%}{mfu}  {pace['eta_s']:.0f} s left",
+        self.run.show(self.done, self._text(facts))
+        self._start_window()
+
+    def _text(self, facts: Mapping[str, float]) -> str:
+        """A report in one line."""
+        loop = self.loop
+        first, *others = loop.losses
+        parts = ", ".join(f"{loop.losses[key]} {facts[key]:.3f}" for key in others)
+        mfu = f"  MFU {facts['mfu']:.1%}" if "mfu" in facts else ""
+        return (
+            f"epoch {self.epoch + 1}/{loop.epochs}  step {self.done}/{loop.steps}  loss {facts[first]:.3f}"
+            + (f" ({parts})" if parts else "")
+            + f"  lr {facts['lr']:.2e}  {facts['images_per_s']:.0f} img/s  data wait {facts['data_wait']:.0%}{mfu}  "
+            f"{facts['eta_s']:.0f} s left"
         )
-        self.start_window()
 
-    def _exchange(self, sums: Tensor, good: Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
-        """One sum over ranks: the three losses, and each rank's finite micro-batches, seconds of waiting and work."""
-        ranks, rank = self.plan.world, self.plan.rank
-        told = torch.zeros(3 + 3 * ranks, device=self.device)
-        told[:3], told[3 + rank] = sums, good
-        told[3 + ranks + rank], told[3 + 2 * ranks + rank] = self.waited, WORK.read()
+    def _exchange(self, sums_L: Tensor, good: Tensor) -> tuple[list[float], list[float], list[float]]:
+        """One sum over ranks: the losses, and each rank's finite micro-batches and seconds of waiting for data."""
+        ranks, rank, losses = self.loop.world, self.loop.rank, len(sums_L)
+        told = torch.zeros(losses + 2 * ranks, device=self.device)
+        told[:losses], told[losses + rank], told[losses + ranks + rank] = sums_L, good, self.waited
         values = distributed.sum_over_ranks(told).tolist()  # sync: the only one of the loop
-        return values[:3], *(values[3 + i * ranks : 3 + (i + 1) * ranks] for i in range(3))  # type: ignore[return-value]
+        return values[:losses], values[losses : losses + ranks], values[losses + ranks :]
 
-    def _fail(self, step: int, window: str, losses: list[float], norms: list[float], good_R: list[float]) -> None:
-        micro_batches = [micro for _, micro in self._micro_batches]
-        at = [(number, loss) for (number, _), loss in zip(self._micro_batches, losses, strict=True)]
-        watch.dump(self.run.folder, step, at, micro_batches, lr=self.rate, grad_norms=[repr(norm) for norm in norms])
+    def _fail(self, step: int | None, losses: list[float], norms: list[float], good_R: list[float]) -> None:
+        run, loop = self.run, self.loop
+        named = ""
+        if step is not None:
+            micro_batches = [micro for _, micro in self._micro_batches]
+            at = [(number, loss) for (number, _), loss in zip(self._micro_batches, losses, strict=True)]
+            watch.dump(run.folder, step, at, micro_batches, **self.facts, grad_norms=[repr(norm) for norm in norms])
+            named = f"{run.folder}/nonfinite.rank*.json name the images; "
+        since = "" if step is None else f" from step {step}"
         bad = [str(rank) for rank, good in enumerate(good_R) if good < len(losses)]
-        where = f" (rank {', '.join(bad)})" if bad and self.plan.world > 1 else ""
+        where = f" (rank {', '.join(bad)})" if bad and loop.world > 1 else ""
         raise NonFiniteError(
-            f"{window}: the {'loss' if bad else 'gradient'} is not finite from step {step}{where}; training stopped "
-            f"before that update; {self.run.folder}/nonfinite.rank*.json name the images; "
-            + watch.nonfinite_remedy(self.run.checkpoints, "optim", self.cfg.optim.clip_norm)
+            f"steps {self.window_done + 1} to {self.done}: the {'loss' if bad else 'gradient'} is not finite"
+            f"{since}{where}; training stopped{' before that update' if since else ''}; {named}"
+            + watch.nonfinite_remedy(run.checkpoints, loop.section, loop.clip_norm)
         )

@@ -19,61 +19,54 @@ from fastdeitlt.errors import CheckpointError, MemoryFullError, is_memory_full
 from fastdeitlt.run.checkpoints import Checkpoints
 
 log = logging.getLogger("fastdeitlt")
-STRAGGLER = 1.5
-"""Times the usual seconds of a rank from which one is said to hold the others up."""
+STRAGGLER = 0.1
+"""Share of the time that a rank waits for its data longer than the usual one, from which it is said to be slow."""
 PERIOD_S = 10.0
-"""Seconds of the slowest rank over which ranks are compared: shorter ones differ by chance."""
+"""Seconds over which ranks are compared: shorter ones differ by chance."""
 SPIKE = 10.0
 """Times the usual gradient norm from which a step's is a spike."""
 
 
 class Stragglers:
-    """Compares the ranks' own seconds over periods, and warns of a rank that holds the others up in several of them."""
+    """Compare how long ranks wait for their data, and warn of one that holds the others up in several periods."""
 
     def __init__(self, done: int = 0) -> None:
         self._slow, self._periods = -1, 0
         self._start(done)
 
     def _start(self, step: int) -> None:
-        self._first, self._wait_R, self._work_R = step + 1, [0.0], [0.0]
+        self._first, self._seconds, self._wait_R = step + 1, 0.0, [0.0]
 
-    def add(self, wait_R: Sequence[float], work_R: Sequence[float], step: int) -> None:
+    def add(self, wait_R: Sequence[float], seconds: float, step: int) -> None:
         """Add the steps up to ``step``, and log the rank that the others wait for, at the end of a period.
 
         The first warning comes after two periods, then after twice as many each time.
 
         Args:
             wait_R: seconds that each rank waited for its data, since the last call.
-            work_R: seconds of each rank's forward and backward passes.
+            seconds: that passed meanwhile.
             step: the last of these steps.
         """
         if len(wait_R) < 2:
             return
-        self._wait_R, self._work_R = (
-            [sum(pair) for pair in zip_longest(before, now, fillvalue=0.0)]
-            for before, now in ((self._wait_R, wait_R), (self._work_R, work_R))
-        )
-        busy_R = [wait + work for wait, work in zip(self._wait_R, self._work_R, strict=True)]
-        usual, slowest = statistics.median_low(busy_R), max(range(len(busy_R)), key=busy_R.__getitem__)
-        if busy_R[slowest] < PERIOD_S:
+        self._wait_R = [sum(pair) for pair in zip_longest(self._wait_R, wait_R, fillvalue=0.0)]
+        self._seconds += seconds
+        if self._seconds < PERIOD_S:
             return
-        slow = slowest if busy_R[slowest] > STRAGGLER * usual else -1
+        usual, slowest = statistics.median_low(self._wait_R), max(range(len(wait_R)), key=self._wait_R.__getitem__)
+        slow = slowest if self._wait_R[slowest] - usual > STRAGGLER * self._seconds else -1
         self._periods = self._periods + 1 if slow == self._slow else 1
         self._slow = slow
         if slow >= 0 and self._periods > 1 and self._periods.bit_count() == 1:
-            over = {
-                phase: seconds[slow] - statistics.median_low(seconds)
-                for phase, seconds in (("waiting for data", self._wait_R), ("forward and backward", self._work_R))
-            }
             log.warning(
-                "steps %d to %d: rank %d holds the others up: %.1f s where the usual rank took %.1f s, most of it in "
-                "%s (so for %d periods of %.0f s)",
+                "steps %d to %d: rank %d holds the others up: it waited for data %.1f s of %.1f s, the usual rank "
+                "%.1f s (so for %d periods of %.0f s)",
                 self._first,
                 step,
                 slow,
-                busy_R[slow],
+                self._wait_R[slow],
+                self._seconds,
                 usual,
-                max(over, key=over.__getitem__),
                 self._periods,
                 PERIOD_S,
             )

@@ -55,6 +55,16 @@ def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device
     return teacher
 
 
+def settled_teacher(
+    cfg: Config, images: LongTailSet, source: Source, size: int, device: torch.device, run_folder: Path | None = None
+) -> Teacher | None:
+    """Return the frozen teacher of a run with its class order settled; see ``teacher_of`` and ``settle_order``."""
+    teacher = teacher_of(cfg, images, size, device)
+    if teacher:
+        settle_order(teacher, images, source, cfg, size, run_folder)
+    return teacher
+
+
 def settle_order(
     teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, size: int, run_folder: Path | None = None
 ) -> None:

@@ -2,7 +2,7 @@
 
 # B batch, C channels, H height, W width, K classes
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config, TeacherTrainingConfig
+from fastdeitlt.core.optim import load_optimizer, optimizer_tensors
 from fastdeitlt.models.teacher import Paco, create_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers.losses import Loss, build_loss
@@ -176,6 +177,16 @@ class Step:
         if not alone:
             distributed.sum_together([p.grad for p in self._parameters if p.grad is not None])
         return total
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint keeps: weights (PaCo's key encoder and queue with them) and momentum."""
+        network = self.objective.network
+        return {"model": network.state_dict(), "optimizer": optimizer_tensors(network, self.optimizer)}
+
+    def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Put back what a checkpoint keeps; ``read`` returns the state dict of a name."""
+        self.objective.network.load_state_dict(read("model"))
+        load_optimizer(self.objective.network, self.optimizer, read("optimizer"))
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:

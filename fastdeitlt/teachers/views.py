@@ -3,7 +3,7 @@
 # B batch, C channels, H height, W width, N images in the set
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.pixels.side_stream import aside, side_stream
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.data.teacher_plan import Plan
+from fastdeitlt.data.teacher_plan import TeacherPlan
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def view_recipes(cfg: Config) -> list[View]:
 
 
 def teacher_batches(
-    cfg: Config, source: Source, images: LongTailSet, plan: Plan, epoch: int, start: int = 0
-) -> Iterator[StepBatch]:
+    cfg: Config, source: Source, images: LongTailSet, plan: TeacherPlan, epoch: int, start: int = 0
+) -> Generator[StepBatch, None, None]:
     """An epoch's batches from number ``start`` on, their parts prepared two ahead in a thread.
 
     Everything random is drawn from (seed, epoch, image).

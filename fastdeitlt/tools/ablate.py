@@ -13,10 +13,10 @@ from rich.table import Table
 
 from fastdeitlt import config
 from fastdeitlt.config import Config, Section
-from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.data.teacher_plan import plan_of
+from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.reporting import analysis
@@ -256,8 +256,7 @@ def _student_work(run: ArmRun, images: LongTailSet) -> Work:
         found = [name for name, is_found in free.items() if is_found]  # only when it trains
         cure = "remove it, or give the grid another name"
         refuse_changes(config.load(str(saved)), cfg, run.folder, found, cure)
-    batches = cfg.train.batch_size, cfg.train.accumulate, cfg.augment.repeats, cfg.train.virtual_ranks or 1
-    return _work(run.folder, Plan(len(images), *batches).optimizer_steps * cfg.train.epochs)
+    return _work(run.folder, plan_of(cfg, len(images)).optimizer_steps * cfg.train.epochs)
 
 
 def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
@@ -266,7 +265,7 @@ def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
     t = run.teacher.teacher_training
     with torch.device("meta"):
         build_objective(t, images.counts, torch.device("meta"))
-    steps = t.epochs * plan_of(run.teacher, len(images)).steps
+    steps = t.epochs * teacher_plan_of(run.teacher, len(images)).steps
     for saved in run.folder.parent.glob(f"{run.teacher.name}-*/config.yaml"):
         cfg = config.load(str(saved))
         own = (cfg.teacher_training, cfg.augment, cfg.data, cfg.train.seed)

@@ -14,10 +14,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from itertools import chain, islice, pairwise
+from contextlib import closing, contextmanager
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,15 @@ import torch
 from pynvml import NVMLError
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
-from fastdeitlt.core.batches import Batch, train_batches
-from fastdeitlt.core.engine import Engine, build_engine
-from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.assemble import Parts
+from fastdeitlt.core.measure.flops import peak_flops
 from fastdeitlt.core.measure.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
-from fastdeitlt.core.optim import Ema, peak_learning_rate
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.run.folder import environment
-from fastdeitlt.run.meter import peak_flops
-from fastdeitlt.tools.setup import Setup, set_up
+from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
 log = logging.getLogger("fastdeitlt")
 ROUNDS, QUICK_ROUNDS = 12, 3
@@ -88,14 +84,15 @@ def bench(
     result: dict[str, Any] = {"config": cfg.name, "rows": [], "facts": {}, "left_out": {}}
     result["environment"] = environment() | {"cpu": cpu_name(), "date": datetime.date.today().isoformat()}
 
-    parts = _parts(setup)
-    measured = measure(parts, device, rounds, eager=frozenset(parts))
-    step = parts["full step"]
-    del parts  # and what the other parts hold of the device's memory
+    parts = setup.assemble()
+    calls = _calls(setup, parts)
+    measured = measure(calls, device, rounds, eager=frozenset(calls))
+    step = calls["full step"]
+    del calls  # and what the other calls hold of the device's memory
     watts = _take_steps(step, device) if world == 1 and device.type == "cuda" else []
     images = setup.images_per_call
     rows = [_row(cfg, name, found, images) for name, found in measured.items()]
-    result["facts"] = _facts(setup, rows[0]["images_per_s"], watts)
+    result["facts"] = _facts(setup, parts, rows[0]["images_per_s"], watts)
     if synthetic:
         result["left_out"] |= dict.fromkeys(("data only", "end to end"), "--synthetic opens no data set")
     elif world == 1:
@@ -125,84 +122,57 @@ def _row(cfg: Config, name: str, found: Timing, images: int) -> Row:
     return row | {"median_ms": found.median, "p20_ms": found.p20, "p80_ms": found.p80, "images": images}
 
 
-def _parts(setup: Setup) -> dict[str, Callable[[], object]]:
+def _calls(setup: Setup, parts: Parts) -> dict[str, Callable[[], object]]:
     """Full step, student alone, teacher alone: each all the work on ``images_per_call`` images."""
-    full = step_of(setup, setup.joint)
-    alone = step_of(setup, JointForward(setup.second_student(), None, setup.counts, setup.cfg, setup.device))
-    teacher = setup.joint.teacher
+    alone = setup.assemble(teacher=False)
+    batch, teacher, dtype = parts.noise_batch(), parts.joint.teacher, parts.joint.dtype
     assert teacher is not None
     t = setup.cfg.train
     forward = torch.compile(teacher, options=t.compiler_options) if t.compile else teacher
 
     def teacher_only() -> None:
-        with torch.no_grad(), setup.autocast():
+        with torch.no_grad(), torch.autocast(setup.device.type, dtype, enabled=dtype is not None):
             for _ in range(setup.micro_batches):
-                forward(setup.batch.images_BCHW)
+                forward(batch.images_BCHW)
 
-    return {"full step": full, "student only": alone, "teacher only": teacher_only}
-
-
-def step_of(setup: Setup, joint: JointForward, take: Callable[[], Batch] | None = None) -> Callable[[], Tensor]:
-    """An optimizer step as ``train`` takes it, with the moving average; ``take`` gives its batches."""
-    cfg = setup.cfg
-    engine: Engine = build_engine(joint, cfg, setup.plan)
-    ema = Ema(joint.student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
-    rate = peak_learning_rate(cfg, setup.plan.virtual_ranks)
-    ones_K = torch.ones(len(setup.counts), device=setup.device)
-
-    def step() -> Tensor:
-        for _ in range(setup.micro_batches):
-            losses = engine.forward(take() if take else setup.batch, ones_K, None)
-            engine.backward(losses.loss)
-        norm = engine.step(rate)
-        if ema:
-            ema.update()
-        return norm
-
-    return step
+    return {
+        "full step": step_of(parts, repeat(batch)),
+        "student only": step_of(alone, repeat(batch)),
+        "teacher only": teacher_only,
+    }
 
 
 def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
     """Rows of the pipeline alone and of training from it, and the share of time that the step waits for images."""
-    cfg, images = setup.cfg, setup.images
-    assert images is not None
-
-    def stream() -> Generator[Batch, None, None]:
-        """Batches of as many epochs as are asked for."""
-        for epoch in range(1_000_000):
-            micro_batches = chain.from_iterable(step.micro_batches for step in setup.plan.steps(epoch))
-            with closing(
-                train_batches(micro_batches, source, images, cfg, mixing=cfg.mixup.on, size=setup.size)
-            ) as batches:
-                yield from batches
-
-    with closing(open_source(images, cfg.data, setup.device)) as source:
-        with closing(stream()) as batches:
-            marks = [_now(setup.device) for _ in islice(batches, num_batches + WARM_UP_BATCHES)][WARM_UP_BATCHES - 1 :]
+    cfg, device = setup.cfg, setup.device
+    assert setup.sets is not None
+    with closing(open_source(setup.sets.train, cfg.data, device)) as source:
+        parts = setup.assemble(source)
+        with closing(endless(parts)) as batches:
+            marks = [_now(device) for _ in islice(batches, num_batches + WARM_UP_BATCHES)][WARM_UP_BATCHES - 1 :]
         times = [1e3 * (end - start) for start, end in pairwise(marks)]
         mean = 1e3 * (marks[-1] - marks[0]) / len(times)  # batches come in bursts; the mean is the rate
         spread = timing(times)
         data = _row(cfg, "data only", Timing(mean, spread.p20, spread.p80, False), cfg.train.batch_size)
-        with closing(stream()) as batches:
+        with closing(endless(parts)) as batches:
             waited: list[float] = []
 
-            def take() -> Batch:
+            @contextmanager
+            def stage(name: str) -> Iterator[None]:
                 start = time.perf_counter()
-                batch = next(batches)
-                waited.append(time.perf_counter() - start)
-                return batch
+                yield
+                if name == "data":
+                    waited.append(time.perf_counter() - start)
 
-            step = step_of(
-                setup, JointForward(setup.second_student(), setup.teacher, setup.counts, cfg, setup.device), take
-            )
+            step = step_of(parts, batches, stage)
             for _ in range(-(-WARM_UP_BATCHES // setup.micro_batches)):
                 step()
             waited.clear()
-            begun = last = _now(setup.device)
+            begun = last = _now(device)
             samples = []
             for _ in range(-(-num_batches // setup.micro_batches)):
                 step()
-                now = _now(setup.device)
+                now = _now(device)
                 samples.append(1e3 * (now - last))
                 last = now
     spread = timing(samples)
@@ -223,8 +193,10 @@ def _at_batch(like: Setup, size: int, rounds: int) -> Row:
     torch.compiler.reset()  # or a second shape would be compiled for any shape
     name = f"batch {size}"
     try:
-        setup = set_up(cfg.model_copy(update={"train": train}), device, synthetic=True, counts=like.counts)
-        found = measure({name: step_of(setup, setup.joint)}, device, rounds, eager=frozenset((name,)))[name]
+        setup = set_up(cfg.model_copy(update={"train": train}), device, synthetic=True, counts=like.data.counts)
+        parts = setup.assemble()
+        step = step_of(parts, repeat(parts.noise_batch()))
+        found = measure({name: step}, device, rounds, eager=frozenset((name,)))[name]
     except torch.OutOfMemoryError:
         return {"op": "bench", "case": cfg.name, "candidate": name, "failed": "does not fit in the device's memory"}
     return _row(cfg, name, found, setup.images_per_call)
@@ -250,19 +222,19 @@ def _powers_of_two(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i <= most] if most > 1 else []
 
 
-def _facts(setup: Setup, images_per_s: float, watts: list[float]) -> dict[str, Any]:
+def _facts(setup: Setup, parts: Parts, images_per_s: float, watts: list[float]) -> dict[str, Any]:
     """What the rate means: FLOPs, MFU against datasheet and matmul, memory, power; None = cannot be known here."""
     device, gpu = setup.device, setup.device.type == "cuda"
     memory = (  # before a large product adds to it
         torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    flops = setup.flops
-    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, setup.dtype), peak_flops(device)
+    flops, dtype = parts.flops, parts.joint.dtype or torch.float32
+    achieved, matmul, peak = images_per_s * flops, matmul_rate(device, dtype), peak_flops(device)
     power = sum(watts) / len(watts) if watts else None
     return {
         "model GFLOP an image (student x 3, teacher x 1)": flops / 1e9,
         "achieved GFLOP/s": achieved / 1e9,
-        f"measured matmul GFLOP/s ({str(setup.dtype).removeprefix('torch.')})": matmul / 1e9,
+        f"measured matmul GFLOP/s ({str(dtype).removeprefix('torch.')})": matmul / 1e9,
         "MFU against the measured matmul": achieved / matmul,
         "MFU against the datasheet": achieved / peak if peak else None,
         "peak memory MiB" + ("" if gpu else " (of the process)"): memory / 2**20,

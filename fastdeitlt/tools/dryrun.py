@@ -14,16 +14,14 @@ from torch import nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.core.batches import Batch
-from fastdeitlt.core.engine import build_engine
-from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.assemble import Data, assemble
 from fastdeitlt.core.optim import peak_learning_rate
 from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.pixels.source import open_source
-from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.data.sets.types import LongTailSet, Sets
-from fastdeitlt.data.teacher_plan import plan_of
+from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.models.teacher import Teacher
@@ -68,15 +66,7 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     """
     opened = _open(cfg)
     images, device, world = opened.sets.train, opened.device, opened.world
-    plan = Plan(
-        len(images),
-        cfg.train.batch_size,
-        cfg.train.accumulate,
-        cfg.augment.repeats,
-        cfg.train.virtual_ranks or world,
-        distributed.rank(),
-        world,
-    )
+    plan = plan_of(cfg, len(images), distributed.rank(), world)
     student = create_student(num_classes=images.num_classes, **cfg.student.model_dump()).to(device)
     size = student.img_size
     rows = opened.rows | {"student": f"{cfg.student.name}, {num_parameters(student):,} parameters"}
@@ -100,15 +90,11 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
         rows[f"memory: {name} (estimate)"] = f"{mib:,.0f} MiB"
     _show_table(cfg, device, rows)
 
-    engine = build_engine(JointForward(student, teacher, images.counts, cfg, device), cfg, plan)
-    labels_B = torch.arange(cfg.train.batch_size, device=device) % images.num_classes
-    lam = torch.tensor(0.7, device=device)
-    mixed = (labels_B.flip(0), lam) if cfg.mixup.on else (None, None)
-    batch = Batch(torch.randn(cfg.train.batch_size, 3, size, size, device=device), labels_B, *mixed)
-    losses = engine.forward(batch, torch.ones(images.num_classes, device=device), None)
-    engine.backward(losses.loss)
-    norm = engine.step(peak_learning_rate(cfg, plan.virtual_ranks))
-    _show(f"one step on random images: loss {losses.loss.item():.3f}, gradient norm {norm.item():.3f}. Ready.")
+    parts = assemble(cfg, Data(images.counts, plan), device, lambda size: teacher, student)
+    rate = peak_learning_rate(cfg, plan.virtual_ranks)
+    taken = parts.step()(iter([parts.noise_batch()]), 1, parts.phase(0), rate)
+    loss = taken.losses[0].loss.item()
+    _show(f"one step on random images: loss {loss:.3f}, gradient norm {taken.norm.item():.3f}. Ready.")
     return 0
 
 
@@ -149,7 +135,7 @@ def _open(cfg: Config) -> _Opened:
 def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, str]]:
     """Build a teacher's network by its recipe and take a step on random images: the network, and rows of the table."""
     t, images, device = cfg.teacher_training, opened.sets.train, opened.device
-    plan = plan_of(cfg, len(images), distributed.rank(), opened.world)
+    plan = teacher_plan_of(cfg, len(images), distributed.rank(), opened.world)
     objective = build_objective(t, images.counts, device)
     step = Step(objective, build_optimizer(objective.network, t), cfg, device)
     labels_B = torch.arange(len(next(plan.samples(0))), device=device) % images.num_classes

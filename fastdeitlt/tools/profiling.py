@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastdeitlt import config, distributed
-from fastdeitlt.core.batches import Batch, train_batches
-from fastdeitlt.core.engine import build_engine
+from fastdeitlt.core.assemble import Parts
 from fastdeitlt.core.measure.timer import bandwidth, matmul_rate, synchronise
-from fastdeitlt.core.optim import Ema, peak_learning_rate
 from fastdeitlt.data.pixels.source import open_source
-from fastdeitlt.tools.setup import Setup, set_up
+from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
 log = logging.getLogger("fastdeitlt")
 STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
@@ -138,7 +137,7 @@ def profile(
 
         inductor.cpp.enable_kernel_profile = True  # or its fused loops would have no name
     with ExitStack() as stack:
-        step = _step(setup, stack)
+        parts, step = _step(setup, stack)
         for _ in range(WARM_UP_STEPS):
             step()
         synchronise(device)
@@ -159,7 +158,7 @@ def profile(
                 for _ in range(num_steps):
                     step()
         events = recorded.events() or []
-        rows, stages = table(events, costs, setup), stage_times(events, gpu)
+        rows, stages = table(events, costs, parts), stage_times(events, gpu)
         written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
         (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
         _show(rows, stages, setup, num_steps, folder)
@@ -168,33 +167,17 @@ def profile(
     return rows
 
 
-def _step(setup: Setup, stack: ExitStack) -> Any:
-    """An optimizer step with its stages named."""
+def _step(setup: Setup, stack: ExitStack) -> tuple[Parts, Callable[[], Tensor]]:
+    """An optimizer step with its stages named, on batches of training, or on the one of noise."""
     cfg, device = setup.cfg, setup.device
-    engine = build_engine(setup.joint, cfg, setup.plan)
-    ema = Ema(setup.joint.student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
-    rate, ones_K = peak_learning_rate(cfg), torch.ones(len(setup.counts), device=device)
-    batches = _batches(setup, stack)
+    source = stack.enter_context(closing(open_source(setup.sets.train, cfg.data, device))) if setup.sets else None
+    parts = setup.assemble(source)
+    batches = stack.enter_context(closing(endless(parts))) if source else repeat(parts.noise_batch())
     if not cfg.train.compile:  # within one compiled graph there are no stages
-        assert setup.joint.teacher is not None
-        _name(setup.joint.student, "student", device)
-        _name(setup.joint.teacher, "teacher", device)
-
-    def step() -> None:
-        for _ in range(setup.micro_batches):
-            with stage("data", device):
-                batch = next(batches)
-            with stage("forward", device):
-                losses = engine.forward(batch, ones_K, None)
-            with stage("backward", device):
-                engine.backward(losses.loss)
-        with stage("optimizer", device):
-            engine.step(rate)
-        if ema:
-            with stage("average", device):
-                ema.update()
-
-    return step
+        assert parts.joint.teacher is not None
+        _name(parts.student, "student", device)
+        _name(parts.joint.teacher, "teacher", device)
+    return parts, step_of(parts, batches, partial(stage, device=device))
 
 
 def _name(module: nn.Module, name: str, device: torch.device) -> None:
@@ -210,19 +193,6 @@ def _name(module: nn.Module, name: str, device: torch.device) -> None:
 
     module.register_forward_pre_hook(begin)
     module.register_forward_hook(end)
-
-
-def _batches(setup: Setup, stack: ExitStack) -> Iterator[Batch]:
-    """Batches without end: of training, or the one on the device."""
-    images, cfg = setup.images, setup.cfg
-    if images is None:
-        while True:
-            yield setup.batch
-    source = stack.enter_context(closing(open_source(images, cfg.data, setup.device)))
-    for epoch in range(1_000_000):
-        micro_batches = chain.from_iterable(step.micro_batches for step in setup.plan.steps(epoch))
-        batches = train_batches(micro_batches, source, images, cfg, mixing=cfg.mixup.on, size=setup.size)
-        yield from stack.enter_context(closing(batches))
 
 
 def _proton(step: Any, num_steps: int, folder: Path) -> None:
@@ -257,9 +227,9 @@ def stage_times(events: Sequence[Any], gpu: bool) -> dict[str, float]:
     return dict(found)
 
 
-def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:
+def table(events: Sequence[Any], costs: Costs, parts: Parts) -> list[Operation]:
     """The rows of a profile, longest first: counted operations with all that they called, the rest without."""
-    gpu = setup.device.type == "cuda"
+    gpu = parts.device.type == "cuda"
     rows: dict[str, Operation] = {}
 
     def visit(event: Any) -> None:
@@ -273,10 +243,11 @@ def table(events: Sequence[Any], costs: Costs, setup: Setup) -> list[Operation]:
     for event in events:
         if event.cpu_parent is None and event.device_type == DeviceType.CPU:
             visit(event)
+    dtype = parts.joint.dtype or torch.float32
     for name in costs.bytes.keys() & rows.keys():
         row = rows[name]
         row.bytes, row.flops = costs.bytes[name], costs.flops.get(name, 0)
-        least_s = max(row.bytes / bandwidth(setup.device), row.flops / matmul_rate(setup.device, setup.dtype))
+        least_s = max(row.bytes / bandwidth(parts.device), row.flops / matmul_rate(parts.device, dtype))
         row.share_of_roofline = 1e3 * least_s / row.time_ms if row.time_ms else None
     kept = [row for row in rows.values() if row.time_ms > 0 and row.name not in STAGES]
     return sorted(kept, key=lambda row: -row.time_ms)

@@ -1,54 +1,48 @@
-"""What `bench` and `profile` measure: student, teacher, plan and one batch of random images of a configuration."""
+"""What `bench`, `profile` and `tune` measure: the step of a configuration, with a fresh teacher where none is named."""
 
-# B images in a micro-batch, K classes
-
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from fastdeitlt.config import Config
-from fastdeitlt.core.batches import Batch, use_kernel
-from fastdeitlt.core.joint import JointForward
-from fastdeitlt.core.measure.auto import measure_kernels
-from fastdeitlt.data.sampler import Plan
+from fastdeitlt.core.assemble import Data, OpenData, Parts, assemble
+from fastdeitlt.core.batches import Batch
+from fastdeitlt.core.optim import peak_learning_rate
+from fastdeitlt.core.step import Stage, unobserved
+from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets.counts import KNOWN_CLASSES
 from fastdeitlt.data.sets.opening import open_sets
-from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.data.sets.types import Sets
 from fastdeitlt.errors import UserError
-from fastdeitlt.models import create_student, create_teacher
+from fastdeitlt.models import create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
-from fastdeitlt.models.vit import DistilledViT, flops_per_image
-from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run.meter import forward_flops
 from fastdeitlt.teachers.opening import teacher_of
 
+SYNTHETIC_BATCHES = 256
+"""Micro-batches of a virtual rank in an epoch of images that are not there."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Setup:
-    """Everything a step needs. ``images`` is None when no data set was opened."""
+    """A configuration on this machine; every ``assemble`` makes new parts around the one teacher."""
 
     cfg: Config
     device: torch.device
-    plan: Plan
-    images: LongTailSet | None
-    counts: list[int]
-    second_student: Callable[[], DistilledViT]
-    teacher: Teacher
-    joint: JointForward
-    batch: Batch
-
-    @property
-    def size(self) -> int:
-        """Side of the images in pixels."""
-        return self.joint.student.img_size
+    data: Data
+    sets: Sets | None
+    """None: no data set was opened."""
+    _teachers: dict[int, Teacher] = field(default_factory=dict)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of this rank in an optimizer step."""
-        return self.plan.micro_batches_per_step
+        return self.data.plan.micro_batches_per_step
 
     @property
     def images_per_call(self) -> int:
@@ -56,28 +50,43 @@ class Setup:
         return self.micro_batches * self.cfg.train.batch_size
 
     @property
-    def flops(self) -> float:
-        """Model FLOPs an image: backward costs twice the forward, the teacher runs forward only."""
-        return 3 * flops_per_image(self.joint.student) + forward_flops(self.teacher, self.size, self.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that the step's matrix products have."""
-        return autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
-
-    @property
     def teacher_title(self) -> str:
-        """The teacher whose time is measured, and how to choose another when it is not that of a run."""
-        if self.cfg.teacher.path and self.images:
+        """The teacher that is measured, and how to choose another when it is not that of a run."""
+        if self.cfg.teacher.path and self.sets:
             return self.cfg.teacher.path
         return (
             f"{self.cfg.teacher.arch} with random weights, as fast as a trained one; "
             "--with-teacher RECIPE, teacher.arch or teacher.path chooses another"
         )
 
-    def autocast(self) -> torch.autocast:
-        """The step's precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def assemble(self, source: Source | None = None, *, teacher: bool = True) -> Parts:
+        """Return new parts, all from the same weights.
+
+        Args:
+            source: pixels of the training set, for parts that make its batches.
+            teacher: with the teacher, or the student alone.
+        """
+        data = self.data
+        if source and self.sets:
+            data = OpenData(data.counts, data.plan, self.sets, source)
+        return assemble(self.cfg, data, self.device, self._teacher if teacher else lambda size: None)
+
+    def _teacher(self, size: int) -> Teacher:
+        """The configured teacher, or a fresh one of its architecture: weights do not change the speed."""
+        if size not in self._teachers:
+            cfg = self.cfg
+            found = teacher_of(cfg, self.sets.train, size, self.device) if cfg.teacher.path and self.sets else None
+            if found is None:
+                network = create_teacher(cfg.teacher.arch, len(self.data.counts)).eval()
+                network = fold_batchnorm(network).to(memory_format=torch.channels_last)
+                found = Teacher(
+                    network,
+                    len(self.data.counts),
+                    img_size=cfg.teacher.img_size or size,
+                    antialias=cfg.teacher.resize_antialias,
+                ).to(self.device)
+            self._teachers[size] = found
+        return self._teachers[size]
 
 
 def set_up(
@@ -89,7 +98,7 @@ def set_up(
     synthetic: bool,
     counts: list[int] | None = None,
 ) -> Setup:
-    """Build a configuration's student, teacher and plan, and one mixed batch of noise on the device.
+    """Open what a measurement of a configuration needs.
 
     Args:
         synthetic: open no data set.
@@ -98,9 +107,9 @@ def set_up(
     Raises:
         UserError: what training would have raised; ``synthetic`` for a data set whose classes are not known.
     """
-    images = None if synthetic else _open(cfg)
-    if images:
-        counts = images.counts
+    sets = None if synthetic else _open(cfg)
+    if sets:
+        counts = sets.train.counts
     elif counts is None:
         if cfg.data.dataset not in KNOWN_CLASSES:
             raise UserError(
@@ -108,47 +117,29 @@ def set_up(
                 f"--synthetic out, or set data.dataset to one of {', '.join(KNOWN_CLASSES)}"
             )
         counts = [100] * KNOWN_CLASSES[cfg.data.dataset]
-    virtual_ranks, t = cfg.train.virtual_ranks or world, cfg.train
-    n = len(images) if images else 256 * t.batch_size * t.accumulate * virtual_ranks
-    plan = Plan(n, t.batch_size, t.accumulate, cfg.augment.repeats, virtual_ranks, rank, world)
-
-    def student() -> DistilledViT:
-        torch.manual_seed(t.seed)
-        return create_student(num_classes=len(counts), **cfg.student.model_dump()).to(device).train()
-
-    first = student()
-    teacher = _teacher(cfg, images, len(counts), first.img_size, device)
-    measure_kernels(cfg, first, teacher, len(counts), device)
-    joint = JointForward(first, teacher, counts, cfg, device)
-    labels_B = torch.arange(t.batch_size, device=device) % len(counts)
-    lam = torch.tensor(0.7, device=device)
-    mixed = (labels_B.flip(0), lam) if cfg.mixup.on else (None, None)
-    batch = Batch(_noise(cfg, first.img_size, device), labels_B, *mixed)
-    return Setup(cfg, device, plan, images, counts, student, teacher, joint, batch)
+    t = cfg.train
+    in_epoch = SYNTHETIC_BATCHES * t.batch_size * t.accumulate * (t.virtual_ranks or world)
+    plan = plan_of(cfg, len(sets.train) if sets else in_epoch, rank, world)
+    return Setup(cfg, device, Data(counts, plan), sets)
 
 
-def _noise(cfg: Config, size: int, device: torch.device) -> Tensor:
-    """Random images_BCHW in the type and the layout in which ``train_batches`` gives them."""
-    images_BCHW = torch.randn(cfg.train.batch_size, 3, size, size, device=device)
-    dtype = autocast_dtype(cfg.train.precision, device) if use_kernel(cfg.augment, device) else None
-    return images_BCHW.to(dtype or torch.float32, memory_format=torch.channels_last)
-
-
-def _open(cfg: Config) -> LongTailSet:
+def _open(cfg: Config) -> Sets:
     try:
-        return open_sets(cfg.data).train
+        return open_sets(cfg.data)
     except UserError as error:
         hint = "; --synthetic measures without the data set" if cfg.data.dataset in KNOWN_CLASSES else ""
         raise UserError(f"{error}{hint}") from None
 
 
-def _teacher(cfg: Config, images: LongTailSet | None, num_classes: int, size: int, device: torch.device) -> Teacher:
-    """The configured teacher, or a fresh one of its architecture: weights do not change the speed."""
-    if cfg.teacher.path and images:
-        found = teacher_of(cfg, images, size, device)
-        assert found is not None
-        return found
-    network = fold_batchnorm(create_teacher(cfg.teacher.arch, num_classes).eval()).to(memory_format=torch.channels_last)
-    return Teacher(
-        network, num_classes, img_size=cfg.teacher.img_size or size, antialias=cfg.teacher.resize_antialias
-    ).to(device)
+def step_of(parts: Parts, batches: Iterator[Batch], stage: Stage = unobserved) -> Callable[[], Tensor]:
+    """Return a call that takes one optimizer step as training does, and returns the gradient's norm."""
+    take_step, phase, plan = parts.step(stage), parts.phase(0), parts.data.plan
+    rate = peak_learning_rate(parts.cfg, plan.virtual_ranks)
+    return lambda: take_step(batches, plan.micro_batches_per_step, phase, rate).norm
+
+
+def endless(parts: Parts) -> Generator[Batch, None, None]:
+    """Yield training batches of as many epochs as are asked for."""
+    for epoch in count():
+        with closing(parts.batches(list(parts.data.plan.steps(epoch)), parts.phase(0))) as batches:
+            yield from batches

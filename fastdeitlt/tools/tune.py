@@ -9,6 +9,7 @@ that wins alone can cost the compiler a fusion. Rows go to the user's cache, whe
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from fastdeitlt.data.sets.counts import KNOWN_CLASSES
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._launch import compiling
 from fastdeitlt.kernels._measured import Key, Row, by_key, file_of, gpu_name, is_current, read, trying, use, write
-from fastdeitlt.tools.bench import step_of
-from fastdeitlt.tools.setup import Setup, set_up
+from fastdeitlt.tools.setup import Setup, set_up, step_of
 
 log = logging.getLogger("fastdeitlt")
 
@@ -61,8 +61,9 @@ def tune(
     with capturing_stream(device):
         setup = set_up(cfg, device, synthetic=cfg.data.dataset in KNOWN_CLASSES)
         known = {} if again else by_key(row for row in read(path) if is_current(row, gpu_name(device.index)))
-        rows, won = tune_ops(shapes_of(setup), path, known)
-        rows += choose_by_step(setup, won) if with_step else list(won.values())
+        shapes = shapes_of(setup)
+        rows, won = tune_ops(shapes, path, known)
+        rows += choose_by_step(setup, shapes, won) if with_step else list(won.values())
     write(path, rows)
     show(rows, path)
     return rows
@@ -70,7 +71,8 @@ def tune(
 
 def shapes_of(setup: Setup) -> Shapes:
     """Return what the shapes of a step follow from."""
-    return Shapes(setup.cfg, setup.joint.student, setup.teacher, len(setup.counts), setup.device)
+    parts = setup.assemble()
+    return Shapes(setup.cfg, parts.student, parts.teacher, len(setup.data.counts), setup.device)
 
 
 def tune_ops(shapes: Shapes, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
@@ -127,12 +129,12 @@ def search(shapes: Shapes, op: str, key: Key, found: Pass) -> Row:
     return new_row(shapes, op, key, "setting", microseconds(timings), **options)
 
 
-def choose_by_step(setup: Setup, won: Mapping[str, Row]) -> list[Row]:
+def choose_by_step(setup: Setup, shapes: Shapes, won: Mapping[str, Row]) -> list[Row]:
     """Rows of what the whole training step takes: each winner joins the step where that makes it faster.
 
     The step begins with torch's implementations; an op whose winner does not help keeps torch's.
     """
-    chosen = {op: shapes_of(setup).torchs(op) for op in SETTINGS}
+    chosen = {op: shapes.torchs(op) for op in SETTINGS}
     tried = {op: row for op, row in won.items() if row.impl != chosen[op]}
     rows = {op: row for op, row in won.items() if op not in tried}
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -156,8 +158,9 @@ def _step(setup: Setup, choice: Mapping[str, str]) -> Call:
         section, field = SETTINGS[op]
         sections.setdefault(section, {})[field] = impl
     update = {name: getattr(setup.cfg, name).model_copy(update=fields) for name, fields in sections.items()}
-    another = set_up(setup.cfg.model_copy(update=update), setup.device, synthetic=True, counts=setup.counts)
-    return step_of(another, another.joint)
+    another = set_up(setup.cfg.model_copy(update=update), setup.device, synthetic=True, counts=setup.data.counts)
+    parts = another.assemble()
+    return step_of(parts, repeat(parts.noise_batch()))
 
 
 def show(rows: Sequence[Row], path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_kernel_stays_where_the_step_is_faster_with_it(setup, shapes, monkeypa
             ("adamw_ema", "fastdeitlt"),
         )
     }
-    rows = {row.op: row for row in tune.choose_by_step(setup, won)}
+    rows = {row.op: row for row in tune.choose_by_step(setup, shapes, won)}
     taken = {op: row.impl for op, row in rows.items()}
     assert taken == {"attention": "triton", "bias_gelu": "torch", "add_layernorm": "torch", "adamw_ema": "fastdeitlt"}
     assert rows["attention"].step_ms == {"without": 10, "with": 7} and rows["bias_gelu"].step_ms["with"] == 8

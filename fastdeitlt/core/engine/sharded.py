@@ -9,7 +9,6 @@ hidden optimizer step before training, which leaves Adam's bias correction off b
 """
 
 import copy
-import functools
 import logging
 import os
 import warnings
@@ -30,11 +29,8 @@ from fastdeitlt.core.joint import JointForward, LocalSums, compiled
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
-from fastdeitlt.stopwatch import WORK
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast")
-REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
 
 
 class _Compiled(nn.Module):
@@ -93,7 +89,6 @@ class DeepSpeedEngine:
             optimizer=self.optimizer,
             config=self._settings(plan.batch_size),
         )
-        _stand_still_in_collectives(self._deepspeed.comm.comm.cdb)
         self.engine.set_gradient_accumulation_boundary(False)
         if self.stage:
             self._start_moments(torch.zeros(()))
@@ -231,41 +226,6 @@ def _share(whole: Tensor, parameter: Any) -> Tensor:
     flat = whole.flatten()
     part = flat[distributed.rank() * size : (distributed.rank() + 1) * size]
     return F.pad(part, (0, size - part.numel()))
-
-
-class _Pending:
-    """A collective that was started; what a rank waits for it is not work of its own."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.handle, name)
-
-    def wait(self) -> Any:
-        with WORK.paused():
-            return self.handle.wait()
-
-
-def _stand_still_in_collectives(backend: Any) -> None:
-    """Keep DeepSpeed's collectives, which at stages 2 and 3 are inside forward and backward, out of a rank's work.
-
-    Args:
-        backend: what deepspeed.comm calls for all of them, on this rank.
-    """
-
-    def timed(collective: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(collective)
-        def paused(*args: Any, **kwargs: Any) -> Any:
-            with WORK.paused():
-                handle = collective(*args, **kwargs)
-            return None if handle is None else _Pending(handle)
-
-        return paused
-
-    for name in GATHERS + REDUCTIONS:
-        if name not in vars(backend):  # once a process
-            setattr(backend, name, timed(getattr(backend, name)))
 
 
 def _shardable(cfg: Config) -> Config:

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.check.images import duplicate_findings, image_findings
-from fastdeitlt.data.sampler import Plan
+from fastdeitlt.data.sampler import Plan, plan_of
 from fastdeitlt.data.sets.counts import has_official_split, shot_groups
 from fastdeitlt.data.sets.findings import Finding, class_findings, known_findings, opening_findings
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet, Sets
-from fastdeitlt.data.teacher_plan import plan_of
+from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import UserError, printable
 
 _NUMBERS = ("images", "classes", "empty", "largest", "smallest", "rho", "Gini", "head", "mid", "tail", "rank")
@@ -201,19 +201,13 @@ def _report(config: Config, sets: Sets) -> Report:
         if config.is_teachers:
             report.schedule.update(_teacher_schedule(config, len(sets.train)))
         else:
-            plan = _plan(config, len(sets.train))
+            plan = plan_of(config, len(sets.train))
             report.schedule.update(_schedule(config, plan))
             if plan.is_partial:
                 report.findings.append(Finding("warning", "train", plan.describe_epoch()))
     except UserError as error:
         report.findings.append(Finding("error", "train", str(error)))
     return report
-
-
-def _plan(config: Config, num_images: int) -> Plan:
-    train = config.train
-    ranks = train.virtual_ranks or 1
-    return Plan(num_images, train.batch_size, train.accumulate, config.augment.repeats, ranks)
 
 
 def _schedule(config: Config, plan: Plan) -> dict[str, int]:
@@ -232,7 +226,7 @@ def _schedule(config: Config, plan: Plan) -> dict[str, int]:
 
 
 def _teacher_schedule(config: Config, num_images: int) -> dict[str, int]:
-    plan, epochs = plan_of(config, num_images), config.teacher_training.epochs
+    plan, epochs = teacher_plan_of(config, num_images), config.teacher_training.epochs
     images_per_epoch = sum(len(sample_B) for sample_B in plan.samples(epoch=0))
     return {
         "optimizer_steps_an_epoch": plan.steps,

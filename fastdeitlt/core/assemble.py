@@ -1,0 +1,159 @@
+"""Assemble a run: a configuration in, the parts that take its steps out."""
+
+# K classes
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fastdeitlt import distributed
+from fastdeitlt.config import Config
+from fastdeitlt.core.batches import Batch, noise_batch, train_batches
+from fastdeitlt.core.engine import Engine, build_engine
+from fastdeitlt.core.joint import JointForward
+from fastdeitlt.core.measure.auto import measure_kernels
+from fastdeitlt.core.measure.flops import forward_flops
+from fastdeitlt.core.optim import Ema
+from fastdeitlt.core.step import Phase, Stage, TrainStep, phase_of, unobserved
+from fastdeitlt.data.check.scan import check_files
+from fastdeitlt.data.pixels.source import Source, open_source
+from fastdeitlt.data.sampler import Plan, Step, plan_of
+from fastdeitlt.data.sets.counts import drw_weights
+from fastdeitlt.data.sets.opening import open_training_sets
+from fastdeitlt.data.sets.types import LongTailSet, Sets
+from fastdeitlt.models import create_student
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import DistilledViT, flops_per_image
+
+log = logging.getLogger("fastdeitlt")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a step has to know of a run's training images."""
+
+    counts: list[int]
+    """Images of each class [K]."""
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class OpenData(Data):
+    """The training images of a run, in their order, and where their pixels come from."""
+
+    sets: Sets
+    source: Source
+
+    @property
+    def images(self) -> LongTailSet:
+        """The training images."""
+        return self.sets.train
+
+
+def open_data(cfg: Config, device: torch.device, rank: int = 0, world: int = 1) -> OpenData:
+    """Open the data of a training: which images, in which order, and their pixels.
+
+    Raises:
+        UserError: see ``open_training_sets``, ``check_files``, ``Plan`` and ``open_source``.
+    """
+    sets = open_training_sets(cfg.data)
+    distributed.on_main(lambda: check_files(sets, cfg.data))
+    plan = plan_of(cfg, len(sets.train), rank, world)
+    log.log(logging.WARNING if plan.is_partial else logging.INFO, "%s", plan.describe_epoch())
+    source = open_source(sets.train, cfg.data, device, plan.ranks_per_process, tell=True)
+    return OpenData(sets.train.counts, plan, sets, source)
+
+
+ChooseTeacher = Callable[[int], Teacher | None]
+"""Of the size of the student's images in pixels to the teacher; None: both heads learn the labels."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What takes the steps of a run."""
+
+    cfg: Config
+    device: torch.device
+    data: Data
+    student: DistilledViT
+    teacher: Teacher | None
+    joint: JointForward
+    engine: Engine
+    ema: Ema | None
+    drw_weights_K: Tensor
+
+    @property
+    def size(self) -> int:
+        """Side of the student's images in pixels."""
+        return self.student.img_size
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs an image: backward costs twice the forward, the teacher runs forward only."""
+        teacher = forward_flops(self.teacher, self.size, self.device) if self.teacher else 0.0
+        return 3 * flops_per_image(self.student) + teacher
+
+    def phase(self, epoch: int) -> Phase:
+        """Return what the epoch's place in the schedule decides."""
+        return phase_of(self.cfg, self.drw_weights_K, epoch)
+
+    def batches(self, steps: Sequence[Step], phase: Phase) -> Generator[Batch, None, None]:
+        """Yield the augmented and mixed batches of some optimizer steps."""
+        data = self.data
+        assert isinstance(data, OpenData)
+        micro_batches = chain.from_iterable(step.micro_batches for step in steps)
+        return train_batches(micro_batches, data.source, data.images, self.cfg, mixing=phase.mixing, size=self.size)
+
+    def noise_batch(self) -> Batch:
+        """Return a micro-batch of noise."""
+        return noise_batch(self.cfg, len(self.data.counts), self.size, self.device)
+
+    def step(self, stage: Stage = unobserved) -> TrainStep:
+        """Return the training step, its stages wrapped by ``stage``."""
+        return TrainStep(self.engine, self.ema, self.cfg.train.seed, stage)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint keeps: state dicts by name."""
+        parts = {"model": self.engine.weights(), "optimizer": self.engine.optimizer_tensors()}
+        return parts | ({"ema": self.ema.state} if self.ema else {})
+
+    def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Put back what a checkpoint keeps; ``read`` returns the state dict of a name."""
+        self.engine.load(read("model"), read("optimizer"))
+        if self.ema:
+            self.ema.load(read("ema"))
+
+
+def assemble(
+    cfg: Config,
+    data: Data,
+    device: torch.device,
+    choose_teacher: ChooseTeacher,
+    student: DistilledViT | None = None,
+) -> Parts:
+    """Build the student, its teacher, the joint loss, the engine and the moving average.
+
+    Args:
+        cfg: the run.
+        data: its images, or their class counts and plan alone.
+        device: where the step runs.
+        choose_teacher: opens the teacher.
+        student: on the device, in training mode; None: a fresh one of ``cfg.student``, seeded by ``cfg.train.seed``.
+
+    Raises:
+        UserError: a setting that this machine or this number of ranks cannot run; see ``build_engine``.
+    """
+    torch.manual_seed(cfg.train.seed)
+    num_classes = len(data.counts)
+    student = student or create_student(num_classes=num_classes, **cfg.student.model_dump()).to(device).train()
+    teacher = choose_teacher(student.img_size)
+    measure_kernels(cfg, student, teacher, num_classes, device)
+    joint = JointForward(student, teacher, data.counts, cfg, device)
+    engine = build_engine(joint, cfg, data.plan)
+    ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
+    weights_K = drw_weights(data.counts, cfg.loss.drw_beta).to(device)
+    return Parts(cfg, device, data, student, teacher, joint, engine, ema, weights_K)
