@@ -215,7 +215,7 @@ def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
     }  # fmt: skip
     cfg = config.build(recipe | values)
     student = create_student(
-        num_classes=work.num_classes, **cfg.student.model_dump(), last_block_shortcut=shortcut
+        num_classes=work.num_classes, **cfg.student.architecture, last_block_shortcut=shortcut
     )  # fmt: skip
     student.load_state_dict(work.weights)
     student = student.to(work.device).train()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdeitlt import __version__
 from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable
 from fastdeitlt.run import process
+from fastdeitlt.tools import examples
 
 if TYPE_CHECKING:
     from fastdeitlt.config import Config
@@ -246,21 +248,12 @@ def _data_cache(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+    from fastdeitlt.tools import settings
 
-    from fastdeitlt import config
-
-    cfg = config.load(args.config, args.overrides)
-    if args.yaml:
-        print(config.dump(cfg), end="")
-        return 0
-    table = Table(*(Column(title, overflow="fold") for title in ("name", "value", "from", "meaning")))
-    for name, value in config.flatten(cfg).items():
-        value = Text(printable(value))
-        table.add_row(name, value, cfg.origins[name], Text(config.describe(name)))
-    Console().print(table)
+    if args.action == "list":
+        settings.list_recipes()
+    else:
+        settings.show([*([args.config] if args.config else []), *args.overrides], args.changed, args.yaml)
     return 0
 
 
@@ -274,12 +267,17 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fastdeitlt", description="Train Vision Transformers from scratch on long-tailed images (DeiT-LT)."
+        prog="fastdeitlt",
+        description="Train Vision Transformers from scratch on long-tailed images (DeiT-LT).",
+        epilog=examples.epilog(""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"fastdeitlt {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Verb, text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=text)
+        how = argparse.RawDescriptionHelpFormatter
+        added = verbs.add_parser(name, help=text, description=text, epilog=examples.epilog(name), formatter_class=how)
         added.set_defaults(run=run)
         return added
 
@@ -403,10 +401,13 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--clear", action="store_true", help="cache: remove the decoded sets")
     data.add_argument("--json", action="store_true")
 
-    added = verb("config", _config, "show the resolved configuration, and where each value came from")
-    added.add_argument("action", choices=("show",))
-    added.add_argument("config")
-    added.add_argument("overrides", nargs="*", metavar="section.field=value")
+    added = verb("config", _config, "show settings with their meaning and origin; list the shipped recipes")
+    added.add_argument("action", choices=("show", "list"))
+    added.add_argument("config", nargs="?", help="recipe or YAML file; left out: the defaults")
+    added.add_argument(
+        "overrides", nargs="*", metavar="NAME", help="show these sections or settings alone; or section.field=value"
+    )
+    added.add_argument("--changed", action="store_true", help="only what differs from the defaults")
     added.add_argument("--yaml", action="store_true", help="as YAML")
 
     added = verb("doctor", _doctor, "what is installed, what is missing, how to get it")

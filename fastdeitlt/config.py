@@ -7,6 +7,7 @@ A value comes, in rising order, from the schema's default, from the YAML file, f
 import difflib
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -166,6 +167,9 @@ class StudentConfig(Section):
     """deit_{tiny,small,base,large}_distilled_patch{2,4,8,16}_<size>."""
     img_size: int = Field(0, ge=0)
     """Input height and width in pixels. 0 = the size in the name."""
+    init: str = ""
+    """Weights to start from: a run or model folder, or a .pth or .safetensors file of a plain or distilled ViT under
+    timm's names. Other image sizes, patches, depths and classes are adapted. Empty: random weights."""
     depth: int = Field(0, ge=0)
     """Number of blocks. 0 = the architecture's 12 (large: 24)."""
     drop_path: float = Field(0.1, ge=0, lt=1)
@@ -182,6 +186,11 @@ class StudentConfig(Section):
     drop_path_law: Literal["bernoulli", "count"] = "bernoulli"
     """bernoulli: each sample drops a branch on its own, which is computed and multiplied by 0 (timm, the recipes).
     count: a fixed number of the batch's samples, drawn for each branch, is not computed: less work, dependent draws."""
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Arguments of ``create_student``."""
+        return self.model_dump(exclude={"init"})
 
 
 class TeacherConfig(Section):
@@ -251,6 +260,8 @@ class OptimConfig(Section):
     """AdamW epsilon."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay of matrices; biases, norms, tokens and position embeddings have none."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate from each layer to the one below it, for fine-tuning. 1 = all layers learn alike."""
     clip_norm: float = Field(0.0, ge=0)
     """Global gradient norm above which gradients are scaled down. 0 = off."""
     algorithm: Literal["adamw", "lamb"] = "adamw"
@@ -312,6 +323,9 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints within an epoch. 0 = off."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints kept. The one before re-weighting starts is kept besides, as checkpoints/before-drw."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many evaluations in a row without a better accuracy on the selection set; those before re-weighting
+    begins do not count. 0 = train all epochs."""
     nonfinite_skips: int = Field(0, ge=0)
     """Optimizer steps in a row that are left out because their gradient is not finite, before the run stops. 0 = stop
     at the first; the weights stay as they were before it either way."""
@@ -516,6 +530,7 @@ def _field(name: str) -> FieldInfo:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 FIELDS = tuple(_field_names(Config))
+SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name))
 TEXTS = frozenset(name for name in FIELDS if _field(name).annotation is str)
 
 
@@ -532,8 +547,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         is_section = name in Config.model_fields and any(f.startswith(f"{name}.") for f in FIELDS)
-        if is_section and isinstance(value, dict):
-            flat |= _flatten(value, f"{name}.")
+        if is_section and isinstance(value, dict | None):
+            flat |= _flatten(value or {}, f"{name}.")
         else:
             flat[name] = value
     return flat
@@ -574,7 +589,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path}: cannot be read ({error}); give a YAML file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"config file {path}: not valid YAML ({_yaml_fault(error)})") from None
     except RecursionError:
         raise UserError(f"config file {path}: nested too deeply; a config has two levels") from None
     except UserError as error:
@@ -588,6 +603,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """Return what is wrong with a file and where: line and column as editors count them."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or not mark:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name, such as ``teacher/cifar10_lt_r100``."""
+    shipped = Path(__file__).parent / "configs"
+    if not shipped.is_dir():
+        shipped = Path(__file__).parent.parent / "configs"
+    return {str(p.relative_to(shipped).with_suffix("")): p for p in sorted(shipped.rglob("*.yaml"))}
+
+
 def find(path: str) -> Path:
     """A config file by path, or a shipped recipe by name (``quickstart``, ``teacher/cifar10_lt_r100``).
 
@@ -596,14 +627,10 @@ def find(path: str) -> Path:
     """
     if Path(path).is_file():
         return Path(path)
-    shipped = Path(__file__).parent / "configs"
-    if not shipped.is_dir():
-        shipped = Path(__file__).parent.parent / "configs"
-    name = path.removesuffix(".yaml")
-    names = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
-    if name in names:
-        return shipped / f"{name}.yaml"
-    raise UserError(f"config {path}: no such file or recipe{near(name, names)}; recipes: {', '.join(names)}")
+    name, shipped = path.removesuffix(".yaml"), recipes()
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"config {path}: no such file or recipe{near(name, list(shipped))}; list: fastdeitlt config list")
 
 
 def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -658,6 +685,10 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         where = f" (in {origins[name]})" if origins.get(name, "override") != "override" else ""
+        if name in SECTIONS:
+            got = _SHORT.repr(value)
+            setting = next(field for field in FIELDS if field.startswith(f"{name}."))
+            raise UserError(f"{name}: got {got}{where}, expected a section of settings, such as {setting}={got}")
         if name not in FIELDS:
             raise UserError(f"unknown config name {name!r}{where}{near(name, FIELDS)}")
         section, _, field = name.rpartition(".")
@@ -668,6 +699,13 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if first["type"] in ("missing", "tuple_type", "too_long"):
+            name = next(field for field in FIELDS if f"{name}.".startswith(f"{field}."))
+            default = _field(name).default
+            example = yaml.safe_dump([*default] or [[0, 0.05]], default_flow_style=True).strip()
+            raise UserError(f"{name}: got {_SHORT.repr(flat[name])}, expected a list like {example}") from None
+        if first["type"] == "string_pattern_mismatch":
+            message = "expected letters, digits, dots, dashes and underscores, beginning with a letter or digit"
         if first["type"] == "value_error" and not isinstance(first["input"], tuple | list):
             # of a whole section, whose message names the field and what it got
             raise UserError(f"{name}.{message}" if name else message) from None
@@ -681,9 +719,28 @@ def flatten(config: Config) -> dict[str, Any]:
     return _flatten(config.model_dump(mode="json"))
 
 
+def merge(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a configuration with other settings, by dotted name or as a mapping of a section's.
+
+    Raises:
+        UserError: see ``load``.
+    """
+    given = _flatten(dict(settings))
+    return build(flatten(config) | given, config.origins | dict.fromkeys(given, "override"))
+
+
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that ``load`` reads back to an equal Config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_values(flatten(config))
+
+
+def dump_values(values: dict[str, Any]) -> str:
+    """Return settings by dotted name as YAML that ``load`` reads."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[field] = value
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe(name: str) -> str:

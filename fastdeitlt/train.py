@@ -19,6 +19,7 @@ from fastdeitlt.run.selection import Selector
 from fastdeitlt.run.state import State
 from fastdeitlt.run.student_scorer import StudentScorer
 from fastdeitlt.run.watch import memory_hint
+from fastdeitlt.store.checkpoint import step_folders
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settled_teacher
 
@@ -52,7 +53,11 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         device = distributed.device_of(cfg.train.device)
         data = open_data(cfg, device, rank, world)  # 1 which images, 2 read, decode
         parts = assemble(  # 4 student, 5 teacher, 6 joint loss, 7 backward, step
-            cfg, data, device, lambda size: settled_teacher(cfg, data.images, data.source, size, device, run.folder)
+            cfg,
+            data,
+            device,
+            lambda size: settled_teacher(cfg, data.images, data.source, size, device, run.folder),
+            init="" if step_folders(run.checkpoints.folder) else cfg.student.init,
         )
         run.note_environment()
         selector = Selector(

@@ -77,7 +77,8 @@ found = Checkpoints(folder)
 def save(step):
     parts = {"model": {"w": torch.full((2,), float(step))}}
     best = {"step": step, "epoch": 0, "weights": "model"}
-    found.save(step, parts, {"epoch": 0, "best": best, "fingerprint": {}}, wait=True, milestone="before-drw")
+    facts = {"epoch": 0, "best": best, "recent": {}, "fingerprint": {}}
+    found.save(step, parts, facts, wait=True, milestone="before-drw")
 
 save(1)
 rename, replace = Path.rename, Path.replace
@@ -123,7 +124,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, point, survivor
     assert torch.equal(load_tensors(tmp_path / "best")["w"], torch.full((2,), float(survivor)))
 
 
-FACTS = {"epoch": 0, "best": None, "fingerprint": {}}
+FACTS = {"epoch": 0, "best": None, "recent": {}, "fingerprint": {}}
 
 
 def _save(found, step, value=0.0, best=None, **options):

@@ -167,3 +167,44 @@ def test_a_range_upside_down_is_refused_with_the_right_one(name):
 def test_a_number_of_a_list_has_its_bounds(override):
     with pytest.raises(UserError, match=r"expected (greater|less) than"):
         config.load("quickstart", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "augment.mean=[0.5, 0.4]",
+            r"augment\.mean: got \[0\.5, 0\.4\], expected a list like \[0\.485, 0\.456, 0\.406\]",
+        ),
+        ("augment.mean=0.5", r"augment\.mean: got 0\.5, expected a list like \[0\.485"),
+        ("teacher_training.lr_steps=[[1]]", r"lr_steps: got \[\[1\]\], expected a list like \[\[160, 0\.01\]"),
+        ("teacher_training.sam_rho_steps=3", r"sam_rho_steps: got 3, expected a list like \[\[0, 0\.05\]\]"),
+        (
+            "name=a b",
+            "name: got 'a b', expected letters, digits, dots, dashes and underscores, beginning with a letter",
+        ),
+        ("data=folder", r"data: got 'folder', expected a section of settings, such as data\.dataset='folder'"),
+    ],
+)
+def test_a_message_says_what_to_write(override, message):
+    with pytest.raises(UserError, match=message):
+        config.load("quickstart", [override])
+
+
+def test_yaml_that_does_not_parse_is_found_by_line_and_column(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data:\n  root: [a\ntrain: {}\n")
+    with pytest.raises(UserError, match=r"a\.yaml: not valid YAML \(line 3, column 6: expected ',' or '\]'") as caught:
+        config.load(str(file))
+    assert "unicode string" not in str(caught.value)
+
+
+def test_an_empty_section_is_one_without_settings(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data:\n#  root: a\ntrain:\n  epochs: 3\n")
+    assert config.flatten(config.load(str(file))) == config.flatten(config.build({"train.epochs": 3}))
+
+
+def test_an_unknown_recipe_names_the_command_that_lists_them():
+    with pytest.raises(UserError, match=r"config zz: no such file or recipe; list: fastdeitlt config list$"):
+        config.load("zz")

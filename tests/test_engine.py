@@ -130,6 +130,19 @@ def test_every_stage_takes_the_plain_steps_on_one_rank(plain, stage, offload):
     _assert_same(_state(engine), end)
 
 
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (1, True), (2, False), (3, False)])
+def test_every_stage_scales_the_learning_rate_by_layer(stage, offload):
+    cfg = _config(engine="deepspeed", zero_stage=stage, offload=offload)
+    decayed = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"layer_decay": 0.3})})
+    plain = decayed.model_copy(update={"train": cfg.train.model_copy(update={"engine": "plain"})})
+    sharded, whole, alike = (_engine(each) for each in (decayed, plain, _config(engine="plain")))
+    (losses, _), (expected, _), _ = (_run(engine, steps=range(2)) for engine in (sharded, whole, alike))
+    assert losses == pytest.approx(expected, abs=1e-6)
+    _assert_same(_state(sharded), _state(whole))
+    weight = "patch_embed.proj.weight"
+    assert not torch.allclose(whole.weights()[weight], alike.weights()[weight], rtol=0, atol=1e-5)
+
+
 def test_stage_3_gathers_the_weights_that_the_kernels_take(monkeypatch):
     """Some are read beside the module that holds them."""
     kernels = dict.fromkeys(("attention", "add_layernorm", "bias_gelu"), "triton")

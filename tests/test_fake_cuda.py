@@ -110,7 +110,7 @@ def mixed_batch(cfg):
 
 
 def small_student(cfg):
-    return create_student(num_classes=K, **cfg.student.model_dump())
+    return create_student(num_classes=K, **cfg.student.architecture)
 
 
 def small_teacher(**options):

@@ -282,7 +282,15 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path, verb, capsys):
         evil.rename(folder / "model.safetensors")
         (folder / "optimizer.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
         files = {f.name: {"sha256": sha256(f.read_bytes()).hexdigest()} for f in folder.glob("*.safetensors")}
-        manifest = {"format": "fastdeitlt", "step": 3, "epoch": 0, "best": None, "fingerprint": {}, "files": files}
+        manifest = {
+            "format": "fastdeitlt",
+            "step": 3,
+            "epoch": 0,
+            "best": None,
+            "recent": {},
+            "fingerprint": {},
+            "files": files,
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "config.yaml").write_text(config.dump(cfg))
     arguments = {

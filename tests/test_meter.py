@@ -27,7 +27,7 @@ class FakeRun:
     def start_progress(self, total, done):
         pass
 
-    def show(self, step, text):
+    def show(self, step, text, where, facts):
         pass
 
     def record(self, kind, step, **facts):

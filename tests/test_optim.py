@@ -6,7 +6,9 @@ import types
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from fastdeitlt import config
@@ -60,6 +62,45 @@ def test_parameter_groups_are_the_references():
         for g in groups
     ]
     assert got == golden["optimizer"]["param_groups"]
+
+
+def test_layer_decay_gives_the_groups_of_timm():
+    """Those of timm's distilled ViT of the same depth: names, learning-rate scales and weight decay."""
+    ours = create_student("deit_tiny_distilled_patch16_32", 5, depth=3)
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=5, depth=3)
+    groups = param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.6)
+
+    def facts(model, groups):
+        name_of = {parameter: name for name, parameter in model.named_parameters()}
+        return {name_of[p]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    got = facts(ours, optim.parameter_groups(ours, 0.05, 0.6))
+    assert got == facts(theirs, groups)
+    scales = [got[name][0] for name in ("pos_embed", "blocks.0.norm1.bias", "norm.bias", "head_dist.weight")]
+    assert scales == pytest.approx([0.6**4, 0.6**3, 0.6, 1.0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "fastdeitlt"])
+def test_layer_decay_scales_each_layers_rate_in_every_step(backend):
+    """Against one plain AdamW a layer, whose rate is the schedule's times the layer's scale."""
+    cfg = config.build({"optim.layer_decay": 0.5, "optim.backend": backend, "optim.eps": 1e-4})
+    model, peer = (create_student("deit_tiny_distilled_patch16_32", 3, depth=2, drop_path=0.0) for _ in range(2))
+    peer.load_state_dict(model.state_dict())
+    optimizer = optim.build_optimizer(model, cfg)
+    groups = optim.parameter_groups(peer, cfg.optim.weight_decay, 0.5)
+    peers = [(g["lr_scale"], torch.optim.AdamW(g["params"], weight_decay=g["weight_decay"], eps=1e-4)) for g in groups]
+    for rate in (1e-2, 3e-3, 1e-4):
+        optim.set_learning_rate(optimizer, rate)
+        for scale, one in peers:
+            one.param_groups[0]["lr"] = rate * scale
+        for network in (model, peer):
+            network.zero_grad()
+            torch.manual_seed(int(rate * 1e5))
+            sum(logits.square().sum() for logits in network.forward_heads(torch.randn(4, 3, 32, 32))).backward()
+        for one in (optimizer, *(one for _, one in peers)):
+            one.step()
+    for ours, theirs in zip(model.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_ema_follows_its_formula_and_swaps_there_and_back():

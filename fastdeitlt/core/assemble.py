@@ -26,6 +26,7 @@ from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.models import create_student
+from fastdeitlt.models.start import start_from
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, flops_per_image
 
@@ -134,6 +135,7 @@ def assemble(
     device: torch.device,
     choose_teacher: ChooseTeacher,
     student: DistilledViT | None = None,
+    init: str = "",
 ) -> Parts:
     """Build the student, its teacher, the joint loss, the engine and the moving average.
 
@@ -143,13 +145,19 @@ def assemble(
         device: where the step runs.
         choose_teacher: opens the teacher.
         student: on the device, in training mode; None: a fresh one of ``cfg.student``, seeded by ``cfg.train.seed``.
+        init: weights that a fresh student starts from, see ``start_from``.
 
     Raises:
         UserError: a setting that this machine or this number of ranks cannot run; see ``build_engine``.
     """
     torch.manual_seed(cfg.train.seed)
     num_classes = len(data.counts)
-    student = student or create_student(num_classes=num_classes, **cfg.student.model_dump()).to(device).train()
+    if student is None:
+        student = create_student(num_classes=num_classes, **cfg.student.architecture).train()
+        if init:
+            assert isinstance(data, OpenData)
+            start_from(student, init, data.images.class_names, cfg.augment.mean, cfg.augment.std)
+        student.to(device)
     teacher = choose_teacher(student.img_size)
     measure_kernels(cfg, student, teacher, num_classes, device)
     joint = JointForward(student, teacher, data.counts, cfg, device)

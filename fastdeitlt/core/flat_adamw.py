@@ -1,7 +1,7 @@
 """AdamW with its weights in one flat buffer: step, gradient scale and moving average are one pass over memory.
 
-The parameters become views of the buffer, first those with weight decay, then those without. State has the names and
-the shapes of torch.optim.AdamW, so that either takes over the other's checkpoint.
+The parameters become views of the buffer, ordered by learning-rate scale; of equal scale, first those with weight
+decay. State has the names and the shapes of torch.optim.AdamW, so that either takes over the other's checkpoint.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,8 +21,9 @@ class FlatAdamW(torch.optim.Optimizer):
     """AdamW through ``kernels.adamw_ema``, with a factor on the gradients and the moving average built in.
 
     Args:
-        groups: parameters, or groups with a ``weight_decay`` each; at most one of them other than 0.
-        lr: learning rate, a float or a 0-d tensor; kept as a tensor on the device under ``group["lr"]``.
+        groups: parameters, or groups with a ``weight_decay`` each; at most one of them other than 0. A group may have
+            an ``lr_scale``: groups of equal scale share one learning rate and one launch of the kernel.
+        lr: learning rate, a float or a 0-d tensor; kept, times its scale, as a tensor on the device in ``group["lr"]``.
         betas, eps, weight_decay: as torch.optim.AdamW.
         ema_decay: decay of the average a step. 0 = no average.
 
@@ -48,22 +49,23 @@ class FlatAdamW(torch.optim.Optimizer):
         parameters = self._ordered()
         device = parameters[0].device
         self.ema_decay = ema_decay
-        self._lr = torch.as_tensor(lr, dtype=torch.float32).to(device)
+        lr = torch.as_tensor(lr, dtype=torch.float32).to(device)
+        self._lrs = {scale: lr * scale for scale in sorted({_scale(group) for group in self.param_groups})}
         for group in self.param_groups:
-            group["lr"] = self._lr
+            group["lr"] = self._lrs[_scale(group)]
         self._one = torch.ones((), device=device)
         self.grad_scale = self._one
         self._gathered = False
         self._allocate(parameters)
 
     def _ordered(self) -> list[nn.Parameter]:
-        """Parameters, decayed first."""
+        """Parameters by learning-rate scale, decayed first."""
         decays = {group["weight_decay"] for group in self.param_groups if group["weight_decay"]}
         if len(decays) > 1:
             raise UserError(
                 f"FlatAdamW: got weight decays {sorted(decays)}, expected one besides 0; use torch.optim.AdamW"
             )
-        groups = sorted(self.param_groups, key=lambda group: not group["weight_decay"])
+        groups = sorted(self.param_groups, key=lambda group: (_scale(group), not group["weight_decay"]))
         parameters = [parameter for group in groups for parameter in group["params"]]
         for p in parameters:
             if p.dtype != torch.float32 or p.device != parameters[0].device:
@@ -77,7 +79,13 @@ class FlatAdamW(torch.optim.Optimizer):
         """Flat buffers and, per parameter, views of them; the parameters move into theirs."""
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         decayed = {p for group in self.param_groups if group["weight_decay"] for p in group["params"]}
-        self._num_decayed = sum(size for size, p in zip(sizes, parameters, strict=True) if p in decayed)
+        scale_of = {p: _scale(group) for group in self.param_groups for p in group["params"]}
+        self._spans = []
+        end = 0
+        for scale in self._lrs:
+            span = [(size, p in decayed) for size, p in zip(sizes, parameters, strict=True) if scale_of[p] == scale]
+            start, end = end, end + sum(size for size, _ in span)
+            self._spans.append((scale, slice(start, end), sum(size for size, decays in span if decays)))
         self._parameters = parameters
 
         def flat() -> tuple[Tensor, list[Tensor]]:
@@ -105,9 +113,9 @@ class FlatAdamW(torch.optim.Optimizer):
     def _adopt(self) -> None:
         """Copy state that was put in from outside (a checkpoint) into the buffers, and show the buffers as state."""
         for group in self.param_groups:
-            if group["lr"] is not self._lr:
-                self._lr.copy_(torch.as_tensor(group["lr"]))
-                group["lr"] = self._lr
+            if group["lr"] is not (kept := self._lrs[_scale(group)]):
+                kept.copy_(torch.as_tensor(group["lr"]))
+                group["lr"] = kept
         for parameter, views in self._views.items():
             state = self.state[parameter]
             for name, view in views.items():
@@ -135,7 +143,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update weights and average in one launch, with the gradients gathered now if ``gather`` was not called.
+        """Update weights and average, one launch a learning-rate scale; gather the gradients if that was not done.
 
         Raises:
             UserError: see ``gather``.
@@ -147,21 +155,26 @@ class FlatAdamW(torch.optim.Optimizer):
         if not self._gathered:
             self._collect()
         self._adopt()
-        first = self.param_groups[0]
-        adamw_ema(
-            self._weights,
-            self._grads,
-            self._exp_avg,
-            self._exp_avg_sq,
-            lr=self._lr,
-            step=self._steps.add_(self.grad_scale != 0)[0],
-            num_decayed=self._num_decayed,
-            weight_decay=max(group["weight_decay"] for group in self.param_groups),
-            betas=first["betas"],
-            eps=first["eps"],
-            scale=self.grad_scale,
-            ema=self._ema,
-            ema_decay=self.ema_decay,
-        )
+        first, step = self.param_groups[0], self._steps.add_(self.grad_scale != 0)[0]
+        for scale, span, num_decayed in self._spans:
+            adamw_ema(
+                self._weights[span],
+                self._grads[span],
+                self._exp_avg[span],
+                self._exp_avg_sq[span],
+                lr=self._lrs[scale],
+                step=step,
+                num_decayed=num_decayed,
+                weight_decay=max(group["weight_decay"] for group in self.param_groups),
+                betas=first["betas"],
+                eps=first["eps"],
+                scale=self.grad_scale,
+                ema=None if self._ema is None else self._ema[span],
+                ema_decay=self.ema_decay,
+            )
         self.grad_scale, self._gathered = self._one, False
         return loss
+
+
+def _scale(group: dict[str, Any]) -> float:
+    return group.get("lr_scale", 1.0)

@@ -56,13 +56,20 @@ def learning_rate(epoch_float: float, cfg: Config, ranks: int | None = None) -> 
     return o.min_lr + 0.5 * (peak - o.min_lr) * (1 + math.cos(math.pi * epoch_float / cfg.train.epochs))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Two AdamW groups: no decay for vectors, biases, tokens and position embeddings; ``weight_decay`` for the rest.
 
-    Source: timm create_optimizer with the model's ``no_weight_decay``.
+    With ``layer_decay`` below 1 there are two groups a layer instead, each with an ``lr_scale`` of
+    layer_decay ** (number of layers above it): embeddings lowest, heads 1.
+
+    Source: timm create_optimizer with the model's ``no_weight_decay``; ``param_groups_layer_decay``.
     """
     no_weight_decay: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
     skip = no_weight_decay()
+    if layer_decay < 1:
+        from timm.optim import param_groups_layer_decay  # timm is slow to import
+
+        return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay)
     plain: list[Tensor] = []
     decayed: list[Tensor] = []
     for name, parameter in model.named_parameters():
@@ -83,7 +90,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
         UserError: the named implementation is not installed, needs a GPU, or does not do what ``optim.algorithm`` asks.
     """
     o = cfg.optim
-    groups = parameter_groups(model, o.weight_decay)
+    groups = parameter_groups(model, o.weight_decay, o.layer_decay)
     device = groups[1]["params"][0].device
     backend = "apex" if (o.algorithm, o.backend) == ("lamb", "auto") else o.backend
     backend = pick("adamw_ema", backend, ("step",), device)
@@ -95,9 +102,11 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     lr = learning_rate(0.0, cfg)
     match backend:
         case "torch":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                groups, lr=torch.tensor(lr, device=device), fused=True, **arguments
-            )
+            rates = {
+                scale: torch.tensor(lr * scale, device=device) for scale in {g.get("lr_scale", 1.0) for g in groups}
+            }
+            groups = [{**group, "lr": rates[group.get("lr_scale", 1.0)]} for group in groups]
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=True, **arguments)
         case "fastdeitlt":
             from fastdeitlt.core.flat_adamw import FlatAdamW
 
@@ -152,12 +161,13 @@ def _needs_gpu(backend: str, device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's rate, in place where it is a tensor (an asynchronous fill, no sync)."""
+    """Set every group's rate, ``lr`` times its scale; in place where it is a tensor (an asynchronous fill, no sync)."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:

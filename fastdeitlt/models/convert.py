@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
@@ -17,17 +15,14 @@ from fastdeitlt.store.checkpoint import read_folder
 
 
 def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:
-    """Position embeddings for a square grid of another size: prefix kept, patches by antialiased bicubic in float32.
-
-    Source: timm ``resample_abs_pos_embed``.
-    """
+    """Return position embeddings for a square grid of another size, resampled by timm: the prefix is kept."""
     if pos_embed_1ND.shape[1] == num_tokens:
         return pos_embed_1ND
-    prefix_12D, grid_1ND = pos_embed_1ND[:, :NUM_PREFIX], pos_embed_1ND[:, NUM_PREFIX:]
-    old, new = _side(pos_embed_1ND.shape[1]), _side(num_tokens)
-    grid_1DHW = grid_1ND.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    grid_1DHW = F.interpolate(grid_1DHW, size=(new, new), mode="bicubic", antialias=True)
-    return torch.cat((prefix_12D, grid_1DHW.flatten(2).transpose(1, 2).to(prefix_12D.dtype)), 1)
+    from timm.layers import resample_abs_pos_embed  # timm is slow to import
+
+    _side(pos_embed_1ND.shape[1])
+    side = _side(num_tokens)
+    return resample_abs_pos_embed(pos_embed_1ND, [side, side], num_prefix_tokens=NUM_PREFIX)
 
 
 def _side(num_tokens: int) -> int:
@@ -93,7 +88,7 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
     else:
         content = read_torch(path)
         state = tensors(content, path, ("model", "state_dict") if weights == "model" else ("model_ema",))
-        info = _official_info(content)
+        info = official_info(content)
     arch = _arch_of(state, f"student {path}")
     info["model"] = info.get("model", {}) | arch
     model = create_student(arch["name"], arch["num_classes"], drop_path=0.0, depth=arch["depth"])
@@ -116,8 +111,8 @@ def _arch_of(state: State, what: str) -> dict[str, Any]:
     return {"name": name, "num_classes": len(state["head.weight"]), "img_size": img_size, "depth": depth}
 
 
-def _official_info(content: Any) -> dict[str, Any]:
-    """What an official checkpoint tells beside its tensors, as plain Python."""
+def official_info(content: Any) -> dict[str, Any]:
+    """Return what an official checkpoint states beside its tensors, as plain Python."""
     if not isinstance(content, dict):
         return {}
     info: dict[str, Any] = {key: float(value) for key, value in content.items() if isinstance(value, float | np.number)}

@@ -122,6 +122,30 @@ def open_saved(path: str | Path) -> Saved:
     )
 
 
+def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int) -> Saved:
+    """Open a released checkpoint of a teacher, which states neither its architecture nor its preprocessing.
+
+    Args:
+        arch: see ``load_teacher``.
+        img_size: of its input in pixels; mean and std are ImageNet's, as in the official code.
+
+    Raises:
+        UserError: see ``load_teacher``.
+    """
+    return Saved(
+        model=load_teacher(path, arch, num_classes),
+        kind="teacher",
+        class_names=[f"class {label}" for label in range(num_classes)],
+        classes=Classes(f"model {path}", num_classes, None),
+        class_map=torch.arange(num_classes),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        img_size=img_size,
+        crop_pct=DEFAULT_CROP_PCT,
+        info={"model": {"arch": arch, "num_classes": num_classes, "img_size": img_size}},
+    )
+
+
 def run_of(path: Path) -> Path | None:
     """The run folder that a model folder is in (as checkpoints/<name>), if it is in one."""
     if not path.is_dir():

@@ -7,7 +7,7 @@ of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
 # D width, K classes
 
 import re
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,11 @@ class DistilledViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beside biases and norms."""
         return {"pos_embed", "cls_token", "dist_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the layers for layer-wise learning rates, as timm's models do: embeddings, each block, heads."""
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]  # the final norm belongs to the last block
+        return {"stem": r"^cls_token|pos_embed|patch_embed|dist_token", "blocks": blocks}
 
     def _embed(self, images_BCHW: Tensor) -> Tensor:
         if images_BCHW.shape[-2:] != (self.img_size, self.img_size):

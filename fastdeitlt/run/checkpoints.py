@@ -61,7 +61,7 @@ class Checkpoints:
 
     FAILURES = 3
     """Saves in a row that may fail before the run stops."""
-    STATE = ("step", "epoch", "best", "fingerprint")
+    STATE = ("step", "epoch", "best", "recent", "fingerprint")
     """Facts of a checkpoint's manifest that are about the run; ``best`` has the others, which are about the model."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:

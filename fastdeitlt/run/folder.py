@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdeitlt import config, distributed
@@ -28,10 +27,10 @@ from fastdeitlt.config import Config
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError, printable
 from fastdeitlt.run.checkpoints import Checkpoints, sweep
 from fastdeitlt.run.process import STOP, Stopped, stop_code
+from fastdeitlt.run.progress import console, start_bar
 from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
-console = Console()
 
 # A resumed run may differ from the saved one in these alone; anything else would not be the same run.
 MAY_CHANGE = (
@@ -272,10 +271,7 @@ class Run:
     def start_progress(self, total: int, step: int) -> None:
         """Show a bar of optimizer steps when on a terminal."""
         if self.is_main and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=console)
-            self._progress.add_task(self.cfg.name, total=total, completed=step)
-            self._progress.start()
+            self._progress = start_bar(total, step)
 
     def record(self, kind: str, step: int, **facts: Any) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
@@ -290,10 +286,20 @@ class Run:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def show(self, step: int, text: str) -> None:
-        """Advance the bar, or print a plain line where there is none."""
+    def show(self, step: int, text: str, where: str, facts: Mapping[str, float]) -> None:
+        """Advance the bar and show ``facts`` beside it, or print a plain line where there is none.
+
+        Args:
+            step: optimizer steps done.
+            text: the line.
+            where: the epoch, before the bar.
+            facts: ``loss``, ``images_per_s`` and ``eta_s``, after the bar.
+        """
         if self._progress:
-            self._progress.update(self._progress.task_ids[0], completed=step, description=text)
+            minutes, seconds = divmod(round(facts["eta_s"]), 60)
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+            brief = f"loss {facts['loss']:.3f}  {facts['images_per_s']:,.0f} img/s  {left}"
+            self._progress.update(self._progress.task_ids[0], completed=step, description=where, brief=brief)
         else:
             log.info(text)
 
@@ -376,4 +382,6 @@ def refuse_changes(
     changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name", *free)]
     if changed:
         listed = ", ".join(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed[:4])
+        if "train.epochs" in changed:
+            cure += f"; to train longer, start a new run from its weights: name=NEW student.init={folder}"
         raise UserError(f"run folder {folder}: holds a run with other settings ({listed}); {cure}")

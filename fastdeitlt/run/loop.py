@@ -30,8 +30,11 @@ class EpochLoop:
         self._epochs = epochs
 
     def epochs(self) -> Iterator[int]:
-        """Yield the epochs that are left."""
-        yield from range(self.state.epoch, self._epochs)
+        """Yield the epochs that are left, none once the selector is stale (``train.patience``)."""
+        for epoch in range(self.state.epoch, self._epochs):
+            if self.selector.is_stale:
+                return
+            yield epoch
 
     def end_step(self) -> None:
         """Save and stop as the step that was just counted asks for.
@@ -62,13 +65,13 @@ class EpochLoop:
                 self.selector.evaluate(self.state.step, epoch, last)
             self.state.epoch += 1
             if evaluates or milestone or (every and (epoch + 1) % every == 0):
-                self.state.save(self.meter, wait=last, milestone=milestone)
+                self.state.save(self.meter, wait=last or self.selector.is_stale, milestone=milestone)
         self._stop_if_asked(at_once=True)
 
     def finish(self) -> None:
         """Choose the weights and test them once."""
         self.stop.close()  # nothing is left to save
-        self.selector.finish(self.state.step, epoch=self._epochs - 1)
+        self.selector.finish(self.state.step, epoch=self.state.epoch - 1)
 
     def _stop_if_asked(self, at_once: bool = False) -> None:
         if number := self.stop.agreed(at_once=at_once):

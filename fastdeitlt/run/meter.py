@@ -151,7 +151,8 @@ class Meter:
         if self.peak:
             facts["mfu"] = rate * loop.flops / (self.peak * loop.world)
         self.run.record("step", self.done, **facts)
-        self.run.show(self.done, self._text(facts))
+        brief = {"loss": facts[next(iter(loop.losses))], **{key: facts[key] for key in ("images_per_s", "eta_s")}}
+        self.run.show(self.done, self._text(facts), f"epoch {self.epoch + 1}/{loop.epochs}", brief)
         self._start_window()
 
     def _text(self, facts: Mapping[str, float]) -> str:

@@ -18,7 +18,8 @@ from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.errors import CheckpointError, DamagedError, UserError
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result
-from fastdeitlt.run.folder import Run, console
+from fastdeitlt.run.folder import Run
+from fastdeitlt.run.progress import console
 from fastdeitlt.store import checkpoint
 from fastdeitlt.store.files import write_atomically
 
@@ -46,6 +47,8 @@ class Scorer(Protocol):
     """Weights that are evaluated: "model", "ema". The first is taken where no set can choose."""
     later_wins: bool
     """Which of equal evaluations is the best."""
+    drw_epoch: int
+    """First epoch with re-weighting; -1 = never."""
     identity: str | None
     """Hash of what else, besides the data, must not change when the run is resumed."""
 
@@ -93,8 +96,15 @@ class Selector:
         self.cfg, self.run, self.sets, self.scorer = cfg, run, sets, scorer
         self.best: dict[str, Any] | None = None
         """Step, epoch and part of its checkpoint ("weights") of the best weights so far, and their accuracy."""
+        self.recent: dict[str, float] = {}
+        """Best accuracy since re-weighting began, and the evaluations in a row that did not exceed it ("without")."""
         select_on, self.by = cfg.evaluate.select_on, cfg.evaluate.select_by
         self.on = select_on if getattr(sets, select_on, None) is not None else "last"
+        if self.on == "last" and cfg.train.patience:
+            raise UserError(
+                f"train.patience: got {cfg.train.patience}, but no set to select on (evaluate.select_on={select_on}), "
+                "expected a validation set; set data.val_holdout=0.1, or train.patience=0"
+            )
         if self.on == "last":
             why = "" if select_on == "last" else f": there is no {select_on} set"
             log.info("selection: the last weights%s", why)
@@ -102,19 +112,28 @@ class Selector:
             log.info("selection: highest %s on the %s set", SELECT_BY[self.by], self.on)
         self.fingerprint: dict[str, str | None] = distributed.on_main(self._fingerprint)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether ``train.patience`` evaluations in a row did not exceed the best accuracy since re-weighting began."""
+        return 0 < self.cfg.train.patience <= self.recent.get("without", 0)
+
     def evaluate(self, step: int, epoch: int, last: bool) -> None:
         """Score on the selection set, log, and note the best weights so far; those of the last epoch without a set."""
         if self.on == "last":
             if last:
                 self._choose(step, epoch, self.scorer.candidates[0], None)
             return
+        accuracies = []
         for weights in self.scorer.candidates:
             result, facts = self.scorer.score(weights, self.on)
             self._log(step, epoch, weights, self.on, result, facts)
             accuracy = result.selection_accuracy(self.by)
+            accuracies.append(accuracy)
             best = self.best["accuracy"] if self.best else -1.0
             if accuracy > best or (accuracy == best and self.scorer.later_wins):
                 self._choose(step, epoch, weights, accuracy)
+        if epoch >= self.scorer.drw_epoch:
+            self._count(max(accuracies))
         if self.run.is_main and 0 <= self.cfg.loss.drw_epoch <= epoch:
             self._watch(step, epoch)
 
@@ -172,6 +191,19 @@ class Selector:
         found: dict[str, str | None] = {name: fingerprint(getattr(self.sets, name)) for name in names}
         return found | {"teacher": self.scorer.identity}
 
+    def _count(self, accuracy: float) -> None:
+        """Count an evaluation for ``train.patience``."""
+        if accuracy > self.recent.get("accuracy", -1.0):
+            self.recent = {"accuracy": accuracy, "without": 0}
+        else:
+            self.recent = {**self.recent, "without": self.recent["without"] + 1}
+        if self.is_stale:
+            log.info(
+                "train.patience: %d evaluations without more than %.1f %%, training ends here",
+                self.cfg.train.patience,
+                self.recent["accuracy"],
+            )
+
     def _choose(self, step: int, epoch: int, weights: str, accuracy: float | None) -> None:
         self.best = {"step": step, "epoch": epoch, "weights": weights, "accuracy": accuracy, "by": self.by}
 
@@ -189,8 +221,8 @@ class Selector:
         if len(shown) == 1:
             shown = {group: scores[f"{result.main.lower()}_{group}"] for group in GROUPS}
         table = "  ".join(f"{name} {value:.1f}" for name, value in shown.items())
-        self.run.show(
-            step, f"epoch {epoch + 1}: {split} accuracy of {weights}: {table} %, mean of classes {balanced:.1f} %"
+        log.info(
+            "epoch %d: %s accuracy of %s: %s %%, mean of classes %.1f %%", epoch + 1, split, weights, table, balanced
         )
 
     def _watch(self, step: int, epoch: int) -> None:

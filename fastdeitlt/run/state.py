@@ -27,6 +27,7 @@ class Selection(Protocol):
     """The best result so far, and facts about the run that a checkpoint has with it."""
 
     best: dict[str, Any] | None
+    recent: dict[str, float]
     fingerprint: dict[str, str | None]
 
     def manifest(self) -> dict[str, Any]:
@@ -76,7 +77,12 @@ class State:
         """
         meter.report()
         tensors, selection, save = self.parts.tensors(), self.selection, self.run.checkpoints.save
-        state = {"epoch": self.epoch, "best": selection.best, "fingerprint": selection.fingerprint}
+        state = {
+            "epoch": self.epoch,
+            "best": selection.best,
+            "recent": selection.recent,
+            "fingerprint": selection.fingerprint,
+        }
         manifest = selection.manifest() | state
         distributed.on_main(lambda: save(self.step, tensors, manifest, wait=wait, milestone=milestone))
 
@@ -93,7 +99,7 @@ class State:
             self.selection.check_fingerprint(manifest["fingerprint"], str(run.folder))
             self.step, self.epoch = manifest["step"], manifest["epoch"]
             if distributed.on_main(lambda: run.checkpoints.restore_best(manifest)):
-                self.selection.best = manifest["best"]
+                self.selection.best, self.selection.recent = manifest["best"], manifest["recent"]
             elif self.begun == 0:
                 self.epoch -= 1  # chosen again from these weights
         distributed.on_main(lambda: run.count_start(self.step, self.epoch))

@@ -51,6 +51,7 @@ class StudentScorer:
         self.student, self.teacher, self.ema = student, teacher, ema
         wanted = ("model", "ema") if cfg.evaluate.weights == "both" else (cfg.evaluate.weights,)
         self.candidates: Sequence[str] = [weights for weights in wanted if weights == "model" or ema]
+        self.drw_epoch = cfg.loss.drw_epoch
         self.identity: str | None = teacher.sha256() if teacher else None
         self.tail = signs.tail_images(sets.train, cfg.data.dataset)
         self._sources: dict[int, Source] = {}
@@ -98,7 +99,7 @@ class StudentScorer:
         train, cfg = self.sets.train, self.cfg
         return {
             "kind": "student",
-            "model": {**cfg.student.model_dump(), "img_size": self.student.img_size, "num_classes": train.num_classes},
+            "model": {**cfg.student.architecture, "img_size": self.student.img_size, "num_classes": train.num_classes},
             **data_facts(cfg, train, self.student.img_size),
         }
 

@@ -83,6 +83,7 @@ class TeacherScorer:
 
     def __init__(self, cfg: Config, sets: Sets, source: Source, network: nn.Module, device: torch.device) -> None:
         self.cfg, self.sets, self.network, self.device = cfg, sets, network, device
+        self.drw_epoch = cfg.teacher_training.drw_epoch
         self.sources: dict[str, Source] = {"train": source}
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:

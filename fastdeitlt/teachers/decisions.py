@@ -18,6 +18,8 @@ from fastdeitlt.models.teacher import Teacher
 IMAGES = 4096
 """Images of a sample that has as many of each class; at least ``at_least`` and at most MOST of a class."""
 MOST = 64
+CLEAN_BATCH = 256
+"""Images in a batch of ``clean_batches``."""
 CYCLE_IMAGES = 6
 """Images by which other classes must explain the decisions better before classes count as exchanged."""
 CYCLE_SHARE = 0.3
@@ -38,7 +40,8 @@ def clean_batches(
 ) -> Iterator[Tensor]:
     """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
     resize = resized_side(size, crop_pct)
-    requests = [CropRequest(sample_N[i : i + 256], size, resize=resize) for i in range(0, len(sample_N), 256)]
+    starts = range(0, len(sample_N), CLEAN_BATCH)
+    requests = [CropRequest(sample_N[i : i + CLEAN_BATCH], size, resize=resize) for i in starts]
     for crops_BHWC in source.crops(requests):
         yield normalise(crops_BHWC, mean, std)
 

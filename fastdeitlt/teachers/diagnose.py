@@ -20,7 +20,8 @@ from fastdeitlt.data.sets.counts import shot_groups
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.models.teacher import Teacher, load_teacher
-from fastdeitlt.teachers.decisions import clean_batches
+from fastdeitlt.run.progress import tracked
+from fastdeitlt.teachers.decisions import CLEAN_BATCH, clean_batches
 from fastdeitlt.teachers.flatness import feature_rank, sharpness
 from fastdeitlt.teachers.opening import settle_order, teacher_of
 
@@ -84,7 +85,8 @@ def _diagnose(
     groups = shot_groups(images.counts, "official", cfg.data.dataset)
     score = _Scorer(groups, scale, teacher.class_map)
     with torch.inference_mode():
-        clean = [(network(batch), _features(network, batch)) for batch in clean_batches(source, sample_N, *prepared)]
+        batches = tracked(clean_batches(source, sample_N, *prepared), "clean images", -(-len(sample_N) // CLEAN_BATCH))
+        clean = [(network(batch), _features(network, batch)) for batch in batches]
     logits_NK, features_ND = (torch.cat(column) for column in zip(*clean, strict=True))
     facts: dict[str, Any] = {
         "path": str(path),
@@ -100,6 +102,7 @@ def _diagnose(
         ("mixed_resized", True, _student_size(cfg)),
     ):
         seen = _teach(teacher, source, images, cfg, order_N, mixing, at)
+        seen = tracked(seen, f"{name.replace('_', ' and ')} images", -(-len(order_N) // cfg.train.batch_size))
         facts[name], targets_N = score(*(torch.cat(column) for column in zip(*seen, strict=True)))
     facts["feature_rank"] = {
         "sample": feature_rank(features_ND, "sample"),

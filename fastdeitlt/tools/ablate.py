@@ -20,7 +20,8 @@ from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
 from fastdeitlt.reporting import analysis
-from fastdeitlt.run.folder import console, refuse_changes
+from fastdeitlt.run.folder import refuse_changes
+from fastdeitlt.run.progress import console
 from fastdeitlt.store.checkpoint import step_folders
 from fastdeitlt.store.files import read_json
 from fastdeitlt.teachers.opening import teacher_of
@@ -237,7 +238,7 @@ def check(runs: Sequence[ArmRun]) -> list[Work]:
         images = train_sets[data]
         try:
             with torch.device("meta"):
-                student = create_student(num_classes=images.num_classes, **cfg.student.model_dump())
+                student = create_student(num_classes=images.num_classes, **cfg.student.architecture)
             if cfg.teacher.path:
                 teacher_of(cfg, images, student.img_size, torch.device("cpu"))
             if run.teacher:

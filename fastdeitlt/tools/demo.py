@@ -11,6 +11,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.run.folder import MAY_CHANGE
+from fastdeitlt.run.progress import heading
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
@@ -35,8 +36,10 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
     shared |= {"train.seed": cfg.train.seed, "train.device": cfg.train.device, "runs_dir": cfg.runs_dir}
     flat = config.flatten(teacher_cfg) | shared
     flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
+    heading(f"part 1 of 2: teacher {flat['name']}")
     teacher = train_teacher(config.build(flat))
     log.info("teacher: %s", teacher)
+    heading(f"part 2 of 2: student {cfg.name}")
     return train(config.build(config.flatten(cfg) | {"teacher.path": str(teacher)}), resume)
 
 

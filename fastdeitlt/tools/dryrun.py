@@ -24,10 +24,11 @@ from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
+from fastdeitlt.models.start import start_from
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run.folder import console
+from fastdeitlt.run.progress import console
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settle_order, teacher_of
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
@@ -67,7 +68,10 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     opened = _open(cfg)
     images, device, world = opened.sets.train, opened.device, opened.world
     plan = plan_of(cfg, len(images), distributed.rank(), world)
-    student = create_student(num_classes=images.num_classes, **cfg.student.model_dump()).to(device)
+    student = create_student(num_classes=images.num_classes, **cfg.student.architecture)
+    if cfg.student.init:
+        start_from(student, cfg.student.init, images.class_names, cfg.augment.mean, cfg.augment.std)
+    student.to(device)
     size = student.img_size
     rows = opened.rows | {"student": f"{cfg.student.name}, {num_parameters(student):,} parameters"}
     teacher: Teacher | None

@@ -94,7 +94,7 @@ def test_in_eval_mode_features_and_logits_equal_torchs(device):
 def losses_and_gradients(cfg, device, run):
     """Three losses and every gradient of a mixed batch."""
     torch.manual_seed(0)
-    student = create_student(num_classes=7, **cfg.student.model_dump()).to(device).train()
+    student = create_student(num_classes=7, **cfg.student.architecture).to(device).train()
     network = fold_batchnorm(create_teacher("resnet8", 7).eval()).to(memory_format=torch.channels_last)
     joint = JointForward(student, Teacher(network, 7).to(device), [5] * 7, cfg, device)
     generator = torch.Generator().manual_seed(1)

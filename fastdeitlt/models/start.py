@@ -1,0 +1,239 @@
+"""Start a student from weights of a run, a checkpoint or timm, adapted to its size, patch, depth and classes."""
+
+# K classes, D width, C channels, h w patch side
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdeitlt.errors import UserError
+from fastdeitlt.models.convert import official_info, resample_pos_embed
+from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
+from fastdeitlt.models.teacher import check_class_map
+from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT
+from fastdeitlt.store.checkpoint import read_folder
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_LAYER_SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
+"""Layer scale of a block: the linear layer whose output it multiplies."""
+_NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1, "norm.weight": 1}
+_PARTS = ("blocks", "cls_token", "dist_token", "head", "head_dist", "norm", "patch_embed", "pos_embed")
+_UNUSED = ("mask_token", "pre_logits")
+_HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+
+log = logging.getLogger("fastdeitlt")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights to start from, under timm's names."""
+
+    state: State
+    class_names: list[str] | None = None
+    """Name of each label."""
+    class_map: list[int] | None = None
+    """Row of the heads of each label; None: the same."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def start_from(
+    student: DistilledViT,
+    path: str | Path,
+    class_names: list[str] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Load weights of a plain or distilled ViT into a student, and log in one line what was adapted.
+
+    A plain ViT's CLS token and head start the DIST token and head too. Position embeddings and patches are resampled as
+    timm does. A shallower student takes the first blocks; in a deeper one the further blocks start as identities. Head
+    rows are matched by class name where both sides have names, else kept if there are as many classes; others are
+    random. Input normalised otherwise than the weights' is compensated in the patch embedding.
+
+    Args:
+        path: run or model folder, a folder with config.json of timm, .safetensors, or .pth.
+        class_names: of the student's classes.
+        mean, std: that normalise the student's input.
+
+    Raises:
+        UserError: no such file, damaged, holds code, another width, or not a ViT under timm's names.
+    """
+    start = _read(Path(path))
+    what, notes = f"student.init {path}", []
+    _check(start.state, student, what)
+    state, is_plain = _with_dist(_without_layer_scale(start.state))
+    if is_plain:
+        notes.append("DIST token from CLS")
+    patch = state["patch_embed.proj.weight"]
+    if patch.shape[-1] != student.patch:
+        notes.append(f"patches resampled from {patch.shape[-1]} to {student.patch} pixels")
+        state["patch_embed.proj.weight"] = _resample_patch(patch, student.patch)
+    tokens = state["pos_embed"].shape[1]
+    if tokens != student.pos_embed.shape[1]:
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], student.pos_embed.shape[1])
+        sides = (round((n - NUM_PREFIX) ** 0.5) for n in (tokens, student.pos_embed.shape[1]))
+        notes.append("positions resampled from {0}x{0} to {1}x{1}".format(*sides))
+    if start.mean and start.std and (start.mean, start.std) != (tuple(mean), tuple(std)):
+        _renormalise(state, start.mean, start.std, mean, std)
+        notes.append("input normalisation compensated")
+    notes += _fit_depth(state, student)
+    notes.append(_fit_heads(state, student, start, class_names))
+    load_exact(student, state, what)
+    log.info("student: starts from %s (%s)", path, ", ".join(notes))
+
+
+def _read(path: Path) -> Start:
+    if path.is_dir() and (path / "config.json").is_file():
+        return _read_timm(path)
+    if path.is_dir():
+        state, manifest = read_folder(path, "student")
+        given = manifest.preprocess
+        return Start(
+            state, manifest.class_names, manifest.class_map, given.mean if given else None, given.std if given else None
+        )
+    if not path.is_file():
+        raise UserError(
+            f"student.init {path}: no such file or folder; give a run folder, a .pth or a .safetensors file"
+        )
+    if path.suffix == ".safetensors":
+        return Start(tensors(read_safetensors(path), path))
+    content = read_torch(path)
+    return Start(tensors(content, path, ("model", "state_dict")), class_map=official_info(content).get("class_map"))
+
+
+def _read_timm(folder: Path) -> Start:
+    """Read a folder in the layout of timm's ``local-dir:`` and of the Hugging Face hub."""
+    try:
+        info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"student.init {folder}: config.json cannot be read ({error}); export it again") from None
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"student.init {folder}: has no model.safetensors beside config.json; copy it again")
+    info = info if isinstance(info, dict) else {}
+    inner = info.get("pretrained_cfg")
+    facts = (inner if isinstance(inner, dict) else {}) | info
+    names = facts.get("label_names")
+    return Start(
+        tensors(read_safetensors(weights), weights),
+        names if isinstance(names, list) else None,
+        mean=_three(facts.get("mean")),
+        std=_three(facts.get("std")),
+    )
+
+
+def _three(value: Any) -> tuple[float, ...] | None:
+    is_triple = isinstance(value, list) and len(value) == 3 and all(isinstance(part, int | float) for part in value)
+    return tuple(map(float, value)) if is_triple else None
+
+
+def _check(state: State, student: DistilledViT, what: str) -> None:
+    for key, ndim in _NEEDED.items():
+        if key not in state or state[key].ndim != ndim:
+            raise UserError(
+                f"{what}: has no {key} of {ndim} dimensions, expected a ViT with a CLS token under timm's keys"
+            )
+    if alien := sorted({key.split(".")[0] for key in state} - {*_PARTS, *_UNUSED}):
+        raise UserError(f"{what}: has {alien[0]}, expected a plain or distilled ViT under timm's keys")
+    width = state["cls_token"].shape[-1]
+    if width != student.width:
+        size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
+        cure = f"use student.name=deit_{size}_distilled_patch..." if size else "use other weights"
+        raise UserError(f"{what}: got width {width}, expected {student.width}; {cure}")
+    num_rows = len(state["head.weight"]) if "head.weight" in state else 0
+    expected = dict(zip(_HEADS, [(num_rows, width), (num_rows,)] * 2, strict=True)) | {"pos_embed": (1, -1, width)}
+    for key in state.keys() & expected.keys():
+        shape = tuple(-1 if size == -1 else got for got, size in zip(state[key].shape, expected[key], strict=False))
+        if shape != expected[key]:
+            raise UserError(f"{what}: {key} has shape {list(state[key].shape)}, expected {list(expected[key])}")
+
+
+def _without_layer_scale(state: State) -> State:
+    """Fold layer scale, which multiplies a branch's output by channel, into the branch's last linear layer."""
+    folded = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
+    for key, gamma_D in state.items():
+        found = _BLOCK.fullmatch(key)
+        layer = found and found[2] in _LAYER_SCALES and f"blocks.{found[1]}.{_LAYER_SCALES[found[2]]}"
+        if layer and gamma_D.shape == folded.get(f"{layer}.bias", torch.empty(0)).shape:
+            del folded[key]
+            folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * gamma_D[:, None]
+            folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * gamma_D
+    return folded
+
+
+def _with_dist(state: State) -> tuple[State, bool]:
+    """Give a plain ViT a DIST token: a copy of CLS, at CLS's position, under a copy of its head."""
+    if "dist_token" in state:
+        return state, False
+    pos_embed_1ND, cls_token = state["pos_embed"], state["cls_token"]
+    has_cls = round((pos_embed_1ND.shape[1]) ** 0.5) ** 2 != pos_embed_1ND.shape[1]
+    cls_pos_11D = pos_embed_1ND[:, :1] if has_cls else torch.zeros_like(cls_token)
+    patches_1ND = pos_embed_1ND[:, 1:] if has_cls else pos_embed_1ND
+    more = {"dist_token": cls_token.clone(), "pos_embed": torch.cat((cls_pos_11D, cls_pos_11D, patches_1ND), 1)}
+    heads = {f"head_dist.{key[5:]}": value.clone() for key, value in state.items() if key.startswith("head.")}
+    return state | more | heads, True
+
+
+def _resample_patch(weight_DChw: Tensor, side: int) -> Tensor:
+    from timm.layers import resample_patch_embed  # timm is slow to import
+
+    return resample_patch_embed(weight_DChw, [side, side])
+
+
+def _renormalise(
+    state: State,
+    old_mean: tuple[float, ...],
+    old_std: tuple[float, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Change the patch embedding so that input of the new mean and std gives what the old gave before."""
+    weight_DChw = state["patch_embed.proj.weight"]
+    old_mean_C, mean_C, old_std_C, std_C = (torch.tensor(value) for value in (old_mean, mean, old_std, std))
+    shift_C = (mean_C - old_mean_C) / old_std_C
+    bias_D = state["patch_embed.proj.bias"] + (weight_DChw.sum((2, 3)) @ shift_C)
+    scale_C = (std_C / old_std_C)[None, :, None, None]
+    state |= {"patch_embed.proj.weight": weight_DChw * scale_C, "patch_embed.proj.bias": bias_D}
+
+
+def _fit_depth(state: State, student: DistilledViT) -> list[str]:
+    """Drop the blocks that a shallower student lacks; give a deeper one identities."""
+    depth, own = 1 + max((int(m[1]) for key in state if (m := _BLOCK.fullmatch(key))), default=-1), len(student.blocks)
+    if depth > own:
+        for key in [key for key in state if (m := _BLOCK.fullmatch(key)) and int(m[1]) >= own]:
+            del state[key]
+        return [f"the first {own} of {depth} blocks"]
+    for key, value in student.state_dict().items():
+        if (found := _BLOCK.fullmatch(key)) and int(found[1]) >= depth:
+            ends = found[2].startswith(("attn.proj", "mlp.fc2"))
+            state[key] = torch.zeros_like(value) if ends else value
+    return [f"blocks {depth + 1} to {own} start as identities"] if depth < own else []
+
+
+def _fit_heads(state: State, student: DistilledViT, start: Start, new: list[str] | None) -> str:
+    """Put each class's row of the heads in place; return what was done."""
+    number, old = student.num_classes, start.class_names
+    num_rows = len(state["head.weight"]) if "head.weight" in state else 0
+    map_K = check_class_map(start.class_map or range(num_rows), num_rows).tolist() if num_rows else []
+    by_name = bool(old and new and len(old) == num_rows)
+    if by_name:
+        label_of = {name: label for label, name in enumerate(old or ())}
+        pairs = [(label, map_K[label_of[name]]) for label, name in enumerate(new or ()) if name in label_of]
+    else:
+        pairs = list(enumerate(map_K)) if num_rows == number else []
+    labels, rows = [label for label, _ in pairs], [row for _, row in pairs]
+    for key in _HEADS:
+        value = student.state_dict()[key].detach().cpu().clone()
+        if key in state:
+            value[labels] = state[key][rows].to(value.dtype)
+        state[key] = value
+    if not pairs:
+        return f"new heads for {number} classes"
+    return f"heads of {len(pairs)} of {number} classes kept" + (" by name" if by_name else "")

@@ -1,0 +1,53 @@
+"""What a person sees while a command works: the console, headings, bars."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from fastdeitlt import distributed
+from fastdeitlt.errors import printable
+
+T = TypeVar("T")
+log = logging.getLogger("fastdeitlt")
+console = Console()
+
+
+def start_bar(total: int, done: int = 0) -> Progress:
+    """Start a bar over the terminal's width, with its description before it and the field ``brief`` after it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[brief]}"),
+    )
+    progress = Progress(*columns, console=console, expand=True)
+    progress.add_task("", total=total, completed=done, brief="")
+    progress.start()
+    return progress
+
+
+def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """Yield items under a bar on a terminal; elsewhere log the title when the first one is due."""
+    if not console.is_terminal:
+        log.info("%s", title)
+        yield from items
+        return
+    bar = start_bar(total)
+    try:
+        for number, item in enumerate(items):
+            bar.update(bar.task_ids[0], completed=number, description=title)
+            yield item
+        bar.update(bar.task_ids[0], completed=total)
+    finally:
+        bar.stop()
+
+
+def heading(text: str) -> None:
+    """Show a heading above the part of a command that follows. Rank 0."""
+    if distributed.rank() == 0 and console.is_terminal:
+        console.rule(printable(text), align="left")
+    else:
+        log.info("%s", text)

@@ -1,0 +1,40 @@
+"""Examples that `--help` shows, by verb."""
+
+EXAMPLES = {
+    "": (
+        "demo",
+        "train quickstart --with-teacher teacher/quickstart",
+        "config list",
+        "train --help",
+    ),
+    "train": (
+        "train quickstart --with-teacher teacher/quickstart",
+        "train imagenet_lt data.root=/images teacher.path=runs/my-teacher name=my-student",
+        "train my.yaml --dry-run",
+        "train my.yaml name=larger student.init=runs/my-student student.img_size=96 optim.layer_decay=0.75",
+    ),
+    "train-teacher": ("train-teacher teacher/imagenet_lt data.root=/images name=my-teacher",),
+    "ablate": ("ablate ablation/embedded --seeds 0 1", "ablate my_grid.yaml --dry-run"),
+    "demo": ("demo --seed 1",),
+    "eval": ("eval runs/my-student", "eval runs/my-student data.root=/new/images --split test --csv classes.csv"),
+    "predict": ("predict runs/my-student photo.jpg more/photos --out answers.csv",),
+    "export": ("export runs/my-student exported --format timm", "export runs/my-student model.onnx --format onnx"),
+    "bench": ("bench quickstart --quick", "bench imagenet_lt --synthetic train.batch_size=256"),
+    "tune": ("tune imagenet_lt",),
+    "profile": ("profile quickstart --steps 5 --out profile",),
+    "report": ("report runs/my-student", "report --compare runs/a runs/b --out compare.html"),
+    "data": ("data check my.yaml", "data prepare cifar10 --root data/cifar --download", "data cache --clear"),
+    "config": (
+        "config list",
+        "config show imagenet_lt --changed",
+        "config show imagenet_lt loss optim.lr",
+        "config show quickstart train.epochs=100 --yaml",
+    ),
+    "doctor": ("doctor --json",),
+}
+
+
+def epilog(verb: str) -> str | None:
+    """Return the examples of a verb for its help, one a line; those of the program for the empty verb."""
+    lines = EXAMPLES.get(verb, ())
+    return "\n".join(("examples:", *(f"  fastdeitlt {line}" for line in lines))) if lines else None
