@@ -173,23 +173,34 @@ def evaluate(
         if out and not Path(out).absolute().parent.is_dir():
             raise UserError(f"eval: {out}: no such folder; make it first")
     with distributed.group(cfg.train.device, cfg.train.timeout_s):
-        student, fitted = saved.kind == "student", None
-        counts, dataset = saved.class_counts, saved.info.get("dataset", cfg.data.dataset)
-        required = (split,) if counts else (split, "train")
-        splits = open_splits(cfg.data, required, ("val",) if student and split == "test" else (), saved.classes)
-        counts, images, val = counts or splits["train"].counts, splits[split], splits.get("val")
-        _report_absent(images, f"data {cfg.data.title}, {split}")
-        logits = _logits(saved, images, cfg)
-        device = distributed.device_of(cfg.train.device)
-        if student:
-            result = score(*logits, counts, dataset, device)
-        else:
-            result = score_single(*logits[1:], counts, dataset, device)
-        if student and split == "test" and val:
-            fitted = post_hoc(_logits(saved, val, cfg), logits, counts, dataset)
+        result, fitted, images = evaluate_saved(saved, cfg, split)
         if distributed.rank() == 0:
             _write(result, fitted, images.class_names, json_path, csv_path)
     return result
+
+
+def evaluate_saved(saved: Saved, cfg: Config, split: str) -> tuple[Result, PostHoc | None, LongTailSet]:
+    """Score an opened model on a split of ``cfg.data``.
+
+    Returns:
+        The scores; of a student on test images, what its validation images can fit, where there are some; the images.
+
+    Raises:
+        UserError: no such split, or classes that the model does not have.
+    """
+    student, fitted = saved.kind == "student", None
+    counts, dataset = saved.class_counts, saved.info.get("dataset", cfg.data.dataset)
+    required = (split,) if counts else (split, "train")
+    splits = open_splits(cfg.data, required, ("val",) if student and split == "test" else (), saved.classes)
+    counts, images, val = counts or splits["train"].counts, splits[split], splits.get("val")
+    _report_absent(images, f"data {cfg.data.title}, {split}")
+    logits = _logits(saved, images, cfg)
+    device = distributed.device_of(cfg.train.device)
+    if not student:
+        return score_single(*logits[1:], counts, dataset, device), None, images
+    if split == "test" and val:
+        fitted = post_hoc(_logits(saved, val, cfg), logits, counts, dataset)
+    return score(*logits, counts, dataset, device), fitted, images
 
 
 def _report_absent(images: LongTailSet, where: str) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +19,11 @@ from rich.text import Text
 from torch import Tensor
 
 from fastdeitlt import distributed
-from fastdeitlt.data.pixels.decoder import Decoder
-from fastdeitlt.data.pixels.files import Encoded, UnreadableError, from_pillow, read_encoded
 from fastdeitlt.data.pixels.resize import centre_crop
-from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.folders import is_image, walk
 from fastdeitlt.errors import UserError, csv_name, printable
 from fastdeitlt.models.saved import Saved, open_saved
+from fastdeitlt.tools.pictures import PictureReader
 
 HEADS = ("AVG", "CLS", "DIST")
 Input = str | Path | Image.Image
@@ -97,13 +94,10 @@ def predict(
     saved.model.to(where)
     temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
     rows: list[Prediction] = []
-    threads = num_threads()
-    with closing(Workers(threads)) as workers, closing(Decoder(threads, torch.device("cpu"))) as decoder:
+    with closing(PictureReader(saved.exif)) as reader:
         for start in range(0, len(named), batch_size):
             part = named[start : start + batch_size]
-            read = list(workers.pool.map(partial(_read, exif=saved.exif), [image for _, image in part]))
-            decoded = iter(decoder.whole([file for file in read if isinstance(file, Encoded)]))
-            outcomes = [next(decoded) if isinstance(file, Encoded) else file for file in read]
+            outcomes = reader([image for _, image in part])
             both = list(zip([name for name, _ in part], outcomes, strict=True))
             if strict and (errors := [f"{name}: {error}" for name, error in both if isinstance(error, str)]):
                 raise UserError("; ".join(errors[:3]))
@@ -125,14 +119,6 @@ def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]
             yield from ((str(path / name), path / name) for name in walk(path) if is_image(name))
         else:
             yield str(path), path
-
-
-def _read(image: Path | Image.Image, exif: str) -> Encoded | str:
-    """The image for the decoder, or why there is none."""
-    try:
-        return read_encoded(str(image), exif=exif) if isinstance(image, Path) else from_pillow(image, exif=exif)
-    except UnreadableError as error:
-        return str(error)
 
 
 def _predict_batch(

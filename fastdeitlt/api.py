@@ -1,0 +1,273 @@
+"""The Python API: load, predict, evaluate, fit and plan. `import fastdeitlt` offers all of it."""
+
+# B images, K classes, C H W channels, height and width
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastdeitlt import config, distributed
+from fastdeitlt.config import Config
+from fastdeitlt.data.pixels.resize import centre_crop
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.evaluate import OneHead, evaluate_saved
+from fastdeitlt.evaluation.metrics import Result
+from fastdeitlt.models.saved import Saved, open_released_teacher, open_saved, run_of
+from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.run.folder import set_up_logging
+from fastdeitlt.run.run_files import RunFiles, read_run
+from fastdeitlt.tools.pictures import Picture, PictureReader
+
+Recipe = str | Path | Config
+"""A shipped recipe by name, a YAML file, or a configuration."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one image. Classes are the labels of the data set."""
+
+    label: int
+    name: str
+    probability: float
+    """Of ``label``, by the mean of both heads' logits and the temperature fitted on validation images."""
+    probabilities_K: Tensor
+    logits_K: Tensor
+    """Mean of both heads'; of a teacher, its own."""
+    cls_logits_K: Tensor | None
+    """None of a teacher, as ``dist_logits_K``."""
+    dist_logits_K: Tensor | None
+
+
+class Model:
+    """A student or teacher for inference; ``load`` opens one.
+
+    Images are read, turned, cropped and normalised as in evaluation, on the CPU.
+
+    Attributes:
+        kind: "student" or "teacher".
+        classes: name of each label [K].
+        img_size: side in pixels of the images that ``module`` takes.
+        module: the network in eval mode: images_BCHW to logits_BK of *its* classes (``class_map``), a student's the
+            mean of its heads; its ``forward_heads`` returns both.
+        class_map: the network's class of each label, int64 [K].
+    """
+
+    def __init__(self, saved: Saved, path: Path, device: torch.device) -> None:
+        self._saved, self.path, self.device = saved, path, device
+        self.kind, self.img_size = saved.kind, saved.img_size
+        self.class_map = saved.class_map
+        self.classes = [saved.class_names[k] for k in saved.class_map.tolist()]
+        self.module: nn.Module = saved.model.to(device)
+        network = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
+        self._heads = network.eval()
+        self._opened: PictureReader | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.kind} {self.path}, {len(self.classes)} classes, {self.img_size} pixels, {self.device})"
+
+    def predict(
+        self, images: Picture | Tensor | Sequence[Picture | Tensor], batch_size: int = 64, raw: bool = False
+    ) -> Any:
+        """Classify images.
+
+        Args:
+            images: one or many of path, Pillow image, or uint8 array [H, W] or [H, W, C]; an array [B, H, W, C] is
+                many.
+            batch_size: images at a time.
+            raw: probabilities without the temperature that was fitted on validation images.
+
+        Returns:
+            An ``Answer`` for one image, a list of them for many.
+
+        Raises:
+            UserError: an image that cannot be read; names up to three.
+        """
+        pictures, is_one = _as_pictures(images)
+        if batch_size < 1:
+            raise UserError(f"predict: batch_size is {batch_size}, expected at least 1")
+        answers: list[Answer] = []
+        for start in range(0, len(pictures), batch_size):
+            answers += self._answers(self._crops(pictures[start : start + batch_size]), raw)
+        return answers[0] if is_one else answers
+
+    def transform(self, image: Picture | Tensor) -> Tensor:
+        """Return an image as ``module`` takes it: float32 [3, img_size, img_size] on the CPU, normalised."""
+        pictures, is_one = _as_pictures(image)
+        if not is_one:
+            raise UserError(f"transform: got {len(pictures)} images, expected one")
+        return self._saved.normalise(self._crops(pictures))[0]
+
+    def close(self) -> None:
+        """End the threads that read images; the next call starts them again."""
+        if self._opened:
+            self._opened.close()
+        self._opened = None
+
+    def _crops(self, pictures: list[Picture]) -> Tensor:
+        self._opened = self._opened or PictureReader(self._saved.exif)
+        pixels = self._opened(pictures)
+        if failed := [(number, why) for number, why in enumerate(pixels) if isinstance(why, str)]:
+            named = [(pictures[number], why) for number, why in failed[:3]]
+            told = [f"{p if isinstance(p, str | Path) else f'image {n}'}: {why}" for n, (p, why) in enumerate(named)]
+            raise UserError("; ".join(told))
+        whole = [image for image in pixels if isinstance(image, Tensor)]
+        return centre_crop(whole, self._saved.resize, self.img_size)
+
+    def _answers(self, crops_BHWC: Tensor, raw: bool) -> list[Answer]:
+        saved, calibration = self._saved, self._saved.calibration
+        images_BCHW = saved.normalise(crops_BHWC.to(self.device))
+        with torch.inference_mode():
+            heads = [saved.by_label(logits_BK).float().cpu() for logits_BK in self._heads.forward_heads(images_BCHW)]  # type: ignore[operator]
+        logits_BK = (heads[0] + heads[1]) / 2
+        temperature = calibration.temperatures.get("AVG", 1.0) if calibration and not raw else 1.0
+        probabilities_BK = (logits_BK / temperature).softmax(-1)
+        student = self.kind == "student"
+        return [
+            Answer(
+                label,
+                self.classes[label],
+                float(probabilities_BK[i, label]),
+                probabilities_BK[i],
+                logits_BK[i],
+                heads[0][i] if student else None,
+                heads[1][i] if student else None,
+            )
+            for i, label in enumerate(logits_BK.argmax(1).tolist())
+        ]
+
+
+def load(path: str | Path, *, device: str = "auto", arch: str = "", num_classes: int = 0, img_size: int = 224) -> Model:
+    """Open a model for inference.
+
+    Args:
+        path: a run, a model folder, or a released checkpoint (.pth, .safetensors), of a student or a teacher.
+        device: auto, cpu or cuda.
+        arch, num_classes, img_size: of a released teacher's checkpoint alone, which does not state them.
+
+    Raises:
+        UserError: no such file or folder, damaged, holds code, or not a model.
+    """
+    where = Path(path).expanduser()
+    saved = open_released_teacher(where, arch, num_classes, img_size) if arch else open_saved(where)
+    return Model(saved, where, distributed.device_of(device))
+
+
+def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", **settings: Any) -> Result:
+    """Score a model on a split and return the scores: AVG, CLS and DIST (or TEACHER) by class and group.
+
+    Args:
+        model: from ``load``, or a path for it.
+        data: a folder of images, a recipe or a Config; None: those of the model's run.
+        split: train, val or test.
+        settings: over those of ``data``, see ``fit``.
+
+    Raises:
+        UserError: see ``evaluation.evaluate.evaluate_saved``.
+    """
+    model = model if isinstance(model, Model) else load(model)
+    if data is None:
+        if not (run := run_of(model.path)):
+            raise UserError(f"evaluate: {model.path} is of no run; give data: a folder of images, a recipe or a Config")
+        cfg = config.load(str(run / "config.yaml"))
+    elif not isinstance(data, Config) and os.path.isdir(data):
+        cfg = config.build({"data.dataset": "folder", "data.root": str(data)})
+    else:
+        cfg = _config_of(data)
+    cfg = config.merge(cfg, {"train.device": model.device.type, **settings})
+    with distributed.group(cfg.train.device, cfg.train.timeout_s):
+        return evaluate_saved(model._saved, cfg, split)[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training of a student or a teacher."""
+
+    folder: Path
+
+    @cached_property
+    def files(self) -> RunFiles:
+        """Configuration, records of every evaluation and results, as the folder has them."""
+        return read_run(self.folder)
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return config.load(str(self.folder / "config.yaml"))
+
+    @property
+    def result(self) -> Result | None:
+        """Scores of the chosen weights on test images, else on validation images; None where there are neither."""
+        return self.files.tested[1] if self.files.tested else None
+
+    @property
+    def report(self) -> Path:
+        """The page of a student's run."""
+        return self.folder / "report.html"
+
+    @cached_property
+    def model(self) -> Model:
+        """The chosen weights."""
+        return load(self.folder)
+
+
+def fit(recipe: Recipe, *, with_teacher: Recipe | None = None, resume: str = "auto", **settings: Any) -> Run:
+    """Train a student as ``fastdeitlt train`` does; a call with the same arguments continues an interrupted run.
+
+    Args:
+        recipe: a shipped recipe, a YAML file, or a Config.
+        with_teacher: recipe of the teacher to train first.
+        resume: auto, never, must, or a run folder.
+        settings: over the recipe's: a section's as a mapping (``train={"epochs": 5}``), others by name (``name="a"``),
+            dotted names as ``**{"train.epochs": 5}``.
+
+    Raises:
+        UserError: see ``train``.
+    """
+    from fastdeitlt.tools.demo import train_both
+    from fastdeitlt.train import train
+
+    cfg = config.merge(_config_of(recipe), settings)
+    set_up_logging()
+    if with_teacher is None:
+        return Run(train(cfg, resume))
+    return Run(train_both(cfg, _config_of(with_teacher), resume))
+
+
+def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run:
+    """Train a teacher as ``fastdeitlt train-teacher`` does; arguments as ``fit``. The student's ``teacher.path`` is
+    its folder.
+
+    Raises:
+        UserError: see ``train_teacher``.
+    """
+    from fastdeitlt.train_teacher import train_teacher
+
+    set_up_logging()
+    return Run(train_teacher(config.merge(_config_of(recipe), settings), resume).parents[1])
+
+
+def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[Config, Config]:
+    """Choose the recipes of a student and its teacher for a folder of images; see ``tools.plan.plan``."""
+    from fastdeitlt.tools.plan import plan
+
+    return plan(root, hours, **options)
+
+
+def _config_of(recipe: Recipe) -> Config:
+    return recipe if isinstance(recipe, Config) else config.load(str(recipe))
+
+
+def _as_pictures(images: Any) -> tuple[list[Picture], bool]:
+    """(pictures, whether one was given)."""
+    images = images.numpy() if isinstance(images, Tensor) else images
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        return [images], True
+    return [image.numpy() if isinstance(image, Tensor) else image for image in images], False

@@ -1,0 +1,64 @@
+"""Pictures in: files, Pillow images and arrays to the pixels that evaluation sees."""
+
+# H height, W width, C channels, B images
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdeitlt.data.pixels.decoder import Decoder
+from fastdeitlt.data.pixels.files import Encoded, UnreadableError, from_pillow, read_encoded
+from fastdeitlt.data.pixels.workers import Workers, num_threads
+
+Picture = str | Path | Image.Image | np.ndarray
+"""A file, an image of Pillow, or a uint8 array [H, W] or [H, W, C] of gray, RGB or RGBA."""
+
+
+class PictureReader:
+    """Decode pictures as evaluation does, on the CPU.
+
+    Args:
+        exif: ``data.exif`` of the model.
+    """
+
+    def __init__(self, exif: str) -> None:
+        threads = num_threads()
+        self._workers, self._decoder = Workers(threads), Decoder(threads, torch.device("cpu"))
+        self._read = partial(_read, exif=exif)
+
+    def __call__(self, pictures: Sequence[Picture]) -> list[Tensor | str]:
+        """Return the pixels of each picture, uint8 [H, W, 3], or why there are none."""
+        read = list(self._workers.pool.map(self._read, pictures))
+        decoded = iter(self._decoder.whole([file for file in read if isinstance(file, Encoded)]))
+        return [next(decoded) if isinstance(file, Encoded) else file for file in read]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._decoder.close()
+        self._workers.close()
+
+
+def _read(picture: Picture, exif: str) -> Encoded | str:
+    try:
+        if isinstance(picture, np.ndarray):
+            picture = _from_array(picture)
+        if isinstance(picture, Image.Image):
+            return from_pillow(picture, exif=exif)
+        return read_encoded(str(picture), exif=exif)
+    except UnreadableError as error:
+        return str(error)
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+        raise UnreadableError(
+            f"array of {pixels.dtype} with shape {pixels.shape}, expected uint8 [height, width] or [height, width, 3]"
+        )
+    if 0 in pixels.shape:
+        raise UnreadableError(f"array with shape {pixels.shape}, expected at least one pixel")
+    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)

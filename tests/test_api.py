@@ -1,0 +1,185 @@
+"""The Python API: the pixels and logits of predict and eval, whatever an image comes as, and runs from Python."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_model import CLASS_NAMES, SIZE, save_images, save_student
+from tiny_run import tiny_run
+
+import fastdeitlt
+from fastdeitlt import config
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.augment.transform import normalise
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.evaluate import collect_logits
+from fastdeitlt.evaluation.evaluate import evaluate as evaluate_verb
+from fastdeitlt.models import create_teacher
+from fastdeitlt.store.checkpoint import add_facts, save_model_folder
+from fastdeitlt.tools.predict import predict
+
+MEAN, STD, CPU = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save_student(folder / "model")
+    return folder / "model", save_images(folder / "images")
+
+
+@pytest.fixture
+def model(saved):
+    opened = fastdeitlt.load(saved[0], device="cpu")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def stream(saved):
+    """The images through the reader of training and evaluation."""
+    paths = saved[1]
+    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
+    source = Stream(images, DataConfig(num_threads=1), CPU)
+    yield images, source
+    source.close()
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys\nbefore = set(sys.modules)\nimport fastdeitlt\nprint(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fastdeitlt"]
+
+
+def test_the_package_offers_the_api_and_nothing_it_lacks():
+    assert set(fastdeitlt.__all__) <= set(dir(fastdeitlt))
+    assert all(callable(getattr(fastdeitlt, name)) for name in fastdeitlt.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = fastdeitlt.lod
+
+
+def test_a_transformed_image_has_the_pixels_of_evaluation_bit_for_bit(model, saved, stream):
+    _, source = stream
+    crops = next(iter(source.crops([CropRequest(np.arange(len(saved[1])), size=SIZE, resize=40)])))
+    expected = normalise(crops, MEAN, STD, torch.float32)
+    for path, image_CHW in zip(saved[1], expected, strict=True):
+        assert torch.equal(model.transform(path), image_CHW)
+
+
+def test_answers_have_the_logits_of_evaluation_and_the_probabilities_of_predict(model, saved, stream):
+    images, source = stream
+    how = {"size": SIZE, "resize": 40, "batch_size": 64, "mean": MEAN, "std": STD, "device": CPU}
+    cls_logits, dist_logits, _ = collect_logits(model.module, source, images, **how)
+    answers, rows = model.predict(saved[1]), predict(saved[0], saved[1], device="cpu")
+    assert torch.equal(torch.stack([a.cls_logits_K for a in answers]), cls_logits)
+    assert torch.equal(torch.stack([a.dist_logits_K for a in answers]), dist_logits)
+    assert [(a.label, a.name, a.probability) for a in answers] == [
+        (r.top[0].class_id, r.top[0].name, r.top[0].probability) for r in rows
+    ]
+    assert len({a.label for a in answers}) > 1  # so that their order matters
+
+
+def test_an_image_is_the_same_as_path_pillow_image_or_array(model, saved):
+    path = saved[1][0]
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+        forms = (str(path), path, image.copy(), pixels, torch.from_numpy(pixels.copy()))
+        expected = model.predict(path)
+        for form in forms:
+            assert torch.equal(model.predict(form).logits_K, expected.logits_K)
+            assert torch.equal(model.predict([form])[0].logits_K, expected.logits_K)
+    both = model.predict(np.stack([pixels, pixels[::-1]]))
+    assert len(both) == 2 and torch.equal(both[0].logits_K, model.predict([pixels, pixels[::-1]])[0].logits_K)
+    gray = model.predict(pixels[:, :, 0])
+    assert torch.equal(gray.logits_K, model.predict(pixels[:, :, :1].repeat(3, 2)).logits_K)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("/nowhere.png", "/nowhere.png: "),
+        (np.zeros((3, 4, 4), np.uint8), r"array of uint8 with shape \(3, 4, 4\), expected uint8 \[height, width\]"),
+        (np.zeros((4, 4, 3), np.float32), "image 0: array of float32"),
+        (np.zeros((0, 4, 3), np.uint8), "expected at least one pixel"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_line(model, image, message):
+    with pytest.raises(UserError, match=message):
+        model.predict(image)
+
+
+def test_labels_and_names_follow_the_class_map_and_temperatures_the_manifest(tmp_path, saved):
+    save_student(tmp_path / "m", class_map=[2, 0, 1, 3])
+    add_facts(tmp_path / "m", {"calibration": {"temperatures": {"AVG": 3.0}, "num_fitted": 9}})
+    model, plain = fastdeitlt.load(tmp_path / "m", device="cpu"), fastdeitlt.load(saved[0], device="cpu")
+    assert model.classes == CLASS_NAMES
+    answer, same = model.predict(saved[1][1]), plain.predict(saved[1][1])
+    assert torch.equal(answer.logits_K, same.logits_K[[2, 0, 1, 3]])
+    assert answer.probability == pytest.approx(float((answer.logits_K / 3).softmax(0).max()))
+    assert model.predict(saved[1][1], raw=True).probability == pytest.approx(same.probability)
+    model.close(), plain.close()
+
+
+def test_a_teacher_answers_with_its_own_logits(tmp_path, saved):
+    torch.manual_seed(1)
+    network = create_teacher("resnet8", 3, "fastdeitlt").eval()
+    facts = {"mean": MEAN, "std": STD, "img_size": 24, "crop_pct": 1.0}
+    manifest = {"kind": "teacher", "model": {"arch": "resnet8", "num_classes": 3, "img_size": 24}, "preprocess": facts}
+    folder = save_model_folder(tmp_path / "t", network.state_dict(), manifest)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "t.pth")
+    model = fastdeitlt.load(folder, device="cpu")
+    answer = model.predict(saved[1][0])
+    with torch.no_grad():
+        expected = network(model.transform(saved[1][0])[None])[0]
+    torch.testing.assert_close(answer.logits_K, expected)
+    assert (model.kind, model.img_size, answer.cls_logits_K, answer.dist_logits_K) == ("teacher", 24, None, None)
+    released = fastdeitlt.load(tmp_path / "t.pth", device="cpu", arch="resnet8", num_classes=3, img_size=24)
+    with torch.no_grad():
+        expected = network(released.transform(saved[1][0])[None])[0]
+    torch.testing.assert_close(released.predict(saved[1][0]).logits_K, expected)
+    model.close(), released.close()
+
+
+def test_fit_trains_evaluate_scores_and_the_run_tells(tmp_path):
+    cfg = tiny_run(tmp_path)
+    short = {"train": {"epochs": 1}, "loss": {"drw_epoch": -1}, "evaluate": {"analyze_images": 0}}
+    run = fastdeitlt.fit(cfg, name="fitted", **{"optim.warmup_epochs": 0}, **short)
+    assert run.folder == tmp_path / "fitted" and run.report.exists()
+    assert (run.config.train.epochs, run.config.optim.warmup_epochs) == (1, 0)
+    result = fastdeitlt.evaluate(run.model)
+    assert result.to_json() == run.result.to_json() == evaluate_verb(run.folder).to_json()
+    elsewhere = fastdeitlt.evaluate(run.folder, run.config, "val", **{"evaluate.batch_size": 3})
+    assert elsewhere.support_K.sum() == len((tmp_path / "val.txt").read_text().splitlines())
+    assert fastdeitlt.fit(cfg, name="fitted", **{"optim.warmup_epochs": 0}, **short).folder == run.folder  # finished
+
+
+def test_fit_teacher_gives_the_folder_that_a_student_takes(tmp_path):
+    cfg = tiny_run(tmp_path)
+    settings = {"arch": "resnet8", "img_size": 28, "epochs": 1, "drw_epoch": -1, "batch_size": 16}
+    run = fastdeitlt.fit_teacher(cfg, name="t", teacher_training=settings)
+    assert run.model.kind == "teacher" and run.result.accuracy("TEACHER") >= 0
+    assert run.model.classes == fastdeitlt.load(run.folder).classes
+
+
+def test_data_of_a_model_without_a_run_must_be_given(model, saved, tmp_path):
+    with pytest.raises(UserError, match="is of no run; give data"):
+        fastdeitlt.evaluate(model)
+    for name in CLASS_NAMES:
+        (tmp_path / "test" / name).mkdir(parents=True)
+    for number, path in enumerate(saved[1]):
+        target = tmp_path / "test" / CLASS_NAMES[number % 4] / path.name
+        target.write_bytes(path.read_bytes())
+    (tmp_path / "train").mkdir()
+    assert fastdeitlt.evaluate(model, tmp_path).support_K.sum() == 5
+
+
+def test_settings_are_checked_as_on_the_command_line():
+    with pytest.raises(UserError, match=r"unknown config name 'train\.epoch'; did you mean train\.epochs"):
+        fastdeitlt.fit("quickstart", train={"epoch": 3})
+    assert config.merge(config.Config(), {"name": "a", "train": {"epochs": 2}}).origins["train.epochs"] == "override"
