@@ -1,6 +1,7 @@
 """How the modules hang together: imports go one way, and each heavy dependency has its place."""
 
 import ast
+import re
 import tomllib
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
@@ -70,6 +71,20 @@ def test_packages_import_downwards_at_every_level():
 
 def test_few_files_lie_at_the_top():
     assert len(list((ROOT / "fastdeitlt").glob("*.py"))) <= 12
+
+
+ONE_PLACE = {
+    r"\bbuild_engine\(joint": {"fastdeitlt/core/assemble.py"},
+    r"\bengine\.(forward|backward)\(": {"fastdeitlt/core/step.py"},
+}
+"""A call -> where alone it is made outside the tests: a run is assembled in one place, and a step is taken in one."""
+
+
+@pytest.mark.parametrize("call", ONE_PLACE)
+def test_a_run_is_assembled_and_stepped_in_one_place(call):
+    files = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
+    found = {str(p.relative_to(ROOT)) for p in files if re.search(rf"(?<!def ){call}", p.read_text(encoding="utf-8"))}
+    assert found == ONE_PLACE[call]
 
 
 @pytest.mark.parametrize("package", ONLY)

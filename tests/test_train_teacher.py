@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
-from fastdeitlt import train as train_module
 from fastdeitlt.cli import main
 from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
+from fastdeitlt.core import assemble
 from fastdeitlt.core.joint import JointForward
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.opening import open_sets
@@ -559,7 +559,7 @@ def test_training_and_analysis_take_the_settled_order_of_classes_of_equal_size(
             seen.append(teacher.class_map.tolist())
             super().__init__(student, teacher, *others)
 
-    monkeypatch.setattr(train_module, "JointForward", Joint)
+    monkeypatch.setattr(assemble, "JointForward", Joint)
     flat = config.flatten(small_student(cfg, tmp_path / "released.pth", tmp_path, arch="resnet8", map_classes=True))
     cfg = config.build(flat | {"data.train_list": str(tmp_path / "tied.txt"), "evaluate.analyze_images": 21})
     run = train(cfg)
