@@ -83,6 +83,10 @@ class DataConfig(Section):
     test_holdout: float | None = Field(None, ge=0, lt=0.5)
     """Share of each class of the training images set aside for testing where there is no test set. 0 = none;
     null: 0.2 of a folder without split folders, else none."""
+    sampling: Literal["instance", "class_balanced", "sqrt", "progressive"] = "instance"
+    """How often an epoch shows each class (arXiv 1910.09217): instance = every image once; sqrt = by the root of a
+    class's size; class_balanced = all classes alike; progressive = from by size to all alike over the epochs. Class
+    priors and weights of the losses stay those of the images."""
     residency: Literal["auto", "stream", "host", "device"] = "auto"
     """Where the training images live: decoded anew each time (stream), decoded once in host or device memory."""
     stored_short_side: int = Field(0, ge=0)

@@ -57,7 +57,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         sets = open_training_sets(cfg.data)  # which images
         distributed.on_main(lambda: check_files(sets, cfg.data))
         images = sets.train
-        plan = teacher_plan_of(cfg, len(images), rank, world)
+        plan = teacher_plan_of(cfg, len(images), rank, world, images.labels)
         if plan.last_batch:
             log.info(plan.last_batch)
         source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)), tell=True)  # read, decode

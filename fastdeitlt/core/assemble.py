@@ -63,7 +63,7 @@ def open_data(cfg: Config, device: torch.device, rank: int = 0, world: int = 1) 
     """
     sets = open_training_sets(cfg.data)
     distributed.on_main(lambda: check_files(sets, cfg.data))
-    plan = plan_of(cfg, len(sets.train), rank, world)
+    plan = plan_of(cfg, len(sets.train), rank, world, sets.train.labels)
     log.log(logging.WARNING if plan.is_partial else logging.INFO, "%s", plan.describe_epoch())
     source = open_source(sets.train, cfg.data, device, plan.ranks_per_process, tell=True)
     return OpenData(sets.train.counts, plan, sets, source)

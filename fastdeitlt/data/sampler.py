@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastdeitlt.config import Config
+from fastdeitlt.data.sampling import Sampling, sampling_of
 from fastdeitlt.errors import UserError
 
 
@@ -53,13 +54,21 @@ class RepeatedAugmentationSampler:
         """Start another epoch from its first index."""
         self.epoch, self.cursor = epoch, 0
 
-    def order(self) -> tuple[np.ndarray, np.ndarray]:
-        """(index of the image, number of the copy 0..repeats-1) of this rank's whole epoch, two int64 arrays."""
-        generator = torch.Generator().manual_seed(self.epoch)
-        permutation_N = torch.randperm(self.n, generator=generator).numpy()
+    def order(self, drawn: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return this rank's whole epoch: (index of the image, number of the copy), two int64 arrays.
+
+        Args:
+            drawn: the epoch's images in their order and how often each was shown before, see ``Sampling.draw``; None:
+                every image once, in the reference's order.
+        """
+        if drawn is None:
+            generator = torch.Generator().manual_seed(self.epoch)
+            drawn = torch.randperm(self.n, generator=generator).numpy(), np.zeros(self.n, np.int64)
+        sample_N, before_N = drawn
         total = -(-self.n * self.repeats // self.world_size) * self.world_size
         position = np.arange(self.rank, total, self.world_size)[: self.length] % (self.n * self.repeats)
-        return permutation_N[position // self.repeats], position % self.repeats
+        place = position // self.repeats
+        return sample_N[place], before_N[place] * self.repeats + position % self.repeats
 
     def __iter__(self) -> Iterator[int]:
         for index in self.order()[0][self.cursor :].tolist():
@@ -122,6 +131,8 @@ class Plan:
     virtual_ranks: int
     rank: int = 0
     world: int = 1
+    sampling: Sampling | None = None
+    """How often an epoch shows each class; None: every image once."""
 
     def __post_init__(self) -> None:
         if self.virtual_ranks % self.world:
@@ -177,10 +188,12 @@ class Plan:
     @property
     def is_partial(self) -> bool:
         """Whether rounding leaves more than a tenth of the set out of each epoch."""
-        return self.images_per_epoch < 0.9 * self.n
+        return self.sampling is None and self.images_per_epoch < 0.9 * self.n
 
     def describe_epoch(self) -> str:
         """Summarize an epoch in one line, with the settings that lengthen it when it is partial."""
+        if self.sampling:
+            return f"an epoch shows {self.images_per_epoch:,} images, drawn by data.sampling={self.sampling.kind}"
         text = f"an epoch has {self.distinct_images:,} of the {self.n:,} images"
         if self.repeats > 1:
             text += f", {self.images_per_epoch:,} with their copies (augment.repeats={self.repeats})"
@@ -198,11 +211,12 @@ class Plan:
         the reference's engine.py calls its schedule at both.
         """
         mine = range(self.rank * self.ranks_per_process, (self.rank + 1) * self.ranks_per_process)
+        drawn = self.sampling.draw(epoch) if self.sampling else None
         orders = {}
         for virtual_rank in mine:
             sampler = self._sampler(virtual_rank)
             sampler.set_epoch(epoch)
-            orders[virtual_rank] = sampler.order()
+            orders[virtual_rank] = sampler.order(drawn)
         for number in range(start, self.optimizer_steps):
             first = number * self.accumulate
             last = min(first + self.accumulate, self.micro_steps)
@@ -215,12 +229,16 @@ class Plan:
         return MicroBatch(epoch, index, virtual_rank, sample[part], copy[part])
 
 
-def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1) -> Plan:
+def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1, labels_N: np.ndarray | None = None) -> Plan:
     """Return the micro-batches of a run on ``num_images`` images; as many virtual ranks as real ones by default.
+
+    Args:
+        labels_N: class of each image, for ``data.sampling``; None: the plan only counts.
 
     Raises:
         UserError: see ``Plan``.
     """
     t = cfg.train
     virtual_ranks = t.virtual_ranks or world
-    return Plan(num_images, t.batch_size, t.accumulate, cfg.augment.repeats, virtual_ranks, rank, world)
+    sampling = sampling_of(cfg.data, labels_N, t.epochs, t.seed)
+    return Plan(num_images, t.batch_size, t.accumulate, cfg.augment.repeats, virtual_ranks, rank, world, sampling)

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.augment import counter
+from fastdeitlt.data.sampling import Sampling, sampling_of
 from fastdeitlt.errors import UserError
 
 ORDER, STEP = 210, 211
@@ -33,6 +34,8 @@ class TeacherPlan:
     rank: int = 0
     world: int = 1
     accumulate: int = 1
+    sampling: Sampling | None = None
+    """How often an epoch shows each class; None: every image once."""
 
     @property
     def steps(self) -> int:
@@ -51,16 +54,26 @@ class TeacherPlan:
         return f"the last batch of an epoch has {self.batch_size + left} images: {left} would be too few for batch norm"
 
     def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Indices sample_B of each batch from number ``start`` on."""
-        key_N = counter.keys(self.seed, epoch, np.arange(self.n))
-        order_N = counter.words(key_N, ORDER, 1)[:, 0].argsort(kind="stable")
+        """Yield the indices of the images of each batch from number ``start`` on, int64 [B]."""
+        for sample_B, _ in self.shown(epoch, start):
+            yield sample_B
+
+    def shown(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield of each batch the indices of its images and how often the epoch showed each before, two int64 [B]."""
+        if self.sampling:
+            order_N, before_N = self.sampling.draw(epoch)
+        else:
+            key_N = counter.keys(self.seed, epoch, np.arange(self.n))
+            order_N = counter.words(key_N, ORDER, 1)[:, 0].argsort(kind="stable")
+            before_N = np.zeros_like(order_N)
         for index in range(start, self.steps):
             is_last = index + 1 == self.steps and not self.drop_last
-            yield order_N[index * self.batch_size : self.n if is_last else (index + 1) * self.batch_size]
+            batch = slice(index * self.batch_size, self.n if is_last else (index + 1) * self.batch_size)
+            yield order_N[batch], before_N[batch]
 
-    def parts(self, sample_B: np.ndarray) -> list[np.ndarray]:
-        """This rank's parts of a batch."""
-        return np.array_split(np.array_split(sample_B, self.world)[self.rank], self.accumulate)
+    def parts(self, values_B: np.ndarray) -> list[np.ndarray]:
+        """Return this rank's parts of a batch."""
+        return np.array_split(np.array_split(values_B, self.world)[self.rank], self.accumulate)
 
     def step_seed(self, epoch: int, index: int) -> int:
         """Seed of everything else that is random in a step on this rank."""
@@ -68,14 +81,20 @@ class TeacherPlan:
         return (seed + self.rank) % 2**63
 
 
-def teacher_plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1) -> TeacherPlan:
+def teacher_plan_of(
+    cfg: Config, num_images: int, rank: int = 0, world: int = 1, labels_N: np.ndarray | None = None
+) -> TeacherPlan:
     """Return the batches of a teacher's run.
+
+    Args:
+        labels_N: class of each image, for ``data.sampling``; None: the plan only counts.
 
     Raises:
         UserError: a batch that is too small for the ranks and micro-batches, or larger than the set.
     """
     t = cfg.teacher_training
-    plan = TeacherPlan(num_images, t.batch_size, cfg.train.seed, t.loss == "paco", rank, world, t.accumulate)
+    seed, sampling = cfg.train.seed, sampling_of(cfg.data, labels_N, t.epochs, cfg.train.seed)
+    plan = TeacherPlan(num_images, t.batch_size, seed, t.loss == "paco", rank, world, t.accumulate, sampling)
     if plan.batch_size < MIN_PART * world * t.accumulate:
         raise UserError(
             f"teacher_training.batch_size: got {plan.batch_size}, expected at least {MIN_PART} images for each of "

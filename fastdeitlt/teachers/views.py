@@ -73,10 +73,10 @@ def teacher_batches(
         waiting: deque[tuple[np.ndarray, ViewDraws]] = deque()
 
         def requests() -> Iterator[CropRequest]:
-            for batch_B in plan.samples(epoch, start):
-                for sample_B in plan.parts(batch_B):
-                    for copy, view in enumerate(recipes):
-                        copy_B = np.full(len(sample_B), copy)
+            for shown in plan.shown(epoch, start):
+                for sample_B, before_B in zip(*map(plan.parts, shown), strict=True):
+                    for number, view in enumerate(recipes):
+                        copy_B = before_B * len(recipes) + number
                         draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
                         waiting.append((sample_B, draws))
                         yield CropRequest(sample_B, size, draws.draws)
