@@ -29,8 +29,8 @@ from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.pixels.decoder import Decoder
 from fastdeitlt.data.pixels.files import read_encoded
 from fastdeitlt.data.pixels.reader import Stream
-from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.pixels.resize import crop_resize
+from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.sets.types import LongTailSet
 
@@ -95,7 +95,7 @@ def one_pass(num_images: int, batch: int) -> list[MicroBatch]:
     return [MicroBatch(0, i, 0, part, np.zeros_like(part)) for i, part in enumerate(parts)]
 
 
-def ours(source: Stream | Resident, images: LongTailSet, virtual_ranks: int = 0) -> None:
+def ours(source: Source, images: LongTailSet, virtual_ranks: int = 0) -> None:
     """Draw, crop, augment; each image once, or with virtual ranks the repeated augmentation of one real rank."""
     if virtual_ranks:
         steps = Plan(len(images), BATCH, 1, 3, virtual_ranks).steps(0)
@@ -179,7 +179,7 @@ def loaders(images: LongTailSet, threads: int, device: torch.device, stack: Exit
     data = config.DataConfig(num_threads=threads, residency="device")
     stream = stack.enter_context(closing(Stream(images, data, device)))
     shared = stack.enter_context(closing(Stream(images, data, device, share=4)))
-    resident = stack.enter_context(closing(Resident(images, data, device)))
+    resident = stack.enter_context(closing(open_source(images, data, device)))
     dali = dali_pipeline(images, threads)
     candidates: dict[str, harness.Call] = {
         "timm": lambda: [len(batch) for batch, _ in timm],
@@ -230,7 +230,7 @@ def stored_size_error(images: LongTailSet) -> dict[str, Any]:
     crops = []
     for short_side in (0, 256):
         data = config.DataConfig(residency="host", stored_short_side=short_side)
-        with closing(Resident(images, data, CPU)) as source:
+        with closing(open_source(images, data, CPU)) as source:
             (batch,) = train_batches(micro_batches, source, images, plain, mixing=False, size=SIZE)
         crops.append(batch.images_BCHW)
     error = (crops[0] - crops[1]).flatten(1)

@@ -28,7 +28,7 @@ from benchmarks.peers import Step, Workload
 from fastdeitlt import config
 from fastdeitlt.core.batches import train_batches
 from fastdeitlt.data.pixels.reader import Stream
-from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.types import LongTailSet
 
 CASES = {
@@ -56,7 +56,7 @@ def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Cal
     return epoch
 
 
-def our_epoch(step: Step, source: Stream | Resident, work: Workload, images: LongTailSet) -> None:
+def our_epoch(step: Step, source: Source, work: Workload, images: LongTailSet) -> None:
     """One pass of ours: draw, crop, augment, mix, step."""
     micro_batches = one_pass(len(images), work.batch_size)
     for batch in train_batches(micro_batches, source, images, config.Config(), mixing=True, size=work.img_size):
@@ -78,7 +78,7 @@ def contestants(work: Workload, images: LongTailSet, workers: int, stack: ExitSt
     step = peers.ours(work)
     settings: dict[str, Any] = {"num_threads": workers}
     stream = stack.enter_context(closing(Stream(images, config.DataConfig(**settings), work.device)))
-    resident = Resident(images, config.DataConfig(**settings, residency="device"), work.device)
+    resident = open_source(images, config.DataConfig(**settings, residency="device"), work.device)
     stack.enter_context(closing(resident))
     return {
         BASELINE: timm,

@@ -54,7 +54,7 @@ def deliver(images, requests, share=1, **options):
     """All crops, and the stream, closed."""
     stream = reader.Stream(images, DataConfig(num_threads=2, **options), CPU, share)
     try:
-        return list(stream.crops(requests)), stream
+        return [crops for _, crops in stream.crops(requests)], stream
     finally:
         stream.close()
 

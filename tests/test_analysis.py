@@ -153,7 +153,7 @@ class Source:
             assert request.size == SIZE and request.draws is None
             generator = torch.Generator().manual_seed(int(request.sample_B[0]))
             noise = torch.randint(0, 255, (len(request.sample_B), SIZE, SIZE, 3), generator=generator)
-            yield noise.to(torch.uint8)
+            yield request, noise.to(torch.uint8)
 
 
 def test_look_measures_a_student_and_its_section_shows_it(tmp_path):

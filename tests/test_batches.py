@@ -50,7 +50,7 @@ def test_a_student_gets_the_whole_recipe(recipe: str, tmp_path) -> None:
     with closing(Stream(images, DataConfig(), CPU)) as source:
         for got, one in zip(ours, micro, strict=True):
             draws = colour.draw(one.sample_B, one.copy_B, seed=0, epoch=one.epoch, view=view, size=SIZE)
-            (crops_BHWC,) = source.crops([CropRequest(one.sample_B, SIZE, draws.draws)])
+            ((_, crops_BHWC),) = source.crops([CropRequest(one.sample_B, SIZE, draws.draws)])
             assert torch.equal(got.images_BCHW, colour.apply(crops_BHWC, draws, view))
             assert got.images_BCHW.is_contiguous(memory_format=torch.channels_last)
 

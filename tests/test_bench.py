@@ -142,7 +142,7 @@ import torch
 from fastdeitlt import config
 from fastdeitlt.core.batches import train_batches
 from fastdeitlt.data.longtail import LongTailSet
-from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.tools.setup import set_up, step_of
 cfg = config.load("quickstart", [*sys.argv[1:], "train.compile=false", "train.accumulate=1", "train.virtual_ranks=1"])
@@ -150,7 +150,7 @@ setup = set_up(cfg, torch.device("cpu"), synthetic=True)
 parts = setup.assemble()
 images_NHWC, labels = np.zeros((8, 40, 40, 3), np.uint8), np.arange(8) % 2
 images = LongTailSet([str(i) for i in range(8)], labels, [4, 4], images_NHWC=images_NHWC)
-source = Resident(images, config.DataConfig(residency="device", num_threads=1), setup.device)
+source = open_source(images, config.DataConfig(residency="device", num_threads=1), setup.device)
 micro_batches = [MicroBatch(0, i, 0, np.arange(8), np.zeros(8, int)) for i in range(2)]
 batches = train_batches(micro_batches, source, images, cfg, mixing=True, size=parts.size)
 print("norm", float(step_of(parts, batches)()))

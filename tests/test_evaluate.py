@@ -71,7 +71,7 @@ class Stub:
             assert request.draws is None
             self.batches.append(len(request.sample_B))
             pixels = torch.as_tensor(request.sample_B, dtype=torch.uint8)
-            yield pixels[:, None, None, None].expand(-1, SIZE, SIZE, 3).contiguous()
+            yield request, pixels[:, None, None, None].expand(-1, SIZE, SIZE, 3).contiguous()
 
 
 class Echo(torch.nn.Module):

@@ -33,6 +33,7 @@ from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.augment import warps
 from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.data.pixels.cache import pack
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.sets.types import LongTailSet
@@ -370,7 +371,8 @@ def long_tail(num_images=24, size=40):
 
 
 def resident_set(where):
-    return Resident(long_tail(), config.DataConfig(residency=where, num_threads=1), CUDA)
+    images = long_tail()
+    return Resident(images, config.DataConfig(residency=where, num_threads=1), CUDA, pack(images.images_NHWC))
 
 
 EVERY_OPERATION = {"augment.rand_prob": 1.0, "augment.erase_prob": 1.0, "augment.impl": "torch"}

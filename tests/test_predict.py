@@ -14,7 +14,7 @@ from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
 from fastdeitlt.config import DataConfig, build
 from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
-from fastdeitlt.data.pixels.resident import Resident
+from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import evaluate as evaluation
@@ -215,9 +215,10 @@ def test_predict_streaming_and_held_sets_have_the_same_pixels(tmp_path, monkeypa
     crops = torch.cat(seen)
     images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [len(paths)], str(paths[0].parent))
     request = CropRequest(np.arange(len(paths)), SIZE, resize=40)
-    for source in (Stream, Resident):
-        opened = source(images, DataConfig(num_threads=2, exif=exif), torch.device("cpu"))
-        assert torch.equal(next(opened.crops([request])), crops)
+    for residency in ("stream", "host"):
+        data = DataConfig(num_threads=2, exif=exif, residency=residency)
+        opened = open_source(images, data, torch.device("cpu"))
+        assert torch.equal(next(opened.crops([request]))[1], crops)
         opened.close()
     predict(tmp_path / "model", [Image.open(path) for path in paths], batch_size=64, device="cpu", strict=True)
     assert torch.equal(seen[-1], crops), "images in memory obey the same rule"

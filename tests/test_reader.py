@@ -56,7 +56,7 @@ def test_what_fails_after_decoding_is_no_images_fault(tmp_path, monkeypatch):
 
     decode = decoder.Decoder.__call__
     monkeypatch.setattr(decoder.Decoder, "__call__", lambda self, *args: decoded.append(1) or decode(self, *args))
-    monkeypatch.setattr(reader, "crop_resize", full)
+    monkeypatch.setattr(reader, "cut", full)
     with pytest.raises(torch.OutOfMemoryError):
         deliver(make_set(tmp_path), [request(range(11))], on_error="skip")
     assert len(decoded) == 1
@@ -76,7 +76,7 @@ def test_resuming_in_mid_epoch_gives_the_same_batches(tmp_path):
     wanted = [request(generator.integers(0, 11, 6), epoch=e) for e in range(8)]
     whole, _ = deliver(images, wanted)
     resumed = reader.Stream(images, DataConfig(num_threads=1), CPU)
-    for got, expected in zip(resumed.crops(wanted[5:]), whole[5:], strict=True):
+    for (_, got), expected in zip(resumed.crops(wanted[5:]), whole[5:], strict=True):
         assert torch.equal(got, expected)
     resumed.close()
 
@@ -130,8 +130,8 @@ def test_an_error_of_the_sampler_reaches_the_consumer(tmp_path):
 
 UNPARSEABLE = """
 import sys, numpy as np, torch
-from fastdeitlt.data.files import Encoded
-from fastdeitlt.data.decoder import Decoder
+from fastdeitlt.data.pixels.files import Encoded
+from fastdeitlt.data.pixels.decoder import Decoder
 good = np.fromfile(sys.argv[1], np.uint8)
 decoder = Decoder(2, torch.device("cpu"))
 region = np.tile(np.array([[0, 0, 20, 20]], np.int32), (32, 1))

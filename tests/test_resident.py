@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastdeitlt import cli
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.pixels import cache, resident
+from fastdeitlt.data.pixels import cache, source
 from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.pixels.resident import Resident
@@ -46,9 +46,9 @@ def decodings(monkeypatch):
 
 
 def hold(images, requests, cfg=HOST):
-    source = Resident(images, cfg, CPU)
+    source = open_source(images, cfg, CPU)
     try:
-        return list(source.crops(requests)), source
+        return [crops for _, crops in source.crops(requests)], source
     finally:
         source.close()
 
@@ -208,7 +208,7 @@ def test_an_unreadable_image_stops_with_its_name(tmp_path, cache_folder):
     images = make_set(tmp_path, {4: encoded(picture(60, 80), "PNG")[:4000]})
     threads = threading.active_count()
     with pytest.raises(UserError, match=r"04\.jpg"):
-        Resident(images, HOST, CPU)
+        open_source(images, HOST, CPU)
     assert threading.active_count() == threads
     assert [path.name for path in cache_folder.iterdir() if not path.name.endswith(".lock")] == []
 
@@ -228,15 +228,15 @@ def test_raise_does_not_take_what_another_run_skipped(tmp_path):
     images = make_set(tmp_path, {4: encoded(picture(60, 80), "PNG")[:4000]})
     hold(images, [], HOST.model_copy(update={"on_error": "skip"}))
     with pytest.raises(UserError, match=r"04\.jpg.*1 of 11 images"):
-        Resident(images, HOST, CPU)
+        open_source(images, HOST, CPU)
 
 
 def test_a_smaller_stored_size_is_that_of_pillow(tmp_path):
     images = make_set(tmp_path)
     cfg = HOST.model_copy(update={"stored_short_side": 40})
-    source = Resident(images, cfg, CPU)
+    source = open_source(images, cfg, CPU)
     for sample, (height, width) in enumerate(SIZES):
-        (crop,) = source.crops([CropRequest(np.array([sample]), 24, resize=24)])
+        ((_, crop),) = source.crops([CropRequest(np.array([sample]), 24, resize=24)])
         image = Image.open(tmp_path / images.paths[sample]).convert("RGB")
         if min(height, width) > 40:
             shape = int(width * 40 / min(height, width)), int(height * 40 / min(height, width))
@@ -271,7 +271,7 @@ def test_resuming_and_other_threads_give_the_same_batches():
 
 
 @pytest.mark.parametrize(
-    ("residency", "free", "source", "said"),
+    ("residency", "free", "kind", "said"),
     [
         ("auto", 10**9, Resident, "auto.*host"),
         ("auto", 200_000, Stream, "auto.*stream"),
@@ -280,23 +280,25 @@ def test_resuming_and_other_threads_give_the_same_batches():
         ("stream", 0, Stream, ""),
     ],
 )
-def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, free, source, said):
-    monkeypatch.setattr(resident, "_free_host_bytes", lambda: free)
+def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, free, kind, said):
+    monkeypatch.setattr(source, "_free_host_bytes", lambda: free)
     images = make_set(tmp_path)
     with caplog.at_level(logging.INFO, "fastdeitlt"):
         opened = open_source(images, DataConfig(residency=residency, num_threads=2), CPU, tell=True)
-    assert type(opened) is source
+    assert type(opened) is kind
     assert re.search(said, " ".join(caplog.messages))
     caplog.clear()
     with caplog.at_level(logging.INFO, "fastdeitlt"):
         open_source(images, DataConfig(residency=residency, num_threads=2), CPU).close()
     assert caplog.messages == []
-    assert same(list(opened.crops(requests_of_every_kind())), deliver(images, requests_of_every_kind())[0])
+    assert same(
+        [crops for _, crops in opened.crops(requests_of_every_kind())], deliver(images, requests_of_every_kind())[0]
+    )
     opened.close()
 
 
 def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monkeypatch, decodings):
-    monkeypatch.setattr(resident, "_free_host_bytes", lambda: 100_000)
+    monkeypatch.setattr(source, "_free_host_bytes", lambda: 100_000)
     with pytest.raises(UserError, match=r"data\.residency=host: 11 images take 0\.1 MB .* host has 0\.1 MB free; use"):
         open_source(make_set(tmp_path), HOST, CPU)
     assert decodings == []
@@ -304,7 +306,7 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monke
 
 def test_close_leaves_no_thread():
     before = threading.active_count()
-    source = Resident(decoded_set(), HOST, CPU)
+    source = open_source(decoded_set(), HOST, CPU)
     batches = source.crops([request([i]) for i in range(9)])
     next(batches)
     source.close()
@@ -315,16 +317,16 @@ def test_close_leaves_no_thread():
 
 def test_an_image_that_changes_while_it_is_decoded_is_noticed(tmp_path, monkeypatch):
     images = make_set(tmp_path)
-    stored_sizes = cache.stored_sizes
+    read_sizes = Stream.sizes
 
-    def then_change(*arguments):
-        sizes = stored_sizes(*arguments)
+    def then_change(stream):
+        sizes = read_sizes(stream)
         (tmp_path / images.paths[3]).write_bytes(encoded(picture(44, 55, 99)))
         return sizes
 
-    monkeypatch.setattr(cache, "stored_sizes", then_change)
+    monkeypatch.setattr(Stream, "sizes", then_change)
     with pytest.raises(UserError, match=r"03\.jpg.*changed"):
-        Resident(images, HOST, CPU)
+        open_source(images, HOST, CPU)
 
 
 def test_a_stand_in_is_of_the_class_that_the_image_has_now(tmp_path, decodings):

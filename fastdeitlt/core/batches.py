@@ -2,10 +2,8 @@
 
 # B images in a micro-batch, C channels, H height, W width
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +23,11 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import pick
 from fastdeitlt.precision import autocast_dtype
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, kw_only=True)
+class _Request(CropRequest):
+    micro: MicroBatch
+    view_draws: ViewDraws
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,11 @@ def train_batches(
     fused, side = use_kernel(cfg.augment, source.device), side_stream(source.device, "augment")
 
     def prepare() -> Iterator[Batch]:
-        waiting: deque[tuple[MicroBatch, ViewDraws]] = deque()
-
-        def requests() -> Iterator[CropRequest]:
+        def requests() -> Iterator[_Request]:
             for micro in micro_batches:
                 key = {"seed": cfg.train.seed, "epoch": micro.epoch}
                 draws = colour.draw(micro.sample_B, micro.copy_B, **key, view=view, size=size)
-                waiting.append((micro, draws))
-                yield CropRequest(micro.sample_B, size, draws.draws)
+                yield _Request(micro.sample_B, size, draws.draws, micro=micro, view_draws=draws)
 
         def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
             if isinstance(pixels, Regions):
@@ -80,12 +79,11 @@ def train_batches(
                 made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
             return made[0]
 
-        for pixels in source.regions(requests()) if fused else source.crops(requests()):
-            micro, draws = waiting.popleft()
-            mix = MixDraw()
+        for request, pixels in source.regions(requests()) if fused else source.crops(requests()):
+            micro, mix = request.micro, MixDraw()
             if mixing:
                 mix = mixup.draw(cfg.train.seed, micro.epoch, micro.index, micro.virtual_rank, cfg.mixup, size)
-            images_BCHW = augmented(pixels, draws, mix)
+            images_BCHW = augmented(pixels, request.view_draws, mix)
             labels_B = labels_N[torch.from_numpy(micro.sample_B)].to(images_BCHW.device, non_blocking=True)
             lam = torch.tensor(mix.lam).to(images_BCHW.device, non_blocking=True) if mixing else None
             yield Batch(images_BCHW, labels_B, labels_B.flip(0) if mixing else None, lam, micro)

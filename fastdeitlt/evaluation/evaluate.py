@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.augment.transform import normalise
-from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.request import centre_crops
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.opening import open_splits
@@ -110,15 +110,14 @@ def collect_logits(
     """
     if sample_N is None:
         sample_N = np.arange(len(images))
-    starts = range(0, len(sample_N), batch_size)
-    requests = [CropRequest(sample_N[start : start + batch_size], size=size, resize=resize) for start in starts]
+    requests = centre_crops(sample_N, batch_size, size, resize)
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     outputs: list[tuple[Tensor, Tensor]] = []
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast:
-            for crops_BHWC in source.crops(requests):
+            for _, crops_BHWC in source.crops(requests):
                 images_BCHW = normalise(crops_BHWC, mean, std, torch.float32)
                 outputs.append(model.forward_heads(images_BCHW))  # type: ignore[operator]
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.data.augment.transform import normalise
-from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.request import centre_crops
 from fastdeitlt.data.pixels.resize import resized_side
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.models.teacher import Teacher
@@ -40,9 +40,7 @@ def clean_batches(
 ) -> Iterator[Tensor]:
     """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
     resize = resized_side(size, crop_pct)
-    starts = range(0, len(sample_N), CLEAN_BATCH)
-    requests = [CropRequest(sample_N[i : i + CLEAN_BATCH], size, resize=resize) for i in starts]
-    for crops_BHWC in source.crops(requests):
+    for _, crops_BHWC in source.crops(centre_crops(sample_N, CLEAN_BATCH, size, resize)):
         yield normalise(crops_BHWC, mean, std)
 
 

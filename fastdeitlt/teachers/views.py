@@ -2,7 +2,6 @@
 
 # B batch, C channels, H height, W width, N images in the set
 
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +19,12 @@ from fastdeitlt.data.pixels.side_stream import aside, side_stream
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import TeacherPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request(CropRequest):
+    view: View
+    view_draws: ViewDraws
 
 
 @dataclass(frozen=True)
@@ -70,25 +75,21 @@ def teacher_batches(
         return labels_N[torch.from_numpy(sample_B)].to(source.device, non_blocking=True)
 
     def prepare() -> Iterator[Part]:
-        waiting: deque[tuple[np.ndarray, ViewDraws]] = deque()
-
-        def requests() -> Iterator[CropRequest]:
+        def requests() -> Iterator[_Request]:
             for shown in plan.shown(epoch, start):
                 for sample_B, before_B in zip(*map(plan.parts, shown), strict=True):
                     for number, view in enumerate(recipes):
                         copy_B = before_B * len(recipes) + number
                         draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
-                        waiting.append((sample_B, draws))
-                        yield CropRequest(sample_B, size, draws.draws)
+                        yield _Request(sample_B, size, draws.draws, view=view, view_draws=draws)
 
         ready: list[Tensor] = []
-        for crops_BHWC in source.crops(requests()):
-            sample_B, draws = waiting.popleft()
+        for request, crops_BHWC in source.crops(requests()):
             with aside(side) as made:  # copying draws to the device would wait for the step on its stream
-                made.append(colour.apply(crops_BHWC, draws, recipes[len(ready)], source.pool))
+                made.append(colour.apply(crops_BHWC, request.view_draws, request.view, source.pool))
             ready += made
             if len(ready) == len(recipes):
-                yield Part(ready, labels_of(sample_B))
+                yield Part(ready, labels_of(request.sample_B))
                 ready = []
 
     with closing(prefetch(prepare(), depth=2 * plan.accumulate)) as parts:

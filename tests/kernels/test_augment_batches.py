@@ -19,8 +19,8 @@ from fastdeitlt.data.augment import transform as torch_augment
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.pixels import resize
 from fastdeitlt.data.pixels.reader import Stream
-from fastdeitlt.data.pixels.resident import Resident, stage
-from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.pixels.resident import stage
+from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.sets.types import LongTailSet
 
@@ -39,10 +39,10 @@ def batches(source: Source, images: LongTailSet, cfg: Config, mixing: bool = Tru
     return list(train_batches(MICRO_BATCHES, source, images, cfg, mixing=mixing, size=SIZE))
 
 
-def open_one(kind: str, images: LongTailSet, device: torch.device) -> Stream | Resident:
+def open_one(kind: str, images: LongTailSet, device: torch.device) -> Source:
     pytest.importorskip("nvidia.dali", reason="DALI decodes the images")
     data = DataConfig(num_threads=2, residency="host" if kind == "host" else "device")
-    return Stream(images, data, device, share=2) if kind == "stream" else Resident(images, data, device)
+    return Stream(images, data, device, share=2) if kind == "stream" else open_source(images, data, device)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def decoded() -> LongTailSet:
 
 def auto_batches(device: torch.device) -> list[Batch]:
     images = decoded()
-    with closing(Resident(images, DataConfig(residency="device", num_threads=1), device)) as source:
+    with closing(open_source(images, DataConfig(residency="device", num_threads=1), device)) as source:
         return batches(source, images, config("auto"))
 
 
@@ -163,7 +163,7 @@ def test_a_wrong_kernel_is_replaced_by_torch_with_one_warning(wrong, said, first
         got = [auto_batches(device) for _ in range(2)]
     assert len(resized) == 1  # the second epoch leaves the kernels to themselves
     images = decoded()
-    with closing(Resident(images, DataConfig(residency="device", num_threads=1), device)) as source:
+    with closing(open_source(images, DataConfig(residency="device", num_threads=1), device)) as source:
         expected = batches(source, images, config("torch"))
     for epoch in got:
         for ours, torchs in zip(epoch, expected, strict=True):

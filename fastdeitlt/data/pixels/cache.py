@@ -8,8 +8,9 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,8 +21,6 @@ from torch import Tensor
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels.decoder import decoder_version
-from fastdeitlt.data.pixels.files import shrunk
-from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.workers import num_threads
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
@@ -74,43 +73,50 @@ def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
     return sizes_N2.astype(np.int64).prod(axis=1) * 3
 
 
-def stored_sizes(images: LongTailSet, cfg: DataConfig, stream: Stream) -> np.ndarray:
-    """(height, width) at which images are stored, int32 [N, 2]: as the cache has them, else by the files' headers."""
+def stored_sizes(images: LongTailSet, cfg: DataConfig) -> np.ndarray | None:
+    """Return the (height, width) at which the cache holds a set's images, int32 [N, 2]; None without a cached set."""
     try:
-        with np.load(user_cache("decoded") / _key(images, cfg) / "index.npz") as index:
+        with np.load(_path(images, cfg) / "index.npz") as index:
             return index["sizes_N2"]
     except (OSError, *DAMAGE):
-        return shrunk(stream.sizes(), cfg.stored_short_side)
+        return None
 
 
 def open_decoded(
-    images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray | None = None
+    images: LongTailSet, cfg: DataConfig, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]
 ) -> DecodedSet:
-    """The set from the cache, decoded into it at the first call; it is mapped, so the ranks of a machine share memory.
+    """Map the set from the cache; the first call fills the cache. The ranks of a machine share the mapped memory.
 
-    Processes that ask at once wait for the one that decodes. A cache that cannot be written costs a warning and
-    memory: the set is then decoded for this process alone.
+    Of processes that call this at the same time, one decodes and the others wait. If the cache cannot be written, a
+    warning is logged and the set is decoded into the memory of this process.
 
     Args:
-        sizes_N2: what ``stored_sizes`` says, if it was asked before.
+        sizes_N2: (height, width) of the stored images, int32 [N, 2]; zeros for one that cannot be read.
+        decoded_N: the images [H, W, 3] as they are stored, None for one that cannot be read. Iterated at most once,
+            and only if the cache does not have the set.
 
     Raises:
-        UserError: an image cannot be read (see ``Stream``), or changes meanwhile.
+        UserError: an image cannot be read, or changes meanwhile.
     """
-    path = user_cache("decoded") / _key(images, cfg)
+    path, decoded = _path(images, cfg), None
     try:
         decoded = _load(path, cfg, tell=False)  # without the lock: ranks check a sound one side by side
         if decoded is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
                 if (decoded := _load(path, cfg)) is None:
-                    sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
-                    decoded = _decode_to_disk(path, images, cfg, stream, sizes_N2)
+                    with draft_folder(path) as draft:
+                        pixels = _reserve(draft / "pixels.npy", int(num_bytes(sizes_N2).sum()))
+                        decoded = _fill(torch.from_numpy(pixels), images, sizes_N2, decoded_N)
+                        _seal(draft, pixels, decoded, images, cfg)
     except OSError as error:
-        log.warning("cache %s: %s; decoding into memory, for this run only", path.parent, error.strerror or error)
-        sizes_N2 = stored_sizes(images, cfg, stream) if sizes_N2 is None else sizes_N2
-        pixels = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
-        decoded = DecodedSet(pixels, sizes_N2, _decode(pixels, images, cfg, stream, sizes_N2))
+        why = error.strerror or error
+        log.warning("cache %s: %s; keeping the pixels in memory, for this run only", path.parent, why)
+        if decoded is None:
+            memory = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
+            decoded = _fill(memory, images, sizes_N2, decoded_N)
+        else:  # decoded into a draft, which would occupy the disk as long as it is mapped
+            decoded = replace(decoded, pixels=decoded.pixels.clone())
     if cfg.on_error == "raise" and len(decoded.unreadable):  # another run skipped them
         name = os.path.join(images.root, images.paths[decoded.unreadable[0]])
         raise UserError(
@@ -120,8 +126,11 @@ def open_decoded(
     return decoded
 
 
-def _key(images: LongTailSet, cfg: DataConfig) -> str:
-    """Changes when the pixels to be stored could: files, their sizes and times, stored size, turning, versions."""
+def _path(images: LongTailSet, cfg: DataConfig) -> Path:
+    """Folder of a set in the cache.
+
+    Its name changes when the pixels to be stored could: files, their sizes and times, stored size, turning, versions.
+    """
     root = os.path.realpath(images.root)
     key = hashlib.sha256(
         f"{FORMAT} {decoder_version()} torch {torch.__version__} {cfg.stored_short_side} {cfg.exif} {root}".encode()
@@ -132,18 +141,18 @@ def _key(images: LongTailSet, cfg: DataConfig) -> str:
             key.update(f"\n{path}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
         except OSError:
             key.update(f"\n{path}\0missing".encode(errors="surrogateescape"))
-    return key.hexdigest()[:32]
+    return user_cache("decoded") / key.hexdigest()[:32]
 
 
-def _decode(pixels: Tensor, images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray) -> np.ndarray:
-    """Fill ``pixels``; indices of the images that cannot be read."""
+def _fill(pixels: Tensor, images: LongTailSet, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]) -> DecodedSet:
+    """Copy the decoded images into ``pixels``, one after the other."""
     bytes_N = num_bytes(sizes_N2)
     ends_N, total = bytes_N.cumsum(), int(bytes_N.sum())
     if total >= LONG:
         log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
     started = said = time.monotonic()
     unreadable = []
-    for sample, image in enumerate(stream.decoded(range(len(images)), cfg.stored_short_side)):
+    for sample, image in enumerate(decoded_N):
         end = int(ends_N[sample])
         start = end - int(bytes_N[sample])
         if (now := time.monotonic()) - said >= SAY_EVERY:
@@ -156,29 +165,26 @@ def _decode(pixels: Tensor, images: LongTailSet, cfg: DataConfig, stream: Stream
             raise UserError(f"image {images.paths[sample]} under {images.root}: changed while it was read; start again")
         else:
             pixels[start:end].view(image.shape).copy_(image)
-    return np.array(unreadable, np.int64)
+    return DecodedSet(pixels, sizes_N2, np.array(unreadable, np.int64))
 
 
-def _decode_to_disk(
-    path: Path, images: LongTailSet, cfg: DataConfig, stream: Stream, sizes_N2: np.ndarray
-) -> DecodedSet:
-    """Decode into a draft of the folder; space is reserved first, so a full disk shows before the work."""
-    with draft_folder(path) as draft:
-        with open(draft / "pixels.npy", "wb") as file:
-            total = int(num_bytes(sizes_N2).sum())
-            header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            os.posix_fallocate(file.fileno(), file.tell(), total)
-        pixels = np.load(draft / "pixels.npy", mmap_mode="r+")
-        unreadable = _decode(torch.from_numpy(pixels), images, cfg, stream, sizes_N2)
-        decoded = DecodedSet(torch.from_numpy(pixels), sizes_N2, unreadable)
-        pixels.flush()
-        digests, root = _digests(decoded, cfg), os.path.realpath(images.root)
-        np.savez(draft / "index.npz", sizes_N2=sizes_N2, unreadable=unreadable, digests=digests, root=root)
-        for name in ("pixels.npy", "index.npz", "."):
-            flush(draft / name)
-    return decoded
+def _reserve(path: Path, total: int) -> np.ndarray:
+    """Map a new file of ``total`` pixels; its space is reserved, so a full disk raises before the decoding."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        os.posix_fallocate(file.fileno(), file.tell(), total)
+    return np.load(path, mmap_mode="r+")
+
+
+def _seal(draft: Path, pixels: np.ndarray, decoded: DecodedSet, images: LongTailSet, cfg: DataConfig) -> None:
+    """Flush the pixels, then write the index with their checksums."""
+    pixels.flush()  # type: ignore[attr-defined]
+    digests, root = _digests(decoded, cfg), os.path.realpath(images.root)
+    np.savez(draft / "index.npz", sizes_N2=decoded.sizes_N2, unreadable=decoded.unreadable, digests=digests, root=root)
+    for name in ("pixels.npy", "index.npz", "."):
+        flush(draft / name)
 
 
 def _load(path: Path, cfg: DataConfig, tell: bool = True) -> DecodedSet | None:

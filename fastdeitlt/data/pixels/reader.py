@@ -8,7 +8,7 @@ What comes out is a pure function of the files and the request, so a run resumed
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from itertools import chain, islice
@@ -21,8 +21,8 @@ from torch import Tensor
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels.decoder import Decoder
 from fastdeitlt.data.pixels.files import Encoded, UnreadableError, read_encoded, shrunk
-from fastdeitlt.data.pixels.request import CropRequest, Regions
-from fastdeitlt.data.pixels.resize import centre_crop, crop_resize, resize
+from fastdeitlt.data.pixels.request import AnyRequest, CropRequest, Regions
+from fastdeitlt.data.pixels.resize import cut, resize
 from fastdeitlt.data.pixels.side_stream import aside, side_stream
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.types import LongTailSet
@@ -68,16 +68,16 @@ class Stream:
         """Threads for work on parts of a batch on the host."""
         return self._workers.pool
 
-    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
-        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``.
+    def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
+        """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order.
 
         Raises:
             UserError: an image cannot be read, or with skip none of a class can; names the file and the reason.
         """
         yield from self._deliver(requests, self._cut)
 
-    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
-        """What the crops of requests with draws are made of, in order: of each image the part that its crops share.
+    def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
+        """Yield each request (with draws) and the regions to crop from: of each image the part that its crops share.
 
         Raises:
             UserError: as ``crops``.
@@ -113,24 +113,24 @@ class Stream:
         self._decoder.close()
         self._host_decoder.close()
 
-    def _deliver(self, requests: Iterable[CropRequest], make: Make[Made]) -> Iterator[Made]:
+    def _deliver(self, requests: Iterable[AnyRequest], make: Make[Made]) -> Iterator[tuple[AnyRequest, Made]]:
         requests = iter(requests)
         groups = iter(lambda: list(islice(requests, self._share)), [])
         for group in self._workers.ahead(partial(self._start_group, make), groups):
             yield from group
 
-    def _start_group(self, make: Make[Made], group: list[CropRequest]) -> Callable[[], list[Made]]:
+    def _start_group(self, make: Make[Made], group: list[AnyRequest]) -> Callable[[], list[tuple[AnyRequest, Made]]]:
         sample_U, index_B = np.unique(np.concatenate([r.sample_B for r in group]), return_inverse=True)
         index = np.split(index_B, np.cumsum([len(r.sample_B) for r in group])[:-1])
         reads = self._workers.split(self._read, sample_U.tolist())
-        return lambda: self._group(make, group, index, _results(reads))
+        return lambda: list(zip(group, self._group(make, group, index, _results(reads)), strict=True))
 
     def _group(
-        self, make: Make[Made], group: list[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
+        self, make: Make[Made], group: Sequence[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
     ) -> list[Made]:
         """What ``make`` makes of each request; ``index`` has the position in ``files_U`` of each of its images."""
         size_U2 = np.array([(file.height, file.width) for file in files_U])
-        boxes = [_boxes(request, size_U2[index_B]) for request, index_B in zip(group, index, strict=True)]
+        boxes = [request.boxes(size_U2[index_B]) for request, index_B in zip(group, index, strict=True)]
         first_U2, last_U2 = size_U2.copy(), np.zeros_like(size_U2)
         for box_B4, index_B in zip(boxes, index, strict=True):
             np.minimum.at(first_U2, index_B, box_B4[:, :2])
@@ -148,14 +148,7 @@ class Stream:
         return wanted
 
     def _cut(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Tensor]:
-        crops = []
-        for request, box_B4, index_B in wanted:
-            pixels_B = [pixels_U[u] for u in index_B]
-            if request.draws is None:
-                crops.append(centre_crop(pixels_B, request.resize or request.size, request.size, self.pool))
-            else:
-                crops.append(crop_resize(pixels_B, box_B4, request.size, self.pool))
-        return crops
+        return [cut(one, [pixels_U[u] for u in index_B], box_B4, self.pool) for one, box_B4, index_B in wanted]
 
     def _gather(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Regions]:
         sizes_U2 = np.array([pixels.shape[:2] for pixels in pixels_U])
@@ -188,7 +181,7 @@ class Stream:
     def _read_one(self, sample: int) -> Encoded:
         """The image, or the one that stands in for it."""
         file = None if sample in self.unreadable else self._try(sample)
-        return file or stand_in(self._images, sample, lambda i: None if i in self.unreadable else self._try(i))
+        return file or self._images.stand_in(sample, lambda i: None if i in self.unreadable else self._try(i))
 
     def _read_own(self, samples: list[int]) -> list[Encoded | None]:
         return [self._try(sample) for sample in samples]
@@ -229,28 +222,5 @@ class Stream:
         return replaced
 
 
-def stand_in(images: LongTailSet, sample: int, use: Callable[[int], T | None]) -> T:
-    """What ``use`` gives of an image, or of the first that it can use among the others of its class.
-
-    These follow it in the list, going round.
-
-    Raises:
-        UserError: it can use none.
-    """
-    members = np.flatnonzero(images.labels == images.labels[sample])
-    for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
-        if (found := use(candidate)) is not None:
-            return found
-    path = os.path.join(images.root, images.paths[sample])
-    raise UserError(f"image {path}: cannot be read, nor can any that could stand in for it; repair or remove them")
-
-
 def _results(parts: list[Future[list[T]]]) -> list[T]:
     return list(chain.from_iterable(part.result() for part in parts))
-
-
-def _boxes(request: CropRequest, sizes_B2: np.ndarray) -> np.ndarray:
-    """Regions the request needs of images of these sizes: int32 [B, 4]."""
-    if request.draws is not None:
-        return request.draws.boxes(sizes_B2)
-    return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1).astype(np.int32)

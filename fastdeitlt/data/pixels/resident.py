@@ -2,34 +2,24 @@
 
 # B images of a request, N images in the set, H height, W width, S output side
 
-import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.pixels.cache import DecodedSet, num_bytes, open_decoded, pack
-from fastdeitlt.data.pixels.reader import Stream, stand_in
-from fastdeitlt.data.pixels.request import CropRequest, Regions
-from fastdeitlt.data.pixels.resize import centre_crop, crop_resize
+from fastdeitlt.data.pixels.cache import DecodedSet, num_bytes
+from fastdeitlt.data.pixels.request import AnyRequest, CropRequest, Regions
+from fastdeitlt.data.pixels.resize import cut
 from fastdeitlt.data.pixels.side_stream import aside, side_stream
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.types import LongTailSet
 
-log = logging.getLogger("fastdeitlt")
-Residency = Literal["auto", "stream", "host", "device"]
-
 SMALL = 48
 """Side in pixels of crops that one thread makes, because handing them out to more would cost more than it saves."""
-AUTO_SHARE = 0.5
-"""Part of the free memory that ``residency: auto`` takes; the rest is for the model and its activations."""
 
 
 class Resident:
@@ -43,20 +33,13 @@ class Resident:
         images: the set.
         cfg: ``residency`` (device, or else the host holds the pixels), ``stored_short_side``, ``num_threads``.
         device: where crops go.
-        decoded: the pixels, if they are there already; None: from the cache, or decode.
+        decoded: its pixels.
 
     Raises:
-        UserError: an image cannot be read (see ``Stream``).
+        UserError: an unreadable image has no readable one of its class to stand in for it.
     """
 
-    def __init__(
-        self, images: LongTailSet, cfg: DataConfig, device: torch.device, decoded: DecodedSet | None = None
-    ) -> None:
-        if decoded is None and images.images_NHWC is not None:
-            decoded = pack(images.images_NHWC)
-        if decoded is None:
-            with closing(Stream(images, cfg, device)) as stream:
-                decoded = open_decoded(images, cfg, stream)
+    def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, decoded: DecodedSet) -> None:
         pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
         self._decoded, self.device = replace(decoded, pixels=pixels), device
         self._side = side_stream(device, "source")
@@ -65,20 +48,20 @@ class Resident:
         self._slot_N = np.arange(len(images))
         """The image whose pixels each one has: itself, or a stand-in."""
         for sample in self.unreadable:
-            self._slot_N[sample] = stand_in(images, sample, lambda i: None if i in self.unreadable else i)
+            self._slot_N[sample] = images.stand_in(sample, lambda i: None if i in self.unreadable else i)
 
     @property
     def pool(self) -> Executor:
         """Threads for work on parts of a batch on the host."""
         return self._workers.pool
 
-    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
-        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order; see ``CropRequest``."""
-        yield from self._workers.ahead(lambda request: partial(self._crops, request), requests)
+    def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
+        """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order."""
+        yield from self._workers.ahead(lambda request: lambda: (request, self._crops(request)), requests)
 
-    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
-        """What the crops of requests with draws are made of, in order: the held set itself if it is on the device."""
-        yield from self._workers.ahead(lambda request: partial(self._regions, request), requests)
+    def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
+        """Yield each request (with draws) and the regions to crop from: the held set itself if on the device."""
+        yield from self._workers.ahead(lambda request: lambda: (request, self._regions(request)), requests)
 
     def close(self) -> None:
         """End all threads and give memory back. May be called twice."""
@@ -90,22 +73,16 @@ class Resident:
         pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
         pool = self._workers.pool if request.size > SMALL else None
         with aside(self._side) as made:
-            if request.draws is None:
-                crops_BHWC = centre_crop(pixels_B, request.resize or request.size, request.size, pool)
-            else:
-                boxes_B4 = request.draws.boxes(self._decoded.sizes_N2[slot_B])
-                crops_BHWC = crop_resize(pixels_B, boxes_B4, request.size, pool)
+            crops_BHWC = cut(request, pixels_B, request.boxes(self._decoded.sizes_N2[slot_B]), pool)
             if crops_BHWC.device.type != self.device.type:
                 crops_BHWC = crops_BHWC.pin_memory().to(self.device, non_blocking=True)
             made.append(crops_BHWC)
         return crops_BHWC
 
     def _regions(self, request: CropRequest) -> Regions:
-        if request.draws is None:
-            raise ValueError("regions are for requests with draws")
         slot_B, decoded = self._slot_N[request.sample_B], self._decoded
         sizes_B2 = decoded.sizes_N2[slot_B]
-        boxes_B4 = request.draws.boxes(sizes_B2)
+        boxes_B4 = request.boxes(sizes_B2)
         if decoded.pixels.device.type == self.device.type:
             return Regions(decoded.pixels, decoded.starts[slot_B], sizes_B2, boxes_B4)
         staged = stage([decoded.image(slot) for slot in slot_B.tolist()], boxes_B4, self.device, self.pool)

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fastdeitlt.data.pixels.request import CropRequest
+
 SUPPORT = 2.0
 PRECISION = 1 << 22
 CHUNK_VALUES = 1 << 26
@@ -60,6 +62,13 @@ def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: 
     corners = [(round((height - size) / 2), round((width - size) / 2)) for height, width in shapes]
     resized = resize(list(images), shapes, pool)
     return torch.stack([r[y : y + size, x : x + size] for r, (y, x) in zip(resized, corners, strict=True)])
+
+
+def cut(request: CropRequest, images: Sequence[Tensor], boxes_B4: np.ndarray, pool: Executor | None = None) -> Tensor:
+    """Return the crops of a request, made of its images; ``boxes_B4`` are its random boxes, if it has ``draws``."""
+    if request.draws is None:
+        return centre_crop(images, request.resize or request.size, request.size, pool)
+    return crop_resize(images, boxes_B4, request.size, pool)
 
 
 def resized_side(size: int, crop_pct: float) -> int:

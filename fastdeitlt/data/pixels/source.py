@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels.cache import num_bytes, open_decoded, pack, stored_sizes
+from fastdeitlt.data.pixels.files import shrunk
 from fastdeitlt.data.pixels.reader import Stream
-from fastdeitlt.data.pixels.request import CropRequest, Regions
+from fastdeitlt.data.pixels.request import AnyRequest, Regions
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
@@ -42,11 +43,11 @@ class Source(Protocol):
     def unreadable(self) -> set[int]:
         """Images for which others stand in, of those that have been delivered or of all."""
 
-    def crops(self, requests: Iterable[CropRequest]) -> Iterator[Tensor]:
-        """uint8 crops [B, S, S, 3] on the device, one tensor a request, in order."""
+    def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
+        """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order."""
 
-    def regions(self, requests: Iterable[CropRequest]) -> Iterator[Regions]:
-        """The pixels that crops are made of, on the device, one ``Regions`` a request with draws, in order."""
+    def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
+        """Yield each request (with draws) and the pixels its crops are made of, on the device, in order."""
 
     def close(self) -> None:
         """Stop threads and give memory back."""
@@ -80,14 +81,19 @@ def open_source(
         decoded = pack(images.images_NHWC)
         chosen = _choose(images, cfg, device, decoded.pixels.numel(), tell)
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+    stream = Stream(images, cfg, device, share)
+    if cfg.residency == "stream":
+        return stream
     with ExitStack() as stack:
-        stream = stack.enter_context(closing(Stream(images, cfg, device, share)))
-        sizes_N2 = None if cfg.residency == "stream" else stored_sizes(images, cfg, stream)
-        chosen = "stream" if sizes_N2 is None else _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
+        stack.enter_context(closing(stream))
+        sizes_N2 = stored_sizes(images, cfg)
+        if sizes_N2 is None:
+            sizes_N2 = shrunk(stream.sizes(), cfg.stored_short_side)
+        chosen = _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
         if chosen == "stream":
             stack.pop_all()  # it stays open
             return stream
-        decoded = open_decoded(images, cfg, stream, sizes_N2)
+        decoded = open_decoded(images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
     return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
 
 

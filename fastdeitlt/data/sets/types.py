@@ -3,14 +3,18 @@
 N images in the set, K classes, H height, W width, C channels.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from fastdeitlt.errors import UserError
+
 SPLITS = ("train", "val", "test")
 Level = Literal["error", "warning", "note"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,21 @@ class LongTailSet:
             counts=class_counts(labels, self.num_classes),
             images_NHWC=None if self.images_NHWC is None else self.images_NHWC[chosen],
         )
+
+    def stand_in(self, sample: int, use: Callable[[int], T | None]) -> T:
+        """Return the first result of ``use`` that is not None: of the image, else of the others of its class.
+
+        These follow it in the list, wrapping around.
+
+        Raises:
+            UserError: ``use`` gives None for all of them.
+        """
+        members = np.flatnonzero(self.labels == self.labels[sample])
+        for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
+            if (result := use(candidate)) is not None:
+                return result
+        path = os.path.join(self.root, self.paths[sample])
+        raise UserError(f"image {path}: cannot be read, nor can any that could stand in for it; repair or remove them")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastdeitlt import config, distributed
-from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.pixels.request import centre_crops
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.counts import class_order, shot_groups
 from fastdeitlt.data.sets.opening import open_splits
@@ -140,10 +140,9 @@ def _batches(saved: Saved, source: Source, sample_N: np.ndarray) -> Any:
     tokens = student.pos_embed.shape[1]
     heads = student.get_submodule("blocks.0.attn").heads
     batch = int(np.clip(WEIGHT_BYTES // (4 * len(student.blocks) * heads * tokens**2), 1, 64))  # type: ignore[operator]
-    parts = [sample_N[i : i + batch] for i in range(0, len(sample_N), batch)]
-    requests = [CropRequest(part, size=saved.img_size, resize=saved.resize) for part in parts]
+    requests = centre_crops(sample_N, batch, saved.img_size, saved.resize)
     with attention.attention_weights(student) as weights, torch.inference_mode():
-        for crops_BHWC in source.crops(requests):
+        for _, crops_BHWC in source.crops(requests):
             x_BND = student.forward_features(saved.normalise(crops_BHWC))
             yield crops_BHWC.cpu(), weights, (student.head(x_BND[:, 0]), student.head_dist(x_BND[:, 1]))
 
