@@ -62,7 +62,7 @@ class Model:
 
     def __init__(self, saved: Saved, path: Path, device: torch.device) -> None:
         self._saved, self.path, self.device = saved, path, device
-        self.kind, self.img_size = saved.kind, saved.img_size
+        self.kind, self.img_size = saved.kind, saved.preprocess.img_size
         self.class_map = saved.class_map
         self.classes = [saved.class_names[k] for k in saved.class_map.tolist()]
         self.module: nn.Module = saved.model.to(device)
@@ -112,14 +112,14 @@ class Model:
         self._opened = None
 
     def _crops(self, pictures: list[Picture]) -> Tensor:
-        self._opened = self._opened or PictureReader(self._saved.exif)
+        self._opened = self._opened or PictureReader(self._saved.preprocess.exif)
         pixels = self._opened(pictures)
         if failed := [(number, why) for number, why in enumerate(pixels) if isinstance(why, str)]:
             named = [(pictures[number], why) for number, why in failed[:3]]
             told = [f"{p if isinstance(p, str | Path) else f'image {n}'}: {why}" for n, (p, why) in enumerate(named)]
             raise UserError("; ".join(told))
         whole = [image for image in pixels if isinstance(image, Tensor)]
-        return centre_crop(whole, self._saved.resize, self.img_size)
+        return centre_crop(whole, self._saved.preprocess.resize, self.img_size)
 
     def _answers(self, crops_BHWC: Tensor, raw: bool) -> list[Answer]:
         saved, calibration = self._saved, self._saved.calibration

@@ -3,7 +3,7 @@
 Shapes: B batch, K classes, J the teacher's classes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +18,66 @@ class JointLoss(NamedTuple):
     dist_loss: Tensor
 
 
-def reference(
-    cls_logits: Tensor,
-    dist_logits: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor,
-    *,
-    partner: Tensor | None = None,
-    lam: Tensor | None = None,
-    smoothing: float = 0.0,
-    weights: Tensor | None = None,
-    class_map: Tensor | None = None,
-    soft: bool = False,
-    tau: float = 1.0,
-    alpha: float = 0.5,
-    bce: bool = False,
-    log_prior: Tensor | None = None,
-    cls_weights: Tensor | None = None,
-    normaliser: Tensor | None = None,
-) -> JointLoss:
-    """The loss of ``fastdeitlt.core.loss.joint_loss``, with its arguments, in float32 (float64 stays); unchecked.
+class Target(NamedTuple):
+    """What the CLS head learns of a batch."""
 
-    ``lam`` is a 0-d tensor, ``log_prior`` [K] is added to the CLS logits. No dense target is built.
-    """
-    cls_logits_BK, dist_logits_BK, teacher_logits_BJ = _full(cls_logits), _full(dist_logits), _full(teacher_logits)
-    if log_prior is not None:
-        cls_logits_BK = cls_logits_BK + log_prior
+    labels: Tensor
+    """[B] int64."""
+    partner: Tensor | None = None
+    """[B] int64 labels of the images mixed in."""
+    lam: Tensor | None = None
+    """Share of ``labels``, 0-d."""
+    smoothing: float = 0.0
+
+
+class LossSpec(NamedTuple):
+    """How the losses of both heads are made; see ``fastdeitlt.core.loss.joint_loss``."""
+
+    weights: Tensor | None = None
+    cls_weights: Tensor | None = None
+    log_prior: Tensor | None = None
+    """[K] float32, added to the CLS logits."""
+    class_map: Tensor | None = None
+    normaliser: Tensor | None = None
+    tau: float = 1.0
+    alpha: float = 0.5
+    soft: bool = False
+    bce: bool = False
+
+
+def gathered(labels: Tensor, options: dict[str, Any]) -> tuple[Target, LossSpec]:
+    """Return keyword arguments as the objects that they are fields of."""
+    target = {name: options[name] for name in Target._fields if name in options}
+    return Target(labels, **target), LossSpec(**{k: v for k, v in options.items() if k not in target})
+
+
+def reference(
+    cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
+) -> JointLoss:
+    """``reference_losses`` with the fields of ``Target`` and ``LossSpec`` as keywords."""
+    return reference_losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
+
+
+def reference_losses(
+    cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, target: Target, spec: LossSpec
+) -> JointLoss:
+    """Compute the joint loss in float32 (float64 stays); unchecked. No dense target is built."""
+    cls_loss, dist_logits_BK = label_loss(cls_logits, target, spec), _full(dist_logits)
+    if spec.soft:
+        dist_loss = _soft_distillation(dist_logits_BK, _full(teacher_logits), spec)
+    else:
+        decision_B = _decision(_full(teacher_logits), spec.class_map)
+        dist_B = -dist_logits_BK.log_softmax(1).gather(1, decision_B[:, None])[:, 0]
+        weight_B = torch.ones_like(dist_B) if spec.weights is None else spec.weights[decision_B]
+        dist_loss = (weight_B * dist_B).sum() / (weight_B.sum() if spec.normaliser is None else spec.normaliser)
+    return JointLoss((1 - spec.alpha) * cls_loss + spec.alpha * dist_loss, cls_loss, dist_loss)
+
+
+def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
+    """Compute the loss of the CLS head alone, of ``cls_weights``, ``log_prior`` and ``bce``: 0-d float32."""
+    (labels, partner, lam, smoothing), cls_weights, logits_BK = target, spec.cls_weights, _full(logits)
+    if spec.log_prior is not None:
+        logits_BK = logits_BK + spec.log_prior
 
     def weighted(values_BK: Tensor) -> Tensor:
         return values_BK if cls_weights is None else values_BK * cls_weights
@@ -60,20 +94,10 @@ def reference(
         values_BK = weighted(values_BK)
         return mixed(values_BK) * (1 - smoothing) + (values_BK.mean(1) * smoothing if smoothing else 0.0)
 
-    if bce:
-        cls_loss = (weighted(F.softplus(cls_logits_BK)).sum(1) - target_sum(cls_logits_BK)).mean() / cls_logits.size(1)
-    else:
-        norm = len(labels) if cls_weights is None else mixed(cls_weights.expand_as(cls_logits)).sum()
-        cls_loss = -target_sum(cls_logits_BK.log_softmax(1)).sum() / norm
-
-    if soft:
-        dist_loss = _soft_distillation(dist_logits_BK, teacher_logits_BJ, weights, class_map, tau)
-    else:
-        decision_B = _decision(teacher_logits_BJ, class_map)
-        dist_B = -dist_logits_BK.log_softmax(1).gather(1, decision_B[:, None])[:, 0]
-        weight_B = torch.ones_like(dist_B) if weights is None else weights[decision_B]
-        dist_loss = (weight_B * dist_B).sum() / (weight_B.sum() if normaliser is None else normaliser)
-    return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
+    if spec.bce:
+        return (weighted(F.softplus(logits_BK)).sum(1) - target_sum(logits_BK)).mean() / logits.size(1)
+    norm = len(labels) if cls_weights is None else mixed(cls_weights.expand_as(logits)).sum()
+    return -target_sum(logits_BK.log_softmax(1)).sum() / norm
 
 
 def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:
@@ -86,10 +110,9 @@ def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: T
     return (ones_B if weights is None else weights[decision_B]).sum()
 
 
-def _soft_distillation(
-    dist_logits_BK: Tensor, teacher_logits_BK: Tensor, weights: Tensor | None, class_map: Tensor | None, tau: float
-) -> Tensor:
+def _soft_distillation(dist_logits_BK: Tensor, teacher_logits_BK: Tensor, spec: LossSpec) -> Tensor:
     """tau^2 KL(teacher || DIST) / (B K), the classes in the teacher's order."""
+    weights, class_map, tau = spec.weights, spec.class_map, spec.tau
     if class_map is not None:
         dist_logits_BK = dist_logits_BK[:, class_map]
     log_p_BK = (teacher_logits_BK / tau).log_softmax(1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import triton
@@ -20,6 +20,30 @@ from fastdeitlt.errors import UserError
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was first imported)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool",
+    torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?",
+}  # fmt: skip
+
+
+def schema(inputs: type, mutated: tuple[str, ...] = ()) -> str:
+    """Return the fields of a NamedTuple, and of those in it, as an operator's arguments in torch's schema syntax.
+
+    Args:
+        inputs: its fields have types that an operator accepts.
+        mutated: tensors that the operator writes to.
+    """
+
+    def fields(of: type) -> Iterator[tuple[str, str]]:
+        for name, kind in get_type_hints(of).items():
+            yield from fields(kind) if hasattr(kind, "_fields") else [(name, _SCHEMA_TYPES[kind])]
+
+    kinds = dict(fields(inputs))
+    for alias, name in enumerate(mutated):
+        kinds[name] = kinds[name].replace("Tensor", f"Tensor(a{alias}!)")
+    return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ Shapes: P weights.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, schema
 from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
@@ -47,23 +47,16 @@ def reference(
 ) -> None:
     """``adamw_ema`` in plain torch, in place; the float32 (or float64) reference."""
     if scale is None or scale != 0:
-        _step(weights, grads, exp_avg, exp_avg_sq, lr, step, num_decayed, weight_decay, betas, eps, scale)
+        beta1, beta2 = betas
+        grad = grads.to(weights.dtype) if scale is None else grads.to(weights.dtype) * scale
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        weights[:num_decayed].mul_(1 - lr * weight_decay)
+        correction1, correction2 = (-torch.expm1(step.double() * math.log(beta)) for beta in betas)
+        denominator = (exp_avg_sq.sqrt() / correction2.sqrt().to(weights.dtype)).add_(eps)
+        weights.sub_((lr / correction1).to(weights.dtype) * exp_avg / denominator)
     if ema is not None:
         ema.lerp_(weights, 1 - ema_decay)
-
-
-def _step(
-    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, step: Tensor, num_decayed: int,
-    weight_decay: float, betas: tuple[float, float], eps: float, scale: Tensor | None,
-) -> None:  # fmt: skip
-    beta1, beta2 = betas
-    grad = grads.to(weights.dtype) if scale is None else grads.to(weights.dtype) * scale
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    weights[:num_decayed].mul_(1 - lr * weight_decay)
-    correction1, correction2 = (-torch.expm1(step.double() * math.log(beta)) for beta in betas)
-    denominator = (exp_avg_sq.sqrt() / correction2.sqrt().to(weights.dtype)).add_(eps)
-    weights.sub_((lr / correction1).to(weights.dtype) * exp_avg / denominator)
 
 
 @triton.jit
@@ -119,41 +112,49 @@ def _adamw_ema_kernel(
         tl.store(p_ema + o_p, b_ema + one_minus_ema_decay * (b_weights - b_ema), mask=m_p)
 
 
-def _launch(
-    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None,
-    lr: Tensor, step: Tensor, scale: Tensor | None, num_decayed: int, weight_decay: float, beta1: float, beta2: float,
-    eps: float, ema_decay: float,
-) -> None:  # fmt: skip
-    config = setting("adamw_ema", KEY, weights.device, DEFAULT)
-    size = weights.numel()
+class _Inputs(NamedTuple):
+    """What the operator accepts."""
+
+    weights: Tensor
+    grads: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    ema: Tensor | None
+    lr: Tensor
+    step: Tensor
+    scale: Tensor | None
+    num_decayed: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    ema_decay: float
+
+
+def _launch(*arguments: Any) -> None:
+    inputs = _Inputs(*arguments)
+    config, size = setting("adamw_ema", KEY, inputs.weights.device, DEFAULT), inputs.weights.numel()
     launch(
-        _adamw_ema_kernel, (triton.cdiv(size, config.blocks["BLOCK"]),), weights,
-        weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale, size, num_decayed, weight_decay,
-        math.log(beta1), math.log(beta2), 1 - beta1, 1 - beta2, eps, 1 - ema_decay, **config.options,
+        _adamw_ema_kernel, (triton.cdiv(size, config.blocks["BLOCK"]),), inputs.weights,
+        *inputs[:8], size, inputs.num_decayed, inputs.weight_decay, math.log(inputs.beta1), math.log(inputs.beta2),
+        1 - inputs.beta1, 1 - inputs.beta2, inputs.eps, 1 - inputs.ema_decay, **config.options,
     )  # fmt: skip
 
 
+MUTATED = ("weights", "exp_avg", "exp_avg_sq", "ema")
 _op = torch.library.custom_op(
-    "fastdeitlt::adamw_ema",
-    _launch,
-    mutates_args=("weights", "exp_avg", "exp_avg_sq", "ema"),
-    device_types="cuda",
-)
+    "fastdeitlt::adamw_ema", _launch, mutates_args=MUTATED, device_types="cuda",
+    schema=f"({schema(_Inputs, MUTATED)}) -> ()",
+)  # fmt: skip
 
 
 @_op.register_kernel("cpu")
-def _(
-    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None,
-    lr: Tensor, step: Tensor, scale: Tensor | None, num_decayed: int, weight_decay: float, beta1: float, beta2: float,
-    eps: float, ema_decay: float,
-) -> None:  # fmt: skip
+def _(*arguments: Any) -> None:
     if interpreted():
-        options = (num_decayed, weight_decay, beta1, beta2, eps, ema_decay)
-        return _launch(weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale, *options)
-    return reference(
-        weights, grads, exp_avg, exp_avg_sq, lr=lr, step=step, num_decayed=num_decayed, weight_decay=weight_decay,
-        betas=(beta1, beta2), eps=eps, scale=scale, ema=ema, ema_decay=ema_decay,
-    )  # fmt: skip
+        return _launch(*arguments)
+    options = _Inputs(*arguments)._asdict()
+    betas = options.pop("beta1"), options.pop("beta2")
+    return reference(*(options.pop(name) for name in _Inputs._fields[:4]), betas=betas, **options)
 
 
 @_op.register_fake
@@ -213,8 +214,8 @@ def adamw_ema(
     ):
         if tensor is not None:
             check("adamw_ema", name, tensor, size, dtypes, device)
-    options = (num_decayed, weight_decay, *betas, eps, ema_decay)
-    _op(weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale, *options)
+    tensors = (weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale)
+    _op(*tensors, num_decayed, weight_decay, *betas, eps, ema_decay)
 
 
 def aot_configs() -> list[AotConfig]:

@@ -13,13 +13,13 @@ each at M = 256 x 198, D = 768 and 4.3 TB/s.
 Shapes: B samples, M rows (B times tokens), D width, P programs.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms, schema
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels._pick import pick
 from torch import Tensor
@@ -75,78 +75,106 @@ def reference(
     return residual, normed if normed_samples_K is None else normed.index_select(0, normed_samples_K)
 
 
-def _launch_forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, width = x.numel() // x.shape[-1], x.shape[-1]
-    config = launch_config(True, width, x.dtype, x.device)
-    residual, normed, mean, rstd = _outputs(
-        x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype, branch_bias
-    )
+class _Forward(NamedTuple):
+    """What the operator accepts."""
+
+    x: Tensor
+    branch: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+    branch_rows: Tensor | None
+    normed_rows: Tensor | None
+    num_normed: int
+    eps: float
+    dtype: torch.dtype
+    branch_bias: Tensor | None
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Allocate the residual (nothing without a branch), the normalised rows, their means and 1 / deviations."""
+        x = self.x
+        mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+        residual = x.new_empty(0) if self.branch is None else torch.empty_like(x)
+        return residual, x.new_empty((self.num_normed, *x.shape[1:]), dtype=self.dtype), mean, rstd
+
+
+class _Backward(NamedTuple):
+    """What the operator of the gradients accepts."""
+
+    grad_residual: Tensor | None
+    grad_normed: Tensor
+    residual: Tensor
+    scale: Tensor | None
+    branch_rows: Tensor | None
+    normed_rows: Tensor | None
+    num_branch: int
+    weight: Tensor
+    mean: Tensor
+    rstd: Tensor
+    branch_dtype: torch.dtype | None
+    """None: the branch's gradient is that of x."""
+    has_branch_bias: bool
+
+    def outputs(self, programs: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Allocate dx, the branch's gradient, and each program's sums: dweight, dbias and the branch's bias's."""
+        residual, dbranch = self.residual, self.residual.new_empty(0)
+        if self.branch_dtype is not None:
+            dbranch = residual.new_empty((self.num_branch, *residual.shape[1:]), dtype=self.branch_dtype)
+        shape = programs, 3 if self.has_branch_bias else 2, residual.shape[-1]
+        return torch.empty_like(residual), dbranch, torch.empty(shape, dtype=torch.float32, device=residual.device)
+
+
+def _launch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = _Forward(*arguments)
+    x, width = inputs.x, inputs.x.shape[-1]
+    rows, config = x.numel() // width, launch_config(True, width, x.dtype, x.device)
+    residual, normed, mean, rstd = inputs.outputs()
     launch(
         add_layernorm_fwd_kernel, (triton.cdiv(rows, config.blocks["ROWS"]),), x,
-        x, branch, branch_bias, branch_rows, normed_rows, scale, weight, bias,
-        None if branch is None else residual, normed,
-        mean, rstd, rows, eps, TOKENS=rows // x.shape[0], D=width, **config.options,
+        x, inputs.branch, inputs.branch_bias, inputs.branch_rows, inputs.normed_rows, inputs.scale, inputs.weight,
+        inputs.bias, None if inputs.branch is None else residual, normed,
+        mean, rstd, rows, inputs.eps, TOKENS=rows // x.shape[0], D=width, **config.options,
     )  # fmt: skip
     return residual, normed, mean, rstd
 
 
-def _launch_backward(
-    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
-    branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype | None, has_branch_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, width = mean.numel(), residual.shape[-1]
+def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _Backward(*arguments)
+    residual, rows, width = inputs.residual, inputs.mean.numel(), inputs.residual.shape[-1]
     config = launch_config(False, width, residual.dtype, residual.device)
     block = config.blocks["ROWS"]
     programs = min(num_sms(residual.device) * config.blocks["PROGRAMS"], triton.cdiv(rows, block))
-    dx, dbranch = torch.empty_like(residual), _branch_gradient(residual, num_branch, branch_dtype)
-    shares = torch.empty(programs, 3 if has_branch_bias else 2, width, dtype=torch.float32, device=residual.device)
+    dx, dbranch, shares = inputs.outputs(programs)
     launch(
         add_layernorm_bwd_kernel, (programs,), residual,
-        grad_residual, grad_normed, residual, branch_rows, normed_rows, scale, weight, mean, rstd, dx,
-        None if branch_dtype is None else dbranch, shares, rows, TOKENS=rows // residual.shape[0], D=width,
-        ROWS=block, BLOCK_D=config.blocks["BLOCK_D"], STAGES=config.num_stages, BRANCH_BIAS=has_branch_bias,
+        inputs.grad_residual, inputs.grad_normed, residual, inputs.branch_rows, inputs.normed_rows, inputs.scale,
+        inputs.weight, inputs.mean, inputs.rstd, dx, None if inputs.branch_dtype is None else dbranch, shares, rows,
+        TOKENS=rows // residual.shape[0], D=width, ROWS=block, BLOCK_D=config.blocks["BLOCK_D"],
+        STAGES=config.num_stages, BRANCH_BIAS=inputs.has_branch_bias,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dx, dbranch, shares.sum(0)
 
 
-def _branch_gradient(residual: Tensor, num_branch: int, dtype: torch.dtype | None) -> Tensor:
-    """Room for the branch's gradient; none where it is that of x."""
-    return (
-        residual.new_empty(0) if dtype is None else residual.new_empty((num_branch, *residual.shape[1:]), dtype=dtype)
-    )
-
-
-_forward = torch.library.custom_op("fastdeitlt::add_layernorm", _launch_forward, mutates_args=(), device_types="cuda")
+_forward = torch.library.custom_op(
+    "fastdeitlt::add_layernorm", _launch_forward, mutates_args=(), device_types="cuda",
+    schema=f"({schema(_Forward)}) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 _backward = torch.library.custom_op(
-    "fastdeitlt::add_layernorm_backward", _launch_backward, mutates_args=(), device_types="cuda"
-)
+    "fastdeitlt::add_layernorm_backward", _launch_backward, mutates_args=(), device_types="cuda",
+    schema=f"({schema(_Backward)}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 @_forward.register_fake
-def _outputs(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
-    residual = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return residual, x.new_empty((num_normed, *x.shape[1:]), dtype=dtype), mean, rstd
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _Forward(*arguments).outputs()
 
 
 @_backward.register_fake
-def _gradients(
-    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
-    branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype | None, has_branch_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dbranch = _branch_gradient(residual, num_branch, branch_dtype)
-    num_sums = 3 if has_branch_bias else 2  # dweight, dbias, and the gradient of the branch's bias
-    sums = torch.empty(num_sums, len(weight), dtype=torch.float32, device=weight.device)
-    return torch.empty_like(residual), dbranch, sums
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    dx, dbranch, sums = _Backward(*arguments).outputs()
+    return dx, dbranch, sums[0]
 
 
 def _samples(rows: Tensor | None, num: int) -> Tensor | None:
@@ -155,14 +183,10 @@ def _samples(rows: Tensor | None, num: int) -> Tensor | None:
 
 
 @_forward.register_kernel("cpu")
-def _(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, branch_rows: Tensor | None,
-    normed_rows: Tensor | None, num_normed: int, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if interpreted():
-        return _launch_forward(
-            x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype, branch_bias
-        )
+        return _launch_forward(*arguments)
+    x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype, branch_bias = arguments
     residual, normed = reference(
         x, branch, weight, bias, scale, eps, dtype=dtype, normed_samples_K=_samples(normed_rows, num_normed),
         branch_bias=branch_bias, branch_samples_K=None if branch is None else _samples(branch_rows, len(branch)),
@@ -172,29 +196,28 @@ def _(
 
 
 @_backward.register_kernel("cpu")
-def _(
-    grad_residual: Tensor | None, grad_normed: Tensor, residual: Tensor, scale: Tensor | None,
-    branch_rows: Tensor | None, normed_rows: Tensor | None, num_branch: int, weight: Tensor, mean: Tensor, rstd: Tensor,
-    branch_dtype: torch.dtype | None, has_branch_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    arguments = (grad_residual, grad_normed, residual, scale, branch_rows, normed_rows, num_branch, weight, mean, rstd)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if interpreted():
-        return _launch_backward(*arguments, branch_dtype, has_branch_bias)
-    h, dn = (residual.float() - mean[..., None]) * rstd[..., None], grad_normed.float()
-    normed, kept = _samples(normed_rows, len(grad_normed)), _samples(branch_rows, num_branch)
+        return _launch_backward(*arguments)
+    inputs = _Backward(*arguments)
+    scale, rstd, residual = inputs.scale, inputs.rstd[..., None], inputs.grad_residual
+    h, dn = (inputs.residual.float() - inputs.mean[..., None]) * rstd, inputs.grad_normed.float()
+    normed = _samples(inputs.normed_rows, len(inputs.grad_normed))
+    kept = _samples(inputs.branch_rows, inputs.num_branch)
     if normed is not None:
         dn = torch.zeros_like(h).index_copy(0, normed, dn)
-    g = dn * weight.float()
-    dx = (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)) * rstd[..., None]
-    dx = dx if grad_residual is None else dx + grad_residual.float()
+    g = dn * inputs.weight.float()
+    dx = (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)) * rstd
+    dx = dx if residual is None else dx + residual.float()
     dbranch = dx if scale is None else dx * scale.view(-1, *[1] * (dx.dim() - 1))
     dbranch = dbranch if kept is None else dbranch.index_select(0, kept)
-    summed = (dn * h, dn, dbranch) if has_branch_bias else (dn * h, dn)
+    summed = (dn * h, dn, dbranch) if inputs.has_branch_bias else (dn * h, dn)
     sums = torch.stack([rows.flatten(0, -2).sum(0) for rows in summed])
-    gradients = _gradients(*arguments, branch_dtype, has_branch_bias)
-    for gradient, value in zip(gradients, (dx, dbranch if branch_dtype else gradients[1], sums), strict=True):
-        gradient.copy_(value)
-    return gradients
+    gradients = inputs.outputs()
+    gradients[0].copy_(dx)
+    if inputs.branch_dtype:
+        gradients[1].copy_(dbranch)
+    return *gradients[:2], sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,6 +15,7 @@ elements, 2.4 us at B = 1024, K = 1000, bfloat16 and 4.3 TB/s.
 Shapes: B batch, K classes, J the teacher's classes, S statistics of a row.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,14 @@ from fastdeitlt.kernels._joint_loss_device import (
     joint_loss_fwd_kernel,
     joint_loss_reduce_kernel,
 )
-from fastdeitlt.kernels._joint_loss_reference import JointLoss, reference
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch
+from fastdeitlt.kernels._joint_loss_reference import (
+    JointLoss,
+    LossSpec,
+    Target,
+    gathered,
+    reference_losses,
+)
+from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, schema
 from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
@@ -55,31 +62,30 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
 
 
 class _Inputs(NamedTuple):
-    """What both ops take, in the order of ``ARGUMENTS``."""
+    """What both operators accept; their schema has the fields of target and specification in place of the two."""
 
     cls_logits: Tensor
     dist_logits: Tensor
     teacher_logits: Tensor
-    labels: Tensor
-    partner: Tensor | None = None
-    lam: Tensor | None = None
-    weights: Tensor | None = None
-    cls_weights: Tensor | None = None
-    log_prior: Tensor | None = None
-    class_map: Tensor | None = None
-    normaliser: Tensor | None = None
-    smoothing: float = 0.0
-    tau: float = 1.0
-    alpha: float = 0.5
-    soft: bool = False
-    bce: bool = False
+    target: Target
+    spec: LossSpec
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "_Inputs":
+        """Return an operator's arguments as objects."""
+        end = 3 + len(Target._fields)
+        return cls(*arguments[:3], Target(*arguments[3:end]), LossSpec(*arguments[end:]))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of an operator."""
+        return *self[:3], *self.target, *self.spec
 
     def pointers(self) -> tuple[Tensor | None, ...]:
         """The kernels' leading arguments. Soft distillation adds the logs of its weights to the teacher's logits."""
-        weights = self.weights
-        if self.soft and weights is not None:
-            weights = (weights if self.class_map is None else weights[self.class_map]).log()
-        return (*self[:6], weights, self.cls_weights, self.log_prior, self.class_map)
+        weights, class_map = self.spec.weights, self.spec.class_map
+        if self.spec.soft and weights is not None:
+            weights = (weights if class_map is None else weights[class_map]).log()
+        return (*self[:3], *self.target[:3], weights, self.spec.cls_weights, self.spec.log_prior, class_map)
 
     def constants(self) -> dict[str, int]:
         """Constexprs of both kernels; fixed row strides let Triton vectorise as far as they divide."""
@@ -88,20 +94,12 @@ class _Inputs(NamedTuple):
         return {
             **dict(zip(names, strides, strict=True)),
             "K": self.cls_logits.size(1),
-            "SOFT": self.soft,
-            "BCE": self.bce,
+            "SOFT": self.spec.soft,
+            "BCE": self.spec.bce,
         }
 
-    def reference(self, cls_logits: Tensor, dist_logits: Tensor) -> JointLoss:
-        options: dict[str, Any] = dict(zip(self._fields[4:], self[4:], strict=True))
-        return reference(cls_logits, dist_logits, self.labels, self.teacher_logits, **options)
 
-
-ARGUMENTS = (
-    "Tensor cls_logits, Tensor dist_logits, Tensor teacher_logits, Tensor labels, Tensor? partner, Tensor? lam, "
-    "Tensor? weights, Tensor? cls_weights, Tensor? log_prior, Tensor? class_map, Tensor? normaliser, "
-    "float smoothing, float tau, float alpha, bool soft, bool bce"
-)
+ARGUMENTS = schema(_Inputs)
 FORWARD = (
     f"({ARGUMENTS}) -> (Tensor loss, Tensor cls_loss, Tensor dist_loss, Tensor norms, Tensor stats, Tensor decision)"
 )
@@ -119,25 +117,25 @@ def _outputs(inputs: _Inputs) -> tuple[Tensor, ...]:
 
 
 def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = _Inputs(*arguments)
+    inputs = _Inputs.of(arguments)
     batch, teacher_classes = inputs.teacher_logits.shape
     loss, cls_loss, dist_loss, norms, stats, decision = _outputs(inputs)
     num_classes, element_size = max(inputs.cls_logits.size(1), teacher_classes), inputs.cls_logits.element_size()
-    config = launch_config(True, num_classes, element_size, stats.device)
+    config, target, spec = launch_config(True, num_classes, element_size, stats.device), inputs.target, inputs.spec
     launch(
         joint_loss_fwd_kernel, (batch,), stats,
-        *inputs.pointers(), decision, stats, batch, inputs.smoothing, 1 / inputs.tau,
-        J=teacher_classes, SMOOTH=inputs.smoothing > 0, **inputs.constants(), **config.options,
+        *inputs.pointers(), decision, stats, batch, target.smoothing, 1 / spec.tau,
+        J=teacher_classes, SMOOTH=target.smoothing > 0, **inputs.constants(), **config.options,
     )  # fmt: skip
     launch(
         joint_loss_reduce_kernel, (1,), stats,
-        stats, inputs.normaliser, loss, cls_loss, dist_loss, norms, inputs.alpha, B=batch, BLOCK=REDUCE_BLOCK,
+        stats, spec.normaliser, loss, cls_loss, dist_loss, norms, spec.alpha, B=batch, BLOCK=REDUCE_BLOCK,
     )  # fmt: skip
     return loss, cls_loss, dist_loss, norms, stats, decision
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    gradients, (norms, stats, decision), inputs = arguments[:3], arguments[3:6], _Inputs(*arguments[6:])
+    gradients, (norms, stats, decision), inputs = arguments[:3], arguments[3:6], _Inputs.of(arguments[6:])
     batch, num_classes = inputs.cls_logits.shape
     grad_cls = torch.empty(batch, num_classes, dtype=inputs.cls_logits.dtype, device=stats.device)
     grad_dist = torch.empty_like(grad_cls)
@@ -145,7 +143,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     launch(
         joint_loss_bwd_kernel, (batch, triton.cdiv(num_classes, config.blocks["BLOCK"])), stats,
         *inputs.pointers(), decision, stats, norms, *gradients, grad_cls, grad_dist, batch,
-        inputs.smoothing, 1 / inputs.tau, inputs.alpha, **inputs.constants(), **config.options,
+        inputs.target.smoothing, 1 / inputs.spec.tau, inputs.spec.alpha, **inputs.constants(), **config.options,
     )  # fmt: skip
     return grad_cls, grad_dist
 
@@ -162,42 +160,42 @@ _backward = torch.library.custom_op(
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     if interpreted():
         return _launch_forward(*arguments)
-    inputs = _Inputs(*arguments)
+    inputs = _Inputs.of(arguments)
     *_, norms, stats, decision = _outputs(inputs)
-    losses = inputs.reference(inputs.cls_logits, inputs.dist_logits)
-    return *losses, norms.zero_(), stats.zero_(), decision.zero_()
+    return *reference_losses(*inputs), norms.zero_(), stats.zero_(), decision.zero_()
 
 
 @_backward.register_kernel("cpu")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     if interpreted():
         return _launch_backward(*arguments)
-    inputs = _Inputs(*arguments[6:])
+    inputs = _Inputs.of(arguments[6:])
     upstream = tuple(torch.zeros(()) if gradient is None else gradient for gradient in arguments[:3])
-    pull_back = torch.func.vjp(lambda *logits: tuple(inputs.reference(*logits)), *inputs[:2])[1]
+    pull_back = torch.func.vjp(lambda *heads: tuple(reference_losses(*heads, *inputs[2:])), *inputs[:2])[1]
     return pull_back(upstream)
 
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return _outputs(_Inputs(*arguments))
+    return _outputs(_Inputs.of(arguments))
 
 
 @_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x = _Inputs(*arguments[6:]).cls_logits
+    x = arguments[6]
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:], *inputs[:11])
-    ctx.options = inputs[11:]
+    ctx.save_for_backward(*output[3:], *(x if isinstance(x, Tensor) else None for x in inputs))
+    ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
 def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_cls, grad_dist = _backward(*gradients[:3], *ctx.saved_tensors, *ctx.options)
-    return grad_cls, grad_dist, *[None] * (len(_Inputs._fields) - 2)
+    norms, stats, decision, *tensors = ctx.saved_tensors
+    inputs = [x if tensor is None else tensor for tensor, x in zip(tensors, ctx.options, strict=True)]
+    return *_backward(*gradients[:3], norms, stats, decision, *inputs), *[None] * (len(inputs) - 2)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -206,23 +204,33 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def joint_loss(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
 ) -> JointLoss:
-    """``reference`` in two launches, and one for both gradients.
-
-    On a CPU tensor the op is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
+    """``losses`` with the fields of ``Target`` and ``LossSpec`` as keywords.
 
     Args:
         cls_logits, dist_logits: [B, K] float32, float16 or bfloat16, each row contiguous.
         labels: [B] int64 classes.
         teacher_logits: [B, J], any of the three types.
-        options: keywords of ``reference``: partner, lam, smoothing, weights, class_map, soft, tau, alpha, bce,
-            log_prior, cls_weights, normaliser. Soft distillation with a class_map needs a permutation.
+        options: as of ``reference``. Soft distillation with a class_map needs a permutation.
 
     Raises:
         UserError: a shape, type, device or layout does not fit.
     """
-    inputs = _Inputs(cls_logits, dist_logits, teacher_logits.detach(), labels, **options)
+    return losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
+
+
+def losses(
+    cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, target: Target, spec: LossSpec
+) -> JointLoss:
+    """``reference_losses`` in two launches, and one for both gradients.
+
+    On a CPU tensor the op is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
+
+    Raises:
+        UserError: a shape, type, device or layout does not fit.
+    """
+    inputs = _Inputs(cls_logits, dist_logits, teacher_logits.detach(), target, spec)
     _check(inputs)
-    return JointLoss(*_forward(*inputs)[:3])
+    return JointLoss(*_forward(*inputs.arguments())[:3])
 
 
 def _check(inputs: _Inputs) -> None:
@@ -233,7 +241,7 @@ def _check(inputs: _Inputs) -> None:
     expected: dict[str, tuple[tuple[int | None, ...], tuple[torch.dtype, ...], bool]] = {
         "cls_logits": ((None, None), FLOATS, False),
         "dist_logits": ((batch, num_classes), (x.dtype,), False),
-        "teacher_logits": ((batch, num_classes if inputs.soft else None), FLOATS, False),
+        "teacher_logits": ((batch, num_classes if inputs.spec.soft else None), FLOATS, False),
         "labels": ((batch,), integer, True),
         "partner": ((batch,), integer, True),
         "lam": ((), (torch.float64, *FLOATS), True),
@@ -243,8 +251,9 @@ def _check(inputs: _Inputs) -> None:
         "class_map": ((teacher_classes,), integer, True),
         "normaliser": ((), full, True),
     }
+    tensors = inputs._asdict() | inputs.target._asdict() | inputs.spec._asdict()
     for name, (shape, dtypes, contiguous) in expected.items():
-        tensor = getattr(inputs, name)
+        tensor = tensors[name]
         if tensor is not None:
             check("joint_loss", name, tensor, shape, dtypes, x.device, contiguous)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_model import CLASS_NAMES, SIZE, save_images, save_student
+from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
 from tiny_run import tiny_run
 
 import fastdeitlt
@@ -22,6 +22,7 @@ from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.evaluation.evaluate import evaluate as evaluate_verb
 from fastdeitlt.models import create_teacher
 from fastdeitlt.store.checkpoint import add_facts, save_model_folder
+from fastdeitlt.store.manifest import Preprocess
 from fastdeitlt.tools.predict import predict
 
 MEAN, STD, CPU = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), torch.device("cpu")
@@ -66,7 +67,7 @@ def test_the_package_offers_the_api_and_nothing_it_lacks():
 
 def test_a_transformed_image_has_the_pixels_of_evaluation_bit_for_bit(model, saved, stream):
     _, source = stream
-    crops = next(iter(source.crops([CropRequest(np.arange(len(saved[1])), size=SIZE, resize=40)])))
+    ((_, crops),) = source.crops([CropRequest(np.arange(len(saved[1])), size=SIZE, resize=40)])
     expected = normalise(crops, MEAN, STD, torch.float32)
     for path, image_CHW in zip(saved[1], expected, strict=True):
         assert torch.equal(model.transform(path), image_CHW)
@@ -74,8 +75,8 @@ def test_a_transformed_image_has_the_pixels_of_evaluation_bit_for_bit(model, sav
 
 def test_answers_have_the_logits_of_evaluation_and_the_probabilities_of_predict(model, saved, stream):
     images, source = stream
-    how = {"size": SIZE, "resize": 40, "batch_size": 64, "mean": MEAN, "std": STD, "device": CPU}
-    cls_logits, dist_logits, _ = collect_logits(model.module, source, images, **how)
+    preprocess = Preprocess(**MANIFEST["preprocess"])
+    cls_logits, dist_logits, _ = collect_logits(model.module, source, images, preprocess, batch_size=64, device=CPU)
     answers, rows = model.predict(saved[1]), predict(saved[0], saved[1], device="cpu")
     assert torch.equal(torch.stack([a.cls_logits_K for a in answers]), cls_logits)
     assert torch.equal(torch.stack([a.dist_logits_K for a in answers]), dist_logits)

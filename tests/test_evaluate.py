@@ -37,14 +37,12 @@ from fastdeitlt.evaluation.metrics import (
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.models import create_student
 from fastdeitlt.store.checkpoint import save_model_folder
+from fastdeitlt.store.manifest import Preprocess
 
 COUNTS = [500, 300, 150, 90, 60, 40, 21, 12, 6, 3]  # threshold groups: 3 head, 4 mid, 3 tail
 SIZE, RESIZE = 8, 9
 PREPROCESS = {
-    "size": SIZE,
-    "resize": RESIZE,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.25, 0.25, 0.25),
+    "preprocess": Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, img_size=SIZE, crop_pct=SIZE / RESIZE),
     "device": torch.device("cpu"),
 }
 

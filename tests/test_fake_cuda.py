@@ -44,6 +44,7 @@ from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, collect_logits
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Paco, Teacher
+from fastdeitlt.store.manifest import Preprocess
 from fastdeitlt.teachers import diagnose
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, teacher_batches
@@ -440,12 +441,13 @@ def test_images_are_scored_on_the_gpu():
 def test_evaluation_waits_once_for_all_batches(data_in_a_row):
     """For the logits, after the last batch. (Sets on the host are resized by Pillow, which needs pixels.)"""
     cfg = config.build(SMALL)
-    how = {"size": SIZE, "resize": 36, "batch_size": 5, "mean": (0.5,) * 3, "std": (0.2,) * 3, "device": CUDA}
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.2,) * 3, img_size=SIZE, crop_pct=SIZE / 36)
+    how = {"preprocess": preprocess, "batch_size": 5, "device": CUDA}
     for model in (WithCosine(small_student(cfg)), OneHead(small_teacher())):
         with fake_cuda() as cuda:
             data_in_a_row(cuda)
             source, model = resident_set("device"), model.to(CUDA)
-            augment.affine(how["mean"], how["std"], CUDA)
+            augment.affine(preprocess.mean, preprocess.std, CUDA)
             seen, forward = [], model.forward_heads
             model.forward_heads = lambda x, seen=seen, forward=forward: seen.append(len(x)) or forward(x)
             with cuda.step(), pytest.raises(HostWaitError, match="to the host"):

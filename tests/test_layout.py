@@ -18,6 +18,20 @@ ONLY = {
     "nvidia.dali": {"fastdeitlt.data.pixels.decoder"},
 }
 """Who may import what."""
+LONG_SIGNATURES = {
+    "fastdeitlt.core.loss.joint_loss",
+    "fastdeitlt.models.vit.create_student",
+    "fastdeitlt.teachers.losses.paco_loss",
+    "fastdeitlt.kernels.adamw_ema.adamw_ema",
+    "fastdeitlt.kernels.adamw_ema.reference",
+    "fastdeitlt.kernels.add_layernorm.add_layernorm",
+    "fastdeitlt.kernels.add_layernorm.reference",
+    "fastdeitlt.kernels.augment.augment",
+    "fastdeitlt.kernels.augment.reference",
+}
+"""Documented public functions, whose keywords are their interface."""
+MOST_PARAMETERS = 8
+MOST_LINES = 450
 
 
 def module_of(path: Path) -> str:
@@ -85,6 +99,34 @@ def test_a_run_is_assembled_and_stepped_in_one_place(call):
     files = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
     found = {str(p.relative_to(ROOT)) for p in files if re.search(rf"(?<!def ){call}", p.read_text(encoding="utf-8"))}
     assert found == ONE_PLACE[call]
+
+
+def long_signatures(source: str) -> set[str]:
+    """Names of the functions with more parameters than allowed, ``self`` and Triton's device code aside."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        given = node.args
+        names = [
+            arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg) if arg
+        ]
+        if len(names) - (names[:1] in (["self"], ["cls"])) > MOST_PARAMETERS:
+            found.add(node.name)
+    return found
+
+
+def test_what_travels_together_is_one_argument():
+    found = set()
+    for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]:
+        found |= {f"{module_of(path)}.{name}" for name in long_signatures(path.read_text(encoding="utf-8"))}
+    assert found == LONG_SIGNATURES
+    assert long_signatures("class A:\n def f(self, a, b, c, d, *e, f, g, h, **i): pass") == {"f"}  # the check can fail
+
+
+def test_no_file_is_too_long_to_read_at_once():
+    for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES, path
 
 
 @pytest.mark.parametrize("package", ONLY)

@@ -13,7 +13,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score
 from fastdeitlt.evaluation.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
 from fastdeitlt.models.saved import Saved
-from fastdeitlt.store.manifest import Calibration
+from fastdeitlt.store.manifest import Calibration, Preprocess
 from fastdeitlt.tools.model_card import model_card
 
 COUNTS = [500, 120, 60, 20, 8]
@@ -168,7 +168,7 @@ def test_the_model_card_of_an_export_names_the_temperature():
     assert {head: 1 / weight for head in found for weight in fitted.weights[f"{head}, temperature"]} == found
     saved = Saved(
         torch.nn.Identity(), "student", list("abcde"), Classes("model", 5), torch.arange(5),
-        mean=(0.5,), std=(0.5,), img_size=32, crop_pct=1.0, info=info, results=results,
+        preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, img_size=32), info=info, results=results,
         calibration=Calibration(temperatures=found, num_fitted=600),
     )  # fmt: skip
     card = model_card(saved, "deit", {})

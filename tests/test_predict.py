@@ -21,6 +21,7 @@ from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.models.saved import open_saved
 from fastdeitlt.store.checkpoint import add_facts
+from fastdeitlt.store.manifest import Preprocess
 from fastdeitlt.tools import predict as predict_module
 from fastdeitlt.tools.predict import Choice, Prediction, main, predict, table, to_csv
 
@@ -37,9 +38,8 @@ def test_predictions_equal_those_of_evaluation_through_the_training_reader(saved
     images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
     source = Stream(images, DataConfig(num_threads=1), torch.device("cpu"))
     cls_logits, dist_logits, _ = collect_logits(
-        student, source, images, size=SIZE, resize=40, batch_size=4, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3),
-        device=torch.device("cpu"),
-    )  # fmt: skip
+        student, source, images, Preprocess(**MANIFEST["preprocess"]), batch_size=4, device=torch.device("cpu")
+    )
     source.close()
     probs = ((cls_logits + dist_logits) / 2).softmax(1)
     rows = predict(folder, [paths[0].parent], top_k=4, batch_size=batch_size, device="cpu")

@@ -13,7 +13,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from fastdeitlt.data.pixels.resize import centre_crop, columns_first, crop_resize, resize_batched, resized_side
+from fastdeitlt.data.pixels.resize import centre_crop, columns_first, crop_resize, resize_batched
+from fastdeitlt.store.manifest import Preprocess
 
 PILLOW = int(PIL.__version__.split(".")[0])
 PHOTO = np.array(Image.open(Path(__file__).parent / "data" / "photos" / "astronaut.jpg"))
@@ -83,6 +84,7 @@ def test_centre_crop_equals_torchvision(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
 def test_the_centre_crop_is_that_of_timm(size: int, crop_pct: float) -> None:
     transform = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1))
-    (crop,) = centre_crop([torch.from_numpy(PHOTO)], resized_side(size, crop_pct), size)
+    preprocess = Preprocess(mean=(0, 0, 0), std=(1, 1, 1), img_size=size, crop_pct=crop_pct)
+    (crop,) = centre_crop([torch.from_numpy(PHOTO)], preprocess.resize, size)
     expected_HWC = (transform(Image.fromarray(PHOTO)) * 255).round().to(torch.uint8).permute(1, 2, 0)
     assert torch.equal(crop, expected_HWC)

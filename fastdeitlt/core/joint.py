@@ -3,14 +3,14 @@
 # B images in a micro-batch, C channels, H height, W width, K classes
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.core.loss import JointLoss, decision_weight, joint_loss
+from fastdeitlt.core.loss import JointLoss, LossSpec, Target, decision_weight, joint_loss, label_loss, log_prior_of
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
@@ -72,18 +72,12 @@ class JointForward(nn.Module):
         """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device; sums where the mean is one over all ranks."""
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
-        labels: dict[str, Any] = {
-            "partner": partner_B,
-            "lam": lam,
-            "smoothing": smoothing,
-            "base": c.base,
-            "counts": self.counts,
-        }
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
         if self.teacher is None or teacher_logits_BK is None:
-            return self._label_losses(cls_logits_BK, dist_logits_BK, labels_B, dist_weights_K, cls_weights_K, labels)
+            target = Target(labels_B, partner_B, lam, smoothing)
+            return self._label_losses((cls_logits_BK, dist_logits_BK), (cls_weights_K, dist_weights_K), target)
         if c.distillation == "soft":
             teacher_logits_BK = teacher_logits_BK.float() * self.teacher.logit_scale
         losses = joint_loss(
@@ -91,6 +85,11 @@ class JointForward(nn.Module):
             dist_logits_BK,
             labels_B,
             teacher_logits_BK,
+            partner=partner_B,
+            lam=lam,
+            smoothing=smoothing,
+            base=c.base,
+            counts=self.counts,
             weights=dist_weights_K,
             cls_weights=cls_weights_K,
             class_map=self.teacher.class_map,
@@ -99,7 +98,6 @@ class JointForward(nn.Module):
             alpha=c.alpha,
             normaliser=self.one if self.is_global else None,
             impl=c.impl,
-            **labels,
         )
         if not self.is_global:
             return losses
@@ -107,20 +105,14 @@ class JointForward(nn.Module):
         return LocalSums(weight_sum, losses.cls_loss, losses.dist_loss)
 
     def _label_losses(
-        self,
-        cls_logits_BK: Tensor,
-        dist_logits_BK: Tensor,
-        labels_B: Tensor,
-        dist_weights_K: Tensor,
-        cls_weights_K: Tensor | None,
-        labels: dict[str, Any],
+        self, heads: tuple[Tensor, Tensor], weights: tuple[Tensor | None, Tensor], target: Target
     ) -> JointLoss:
         """Both heads learn the labels, the DIST head with re-weighting (official losses.py, distillation 'none')."""
-        alpha, impl = self.cfg.loss.alpha, self.cfg.loss.impl
-        heads = ((cls_logits_BK, cls_weights_K), (dist_logits_BK, dist_weights_K))
+        alpha, bce = self.cfg.loss.alpha, self.cfg.loss.base == "bce"
+        prior = None if self.counts is None else log_prior_of(self.counts)
         cls_loss, dist_loss = (
-            joint_loss(x, x.detach(), labels_B, x.detach(), cls_weights=w, alpha=0.0, impl=impl, **labels).cls_loss
-            for x, w in heads
+            label_loss(logits_BK, target, LossSpec(cls_weights=weights_K, log_prior=prior, bce=bce))
+            for logits_BK, weights_K in zip(heads, weights, strict=True)
         )
         return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
 

@@ -8,17 +8,23 @@ Source: DeiT-LT (arXiv 2404.02900) section 3; val-iisc/DeiT-LT losses.py, Distil
 Shapes: B batch, K classes, J the teacher's classes.
 """
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.kernels._joint_loss_reference import JointLoss, decision_weight, reference
+from fastdeitlt.kernels._joint_loss_reference import (
+    JointLoss,
+    LossSpec,
+    Target,
+    decision_weight,
+    label_loss,
+    reference_losses,
+)
 from fastdeitlt.kernels._pick import pick
 
-__all__ = ["JointLoss", "decision_weight", "joint_loss"]
+__all__ = ["JointLoss", "LossSpec", "Target", "decision_weight", "joint_loss", "label_loss", "log_prior_of"]
 
 Distillation = Literal["hard", "soft"]
 Base = Literal["ce", "bce", "balanced_softmax", "logit_adjustment"]
@@ -97,21 +103,23 @@ def joint_loss(
         ("normaliser", normaliser, (), torch.float32),
     ):
         _check_tensor(name, tensor, shape, dtype, device)
-    log_prior = None
-    if counts is not None:
-        log_prior = (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
-
-    run: Callable[..., JointLoss] = reference
+    lam = torch.full((), lam, device=device) if isinstance(lam, float | int) else lam
+    target = Target(labels, partner, lam, smoothing)
+    spec = LossSpec(
+        weights, cls_weights, None if counts is None else log_prior_of(counts), class_map, normaliser, tau, alpha,
+        soft=distillation == "soft", bce=base == "bce",
+    )  # fmt: skip
+    run = reference_losses
     if pick("joint_loss", impl, (num_classes,), device, cls_logits.dtype != torch.float64) == "triton":
         from fastdeitlt.kernels import joint_loss as kernel  # Triton is slow to import
 
-        run = kernel.joint_loss
-    return run(
-        cls_logits, dist_logits, labels, teacher_logits.detach(), partner=partner,
-        lam=torch.full((), lam, device=device) if isinstance(lam, float | int) else lam,
-        smoothing=smoothing, weights=weights, class_map=class_map, soft=distillation == "soft", tau=tau, alpha=alpha,
-        bce=base == "bce", log_prior=log_prior, cls_weights=cls_weights, normaliser=normaliser,
-    )  # fmt: skip
+        run = kernel.losses
+    return run(cls_logits, dist_logits, teacher_logits.detach(), target, spec)
+
+
+def log_prior_of(counts: Tensor) -> Tensor:
+    """Return the log prior [K] of classes with these numbers of training images."""
+    return (counts.float() / counts.sum()).clamp_min(EMPTY_CLASS_PRIOR).log()
 
 
 def _check_options(

@@ -32,6 +32,7 @@ from fastdeitlt.models.saved import Saved, open_saved, run_of
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.store.manifest import Preprocess
 
 log = logging.getLogger("fastdeitlt")
 
@@ -84,12 +85,9 @@ def collect_logits(
     model: nn.Module,
     source: Source,
     images: LongTailSet,
+    preprocess: Preprocess,
     *,
-    size: int,
-    resize: int,
     batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
     sample_N: np.ndarray | None = None,
@@ -99,8 +97,7 @@ def collect_logits(
     Args:
         model: has ``forward_heads``, as a student or ``OneHead``; in eval mode for the call, then in the mode it had.
         source: gives the images of ``images``.
-        size, resize: centre crop of ``size`` pixels after the shorter side is resized to ``resize``.
-        mean, std: normalisation of the three channels, images in 0..1.
+        preprocess: size of the centre crop, size of the shorter side before it, normalisation.
         autocast_dtype: type of matrix multiplications, None for the weights' own.
         sample_N: which images, None for all. Ranks take disjoint parts such as ``arange(rank, N, world_size)``.
 
@@ -110,7 +107,7 @@ def collect_logits(
     """
     if sample_N is None:
         sample_N = np.arange(len(images))
-    requests = centre_crops(sample_N, batch_size, size, resize)
+    requests = centre_crops(sample_N, batch_size, preprocess.img_size, preprocess.resize)
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     outputs: list[tuple[Tensor, Tensor]] = []
     was_training = model.training
@@ -118,7 +115,7 @@ def collect_logits(
     try:
         with torch.inference_mode(), autocast:
             for _, crops_BHWC in source.crops(requests):
-                images_BCHW = normalise(crops_BHWC, mean, std, torch.float32)
+                images_BCHW = normalise(crops_BHWC, preprocess.mean, preprocess.std, torch.float32)
                 outputs.append(model.forward_heads(images_BCHW))  # type: ignore[operator]
     finally:
         model.train(was_training)
@@ -131,11 +128,17 @@ def collect_logits(
 
 
 def gather_logits(
-    model: nn.Module, source: Source, images: LongTailSet, *, device: torch.device, **how: Any
+    model: nn.Module,
+    source: Source,
+    images: LongTailSet,
+    preprocess: Preprocess,
+    *,
+    device: torch.device,
+    **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``collect_logits`` of all images on every rank, each of which runs its share; ``how`` as there."""
     sample_N = np.arange(distributed.rank(), len(images), distributed.get_world())
-    mine = collect_logits(model, source, images, device=device, sample_N=sample_N, **how)
+    mine = collect_logits(model, source, images, preprocess, device=device, sample_N=sample_N, **how)
     cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(p, len(images), device) for p in mine)
     return cls_logits_NK, dist_logits_NK, labels_N
 
@@ -214,17 +217,14 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
     """(cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's order of classes."""
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
-    source = open_source(images, cfg.data.model_copy(update={"exif": saved.exif}), device, scored=True)
+    source = open_source(images, cfg.data.model_copy(update={"exif": saved.preprocess.exif}), device, scored=True)
     try:
         cls_logits_NK, dist_logits_NK, labels_N = gather_logits(
             model.to(device),
             source,
             images,
-            size=saved.img_size,
-            resize=saved.resize,
+            saved.preprocess,
             batch_size=cfg.evaluate.batch_size,
-            mean=saved.mean,
-            std=saved.std,
             device=device,
             autocast_dtype=autocast_dtype(cfg.train.precision, device),
         )

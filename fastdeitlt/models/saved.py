@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment.transform import normalise
-from fastdeitlt.data.pixels.resize import resized_side
 from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import load_teacher
@@ -19,9 +18,10 @@ from fastdeitlt.models.convert import load_student_checkpoint
 from fastdeitlt.models.teacher import check_class_map
 from fastdeitlt.store.checkpoint import find_model_folder, read_manifest
 from fastdeitlt.store.files import read_json
-from fastdeitlt.store.manifest import Calibration
+from fastdeitlt.store.manifest import Calibration, Preprocess
 
-DEFAULT_CROP_PCT = 0.875
+DEFAULTS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.875}
+"""Preprocessing of a released checkpoint, which states none."""
 
 EXPORTED = (".onnx", ".pt2")
 """Files of `export`; its timm folders have a config.json."""
@@ -40,19 +40,14 @@ class Saved:
     """What the labels of a data set must be: names by label, if the model's file has them."""
     class_map: Tensor
     """The model's class of each label of the data set, int64 [K]."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    img_size: int
-    crop_pct: float
-    """img_size over the short side that images are resized to before the centre crop."""
+    preprocess: Preprocess
+    """How its images are prepared."""
     calibration: Calibration | None = None
     """Temperatures fitted on validation images, if the model's run had some."""
     info: dict[str, Any] = field(default_factory=dict)
     """Everything else that the file says, e.g. ``model``, ``dataset``, ``recipe``."""
     results: dict[str, Any] = field(default_factory=dict)
     """results.json of the run that the model is from, if it is still in the run's folder."""
-    exif: str = "ignore"
-    """``data.exif`` of the run."""
 
     @property
     def num_classes(self) -> int:
@@ -64,14 +59,9 @@ class Saved:
         """Training images of each label [K], if the model's file has them."""
         return self.info.get("class_counts")
 
-    @property
-    def resize(self) -> int:
-        """Pixels to which the shorter side is resized before the centre crop."""
-        return resized_side(self.img_size, self.crop_pct)
-
     def normalise(self, crops_BHWC: Tensor) -> Tensor:
         """uint8 crops as the model's input images_BCHW, float32."""
-        return normalise(crops_BHWC, self.mean, self.std, torch.float32)
+        return normalise(crops_BHWC, self.preprocess.mean, self.preprocess.std, torch.float32)
 
     def by_label(self, logits_BK: Tensor) -> Tensor:
         """Logits of the model's classes as logits of the data set's labels."""
@@ -97,7 +87,7 @@ def open_saved(path: str | Path) -> Saved:
         model = load_teacher(path, "", info.get("model", {}).get("num_classes", 0))
     else:
         model, info = load_student_checkpoint(path)
-    num_classes, preprocess = info["model"]["num_classes"], info.get("preprocess") or {}
+    num_classes, stated = info["model"]["num_classes"], DEFAULTS | (info.get("preprocess") or {})
     map_K = check_class_map(info.get("class_map") or range(num_classes), num_classes)
     names = info.get("class_names") or [f"class {label}" for label in range(num_classes)]
     if len(names) != num_classes:
@@ -111,11 +101,7 @@ def open_saved(path: str | Path) -> Saved:
         classes=Classes(f"model {path}", num_classes, info.get("class_names")),
         class_names=[names[label] for label in map_K.argsort().tolist()],
         class_map=map_K,
-        mean=tuple(preprocess.get("mean", IMAGENET_MEAN)),
-        std=tuple(preprocess.get("std", IMAGENET_STD)),
-        img_size=preprocess.get("img_size") or info["model"]["img_size"],
-        crop_pct=preprocess.get("crop_pct", DEFAULT_CROP_PCT),
-        exif=preprocess.get("exif", "ignore"),
+        preprocess=Preprocess(**stated | {"img_size": stated.get("img_size") or info["model"]["img_size"]}),
         calibration=Calibration(**info["calibration"]) if info.get("calibration") else None,
         info=info,
         results=read_json(run / "results.json") if (run := run_of(path)) else {},
@@ -138,10 +124,7 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
         class_names=[f"class {label}" for label in range(num_classes)],
         classes=Classes(f"model {path}", num_classes, None),
         class_map=torch.arange(num_classes),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        img_size=img_size,
-        crop_pct=DEFAULT_CROP_PCT,
+        preprocess=Preprocess(**DEFAULTS, img_size=img_size),
         info={"model": {"arch": arch, "num_classes": num_classes, "img_size": img_size}},
     )
 

@@ -7,7 +7,7 @@ of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
 # D width, K classes
 
 import re
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,40 +66,44 @@ class Block(nn.Module):
         return add_norm(x_BMD, self.mlp(normed_SMD), self.mlp.fc2, kept_mlp, next_norm, next_kept, impl)
 
 
+class Shape(NamedTuple):
+    """Sizes of a student: images and patches in pixels, classes, width, attention heads, blocks."""
+
+    img_size: int
+    patch: int
+    num_classes: int
+    width: int
+    heads: int
+    depth: int
+
+
 class DistilledViT(nn.Module):
     """Vision Transformer with two prefix tokens, each read by its own head. Build it with ``create_student``.
 
     Args:
+        shape: sizes of the network.
         drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
         drop_path_law: "bernoulli" or "count", see ``draw_kept``.
         last_block_shortcut: in training, compute only the CLS and DIST rows in the last block (about 7 % less work).
-        attention, add_layernorm, bias_gelu: implementations, see ``kernels._pick``.
+        impls: implementations of attention, add_layernorm and bias_gelu, see ``kernels._pick``.
     """
 
     def __init__(
         self,
-        *,
-        img_size: int,
-        patch: int,
-        num_classes: int,
-        width: int,
-        heads: int,
-        depth: int,
-        drop_path: float = 0.0,
-        drop_path_law: str = "bernoulli",
-        last_block_shortcut: bool = True,
-        attention: str = "auto",
-        add_layernorm: str = "auto",
-        bias_gelu: str = "auto",
+        shape: Shape,
+        drop_path: float,
+        drop_path_law: str,
+        last_block_shortcut: bool,
+        impls: tuple[str, str, str],
     ) -> None:
         super().__init__()
+        img_size, patch, num_classes, width, heads, depth = shape
         self.img_size, self.patch, self.num_classes, self.width = img_size, patch, num_classes, width
         self.drop_path_law, self.last_block_shortcut = drop_path_law, last_block_shortcut
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, NUM_PREFIX + (img_size // patch) ** 2, width))
-        impls = attention, add_layernorm, bias_gelu
         for op, impl in zip(("attention", "add_layernorm", "bias_gelu"), impls, strict=True):
             check_impl(op, impl)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -224,11 +228,8 @@ def create_student(
         raise UserError(f"student {name}: drop_path_law {drop_path_law!r}, expected one of {', '.join(DROP_PATH_LAWS)}")
     if depth and depth < 0:
         raise UserError(f"student {name}: got depth {depth}, expected at least 1 block (0 = {blocks})")
-    return DistilledViT(
-        img_size=side, patch=patch, num_classes=num_classes, width=width, heads=heads, depth=depth or blocks,
-        drop_path=drop_path, drop_path_law=drop_path_law, last_block_shortcut=last_block_shortcut, attention=attention,
-        add_layernorm=add_layernorm, bias_gelu=bias_gelu,
-    )  # fmt: skip
+    shape = Shape(side, patch, num_classes, width, heads, depth or blocks)
+    return DistilledViT(shape, drop_path, drop_path_law, last_block_shortcut, (attention, add_layernorm, bias_gelu))
 
 
 def num_parameters(model: nn.Module) -> int:

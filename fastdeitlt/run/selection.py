@@ -22,6 +22,7 @@ from fastdeitlt.run.folder import Run
 from fastdeitlt.run.progress import console
 from fastdeitlt.store import checkpoint
 from fastdeitlt.store.files import write_atomically
+from fastdeitlt.store.manifest import preprocess_of
 
 log = logging.getLogger("fastdeitlt")
 
@@ -72,13 +73,7 @@ def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]
         "class_names": train.class_names,
         "class_counts": train.counts,
         "dataset": cfg.data.title,
-        "preprocess": {
-            "mean": cfg.augment.mean,
-            "std": cfg.augment.std,
-            "img_size": img_size,
-            "crop_pct": cfg.evaluate.crop_pct,
-            "exif": cfg.data.exif,
-        },
+        "preprocess": preprocess_of(cfg, img_size).model_dump(),
     }
 
 

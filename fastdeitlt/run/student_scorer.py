@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import Config
 from fastdeitlt.core.optim import Ema
-from fastdeitlt.data.pixels.resize import resized_side
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.counts import shot_groups
 from fastdeitlt.data.sets.types import LongTailSet, Sets
@@ -23,6 +22,7 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run.selection import Tested, data_facts
+from fastdeitlt.store.manifest import preprocess_of
 
 
 class StudentScorer:
@@ -121,16 +121,13 @@ class StudentScorer:
 
     def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """(cls_logits_NK, dist_logits_NK, labels_N) on every rank, so that all choose the same weights."""
-        cfg, size = self.cfg, self.student.img_size
+        cfg = self.cfg
         return gather_logits(
             model,
             self._source(images),
             images,
-            size=size,
-            resize=resized_side(size, cfg.evaluate.crop_pct),
+            preprocess_of(cfg, self.student.img_size),
             batch_size=cfg.evaluate.batch_size,
-            mean=cfg.augment.mean,
-            std=cfg.augment.std,
             device=self.device,
             autocast_dtype=autocast_dtype(cfg.train.precision, self.device),
         )

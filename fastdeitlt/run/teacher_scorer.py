@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.data.pixels.resize import resized_side
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
@@ -19,6 +18,7 @@ from fastdeitlt.evaluation.metrics import Result, score_single
 from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run.selection import Tested, data_facts
+from fastdeitlt.store.manifest import preprocess_of
 
 CLEAN_IMAGES = 10_000
 """Training images on which the clean accuracy is taken: all of a smaller set, else evenly spaced ones."""
@@ -46,18 +46,14 @@ def score_teacher(
         device: where the network is.
         limit: use at most so many images, evenly spaced in the list. 0 = all.
     """
-    size = cfg.teacher_training.img_size
     total = min(limit or len(images), len(images))
     chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
     logits_BK, _, labels_B = collect_logits(
         OneHead(network, logit_scale(network, cfg.teacher_training.model_dump())),
         source,
         images,
-        size=size,
-        resize=resized_side(size, cfg.evaluate.crop_pct),
+        preprocess_of(cfg, cfg.teacher_training.img_size),
         batch_size=cfg.evaluate.batch_size,
-        mean=cfg.augment.mean,
-        std=cfg.augment.std,
         device=device,
         autocast_dtype=autocast_dtype(cfg.train.precision, device),
         sample_N=chosen_N[distributed.rank() :: distributed.get_world()],

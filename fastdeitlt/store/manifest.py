@@ -1,8 +1,11 @@
 """What manifest.json of a model folder says: the one schema, for whoever writes, checks or reads such a folder."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from fastdeitlt.config import Config
 
 Positive = Annotated[float, Field(gt=0)]
 Head = Annotated[str, Field(pattern="^(AVG|CLS|DIST)$")]
@@ -37,6 +40,22 @@ class Preprocess(_Facts):
     crop_pct: float = Field(1.0, gt=0, le=1)
     exif: Literal["ignore", "apply"] = "ignore"
     """What is done with the orientation that EXIF or TIFF states: ``data.exif`` of the run."""
+
+    @property
+    def resize(self) -> int:
+        """Pixels of the shorter side before the centre crop. Source: timm's ``transforms_imagenet_eval``."""
+        return math.floor(self.img_size / self.crop_pct)
+
+
+def preprocess_of(cfg: Config, img_size: int) -> Preprocess:
+    """Return how a run prepares the images that it evaluates on, ``img_size`` in pixels."""
+    return Preprocess(
+        mean=cfg.augment.mean,
+        std=cfg.augment.std,
+        img_size=img_size,
+        crop_pct=cfg.evaluate.crop_pct,
+        exif=cfg.data.exif,
+    )
 
 
 class Calibration(_Facts):

@@ -16,7 +16,7 @@ from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.resnet_cifar import ResNetCifar
 from fastdeitlt.models.teacher import Teacher, TeacherInput, teacher_input
-from fastdeitlt.store.manifest import Manifest
+from fastdeitlt.store.manifest import Manifest, preprocess_of
 from fastdeitlt.teachers.decisions import Decisions, class_sample, clean_batches, decide
 from fastdeitlt.teachers.opening import label_name
 
@@ -158,8 +158,10 @@ class _Check:
 
     def _batches(self, sample_N: np.ndarray) -> Iterator[Tensor]:
         stated = self.teacher.manifest.preprocess if self.teacher.manifest else None
-        crop_pct = stated.crop_pct if stated else self.cfg.evaluate.crop_pct
-        return clean_batches(self.source, sample_N, self.size, crop_pct, self.cfg.augment.mean, self.cfg.augment.std)
+        preprocess = preprocess_of(self.cfg, self.size)
+        if stated:
+            preprocess = preprocess.model_copy(update={"crop_pct": stated.crop_pct})
+        return clean_batches(self.source, sample_N, preprocess)
 
     def _another_order(self, decisions: Decisions) -> _Trial:
         label_K = decisions.exchanged()

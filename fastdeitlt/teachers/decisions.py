@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastdeitlt.data.augment.transform import normalise
 from fastdeitlt.data.pixels.request import centre_crops
-from fastdeitlt.data.pixels.resize import resized_side
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.store.manifest import Preprocess
 
 IMAGES = 4096
 """Images of a sample that has as many of each class; at least ``at_least`` and at most MOST of a class."""
@@ -35,13 +35,10 @@ def class_sample(labels_N: np.ndarray, at_least: int = 2) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def clean_batches(
-    source: Source, sample_N: np.ndarray, size: int, crop_pct: float, mean: tuple, std: tuple
-) -> Iterator[Tensor]:
+def clean_batches(source: Source, sample_N: np.ndarray, preprocess: Preprocess) -> Iterator[Tensor]:
     """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
-    resize = resized_side(size, crop_pct)
-    for _, crops_BHWC in source.crops(centre_crops(sample_N, CLEAN_BATCH, size, resize)):
-        yield normalise(crops_BHWC, mean, std)
+    for _, crops_BHWC in source.crops(centre_crops(sample_N, CLEAN_BATCH, preprocess.img_size, preprocess.resize)):
+        yield normalise(crops_BHWC, preprocess.mean, preprocess.std)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.models.teacher import Teacher, load_teacher
 from fastdeitlt.run.progress import tracked
+from fastdeitlt.store.manifest import Preprocess
 from fastdeitlt.teachers.decisions import CLEAN_BATCH, clean_batches
 from fastdeitlt.teachers.flatness import feature_rank, sharpness
 from fastdeitlt.teachers.opening import settle_order, teacher_of
@@ -75,17 +76,16 @@ def _diagnose(
 ) -> dict[str, Any]:
     own = teacher.manifest.preprocess if teacher.manifest else None
     size, scale = teacher.img_size, teacher.logit_scale
-    own_size = (own.img_size if own else 0) or size
     network = load_teacher(path, cfg.teacher.arch, images.num_classes).network.to(source.device)
-    mean, std = (own.mean, own.std) if own else (cfg.teacher.mean, cfg.teacher.std)
 
     sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
     labels_N = torch.from_numpy(images.labels[sample_N])
-    prepared = own_size, own.crop_pct if own else 1.0, mean, std
+    stated = own or Preprocess(mean=cfg.teacher.mean, std=cfg.teacher.std)
+    prepared = stated.model_copy(update={"img_size": stated.img_size or size})
     groups = shot_groups(images.counts, "official", cfg.data.dataset)
     score = _Scorer(groups, scale, teacher.class_map)
     with torch.inference_mode():
-        batches = tracked(clean_batches(source, sample_N, *prepared), "clean images", -(-len(sample_N) // CLEAN_BATCH))
+        batches = tracked(clean_batches(source, sample_N, prepared), "clean images", -(-len(sample_N) // CLEAN_BATCH))
         clean = [(network(batch), _features(network, batch)) for batch in batches]
     logits_NK, features_ND = (torch.cat(column) for column in zip(*clean, strict=True))
     facts: dict[str, Any] = {
@@ -117,7 +117,7 @@ def _diagnose(
     if flatness:
         every = max(len(sample_N) // SHARPNESS_IMAGES, 1)
         own_labels_N = labels_N if teacher.class_map is None else teacher.class_map.cpu().argsort()[labels_N]
-        some_BCHW = torch.cat(list(clean_batches(source, sample_N[::every], *prepared)))
+        some_BCHW = torch.cat(list(clean_batches(source, sample_N[::every], prepared)))
         facts["sharpness"] = sharpness(network, some_BCHW, own_labels_N[::every].to(source.device), scale)
     return facts
 

@@ -17,6 +17,7 @@ from fastdeitlt.data.sets.counts import class_order
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.store.files import read_json, write_atomically
+from fastdeitlt.store.manifest import preprocess_of
 from fastdeitlt.teachers.decisions import class_sample, clean_batches, decide
 
 log = logging.getLogger("fastdeitlt")
@@ -105,7 +106,7 @@ def _by_decisions(
     if not len(tied_N):
         return class_map_K
     sample_N = tied_N[class_sample(images.labels[tied_N], TIE_IMAGES)]
-    batches = clean_batches(source, sample_N, size, cfg.evaluate.crop_pct, cfg.augment.mean, cfg.augment.std)
+    batches = clean_batches(source, sample_N, preprocess_of(cfg, size))
     label_K, clear_K = decide(teacher, batches, images.labels[sample_N]).matched(counts_K)
     num_tied, num_moved = int(is_tied_K.sum()), int((label_K != np.arange(len(label_K))).sum())
     log.info("teacher.map_classes: %d of %d classes of equal size are in another order", num_moved, num_tied)

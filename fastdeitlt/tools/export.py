@@ -113,11 +113,7 @@ def facts(saved: Saved) -> dict[str, Any]:
     return {
         "class_names": saved.class_names,
         "class_map": saved.class_map.tolist(),
-        "mean": saved.mean,
-        "std": saved.std,
-        "img_size": saved.img_size,
-        "crop_pct": saved.crop_pct,
-        "exif": saved.exif,
+        **saved.preprocess.model_dump(include={"mean", "std", "img_size", "crop_pct", "exif"}),
         "interpolation": "bicubic",
         "dataset": saved.info.get("dataset"),
         "outputs": OUTPUTS,
@@ -129,7 +125,7 @@ def _real_images(saved: Saved) -> Tensor:
     """Test images of the embedded data set, prepared as the model's own images are: images_BCHW."""
     paths = sorted(embedded.unpack().rglob("*.png"))[-NUM_CHECKED:]
     pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
-    return saved.normalise(centre_crop(pixels, saved.resize, saved.img_size)).contiguous()
+    return saved.normalise(centre_crop(pixels, saved.preprocess.resize, saved.preprocess.img_size)).contiguous()
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -144,7 +140,7 @@ def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
     twin.load_state_dict(student.state_dict())
     # the name's tag, licence and origin are those of Facebook's weights, not of these
     twin.pretrained_cfg = {key: twin.pretrained_cfg[key] for key in INHERITED}
-    side = saved.img_size
+    side = saved.preprocess.img_size
     own = ("mean", "std", "crop_pct", "interpolation")
     travels = facts(saved)
     save_for_hf(
@@ -180,7 +176,8 @@ def timm_architecture(student: DistilledViT) -> tuple[str, dict[str, Any]]:
 
 
 def _trace(student: DistilledViT, saved: Saved) -> torch.export.ExportedProgram:
-    example = (torch.zeros(2, 3, saved.img_size, saved.img_size),)
+    side = saved.preprocess.img_size
+    example = (torch.zeros(2, 3, side, side),)
     return torch.export.export(ThreeOutputs(student), example, dynamic_shapes=BATCH)
 
 

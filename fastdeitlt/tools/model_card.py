@@ -65,7 +65,7 @@ def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> s
         student=saved.info["model"]["name"],
         architecture=architecture,
         arguments=f" with {arguments}" if arguments else "",
-        exif=EXIF[saved.exif],
+        exif=EXIF[saved.preprocess.exif],
         data=_data(saved),
         results=_results(saved.results),
         calibration=_calibration(saved),

@@ -94,7 +94,7 @@ def predict(
     saved.model.to(where)
     temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
     rows: list[Prediction] = []
-    with closing(PictureReader(saved.exif)) as reader:
+    with closing(PictureReader(saved.preprocess.exif)) as reader:
         for start in range(0, len(named), batch_size):
             part = named[start : start + batch_size]
             outcomes = reader([image for _, image in part])
@@ -124,7 +124,7 @@ def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]
 def _predict_batch(
     saved: Saved, images: list[Tensor], top_k: int, device: torch.device, temperatures: dict[str, float] | None
 ) -> list[Prediction]:
-    crops_BHWC = centre_crop(images, saved.resize, saved.img_size).to(device)
+    crops_BHWC = centre_crop(images, saved.preprocess.resize, saved.preprocess.img_size).to(device)
     with torch.inference_mode():
         cls_logits_BK, dist_logits_BK = saved.model.forward_heads(saved.normalise(crops_BHWC))  # type: ignore[operator]
     heads = {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}

@@ -7,7 +7,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from fastdeitlt.kernels.joint_loss import joint_loss, reference
+from fastdeitlt.kernels.joint_loss import gathered, joint_loss, reference
 from hypothesis import strategies as st
 
 from fastdeitlt.core.loss import joint_loss as public_joint_loss
@@ -225,10 +225,8 @@ def test_two_runs_give_the_same_bits(device):
 def test_ops_are_registered_correctly(variant, device):
     arguments, options = example(3, 10, device, **VARIANTS[variant])
     cls_logits, dist_logits, labels, teacher = arguments
-    names = ["partner", "lam", "weights", "cls_weights", "log_prior", "class_map", "normaliser"]
-    defaults = {"smoothing": 0.0, "tau": 1.0, "alpha": 0.5, "soft": False, "bce": False} | options
-    inputs = [cls_logits, dist_logits, teacher, labels, *(options.get(name) for name in names)]
-    inputs += [defaults[name] for name in ("smoothing", "tau", "alpha", "soft", "bce")]
+    target, spec = gathered(labels, options)
+    inputs = [cls_logits, dist_logits, teacher, *target, *spec]
     heads = [logits.requires_grad_() for logits in (cls_logits, dist_logits)]
     torch.library.opcheck(torch.ops.fastdeitlt.joint_loss, (*heads, *inputs[2:]))
     outputs = torch.ops.fastdeitlt.joint_loss(*(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs))

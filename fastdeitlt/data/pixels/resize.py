@@ -8,7 +8,6 @@ torch's vectorised kernel, five times faster, whose coefficients have 16 bits: 1
 
 # B batch, H height, W width, C channels, S output side, n input side
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
@@ -69,11 +68,6 @@ def cut(request: CropRequest, images: Sequence[Tensor], boxes_B4: np.ndarray, po
     if request.draws is None:
         return centre_crop(images, request.resize or request.size, request.size, pool)
     return crop_resize(images, boxes_B4, request.size, pool)
-
-
-def resized_side(size: int, crop_pct: float) -> int:
-    """Pixels of the shorter side before the centre crop of ``size``. Source: timm's ``transforms_imagenet_eval``."""
-    return math.floor(size / crop_pct)
 
 
 def resize(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]], pool: Executor | None = None) -> list[Tensor]:

@@ -140,7 +140,7 @@ def _batches(saved: Saved, source: Source, sample_N: np.ndarray) -> Any:
     tokens = student.pos_embed.shape[1]
     heads = student.get_submodule("blocks.0.attn").heads
     batch = int(np.clip(WEIGHT_BYTES // (4 * len(student.blocks) * heads * tokens**2), 1, 64))  # type: ignore[operator]
-    requests = centre_crops(sample_N, batch, saved.img_size, saved.resize)
+    requests = centre_crops(sample_N, batch, saved.preprocess.img_size, saved.preprocess.resize)
     with attention.attention_weights(student) as weights, torch.inference_mode():
         for _, crops_BHWC in source.crops(requests):
             x_BND = student.forward_features(saved.normalise(crops_BHWC))
