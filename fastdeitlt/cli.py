@@ -7,20 +7,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdeitlt import __version__
+from fastdeitlt.arguments import parse
 from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable
 from fastdeitlt.run import process
-from fastdeitlt.tools import examples
 
 if TYPE_CHECKING:
     from fastdeitlt.config import Config
 
 Verb = Callable[[argparse.Namespace], int]
-EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
-"""The last two are of teachers."""
 PRINTS = ("eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
 """Verbs whose result is, at least in part, what they print: losing it is an error."""
 CURES = {
@@ -185,7 +181,7 @@ def _analyze(args: argparse.Namespace) -> int:
     run.set_up_logging()
     runs = [word for word in args.runs if "=" not in word]
     overrides = [word for word in (*args.runs, *args.overrides) if "=" in word]
-    common = {"verb", "run", "what", "runs", "overrides", "arguments"}
+    common = {"verb", "what", "runs", "overrides", "arguments"}
     options = {name: value for name, value in vars(args).items() if name not in common}
     import_module(f"fastdeitlt.reporting.analysis.{args.what}").main(runs, overrides, **options)
     return 0
@@ -265,168 +261,11 @@ def _doctor(args: argparse.Namespace) -> int:
     return findings.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastdeitlt",
-        description="Train Vision Transformers from scratch on long-tailed images (DeiT-LT).",
-        epilog=examples.epilog(""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"fastdeitlt {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, run: Verb, text: str) -> argparse.ArgumentParser:
-        how = argparse.RawDescriptionHelpFormatter
-        added = verbs.add_parser(name, help=text, description=text, epilog=examples.epilog(name), formatter_class=how)
-        added.set_defaults(run=run)
-        return added
-
-    def configured(name: str, run: Verb, text: str) -> argparse.ArgumentParser:
-        added = verb(name, run, text)
-        added.add_argument("config", help="YAML file, or a shipped recipe such as quickstart or imagenet_lt")
-        added.add_argument(
-            "overrides", nargs="*", metavar="section.field=value", help="settings that win over the file"
-        )
-        return added
-
-    for name, run, text in (
-        ("train", _train, "train a student: data, teacher, DeiT-LT, evaluation, report"),
-        ("train-teacher", _train_teacher, "train the flat CNN teacher with SAM"),
-    ):
-        added = configured(name, run, text)
-        added.add_argument(
-            "--resume", default="auto", metavar="auto|never|must|PATH", help="what to do with saved state"
-        )
-        if run is _train:
-            added.add_argument(
-                "--with-teacher",
-                metavar="RECIPE",
-                help="train this teacher first, such as teacher/quickstart, on the student's data, seed and device; "
-                "teacher_training.field=value sets it",
-            )
-        added.add_argument("--dry-run", action="store_true", help="check everything, run one step on fake data")
-        added.add_argument(
-            "--processes", type=int, default=0, metavar="N", help="ranks here; default: one a visible GPU"
-        )
-        added.add_argument(
-            "--restarts", type=int, default=0, metavar="N", help="start all ranks again after a crash, this often"
-        )
-
-    added = verb("ablate", _ablate, "train a grid of arms x seeds, continuing what is there, and compare the arms")
-    added.add_argument("grid", help="grid file, or a shipped one such as ablation/embedded")
-    added.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of all arms")
-    added.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="train these only")
-    added.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="train these only")
-    added.add_argument("--dry-run", action="store_true", help="check everything, list the runs and their steps")
-    added.add_argument("--table", action="store_true", help="train nothing, write the table of what is finished")
-
-    added = verb(
-        "demo", _demo, "train a teacher and a student on the embedded real images; about five minutes on a CPU"
-    )
-    added.add_argument("--seed", type=int, default=0, help="seed of both")
-    added.add_argument("--runs-dir", default="runs", help="where run folders go")
-
-    added = verb("eval", _eval, "score a model: AVG, CLS, DIST by head, mid, tail, calibration")
-    added.add_argument("model", type=Path, help="run folder or model folder")
-    added.add_argument(
-        "overrides", nargs="*", metavar="data.field=value", help="other images than the model was trained on"
-    )
-    added.add_argument("--split", choices=("test", "val", "train"), default="test")
-    added.add_argument("--json", type=Path, help="write all scores there")
-    added.add_argument("--csv", type=Path, help="write a row a class there")
-
-    added = verb("predict", _predict, "classify images: top-k with the class names")
-    added.add_argument("model", type=Path, help="run folder or model folder")
-    added.add_argument("inputs", nargs="+", type=Path, help="image files or folders")
-    added.add_argument("--top-k", type=int, default=5)
-    added.add_argument("--out", type=Path, help="write .csv or .json there")
-    added.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
-    added.add_argument("--raw", action="store_true", help="probabilities without the temperatures of validation images")
-
-    added = verb("export", _export, "write a model for other programs: timm, ONNX, torch.export, the official code")
-    added.add_argument("model", type=Path, help="run folder or model folder")
-    added.add_argument("out", type=Path)
-    added.add_argument("--format", choices=EXPORTS, default="timm")
-
-    added = configured("bench", _bench, "images a second of a configuration here, part by part; MFU, memory, scaling")
-    added.add_argument("--quick", action="store_true", help="few rounds, no scaling over ranks; no compiling on a CPU")
-    added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
-    added.add_argument("--with-teacher", metavar="RECIPE", help="time a fresh teacher of this recipe's architecture")
-    added.add_argument("--ranks", type=int, nargs="*", metavar="N", help="numbers of processes to measure the step on")
-    added.add_argument("--batches", type=int, nargs="*", metavar="B", help="micro-batch sizes to measure the step at")
-    added.add_argument("--json", type=Path, help="write the results there")
-
-    added = configured("tune", _tune, "measure what `auto` takes on this GPU at a configuration's shapes")
-    added.add_argument("--out", type=Path, help="folder for the measurements; default: the user's cache")
-    added.add_argument("--ops-only", action="store_true", help="let each op decide alone, not the training step")
-    added.add_argument("--again", action="store_true", help="measure also the ops that have been measured here")
-
-    added = configured("profile", _profile, "where a step's time goes: trace for Perfetto, table by kernel and stage")
-    added.add_argument("--out", type=Path, default=Path("profile"), help="folder for trace and tables")
-    added.add_argument("--steps", type=int, default=3, help="optimizer steps to record")
-    added.add_argument("--with-teacher", metavar="RECIPE", help="time a fresh teacher of this recipe's architecture")
-    added.add_argument("--synthetic", action="store_true", help="random images: needs no data set")
-
-    analyses = verb("analyze", _analyze, "where a student looks, what a teacher teaches").add_subparsers(
-        dest="what", required=True, metavar="WHAT"
-    )
-
-    def analysis(name: str, text: str) -> argparse.ArgumentParser:
-        added = analyses.add_parser(name, help=text, description=text)
-        added.add_argument(
-            "runs", nargs="+", metavar="RUN", help="run folders; words with '=' are settings, section.field=value"
-        )
-        added.add_argument("--json", type=Path, help="write the numbers there too")
-        added.set_defaults(overrides=[])
-        return added
-
-    added = analysis("student", "where CLS and DIST look, attention distance, feature rank, likeness of tokens")
-    added.add_argument("--images", type=int, default=2048, metavar="N", help="test images to look at")
-
-    added = analysis("teacher", "what a student will be taught on its own images, sharpness, feature rank")
-    added.add_argument("--recipe", help="the student's recipe, where RUN is a teacher rather than a student's run")
-    added.add_argument("--images", type=int, default=2048, metavar="N", help="training images to look at")
-
-    added = verb("report", _report, "write the HTML report of a run, or compare several")
-    added.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder; several are compared")
-    added.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="set these side by side")
-    added.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
-
-    data = verb("data", _data, "prepare, check or describe a data set; list or clear the decoded sets of earlier runs")
-    data.add_argument("action", choices=("prepare", "check", "stats", "cache"))
-    data.add_argument("config", nargs="?", help="recipe or YAML file; for prepare: cifar10 or cifar100")
-    data.add_argument("overrides", nargs="*", metavar="section.field=value")
-    data.add_argument("--root", type=Path, help="prepare: folder for the archive")
-    data.add_argument("--download", action="store_true", help="prepare: fetch the archive if it is not there")
-    data.add_argument("--clear", action="store_true", help="cache: remove the decoded sets")
-    data.add_argument("--json", action="store_true")
-
-    added = verb("config", _config, "show settings with their meaning and origin; list the shipped recipes")
-    added.add_argument("action", choices=("show", "list"))
-    added.add_argument("config", nargs="?", help="recipe or YAML file; left out: the defaults")
-    added.add_argument(
-        "overrides", nargs="*", metavar="NAME", help="show these sections or settings alone; or section.field=value"
-    )
-    added.add_argument("--changed", action="store_true", help="only what differs from the defaults")
-    added.add_argument("--yaml", action="store_true", help="as YAML")
-
-    added = verb("doctor", _doctor, "what is installed, what is missing, how to get it")
-    added.add_argument("--json", action="store_true")
-    return parser
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Arguments by name; settings may stand before, between and after options, where argparse takes one run of them."""
-    parser = _parser()
-    arguments = list(arguments)
-    args, rest = parser.parse_known_args(arguments)
-    strangers = [word for word in rest if word.startswith("-") or "=" not in word]
-    if strangers or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(strangers or rest)}")
-    if rest:
-        args.overrides += rest
-    args.arguments = arguments
-    return args
+VERBS: dict[str, Verb] = {
+    "train": _train, "train-teacher": _train_teacher, "ablate": _ablate, "demo": _demo, "eval": _eval,
+    "predict": _predict, "export": _export, "bench": _bench, "tune": _tune, "profile": _profile, "analyze": _analyze,
+    "report": _report, "data": _data, "config": _config, "doctor": _doctor,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -437,16 +276,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (start it again), 130 Ctrl-C, 141 nobody reads what it prints.
     """
     if arguments is not None:
-        return _run(_parse(arguments))
+        return _run(parse(arguments))
     stdout = process.start()
-    args = _parse(sys.argv[1:])
+    args = parse(sys.argv[1:])
     return process.end(_run(args), stdout if args.verb in PRINTS else None)
 
 
 def _run(args: argparse.Namespace) -> int:
     """The exit code of the verb; what is the user's to know is one line."""
     try:
-        return args.run(args)
+        return VERBS[args.verb](args)
     except UserError as error:
         if not getattr(error, "told", False):  # by another rank
             _say(f"error: {error}")

@@ -24,7 +24,7 @@ def commands(page: Path) -> list[str]:
 def test_shown_commands_are_taken(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands(page):
-        args = cli._parse(shlex.split(command, comments=True)[1:])
+        args = cli.parse(shlex.split(command, comments=True)[1:])
         if args.verb == "data" and args.action == "prepare":
             assert f"{args.config}_lt" in CIFAR_CLASSES
             assert args.root, command

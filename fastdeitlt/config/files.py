@@ -1,0 +1,214 @@
+"""From YAML files, recipes and overrides to a validated configuration, and back."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fastdeitlt.config.schema import FIELDS, SECTIONS, TEXTS, Config, field_info, near
+from fastdeitlt.config.section import SHORT
+from fastdeitlt.errors import UserError
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        is_section = name in Config.model_fields and any(f.startswith(f"{name}.") for f in FIELDS)
+        if is_section and isinstance(value, dict | None):
+            flat |= _flatten(value or {}, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but a name that is given twice in one mapping is an error, and 5e-4 a number, which YAML 1.1 calls text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = getattr(key, "value", None)
+            if isinstance(name, str) and name != "<<":  # "<<" takes over another mapping, which the names here win over
+                if name in seen:
+                    raise UserError(f"{name} is given twice (line {key.start_mark.line + 1}); remove one")
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"+-0123456789"]
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty if the file is.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, gives a name twice, or holds something else.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: cannot be read ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path}: not valid YAML ({_yaml_fault(error)})") from None
+    except RecursionError:
+        raise UserError(f"config file {path}: nested too deeply; a config has two levels") from None
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from None
+    except (ValueError, ArithmeticError) as error:  # an integer of thousands of digits, the 99th of a month
+        raise UserError(f"config file {path}: not a number or date ({str(error).partition(';')[0]})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {path}: got a {type(tree).__name__}, expected sections of 'name: value'")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """Return what is wrong with a file and where: line and column as editors count them."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or not mark:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name, such as ``teacher/cifar10_lt_r100``."""
+    shipped = Path(__file__).parents[1] / "configs"
+    if not shipped.is_dir():
+        shipped = Path(__file__).parents[2] / "configs"
+    return {str(p.relative_to(shipped).with_suffix("")): p for p in sorted(shipped.rglob("*.yaml"))}
+
+
+def find(path: str) -> Path:
+    """A config file by path, or a shipped recipe by name (``quickstart``, ``teacher/cifar10_lt_r100``).
+
+    Raises:
+        UserError: neither exists; names the nearest recipe.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name, shipped = path.removesuffix(".yaml"), recipes()
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"config {path}: no such file or recipe{near(name, list(shipped))}; list: fastdeitlt config list")
+
+
+def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, or a shipped recipe by name, and apply ``section.field=value`` overrides in order.
+
+    Raises:
+        UserError: no such file; not YAML; an unknown name (the nearest is named); a value of the wrong type or range.
+    """
+    file = find(path)
+    flat = _flatten(read_yaml(file))
+    origins = dict.fromkeys(flat, file.name)
+    wanted = parse_overrides(overrides)
+    return build(flat | wanted, origins | dict.fromkeys(wanted, "override"))
+
+
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value of ``section.field=value`` texts; names are checked by ``build``.
+
+    Raises:
+        UserError: no equals sign, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r}: expected section.field=value")
+        if name in TEXTS and text.strip()[:1] not in ("'", '"'):
+            values[name] = text.strip()  # as typed: a run may be called nan or 2026
+            continue
+        try:
+            values[name] = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        except RecursionError:
+            raise UserError(f"override {override[:40]!r}...: nested too deeply") from None
+        except UserError:
+            raise
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(
+                f"override {override[:40]!r}: not a number or date ({str(error).partition(';')[0]})"
+            ) from None
+    return values
+
+
+def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config:
+    """A validated Config from dotted names.
+
+    Raises:
+        UserError: see ``load``.
+    """
+    origins = origins or {}
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        where = f" (in {origins[name]})" if origins.get(name, "override") != "override" else ""
+        if name in SECTIONS:
+            got = SHORT.repr(value)
+            setting = next(field for field in FIELDS if field.startswith(f"{name}."))
+            raise UserError(f"{name}: got {got}{where}, expected a section of settings, such as {setting}={got}")
+        if name not in FIELDS:
+            raise UserError(f"unknown config name {name!r}{where}{near(name, FIELDS)}")
+        section, _, field = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[field] = value
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if first["type"] in ("missing", "tuple_type", "too_long"):
+            name = next(field for field in FIELDS if f"{name}.".startswith(f"{field}."))
+            default = field_info(name).default
+            example = yaml.safe_dump([*default] or [[0, 0.05]], default_flow_style=True).strip()
+            raise UserError(f"{name}: got {SHORT.repr(flat[name])}, expected a list like {example}") from None
+        if first["type"] == "string_pattern_mismatch":
+            message = "expected letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+        if first["type"] == "value_error" and not isinstance(first["input"], tuple | list):
+            # of a whole section, whose message names the field and what it got
+            raise UserError(f"{name}.{message}" if name else message) from None
+        raise UserError(f"{name}: got {SHORT.repr(first['input'])}, {message}") from None
+    config._origins.update({name: origins.get(name, "default") for name in FIELDS})
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted field name -> value, in schema order."""
+    return _flatten(config.model_dump(mode="json"))
+
+
+def merge(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a configuration with other settings, by dotted name or as a mapping of a section's.
+
+    Raises:
+        UserError: see ``load``.
+    """
+    given = _flatten(dict(settings))
+    return build(flatten(config) | given, config.origins | dict.fromkeys(given, "override"))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that ``load`` reads back to an equal Config."""
+    return dump_values(flatten(config))
+
+
+def dump_values(values: dict[str, Any]) -> str:
+    """Return settings by dotted name as YAML that ``load`` reads."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[field] = value
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,106 @@
+"""The schema: all sections, and the dotted names of their fields."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
+from pydantic.fields import FieldInfo
+
+from fastdeitlt.config.section import Section
+from fastdeitlt.config.student import (
+    AugmentConfig,
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    MixupConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from fastdeitlt.config.teacher_training import TeacherTrainingConfig
+
+
+class Config(Section):
+    """A run: what is trained, on what, how."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run under runs_dir: letters, digits, dot, dash, underscore."""
+    runs_dir: str = "runs"
+    """Folder that holds run folders."""
+    published: dict[str, float] = Field(default_factory=dict)
+    """Published accuracies in per cent to set beside ours in the report (all, head, mid, tail)."""
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mixup: MixupConfig = MixupConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    teacher_training: TeacherTrainingConfig = TeacherTrainingConfig()
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Dotted field name -> where its value came from (`default`, the file's name, `override`)."""
+        return self._origins
+
+    @property
+    def is_teachers(self) -> bool:
+        """Whether the recipe is for `train-teacher`: it changes ``teacher_training`` and nothing of the student."""
+        kept = (self.student, self.teacher, self.loss) == (StudentConfig(), TeacherConfig(), LossConfig())
+        return kept and self.teacher_training != TeacherTrainingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.mixup.on and self.train.batch_size % 2:
+            raise ValueError(
+                f"train.batch_size: got {self.train.batch_size}, expected an even number because a mixed batch pairs "
+                f"images; use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0"
+            )
+        if self.train.autotune and not self.train.compile:
+            raise ValueError("train.autotune: got true with train.compile=false, expected false: nothing is compiled")
+        if self.loss.drw_epoch >= self.train.epochs:
+            raise ValueError(
+                f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}; "
+                "re-weighting would never start (use -1 to turn it off)"
+            )
+        return self
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            names += _field_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def field_info(name: str) -> FieldInfo:
+    """Return the schema of a dotted field name."""
+    section, _, field = name.rpartition(".")
+    model: Any = Config.model_fields[section].annotation if section else Config
+    return model.model_fields[field]
+
+
+FIELDS = tuple(_field_names(Config))
+SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name))
+TEXTS = frozenset(name for name in FIELDS if field_info(name).annotation is str)
+
+
+def near(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The tail of an error message that offers the nearest known names, or nothing."""
+    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    found = difflib.get_close_matches(name, known, 2, 0.6)
+    found = found or [leaf[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 2, 0.6)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def describe(name: str) -> str:
+    """The documentation of a dotted field name, on one line."""
+    return " ".join((field_info(name).description or "").split())

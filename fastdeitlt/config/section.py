@@ -1,0 +1,48 @@
+"""What every section of the configuration is made of: a frozen group of documented fields, and types of numbers."""
+
+import reprlib
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
+"""Shows a value in an error message."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INT64_MAX, FLOAT_MAX = 2**63 - 1, 1e30
+"""The second leaves room for products below the largest float32."""
+
+
+class Section(BaseModel):
+    """A frozen group of fields that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Section":
+        """Refuse numbers that 64-bit integers and float32 tensors do not hold."""
+        for name, value in self:
+            for number in _numbers(value):
+                if abs(number) > (INT64_MAX if isinstance(number, int) else FLOAT_MAX):
+                    got = SHORT.repr(number)
+                    raise ValueError(f"{name}: got {got}, expected at most {INT64_MAX} (whole) or {FLOAT_MAX:g}")
+        return self
+
+
+def _numbers(value: object) -> list[int | float]:
+    if isinstance(value, tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"expected a range (low, high); use [{bounds[1]}, {bounds[0]}]")
+    return bounds
+
+
+Positive = Annotated[float, Field(gt=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+PerChannel = tuple[Positive, Positive, Positive]
