@@ -1,1 +1,4 @@
-"""What a student is worth: accuracies of both heads, which weights to keep, what validation images can improve."""
+"""Scores from logits and labels: accuracy of both heads by group, calibration, post-hoc corrections, signs of failure.
+
+``evaluate`` also collects the logits. Imports ``data`` and ``models``; ``run``, ``reporting`` and ``tools`` import it.
+"""

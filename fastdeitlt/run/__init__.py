@@ -1,1 +1,4 @@
-"""A run while it lasts: its folder, its counters, who may stop it and what goes wrong."""
+"""A run while it lasts: folder, checkpoints, meter, selection of weights, launch of ranks, signals and exit codes.
+
+Imports ``core``, ``evaluation`` and below; the spine, ``reporting``, ``tools`` and the command line import it.
+"""

@@ -1,4 +1,7 @@
-"""The teacher: losses, sharpness-aware minimisation, training and diagnosis of the flat CNN."""
+"""The teacher's side: losses, sharpness-aware minimisation, training views, the check before a student's first step.
+
+Imports ``core``, ``models`` and ``data``; the spines, ``reporting``, ``tools`` and the command line import it.
+"""
 
 from fastdeitlt.teachers.losses import (
     balanced_softmax_loss,

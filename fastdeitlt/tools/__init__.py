@@ -1,1 +1,4 @@
-"""The verbs beside training."""
+"""The verbs beside training: bench, profile, tune, dry run, demo, ablate, predict, export, doctor.
+
+May import everything; only the command line and the benchmarks import it.
+"""

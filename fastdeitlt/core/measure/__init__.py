@@ -1,1 +1,4 @@
-"""Timing: the timer, the ops of a step with inputs of its shapes, and what the first start on a GPU measures."""
+"""Timing: the timer, the operations of a step at its shapes, and what the first start on a GPU measures.
+
+Imports the step's own modules, never the reverse. ``run``, ``tools`` and the benchmarks may import it.
+"""

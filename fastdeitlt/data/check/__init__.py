@@ -1,1 +1,4 @@
-"""What is wrong or odd with a data set, and with its files."""
+"""`data check` and `data stats`: findings about a data set, its splits and its files.
+
+Imports ``data.sets`` and ``data.pixels``; only the command line imports it.
+"""
