@@ -154,7 +154,7 @@ def _(*arguments: Any) -> None:
         return _launch(*arguments)
     options = _Inputs(*arguments)._asdict()
     betas = options.pop("beta1"), options.pop("beta2")
-    return reference(*(options.pop(name) for name in _Inputs._fields[:4]), betas=betas, **options)
+    return reference(betas=betas, **options)
 
 
 @_op.register_fake
