@@ -150,9 +150,9 @@ def gpu() -> Row:
 DECODE = """
 import sys, numpy, torch
 from PIL import Image
-from fastdeitlt import embedded
-from fastdeitlt.data.files import read_encoded
-from fastdeitlt.data.decoder import Decoder, decoder_version
+from fastdeitlt.data.sets import embedded
+from fastdeitlt.data.pixels.files import read_encoded
+from fastdeitlt.data.pixels.decoder import Decoder, decoder_version
 path = sorted(embedded.unpack().rglob("*.png"))[0]
 file = read_encoded(str(path))
 (pixels,) = Decoder(1, torch.device("{device}"))([file], numpy.array([[0, 0, file.height, file.width]], numpy.int32))
