@@ -69,7 +69,7 @@ SAVE_TWICE = """
 import os, sys
 from pathlib import Path
 import torch
-from fastdeitlt import checkpoint
+from fastdeitlt.store import checkpoint
 from fastdeitlt.run.checkpoints import Checkpoints
 folder, point = Path(sys.argv[1]), sys.argv[2]
 found = Checkpoints(folder)

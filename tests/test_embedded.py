@@ -78,7 +78,7 @@ def test_file_in_the_folders_place_is_replaced(cache):
 
 
 def test_processes_at_once_all_find_the_whole_set(cache):
-    code = "from fastdeitlt import embedded; f = embedded.unpack(); print(sum(1 for p in f.rglob('*.png')))"
+    code = "from fastdeitlt.data.sets import embedded; f = embedded.unpack(); print(sum(1 for p in f.rglob('*.png')))"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
         for _ in range(4)

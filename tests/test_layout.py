@@ -59,6 +59,15 @@ def in_order(imports: dict[str, set[str]]) -> list[str]:
 IMPORTS = {module_of(path): imports_of(path.read_text(encoding="utf-8")) for path in FILES}
 
 
+def test_modules_named_in_any_text_exist():
+    """Code in strings too, such as the doctor's probes, and commands in documents."""
+    folders = ("fastdeitlt", "kernels", "benchmarks", "tests", "docs")
+    texts = [path for folder in folders for kind in ("*.py", "*.md") for path in (ROOT / folder).rglob(kind)]
+    for path in [*ROOT.glob("*.md"), *texts]:
+        named = re.findall(r"(?:from|import|-m) (fastdeitlt\.[\w.]+)", path.read_text(encoding="utf-8"))
+        assert {name.rstrip(".") for name in named} <= IMPORTS.keys(), path
+
+
 def test_no_import_goes_round():
     assert set(in_order(IMPORTS)) == IMPORTS.keys()
     lazily = "def late():\n    from fastdeitlt.data import longtail"
