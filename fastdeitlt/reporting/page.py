@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import rich.table
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from rich.text import Text
 
 from fastdeitlt import __version__
 from fastdeitlt.errors import UserError, printable
@@ -93,6 +95,16 @@ def best_cells(rows: list[list[str]]) -> frozenset[tuple[str, int]]:
         numbers = {row[0]: float(row[column]) for row in rows if row[column] != "-"}
         found |= {(name, column) for name, number in numbers.items() if number == max(numbers.values())}
     return frozenset(found)
+
+
+def for_terminal(table: Table) -> rich.table.Table:
+    """Return a table as the terminal shows it."""
+    shown = rich.table.Table(title=table.caption, title_justify="left")
+    for number, name in enumerate(table.header):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(printable(text)) for text in row))
+    return shown
 
 
 def _shown(value: object) -> object:

@@ -203,16 +203,10 @@ def _gallery(
 
 def tables(facts: dict[str, Any]) -> list[Table]:
     """The numbers for a terminal."""
-    found = []
-    for title, header, rows in (_block_rows(facts), _map_rows(facts)):
-        table = Table(*header, title=title)
-        for row in rows:
-            table.add_row(*row)
-        found.append(table)
-    return found
+    return [page.for_terminal(table) for table in (_block_table(facts), _map_table(facts))]
 
 
-def _block_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _block_table(facts: dict[str, Any]) -> page.Table:
     header = ["block", "px", *(f"rank {token}, {c}" for token in facts["rank"] for c in CENTRINGS)]
     header += ["CLS-DIST cosine", "patch cosine"]
     rows = [
@@ -225,16 +219,16 @@ def _block_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]
         ]
         for index, heads in enumerate(facts["distance"])
     ]
-    return f"By block, {facts['images']:,} {facts['set']} images", header, rows
+    return page.Table(f"By block, {facts['images']:,} {facts['set']} images", header, rows)
 
 
-def _map_rows(facts: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _map_table(facts: dict[str, Any]) -> page.Table:
     header = ["classes", "images", "likeness", "spread CLS", "spread DIST"]
     rows = [
         [group, f"{m['images']:,}", *(cell(m[key], 3) for key in ("likeness", "spread_cls", "spread_dist"))]
         for group, m in facts["maps"].items()
     ]
-    return "Rollout maps of CLS and DIST", header, rows
+    return page.Table("Rollout maps of CLS and DIST", header, rows)
 
 
 def section(facts: dict[str, Any]) -> Section:
@@ -252,8 +246,8 @@ def section(facts: dict[str, Any]) -> Section:
             "Likeness of tokens",
             figures.over_blocks({"CLS and DIST": facts["cosine"], "patches": facts["patch_similarity"]}, "cosine"),
         ),
-        page.Table(*_map_rows(facts)),
-        page.Fold("Every block", page.Table(*_block_rows(facts))),
+        _map_table(facts),
+        page.Fold("Every block", _block_table(facts)),
     ]
     note = (
         f"On {facts['images']:,} {facts['set']} images. Pictures: the first image of each class, none picked; each map "

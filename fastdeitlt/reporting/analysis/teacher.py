@@ -11,11 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from fastdeitlt import config
 from fastdeitlt.config import Config
-from fastdeitlt.errors import UserError, printable
+from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import GROUPS, cell
 from fastdeitlt.models.saved import run_of
 from fastdeitlt.reporting import figures, page
@@ -91,16 +90,7 @@ def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple
 
 def tables(facts: dict[str, Any]) -> list[Table]:
     """The tables for a terminal."""
-    shown = []
-    for block in section(facts).blocks:
-        if isinstance(block, page.Table):
-            table = Table(title=block.caption, title_justify="left")
-            for number, name in enumerate(block.header):
-                table.add_column(name, justify="right" if number else "left")
-            for row in block.rows:
-                table.add_row(*(Text(printable(shown)) for shown in row))
-            shown.append(table)
-    return shown
+    return [page.for_terminal(block) for block in section(facts).blocks if isinstance(block, page.Table)]
 
 
 def section(facts: dict[str, Any]) -> Section:
