@@ -22,6 +22,8 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Types of activations that the kernels accept."""
 _SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool",
     torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?",

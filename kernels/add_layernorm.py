@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 import triton
 from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms, schema
+from fastdeitlt.kernels._launch import FLOATS, AotConfig, LaunchConfig, check, interpreted, launch, num_sms, schema
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels._pick import pick
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 4096
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
-from fastdeitlt.kernels._launch import check, interpreted
+from fastdeitlt.kernels._launch import FLOATS, check, interpreted
 from fastdeitlt.kernels._pick import FLASH_MODULES, pick_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +28,6 @@ from fastdeitlt.errors import UserError
 __all__ = ["WIDTHS", "aot_configs", "attention", "attention_first", "reference"]
 
 WIDTHS = (32, 64, 96, 128)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
 FLASH = dict.fromkeys(("flash", *FLASH_MODULES), SDPBackend.FLASH_ATTENTION)
 GPU_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}

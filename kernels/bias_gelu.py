@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, num_sms
+from fastdeitlt.kernels._launch import FLOATS, AotConfig, LaunchConfig, check, interpreted, launch, num_sms
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels._pick import pick
 from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FORWARD = LaunchConfig({"ROWS": 4, "BLOCK": 512}, num_warps=4)
 BACKWARD = LaunchConfig({"ROWS": 8, "BLOCK": 256, "PROGRAMS": 4}, num_warps=4, num_stages=2)
 """Defaults; the backward has PROGRAMS on a multiprocessor for all columns together."""

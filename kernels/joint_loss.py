@@ -33,11 +33,10 @@ from fastdeitlt.kernels._joint_loss_reference import (
     gathered,
     reference_losses,
 )
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, interpreted, launch, schema
+from fastdeitlt.kernels._launch import FLOATS, AotConfig, LaunchConfig, check, interpreted, launch, schema
 from fastdeitlt.kernels._measured import setting
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_BLOCK = 1024
 
 

@@ -370,7 +370,7 @@ def test_a_measured_flash_attention_that_is_not_installed_is_not_chosen(registry
     ("change", "message"),
     [
         (lambda x: (x[:, :, :2], {}), r"qkv has shape \(1, 18, 2, 1, 32\), expected \(any, any, 3, any, any\)"),
-        (lambda x: (x.double(), {}), "qkv has dtype float64, expected bfloat16 or float16 or float32"),
+        (lambda x: (x.double(), {}), "qkv has dtype float64, expected float32 or float16 or bfloat16"),
         (lambda x: (x.expand(2, -1, -1, -1, -1), {}), "expected contiguous"),
         (lambda x: (x, {"query_rows": 0}), "got query_rows 0, expected 1 to 18"),
         (lambda x: (x, {"query_rows": 17}), "up to 16 query rows or all, got 17"),
