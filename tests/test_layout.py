@@ -59,12 +59,19 @@ def in_order(imports: dict[str, set[str]]) -> list[str]:
 IMPORTS = {module_of(path): imports_of(path.read_text(encoding="utf-8")) for path in FILES}
 
 
-def test_modules_named_in_any_text_exist():
-    """Code in strings too, such as the doctor's probes, and commands in documents."""
+def texts_of(path: Path) -> list[str]:
+    """The strings of a module, or a document."""
+    text = path.read_text(encoding="utf-8")
+    nodes = ast.walk(ast.parse(text)) if path.suffix == ".py" else [ast.Constant(text)]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_modules_named_in_texts_exist():
+    """In programs that are strings, such as the doctor's probes, and in commands of documents."""
     folders = ("fastdeitlt", "kernels", "benchmarks", "tests", "docs")
-    texts = [path for folder in folders for kind in ("*.py", "*.md") for path in (ROOT / folder).rglob(kind)]
-    for path in [*ROOT.glob("*.md"), *texts]:
-        named = re.findall(r"(?:from|import|-m) (fastdeitlt\.[\w.]+)", path.read_text(encoding="utf-8"))
+    paths = [path for folder in folders for kind in ("*.py", "*.md") for path in (ROOT / folder).rglob(kind)]
+    for path in [*ROOT.glob("*.md"), *paths]:
+        named = [name for t in texts_of(path) for name in re.findall(r"(?:from|import|-m) (fastdeitlt\.[\w.]+)", t)]
         assert {name.rstrip(".") for name in named} <= IMPORTS.keys(), path
 
 
