@@ -51,13 +51,6 @@ def gathered(labels: Tensor, options: dict[str, Any]) -> tuple[Target, LossSpec]
     return Target(labels, **target), LossSpec(**{k: v for k, v in options.items() if k not in target})
 
 
-def reference(
-    cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
-) -> JointLoss:
-    """``reference_losses`` with the fields of ``Target`` and ``LossSpec`` as keywords."""
-    return reference_losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
-
-
 def reference_losses(
     cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, target: Target, spec: LossSpec
 ) -> JointLoss:

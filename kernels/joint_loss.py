@@ -60,6 +60,13 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
     return setting("joint_loss", found, device, default)
 
 
+def reference(
+    cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
+) -> JointLoss:
+    """``reference_losses`` with the fields of ``Target`` and ``LossSpec`` as keywords."""
+    return reference_losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
+
+
 class _Inputs(NamedTuple):
     """What both operators accept; their schema has the fields of target and specification in place of the two."""
 
