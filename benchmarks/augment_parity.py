@@ -20,6 +20,7 @@ from benchmarks.bench_augment import PHOTOS
 from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.augment.randaugment import FUNCTIONS, OPS
+from fastdeitlt.data.pixels.resize import crop_resize
 from tests import timm_oracle
 
 SIZE = 224
@@ -51,7 +52,7 @@ def chain(exact: bool) -> dict[str, Any]:
     sources = [photos()[i % len(PHOTOS)] for i in range(CHAINS)]
     draws = augment.draw(np.arange(CHAINS), np.zeros(CHAINS, int), seed=0, epoch=0, cfg=CFG, size=SIZE)
     boxes_B4 = draws.boxes(np.array([image.shape[:2] for image in sources]))
-    crops = augment.crop_resize([torch.from_numpy(image) for image in sources], boxes_B4, SIZE, exact=exact)
+    crops = crop_resize([torch.from_numpy(image) for image in sources], boxes_B4, SIZE, exact=exact)
     std_C11 = torch.tensor(CFG.std).view(3, 1, 1)
     images = augment.apply(crops, draws, CFG)
     psnr, worst = [], 0.0

@@ -23,6 +23,7 @@ from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.augment.randaugment import OPS, rand_augment
 from fastdeitlt.data.augment.warps import FILL
+from fastdeitlt.data.pixels.resize import crop_resize
 
 PHOTOS = sorted((Path(__file__).resolve().parent.parent / "tests" / "data" / "photos").glob("*.jpg"))
 OP_SHAPES = ((224, 8), (32, 16))
@@ -84,7 +85,7 @@ def chain_cases() -> Iterable[harness.Case]:
                 return torch.stack([transform(image) for image in pillow])
 
         def fastdeitlt(sources=sources, boxes_B4=boxes_B4, draws=draws, side: int = side) -> torch.Tensor:
-            return augment.apply(augment.crop_resize(sources, boxes_B4, side), draws, cfg)
+            return augment.apply(crop_resize(sources, boxes_B4, side), draws, cfg)
 
         name = f"{size[0]} x {size[1]} to {side} px B={batch}"
         yield harness.Case(name, {"timm": timm, "fastdeitlt": fastdeitlt}, "timm")

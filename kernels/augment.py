@@ -30,6 +30,7 @@ from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import transform as torch_augment
 from fastdeitlt.data.augment.transform import Draws
 from fastdeitlt.data.mixup import MixDraw
+from fastdeitlt.data.pixels.resize import crop_resize
 from fastdeitlt.errors import UserError
 
 TWO_LEVELS = 2 / 255
@@ -155,7 +156,7 @@ def reference(
     _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, dtype)
     places = zip(starts_B.tolist(), sizes_B2.tolist(), strict=True)
     sources = [pixels[start : start + 3 * height * width].view(height, width, 3) for start, (height, width) in places]
-    crops = torch_augment.crop_resize(sources, boxes_B4, size, exact=True)
+    crops = crop_resize(sources, boxes_B4, size, exact=True)
     return mixup.apply(torch_augment.apply(crops, draws, cfg), mix).to(dtype)
 
 

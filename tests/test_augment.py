@@ -17,6 +17,7 @@ from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from fastdeitlt.data.augment import counter
 from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.augment.transform import Draws
+from fastdeitlt.data.pixels.resize import crop_resize
 
 NUM = 50_000
 SIZE = 224
@@ -218,7 +219,7 @@ def test_whole_chain_is_timms_with_the_same_parameters(exact: bool, worst_psnr: 
     sources = [photos()[i % 2] for i in range(60)]
     draws = drawn(num=60, size=size)
     boxes_B4 = draws.boxes(np.array([image.shape[:2] for image in sources]))
-    crops = augment.crop_resize([torch.from_numpy(image) for image in sources], boxes_B4, size, exact=exact)
+    crops = crop_resize([torch.from_numpy(image) for image in sources], boxes_B4, size, exact=exact)
     for b, image in enumerate(augment.apply(crops, draws, DEIT)):
         expected = timm_chain(sources[b], boxes_B4[b].tolist(), draws, b, size)
         top, left, height, width = draws.erase_B4[b].tolist()

@@ -13,6 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from tiny_run import tiny_run
 
@@ -92,14 +93,12 @@ def test_teacher_and_student_have_headings_bars_and_evaluations_that_stay(tmp_pa
 
 
 def test_every_example_of_the_help_is_a_command():
-    parser = cli._parser()
-    verbs = set(next(action.choices for action in parser._actions if action.dest == "verb"))
-    assert EXAMPLES.keys() - {""} <= verbs
+    assert EXAMPLES.keys() - {""} <= cli.VERBS.keys()
     assert {"train", "train-teacher", "predict", "export", "config", "data"} <= EXAMPLES.keys()
     for verb, lines in EXAMPLES.items():
         for line in lines:
             if not line.endswith("--help"):
-                parsed = cli._parse(shlex.split(line))
+                parsed = cli.parse(shlex.split(line))
                 assert parsed.verb == verb or not verb
 
 
@@ -139,7 +138,7 @@ def test_config_show_filters_by_section_setting_and_change(capsys):
 
 
 def _loaded(text):
-    return config.build(config._flatten(config.yaml.safe_load(text)))
+    return config.merge(config.Config(), yaml.safe_load(text))
 
 
 def test_config_show_names_the_nearest_setting(capsys):
