@@ -18,6 +18,12 @@ def printable(text: object) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 class", "2 classes", "1,000 ranks"."""
+    plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def csv_name(text: object) -> str:
     """Return a name for a cell of a CSV file, after an apostrophe where a spreadsheet would take it for a formula."""
     shown = printable(text)

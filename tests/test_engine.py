@@ -390,7 +390,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(changes, world, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"loss\.normalise=global: got train\.virtual_ranks=4 on 1 ranks.*train\.virtual_ranks=1"),
+        ({}, r"loss\.normalise=global: got train\.virtual_ranks=4 on 1 rank;.*train\.virtual_ranks=1"),
         ({"loss.reweight_cls": True, "train.virtual_ranks": 1}, r"loss\.reweight_cls weights the CLS loss too"),
     ],
 )

@@ -6,7 +6,7 @@ import errno
 import pytest
 import torch
 
-from fastdeitlt.errors import UserError, csv_name, is_memory_full, printable
+from fastdeitlt.errors import UserError, counted, csv_name, is_memory_full, printable
 
 EVIL = "\x1b]0;title\x07\x1b[2J\r\ncat\u202e\x9b1m\udcff"
 
@@ -42,3 +42,16 @@ def test_a_name_in_a_csv_cell_is_no_formula(name):
 )
 def test_memory_that_is_refused_is_told_from_other_errors(error, full):
     assert is_memory_full(error) == full
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "rank", "1 rank"),
+        (2, "class", "2 classes"),
+        (1, "class", "1 class"),
+        (1200, "micro-batch", "1,200 micro-batches"),
+    ],
+)
+def test_one_of_a_thing_is_no_plural(number, noun, text):
+    assert counted(number, noun) == text

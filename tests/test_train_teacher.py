@@ -297,7 +297,7 @@ def test_ranks_take_the_step_of_the_whole_batch_and_train_one_teacher(data: Path
 
 
 def test_more_parts_than_images_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="got 9, expected at least 2 images for each of 1 ranks x 5 micro-batches"):
+    with pytest.raises(UserError, match="got 9, expected at least 2 images for each of 1 rank x 5 micro-batches"):
         train_teacher(recipe(data, tmp_path, "accumulate=5"))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastdeitlt.config import Config
 from fastdeitlt.data.augment import counter
 from fastdeitlt.data.sampling import Sampling, sampling_of
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 ORDER, STEP = 210, 211
 """Streams of the generator."""
@@ -98,7 +98,8 @@ def teacher_plan_of(
     if plan.batch_size < MIN_PART * world * t.accumulate:
         raise UserError(
             f"teacher_training.batch_size: got {plan.batch_size}, expected at least {MIN_PART} images for each of "
-            f"{world} ranks x {t.accumulate} micro-batches, as batch norm needs. Use a larger batch or fewer of them."
+            f"{counted(world, 'rank')} x {counted(t.accumulate, 'micro-batch')}, as batch norm needs. Use a larger "
+            "batch or fewer of them."
         )
     if plan.steps == 0:
         raise UserError(f"teacher_training.batch_size: got {plan.batch_size}, the set has {plan.n} images; lower it")

@@ -32,6 +32,7 @@ from fastdeitlt.core.assemble import Parts
 from fastdeitlt.core.measure.flops import peak_flops
 from fastdeitlt.core.measure.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
 from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.errors import counted
 from fastdeitlt.run.folder import environment
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
@@ -108,7 +109,7 @@ def bench(
         if not given:
             result["left_out"]["scaling over ranks"] = "one GPU or none, or --quick; ask with --ranks 1 2"
     else:
-        rows[0] |= {"candidate": f"{world} ranks", "images_per_s": rows[0]["images_per_s"] * world}
+        rows[0] |= {"candidate": counted(world, "rank"), "images_per_s": rows[0]["images_per_s"] * world}
     result["rows"] = rows
     if rank == 0:
         if json_path:
@@ -210,12 +211,13 @@ def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
         command += ["fastdeitlt.cli", "bench", config_name, *overrides, "--quick", "--batches", "--json", str(out)]
         command += ["--synthetic"] if synthetic else []
+        name = counted(number, "rank")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not out.is_file():
             said = (done.stderr or done.stdout).strip().splitlines()
             why = next((line for line in said if "Error" in line or "error:" in line), f"exit code {done.returncode}")
-            return {"op": "bench", "case": config_name, "candidate": f"{number} ranks", "failed": why.strip()[:200]}
-        return json.loads(out.read_text(encoding="utf-8"))["rows"][0] | {"candidate": f"{number} ranks"}
+            return {"op": "bench", "case": config_name, "candidate": name, "failed": why.strip()[:200]}
+        return json.loads(out.read_text(encoding="utf-8"))["rows"][0] | {"candidate": name}
 
 
 def _powers_of_two(most: int) -> list[int]:

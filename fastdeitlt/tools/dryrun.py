@@ -22,7 +22,7 @@ from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.data.teacher_plan import teacher_plan_of
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models import create_student
 from fastdeitlt.models.start import start_from
 from fastdeitlt.models.teacher import Teacher
@@ -132,7 +132,7 @@ def _open(cfg: Config) -> _Opened:
     sets = open_training_sets(cfg.data)
     looked = distributed.on_main(lambda: check_files(sets, cfg.data))
     distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
-    rows = {"training images": f"{len(sets.train):,} in {sets.num_classes} classes", "looked at": looked}
+    rows = {"training images": f"{len(sets.train):,} in {counted(sets.num_classes, 'class')}", "looked at": looked}
     return _Opened(sets, distributed.device_of(cfg.train.device), world, rows)
 
 

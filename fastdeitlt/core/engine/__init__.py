@@ -14,7 +14,7 @@ from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.core.joint import JointForward
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.data.sampler import Plan
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 
@@ -48,8 +48,9 @@ def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
         return
     if plan.virtual_ranks > plan.world:
         raise UserError(
-            f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks} on {plan.world} ranks; a rank that "
-            "plays several in turn does not know the weights of the later ones when it needs them; use as many "
+            f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks} on "
+            f"{counted(plan.world, 'rank')}; a rank that plays several in turn does not know the weights of the later "
+            "ones when it needs them; use as many "
             f"virtual ranks as real ones (train.virtual_ranks={plan.world}), or loss.normalise=rank"
         )
     if joint.teacher is None or cfg.loss.reweight_cls:

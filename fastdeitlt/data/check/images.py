@@ -6,8 +6,9 @@ from collections import defaultdict
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.scan import scan_files
 from fastdeitlt.data.sets.counts import KNOWN_CLASSES
-from fastdeitlt.data.sets.findings import NUM_EXAMPLES, many
+from fastdeitlt.data.sets.findings import NUM_EXAMPLES
 from fastdeitlt.data.sets.types import Finding, Level, LongTailSet, Sets
+from fastdeitlt.errors import counted
 
 
 def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:
@@ -27,7 +28,7 @@ def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: boo
             found["note", note].append(path)
         digests.append(scan.digest or path.encode())
     findings = [
-        Finding(level, split, f"{many(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
+        Finding(level, split, f"{counted(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
         for (level, what), paths in found.items()
     ]
     return findings, digests
@@ -62,4 +63,4 @@ def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[byte
 
 
 def _named(level: Level, split: str, what: str, names: list[str]) -> Finding:
-    return Finding(level, split, f"duplicate: {many(len(names), 'image')} {what}", tuple(names[:NUM_EXAMPLES]))
+    return Finding(level, split, f"duplicate: {counted(len(names), 'image')} {what}", tuple(names[:NUM_EXAMPLES]))

@@ -7,15 +7,10 @@ from fastdeitlt.config import Config, DataConfig
 from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.counts import CIFAR_CLASSES, KNOWN_COUNTS, cifar_lt_counts
 from fastdeitlt.data.sets.types import Finding, LongTailSet, Sets
+from fastdeitlt.errors import counted
 
 FEW_IMAGES = 5
 NUM_EXAMPLES = 3
-
-
-def many(number: int, noun: str) -> str:
-    """A number of things, as text."""
-    plural = {"image": "images", "file": "files", "class": "classes"}[noun]
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
@@ -55,10 +50,10 @@ def opening_findings(sets: Sets) -> list[Finding]:
     for split, images in sets:
         absent = [k for k, n in enumerate(images.counts) if n == 0 and train.counts[k]]
         if split != "train" and absent:
-            message = f"{many(len(absent), 'class')} without {split} images, so without a measured accuracy"
+            message = f"{counted(len(absent), 'class')} without {split} images, so without a measured accuracy"
             findings.append(Finding("warning", split, message, _some(train, absent)))
         if images.left_out and split not in sets.held_out:
-            message = f"{many(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
+            message = f"{counted(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
             findings.append(Finding("warning", split, message, tuple(images.left_out[:NUM_EXAMPLES])))
     return findings
 
@@ -67,7 +62,7 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
     """Classes with few images, missing or lopsided splits."""
     findings = []
     if few := [k for k, n in enumerate(sets.train.counts) if 0 < n < FEW_IMAGES]:
-        message = f"{many(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
+        message = f"{counted(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
         findings.append(Finding("note", "train", message, _some(sets.train, few)))
     if sets.test is None:
         findings.append(Finding("warning", "test", "no test set, so there is nothing to report accuracy on"))

@@ -18,7 +18,7 @@ from fastdeitlt.data.sets.counts import CIFAR_CLASSES
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, read_folder, split_folders
 from fastdeitlt.data.sets.lists import read_list
 from fastdeitlt.data.sets.types import SPLITS, Finding, LongTailSet, class_counts
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -152,8 +152,8 @@ def renumber(images: LongTailSet, classes: Classes, what: str, exact: bool = Fal
             labels_N = number_K[labels_N]
     elif images.num_classes > classes.num_classes or ((names or exact) and images.num_classes < classes.num_classes):
         raise UserError(
-            f"{what}: got {images.num_classes} classes, expected the {classes.num_classes} of {classes.whose}. "
-            "Give data of the same classes."
+            f"{what}: got {counted(images.num_classes, 'class')}, expected the {classes.num_classes} of "
+            f"{classes.whose}. Give data of the same classes."
         )
     elif classes.whose and bool(names) != bool(classes.names):
         log.warning("%s: classes are those of %s by position, because only one of them has names", what, classes.whose)
