@@ -30,7 +30,7 @@ Recipe = str | Path | Config
 """A shipped recipe by name, a YAML file, or a configuration."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """What a model says of one image. Classes are the labels of the data set."""
 
