@@ -12,10 +12,19 @@ class DataConfig(Section):
     """Which images."""
 
     dataset: Literal[
-        "fashion_mnist_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18", "places_lt", "list", "folder"
+        "fashion_mnist_lt",
+        "cifar10_lt",
+        "cifar100_lt",
+        "imagenet_lt",
+        "inat18",
+        "places_lt",
+        "list",
+        "folder",
+        "shards",
     ] = "fashion_mnist_lt"
     """Data set. `fashion_mnist_lt` is embedded; `list` takes train_list/val_list/test_list; `folder` takes
-    root/{train,val,test}/<class>/<image>, or root/<class>/<image>, which it splits by class."""
+    root/{train,val,test}/<class>/<image>, or root/<class>/<image>, which it splits by class; `shards` takes tars as of
+    WebDataset, zips, and parquet files as of Hugging Face, train-*, val-* and test-*, under root."""
     root: str = ""
     """Folder that holds the images; lists may not leave it. Empty: the embedded set."""
     train_list: str = ""
@@ -55,7 +64,7 @@ class DataConfig(Section):
     @property
     def title(self) -> str:
         """What people call the data set: its name, or that of the folder of their own images."""
-        own = self.dataset in ("folder", "list")
+        own = self.dataset in ("folder", "list", "shards")
         return (own and Path(self.root).expanduser().resolve().name) or self.dataset
 
 

@@ -19,7 +19,7 @@ def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: boo
         return [], [path.encode() for path in images.paths]
     found: dict[tuple[Level, str], list[str]] = defaultdict(list)
     digests = []
-    for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg), strict=True):
+    for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg, images.blobs), strict=True):
         if scan.problem:
             found["error", scan.problem].append(path)
         if scan.doubt:

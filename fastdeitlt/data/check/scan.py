@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from fastdeitlt.data.pixels.files import (
     stated_orientation,
 )
 from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.sets.blobs import Blob, Blobs
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.errors import UserError
 
@@ -56,16 +58,18 @@ class Scan:
     """sha256 of the file; empty if it could not be read."""
 
 
-def scan_files(root: str, names: list[str], cfg: DataConfig) -> Iterator[Scan]:
+def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None = None) -> Iterator[Scan]:
     """Read and decode each image (relative to ``root``) as training does, in order; progress on a terminal.
 
     Never raises for a bad image.
 
     Args:
         cfg: ``num_threads`` (0 = the cores) and ``exif``.
+        blobs: where the images lie inside shards; None: each is a file.
     """
     threads, console = num_threads(cfg.num_threads), Console(stderr=True)
-    groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
+    numbers = range(len(names))
+    groups = [numbers[start : start + GROUP] for start in range(0, len(names), GROUP)]
     with (
         warnings.catch_warnings(),
         closing(Workers(threads)) as workers,
@@ -73,8 +77,9 @@ def scan_files(root: str, names: list[str], cfg: DataConfig) -> Iterator[Scan]:
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is in the Scan
 
-        def start(group: list[str]) -> Callable[[], list[Scan]]:
-            looks = [workers.pool.submit(_look, root, name, cfg.exif) for name in group]
+        def start(group: range) -> Callable[[], list[Scan]]:
+            places = [blobs[i] if blobs else os.path.join(root, names[i]) for i in group]
+            looks = [workers.pool.submit(_look, root, place, cfg.exif) for place in places]
             return partial(_decode, looks, decoder)
 
         shown = track(groups, "reading images", console=console, transient=True, disable=not console.is_terminal)
@@ -124,7 +129,7 @@ def _faults(images: LongTailSet, split: str) -> dict[int, str]:
         found = {}
         for index in part:
             try:
-                glance(os.path.join(images.root, images.paths[index]))
+                glance(images.place(index))
             except UnreadableError as error:
                 found[index] = str(error)
         return found
@@ -135,16 +140,15 @@ def _faults(images: LongTailSet, split: str) -> dict[int, str]:
         return {index: reason for part in found for index, reason in part.items()}
 
 
-def _look(root: str, name: str, exif: str) -> tuple[Scan, Encoded | None]:
+def _look(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None]:
     """The file for the decoder, or its problem, and what Pillow finds odd about it."""
-    path = os.path.join(root, name)
     try:
-        file = read_encoded(path, exif=exif)
-        with open(path, "rb") as handle:
-            data = handle.read()
+        file = read_encoded(place, exif=exif)
+        data = place.read() if isinstance(place, Blob) else Path(place).read_bytes()
     except UnreadableError as error:
         return Scan(str(error)), None
-    notes = () if _inside(root, path) else ("reached through a link that leaves the root",)
+    is_inside = isinstance(place, Blob) or _inside(root, place)
+    notes = () if is_inside else ("reached through a link that leaves the root",)
     doubt, odd = _oddities(data, exif)
     return Scan("", doubt, notes + odd, hashlib.sha256(data).digest()), file
 

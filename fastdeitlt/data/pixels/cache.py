@@ -118,10 +118,9 @@ def open_decoded(
         else:  # decoded into a draft, which would occupy the disk as long as it is mapped
             decoded = replace(decoded, pixels=decoded.pixels.clone())
     if cfg.on_error == "raise" and len(decoded.unreadable):  # another run skipped them
-        name = os.path.join(images.root, images.paths[decoded.unreadable[0]])
         raise UserError(
-            f"image {name}: cannot be read ({len(decoded.unreadable)} of {len(images):,} images cannot); repair them, "
-            "take them off the list, or set data.on_error=skip"
+            f"image {images.name(decoded.unreadable[0])}: cannot be read ({len(decoded.unreadable)} of "
+            f"{len(images):,} images cannot); repair them, take them off the list, or set data.on_error=skip"
         )
     return decoded
 
@@ -135,7 +134,11 @@ def _path(images: LongTailSet, cfg: DataConfig) -> Path:
     key = hashlib.sha256(
         f"{FORMAT} {decoder_version()} torch {torch.__version__} {cfg.stored_short_side} {cfg.exif} {root}".encode()
     )
-    for path in images.paths:
+    if images.blobs:
+        blobs = images.blobs
+        for values in (blobs.file_N, blobs.start_N, blobs.size_N, blobs.deflated_N):
+            key.update(np.ascontiguousarray(values).data)
+    for path in images.blobs.files if images.blobs else images.paths:
         try:
             status = os.stat(os.path.join(root, path))
             key.update(f"\n{path}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))

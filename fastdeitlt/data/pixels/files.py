@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastdeitlt.data.sets.blobs import MAX_BYTES, Blob
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """Pillow names of what is taken. Not JPEG2000: a damaged one ends the process in DALI 2.4."""
 MAX_PIXELS = 89_478_485
 """Largest image taken: Pillow's limit against decompression bombs."""
-MAX_BYTES = 256 * 2**20
-"""Largest file taken."""
 PILLOW_ERRORS = (
     OSError,
     EOFError,
@@ -60,8 +60,8 @@ class Encoded:
     """How the stored pixels are to be turned, 1 to 8 as in EXIF; ``height`` and ``width`` are of the turned image."""
 
 
-def read_encoded(path: str, sample: int = 0, *, exif: str = "ignore", header_only: bool = False) -> Encoded:
-    """Read a file and check what can be checked without decoding it.
+def read_encoded(place: str | Blob, sample: int = 0, *, exif: str = "ignore", header_only: bool = False) -> Encoded:
+    """Read a file, or a part of one, and check what can be checked without decoding it.
 
     A file that ends before its image does is refused here, because decoding a region above the cut would not show it.
 
@@ -73,7 +73,7 @@ def read_encoded(path: str, sample: int = 0, *, exif: str = "ignore", header_onl
     Raises:
         UnreadableError: no regular file, empty, not an image, truncated, too large.
     """
-    with _unreadable(), _open_file(path) as file:
+    with _unreadable(), _open(place) as file:
         return _examine(file, sample, exif, header_only)
 
 
@@ -93,22 +93,25 @@ def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") ->
         return _examine(buffer, sample, exif, header_only=False)
 
 
-def glance(path: str) -> None:
-    """Look at the first and last bytes of a file: is it an image that is there to its end?
+def glance(place: str | Blob) -> None:
+    """Look at the first and last bytes of a file: is it an image that is there to its end? Of a blob, at its header.
 
     Raises:
         UnreadableError: see ``read_encoded``.
     """
+    if isinstance(place, Blob):
+        read_encoded(place, header_only=True)
+        return
     beginning = end = b""
     with suppress(OSError):  # read_encoded finds the reason
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
         try:
             size = os.fstat(descriptor).st_size
             beginning, end = os.pread(descriptor, 16, 0), os.pread(descriptor, 16, max(0, size - 16))
         finally:
             os.close(descriptor)
     if not any(beginning.startswith(mark) and end.endswith(_ENDS[kind]) for kind, mark in _BEGINNINGS.items()):
-        read_encoded(path, header_only=True)
+        read_encoded(place, header_only=True)
 
 
 def shrunk(sizes_N2: np.ndarray, short_side: int) -> np.ndarray:
@@ -128,15 +131,18 @@ def _unreadable() -> Iterator[None]:
 
 
 @contextmanager
-def _open_file(path: str) -> Iterator[BinaryIO]:
-    status = os.stat(path)
+def _open(place: str | Blob) -> Iterator[BinaryIO]:
+    if isinstance(place, Blob):
+        yield io.BytesIO(place.read())
+        return
+    status = os.stat(place)
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would hang
         raise UnreadableError("not a file")
     if status.st_size == 0:
         raise UnreadableError("empty file")
     if status.st_size > MAX_BYTES:
         raise UnreadableError(f"larger than {MAX_BYTES // 2**20} MiB")
-    with open(path, "rb") as file:
+    with open(place, "rb") as file:
         yield file
 
 

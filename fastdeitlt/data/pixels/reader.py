@@ -6,7 +6,6 @@ What comes out is a pure function of the files and the request, so a run resumed
 # N images in the set, B images of a request, U distinct images of a group of requests, H height, W width, S output side
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -192,24 +191,20 @@ class Stream:
 
     def _try(self, sample: int, header_only: bool = False) -> Encoded | None:
         try:
-            return read_encoded(self._path(sample), sample, exif=self._exif, header_only=header_only)
+            return read_encoded(self._images.place(sample), sample, exif=self._exif, header_only=header_only)
         except UnreadableError as error:
             self._refuse(sample, str(error))
         return None
 
-    def _path(self, sample: int) -> str:
-        return os.path.join(self._images.root, self._images.paths[sample])
-
     def _refuse(self, sample: int, reason: str) -> None:
         """Raise, or note once that the image is left out."""
+        name = self._images.name(sample)
         if not self._skip:
-            raise UserError(
-                f"image {self._path(sample)}: {reason}; repair it, take it off the list, or set data.on_error=skip"
-            )
+            raise UserError(f"image {name}: {reason}; repair it, take it off the list, or set data.on_error=skip")
         with self._refusing:
             if sample not in self.unreadable:
                 self.unreadable.add(sample)
-                log.warning("image %s: %s; skipped (%d so far)", self._path(sample), reason, len(self.unreadable))
+                log.warning("image %s: %s; skipped (%d so far)", name, reason, len(self.unreadable))
 
     def _replace(
         self, decoder: Decoder, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeitlt.data.sets.blobs import Blob
 from fastdeitlt.data.sets.types import LongTailSet
 
 READ_FILES = 256
@@ -28,13 +29,18 @@ def fingerprint(images: LongTailSet) -> str:
     if images.images_NHWC is not None:
         digest.update(np.ascontiguousarray(images.images_NHWC).data)
         return digest.hexdigest()
-    parts = [images.paths[start::THREADS] for start in range(THREADS)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for sizes in pool.map(lambda paths: [_size(images.root, path) for path in paths], parts):
-            digest.update(np.array(sizes, dtype=np.int64).tobytes())
-    for index in np.unique(np.linspace(0, len(images) - 1, READ_FILES).astype(np.int64)):
+    if images.blobs:
+        digest.update(images.blobs.size_N.tobytes())
+    else:
+        parts = [images.paths[start::THREADS] for start in range(THREADS)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for sizes in pool.map(lambda paths: [_size(images.root, path) for path in paths], parts):
+                digest.update(np.array(sizes, dtype=np.int64).tobytes())
+    for index in np.unique(np.linspace(0, len(images) - 1, READ_FILES).astype(np.int64)).tolist():
         try:
-            digest.update(hashlib.sha256((Path(images.root) / images.paths[index]).read_bytes()).digest())
+            place = images.place(index)
+            data = place.read() if isinstance(place, Blob) else Path(place).read_bytes()
+            digest.update(hashlib.sha256(data).digest())
         except OSError:  # the reader says what is wrong with it, or leaves it out (data.on_error)
             digest.update(b"unreadable")
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from fastdeitlt.data.sets.class_names import listed, match_names
 from fastdeitlt.data.sets.counts import CIFAR_CLASSES
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, read_folder, split_folders
 from fastdeitlt.data.sets.lists import read_list
+from fastdeitlt.data.sets.shards import names_split, read_shards, split_shards
 from fastdeitlt.data.sets.types import SPLITS, Finding, LongTailSet, class_counts
 from fastdeitlt.errors import UserError, counted
 
@@ -39,6 +40,7 @@ SOURCES = {
     "places_lt": "images: Places365 of places2.csail.mit.edu, 256 x 256, so that data_256/a/airfield/*.jpg is there; "
     "lists: Places_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
     "folder": "train/<class>/<image>, and val/ and test/ of the same form; or <class>/<image>",
+    "shards": "train-*.tar, .zip or .parquet, and val-* and test-* of the same form; or shards of any names",
 }
 """Where the published sets come from and how they lie under data.root, for a message that one is not there."""
 FLAT_HOLDOUTS = {"val": 0.1, "test": 0.2}
@@ -87,6 +89,8 @@ def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
         places = Places(readers, dict.fromkeys(sets, f"data {cfg.dataset}"))
     elif cfg.dataset == "folder":
         places = _find_folders(cfg)
+    elif cfg.dataset == "shards":
+        places = _find_shards(cfg)
     else:
         root = _root(cfg)
         found = {split: _find_list(cfg, root, split, split in required) for split in SPLITS}
@@ -168,7 +172,7 @@ def _root(cfg: DataConfig) -> str:
         return str(embedded.unpack())
     root = os.path.expanduser(cfg.root)
     if not root:
-        whose = "the" if cfg.dataset in ("list", "folder") else f"{cfg.dataset}'s"
+        whose = "the" if cfg.dataset in ("list", "folder", "shards") else f"{cfg.dataset}'s"
         raise UserError(
             f"data.root: got nothing, expected the folder of {whose} images; set data.root=FOLDER{_source(cfg)}"
         )
@@ -197,6 +201,17 @@ def _find_folders(cfg: DataConfig) -> Places:
     readers = {split: partial(read_folder, root, folder) for split, folder in folders.items()}
     what = {split: f"data folder {Path(root) / folder}" for split, folder in folders.items()}
     return Places(readers, what, shares, remarks=tuple(remarks))
+
+
+def _find_shards(cfg: DataConfig) -> Places:
+    root = _root(cfg)
+    shards = split_shards(root)
+    is_whole = list(shards) == ["train"] and not names_split(shards["train"][0])
+    shares: dict[str, float] = FLAT_HOLDOUTS if is_whole else {}
+    remark = Finding("note", "train", f"no shard under {root} names a split: images are split by class, always alike")
+    readers = {split: partial(read_shards, root, names) for split, names in shards.items()}
+    what = {split: f"shards {Path(root) / names[0]} and on" for split, names in shards.items()}
+    return Places(readers, what, shares, Path(root) / "classes.txt", (remark,) if is_whole else ())
 
 
 def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path | None:

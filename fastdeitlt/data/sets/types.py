@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from fastdeitlt.data.sets.blobs import Blob, Blobs
 from fastdeitlt.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -50,6 +51,8 @@ class LongTailSet:
     """Pixels, uint8 RGB, for sets that come decoded (CIFAR)."""
     left_out: list[str] = field(default_factory=list, repr=False)
     """Files beside the images that are not images by name, or in no class folder."""
+    blobs: Blobs | None = field(default=None, repr=False)
+    """Where images lie inside shards; ``paths`` are then their names."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,6 +61,14 @@ class LongTailSet:
     def num_classes(self) -> int:
         """K."""
         return len(self.counts)
+
+    def place(self, sample: int) -> str | Blob:
+        """Return the file of an image, or where it lies in one."""
+        return self.blobs[sample] if self.blobs else self.name(sample)
+
+    def name(self, sample: int) -> str:
+        """Return what messages call an image: its path with the root."""
+        return os.path.join(self.root, self.paths[sample])
 
     def take(self, chosen: np.ndarray) -> "LongTailSet":
         """The images with the indices ``chosen``, in that order; the same K classes."""
@@ -68,6 +79,7 @@ class LongTailSet:
             labels=labels,
             counts=class_counts(labels, self.num_classes),
             images_NHWC=None if self.images_NHWC is None else self.images_NHWC[chosen],
+            blobs=self.blobs.take(chosen) if self.blobs else None,
         )
 
     def stand_in(self, sample: int, use: Callable[[int], T | None]) -> T:
@@ -82,8 +94,9 @@ class LongTailSet:
         for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
             if (result := use(candidate)) is not None:
                 return result
-        path = os.path.join(self.root, self.paths[sample])
-        raise UserError(f"image {path}: cannot be read, nor can any that could stand in for it; repair or remove them")
+        raise UserError(
+            f"image {self.name(sample)}: cannot be read, nor can any that could stand in for it; repair or remove them"
+        )
 
 
 @dataclass(frozen=True)

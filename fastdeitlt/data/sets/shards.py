@@ -1,0 +1,307 @@
+"""Images inside shards: WebDataset tars, zips, Hugging Face parquet files; an index says where the bytes of each lie.
+
+Tars and zips are read where they lie. A parquet file holds its columns compressed in row groups, so its images are
+copied once, encoded as they are, next to the index in the user's cache.
+"""
+
+# N images in the set
+
+import hashlib
+import json
+import os
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from fastdeitlt.data.sets.blobs import Blobs, inflated
+from fastdeitlt.data.sets.class_names import numbered
+from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image
+from fastdeitlt.data.sets.types import LongTailSet, class_counts
+from fastdeitlt.errors import UserError
+from fastdeitlt.store.files import draft_file
+from fastdeitlt.store.user_cache import user_cache
+
+SUFFIXES = (".tar", ".zip", ".parquet")
+LABEL_SUFFIXES = (".cls", ".json")
+"""Files beside an image, of the same name, that say its class; an image without one has the class of its folder."""
+MAX_LABEL_BYTES = 2**16
+VERSION = 1
+"""Of the index; another one is made anew."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image in a shard."""
+
+    name: str
+    start: int
+    size: int
+    """Bytes in the shard."""
+    is_deflated: bool
+    label: int | str
+    """Number or name of its class."""
+
+
+def split_shards(root: str | Path) -> dict[str, list[str]]:
+    """Return the shards of each split under ``root``, relative to it; all are for training where none names a split.
+
+    A shard's split is told by the folder that it lies in or by how its name begins (``train-0001.tar``).
+
+    Raises:
+        UserError: no shards, or some whose split cannot be told beside others whose can.
+    """
+    names = sorted(
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(root)
+        for file in files
+        if file.endswith(SUFFIXES) and not file.startswith(".")
+    )
+    if not names:
+        raise UserError(f"data.root {root}: got no shards, expected {', '.join(SUFFIXES)} files. Set data.root=FOLDER.")
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        splits.setdefault(names_split(name), []).append(name)
+    if "" not in splits:
+        return splits
+    if len(splits) == 1:
+        return {"train": splits[""]}
+    raise UserError(
+        f"data.root {root}: got {splits[''][0]}, which names no split, beside shards that do. Rename it, for example "
+        f"to train-{Path(splits[''][0]).name}, or move it out."
+    )
+
+
+def names_split(name: str) -> str:
+    """Return the split that a shard's name or folder names, or nothing."""
+    *folders, file = Path(name).parts
+    for part in (file, *reversed(folders)):
+        word = part.lower().split(".")[0]
+        for separator in "-_":
+            word = word.split(separator)[0]
+        for split, words in SPLIT_FOLDERS.items():
+            if word.rstrip("0123456789") in words:
+                return split
+    return ""
+
+
+def read_shards(root: str | Path, shards: Sequence[str]) -> LongTailSet:
+    """Read the index of a split's shards, made at the first time and kept in the user's cache.
+
+    Raises:
+        UserError: a shard that cannot be read, images without a class, or classes by number beside classes by name.
+    """
+    files = [os.path.join(root, shard) for shard in shards]
+    index = _index_of(root, files)
+    with np.load(index, allow_pickle=False) as arrays:
+        blobs = Blobs(
+            json.loads(str(arrays["files"])),
+            arrays["file_N"],
+            arrays["start_N"],
+            arrays["size_N"],
+            arrays["deflated_N"],
+        )
+        names = json.loads(str(arrays["class_names"]))
+        labels_N = arrays["labels_N"]
+        paths = str(arrays["names"]).split("\n")
+    return LongTailSet(paths, labels_N, class_counts(labels_N, len(names) if names else int(labels_N.max()) + 1),
+                       str(root), names, blobs=blobs)  # fmt: skip
+
+
+def _index_of(root: str | Path, files: list[str]) -> Path:
+    """The index of these shards as they are now."""
+    digest = hashlib.sha256(f"{VERSION}".encode())
+    for file in files:
+        status = os.stat(file)
+        digest.update(f"{os.path.realpath(file)}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+    index = user_cache("shards") / f"{digest.hexdigest()[:32]}.npz"
+    if not _is_whole(index):
+        try:
+            index.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(index.with_suffix(".lock")):  # of several ranks one makes it
+                if not _is_whole(index):
+                    _make_index(root, files, index)
+        except OSError as error:
+            raise UserError(
+                f"index of shards {index}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder"
+            ) from None
+    return index
+
+
+def _is_whole(index: Path) -> bool:
+    """Whether the index is there, with the images that were copied out of parquet files."""
+    if not index.is_file():
+        return False
+    with np.load(index, allow_pickle=False) as arrays:
+        return all(os.path.isfile(file) for file in json.loads(str(arrays["files"])))
+
+
+def _make_index(root: str | Path, files: list[str], index: Path) -> None:
+    names, labels, parts, places = [], [], [], []
+    for file in files:
+        place, entries, class_names = _read_shard(file, index)
+        shard = os.path.relpath(file, root)
+        if not entries:
+            raise UserError(f"shard {file}: got no images, expected some. Take it out of data.root.")
+        places.append(place)
+        names += [f"{shard}/{entry.name}" for entry in entries]
+        labels += [class_names[entry.label] if class_names and isinstance(entry.label, int) else entry.label
+                   for entry in entries]  # fmt: skip
+        parts.append(np.array([(entry.start, entry.size, entry.is_deflated) for entry in entries], np.int64))
+    if odd := [name for name in names if "\n" in name]:
+        raise UserError(f"shards under {root}: got the name {odd[0]!r}, expected one without line breaks. Rename it.")
+    class_names, labels_N = _numbers(labels, names, root)
+    rows_N3 = np.concatenate(parts)
+    with draft_file(index) as draft, draft.open("wb") as out:
+        np.savez(
+            out,
+            files=json.dumps(places),
+            file_N=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
+            start_N=rows_N3[:, 0],
+            size_N=rows_N3[:, 1],
+            deflated_N=rows_N3[:, 2].astype(bool),
+            labels_N=labels_N,
+            class_names=json.dumps(class_names),
+            names="\n".join(names),
+        )
+
+
+def _numbers(labels: list[int | str], names: list[str], root: str | Path) -> tuple[list[str] | None, np.ndarray]:
+    """Names of the classes in sorted order, or None where labels are numbers, and the class of each image [N]."""
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
+        number, name = (next(i for i, label in enumerate(labels) if isinstance(label, kind)) for kind in (int, str))
+        raise UserError(
+            f"shards under {root}: {names[number]} has class {labels[number]} and {names[name]} class "
+            f"{str(labels[name])!r}, expected numbers or names in all. Label them alike."
+        )
+    if int in kinds:
+        if (bad := min(labels)) < 0:  # type: ignore[type-var, operator]
+            raise UserError(f"shards under {root}: got class {bad}, expected 0 or more. Leave such images out.")
+        return None, np.array(labels, np.int64)
+    number_of = numbered(sorted({str(label) for label in labels}), f"shards under {root}")
+    return list(number_of), np.array([number_of[str(label)] for label in labels], np.int64)
+
+
+def _read_shard(file: str, index: Path) -> tuple[str, list[Entry], list[str] | None]:
+    """Where the images of a shard lie, their entries, and the names of classes that have numbers."""
+    try:
+        if file.endswith(".parquet"):
+            return _read_parquet(file, index)
+        with open(file, "rb") as data:
+            members = _tar_members(data) if file.endswith(".tar") else _zip_members(file, data)
+            return os.path.abspath(file), _label(members, file, partial(os.pread, data.fileno())), None
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error, EOFError) as error:
+        raise UserError(f"shard {file}: cannot be read ({error}); fetch it again or take it out of data.root") from None
+
+
+Member = tuple[str, int, int, bool]
+"""Name, start, bytes, deflated."""
+
+
+def _tar_members(data: object) -> Iterator[Member]:
+    with tarfile.open(fileobj=data, mode="r:") as tar:  # type: ignore[call-overload]
+        for member in tar:
+            if member.isreg():
+                yield member.name, member.offset_data, member.size, False
+
+
+def _zip_members(file: str, data: object) -> Iterator[Member]:
+    read = partial(os.pread, data.fileno())  # type: ignore[attr-defined]
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(
+                    f"shard {file}: {info.filename} is encrypted, or compressed by another method than deflate; pack "
+                    "it again"
+                )
+            name_bytes, extra_bytes = struct.unpack("<26xHH", read(30, info.header_offset))
+            start = info.header_offset + 30 + name_bytes + extra_bytes
+            yield info.filename, start, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED
+
+
+def _label(members: Iterator[Member], file: str, read: Callable[[int, int], bytes]) -> list[Entry]:
+    """The images among the members of a shard, each with the class that the file beside it or its folder states."""
+    images: list[Member] = []
+    beside: dict[str, Member] = {}
+    for member in members:
+        stem, suffix = _key(member[0])
+        if is_image(member[0]):
+            images.append(member)
+        elif suffix in LABEL_SUFFIXES and not (stem in beside and suffix == ".json"):
+            beside[stem] = member
+    return [Entry(*image, _class_of(image[0], beside.get(_key(image[0])[0]), file, read)) for image in images]
+
+
+def _key(name: str) -> tuple[str, str]:
+    """A member's name up to the first dot of its file name, which WebDataset groups by, and its last suffix."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}", os.path.splitext(base)[1].lower()
+
+
+def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, int], bytes]) -> int | str:
+    if label is None:
+        folder = image.removeprefix("./").rpartition("/")[0].rpartition("/")[2]
+        if folder:
+            return folder
+        raise UserError(
+            f"shard {file}: {image} has no class, expected {' or '.join(LABEL_SUFFIXES)} beside it, or a folder"
+        )
+    name, start, size, is_deflated = label
+    if size > MAX_LABEL_BYTES:
+        raise UserError(f"shard {file}: {name} has {size:,} bytes, expected a class. Repair the shard.")
+    data = read(size, start)
+    text = (inflated(data) if is_deflated else data).decode("utf-8", "replace").strip()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = text
+    if isinstance(found, dict):
+        found = next(
+            (found[key] for key in ("label", "cls", "class", "category_id", "class_name") if key in found), None
+        )
+    if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
+        raise UserError(
+            f"shard {file}: {name} holds {text[:40]!r}, expected the number or the name of a class. Repair it."
+        )
+    return found
+
+
+def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] | None]:
+    """Copy the images of a Hugging Face parquet file into one file beside the index."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"shard {file}: parquet needs pyarrow; pip install 'fastdeitlt[parquet]'") from None
+    packed = index.with_suffix(f".{hashlib.sha256(file.encode()).hexdigest()[:16]}.images")
+    entries: list[Entry] = []
+    try:
+        table = parquet.ParquetFile(file)
+        columns = table.schema_arrow.names
+        label = next((name for name in ("label", "labels", "fine_label", "class") if name in columns), None)
+        image = next((name for name in ("image", "img") if name in columns), None)
+        if label is None or image is None:
+            raise UserError(f"shard {file}: got the columns {', '.join(columns)}, expected image and label")
+        facts = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        names = facts.get("info", {}).get("features", {}).get(label, {}).get("names")
+        with draft_file(packed) as draft, draft.open("wb") as out:
+            for batch in table.iter_batches(256, columns=[image, label]):
+                for cell, number in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                    data = cell.get("bytes") if isinstance(cell, dict) else cell
+                    if not isinstance(data, bytes) or not isinstance(number, int | str):
+                        raise UserError(f"shard {file}: row {len(entries)} has no image bytes or no label. Repair it.")
+                    if isinstance(number, int) and names and not 0 <= number < len(names):
+                        raise UserError(f"shard {file}: row {len(entries)} has label {number} of {len(names)} names.")
+                    entries.append(Entry(f"{len(entries):06d}", out.tell(), len(data), False, number))
+                    out.write(data)
+    except ArrowException as error:
+        raise UserError(f"shard {file}: cannot be read ({error}); fetch it again or take it out of data.root") from None
+    return str(packed), entries, names
