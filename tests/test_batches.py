@@ -1,5 +1,7 @@
 """Training batches: what the recipe says, whatever the threads, the source and where a run starts again."""
 
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -135,6 +137,14 @@ def test_a_generator_that_nobody_closed_may_be_collected_in_a_thread_that_the_pr
     collector.start()
     collector.join(10)
     assert collected.is_set()
+
+
+def test_a_generator_that_nobody_closed_does_not_keep_the_process():
+    """A run that ends by an exception leaves one; Python 3.13 waits for ever for a daemon thread once it ends."""
+    code = "import itertools, sys; from fastdeitlt.data.pixels.prefetch import prefetch;"
+    code += "sys.kept = prefetch(itertools.count(), 2); print(next(sys.kept))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "0\n")
 
 
 def test_results_that_nobody_closed_may_be_collected_in_a_thread_that_the_next_ones_wait_for():

@@ -1,6 +1,7 @@
 """Work ahead of the consumer in one thread."""
 
 import queue
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from typing import TypeVar
@@ -53,6 +54,7 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
-        if threading.current_thread() is consumer:
-            # else a generator that nobody closed was collected, perhaps in a thread that the producer waits for
+        if threading.current_thread() is consumer and not sys.is_finalizing():
+            # Not where a generator that nobody closed was collected: another thread may be one that the producer waits
+            # for, and once the interpreter ends the producer cannot run any more (Python 3.13 would wait for ever).
             thread.join()
