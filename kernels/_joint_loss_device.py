@@ -236,6 +236,8 @@ def joint_loss_reduce_kernel(
     dist_norm = tl.sum(b_dist_norm, 0)
     if p_normaliser is not None:
         dist_norm = tl.load(p_normaliser)
+    cls_norm = tl.where(cls_norm == 0, float("inf"), cls_norm)  # all weights 0: the mean is 0, not NaN
+    dist_norm = tl.where(dist_norm == 0, float("inf"), dist_norm)
     cls_loss = tl.sum(b_cls, 0) / cls_norm
     dist_loss = tl.sum(b_dist, 0) / dist_norm
     tl.store(p_cls_loss, cls_loss)

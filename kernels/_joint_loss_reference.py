@@ -62,7 +62,7 @@ def reference_losses(
         decision_B = _decision(_full(teacher_logits), spec.class_map)
         dist_B = -dist_logits_BK.log_softmax(1).gather(1, decision_B[:, None])[:, 0]
         weight_B = torch.ones_like(dist_B) if spec.weights is None else spec.weights[decision_B]
-        dist_loss = (weight_B * dist_B).sum() / (weight_B.sum() if spec.normaliser is None else spec.normaliser)
+        dist_loss = (weight_B * dist_B).sum() / divisor(weight_B.sum() if spec.normaliser is None else spec.normaliser)
     return JointLoss((1 - spec.alpha) * cls_loss + spec.alpha * dist_loss, cls_loss, dist_loss)
 
 
@@ -89,8 +89,13 @@ def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
 
     if spec.bce:
         return (weighted(F.softplus(logits_BK)).sum(1) - target_sum(logits_BK)).mean() / logits.size(1)
-    norm = len(labels) if cls_weights is None else mixed(cls_weights.expand_as(logits)).sum()
+    norm = len(labels) if cls_weights is None else divisor(mixed(cls_weights.expand_as(logits)).sum())
     return -target_sum(logits_BK.log_softmax(1)).sum() / norm
+
+
+def divisor(weight_sum: Tensor) -> Tensor:
+    """Return what a weighted sum is divided by: infinity for weights that are all 0, so that the mean is 0, not NaN."""
+    return torch.where(weight_sum == 0, torch.inf, weight_sum)
 
 
 def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:

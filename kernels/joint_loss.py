@@ -5,7 +5,8 @@
     d loss / d cls_bc  = (1 - alpha) (softmax(cls_b)_c sum_c u_bc - u_bc) / sum_b n_b
     d loss / d dist_bc = alpha w[t_b] (softmax(dist_b)_c - [c = t_b]) / sum_b w[t_b]
 
-v are class weights of the CLS loss, n_b = lam v[y_b] + (1 - lam) v[y'_b] (1 by default). Soft distillation and binary
+v are class weights of the CLS loss, n_b = lam v[y_b] + (1 - lam) v[y'_b] (1 by default); a term whose weights sum to 0
+is 0. Soft distillation and binary
 cross-entropy replace one term each. Source: val-iisc/DeiT-LT losses.py, DistillationLoss; ``fastdeitlt.core.loss``.
 
 A program a row reads the three logit rows and keeps eleven numbers; one program adds the rows up in a fixed order; the

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastdeitlt import config
 from fastdeitlt.core.joint import JointForward
 from fastdeitlt.core.loss import decision_weight, joint_loss
+from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -298,3 +299,35 @@ def test_a_runs_loss_gives_each_head_its_weights_and_its_share(case):
     torch.testing.assert_close(found.cls_loss, cls_loss)
     torch.testing.assert_close(found.dist_loss, dist_loss)
     torch.testing.assert_close(found.loss, 0.7 * cls_loss + 0.3 * dist_loss)
+
+
+@pytest.mark.parametrize("normalise", ["rank", "global"])
+def test_a_micro_batch_whose_decisions_are_all_for_classes_without_images_adds_no_dist_loss(normalise):
+    """Their DRW weights are 0: 0 / 0 would end a sound run."""
+    heads = [torch.randn(2, 4, generator=torch.Generator().manual_seed(5)).requires_grad_() for _ in range(2)]
+    teacher = FixedHeads(torch.tensor([[0.0, 9.0, 0.0, 0.0], [0.0, 9.0, 1.0, 0.0]]))
+    cfg = config.build({"loss.normalise": normalise, "train.precision": "fp32", "train.compile": False})
+    joint = JointForward(FixedHeads(*heads), teacher, [4, 0, 2, 1], cfg, torch.device("cpu"))
+    labels, weights = torch.tensor([0, 2]), drw_weights([4, 0, 2, 1], 0.99)
+    found = joint(torch.zeros(2, 3, 2, 2), labels, None, None, weights, None)
+    if normalise == "global":
+        found = found.joined(0.5)
+    assert found.dist_loss == 0
+    torch.testing.assert_close(found.loss, 0.5 * F.cross_entropy(heads[0], labels))
+    found.loss.backward()
+    assert heads[0].grad.abs().sum() > 0 and not heads[1].grad.any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_whose_weights_are_all_zero_has_no_loss(dtype, smoothing):
+    cls_logits, dist_logits, labels, teacher_logits = batch(dtype=dtype)
+    heads = [cls_logits.requires_grad_(), dist_logits.requires_grad_()]
+    weights = torch.ones(K)
+    weights[torch.cat((labels, teacher_logits.argmax(1)))] = 0
+    losses = joint_loss(
+        *heads, labels, teacher_logits, weights=weights, cls_weights=weights, smoothing=smoothing, impl="torch"
+    )
+    assert not torch.stack(losses).any()
+    losses.loss.backward()
+    assert not any(head.grad.any() for head in heads)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.core.loss import JointLoss, LossSpec, Target, decision_weight, joint_loss, label_loss, log_prior_of
+from fastdeitlt.core.loss import (
+    JointLoss,
+    LossSpec,
+    Target,
+    decision_weight,
+    divisor,
+    joint_loss,
+    label_loss,
+    log_prior_of,
+)
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
@@ -26,7 +35,7 @@ class LocalSums(NamedTuple):
     def joined(self, alpha: float) -> JointLoss:
         """The losses; their mean over ranks divides by the weights of all ranks. One sum over ranks, no host sync."""
         mean_weight = distributed.sum_over_ranks(self.weight_sum.detach().clone()) / distributed.get_world()
-        dist_loss = self.dist_sum / mean_weight
+        dist_loss = self.dist_sum / divisor(mean_weight)
         return JointLoss((1 - alpha) * self.cls_loss + alpha * dist_loss, self.cls_loss, dist_loss)
 
 

@@ -19,12 +19,13 @@ from fastdeitlt.kernels._joint_loss_reference import (
     LossSpec,
     Target,
     decision_weight,
+    divisor,
     label_loss,
     reference_losses,
 )
 from fastdeitlt.kernels._pick import pick
 
-__all__ = ["JointLoss", "LossSpec", "Target", "decision_weight", "joint_loss", "label_loss", "log_prior_of"]
+__all__ = ["JointLoss", "LossSpec", "Target", "decision_weight", "divisor", "joint_loss", "label_loss", "log_prior_of"]
 
 Distillation = Literal["hard", "soft"]
 Base = Literal["ce", "bce", "balanced_softmax", "logit_adjustment"]
@@ -79,8 +80,9 @@ def joint_loss(
 
     Returns:
         loss, cls_loss, dist_loss, all differentiable. With ``weights`` the DIST loss is the weighted mean over the
-        batch given; soft distillation is ``tau^2 KL(teacher || DIST) / (B K)``, and its weights tilt the teacher's
-        distribution, ``p_c w_c / sum p w``.
+        batch given, and 0 where all its weights are 0 (the same with ``cls_weights`` for the CLS loss); soft
+        distillation is ``tau^2 KL(teacher || DIST) / (B K)``, and its weights tilt the teacher's distribution,
+        ``p_c w_c / sum p w``.
 
     Raises:
         UserError: shapes, types, devices or ranges do not fit.

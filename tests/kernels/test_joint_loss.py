@@ -190,6 +190,20 @@ def test_classes_without_images_change_nothing_for_the_others(base, device):
     assert not got[1][1][0].any()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("own", [True, False], ids=["batch's own sum", "normaliser"])
+def test_a_term_whose_weights_are_all_zero_is_zero(own, smoothing, device):
+    arguments, options = example(4, 12, device)
+    weights = torch.ones(12, device=device)
+    weights[torch.cat((arguments[2], arguments[3].argmax(1)))] = 0
+    options |= {"weights": weights, "cls_weights": weights, "smoothing": smoothing}
+    if not own:
+        options["normaliser"] = torch.zeros((), device=device)
+    for loss in (joint_loss, reference):
+        losses, gradients = with_gradients(loss, arguments, options)
+        assert not any(value.any() for value in (*losses, *gradients))
+
+
 def test_tied_teacher_logits_choose_the_first(device):
     arguments, options = example(2, 9000, device, weights=True)
     arguments[3] = torch.zeros_like(arguments[3])
