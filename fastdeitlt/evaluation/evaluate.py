@@ -32,6 +32,7 @@ from fastdeitlt.models.saved import Saved, open_saved, run_of
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.store.files import write_atomically
 from fastdeitlt.store.manifest import Preprocess
 
 log = logging.getLogger("fastdeitlt")
@@ -174,7 +175,7 @@ def evaluate(
     for out in (json_path, csv_path):
         if out and not Path(out).absolute().parent.is_dir():
             raise UserError(f"eval: {out}: no such folder; make it first")
-    with distributed.group(cfg.train.device, cfg.train.timeout_s):
+    with distributed.group(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s):
         result, fitted, images = evaluate_saved(saved, cfg, split)
         if distributed.rank() == 0:
             _write(result, fitted, images.class_names, json_path, csv_path)
@@ -249,9 +250,9 @@ def _write(
         console.print(fitted.table())
     if json_path:
         whole = result.to_json() | {"shifted": shifted, "posthoc": fitted.to_json() if fitted else None}
-        Path(json_path).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        write_atomically(Path(json_path), json.dumps(whole, indent=1))
     if csv_path:
-        Path(csv_path).write_text(to_csv(result, class_names), encoding="utf-8", newline="")
+        write_atomically(Path(csv_path), to_csv(result, class_names))
 
 
 def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:

@@ -17,6 +17,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.errors import CheckpointError, MemoryFullError, is_memory_full
 from fastdeitlt.run.checkpoints import Checkpoints
+from fastdeitlt.store.files import write_atomically
 
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 0.1
@@ -123,7 +124,7 @@ def dump(
     ]
     bad = [entry for entry in seen if not math.isfinite(float(entry["loss"]))]
     path = folder / f"nonfinite.rank{distributed.rank()}.json"
-    path.write_text(json.dumps({"step": step, **facts, "micro_batches": bad or seen}, indent=1), encoding="utf-8")
+    write_atomically(path, json.dumps({"step": step, **facts, "micro_batches": bad or seen}, indent=1))
     return path
 
 

@@ -35,9 +35,18 @@ def draft_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    with draft_file(path) as draft:
+    """Replace a small text file in one step; what a link points to keeps its place, and a file its permissions.
+
+    A pipe or a device, which nothing can take the place of, is written to.
+    """
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
+        path.write_text(text, encoding="utf-8")
+        return
+    target = path.resolve()
+    with draft_file(target) as draft:
         draft.write_text(text, encoding="utf-8")
+        if target.exists():
+            shutil.copymode(target, draft)
 
 
 @contextmanager

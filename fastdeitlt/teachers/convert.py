@@ -8,6 +8,7 @@ import torch
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.teacher import create_teacher, load_teacher
 from fastdeitlt.store.checkpoint import read_folder, save_model_folder
+from fastdeitlt.store.files import draft_file
 
 STYLES = ("official_ldam", "official_paco")
 
@@ -39,7 +40,8 @@ def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
         state = _wrap(state, manifest.model.arch, manifest.model.num_classes, str(folder))
     content = {f"module.{key}": value for key, value in state.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"arch": manifest.model.arch, "state_dict": content}, path)
+    with draft_file(Path(path)) as draft:
+        torch.save({"arch": manifest.model.arch, "state_dict": content}, draft)
     return Path(path)
 
 

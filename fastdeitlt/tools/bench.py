@@ -34,6 +34,7 @@ from fastdeitlt.core.measure.timer import Timing, cpu_name, matmul_rate, measure
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.errors import counted
 from fastdeitlt.run.folder import environment
+from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
 log = logging.getLogger("fastdeitlt")
@@ -75,7 +76,7 @@ def bench(
         UserError: what training would have raised.
     """
     cfg = config.load(config_name, list(overrides))
-    rank, world = distributed.start(cfg.train.device, cfg.train.timeout_s)
+    rank, world = distributed.start(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s)
     device = distributed.device_of(cfg.train.device)
     if quick and device.type == "cpu" and cfg.train.compile:
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
@@ -113,7 +114,7 @@ def bench(
     result["rows"] = rows
     if rank == 0:
         if json_path:
-            Path(json_path).write_text(json.dumps(result, indent=1), encoding="utf-8")
+            write_atomically(Path(json_path), json.dumps(result, indent=1))
         show(result)
     return result
 

@@ -23,6 +23,7 @@ from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets.folders import is_image, walk
 from fastdeitlt.errors import UserError, csv_name, printable
 from fastdeitlt.models.saved import Saved, open_saved
+from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.pictures import PictureReader
 
 HEADS = ("AVG", "CLS", "DIST")
@@ -162,9 +163,9 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
             console = console if console.is_terminal else Console(width=max(console.width, 120))
             console.print(table(read))
     elif out.suffix == ".json":
-        out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+        write_atomically(out, json.dumps([asdict(row) for row in rows], indent=1))
     else:
-        out.write_text(to_csv(rows), encoding="utf-8", newline="")
+        write_atomically(out, to_csv(rows))
     for row in failed:
         print(printable(f"fastdeitlt: {row.path}: {row.error}"), file=sys.stderr)
     return 2 if failed else 0

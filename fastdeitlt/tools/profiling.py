@@ -32,6 +32,7 @@ from fastdeitlt import config, distributed
 from fastdeitlt.core.assemble import Parts
 from fastdeitlt.core.measure.timer import bandwidth, matmul_rate, synchronise
 from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
 log = logging.getLogger("fastdeitlt")
@@ -160,7 +161,7 @@ def profile(
         events = recorded.events() or []
         rows, stages = table(events, costs, parts), stage_times(events, gpu)
         written = {"config": cfg.name, "steps": num_steps, "operations": [asdict(row) for row in rows]}
-        (folder / "operations.json").write_text(json.dumps(written | {"stages_ms": stages}, indent=1), encoding="utf-8")
+        write_atomically(folder / "operations.json", json.dumps(written | {"stages_ms": stages}, indent=1))
         _show(rows, stages, setup, num_steps, folder)
         if gpu:
             _proton(step, num_steps, folder)
