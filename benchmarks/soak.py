@@ -49,7 +49,7 @@ SETTINGS = {
     "train.precision": "fp32",
     "train.device": "cpu",
     "train.log_every": 1,
-    "train.save_every_steps": 10,
+    "train.save_every_steps": 8,  # of 24 in an epoch: its last step is saved before its evaluation, which is then due
     "train.save_every_epochs": 0,
     "train.timeout_s": 3600,
     "optim.ema_decay": 0.99,
@@ -231,7 +231,9 @@ def main() -> int:
     wrong = differences(folder / "whole", folder / "killed")
     steps = read_manifest(folder / "whole" / "checkpoints" / "last")["step"]
     left = [p.name for p in (folder / "killed" / "checkpoints").glob(".*")]
-    print(json.dumps({"steps": steps, "awake_minutes": round(lasted / 60, 1), **found, "drafts_left": left}))
+    due = (folder / "killed.log").read_text(errors="replace").count("is due")
+    facts = {"steps": steps, "awake_minutes": round(lasted / 60, 1), **found, "evaluations_due": due}
+    print(json.dumps(facts | {"drafts_left": left}))
     print(f"{len(wrong)} differences{': ' + ', '.join(wrong[:5]) if wrong else ', bit for bit the same'}")
     return int(bool(wrong))
 
