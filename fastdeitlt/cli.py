@@ -1,7 +1,6 @@
 """The command line: verbs only. Each verb imports what it needs, so ``--help`` stays instant."""
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fastdeitlt.arguments import parse
-from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable
+from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable, storage_failure
 from fastdeitlt.run import process
 
 if TYPE_CHECKING:
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
 Verb = Callable[[argparse.Namespace], int]
 PRINTS = ("eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
 """Verbs whose result is, at least in part, what they print: losing it is an error."""
-CURES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS), "free space or choose another place"),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "put it back if it was moved, and start again"),
-}
-"""Errors of the system that are no fault of the program, and what to do."""
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -75,11 +69,12 @@ def _train_teacher(args: argparse.Namespace) -> int:
 
 
 def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
-    """Run the same command as several ranks, if there are to be some; their exit code."""
+    """Run the same command as ranks of a launcher, for several of them or for restarts; their exit code."""
     from fastdeitlt.run import launch
 
     count = launch.processes(cfg, args.processes, os.environ)
-    return launch.launch(count, args.arguments, args.restarts) if count > 1 else None
+    restarts = 0 if launch.is_launched(os.environ) else args.restarts
+    return launch.launch(count, args.arguments, restarts) if count > 1 or restarts else None
 
 
 def _ablate(args: argparse.Namespace) -> int:
@@ -271,9 +266,9 @@ VERBS: dict[str, Verb] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb: of the command line with the process set up for it, or of ``arguments`` inside another program.
 
-    Exit code 0 done; 1 a bug (with its traceback); in one line 2 bad input, 4 no whole checkpoint or none can be
-    written, 5 loss not finite, 6 memory full, 7 another rank lost, 8 crash loop, 75 stopped by SIGTERM or SIGUSR1
-    (start it again), 130 Ctrl-C, 141 nobody reads what it prints.
+    Exit code 0 done; 1 a bug (with its traceback); in one line 1 files that failed in mid-run, 2 bad input, 4 no whole
+    checkpoint or none can be written, 5 loss not finite, 6 memory full, 7 another rank lost, 8 crash loop, 75 stopped
+    by SIGTERM or SIGUSR1 (start it again), 130 Ctrl-C, 141 nobody reads what it prints.
     """
     if arguments is not None:
         return _run(parse(arguments))
@@ -294,9 +289,8 @@ def _run(args: argparse.Namespace) -> int:
         process.say_stopped(process.STOP.first or signal.SIGINT)
         return process.stop_code(process.STOP.first or signal.SIGINT)
     except Exception as error:
-        if isinstance(error, OSError) and (cure := CURES.get(error.errno or 0)):
-            where = f"{error.filename}: " if error.filename else ""
-            _say(f"error: {where}{error.strerror}; {cure}")
+        if said := storage_failure(error):
+            _say(f"error: {said}")
             return UserError.exit_code
         if is_memory_full(error):
             _say(f"error: out of memory ({' '.join(str(error).split())[:160]}); raise the limit or use smaller batches")

@@ -46,8 +46,6 @@ ROLL_CALL_S = 3.0
 """How long ranks that failed wait for each other to say so, before they name those that did not."""
 LISTENER = "FASTDEITLT_LISTENER"
 """Environment variable: the descriptor of a socket that our launcher listens with for rank 0."""
-WAIT_FOR_MAIN = timedelta(days=1)
-"""How long ranks wait for what rank 0 does alone: a slow disk is no lost rank. A dead rank 0 is noticed at once."""
 DRIVER = Path("/dev/nvidiactl")
 """There where NVIDIA's driver is."""
 
@@ -57,16 +55,20 @@ _patient: Any = None
 """The group of all ranks for ``on_main``."""
 
 
-def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
+def start(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) -> tuple[int, int]:
     """(rank, world). Joins the group that a launcher set up; a process started without one is (0, 1), without a group.
 
     Args:
         device_type: train.device.
         timeout_s: seconds after which a rank that waits for another gives up.
+        main_timeout_s: the same in ``on_main``: a slow disk is no lost rank. A dead rank 0 is noticed at once.
     """
-    if _told("WORLD_SIZE", 1) > 1 and not collective.is_initialized():
-        global _store, _timeout, _patient
+    if collective.is_initialized():
+        return rank(), get_world()
+    if "FASTDEITLT_LAUNCHER" in os.environ or _told("WORLD_SIZE", 1) > 1:
         _end_with_launcher()
+    if _told("WORLD_SIZE", 1) > 1:
+        global _store, _timeout, _patient
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where a rank hangs
         device = device_of(device_type)
         if device.type == "cuda":
@@ -76,7 +78,7 @@ def start(device_type: str, timeout_s: int = 600) -> tuple[int, int]:
         _store.set_timeout(timeout)
         store = collective.PrefixStore("group", _store)
         collective.init_process_group(_backend(device), store=store, rank=place, world_size=world, timeout=timeout)
-        _patient = collective.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
+        _patient = collective.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_s, main_timeout_s)))
         atexit.register(stop)
     return rank(), get_world()
 
@@ -133,16 +135,16 @@ def _end_with_launcher() -> None:
 
 
 @contextmanager
-def group(device_type: str, timeout_s: int = 600) -> Iterator[tuple[int, int]]:
+def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) -> Iterator[tuple[int, int]]:
     """``start`` for the time of a run. What ends one rank is logged with its number; the launcher ends the others.
 
     The group outlives the run, because engines keep it; the process leaves it at its exit, but not after an error:
     the others may be waiting in it, and leaving would wait for them.
 
     Raises:
-        RankLostError: another rank died, or did not answer in ``timeout_s``; names it.
+        RankLostError: another rank died, or did not answer in time (``start``); names it.
     """
-    ranks = start(device_type, timeout_s)
+    ranks = start(device_type, timeout_s, main_timeout_s)
     try:
         yield ranks
     except BaseException as error:
@@ -368,7 +370,7 @@ def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Rank 0 does ``work``; every rank waits for it, longer than ``train.timeout_s``, and gets its result.
+    """Rank 0 does ``work``; every rank waits for it, up to ``train.main_timeout_s``, and gets its result.
 
     Raises:
         UserError: the one that ``work`` raised, on every rank.

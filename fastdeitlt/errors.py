@@ -13,6 +13,18 @@ _NO_ROOM = (
 the host's allocator and DALI's, of cuBLAS and cuDNN, of the loader of libraries and of threads."""
 
 
+_CURES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS), "free space or choose another place"
+    ),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "put it back if it was moved, and start again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
+    errno.EISDIR: "give the name of a file",
+    errno.EIO: "see the system's log, and start again",
+}
+"""Errors of the system that are no fault of the program, and what to do."""
+
+
 def printable(text: object) -> str:
     """Return the text with its control characters escaped: names come from files and may hold what terminals obey."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
@@ -39,6 +51,14 @@ def is_memory_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ImportError | OSError) and any(words in said for words in _NO_ROOM)
 
 
+def storage_failure(error: BaseException | None) -> str | None:
+    """Return what a failed system call on a file means and what to do, for those that are no fault of the program."""
+    if not isinstance(error, OSError) or error.errno not in _CURES:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; {_CURES[error.errno]}"
+
+
 class UserError(ValueError):
     """Bad input. The message is one line: what, got, expected, how to fix. Exit code 2."""
 
@@ -46,6 +66,12 @@ class UserError(ValueError):
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
+
+
+class StorageError(UserError):
+    """Files of a run in progress went away or could not be written; starting again may help. Exit code 1."""
+
+    exit_code = 1
 
 
 class CheckpointError(UserError):

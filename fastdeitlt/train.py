@@ -41,7 +41,8 @@ def train(cfg: Config, resume: str = "auto") -> Path:
             loss that is not finite, memory that is full, a rank that is lost, a signal (the subclasses, errors.py).
     """
     with ExitStack() as stack:
-        rank, world = stack.enter_context(distributed.group(cfg.train.device, cfg.train.timeout_s))
+        where, limits = cfg.train.device, (cfg.train.timeout_s, cfg.train.main_timeout_s)
+        rank, world = stack.enter_context(distributed.group(where, *limits))
         run = stack.enter_context(Run(cfg, resume))
         cfg = run.cfg
         stack.enter_context(memory_hint(cfg, run.folder))

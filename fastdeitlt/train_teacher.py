@@ -45,7 +45,8 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         NonFiniteError: the loss is NaN or infinite.
     """
     with ExitStack() as stack:
-        rank, world = stack.enter_context(distributed.group(cfg.train.device, cfg.train.timeout_s))
+        where, limits = cfg.train.device, (cfg.train.timeout_s, cfg.train.main_timeout_s)
+        rank, world = stack.enter_context(distributed.group(where, *limits))
         run = stack.enter_context(Run(_for_any_ranks(cfg), resume))
         cfg, t = run.cfg, run.cfg.teacher_training
         best = run.folder / "checkpoints" / "best"

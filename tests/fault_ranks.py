@@ -4,6 +4,7 @@ It is the launcher and each of its ranks. The launcher imports no more than the 
 """
 
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ FAULTS = {
     "hang": (7, 7, "lost contact with rank 1"),
     "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
     "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
+    "gone": (10, 1, "/gone.png: No such file or directory; put it back"),
     "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
 }
 SLOW_STEPS = (11, 12)
@@ -71,6 +73,8 @@ def _inject(fault, note):
             os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
         elif fault == "raise":
             raise RuntimeError("a bug")
+        elif fault == "gone":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/gone.png")
         elif fault == "memory":
             raise torch.OutOfMemoryError("tried to allocate 1 PiB")
         return dataclasses.replace(batch, images_BCHW=batch.images_BCHW * (float("nan") if fault == "nan" else 1.0))

@@ -60,6 +60,9 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
     [
         (errno.ENOSPC, "free space or choose another place"),
         (errno.EACCES, "free space or choose another place"),
+        (errno.EFBIG, "free space or choose another place"),
+        (errno.EMFILE, "raise the limit on open files (ulimit -n)"),
+        (errno.EIO, "see the system's log, and start again"),
         (errno.ENOENT, "put it back if it was moved, and start again"),
         (errno.EBADF, None),
     ],

@@ -14,10 +14,11 @@ import pytest
 import torch
 from tiny_run import TIMES, tiny_run
 
-from fastdeitlt import config, distributed
+from fastdeitlt import cli, config, distributed
+from fastdeitlt.arguments import parse
 from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.data.pixels.workers import num_threads
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import RankLostError, StorageError, UserError
 from fastdeitlt.run import launch
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
@@ -346,6 +347,26 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch, name):
     assert num_threads() == 2 and num_threads(5) == 5
 
 
+def test_a_crash_is_started_again_and_bad_input_is_not(monkeypatch, tmp_path):
+    code = f"import sys, pathlib; n = pathlib.Path('{tmp_path}/starts'); n.touch(); had = n.read_text(); "
+    code += "n.write_text(had + 'x'); sys.exit(CODE if len(had) < 1 else 0)"
+    for number, ends, starts in ((StorageError.exit_code, 0, 2), (UserError.exit_code, 2, 1)):
+        (tmp_path / "starts").unlink(missing_ok=True)
+        monkeypatch.setattr(launch, "PROGRAM", [sys.executable, "-c", code.replace("CODE", str(number))])
+        assert launch.launch(1, [], restarts=2) == ends
+        assert len((tmp_path / "starts").read_text()) == starts
+
+
+@pytest.mark.parametrize(
+    ("env", "launched"), [({}, (1, 2)), ({"FASTDEITLT_LAUNCHER": "1"}, None), ({"RANK": "0"}, None)]
+)
+def test_one_process_is_started_again_too(monkeypatch, env, launched):
+    monkeypatch.setattr(os, "environ", env)
+    monkeypatch.setattr(launch, "launch", lambda count, arguments, restarts: (count, restarts))
+    arguments = ["train", "quickstart", "train.device=cpu", "--restarts", "2"]
+    assert cli._as_ranks(config.load("quickstart", ["train.device=cpu"]), parse(arguments)) == launched
+
+
 def test_two_launchers_at_once_are_refused():
     with pytest.raises(UserError, match="another launcher"):
         launch.processes(config.build({}), 2, {"RANK": "0"})
@@ -373,6 +394,28 @@ def test_ranks_wait_for_what_rank_0_does_alone(tmp_path):
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_wait_for_main, (port, str(tmp_path)), nprocs=2)
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["saved", "saved"]
+
+
+def _lose_main(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank == 0:
+        distributed.start("cpu", timeout_s=1, main_timeout_s=2)
+        with pytest.raises(RuntimeError):  # when the other one has left
+            distributed.on_main(lambda: time.sleep(12))
+    else:
+        with pytest.raises(RankLostError, match="lost contact with rank 0"), distributed.group("cpu", 1, 2):
+            distributed.on_main(lambda: None)
+        Path(folder, "noticed").touch()
+    os._exit(0)  # nobody is left to leave the group with
+
+
+def test_a_rank_0_that_hangs_in_what_it_does_alone_is_noticed(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_lose_main, (port, str(tmp_path)), nprocs=2)
+    assert (tmp_path / "noticed").exists()
 
 
 if __name__ == "__main__":

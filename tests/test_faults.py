@@ -87,7 +87,7 @@ def test_a_fault_ends_all_ranks_with_its_code_and_says_why(story, fault):
     assert story[fault].said.count(said) == 1  # one rank says it
 
 
-@pytest.mark.parametrize("fault", ["sigterm", "sigint", "memory", "nan"])
+@pytest.mark.parametrize("fault", ["sigterm", "sigint", "memory", "nan", "gone"])
 def test_an_expected_end_has_no_traceback(story, fault):
     assert "Traceback" not in story[fault].said
 

@@ -1,9 +1,15 @@
 """The run folder: one owner, no secrets, a log that reads as if nothing had stopped."""
 
+import errno
 import json
 import logging
+import os
+import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +19,12 @@ from tiny_run import tiny_run
 
 from fastdeitlt import config, train
 from fastdeitlt.core import assemble
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import StorageError, UserError
 from fastdeitlt.run import folder as run_module
+from fastdeitlt.run import launch
+from fastdeitlt.run.board import Board
 from fastdeitlt.run.folder import Run, environment, set_up_logging
+from fastdeitlt.run.records import Records
 
 
 def _config(tmp_path, **flat):
@@ -165,3 +174,81 @@ def test_tensorboard_shows_a_resumed_run_without_what_was_dropped(tmp_path):
         run.record("step", 2, loss=20.0)
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(1, 1.0), (2, 20.0)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.ENOSPC])
+def test_files_that_fail_in_mid_run_are_a_crash_that_a_restart_may_heal(tmp_path, number):
+    failed = OSError(number, os.strerror(number), "/data/1.png")
+    with pytest.raises(OSError, match="png"), Run(_config(tmp_path)):
+        raise failed  # at the start nothing is to be continued
+    with pytest.raises(StorageError, match=r"/data/1\.png: .*continues from the last checkpoint") as caught:  # noqa: SIM117
+        with Run(_config(tmp_path)) as run:
+            run.count_start(0, 0)
+            run.rewind(0, ended=False)
+            raise failed
+    assert caught.value.exit_code in launch.RESTARTABLE
+    assert json.loads((run.folder / "starts.json").read_text())["died"] == 0  # counts for the crash loop
+
+
+def test_a_run_folder_that_is_moved_in_mid_run_is_not_started_anew(tmp_path):
+    with pytest.raises(UserError, match="was moved or removed; put it back") as caught:  # noqa: SIM117
+        with Run(_config(tmp_path)) as run:
+            run.rewind(0, ended=False)
+            run.folder.rename(tmp_path / "elsewhere")
+            run.record("step", 1, loss=0.5)
+    assert caught.value.exit_code not in launch.RESTARTABLE
+    assert not run.folder.exists()
+
+
+def test_log_lines_that_the_disk_refuses_are_written_later_and_whole(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    records = Records(tmp_path / "metrics.jsonl")
+    records.append({"step": 1, "kind": "step"})
+    size = records.path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # stops in the middle of the next line
+    try:
+        for step in (2, 3):
+            records.append({"step": step, "kind": "step"})
+        with pytest.raises(OSError, match="File too large"):
+            records.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert records.path.stat().st_size == size and caplog.text.count("cannot be written") == 1
+    assert [line["step"] for line in records.read()] == [1, 2, 3]
+    records.flush()
+    assert [json.loads(line)["step"] for line in records.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    flushed, real = [], os.fsync
+    with Run(_config(tmp_path)) as run:
+        run.record("step", 1, loss=0.5)
+        monkeypatch.setattr(
+            os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")) or real(file)
+        )
+        run.checkpoints.save(1, {"model": {"w": torch.ones(2)}}, {"best": None}, wait=True)
+    assert flushed[0] == str(run.folder / "metrics.jsonl") and "model.safetensors" in flushed[1]
+
+
+def test_tensorboard_that_cannot_be_written_ends_no_run(tmp_path, caplog, capfd, monkeypatch):
+    """Its own thread meets the error."""
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    hook, board = threading.excepthook, Board(tmp_path / "tensorboard", 1)
+    board.add("step", {"loss": 0.5}, 1)
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in range(2, 40):
+        board.add("step", {f"loss{i}": 0.5 for i in range(50)}, step)
+        time.sleep(0.01)
+    board.close()
+    assert caplog.text.count("metrics.jsonl has the same numbers") == 1
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
+
+
+def test_a_table_of_evaluations_that_cannot_be_written_ends_no_run(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    with Run(_config(tmp_path)) as run:
+        run.record("eval", 1, avg_all=50.0)
+        monkeypatch.setattr(run_module, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        run.summarise()
+    assert "the next evaluation tries again" in caplog.text

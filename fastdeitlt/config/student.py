@@ -279,6 +279,8 @@ class TrainConfig(Section):
     result is kept for this GPU, torch, Triton and shape. false: use what was measured before, or torch's."""
     timeout_s: int = Field(600, ge=1)
     """Seconds a rank waits for the others before it gives up."""
+    main_timeout_s: int = Field(3600, ge=1)
+    """The same for what rank 0 does alone: saving checkpoints, looking at files, measuring kernels."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between log lines; the only host syncs of the loop."""
     save_every_epochs: int = Field(1, ge=0)

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Checkpoints:
     Args:
         folder: the run's ``checkpoints``.
         keep: checkpoints kept, at least 2, so that a damaged one has one before it.
+        before: what must be on the disk before a checkpoint is.
     """
 
     FAILURES = 3
@@ -64,8 +65,8 @@ class Checkpoints:
     STATE = ("step", "epoch", "best", "recent", "fingerprint")
     """Facts of a checkpoint's manifest that are about the run; ``best`` has the others, which are about the model."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 2, before: Callable[[], None] | None = None) -> None:
+        self.folder, self.keep, self.before = folder, keep, before
         self.step = -1
         """The newest step that this process saved."""
         self._writer: threading.Thread | None = None
@@ -143,6 +144,8 @@ class Checkpoints:
         log.warning("%s; training goes on (%d of %d failed saves)", what, self._failures, self.FAILURES)
 
     def _write(self, step: int, parts: dict[str, dict[str, Tensor]], manifest: dict[str, Any], milestone: str) -> None:
+        if self.before:
+            self.before()
         path = self.folder / f"step-{step:08d}"
         others = {name: tensors for name, tensors in parts.items() if name != "model"}
         # the milestone first: a checkpoint after which it is due must not be there without it

@@ -20,14 +20,24 @@ import torch
 from filelock import FileLock, Timeout
 from rich.logging import RichHandler
 from rich.progress import Progress
-from torch.utils.tensorboard import SummaryWriter
 
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
-from fastdeitlt.errors import CrashLoopError, MemoryFullError, RankLostError, StoppedError, UserError, printable
+from fastdeitlt.errors import (
+    CrashLoopError,
+    MemoryFullError,
+    RankLostError,
+    StoppedError,
+    StorageError,
+    UserError,
+    printable,
+    storage_failure,
+)
+from fastdeitlt.run.board import Board
 from fastdeitlt.run.checkpoints import Checkpoints, sweep
 from fastdeitlt.run.process import STOP, Stopped, stop_code
 from fastdeitlt.run.progress import console, start_bar
+from fastdeitlt.run.records import Records
 from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
@@ -48,6 +58,7 @@ MAY_CHANGE = (
     "train.zero_stage",
     "train.offload",
     "train.timeout_s",
+    "train.main_timeout_s",
     "train.keep",
     "train.log_every",
     "train.save_every_epochs",
@@ -138,10 +149,12 @@ class Run:
         self.cfg = _with_ranks(cfg)
         self.is_main = distributed.rank() == 0
         self.folder = distributed.on_main(lambda: self._take(resume))
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep)
+        self._records = Records(self.folder / "metrics.jsonl")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep, before=self._records.flush)
         self._first = 0
+        self._begun = False
         self._progress: Progress | None = None
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._restored = 0
         self.started = time.perf_counter()
 
@@ -196,6 +209,13 @@ class Run:
             if self._board:
                 self._board.close()
             self.checkpoints.finish(must=error is None)
+            if self.is_main and error is None and self._begun:
+                self._records.flush()
+            if self._begun and (said := storage_failure(error)):
+                if not self.folder.is_dir():
+                    gone = f"run folder {self.folder}: was moved or removed; put it back, and start again"
+                    raise UserError(gone) from error
+                raise StorageError(f"{said} (the same command continues from the last checkpoint)") from error
         finally:
             STOP.cleanup = None
             if self.is_main:
@@ -261,11 +281,9 @@ class Run:
             ended: whether this step ended an epoch, with the evaluation that was due.
         """
         self._restored = step
-        path = self.folder / "metrics.jsonl"
-        if self.is_main and path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _is_before(line, step, ended)]
-            write_atomically(path, "".join(kept))
+        self._begun = True
+        if self.is_main and self._records.path.exists():
+            self._records.keep(lambda line: _is_before(line, step, ended))
             self.summarise()
 
     def start_progress(self, total: int, step: int) -> None:
@@ -277,14 +295,10 @@ class Run:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
         if not self.is_main:
             return
-        line = {"kind": kind, "step": step, **facts}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._records.append({"kind": kind, "step": step, **facts})
         if self._board is None:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._restored + 1)
-        for name, value in facts.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board = Board(self.folder / "tensorboard", self._restored + 1)
+        self._board.add(kind, facts, step)
 
     def show(self, step: int, text: str, where: str, facts: Mapping[str, float]) -> None:
         """Advance the bar and show ``facts`` beside it, or print a plain line where there is none.
@@ -309,12 +323,16 @@ class Run:
         if rows:
             head = [key for key, value in rows[-1].items() if isinstance(value, int | float | str) and key != "kind"]
             table = [",".join(head), *(",".join(str(row.get(key, "")) for key in head) for row in rows)]
-            write_atomically(self.folder / "summary.csv", "\n".join(table) + "\n")
+            try:
+                write_atomically(self.folder / "summary.csv", "\n".join(table) + "\n")
+            except OSError as error:
+                log.warning(
+                    "%s: summary.csv cannot be written (%s); the next evaluation tries again", self.folder, error
+                )
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return self._records.read()
 
 
 def _is_before(line: str, step: int, ended: bool) -> bool:

@@ -30,6 +30,11 @@ RESTARTABLE = (1, RankLostError.exit_code)
 """Exit codes after which ``restarts`` tries again: a crash, a lost rank."""
 
 
+def is_launched(env: Mapping[str, str]) -> bool:
+    """Return whether a launcher, this one or another, has started this process as a rank."""
+    return "FASTDEITLT_LAUNCHER" in env or "RANK" in env or distributed.tasks_of_slurm(env) > 1
+
+
 def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
     """How many processes `train` starts here: those asked for, else one a visible GPU; 1 inside another launcher.
 
@@ -41,10 +46,8 @@ def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
     Raises:
         UserError: some were asked for, and another launcher has started this process; no GPU where one is asked for.
     """
-    if "FASTDEITLT_LAUNCHER" in env:
-        return 1
-    if "RANK" in env or distributed.tasks_of_slurm(env) > 1:
-        if asked:
+    if is_launched(env):
+        if asked and "FASTDEITLT_LAUNCHER" not in env:
             raise UserError("--processes: another launcher has started this process; let one of the two do it")
         return 1
     if asked:
@@ -99,8 +102,10 @@ class _Ranks:
 
     def run(self) -> int:
         """Start all, wait until they end, and say which failed first."""
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.count)))
-        shared = {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count), "OMP_NUM_THREADS": threads}
+        shared = {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count)}
+        if self.count > 1:
+            threads = max(1, len(os.sched_getaffinity(0)) // self.count)
+            shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK}
         shared |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         command = [*PROGRAM, *self.arguments]
