@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits, evaluate
 from fastdeitlt.evaluation.metrics import (
     Result,
@@ -407,3 +409,19 @@ def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
     assert (
         rows[0][:7] == ["class", "name", "training images", "images", "AVG", "AVG low", "AVG high"] and len(rows) == 11
     )
+
+
+@pytest.mark.parametrize("kind", ["json_path", "csv_path"])
+def test_scores_interrupted_while_they_are_written_leave_the_old_file(tmp_path, monkeypatch, kind):
+    path, real = tmp_path / "scores", Path.write_text
+    path.write_text("old")
+
+    def interrupted(self, text, **named):
+        real(self, text[: len(text) // 2], **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    result = score(*logits_and_labels(), COUNTS, "other", torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluation._write(result, None, None, **({"json_path": None, "csv_path": None} | {kind: path}))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

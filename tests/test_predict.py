@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,3 +250,18 @@ def test_hidden_files_of_a_folder_are_left_out(saved, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(saved[2][0].read_bytes())
     assert [row.path for row in predict(saved[0], tmp_path, device="cpu")] == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_predictions_interrupted_while_they_are_written_leave_the_old_file(saved, tmp_path, monkeypatch, suffix):
+    out, real = tmp_path / f"out.{suffix}", Path.write_text
+    out.write_text("old")
+
+    def interrupted(self, text, **named):
+        real(self, text[: len(text) // 2], **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(saved[0], saved[2], top_k=1, out=out, strict=False)
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]

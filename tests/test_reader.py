@@ -1,5 +1,6 @@
 """Streaming: the crops Pillow would give, whatever the threads, groups and restarts; and nothing left behind."""
 
+import errno
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.pixels import decoder, reader
+from fastdeitlt.data.pixels import decoder, files, reader
 from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.errors import UserError
 
@@ -60,6 +61,29 @@ def test_what_fails_after_decoding_is_no_images_fault(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         deliver(make_set(tmp_path), [request(range(11))], on_error="skip")
     assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_read_that_the_system_refuses_is_no_images_fault(tmp_path, monkeypatch, failures):
+    """It is tried three times; then the command ends, though ``on_error=skip`` leaves unreadable images out."""
+    images, left = make_set(tmp_path), [failures]
+    expected, _ = deliver(images, [request(range(11))])
+
+    def stale(path, mode):
+        if path.endswith(images.paths[3]) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return open(path, mode)
+
+    monkeypatch.setattr(files, "open", stale, raising=False)
+    monkeypatch.setattr(reader, "RETRY_S", 0.0)
+    if failures == 3:
+        with pytest.raises(UserError, match=r"cannot be read \(Stale file handle\), tried 3 times") as caught:
+            deliver(images, [request(range(11))], on_error="skip")
+        assert caught.value.__cause__.errno == errno.ESTALE
+    else:
+        assert torch.equal(deliver(images, [request(range(11))], on_error="skip")[0][0], expected[0])
+    assert not left[0]
 
 
 def test_a_missing_decoder_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):

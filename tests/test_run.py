@@ -19,7 +19,7 @@ from tiny_run import tiny_run
 
 from fastdeitlt import config, train
 from fastdeitlt.core import assemble
-from fastdeitlt.errors import StorageError, UserError
+from fastdeitlt.errors import CheckpointError, StorageError, UserError
 from fastdeitlt.run import folder as run_module
 from fastdeitlt.run import launch
 from fastdeitlt.run.board import Board
@@ -188,6 +188,14 @@ def test_files_that_fail_in_mid_run_are_a_crash_that_a_restart_may_heal(tmp_path
             raise failed
     assert caught.value.exit_code in launch.RESTARTABLE
     assert json.loads((run.folder / "starts.json").read_text())["died"] == 0  # counts for the crash loop
+
+
+@pytest.mark.parametrize(("kind", "code"), [(UserError, 1), (CheckpointError, 4)])
+def test_an_image_that_vanishes_in_mid_run_is_a_crash_too(tmp_path, kind, code):
+    with pytest.raises(UserError, match="image 7: gone") as caught, Run(_config(tmp_path)) as run:
+        run.rewind(0, ended=False)
+        raise kind("image 7: gone") from FileNotFoundError(errno.ENOENT, "gone")
+    assert caught.value.exit_code == code
 
 
 def test_a_run_folder_that_is_moved_in_mid_run_is_not_started_anew(tmp_path):

@@ -211,7 +211,7 @@ class Run:
             self.checkpoints.finish(must=error is None)
             if self.is_main and error is None and self._begun:
                 self._records.flush()
-            if self._begun and (said := storage_failure(error)):
+            if self._begun and (said := _storage_failure(error)):
                 if not self.folder.is_dir():
                     gone = f"run folder {self.folder}: was moved or removed; put it back, and start again"
                     raise UserError(gone) from error
@@ -345,6 +345,13 @@ def _is_before(line: str, step: int, ended: bool) -> bool:
     if at == step and kind != "step":  # an evaluation; that of the chosen weights is done again until results are there
         return ended and record.get("weights") != "selected"
     return at <= step
+
+
+def _storage_failure(error: BaseException | None) -> str | None:
+    """Return what to say of files that failed: an error of the system, or the refusal of an image because of one."""
+    if type(error) is UserError and isinstance(error.__cause__, OSError) and error.__cause__.errno:
+        return str(error)
+    return storage_failure(error)
 
 
 def _is_clean(error: BaseException | None) -> bool:

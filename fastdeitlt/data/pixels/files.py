@@ -1,5 +1,6 @@
 """Encoded image files: read them, refuse what no decoder should see, and leave the decoder nothing but pixels."""
 
+import errno
 import io
 import os
 import stat
@@ -35,6 +36,10 @@ PILLOW_ERRORS = (
 """What Pillow raises on damaged files."""
 ORIENTATION = 0x0112
 """Tag of EXIF and TIFF: how stored pixels are turned to be upright, 1 to 8; 1 = not at all."""
+_OF_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
+"""Errors of the system that are about the file that was asked for."""
 _BEGINNINGS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n"}
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
@@ -44,7 +49,13 @@ _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 class UnreadableError(Exception):
-    """A file is not an image we can use; the message says why."""
+    """A file is not an image we can use; the message says why, and the cause is what Pillow or the system raised."""
+
+    @property
+    def is_of_system(self) -> bool:
+        """Whether the file system or the process failed (a stale handle, too many open files), not this file."""
+        cause = self.__cause__
+        return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _OF_FILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +138,7 @@ def _unreadable() -> Iterator[None]:
     try:
         yield
     except PILLOW_ERRORS as error:
-        raise UnreadableError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+        raise UnreadableError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 @contextmanager

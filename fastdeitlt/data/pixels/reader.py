@@ -7,6 +7,7 @@ What comes out is a pure function of the files and the request, so a run resumed
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -26,6 +27,7 @@ from fastdeitlt.data.pixels.side_stream import aside, side_stream
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
+from fastdeitlt.store.checkpoint import READ_TRIES, RETRY_S
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
@@ -190,17 +192,27 @@ class Stream:
         return [(file.height, file.width) if file else (0, 0) for file in files]
 
     def _try(self, sample: int, header_only: bool = False) -> Encoded | None:
-        try:
-            return read_encoded(self._images.place(sample), sample, exif=self._exif, header_only=header_only)
-        except UnreadableError as error:
-            self._refuse(sample, str(error))
+        for left in reversed(range(READ_TRIES)):
+            try:
+                return read_encoded(self._images.place(sample), sample, exif=self._exif, header_only=header_only)
+            except UnreadableError as error:
+                if not error.is_of_system:
+                    self._refuse(sample, str(error), error.__cause__)
+                    break
+                if not left:  # whatever data.on_error is: no image is at fault
+                    raise UserError(
+                        f"image {self._images.name(sample)}: cannot be read ({error}), tried {READ_TRIES} times; run "
+                        "the same command again once the file system answers"
+                    ) from error.__cause__
+                time.sleep(RETRY_S)
         return None
 
-    def _refuse(self, sample: int, reason: str) -> None:
+    def _refuse(self, sample: int, reason: str, cause: BaseException | None = None) -> None:
         """Raise, or note once that the image is left out."""
         name = self._images.name(sample)
         if not self._skip:
-            raise UserError(f"image {name}: {reason}; repair it, take it off the list, or set data.on_error=skip")
+            what = f"image {name}: {reason}; repair it, take it off the list, or set data.on_error=skip"
+            raise UserError(what) from cause
         with self._refusing:
             if sample not in self.unreadable:
                 self.unreadable.add(sample)
