@@ -15,7 +15,8 @@ the host's allocator and DALI's, of cuBLAS and cuDNN, of the loader of libraries
 
 _CURES = {
     **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS), "free space or choose another place"
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+        "free space or choose another place",
     ),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "put it back if it was moved, and start again"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
