@@ -71,7 +71,7 @@ def test_a_place_that_takes_no_file_is_one_line(number, cure, monkeypatch, capsy
     def write(args):
         raise OSError(number, os.strerror(number), "/full/scores.json")
 
-    monkeypatch.setattr(cli, "_doctor", write)
+    monkeypatch.setitem(cli.VERBS, "doctor", write)
     if cure is None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             cli.main(["doctor"])
@@ -84,7 +84,7 @@ def test_ctrl_c_is_code_130(monkeypatch, capfd):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupted)
+    monkeypatch.setitem(cli.VERBS, "doctor", interrupted)
     assert cli.main(["doctor"]) == 130
     assert "continues from the last checkpoint" in capfd.readouterr().err
 
@@ -119,7 +119,7 @@ def test_memory_that_is_refused_is_one_line(monkeypatch, capsys):
     def load(args):
         raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
 
-    monkeypatch.setattr(cli, "_doctor", load)
+    monkeypatch.setitem(cli.VERBS, "doctor", load)
     assert cli.main(["doctor"]) == 6
     assert capsys.readouterr().err.startswith(
         "fastdeitlt: error: out of memory (libtorch_cpu.so: failed to map segment"
