@@ -1,5 +1,4 @@
-"""From a data set to batches: which images (sets), in which order (sampler), decoded (pixels), augmented and mixed.
+"""The input pipeline: data sets (``sets``), image order (``sampler``), decoding (``pixels``), ``augment``, ``mixup``.
 
-Each stage receives what the one before it yields: sets, sampler, pixels, augment, mixup. Imports ``config``, ``store``
-and ``errors``; everything above may import it.
+Each stage consumes the output of the one before it. Imports ``config``, ``store`` and ``errors``.
 """

@@ -1,4 +1,4 @@
-"""The public functions of long-tailed sets."""
+"""Public functions for long-tailed data sets."""
 
 from fastdeitlt.data.sets.counts import cifar_lt_counts, drw_weights, shot_groups
 from fastdeitlt.data.sets.lists import read_list

@@ -1,7 +1,7 @@
-"""Stage 3': Mixup and CutMix of a batch with its mirror image (timm's batch mode), without dense targets.
+"""Mixup and CutMix of a batch with its reverse (timm's batch mode), without dense targets.
 
-Image i meets image B - 1 - i; one lambda a batch and virtual rank. The loss takes (partner labels, lambda, smoothing);
-``mixed_target`` is the dense reference.
+Image i is mixed with image B - 1 - i; one lambda per batch and virtual rank. The loss uses (partner labels, lambda,
+smoothing); ``mixed_target`` is the dense reference.
 Source: timm.data.mixup (mode "batch", correct_lam); mixup arXiv 1710.09412, CutMix arXiv 1905.04899.
 """
 
@@ -19,23 +19,23 @@ from fastdeitlt.errors import UserError
 
 @dataclass(frozen=True)
 class MixDraw:
-    """How a batch is mixed: ``lam`` is the share of the image itself, ``box`` (y0, y1, x0, x1) what CutMix pastes."""
+    """Mixing of a batch: ``lam`` is the weight of the image itself, ``box`` (y0, y1, x0, x1) the CutMix region."""
 
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
 
 
 def draw(seed: int, epoch: int, index: int, virtual_rank: int, cfg: MixupConfig, size: int) -> MixDraw:
-    """Draw how micro-batch ``index`` of a virtual rank is mixed; ``size`` is the image side in pixels.
+    """Draw the mixing of micro-batch ``index`` of a virtual rank; ``size`` is the image side in pixels.
 
     Args:
-        seed, epoch, index, virtual_rank: key of the draw; nothing else influences it.
-        cfg: Beta parameters and chances.
+        seed, epoch, index, virtual_rank: the key; the draw is a function of it alone.
+        cfg: Beta parameters and probabilities.
 
     Returns:
-        MixDraw with timm's laws; CutMix's lambda is the share of pixels that remain.
+        MixDraw with timm's distributions; CutMix's lambda is the share of pixels kept.
     """
-    # Philox is itself counter-based: what differs in the counter's high words never overlaps
+    # Philox is counter-based: streams that differ in the counter's high words never overlap
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, index, virtual_rank]))
     if not cfg.on or rng.random() >= cfg.prob:
         return MixDraw()
@@ -53,10 +53,10 @@ def draw(seed: int, epoch: int, index: int, virtual_rank: int, cfg: MixupConfig,
 
 
 def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
-    """Mix a batch in place, and return it.
+    """Mix a batch in place and return it.
 
     Raises:
-        UserError: an odd batch, which has an image without partner.
+        UserError: an odd batch size (one image has no partner).
     """
     if mix.lam == 1.0:
         return images_BCHW
@@ -65,7 +65,7 @@ def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
     y0, y1, x0, x1 = mix.box or (0, None, 0, None)
     window_BCHW = images_BCHW[:, :, y0:y1, x0:x1]
     half = len(window_BCHW) // 2
-    step = half if images_BCHW.device.type != "cpu" else 1  # on the host a pair stays in the cache
+    step = half if images_BCHW.device.type != "cpu" else 1  # pair by pair fits the CPU cache
     for start in range(0, half, step):
         first, second = window_BCHW[start : start + step], window_BCHW[len(window_BCHW) - start - step :][:step]
         own, other = first.clone(), second.flip(0)
@@ -79,10 +79,10 @@ def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
 
 
 def mixed_target(labels_B: Tensor, partner_B: Tensor, lam: float, classes: int, smoothing: float) -> Tensor:
-    """Dense target [B, K]: lam * smoothed(labels) + (1 - lam) * smoothed(partner labels).
+    """Return the dense target [B, K]: lam * smoothed(labels) + (1 - lam) * smoothed(partner labels).
 
-    A smoothed one-hot is smoothing / K everywhere and 1 - smoothing more at the label (timm's ``mixup_target``, where
-    the partner is ``labels_B.flip(0)``). The loss never builds this; tests do.
+    A smoothed one-hot is smoothing / K everywhere, plus 1 - smoothing at the label (timm's ``mixup_target``, where the
+    partner is ``labels_B.flip(0)``). Reference for tests; the loss does not build it.
     """
     own_BK, other_BK = (
         one_hot(i_B, classes) * (1.0 - smoothing) + smoothing / classes for i_B in (labels_B, partner_B)

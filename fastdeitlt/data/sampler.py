@@ -1,7 +1,7 @@
-"""Stage 1': which image when. Repeated augmentation, and micro-batches that do not depend on the number of GPUs.
+"""Image order: repeated augmentation, and micro-batches that do not depend on the number of GPUs.
 
-The recipe is written for R data-parallel ranks ("virtual ranks"). Each of W real ranks plays R / W of them, one after
-the other, so one GPU forms exactly the batches that R GPUs would.
+The recipe is defined for R data-parallel ranks ("virtual ranks"). Each of W real ranks runs R / W of them in turn, so
+one GPU forms exactly the batches of R GPUs.
 """
 
 # N images in the set, B images in a micro-batch, R virtual ranks, W real ranks
@@ -18,11 +18,11 @@ from fastdeitlt.errors import UserError
 
 
 class RepeatedAugmentationSampler:
-    """Indices of one rank for one epoch, each image ``repeats`` times across ranks.
+    """Yield one rank's indices for one epoch; each image appears ``repeats`` times across ranks.
 
-    The permutation is seeded by the epoch alone. Every rank takes each ``world_size``-th entry of the repeated
-    permutation. With ``repeats`` > 1 it keeps the first floor(floor(N / 256) * 256 / world_size), as the reference
-    does. With ``repeats`` = 1, and for sets of fewer than 256 images, for which the reference yields nothing, it keeps
+    The permutation is seeded by the epoch alone. Each rank uses every ``world_size``-th entry of the repeated
+    permutation. With ``repeats`` > 1 it keeps the first floor(floor(N / 256) * 256 / world_size), as the reference.
+    With ``repeats`` = 1, and for sets of fewer than 256 images (for which the reference yields nothing), it keeps
     floor(N / world_size).
 
     Args:
@@ -30,7 +30,7 @@ class RepeatedAugmentationSampler:
         world_size: ranks that share an epoch.
         rank: this rank.
         repeats: copies of an image in the repeated permutation. 1 = a plain distributed sampler.
-        seed_epoch: epoch to start with; ``set_epoch`` changes it.
+        seed_epoch: first epoch; ``set_epoch`` changes it.
 
     Raises:
         UserError: an argument out of range.
@@ -51,14 +51,14 @@ class RepeatedAugmentationSampler:
         self.length = (rounded or n) // world_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Start another epoch from its first index."""
+        """Set the epoch and restart at its first index."""
         self.epoch, self.cursor = epoch, 0
 
     def order(self, drawn: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return this rank's whole epoch: (index of the image, number of the copy), two int64 arrays.
+        """Return this rank's whole epoch: (image index, copy number), two int64 arrays.
 
         Args:
-            drawn: the epoch's images in their order and how often each was shown before, see ``Sampling.draw``; None:
+            drawn: the epoch's image order and how often each image was shown before, see ``Sampling.draw``; None:
                 every image once, in the reference's order.
         """
         if drawn is None:
@@ -80,11 +80,15 @@ class RepeatedAugmentationSampler:
         return self.length
 
     def state_dict(self) -> dict[str, int]:
-        """Where the epoch stands; ``load_state_dict`` continues with the next index."""
+        """Return the position in the epoch; ``load_state_dict`` continues at the next index."""
         return {"epoch": self.epoch, "cursor": self.cursor, "n": self.n, "world_size": self.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UserError when the state is of another set or number of ranks."""
+        """Restore a position in the epoch.
+
+        Raises:
+            UserError: the state has another set size or number of ranks.
+        """
         if (state["n"], state["world_size"]) != (self.n, self.world_size):
             raise UserError(
                 f"sampler state: got n={state['n']}, world_size={state['world_size']}, expected n={self.n}, "
@@ -95,7 +99,7 @@ class RepeatedAugmentationSampler:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one (virtual) rank sees in one forward and backward."""
+    """The images of one forward and backward pass of a virtual rank."""
 
     epoch: int
     index: int
@@ -112,16 +116,16 @@ class Step:
     """One optimizer step of this rank."""
 
     clock: float
-    """Epochs from the start of training at which the learning rate is read."""
+    """Position in the learning-rate schedule, in epochs from the start of training."""
     micro_batches: list[MicroBatch]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The micro-batches of a run and how they group into optimizer steps.
+    """The micro-batches of a run and their grouping into optimizer steps.
 
     Raises:
-        UserError: real ranks do not divide virtual ranks, or an epoch holds no full micro-batch.
+        UserError: real ranks do not divide virtual ranks, or an epoch has no full micro-batch.
     """
 
     n: int
@@ -152,7 +156,7 @@ class Plan:
 
     @property
     def micro_steps(self) -> int:
-        """Micro-steps of a virtual rank in an epoch; an incomplete last batch is left out."""
+        """Micro-steps of a virtual rank in an epoch; an incomplete last batch is dropped."""
         return len(self._sampler(0)) // self.batch_size
 
     @property
@@ -162,12 +166,12 @@ class Plan:
 
     @property
     def ranks_per_process(self) -> int:
-        """Virtual ranks that this real rank plays."""
+        """Virtual ranks per real rank."""
         return self.virtual_ranks // self.world
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Micro-batches that this real rank computes for one full optimizer step."""
+        """Micro-batches per real rank in one full optimizer step."""
         return self.accumulate * self.ranks_per_process
 
     @property
@@ -182,16 +186,16 @@ class Plan:
 
     @property
     def distinct_images(self) -> int:
-        """Different images in an epoch."""
+        """Distinct images in an epoch."""
         return -(-self.images_per_epoch // self.repeats)
 
     @property
     def is_partial(self) -> bool:
-        """Whether rounding leaves more than a tenth of the set out of each epoch."""
+        """Whether rounding drops more than a tenth of the set from each epoch."""
         return self.sampling is None and self.images_per_epoch < 0.9 * self.n
 
     def describe_epoch(self) -> str:
-        """Summarize an epoch in one line, with the settings that lengthen it when it is partial."""
+        """Summarize an epoch in one line; if it is partial, name the settings that lengthen it."""
         if self.sampling:
             return f"an epoch shows {self.images_per_epoch:,} images, drawn by data.sampling={self.sampling.kind}"
         text = f"an epoch has {self.distinct_images:,} of the {self.n:,} images"
@@ -205,10 +209,10 @@ class Plan:
         return f"{text}; the others follow in later epochs. For more in each, use {' or '.join(remedies)}"
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
-        """The optimizer steps of an epoch from number ``start`` on.
+        """Yield the optimizer steps of an epoch from number ``start`` on.
 
-        The clock is that of the step's first micro-step, but of the epoch's very last micro-step for the last step:
-        the reference's engine.py calls its schedule at both.
+        The clock is that of the step's first micro-step; for an epoch's last step, that of the last micro-step. The
+        reference's engine.py calls its schedule at both.
         """
         mine = range(self.rank * self.ranks_per_process, (self.rank + 1) * self.ranks_per_process)
         drawn = self.sampling.draw(epoch) if self.sampling else None
@@ -230,10 +234,10 @@ class Plan:
 
 
 def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1, labels_N: np.ndarray | None = None) -> Plan:
-    """Return the micro-batches of a run on ``num_images`` images; as many virtual ranks as real ones by default.
+    """Return the plan of a run on ``num_images`` images; by default with as many virtual ranks as real ones.
 
     Args:
-        labels_N: class of each image, for ``data.sampling``; None: the plan only counts.
+        labels_N: class of each image, for ``data.sampling``; None: the plan is for counts only.
 
     Raises:
         UserError: see ``Plan``.

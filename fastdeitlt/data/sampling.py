@@ -1,4 +1,4 @@
-"""How often an epoch shows each class: the samplers of the long-tail literature, drawn without state.
+"""Class-balancing samplers of the long-tail literature, drawn without state.
 
 Source: Kang et al. 2020, arXiv 1910.09217, equations 1 to 3.
 """
@@ -20,14 +20,14 @@ START, MEMBER, PLACE = 220, 221, 222
 
 @dataclass(frozen=True, eq=False)
 class Sampling:
-    """Draw N images an epoch, classes by their shares; a pure function of (seed, epoch).
+    """Draw N images per epoch by class shares; a pure function of (seed, epoch).
 
     Args:
-        kind: class_balanced (all classes alike), sqrt (by the root of their size), progressive (from by size in the
-            first epoch towards all alike).
+        kind: class_balanced (equal shares), sqrt (square root of the class size), progressive (proportional to size in
+            the first epoch, then linearly towards equal shares).
         labels_N: class of each image.
-        epochs: of the whole run.
-        seed: of the run.
+        epochs: length of the run.
+        seed: seed of the run.
     """
 
     kind: Kind
@@ -49,10 +49,10 @@ class Sampling:
                 return (1 - done) * by_size_K + done * alike_K
 
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return an epoch's images in their order, and of each how often it was shown before: two int64 [N].
+        """Return an epoch's image order and, for each position, how often its image came before: two int64 [N].
 
-        A class is shown its share of N times, rounded up or down by chance without bias, and each of its images as
-        often as the others, or once more.
+        A class appears its share of N times, rounded randomly without bias. The images of a class appear equally
+        often, or differ by one.
         """
         num_images = len(self.labels_N)
         start = counter.uniform(counter.keys(self.seed, epoch), START, 1)[0, 0]
@@ -71,7 +71,7 @@ class Sampling:
 
 
 def sampling_of(cfg: DataConfig, labels_N: np.ndarray | None, epochs: int, seed: int) -> Sampling | None:
-    """Return what ``data.sampling`` asks for; None where every image is shown once, or without labels."""
+    """Return the sampler of ``data.sampling``; None if every image is shown once, or without labels."""
     if cfg.sampling == "instance" or labels_N is None:
         return None
     return Sampling(cfg.sampling, labels_N, epochs, seed)

@@ -1,4 +1,4 @@
-"""The order of a teacher's training: which images make up each batch of an epoch."""
+"""Batches of a teacher's training: the images of each batch of an epoch."""
 
 # B batch, N images in the set
 
@@ -15,16 +15,16 @@ from fastdeitlt.errors import UserError, counted
 ORDER, STEP = 210, 211
 """Streams of the generator."""
 MIN_PART = 2
-"""Images in a micro-batch: batch norm has no deviation of one value."""
+"""Fewest images in a micro-batch: batch norm has no variance of one value."""
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """The batches of an epoch: a new order of all images each time, drawn from (seed, epoch) alone.
+    """The batches of an epoch: a permutation of all images, a function of (seed, epoch) alone.
 
-    A batch is cut into nearly equal parts, in order: over ranks, then a rank's into micro-batches. Batch norm needs two
-    images in each, so a last batch that has fewer joins the one before. PaCo leaves any incomplete last batch out,
-    because a batch replaces a whole part of its queue.
+    A batch is split in order into nearly equal parts: over ranks, then over a rank's micro-batches. Batch norm needs
+    two images in each, so a last batch too small for that is merged into the one before. PaCo drops an incomplete last
+    batch, because a batch replaces a fixed part of its queue.
     """
 
     n: int
@@ -45,7 +45,7 @@ class TeacherPlan:
 
     @property
     def last_batch(self) -> str:
-        """What becomes of images that fill no batch; empty where they are an ordinary smaller one, or none."""
+        """Handling of images that fill no batch; empty if they form a smaller last batch, or there are none."""
         left = self.n - self.steps * self.batch_size
         if left <= 0:
             return ""
@@ -54,12 +54,12 @@ class TeacherPlan:
         return f"the last batch of an epoch has {self.batch_size + left} images: {left} would be too few for batch norm"
 
     def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Yield the indices of the images of each batch from number ``start`` on, int64 [B]."""
+        """Yield the image indices of each batch from number ``start`` on, int64 [B]."""
         for sample_B, _ in self.shown(epoch, start):
             yield sample_B
 
     def shown(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield of each batch the indices of its images and how often the epoch showed each before, two int64 [B]."""
+        """Yield each batch's image indices and how often each image came before in the epoch, two int64 [B]."""
         if self.sampling:
             order_N, before_N = self.sampling.draw(epoch)
         else:
@@ -76,7 +76,7 @@ class TeacherPlan:
         return np.array_split(np.array_split(values_B, self.world)[self.rank], self.accumulate)
 
     def step_seed(self, epoch: int, index: int) -> int:
-        """Seed of everything else that is random in a step on this rank."""
+        """Return the seed of all other randomness of a step on this rank."""
         seed = int(counter.words(counter.keys(self.seed, epoch, index), STEP, 1)[0, 0] >> np.uint64(1))
         return (seed + self.rank) % 2**63
 
@@ -87,10 +87,10 @@ def teacher_plan_of(
     """Return the batches of a teacher's run.
 
     Args:
-        labels_N: class of each image, for ``data.sampling``; None: the plan only counts.
+        labels_N: class of each image, for ``data.sampling``; None: the plan is for counts only.
 
     Raises:
-        UserError: a batch that is too small for the ranks and micro-batches, or larger than the set.
+        UserError: the batch is too small for the ranks and micro-batches, or larger than the set.
     """
     t = cfg.teacher_training
     seed, sampling = cfg.train.seed, sampling_of(cfg.data, labels_N, t.epochs, cfg.train.seed)

@@ -1,9 +1,9 @@
-"""Stage 8: folders of weights that are whole or absent. Safetensors and JSON only, nothing is ever unpickled.
+"""Model folders: atomic writes, verified reads. Safetensors and JSON only; nothing is unpickled.
 
-A *model folder* holds ``model.safetensors`` (and, for a checkpoint of a run, ``ema`` and ``optimizer`` beside it) and
-``manifest.json``, which names every file with its size and sha256. It is written under another name, flushed, and
-renamed into place, so that a reader never meets half of one; a file that does not match its manifest is refused (torch
-and safetensors would load a flipped bit without a word).
+A *model folder* has ``model.safetensors`` (a checkpoint of a run also ``ema`` and ``optimizer``) and ``manifest.json``,
+which lists every file with its size and sha256. It is written under a temporary name, flushed, and renamed, so readers
+never see a partial folder. A file that does not match its manifest is refused: torch and safetensors would silently
+load a flipped bit.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 READ_TRIES = 3
 RETRY_S = 2.0
-"""Seconds between the tries: a file system that fails is not a damaged file."""
+"""Seconds between retries of a failed read."""
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """Return ``read(path)``, tried again where the file system fails.
+    """Return ``read(path)``, retrying when the file system fails.
 
     Raises:
         FileNotFoundError, NotADirectoryError, IsADirectoryError: no such file.
-        CheckpointError: every try failed.
+        CheckpointError: every attempt failed.
     """
     for left in reversed(range(READ_TRIES)):
         try:
@@ -66,19 +66,19 @@ def _sha256(path: Path) -> str:
 def save_model_folder(
     path: str | Path, model: Mapping[str, Tensor], manifest: dict[str, Any], **others: Mapping[str, Tensor]
 ) -> Path:
-    """Write a model folder atomically; an older one of the same name is replaced.
+    """Write a model folder atomically, replacing an existing one.
 
     Args:
-        path: the folder to make.
+        path: the folder to write.
         model: state dict of the weights that evaluation uses.
         manifest: JSON-able facts about the model (kind, model, class_map, preprocess, ...).
-        others: more state dicts, one file each, named by keyword.
+        others: further state dicts by file name, one file each.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the disk has not twice the room that the tensors need, or writing failed; the old folder stays.
+        CheckpointError: less free space than twice the tensors' size, or a failed write; the old folder is kept.
     """
     path = Path(path)
     parts = {"model": model, **others}
@@ -96,7 +96,7 @@ def save_model_folder(
         for name, tensors in parts.items():
             file = draft / f"{name}.safetensors"
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+            file.chmod(0o644)  # safetensors creates files with mode 0600
             flush(file)
             files[file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
         whole = {"format": "fastdeitlt", "version": __version__, **manifest, "files": files}
@@ -112,10 +112,10 @@ def save_model_folder(
 
 
 def add_facts(path: str | Path, facts: dict[str, Any]) -> None:
-    """Add to the manifest of a model folder what was found out after its weights were written. Atomic.
+    """Add entries to the manifest of a model folder, atomically.
 
     Raises:
-        CheckpointError: it cannot be written; the folder is as it was.
+        CheckpointError: it cannot be written; the folder is unchanged.
         UserError: see ``read_manifest``.
     """
     path = Path(path)
@@ -128,7 +128,7 @@ def add_facts(path: str | Path, facts: dict[str, Any]) -> None:
 
 
 def replace_folder(draft: Path, path: Path) -> None:
-    """Rename needs an absent target, so an old folder steps aside first and is removed last."""
+    """Rename ``draft`` to ``path``, replacing an existing folder (moved away first: rename needs an absent target)."""
     aside = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
     if path.exists():
         path.rename(aside)
@@ -138,10 +138,10 @@ def replace_folder(draft: Path, path: Path) -> None:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read the manifest of a model folder and check every file that it names against its hash.
+    """Read the manifest of a model folder and verify the hash of every file in it.
 
     Raises:
-        DamagedError: no folder, no manifest, not one of ours, or a file that is missing or altered.
+        DamagedError: no folder, no fastdeitlt manifest, or a missing or altered file.
         CheckpointError: the file system fails.
     """
     path = Path(path)
@@ -168,12 +168,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     for name, facts in checked.files.items():
         file = path / Path(name).name
         try:
-            found = _read(file, _sha256)
+            digest = _read(file, _sha256)
         except ABSENT:
             raise DamagedError(
                 f"model folder {path}: {name} is missing; copy the folder again or use an older checkpoint"
             ) from None
-        if found != facts.sha256:
+        if digest != facts.sha256:
             raise DamagedError(
                 f"model folder {path}: {name} does not match its sha256; it is damaged, use an older checkpoint"
             )
@@ -181,7 +181,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def load_tensors(path: str | Path, name: str = "model") -> dict[str, Tensor]:
-    """One state dict of a model folder, on the CPU. Call ``read_manifest`` first: it checks the hashes.
+    """Load one state dict of a model folder to the CPU. Call ``read_manifest`` first: it verifies the hashes.
 
     Raises:
         DamagedError: the file is missing or not safetensors.
@@ -195,10 +195,10 @@ def load_tensors(path: str | Path, name: str = "model") -> dict[str, Tensor]:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Find the model folder that a user means: the folder itself, or the best (else newest) checkpoint of a run folder.
+    """Return the model folder for a path: the folder itself, or a run's best (else newest) checkpoint.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is none.
     """
     path = Path(path)
     for folder in (path, path / "checkpoints" / "best", *step_folders(path / "checkpoints")):
@@ -208,10 +208,10 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def list_names(folder: Path) -> list[str]:
-    """List what is in a folder, in order; nothing where there is no such folder.
+    """List the names in a folder in sorted order; empty if it does not exist.
 
     Raises:
-        CheckpointError: the file system fails: a folder that cannot be read is not empty.
+        CheckpointError: the folder exists but cannot be read.
     """
     try:
         return sorted(_read(folder, os.listdir))
@@ -220,20 +220,20 @@ def list_names(folder: Path) -> list[str]:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """List the checkpoints in a run's ``checkpoints``, newest first; see ``list_names``."""
+    """List the checkpoints in a run's ``checkpoints`` folder, newest first; errors as ``list_names``."""
     steps = [name for name in list_names(folder) if name.startswith("step-") and name.removeprefix("step-").isdigit()]
     return [folder / name for name in reversed(steps)]
 
 
 def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[dict[str, Tensor], Manifest]:
-    """The tensors and the manifest of a model folder, or of the best checkpoint in a run folder.
+    """Load the tensors and manifest of a model folder, or of a run's best (else newest) checkpoint.
 
     Args:
-        kind: "student" or "teacher"; the manifest must say the same.
+        kind: "student" or "teacher", the kind that the manifest must state.
         weights: "model" or "ema".
 
     Raises:
-        UserError: no or a malformed manifest, the other kind, a file that is missing, truncated or changed.
+        UserError: a missing or malformed manifest, the other kind, or a missing, truncated or changed file.
     """
     folder = find_model_folder(path)
     manifest = Manifest.model_validate(read_manifest(folder))

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: made under another name beside their own, then renamed into place."""
+"""Atomic writes of files and folders: write under a temporary name in the same folder, then rename."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from fastdeitlt.errors import UserError
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Fsync a file, or the directory entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,7 +24,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of ``path`` when the block ends; nothing is left when it raises."""
+    """Yield a temporary path that replaces ``path`` when the block ends; remove it if the block raises."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield draft
@@ -35,9 +35,9 @@ def draft_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step; what a link points to keeps its place, and a file its permissions.
+    """Write a text file atomically, keeping its permissions; a link stays, and its target is replaced.
 
-    A pipe or a device, which nothing can take the place of, is written to.
+    A pipe or device is written to directly.
     """
     if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
         path.write_text(text, encoding="utf-8")
@@ -51,10 +51,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of ``path`` when the block ends; nothing is left when it raises.
+    """Yield a temporary folder that replaces ``path`` when the block ends; remove it if the block raises.
 
-    For whoever holds a lock on ``path``: drafts that a killed process left under its name are removed, and for a
-    moment neither the old folder nor the new one is there.
+    Requires a lock on ``path``: drafts left by a killed process are removed, and ``path`` does not exist between the
+    two renames.
     """
     for stale in path.parent.glob(f"{path.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -69,10 +69,10 @@ def draft_folder(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file, empty if there is no file.
+    """Read an object from a JSON file; empty if there is no file.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or is not a JSON object.
     """
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""What manifest.json of a model folder says: the one schema, for whoever writes, checks or reads such a folder."""
+"""The schema of manifest.json in a model folder."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -16,13 +16,13 @@ class _Facts(BaseModel):
 
 
 class File(_Facts):
-    """A file of the folder."""
+    """Manifest entry of one file."""
 
     sha256: str
 
 
 class ModelInfo(_Facts):
-    """What to build. A student has a ``name``, a teacher an ``arch``; 0 = not said."""
+    """Architecture of the model. A student has a ``name``, a teacher an ``arch``; 0 = not stated."""
 
     name: str = ""
     arch: str = ""
@@ -32,14 +32,14 @@ class ModelInfo(_Facts):
 
 
 class Preprocess(_Facts):
-    """What the model expects of its images."""
+    """Preprocessing of the model's input images."""
 
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
     img_size: int = Field(0, ge=0, le=10**4)
     crop_pct: float = Field(1.0, gt=0, le=1)
     exif: Literal["ignore", "apply"] = "ignore"
-    """What is done with the orientation that EXIF or TIFF states: ``data.exif`` of the run."""
+    """Handling of the EXIF orientation: ``data.exif`` of the run. A TIFF's own tag is always applied."""
 
     @property
     def resize(self) -> int:
@@ -48,7 +48,7 @@ class Preprocess(_Facts):
 
 
 def preprocess_of(cfg: Config, img_size: int) -> Preprocess:
-    """Return how a run prepares the images that it evaluates on, ``img_size`` in pixels."""
+    """Return the preprocessing of a run's evaluation images; ``img_size`` in pixels."""
     return Preprocess(
         mean=cfg.augment.mean,
         std=cfg.augment.std,
@@ -59,45 +59,44 @@ def preprocess_of(cfg: Config, img_size: int) -> Preprocess:
 
 
 class Calibration(_Facts):
-    """Temperatures by which logits are divided before the softmax, fitted on validation images (posthoc.py)."""
+    """Temperatures that divide the logits before the softmax, fitted on validation images (posthoc.py)."""
 
     temperatures: dict[Head, Positive]
     num_fitted: int = Field(ge=1)
-    """Validation images."""
+    """Number of validation images."""
 
 
 class Best(_Facts):
-    """The best weights of a run."""
+    """Checkpoint step, epoch and state dict of a run's best weights."""
 
     step: int = Field(ge=0)
     epoch: int = Field(ge=0)
     weights: Literal["model", "ema"]
-    """The part of that step's checkpoint."""
 
 
 class Manifest(_Facts):
-    """The facts that readers rely on; a folder may have more. One of the wrong type or range is refused."""
+    """The manifest of a model folder. Types and ranges are checked; further entries are allowed."""
 
     format: Literal["fastdeitlt"]
     files: dict[str, File]
     kind: Literal["student", "teacher"] = "student"
     model: ModelInfo = ModelInfo()
     step: int = Field(0, ge=0)
-    """Of a checkpoint: optimizer steps done."""
+    """Checkpoints: completed optimizer steps."""
     epoch: int = Field(0, ge=0)
-    """Of a checkpoint: epochs that have ended, with the evaluation and the milestone that were due."""
+    """Checkpoints: completed epochs, including the evaluation and milestone due at their end."""
     best: Best | None = None
-    """Of a checkpoint: the best weights so far."""
+    """Checkpoints: the best weights so far."""
     class_map: list[int] | None = None
-    """The model's class of each label of the data set; None = the same."""
+    """The model's class of each data-set label; None = identical."""
     class_names: list[str] | None = None
     class_counts: list[int] | None = None
     preprocess: Preprocess | None = None
     recipe: dict[str, Any] | None = None
-    """Of a teacher: its ``teacher_training`` settings."""
+    """Teachers: the ``teacher_training`` settings."""
     accuracy: dict[str, float] | None = None
-    """Of a teacher: accuracy in % over the images of a set, by set."""
+    """Teachers: accuracy over images in %, by set."""
     balanced_accuracy: dict[str, float] | None = None
-    """Of a teacher: mean accuracy of the classes in %, by set."""
+    """Teachers: mean class accuracy in %, by set."""
     calibration: Calibration | None = None
-    """None: nothing was fitted; probabilities are the softmax of the logits as they are."""
+    """None: not calibrated; probabilities are the softmax of the raw logits."""

@@ -1,9 +1,9 @@
-"""Where files lie that outlive a run and can be made again."""
+"""The user cache: files shared by runs that can be rebuilt."""
 
 import os
 from pathlib import Path
 
 
 def user_cache(name: str) -> Path:
-    """``name`` in the user's cache: $XDG_CACHE_HOME/fastdeitlt, by default ~/.cache/fastdeitlt."""
+    """Return the path of ``name`` in the user cache, $XDG_CACHE_HOME/fastdeitlt (default ~/.cache/fastdeitlt)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / name
