@@ -134,7 +134,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from fastdeitlt.config import AugmentConfig
-from fastdeitlt.data import augment
+from fastdeitlt.data.augment import transform as augment
 from fastdeitlt.data.mixup import MixDraw
 
 backend, variants = make_backend(GPUTarget("cuda", 90, 32)), collections.defaultdict(set)
