@@ -134,7 +134,7 @@ def test_every_stage_takes_the_plain_steps_on_one_rank(plain, stage, offload):
 def test_every_stage_scales_the_learning_rate_by_layer(stage, offload):
     cfg = _config(engine="deepspeed", zero_stage=stage, offload=offload)
     decayed = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"layer_decay": 0.3})})
-    plain = decayed.model_copy(update={"train": cfg.train.model_copy(update={"engine": "plain"})})
+    plain = decayed.model_copy(update={"train": _config(engine="plain").train})
     sharded, whole, alike = (_engine(each) for each in (decayed, plain, _config(engine="plain")))
     (losses, _), (expected, _), _ = (_run(engine, steps=range(2)) for engine in (sharded, whole, alike))
     assert losses == pytest.approx(expected, abs=1e-6)
