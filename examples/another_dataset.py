@@ -3,8 +3,9 @@
 digits: handwritten digits that scikit-learn carries (pip install scikit-learn), cut to a long tail.
 solar-cells: electroluminescence images of solar cells that elpv-dataset carries (pip install elpv-dataset), as
 long-tailed as they were collected.
+photo-patches: patches of the photos that scikit-image carries (pip install scikit-image), JPEG and PNG of many sizes.
 
-FOLDER gets {train,val,test}/<class>/<number>.png, which ``data.dataset=folder`` reads. Always writes the same images.
+FOLDER gets {train,val,test}/<class>/<number>.png or .jpg, which ``data.dataset=folder`` reads, always the same images.
 """
 
 # N images in the set, K classes
@@ -45,9 +46,36 @@ def solar_cells() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
     return list(images), labels_N, names, counts
 
 
+def photo_patches() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
+    """(images, labels_N, class names, counts): which of 8 photos; 200 to 5 training patches, 10 val, 20 test.
+
+    Patches of 40 to 160 pixels lie in cells of a grid that do not touch, so that no two share a pixel.
+    """
+    from skimage import data
+
+    names = ["astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket", "brick"]
+    counts = {"train": cifar_lt_counts(1600, len(names), 1 / 40), "val": [10] * len(names), "test": [20] * len(names)}
+    generator = np.random.RandomState(SEED)
+    images, labels = [], []
+    for label, name in enumerate(names):
+        photo = Image.fromarray(getattr(data, name)()).convert("RGB")
+        needed = sum(split[label] for split in counts.values())
+        columns = int(np.ceil(np.sqrt(needed)))
+        cell = np.array(photo.size) / columns
+        for number in range(needed):
+            left, top = np.array((number % columns, number // columns)) * cell
+            width, height = cell * generator.uniform(0.7, 1, 2)
+            side = generator.randint(40, 161)
+            patch = photo.crop((int(left), int(top), int(left + width), int(top + height)))
+            images.append(np.asarray(patch.resize((side, generator.randint(40, 161)), Image.Resampling.BICUBIC)))
+            labels.append(label)
+    return images, np.array(labels), names, counts
+
+
 SETS: dict[str, Callable[[], tuple[list[np.ndarray], np.ndarray, list[str], Split]]] = {
     "digits": digits,
     "solar-cells": solar_cells,
+    "photo-patches": photo_patches,
 }
 
 
@@ -71,7 +99,8 @@ def main() -> None:
         parser.error(f"{args.folder} exists; give a new folder")
     images, labels_N, names, counts = SETS[args.set]()
     for split, label, index in choose(labels_N, counts):
-        file = args.folder / split / names[label] / f"{index:05d}.png"
+        suffix = "jpg" if args.set == "photo-patches" and index % 3 else "png"
+        file = args.folder / split / names[label] / f"{index:05d}.{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[index]).save(file)
     print(f"{args.folder}: " + ", ".join(f"{split} {sum(counts[split]):,}" for split in counts))

@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"fastdeitlt {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
-        _training, _ablate, _demo, _eval, _predict, _export, _bench, _tune, _profile, _analyze, _report, _data,
+        _plan, _training, _ablate, _demo, _eval, _predict, _export, _bench, _tune, _profile, _analyze, _report, _data,
         _config, _doctor,
     ):  # fmt: skip
         add(verbs)
@@ -51,6 +51,18 @@ def _configured(verbs: "Verbs", name: str, text: str) -> argparse.ArgumentParser
     added.add_argument("config", help="YAML file, or a shipped recipe such as quickstart or imagenet_lt")
     added.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
     return added
+
+
+def _plan(verbs: "Verbs") -> None:
+    added = _verb(
+        verbs, "plan", "choose the recipes of teacher and student for your images, this machine and your time"
+    )
+    added.add_argument("root", help="folder of class folders, split folders or lists; or a list file")
+    added.add_argument("--hours", type=float, help="for both trainings; default: by the size of the set")
+    added.add_argument("--from", dest="weights", default="", metavar="WEIGHTS", help="weights the student starts from")
+    added.add_argument(
+        "--out", default="", metavar="NAME", help="NAME.yaml and NAME-teacher.yaml; default: the folder's"
+    )
 
 
 def _training(verbs: "Verbs") -> None:
@@ -108,12 +120,13 @@ def _eval(verbs: "Verbs") -> None:
 
 
 def _predict(verbs: "Verbs") -> None:
-    added = _verb(verbs, "predict", "classify images: top-k with the class names")
+    added = _verb(verbs, "predict", "classify images with a student or a teacher: top-k with the class names")
     added.add_argument("model", type=Path, help="run folder or model folder")
     added.add_argument("inputs", nargs="+", type=Path, help="image files or folders")
     added.add_argument("--top-k", type=int, default=5)
     added.add_argument("--out", type=Path, help="write .csv or .json there")
     added.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    added.add_argument("--head", default="AVG", choices=("AVG", "CLS", "DIST"), help="of a student: what predicts")
     added.add_argument("--raw", action="store_true", help="probabilities without the temperatures of validation images")
 
 

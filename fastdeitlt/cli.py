@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastdeitlt.config import Config
 
 Verb = Callable[[argparse.Namespace], int]
-PRINTS = ("eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
+PRINTS = ("plan", "eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
 """Verbs whose result is, at least in part, what they print: losing it is an error."""
 
 
@@ -48,6 +48,12 @@ def _train(args: argparse.Namespace) -> int:
 
     train(cfg, args.resume)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from fastdeitlt.tools.plan import main
+
+    return main(args.root, hours=args.hours, weights=args.weights, out=args.out)
 
 
 def _train_teacher(args: argparse.Namespace) -> int:
@@ -117,7 +123,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from fastdeitlt.tools.predict import main
 
-    return main(args.model, args.inputs, top_k=args.top_k, out=args.out, strict=args.strict, raw=args.raw)
+    options = {name: getattr(args, name) for name in ("top_k", "out", "strict", "raw", "head")}
+    return main(args.model, args.inputs, **options)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -257,7 +264,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Verb] = {
-    "train": _train, "train-teacher": _train_teacher, "ablate": _ablate, "demo": _demo, "eval": _eval,
+    "plan": _plan, "train": _train, "train-teacher": _train_teacher, "ablate": _ablate, "demo": _demo, "eval": _eval,
     "predict": _predict, "export": _export, "bench": _bench, "tune": _tune, "profile": _profile, "analyze": _analyze,
     "report": _report, "data": _data, "config": _config, "doctor": _doctor,
 }  # fmt: skip

@@ -11,10 +11,12 @@ from fastdeitlt.config import Config
 from fastdeitlt.core.assemble import Parts, assemble, open_data
 from fastdeitlt.core.optim import learning_rate
 from fastdeitlt.reporting import analysis, report
+from fastdeitlt.reporting.recommended import recommended_lines
 from fastdeitlt.run.folder import Run
 from fastdeitlt.run.loop import EpochLoop
 from fastdeitlt.run.meter import Loop, Meter
 from fastdeitlt.run.preemption import StopRequest
+from fastdeitlt.run.run_files import read_run
 from fastdeitlt.run.selection import Selector
 from fastdeitlt.run.state import State
 from fastdeitlt.run.student_scorer import StudentScorer
@@ -122,3 +124,5 @@ def report_once(run: Run) -> None:
     if run.is_main and not (run.folder / "report.html").exists():
         analysis.look_into(run.folder, run.cfg.evaluate.analyze_images)
         log.info("report: %s", report.write_report(run.folder))
+        for line in recommended_lines(read_run(run.folder)):
+            log.info("%s", line)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdeitlt.models import create_student
+from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.store.checkpoint import save_model_folder
 
 NAME, SIZE = "deit_tiny_distilled_patch8_32", 32
@@ -41,3 +41,15 @@ def save_images(folder, shapes=((40, 40), (57, 33), (32, 90), (200, 150), (33, 3
         paths.append(folder / f"{index}.{'jpg' if index % 2 else 'png'}")
         image.save(paths[-1])
     return paths
+
+
+def save_teacher(folder, arch="resnet8", *, loss="ldam"):
+    """Save a teacher with random weights; LDAM's has a cosine head and logits that its softmax multiplies by 30."""
+    torch.manual_seed(2)
+    network = create_teacher(arch, len(CLASS_NAMES), normed_head=loss == "ldam")
+    for weight in (parameter for parameter in network.parameters() if parameter.ndim > 1):
+        torch.nn.init.normal_(weight, std=0.2)
+    model = {"arch": arch, "num_classes": len(CLASS_NAMES), "img_size": SIZE}
+    facts = {"kind": "teacher", "model": model, "recipe": {"loss": loss, "ldam_scale": 30.0}}
+    save_model_folder(folder, network.state_dict(), MANIFEST | facts)
+    return network.eval()

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_student
+from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_student, save_teacher
 
 import fastdeitlt.tools.export
 from fastdeitlt.cli import main
@@ -197,3 +197,33 @@ def test_bad_requests_are_named(saved, tmp_path):
         export(saved[0], tmp_path)
     with pytest.raises(UserError, match="manifest"):
         export(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_teacher_is_exported_with_one_output_at_its_scale(tmp_path, format):
+    network = save_teacher(tmp_path / "teacher")
+    out = export(tmp_path / "teacher", tmp_path / f"teacher.{format}", format)
+    with torch.no_grad():
+        expected = 30 * network(images(3))
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == ["logits"]
+        got = torch.from_numpy(session.run(None, {"images": images(3).numpy()})[0])
+    else:
+        extra = {FACTS: ""}
+        got = torch.export.load(out, extra_files=extra).module()(images(3))[0]
+        assert json.loads(extra[FACTS])["outputs"] == ["logits"]
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_timm_takes_a_teacher_that_it_has_and_no_other(tmp_path):
+    network = save_teacher(tmp_path / "plain", "resnet18", loss="ce")
+    out = export(tmp_path / "plain", tmp_path / "timm", "timm")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(3)), network(images(3)))
+    assert "resnet18" in (out / "README.md").read_text() and "loss ce" in (out / "README.md").read_text()
+    for arch, loss in (("resnet18", "ldam"), ("resnet8", "ce")):
+        save_teacher(tmp_path / f"{arch}-{loss}", arch, loss=loss)
+        with pytest.raises(UserError, match="expected onnx or pt2 for this teacher"):
+            export(tmp_path / f"{arch}-{loss}", tmp_path / "out", "timm")

@@ -10,7 +10,7 @@ import torch
 from image_files import encoded, picture
 from PIL import Image
 from rich.console import Console
-from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
+from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student, save_teacher
 
 from fastdeitlt.config import DataConfig, build
 from fastdeitlt.data.pixels.reader import Stream
@@ -265,3 +265,39 @@ def test_predictions_interrupted_while_they_are_written_leave_the_old_file(saved
     with pytest.raises(KeyboardInterrupt):
         main(saved[0], saved[2], top_k=1, out=out, strict=False)
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_teacher_predicts_at_the_scale_it_was_trained_with(saved, tmp_path, capsys, monkeypatch):
+    network, paths = save_teacher(tmp_path / "teacher"), saved[2]
+    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
+    source = Stream(images, DataConfig(num_threads=1), torch.device("cpu"))
+    model, device = evaluation.OneHead(network, 30.0), torch.device("cpu")
+    preprocess = Preprocess(**MANIFEST["preprocess"])
+    logits, _, _ = collect_logits(model, source, images, preprocess, batch_size=4, device=device)
+    source.close()
+    rows = predict(tmp_path / "teacher", paths, top_k=4, device="cpu")
+    for row, prob in zip(rows, logits.softmax(1), strict=True):
+        assert (row.head, row.cls, row.dist) == ("TEACHER", None, None)
+        assert [choice.class_id for choice in row.top] == prob.argsort(descending=True).tolist()
+        assert row.top[0].probability == pytest.approx(float(prob.max()), abs=1e-4)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(tmp_path / "teacher", paths, top_k=1, out=None, strict=True) == 0
+    shown = capsys.readouterr().out
+    assert "TEACHER" in shown and "CLS" not in shown
+    assert main(tmp_path / "teacher", paths, top_k=1, out=tmp_path / "rows.csv", strict=True) == 0
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        assert all(line["class1"] and not line["cls_class"] for line in csv.DictReader(file))
+    with pytest.raises(UserError, match="is a teacher, which has one head"):
+        predict(tmp_path / "teacher", paths, device="cpu", head="CLS")
+
+
+def test_another_head_orders_the_classes(saved):
+    folder, _, paths = saved
+    average = predict(folder, paths, top_k=4, device="cpu")
+    for head, own in (("CLS", "cls"), ("DIST", "dist")):
+        rows = predict(folder, paths, top_k=4, device="cpu", head=head)
+        assert [row.top[0] for row in rows] == [getattr(row, own) for row in average]
+        assert {row.head for row in rows} == {head}
+        assert [row.top for row in rows] != [row.top for row in average]
+    with pytest.raises(UserError, match="expected one of AVG, CLS, DIST"):
+        predict(folder, paths, head="TEACHER")

@@ -4,6 +4,7 @@
 
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,26 @@ def start_from(
     notes.append(_fit_heads(state, student, start, class_names))
     load_exact(student, state, what)
     log.info("student: starts from %s (%s)", path, ", ".join(notes))
+
+
+def shape_of(path: str | Path) -> tuple[str, int, int, int]:
+    """Return the size's name, patch, depth and image size in pixels of weights to start from.
+
+    Raises:
+        UserError: no such file, damaged, holds code, a width that no student has, or not a ViT under timm's names.
+    """
+    state, what = _read(Path(path)).state, f"student.init {path}"
+    for key, ndim in _NEEDED.items():
+        if key not in state or state[key].ndim != ndim:
+            raise UserError(f"{what}: has no {key} of {ndim} dimensions, expected a ViT under timm's names")
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
+    if size is None:
+        known = ", ".join(str(known) for known, _, _ in SIZES.values())
+        raise UserError(f"{what}: got width {width}, expected one of {known}")
+    depth = len({found[1] for key in state if (found := _BLOCK.fullmatch(key))})
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)  # one or two tokens come before the square of patches
+    return size, patch, depth, side * patch
 
 
 def _read(path: Path) -> Start:

@@ -16,6 +16,7 @@ from fastdeitlt.reporting import analysis, figures
 from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
 from fastdeitlt.reporting.published import published_table
+from fastdeitlt.reporting.recommended import recommendation_section
 from fastdeitlt.reporting.scores import score_sections
 from fastdeitlt.run.run_files import RunFiles, column, read_run
 from fastdeitlt.store.files import read_json
@@ -37,7 +38,16 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     looked = analysis.sections(run.folder)
-    sections = [_headline(run), _signs(run), _learning(run), *score_sections(run), *looked, _speed(run), *_set_up(run)]
+    sections = [
+        recommendation_section(run),
+        _headline(run),
+        _signs(run),
+        _learning(run),
+        *score_sections(run),
+        *looked,
+        _speed(run),
+        *_set_up(run),
+    ]
     page = Page(run.name, _lead(run), [section for section in sections if section.blocks], _tiles(run))
     return write(page, Path(out) if out else run.folder / "report.html")
 

@@ -11,6 +11,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import Result
 from fastdeitlt.evaluation.posthoc import PostHoc
+from fastdeitlt.evaluation.recommend import Recommendation
 from fastdeitlt.store.checkpoint import step_folders
 from fastdeitlt.store.files import read_json
 
@@ -50,6 +51,12 @@ class RunFiles:
     def post_hoc(self) -> PostHoc | None:
         """What was fitted on validation images, scored on the test images."""
         return PostHoc.from_json(self.results["posthoc"]) if self.results.get("posthoc") else None
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The best of teacher, AVG, CLS and DIST on validation images."""
+        found = self.results.get("recommendation")
+        return Recommendation.from_json(found) if found else None
 
     @property
     def is_teacher(self) -> bool:

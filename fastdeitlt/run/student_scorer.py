@@ -18,6 +18,7 @@ from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
 from fastdeitlt.evaluation.metrics import Result, readable, score, score_single
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
+from fastdeitlt.evaluation.recommend import recommend
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
@@ -84,10 +85,19 @@ class StudentScorer:
             val = logits if split == "val" else self._logits(self.sets.val, self.student)
             fitted = {"temperatures": temperatures(val, counts), "num_fitted": len(readable(*val)[2])}
             facts = {"calibration": fitted}
+            others["recommendation"] = self._recommend(result if split == "val" else self._score(val), teacher)
             if split == "test":
                 others["posthoc"] = post_hoc(val, logits, counts, self.cfg.data.dataset).to_json()
         self.close()
         return Tested({split: result}, result.table("official", teacher), others, facts)
+
+    def _recommend(self, student: Result, tested_teacher: Result | None) -> dict[str, Any] | None:
+        """The best of teacher, AVG, CLS and DIST on validation images."""
+        val, teacher = self.sets.val, tested_teacher
+        if self.teacher and val and self.sets.test:
+            teacher = self._score_teacher(val, self.teacher)
+        found = recommend(student, teacher)
+        return found.to_json() if found else None
 
     def close(self) -> None:
         """Close the sources of images."""

@@ -3,6 +3,7 @@
 EXAMPLES = {
     "": (
         "demo",
+        "plan photos --hours 0.5",
         "train quickstart --with-teacher teacher/quickstart",
         "config list",
         "train --help",
@@ -13,6 +14,7 @@ EXAMPLES = {
         "train my.yaml --dry-run",
         "train my.yaml name=larger student.init=runs/my-student student.img_size=96 optim.layer_decay=0.75",
     ),
+    "plan": ("plan photos --hours 0.5 --out mine", "plan lists/train.csv --from runs/my-student"),
     "train-teacher": ("train-teacher teacher/imagenet_lt data.root=/images name=my-teacher",),
     "ablate": ("ablate ablation/embedded --seeds 0 1", "ablate my_grid.yaml --dry-run"),
     "demo": ("demo --seed 1",),

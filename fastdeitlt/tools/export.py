@@ -1,8 +1,8 @@
-"""Write a saved student for other programs, and check what was written against the original on real images.
+"""Write a saved student or teacher for other programs, and check what was written against the original on real images.
 
 timm: a folder that ``timm.create_model("local-dir:<folder>", pretrained=True)`` reads, with a model card; equal bit for
-bit. onnx: one file, batch size free, outputs avg, cls and dist. pt2: the same through torch.export. All give logits as
-trained; the temperatures that calibrate them, where some were fitted, are in ``facts``.
+bit. onnx: one file, batch size free, outputs avg, cls and dist, or logits of a teacher. pt2: the same through
+torch.export. All give logits as trained; the temperatures that calibrate them, if any were fitted, are in ``facts``.
 """
 
 # B batch, H height, W width, C channels, K classes
@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.errors import UserError
+from fastdeitlt.models.resnet_cifar import NormedLinear
 from fastdeitlt.models.saved import Saved, open_saved
+from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.tools.model_card import model_card
 
 log = logging.getLogger("fastdeitlt")
-OUTPUTS = ("avg", "cls", "dist")
+OUTPUTS, TEACHER_OUTPUTS = ("avg", "cls", "dist"), ("logits",)
 FACTS = "fastdeitlt.json"
 """Name of the extra file inside a .pt2 that holds ``facts``."""
 INHERITED = ("architecture", "input_size", "fixed_input_size", "crop_mode", "first_conv", "classifier")
@@ -55,11 +57,31 @@ class ThreeOutputs(nn.Module):
         return (cls_logits_BK + dist_logits_BK) / 2, cls_logits_BK, dist_logits_BK
 
 
+class OneOutput(nn.Module):
+    """A teacher as other programs see it: images_BCHW to (logits_BK,) at the scale that it was trained with."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.network, self.logit_scale = teacher.network, teacher.logit_scale
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor]:
+        """The network's logits, scaled."""
+        return (self.network(images_BCHW) * self.logit_scale,)
+
+
+def _outputs(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with its named outputs."""
+    if isinstance(model, DistilledViT):
+        return ThreeOutputs(model), OUTPUTS
+    assert isinstance(model, Teacher)
+    return OneOutput(model).eval(), TEACHER_OUTPUTS
+
+
 def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> Path:
-    """Export a student and check the result.
+    """Export a student or a teacher and check the result.
 
     Args:
-        model_folder: a model folder, a run folder, or a released student checkpoint.
+        model_folder: a model folder or a run folder, of a student or a teacher, or a released student checkpoint.
         out: the folder (timm) or file (onnx, pt2) to write; it may not exist, so that nothing is overwritten.
         format: timm, onnx or pt2.
 
@@ -67,10 +89,10 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
         ``out``.
 
     Raises:
-        UserError: an unknown format, ``out`` exists, not a student, a package that is missing, a full disk, or
-            an export whose logits differ from the original's.
+        UserError: an unknown format, ``out`` exists, a teacher that timm does not have, a package that is missing, a
+            full disk, or an export whose logits differ from the original's.
     """
-    writers: dict[str, Callable[[DistilledViT, Saved, Path], float]] = {
+    writers: dict[str, Callable[[nn.Module, Saved, Path], float]] = {
         "timm": _to_timm,
         "onnx": _to_onnx,
         "pt2": _to_pt2,
@@ -81,8 +103,6 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
     if out.exists():
         raise UserError(f"export {out}: exists; give a new name or remove it")
     saved = open_saved(model_folder)
-    if not isinstance(saved.model, DistilledViT):
-        raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(out, saved.model)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
@@ -116,7 +136,7 @@ def facts(saved: Saved) -> dict[str, Any]:
         **saved.preprocess.model_dump(include={"mean", "std", "img_size", "crop_pct", "exif"}),
         "interpolation": "bicubic",
         "dataset": saved.info.get("dataset"),
-        "outputs": OUTPUTS,
+        "outputs": _outputs(saved.model)[1],
         "temperatures": {head.lower(): value for head, value in fitted.items()} or None,
     }
 
@@ -134,10 +154,11 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst / max(float(head.abs().max()) for head in expected)
 
 
-def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
-    architecture, model_args = timm_architecture(student)
+def _to_timm(model: nn.Module, saved: Saved, out: Path) -> float:
+    architecture, model_args = timm_teacher(model, saved) if isinstance(model, Teacher) else timm_architecture(model)
+    network = model.network if isinstance(model, Teacher) else model
     twin: Any = timm.create_model(architecture, pretrained=False, num_classes=saved.num_classes, **model_args)
-    twin.load_state_dict(student.state_dict())
+    twin.load_state_dict(network.state_dict())
     # the name's tag, licence and origin are those of Facebook's weights, not of these
     twin.pretrained_cfg = {key: twin.pretrained_cfg[key] for key in INHERITED}
     side = saved.preprocess.img_size
@@ -158,11 +179,26 @@ def _to_timm(student: DistilledViT, saved: Saved, out: Path) -> float:
     images_BCHW = _real_images(saved)
     with torch.inference_mode():
         loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-        return _difference([loaded(images_BCHW)], [student(images_BCHW)])
+        return _difference([loaded(images_BCHW)], [network(images_BCHW)])
 
 
-def timm_architecture(student: DistilledViT) -> tuple[str, dict[str, Any]]:
+def timm_teacher(teacher: Teacher, saved: Saved) -> tuple[str, dict[str, Any]]:
+    """timm's name for a teacher's network.
+
+    Raises:
+        UserError: timm does not have it, or has another classifier.
+    """
+    arch = saved.info["model"]["arch"]
+    has_cosine = any(isinstance(module, NormedLinear) for module in teacher.modules())
+    if has_cosine or not timm.is_model(arch):
+        what = f"{arch} with LDAM's cosine classifier" if has_cosine else arch
+        raise UserError(f"export --format: got timm, which has no {what}, expected onnx or pt2 for this teacher")
+    return arch, {}
+
+
+def timm_architecture(student: nn.Module) -> tuple[str, dict[str, Any]]:
     """timm's name for a student, and the arguments that are not that name's own (timm knows no large, no patch 8)."""
+    assert isinstance(student, DistilledViT)
     name, width, heads = {192: ("tiny", 192, 3), 384: ("small", 384, 6)}.get(student.width, ("base", 768, 12))
     usual = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
     own = {
@@ -175,22 +211,23 @@ def timm_architecture(student: DistilledViT) -> tuple[str, dict[str, Any]]:
     return f"deit_{name}_distilled_patch16_224", {key: own[key] for key in own if own[key] != usual[key]}
 
 
-def _trace(student: DistilledViT, saved: Saved) -> torch.export.ExportedProgram:
+def _trace(model: nn.Module, saved: Saved) -> torch.export.ExportedProgram:
     side = saved.preprocess.img_size
     example = (torch.zeros(2, 3, side, side),)
-    return torch.export.export(ThreeOutputs(student), example, dynamic_shapes=BATCH)
+    return torch.export.export(_outputs(model)[0], example, dynamic_shapes=BATCH)
 
 
-def _to_onnx(student: DistilledViT, saved: Saved, out: Path) -> float:
+def _to_onnx(model: nn.Module, saved: Saved, out: Path) -> float:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
         raise UserError(f"export: {error.name} is missing; pip install 'fastdeitlt[onnx]'") from None
+    whole, names = _outputs(model)
     program = torch.onnx.export(
-        _trace(student, saved),
+        _trace(model, saved),
         input_names=["images"],
-        output_names=list(OUTPUTS),
+        output_names=list(names),
         dynamic_shapes=BATCH,  # names the axis, which is s12 or so without
         dynamo=True,
         verbose=False,
@@ -200,15 +237,15 @@ def _to_onnx(student: DistilledViT, saved: Saved, out: Path) -> float:
     program.save(str(out))
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     images_BCHW = _real_images(saved)
-    got = [torch.from_numpy(head) for head in session.run(list(OUTPUTS), {"images": images_BCHW.numpy()})]
+    got = [torch.from_numpy(head) for head in session.run(list(names), {"images": images_BCHW.numpy()})]
     with torch.inference_mode():
-        return _difference(got, ThreeOutputs(student)(images_BCHW))
+        return _difference(got, whole(images_BCHW))
 
 
-def _to_pt2(student: DistilledViT, saved: Saved, out: Path) -> float:
-    program = _trace(student, saved)
+def _to_pt2(model: nn.Module, saved: Saved, out: Path) -> float:
+    program = _trace(model, saved)
     with out.open("wb") as file:
         torch.export.save(program, file, extra_files={FACTS: json.dumps(facts(saved))})
     images_BCHW = _real_images(saved)
     with out.open("rb") as file, torch.inference_mode():
-        return _difference(torch.export.load(file).module()(images_BCHW), ThreeOutputs(student)(images_BCHW))
+        return _difference(torch.export.load(file).module()(images_BCHW), _outputs(model)[0](images_BCHW))

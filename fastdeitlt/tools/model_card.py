@@ -12,9 +12,7 @@ tags: [image-classification, timm, long-tail]
 ---
 # {name}
 
-A distilled Vision Transformer (`{student}`; in timm `{architecture}`{arguments}), trained
-from scratch on long-tailed images with DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900). It predicts with the
-mean of two heads: CLS, trained on the labels, and DIST, trained on the decisions of a CNN teacher.
+{what}
 
 ```python
 import timm
@@ -51,6 +49,11 @@ measured.
 """
 
 
+STUDENT = """A distilled Vision Transformer (`{student}`; in timm `{architecture}`{arguments}), trained
+from scratch on long-tailed images with DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900). It predicts with the
+mean of two heads: CLS, trained on the labels, and DIST, trained on the decisions of a CNN teacher."""
+TEACHER = """A convolutional network (`{architecture}`), trained from scratch on long-tailed images (loss {loss}), as a
+teacher for DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900)."""
 EXIF = {
     "ignore": "Images were used as they are stored: their EXIF orientation was ignored in training.",
     "apply": "Turn images upright first, as in training: `image = PIL.ImageOps.exif_transpose(image)`.",
@@ -62,9 +65,12 @@ def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> s
     arguments = ", ".join(f"{name} {value}" for name, value in model_args.items())
     return CARD.format(
         name=f"DeiT-LT on {saved.info.get('dataset') or 'an unnamed data set'}",
-        student=saved.info["model"]["name"],
-        architecture=architecture,
-        arguments=f" with {arguments}" if arguments else "",
+        what=(TEACHER if saved.kind == "teacher" else STUDENT).format(
+            student=saved.info["model"].get("name"),
+            architecture=architecture,
+            arguments=f" with {arguments}" if arguments else "",
+            loss=(saved.info.get("recipe") or {}).get("loss", "not stated"),
+        ),
         exif=EXIF[saved.preprocess.exif],
         data=_data(saved),
         results=_results(saved.results),

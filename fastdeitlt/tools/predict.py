@@ -1,4 +1,4 @@
-"""Classify images with a saved student: top-k of AVG, and what each head says."""
+"""Classify images with a saved student or teacher: top-k of AVG or another head, and what each head says."""
 
 # B batch, H height, W width, C channels, K classes
 
@@ -16,13 +16,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets.folders import is_image, walk
 from fastdeitlt.errors import UserError, csv_name, printable
 from fastdeitlt.models.saved import Saved, open_saved
+from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.pictures import PictureReader
 
@@ -47,12 +48,14 @@ class Prediction:
     path: str
     """The file, or of an image in memory its number among the inputs."""
     top: list[Choice]
-    """Best first, by the mean of the heads' logits."""
+    """Best first, by ``head``."""
     cls: Choice | None = None
     dist: Choice | None = None
     error: str = ""
     temperatures: dict[str, float] | None = None
     """By which the logits of AVG, CLS and DIST were divided; None: nothing was fitted, or ``raw``."""
+    head: str = "AVG"
+    """What ``top`` is of: AVG (the mean of the heads' logits), CLS or DIST; TEACHER of a teacher."""
 
 
 def predict(
@@ -63,23 +66,25 @@ def predict(
     device: str = "auto",
     strict: bool = False,
     raw: bool = False,
+    head: str = "AVG",
 ) -> list[Prediction]:
     """Classify images and image files, and those below folders, in the order given (a folder's sorted by name).
 
     Images are read, turned and cropped as in evaluation.
 
     Args:
-        model_folder: a model folder, a run folder, or a released student checkpoint.
+        model_folder: a model folder or a run folder, of a student or a teacher, or a released student checkpoint.
         inputs: one or several files, folders (hidden files are left out) and images of Pillow.
         top_k: classes an image, at most all of them.
         device: auto, cpu or cuda.
         strict: raise at the first file that cannot be read, instead of giving its row an ``error``.
         raw: probabilities as the network gives them, without the temperatures that were fitted on validation images
             (every class counting the same). The order of the classes does not depend on it.
+        head: of a student: AVG, CLS or DIST, by which the classes are ordered. A teacher has one.
 
     Raises:
-        UserError: no model, a teacher, no images, a ``top_k`` or ``batch_size`` below 1, or with ``strict`` a file
-            that is no image.
+        UserError: no model, no images, a ``top_k`` or ``batch_size`` below 1, a head that the model does not have, or
+            with ``strict`` a file that is no image.
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
@@ -88,9 +93,13 @@ def predict(
     named = list(_images(inputs))
     if not named:
         raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or 'nothing'}; give files or folders")
+    if head not in HEADS:
+        raise UserError(f"predict --head: got {head!r}, expected one of {', '.join(HEADS)}")
     saved = open_saved(model_folder)
-    if saved.kind != "student":
-        raise UserError(f"model {model_folder}: got a {saved.kind}, expected a student")
+    if saved.kind == "teacher" and head != "AVG":
+        raise UserError(
+            f"predict --head: got {head}, but {model_folder} is a teacher, which has one head. Leave it out."
+        )
     where = distributed.device_of(device)
     saved.model.to(where)
     temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
@@ -103,7 +112,7 @@ def predict(
             if strict and (errors := [f"{name}: {error}" for name, error in both if isinstance(error, str)]):
                 raise UserError("; ".join(errors[:3]))
             images = [image for image in outcomes if isinstance(image, Tensor)]
-            answers = iter(_predict_batch(saved, images, top_k, where, temperatures) if images else [])
+            answers = iter(_predict_batch(saved, images, top_k, where, temperatures, head) if images else [])
             rows += [
                 Prediction(name, [], error=outcome) if isinstance(outcome, str) else replace(next(answers), path=name)
                 for name, outcome in both
@@ -123,20 +132,33 @@ def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]
 
 
 def _predict_batch(
-    saved: Saved, images: list[Tensor], top_k: int, device: torch.device, temperatures: dict[str, float] | None
+    saved: Saved,
+    images: list[Tensor],
+    top_k: int,
+    device: torch.device,
+    temperatures: dict[str, float] | None,
+    head: str,
 ) -> list[Prediction]:
     crops_BHWC = centre_crop(images, saved.preprocess.resize, saved.preprocess.img_size).to(device)
     with torch.inference_mode():
-        cls_logits_BK, dist_logits_BK = saved.model.forward_heads(saved.normalise(crops_BHWC))  # type: ignore[operator]
-    heads = {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
-    best = [
-        _best(logits_BK / (temperatures or {}).get(head, 1), top_k if head == "AVG" else 1, saved.class_names)
-        for head, logits_BK in heads.items()
-    ]
+        heads = _heads(saved.model, saved.normalise(crops_BHWC))
+    head = head if head in heads else next(iter(heads))
+    best = {
+        name: _best(logits_BK / (temperatures or {}).get(name, 1), top_k if name == head else 1, saved.class_names)
+        for name, logits_BK in heads.items()
+    }
+    cls, dist = ([row[0] for row in best[name]] if name in best else [None] * len(images) for name in ("CLS", "DIST"))
     return [
-        Prediction("", average, cls[0], dist[0], temperatures=temperatures)
-        for average, cls, dist in zip(*best, strict=True)
+        Prediction("", top, cls[i], dist[i], temperatures=temperatures, head=head) for i, top in enumerate(best[head])
     ]
+
+
+def _heads(model: nn.Module, images_BCHW: Tensor) -> dict[str, Tensor]:
+    """Logits [B, K] by head; a teacher's at the scale that it was trained with."""
+    if isinstance(model, Teacher):
+        return {"TEACHER": model(images_BCHW) * model.logit_scale}
+    cls_logits_BK, dist_logits_BK = model.forward_heads(images_BCHW)  # type: ignore[operator]
+    return {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
 
 
 def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choice]]:
@@ -147,7 +169,16 @@ def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choi
     ]
 
 
-def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, strict: bool, raw: bool = False) -> int:
+def main(
+    model: Path,
+    inputs: Sequence[Path],
+    *,
+    top_k: int,
+    out: Path | None,
+    strict: bool,
+    raw: bool = False,
+    head: str = "AVG",
+) -> int:
     """The verb: print a table, or write .csv or .json. Exit code 2 if some files could not be read.
 
     Raises:
@@ -155,7 +186,7 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
     """
     if out is not None and (out.suffix not in (".csv", ".json") or not out.absolute().parent.is_dir()):
         raise UserError(f"predict: got --out {out}, expected a .csv or .json file in a folder that exists")
-    rows = predict(model, inputs, top_k, strict=strict, raw=raw)
+    rows = predict(model, inputs, top_k, strict=strict, raw=raw, head=head)
     failed = [row for row in rows if row.error]
     if out is None:
         if read := [row for row in rows if not row.error]:
@@ -172,20 +203,22 @@ def main(model: Path, inputs: Sequence[Path], *, top_k: int, out: Path | None, s
 
 
 def table(rows: Sequence[Prediction]) -> Table:
-    """A table for a terminal of images that were read: the best classes by AVG, and the decisions of CLS and DIST."""
+    """A table for a terminal of images that were read: the best classes, and the decisions of CLS and DIST."""
     fitted = next((row.temperatures for row in rows if row.temperatures), None)
     told = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
     how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
-    table = Table(Column("image", overflow="fold"), "AVG", "CLS", "DIST", caption=how, caption_justify="left")
+    main = rows[0].head
+    others = () if main == "TEACHER" else ("CLS", "DIST")
+    table = Table(Column("image", overflow="fold"), main, *others, caption=how, caption_justify="left")
     for row in rows:
         best = ", ".join(f"{choice.name} {choice.probability:.0%}" for choice in row.top)
-        heads = [f"{head.name} {head.probability:.0%}" if head else "" for head in (row.cls, row.dist)]
+        heads = [f"{choice.name} {choice.probability:.0%}" for choice in (row.cls, row.dist) if choice]
         table.add_row(*(Text(printable(cell)) for cell in (row.path, best, *heads)))
     return table
 
 
 def to_csv(rows: Sequence[Prediction]) -> str:
-    """One line an image: path, class and probability of AVG by rank, of CLS and of DIST, temperatures, error."""
+    """One line an image: path, class and probability by rank, of CLS and of DIST, temperatures, error."""
     ranks = range(1, 1 + max((len(row.top) for row in rows), default=0))
     header = [f"{what}{rank}" for rank in ranks for what in ("class", "probability")]
     text = io.StringIO()

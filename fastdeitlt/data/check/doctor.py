@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.check.images import duplicate_findings, image_findings
+from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
 from fastdeitlt.data.sampler import Plan, plan_of
 from fastdeitlt.data.sets.counts import has_official_split, shot_groups
 from fastdeitlt.data.sets.findings import Finding, class_findings, known_findings, opening_findings
@@ -65,6 +66,8 @@ class Report:
     """What the config trains: a student, or a teacher."""
     checked: bool = False
     """Whether faults were looked for (``check``)."""
+    pixels: PixelStats | None = None
+    """Statistics of the training images' pixels (``stats``)."""
 
     @property
     def exit_code(self) -> int:
@@ -100,12 +103,25 @@ class Report:
             cells = (f"{parts[g]['classes']:,} / {parts[g]['images']:,}" for g in ("head", "mid", "tail"))
             groups.add_row(names[name], *cells)
         tables = [splits, groups, self._classes()]
+        if self.pixels:
+            tables.append(self._pixels(self.pixels))
         if self.schedule:
             schedule = _table(f"training {self.trained}", "", "")
             for name, value in self.schedule.items():
                 schedule.add_row(name.replace("_", " "), f"{value:,}")
             tables.append(schedule)
         return Group(*tables, self._findings()) if self.checked or self.findings else Group(*tables)
+
+    def _pixels(self, pixels: PixelStats) -> Table:
+        """Mean and deviation, as they are written into a recipe."""
+        table = _table("training pixels", "", "")
+        unreadable = f", {pixels.num_unreadable:,} unreadable left out" if pixels.num_unreadable else ""
+        table.add_row("augment.mean", escape(str(list(pixels.mean))))
+        table.add_row("augment.std", escape(str(list(pixels.std))))
+        table.add_row("median short side", f"{pixels.short_side:,} px")
+        table.add_row("gray images", f"{pixels.gray:.0%}")
+        table.add_row("measured on", f"{pixels.num_images:,} images{unreadable}")
+        return table
 
     def _classes(self, num_rows: int = 20) -> Table:
         """Class sizes from head to tail; at most ``num_rows``, evenly spaced."""
@@ -129,12 +145,13 @@ class Report:
 
 
 def stats(config: Config) -> Report:
-    """Class sizes, head/mid/tail and predicted steps. Opens lists, not images.
+    """Class sizes, head/mid/tail, predicted steps, and mean and deviation of up to 4,096 decoded training images.
 
     Raises:
-        UserError: the data set cannot be opened; see ``open_sets``.
+        UserError: the data set cannot be opened (see ``open_sets``), or no image can be read.
     """
-    return _report(config, open_sets(config.data))
+    sets = open_sets(config.data)
+    return replace(_report(config, sets), pixels=pixel_stats(sets.train, config.data))
 
 
 def check(config: Config, decode: bool = True) -> Report:

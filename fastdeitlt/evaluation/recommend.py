@@ -1,0 +1,104 @@
+"""Which of a run's models to use: the teacher, or one of the student's heads, by balanced validation accuracy.
+
+K classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdeitlt.evaluation.metrics import HeadResult, Result, wilson_interval
+
+METHOD = "Wilson intervals of the classes, combined for their mean (MOVER, 95 %)"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Balanced validation accuracy of one way to predict, in per cent."""
+
+    name: str
+    """TEACHER, AVG, CLS or DIST."""
+    accuracy: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The best way to predict, and those beside it, best first."""
+
+    scored: tuple[Scored, ...]
+    num_images: int
+    """Validation images."""
+
+    @property
+    def best(self) -> Scored:
+        """The recommended one."""
+        return self.scored[0]
+
+    @property
+    def alike(self) -> tuple[str, ...]:
+        """Others whose accuracy lies within the best one's interval: these images do not tell them apart."""
+        return tuple(other.name for other in self.scored[1:] if other.accuracy >= self.best.low)
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json has it."""
+        return {**asdict(self), "by": "balanced validation accuracy", "interval": METHOD}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> "Recommendation":
+        """The inverse of ``to_json``."""
+        return cls(tuple(Scored(**scored) for scored in tree["scored"]), tree["num_images"])
+
+    def sentence(self) -> str:
+        """The recommendation for a reader."""
+        best, others = self.best, self.scored[1:]
+        text = (
+            f"use {best.name}: balanced accuracy {best.accuracy:.1f} % ({best.low:.1f} to {best.high:.1f}) on "
+            f"{self.num_images:,} validation images"
+        )
+        if others:
+            text += "; " + ", ".join(f"{other.name} {other.accuracy:.1f}" for other in others)
+        if self.alike:
+            text += f". So few images do not tell it apart from {', '.join(self.alike)}"
+        return text
+
+
+def recommend(student: Result | None, teacher: Result | None) -> Recommendation | None:
+    """Rank the teacher and the student's heads by their scores on the same validation images; None without any.
+
+    Of equal ones AVG comes first, then CLS, DIST and the teacher.
+    """
+    found: dict[str, tuple[HeadResult, Result]] = {}
+    for result in (student, teacher):
+        if result is not None:
+            found |= {name: (head, result) for name, head in result.heads.items()}
+    if not found:
+        return None
+    scored = [
+        Scored(name, head.balanced_accuracy, *balanced_interval(head.correct_K, result.support_K))
+        for name, (head, result) in found.items()
+    ]
+    num_images = max(result.num_images for _, result in found.values())
+    return Recommendation(tuple(sorted(scored, key=lambda s: -s.accuracy)), num_images)
+
+
+def balanced_interval(correct_K: list[int], support_K: list[int]) -> tuple[float, float]:
+    """95 % interval of the mean of class accuracies in per cent; classes without images are left out.
+
+    The distance of each end from the mean is the root of the summed squares of the classes' distances, which Wilson's
+    interval gives also where all or none of a class's few images are right. A bootstrap has no spread there.
+
+    Source: Zou and Donner 2008, "Construction of confidence limits about effect measures" (MOVER).
+    """
+    support = np.array(support_K)
+    correct, total = np.array(correct_K)[support > 0], support[support > 0]
+    share_K = 100 * correct / total
+    low_K, high_K = wilson_interval(correct, total).T
+    mean, number = share_K.mean(), len(total)
+    below = np.sqrt(np.square(share_K - low_K).sum()) / number
+    above = np.sqrt(np.square(high_K - share_K).sum()) / number
+    return float(max(mean - below, 0.0)), float(min(mean + above, 100.0))

@@ -1,0 +1,238 @@
+"""`plan`: from a folder of images to the recipes of a teacher and a student that fit this machine and the time."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from fastdeitlt import config, distributed
+from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
+from fastdeitlt.data.check.scan import check_files
+from fastdeitlt.data.sets.folders import SPLIT_FOLDERS
+from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.data.sets.splits import DEFAULT_LISTS
+from fastdeitlt.data.sets.types import SPLITS, Sets
+from fastdeitlt.errors import UserError, printable
+from fastdeitlt.models.start import shape_of
+from fastdeitlt.models.vit import PATCHES
+from fastdeitlt.tools.plan_facts import Choice, Facts, Rates, Rung, Setting
+from fastdeitlt.tools.plan_rates import measure_rates
+from fastdeitlt.tools.plan_rules import choose, default_hours, holdout_shares
+
+LIST_SUFFIXES = (".txt", ".csv", ".json")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Two recipes, and what they were chosen from."""
+
+    choice: Choice
+    facts: Facts
+    rates: Rates
+    sets: Sets
+    pixels: PixelStats
+    hours: float
+
+
+def plan(root: str | Path, hours: float | None = None, weights: str | Path = "") -> tuple[Config, Config]:
+    """Choose the recipes of a student and of its teacher for a folder of images; nothing is written.
+
+    Args:
+        root, hours, weights: see ``make_plan``.
+
+    Returns:
+        (student, teacher), for ``tools.demo.train_both``.
+
+    Raises:
+        UserError: see ``make_plan``.
+    """
+    return make_plan(root, hours, weights).choice.configs
+
+
+def make_plan(
+    root: str | Path, hours: float | None = None, weights: str | Path = "", name: str = "plan", device: str = "auto"
+) -> Planned:
+    """Read the images' layout, sizes and colours, measure this machine, and choose the recipes.
+
+    Args:
+        root: a folder of class folders, of split folders or of lists; or a list file.
+        hours: for teacher and student together; None: by the size of the set.
+        weights: weights that the student starts from; its architecture is then theirs.
+        name: of the student's run; the teacher's has ``-teacher`` behind it.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: no images, images that cannot be read, fewer than two classes, hours that are too short.
+    """
+    if hours is not None and not hours > 0:
+        raise UserError(f"plan --hours: got {hours:g}, expected hours above 0, such as 0.5")
+    settings = layout(root)
+    sets = open_sets(DataConfig(**settings, val_holdout=0, test_holdout=0))
+    if sum(count > 0 for count in sets.train.counts) < 2:
+        raise UserError(f"data {root}: got images of one class, expected at least 2. Add images of another class.")
+    holdouts = holdout_shares(sets.train.counts, sets.val is not None, sets.test is not None)
+    none_held = {f"{split}_holdout": 0.0 for split in ("val", "test")}
+    cfg = DataConfig(**settings, **none_held | {f"{split}_holdout": share for split, share in holdouts.items()})
+    sets = open_sets(cfg)
+    check_files(sets, cfg)
+    pixels = pixel_stats(sets.train, cfg)
+    where = distributed.device_of(device)
+    facts = Facts(
+        dataset=settings["dataset"],
+        root=settings["root"],
+        lists={split: settings[f"{split}_list"] for split in SPLITS if f"{split}_list" in settings},
+        counts=sets.train.counts,
+        num_val=len(sets.val) if sets.val else 0,
+        holdouts=holdouts,
+        mean=pixels.mean,
+        std=pixels.std,
+        short_side=pixels.short_side,
+        gray=pixels.gray,
+        gpu=where.type == "cuda",
+        init=str(Path(weights).expanduser().resolve()) if weights else "",
+        architecture=_architecture(weights) if weights else None,
+        unreadable=pixels.num_unreadable,
+    )
+    hours = default_hours(facts.num_images) if hours is None else hours
+    rates = measure_rates(sets.train, facts, hours, where)
+    return Planned(choose(facts, rates, hours, name), facts, rates, sets, pixels, hours)
+
+
+def layout(root: str | Path) -> dict[str, str]:
+    """Return the data settings of a folder or list file: ``dataset``, ``root`` and lists.
+
+    Lists in the folder win over class folders, the published ones over ``train.txt``, ``train.csv`` and ``train.json``.
+
+    Raises:
+        UserError: no such folder or file.
+    """
+    place = Path(root).expanduser()
+    if place.is_file() and place.suffix in LIST_SUFFIXES:
+        return {"dataset": "list", "root": str(place.parent.resolve()), "train_list": place.name}
+    if not place.is_dir():
+        raise UserError(
+            f"plan {root}: no such folder, expected one with <class>/<image>, train/<class>/<image> or train.txt"
+        )
+    whole = str(place.resolve())
+    for dataset in ("imagenet_lt", "inat18", "places_lt"):
+        if any((place / name).is_file() for name in DEFAULT_LISTS[dataset]["train"]):
+            return {"dataset": dataset, "root": whole}
+    lists = {
+        split: name
+        for split in SPLITS
+        for name in [f"{stem}{suffix}" for stem in SPLIT_FOLDERS[split] for suffix in LIST_SUFFIXES][::-1]
+        if (place / name).is_file()
+    }
+    if "train" in lists:
+        return {"dataset": "list", "root": whole} | {f"{split}_list": name for split, name in lists.items()}
+    return {"dataset": "folder", "root": whole}
+
+
+def _architecture(weights: str | Path) -> Rung:
+    """The student that some weights are of, with a patch that students have.
+
+    Raises:
+        UserError: see ``shape_of``.
+    """
+    width, patch, depth, img_size = shape_of(weights)
+    patch = min(PATCHES, key=lambda known: abs(known - patch))
+    return Rung(max(img_size // patch, 1) * patch, patch, width, depth, "", 0)
+
+
+def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
+    """The verb: write NAME.yaml and NAME-teacher.yaml, print what was chosen, the times and the next command.
+
+    Raises:
+        UserError: see ``make_plan``; a file that exists already.
+    """
+    name = Path(out).name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(root).resolve().stem).strip("-._") or "plan"
+    folder = Path(out).parent
+    files = folder / f"{name}.yaml", folder / f"{name}-teacher.yaml"
+    for file in files:
+        if file.exists():
+            raise UserError(f"plan {file}: exists. Choose another name with --out NAME, or remove it.")
+    if not folder.is_dir():
+        raise UserError(f"plan --out {out}: no such folder {folder}; make it first")
+    planned = make_plan(root, hours, weights, name)
+    titles = (
+        f"Student of the images in {planned.facts.root}; the teacher's file is {files[1].name}.",
+        f"Teacher of {files[0].name}; its data settings must stay those of that file.",
+    )
+    for file, title, settings in zip(files, titles, (planned.choice.student, planned.choice.teacher), strict=True):
+        file.write_text(to_yaml(title, settings), encoding="utf-8")
+    for line in describe(planned):
+        print(printable(line))
+    print(f"wrote      {files[0]}, {files[1]}")
+    print(f"next       fastdeitlt train {shlex.quote(str(files[0]))} --with-teacher {shlex.quote(str(files[1]))}")
+    return 0
+
+
+def to_yaml(title: str, settings: dict[str, Setting]) -> str:
+    """A recipe with the reason of each line behind it."""
+    lines, section = (
+        [f"# {' '.join(printable(title).split())}", "# Written by `fastdeitlt plan`; edit what you like."],
+        "",
+    )
+    for dotted, (value, reason) in sorted(settings.items(), key=lambda item: _rank(item[0])):
+        part, _, field = dotted.rpartition(".")
+        if part != section:
+            lines.append(f"{part}:")
+            section = part
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        indent, value = "  " if part else "", text.removesuffix("...\n").strip()
+        lines.append(f"{indent}{field}: {value} # {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def _rank(dotted: str) -> int:
+    return config.FIELDS.index(dotted)
+
+
+def describe(planned: Planned) -> list[str]:
+    """Lines for a terminal: what was found, measured and chosen, and how long each part will take."""
+    sets, facts, rates, choice = planned.sets, planned.facts, planned.rates, planned.choice
+    student, teacher = choice.configs
+    held = {split: f"{share:.0%} of each class" for split, share in facts.holdouts.items()}
+    sizes = ", ".join(
+        f"{split} {len(images):,}{f' ({held[split]})' if split in held else ''}" for split, images in sets
+    )
+    lines = [f"data       {facts.root}: {sets.num_classes:,} classes, {sizes}", *_smallest(sets)]
+    lines.append(
+        f"pixels     mean {list(facts.mean)}, deviation {list(facts.std)}, median short side {facts.short_side:,} px"
+        + (f", {facts.gray:.0%} gray" if facts.gray else "")
+    )
+    for rung, rate in rates.student.items():
+        mark = "chosen" if rung == choice.rung else ""
+        what = f"{rung.student}, {rung.depth} blocks: {rate:,.0f} images/s"
+        lines.append(f"measured   {what}; teacher {rung.teacher}: {rates.teacher[rung]:,.0f} images/s  {mark}".rstrip())
+    t = teacher.teacher_training
+    lines.append(f"teacher    {t.arch} at {t.img_size} px, {t.epochs:,} epochs, {t.loss}, sam {t.sam}")
+    lines.append(
+        f"student    {student.student.name}, {student.student.depth} blocks, {student.train.epochs:,} epochs, "
+        f"{choice.images_seen:,} images seen, re-weighting from epoch {student.loss.drw_epoch}"
+    )
+    times = ", ".join(f"{part} {seconds / 60:,.1f} min" for part, seconds in choice.seconds.items())
+    total = sum(choice.seconds.values()) / 60
+    lines.append(f"time       {times}; together {total:,.1f} min of {planned.hours * 60:,.1f}")
+    return lines + [f"note       {remark}" for remark in choice.remarks]
+
+
+def _smallest(sets: Sets) -> list[str]:
+    """What is left for the three smallest classes where a split is set aside."""
+    if not sets.held_out:
+        return []
+    totals = [
+        sum(images.counts[k] for name, images in sets if name in ("train", *sets.held_out))
+        for k in range(sets.num_classes)
+    ]
+    smallest = [k for k in sorted(range(sets.num_classes), key=lambda k: totals[k]) if totals[k]][:3]
+    names = sets.train.class_names
+    shown = [
+        f"{names[k] if names else f'class {k}'} "
+        + ", ".join(f"{images.counts[k]} {name}" for name, images in sets if name in ("train", *sets.held_out))
+        for k in smallest
+    ]
+    return [f"smallest   {'; '.join(shown)}"]

@@ -1,0 +1,155 @@
+"""What `plan` chooses from and what it returns: facts of a data set, rates of a machine, students, two recipes.
+
+N training images, K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdeitlt import config
+from fastdeitlt.config import Config
+
+Setting = tuple[Any, str]
+"""A value and its reason."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One of the students to choose from, with its teacher's architecture."""
+
+    img_size: int
+    patch: int
+    width: str
+    """Tiny, small or base of the DeiT family, in lower case."""
+    depth: int
+    teacher: str
+    needs: int
+    """Images that it must see in training to be worth its time."""
+
+    @property
+    def student(self) -> str:
+        """The student's name."""
+        return f"deit_{self.width}_distilled_patch{self.patch}_{self.img_size}"
+
+
+SMALL_IMAGES = (
+    Rung(32, 8, "tiny", 3, "resnet8", 0),
+    Rung(32, 4, "tiny", 3, "resnet8", 500_000),
+    Rung(32, 4, "tiny", 6, "resnet20", 2_000_000),
+    Rung(32, 4, "small", 12, "resnet32", 6_000_000),
+    Rung(32, 2, "base", 12, "resnet32", 12_000_000),
+)
+"""Students for images of up to 40 pixels, by rising cost."""
+PHOTOS = (
+    Rung(32, 8, "tiny", 3, "resnet8", 0),
+    Rung(64, 16, "tiny", 3, "resnet8", 30_000),
+    Rung(64, 8, "tiny", 6, "resnet20", 300_000),
+    Rung(128, 16, "tiny", 12, "resnet18", 1_500_000),
+    Rung(160, 16, "small", 12, "resnet34", 5_000_000),
+    Rung(224, 16, "base", 12, "resnet50", 14_000_000),
+)
+"""Students for larger images, by rising cost."""
+
+
+def _teacher_for(side: int) -> str:
+    return "resnet8" if side <= 64 else "resnet18" if side <= 160 else "resnet50"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choice depends on, apart from time."""
+
+    dataset: str
+    root: str
+    lists: Mapping[str, str]
+    """Split -> list file, of a set that is read from lists."""
+    counts: Sequence[int]
+    """Training images of each class [K], those set aside left out."""
+    num_val: int
+    holdouts: Mapping[str, float]
+    """Split -> share of each class that is set aside for it."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    short_side: int
+    """Median in pixels."""
+    gray: float
+    """Share of images without colour, 0..1."""
+    gpu: bool
+    init: str = ""
+    """Weights that the student starts from (`--from`)."""
+    architecture: Rung | None = None
+    """The student that those weights are of."""
+    unreadable: int = 0
+    """Unreadable images among those measured."""
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return sum(self.counts)
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """The students to choose from, by rising cost; at least one."""
+        if (given := self.architecture) is not None:
+            sides = sorted({max(p, side // p * p) for side in (64, 128, given.img_size) if (p := given.patch)})
+            return tuple(
+                Rung(side, given.patch, given.width, given.depth, _teacher_for(side), need)
+                for side, need in zip(sides, (0, 100_000, 1_000_000), strict=False)
+                if side <= given.img_size
+            )
+        return SMALL_IMAGES if self.short_side <= 40 else tuple(r for r in PHOTOS if r.img_size < 1.5 * self.short_side)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images a second of training, data path included, and seconds that do not depend on the epochs."""
+
+    student: Mapping[Rung, float]
+    """Whole steps, the teacher's forward included; of the rungs that were measured."""
+    teacher: Mapping[Rung, float]
+    """Plain steps, without SAM's second pass."""
+    start_s: float
+    """Start, first epoch's decoding and report of both trainings."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Two recipes and what they are expected to take."""
+
+    student: dict[str, Setting]
+    """Setting -> value and reason."""
+    teacher: dict[str, Setting]
+    seconds: dict[str, float]
+    """Part of the work -> seconds, by the measured rates."""
+    images_seen: int
+    """Images that the student sees in training."""
+    rung: Rung
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def configs(self) -> tuple[Config, Config]:
+        """The student's and the teacher's configuration."""
+        return build_settings(self.student), build_settings(self.teacher)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A rung with its epochs."""
+
+    rung: Rung
+    epochs: int
+    teacher_epochs: int
+    sam: bool
+    images_seen: int
+    repeats: int
+    batch: int
+    accumulate: int
+    every: int
+    teacher_every: int
+    seconds: dict[str, float]
+
+
+def build_settings(settings: Mapping[str, Setting]) -> Config:
+    """Return the configuration of some settings."""
+    return config.build({name: value for name, (value, _) in settings.items()})

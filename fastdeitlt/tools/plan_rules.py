@@ -1,0 +1,137 @@
+"""Rules of `plan`: facts of a data set, measured rates and hours to the recipes of a student and its teacher.
+
+Pure functions: nothing is opened, measured or written here.
+N training images, K classes.
+"""
+
+import math
+from collections.abc import Sequence
+
+from fastdeitlt.config import Config
+from fastdeitlt.errors import UserError
+from fastdeitlt.tools.plan_facts import Choice, Facts, Rates, Rung, Schedule, build_settings
+from fastdeitlt.tools.plan_recipes import FEW_CHANGES, PAPER_CHANGES, recipes
+
+USABLE = 0.85
+"""Share of the hours that is planned for; the rest is for a machine that has other work."""
+TEACHER_SHARE = 0.4
+"""Share of the training time that the teacher gets."""
+MOST_EPOCHS, MOST_TEACHER_EPOCHS = 1400, 400
+"""The longest published schedule (ImageNet-LT); twice the recipes' teachers."""
+MOST_EVALUATIONS = 19
+"""Of any number of epochs, see ``_every``."""
+LEAST_HOURS, MOST_HOURS = 0.14, 12.0
+
+
+def default_hours(num_images: int) -> float:
+    """Hours of a set for which none are given: 8 minutes for 500 images, about 1 hour for 10,000, at most 12."""
+    return min(max(LEAST_HOURS * (num_images / 500) ** 0.7, LEAST_HOURS), MOST_HOURS)
+
+
+def holdout_shares(counts: Sequence[int], has_val: bool, has_test: bool) -> dict[str, float]:
+    """Return split -> share of each class to set aside for it: a tenth for validation, a fifth for testing.
+
+    Where even the largest class is too small for that, larger shares; none where a class would lose its last image.
+
+    Args:
+        counts: training images of each class [K] before anything is set aside.
+    """
+    shares: dict[str, float] = {}
+    most = max(counts)
+    for split, there, usual in (("val", has_val, 0.1), ("test", has_test, 0.2)):
+        if not there:
+            fitting = [share for share in (usual, 0.2, 0.3) if int(most * share + 0.5) >= 1 and share >= usual]
+            if fitting and most >= 2 + len(shares):
+                shares[split] = fitting[0]
+    return shares
+
+
+def choose(facts: Facts, rates: Rates, hours: float, name: str) -> Choice:
+    """Choose both recipes so that the two trainings take at most ``hours`` at the measured rates.
+
+    The student is the most expensive one that still sees as many images as it needs.
+
+    Raises:
+        UserError: the hours are too short for two epochs of both at the measured rates; names the least hours.
+    """
+    budget = USABLE * hours * 3600 - rates.start_s
+    chosen = None
+    for rung in facts.rungs:
+        if rung not in rates.student:
+            break
+        plan = _schedule(facts, rates, rung, budget)
+        if plan is not None and (chosen is None or plan.images_seen >= rung.needs):
+            chosen = plan
+        if plan is None or plan.images_seen < rung.needs:
+            break
+    if chosen is None:
+        rung = facts.rungs[0]
+        epoch = facts.num_images + facts.num_val
+        cost_s = 2 * epoch / rates.student[rung] / (1 - TEACHER_SHARE) + 2 * epoch / rates.teacher[rung] / TEACHER_SHARE
+        least = (cost_s + rates.start_s) / USABLE / 3600
+        raise UserError(
+            f"plan --hours: got {hours:g}, expected at least {math.ceil(least * 100) / 100:g} for two epochs of "
+            f"{facts.num_images:,} images with teacher and student on this machine. Give more hours."
+        )
+    return recipes(facts, chosen, hours, name)
+
+
+def candidate(facts: Facts, rung: Rung) -> tuple[Config, Config]:
+    """Return the recipes of a rung whose rates are to be measured: mild augmentation, nothing compiled, no SAM."""
+    batch, accumulate = _batch(facts, rung)
+    schedule = Schedule(rung, 10, 10, False, FEW_CHANGES, 1, batch, accumulate, 1, 1, {"teacher": 0.0, "student": 0.0})
+    measured = {"train.compile": (False, ""), "train.measure_kernels": (False, "")}
+    choice = recipes(facts, schedule, 1.0, "plan")
+    student = {name: value for name, value in choice.student.items() if name != "student.init"}
+    return build_settings(student | measured), build_settings(choice.teacher | measured)
+
+
+def _schedule(facts: Facts, rates: Rates, rung: Rung, budget_s: float) -> Schedule | None:
+    """Epochs of a rung that fit; None if two of both do not."""
+    n = facts.num_images
+    batch, accumulate = _batch(facts, rung)
+    student_rate, teacher_rate = rates.student[rung], rates.teacher[rung]
+    # an evaluation runs forward alone, of weights and average: less than a training step for each image
+    eval_s, teacher_eval_s = facts.num_val / student_rate, facts.num_val / teacher_rate
+    evaluations_s = MOST_EVALUATIONS * teacher_eval_s
+    most_s = MOST_TEACHER_EPOCHS * 2 * n / teacher_rate + evaluations_s
+    reserved_s = min(TEACHER_SHARE * budget_s, most_s)
+    # SAM's second pass pays where there is time for more plain epochs than a teacher needs
+    sam = (reserved_s - evaluations_s) * teacher_rate / n >= MOST_TEACHER_EPOCHS
+    passes = 2 if sam else 1
+    teacher_epochs = min(_fitting(reserved_s, passes * n / teacher_rate, teacher_eval_s), MOST_TEACHER_EPOCHS)
+    teacher_every = _every(teacher_epochs)
+    if teacher_epochs < 2:
+        return None
+    teacher_s = teacher_epochs * passes * n / teacher_rate + -(-teacher_epochs // teacher_every) * teacher_eval_s
+    epochs = min(_fitting(budget_s - reserved_s, n / student_rate, eval_s), MOST_EPOCHS)
+    if epochs < 2:
+        return None
+    every = _every(epochs)
+    repeats = 3 if epochs * n >= PAPER_CHANGES and n >= 10_000 else 1
+    seconds = {
+        "teacher": teacher_s,
+        "student": epochs * n / student_rate + -(-epochs // every) * eval_s,
+        "start, decoding, report": rates.start_s,
+    }
+    seen = epochs * n
+    return Schedule(rung, epochs, teacher_epochs, sam, seen, repeats, batch, accumulate, every, teacher_every, seconds)
+
+
+def _every(epochs: int) -> int:
+    """Epochs between evaluations: about ten in all."""
+    return max(1, epochs // 10)
+
+
+def _fitting(seconds: float, epoch_s: float, eval_s: float) -> int:
+    """Epochs that fit into ``seconds`` with their evaluations; monotone in ``seconds``."""
+    one_each = min(int(seconds / (epoch_s + eval_s)), MOST_EVALUATIONS)
+    return max(int((seconds - MOST_EVALUATIONS * eval_s) / epoch_s), one_each, 0)
+
+
+def _batch(facts: Facts, rung: Rung) -> tuple[int, int]:
+    """Images of a micro-batch, an even number, and micro-batches of an optimizer step."""
+    n = facts.num_images
+    effective = 32 if n < 4_000 else 64 if n < 10_000 else 256 if n < 50_000 else 1024
+    micro = min(effective, (256 if rung.width == "tiny" else 128) if facts.gpu else 32, max(n // 2 * 2, 2))
+    return micro, max(effective // micro, 1) if n >= effective else 1

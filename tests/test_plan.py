@@ -1,0 +1,156 @@
+"""`plan` on real folders: every layout, the smallest classes, rates of this machine, files that train reads."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from fastdeitlt import config
+from fastdeitlt.cli import main
+from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_student
+from fastdeitlt.models.start import shape_of
+from fastdeitlt.tools import plan as plan_module
+from fastdeitlt.tools import plan_rates
+from fastdeitlt.tools.plan import layout, make_plan, plan, to_yaml
+from fastdeitlt.tools.plan_facts import Rates
+
+SIZES = {"cat": 12, "dog": 6, "eel": 3}
+
+
+def save_images(folder, sizes, side=20):
+    generator = np.random.default_rng(len(str(folder)))
+    for label, (name, number) in enumerate(sizes.items()):
+        place = folder / name
+        place.mkdir(parents=True)
+        for index in range(number):
+            pixels = generator.integers(40 * label, 40 * label + 120, (side, side + index, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+def list_of(folder, sizes):
+    return "".join(f"{name}/{i}.png {k}\n" for k, (name, number) in enumerate(sizes.items()) for i in range(number))
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Rates of a machine that needs no measuring."""
+
+    def measured(images, facts, hours, device):
+        return Rates(dict.fromkeys(facts.rungs, 500.0), dict.fromkeys(facts.rungs, 800.0), 20.0)
+
+    monkeypatch.setattr(plan_module, "measure_rates", measured)
+
+
+def test_layouts_are_told_apart(tmp_path):
+    assert layout(tmp_path)["dataset"] == "folder"
+    (tmp_path / "val.csv").write_text("")
+    assert layout(tmp_path)["dataset"] == "folder"  # without a training list
+    (tmp_path / "train.txt").write_text("")
+    assert layout(tmp_path) == {
+        "dataset": "list", "root": str(tmp_path), "train_list": "train.txt", "val_list": "val.csv"
+    }  # fmt: skip
+    assert layout(tmp_path / "train.txt") == {"dataset": "list", "root": str(tmp_path), "train_list": "train.txt"}
+    (tmp_path / "Places_LT_train.txt").write_text("")
+    assert layout(tmp_path) == {"dataset": "places_lt", "root": str(tmp_path)}
+    with pytest.raises(UserError, match="no such folder"):
+        layout(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["classes", "splits", "train and test", "lists"])
+def test_every_layout_gives_three_splits_and_both_files_agree(tmp_path, rates, kind):
+    root = tmp_path / "photos"
+    if kind == "classes":
+        save_images(root, SIZES)
+    elif kind == "lists":
+        save_images(root, SIZES)
+        (root / "train.txt").write_text(list_of(root, SIZES))
+    else:
+        for split in ("train", "test") if kind == "train and test" else ("train", "val", "test"):
+            save_images(root / split, SIZES)
+    student, teacher = plan(root, hours=0.1)
+    assert student.data == teacher.data
+    sets = open_sets(student.data)
+    assert sets.val is not None and sets.test is not None
+    assert (student.data.val_holdout, student.data.test_holdout) == {
+        "classes": (0.1, 0.2), "splits": (None, None), "train and test": (0.1, None), "lists": (0.1, 0.2)
+    }[kind]  # fmt: skip
+    pixels = np.concatenate([
+        np.asarray(Image.open(f"{sets.train.root}/{path}").resize((64, 64), Image.Resampling.BICUBIC)).reshape(-1, 3)
+        for path in sets.train.paths
+    ])  # fmt: skip
+    assert student.augment.mean == pytest.approx(pixels.mean(0) / 255, abs=0.02)
+
+
+def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "photos", SIZES)
+    assert main(["plan", "photos", "--hours", "0.1", "--out", "mine"]) == 0
+    shown = capsys.readouterr().out
+    assert "fastdeitlt train mine.yaml --with-teacher mine-teacher.yaml" in shown
+    assert "smallest   eel 2 train, 0 val, 1 test; dog 4 train, 1 val, 1 test" in shown
+    for name, trains in (("mine.yaml", False), ("mine-teacher.yaml", True)):
+        text = (tmp_path / name).read_text()
+        assert config.load(name).is_teachers is trains
+        for line in text.splitlines():
+            assert line.startswith("#") or line.endswith(":") or " # " in line, line
+    written = config.load("mine.yaml"), config.load("mine-teacher.yaml")
+    planned = make_plan("photos", 0.1, name="mine").choice.configs
+    assert list(map(config.flatten, written)) == list(map(config.flatten, planned))
+    assert main(["plan", "photos", "--out", "mine"]) == 2
+    assert "mine.yaml: exists" in capsys.readouterr().err
+
+
+def test_values_and_names_survive_the_file():
+    settings = {
+        "data.root": ("/a: #b/ü 'c'", "odd"), "optim.lr": (5e-05, "small"), "augment.mean": ([0.1, 0.2, 0.3], "m"),
+        "name": ("2026", "a number"), "student.depth": (3, "few"), "train.compile": (False, "no"),
+    }  # fmt: skip
+    read = yaml.safe_load(to_yaml("a\ntitle", settings))
+    assert read["data"]["root"] == "/a: #b/ü 'c'" and read["name"] == "2026" and read["train"]["compile"] is False
+    assert read["augment"]["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_bad_requests_are_one_line(tmp_path, rates, capsys):
+    save_images(tmp_path / "one", {"cat": 4})
+    save_images(tmp_path / "two", SIZES)
+    for arguments, words in (
+        ([str(tmp_path / "one")], "got images of one class"),
+        ([str(tmp_path / "two"), "--hours", "0"], "expected hours above 0"),
+        ([str(tmp_path / "two"), "--hours", "0.001"], "expected at least"),
+        ([str(tmp_path / "two"), "--from", str(tmp_path / "absent.pth")], "no such file"),
+        ([str(tmp_path / "two"), "--out", str(tmp_path / "no" / "folder")], "no such folder"),
+    ):
+        assert main(["plan", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    (tmp_path / "two" / "cat" / "0.png").write_text("no image")
+    assert main(["plan", str(tmp_path / "two")]) == 2
+    assert "0.png" in capsys.readouterr().err
+
+
+def test_given_weights_set_the_students_start_and_shape(tmp_path, rates):
+    save_images(tmp_path / "photos", SIZES, side=150)
+    torch.manual_seed(0)
+    weights = create_student("deit_tiny_distilled_patch16_64", 5, depth=2).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    assert shape_of(tmp_path / "weights.safetensors") == ("tiny", 16, 2, 64)
+    student, _ = plan(tmp_path / "photos", 0.1, tmp_path / "weights.safetensors")
+    assert student.student.init == str(tmp_path / "weights.safetensors")
+    assert (student.student.name, student.student.depth) == ("deit_tiny_distilled_patch16_64", 2)
+
+
+def test_rates_are_measured_while_the_hours_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_rates, "SAMPLE_S", 0.1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_images(tmp_path / "photos", {"cat": 60, "dog": 40, "eel": 8}, side=100)
+    planned = make_plan(tmp_path / "photos", 0.1, device="cpu")
+    rates, rungs = planned.rates, planned.facts.rungs
+    assert rungs[0] in rates.student and rates.student.keys() == rates.teacher.keys()
+    assert all(5 < rate < 1e6 for rate in (*rates.student.values(), *rates.teacher.values()))
+    assert rungs[-1] not in rates.student, "six minutes are too short for the largest student"
+    assert not (tmp_path / "cache").exists(), "measuring leaves no decoded set behind"
