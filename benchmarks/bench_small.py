@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -241,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--hours", type=float, default=0.05, help="processor time that plan is given")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there as a table")
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "JSON"), help="internal: one run in this process")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
@@ -254,6 +256,9 @@ def main(arguments: list[str] | None = None) -> int:
             found = peer(contestant, json.loads(Path(file).read_text(encoding="utf-8")), seed)
         Path(f"{file}.out").write_text(json.dumps(found), encoding="utf-8")
         return 0
+    if options.table:
+        print(table([json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]))
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in options.sets:
@@ -262,6 +267,22 @@ def main(arguments: list[str] | None = None) -> int:
                 found = _run(folder, name, seed, contestant, mine_file, options.hours, rows_file)
                 print(f"{name} seed {seed} {contestant}: {found['balanced']:.1f} %", flush=True)
     return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a set, a column a contestant; mean and sample deviation over seeds, and what was recommended."""
+    lines = [f"| set | seeds | recommended | {' | '.join((OURS, *PEERS))} |", "| --- | ---: | --- |" + " ---: |" * 4]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        mine = [row for row in rows if row["set"] == name]
+        cells = []
+        for contestant in (OURS, *PEERS):
+            found = [row["balanced"] for row in mine if row["contestant"] == contestant]
+            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "-")
+        named = ", ".join(row["recommended"] for row in mine if row["contestant"] == OURS)
+        seeds = len({row["seed"] for row in mine})
+        lines.append(f"| {name} | {seeds} | {named} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _run(
