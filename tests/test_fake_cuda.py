@@ -67,6 +67,7 @@ SMALL = {
     "train.batch_size": B,
     "train.accumulate": 2,
     "train.engine": "plain",
+    "train.measure_kernels": False,
 }
 KERNELS = {
     "student.attention": "triton",

@@ -143,7 +143,7 @@ def test_the_best_teacher_is_chosen_by_class_or_by_image(
     knows_tail, knows_head = torch.where(labels == 0, 1, labels), torch.zeros_like(labels)
     decisions = chain([knows_tail, knows_head])
 
-    def logits(model: nn.Module, source: object, images: LongTailSet, **how: object) -> tuple[Tensor, Tensor, Tensor]:
+    def logits(model: nn.Module, source: object, images: LongTailSet, *_: object, **how: object) -> tuple[Tensor, ...]:
         seen_N = torch.from_numpy(images.labels)
         decided_N = next(decisions, knows_head) if images is val else seen_N
         logits_NK = F.one_hot(decided_N, 3).float()
