@@ -1,5 +1,9 @@
 """`plan` on real folders: every layout, the smallest classes, rates of this machine, files that train reads."""
 
+import io
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from safetensors.torch import save_file
 
 from fastdeitlt import config
 from fastdeitlt.cli import main
+from fastdeitlt.data.sets.blobs import Blob
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
@@ -61,11 +66,15 @@ def test_layouts_are_told_apart(tmp_path):
         layout(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("kind", ["classes", "splits", "train and test", "lists"])
+@pytest.mark.parametrize("kind", ["classes", "splits", "train and test", "lists", "shards"])
 def test_every_layout_gives_three_splits_and_both_files_agree(tmp_path, rates, kind):
     root = tmp_path / "photos"
     if kind == "classes":
         save_images(root, SIZES)
+    elif kind == "shards":
+        save_images(tmp_path / "files", SIZES)
+        root.mkdir()
+        shutil.make_archive(str(root / "photos"), "zip", tmp_path / "files")
     elif kind == "lists":
         save_images(root, SIZES)
         (root / "train.txt").write_text(list_of(root, SIZES))
@@ -77,12 +86,12 @@ def test_every_layout_gives_three_splits_and_both_files_agree(tmp_path, rates, k
     sets = open_sets(student.data)
     assert sets.val is not None and sets.test is not None
     assert (student.data.val_holdout, student.data.test_holdout) == {
-        "classes": (0.1, 0.2), "splits": (None, None), "train and test": (0.1, None), "lists": (0.1, 0.2)
-    }[kind]  # fmt: skip
-    pixels = np.concatenate([
-        np.asarray(Image.open(f"{sets.train.root}/{path}").resize((64, 64), Image.Resampling.BICUBIC)).reshape(-1, 3)
-        for path in sets.train.paths
-    ])  # fmt: skip
+        "splits": (None, None), "train and test": (0.1, None)
+    }.get(kind, (0.1, 0.2))  # fmt: skip
+    places = [sets.train.place(i) for i in range(len(sets.train))]
+    files = [io.BytesIO(p.read() if isinstance(p, Blob) else Path(p).read_bytes()) for p in places]
+    small = [np.asarray(Image.open(file).resize((64, 64), Image.Resampling.BICUBIC)) for file in files]
+    pixels = np.concatenate(small).reshape(-1, 3)
     assert student.augment.mean == pytest.approx(pixels.mean(0) / 255, abs=0.02)
 
 

@@ -13,6 +13,8 @@ from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
 from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS
 from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.data.sets.shards import SUFFIXES as SHARD_SUFFIXES
+from fastdeitlt.data.sets.shards import names_split
 from fastdeitlt.data.sets.splits import DEFAULT_LISTS
 from fastdeitlt.data.sets.types import SPLITS, Sets
 from fastdeitlt.errors import UserError, printable
@@ -104,7 +106,8 @@ def make_plan(
 def layout(root: str | Path) -> dict[str, str]:
     """Return the data settings of a folder or list file: ``dataset``, ``root`` and lists.
 
-    Lists in the folder win over class folders, the published ones over ``train.txt``, ``train.csv`` and ``train.json``.
+    Lists in the folder take precedence over class folders, the published ones over ``train.txt``, ``train.csv`` and
+    ``train.json``; shards are used where they lie in the folder itself or in one of a split.
 
     Raises:
         UserError: no such folder or file.
@@ -128,7 +131,9 @@ def layout(root: str | Path) -> dict[str, str]:
     }
     if "train" in lists:
         return {"dataset": "list", "root": whole} | {f"{split}_list": name for split, name in lists.items()}
-    return {"dataset": "folder", "root": whole}
+    places = [place, *(folder for folder in place.iterdir() if folder.is_dir() and names_split(folder.name))]
+    has_shards = any(file.suffix in SHARD_SUFFIXES for folder in places for file in folder.iterdir() if file.is_file())
+    return {"dataset": "shards" if has_shards else "folder", "root": whole}
 
 
 def _architecture(weights: str | Path) -> Rung:
