@@ -194,7 +194,7 @@ def _report(verbs: "Verbs") -> None:
 def _data(verbs: "Verbs") -> None:
     data = _verb(verbs, "data", "prepare, check or describe a data set; list or clear the decoded sets of earlier runs")
     data.add_argument("action", choices=("prepare", "check", "stats", "cache"))
-    data.add_argument("config", nargs="?", help="recipe or YAML file; for prepare: cifar10 or cifar100")
+    data.add_argument("config", nargs="?", help="recipe or YAML file; for prepare: cifar10, cifar100 or fashion_mnist")
     data.add_argument("overrides", nargs="*", metavar="section.field=value")
     data.add_argument("--root", type=Path, help="prepare: folder for the archive")
     data.add_argument("--download", action="store_true", help="prepare: fetch the archive if it is not there")

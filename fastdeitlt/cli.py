@@ -208,7 +208,7 @@ def _data(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError(f"data {args.action}: got no data set, expected a recipe such as quickstart, or a YAML file")
     if args.action == "prepare":
-        from fastdeitlt.data.sets.cifar import prepare
+        from fastdeitlt.data.sets.cut import prepare
 
         if args.root is None:
             raise UserError("data prepare: got no folder for the archive, expected --root FOLDER")

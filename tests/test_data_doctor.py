@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdeitlt.config import Config, build, flatten, load
 from fastdeitlt.data.check.doctor import check, gini, stats
-from fastdeitlt.data.sets import cifar
+from fastdeitlt.data.sets import cut
 from fastdeitlt.data.sets.counts import cifar_lt_counts
 from fastdeitlt.data.sets.findings import Finding
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
@@ -217,7 +217,7 @@ def test_published_counts_hold_whatever_is_held_out(tmp_path, monkeypatch):
     test = np.repeat(np.arange(10), 1000)
     names = list("abcdefghij")
     whole = decoded_set(images, labels, names), decoded_set(images[:10_000], test, names)
-    monkeypatch.setattr(cifar, "_read", lambda *arguments: whole)
+    monkeypatch.setattr(cut, "_read", lambda *arguments: whole)
     base = {"data.dataset": "cifar10_lt", "data.root": str(tmp_path)}
     for holdout in (0.0, 0.1):
         report = check(build(base | {"data.val_holdout": holdout}))
@@ -243,7 +243,7 @@ def test_predicted_steps_are_those_of_the_published_runs(
     images = np.zeros((50_000, 1, 1, 3), np.uint8)
     names = [str(i) for i in range(classes)]
     whole = decoded_set(images, labels, names), decoded_set(images[:classes], np.arange(classes), names)
-    monkeypatch.setattr(cifar, "_read", lambda *arguments: whole)
+    monkeypatch.setattr(cut, "_read", lambda *arguments: whole)
     report = stats(
         build(
             {

@@ -13,6 +13,7 @@ class DataConfig(Section):
 
     dataset: Literal[
         "fashion_mnist_lt",
+        "fashion_mnist_full_lt",
         "cifar10_lt",
         "cifar100_lt",
         "imagenet_lt",
@@ -22,11 +23,12 @@ class DataConfig(Section):
         "folder",
         "shards",
     ] = "fashion_mnist_lt"
-    """Data set. `fashion_mnist_lt` is embedded; `list` takes train_list/val_list/test_list; `folder` takes
-    root/{train,val,test}/<class>/<image>, or root/<class>/<image>, which it splits by class; `shards` takes tars as of
-    WebDataset, zips, and parquet files as of Hugging Face, train-*, val-* and test-*, under root."""
+    """Data set. `fashion_mnist_lt` is embedded, `fashion_mnist_full_lt` cut from all 60,000 images. `list` takes
+    train_list/val_list/test_list; `folder` takes root/{train,val,test}/<class>/<image>, or root/<class>/<image>, which
+    it splits by class; `shards` takes tars as of WebDataset, zips, and parquet files as of Hugging Face, train-*, val-*
+    and test-*, under root."""
     root: str = ""
-    """Folder that holds the images; lists may not leave it. Empty: the embedded set."""
+    """Folder that holds the images; lists may not leave it. Empty: the embedded set, or Debian's Fashion-MNIST."""
     train_list: str = ""
     """List file (txt, csv, json) of the training images. Empty: the data set's usual name under root."""
     val_list: str = ""
@@ -34,9 +36,9 @@ class DataConfig(Section):
     test_list: str = ""
     """List file of the test images. Empty: the usual name, or none if that does not exist."""
     imbalance_factor: float = Field(0.01, gt=0, le=1)
-    """CIFAR only: smallest over largest class size (0.01 is rho = 100). 1 = balanced."""
+    """CIFAR and fashion_mnist_full_lt: smallest over largest class size (0.01 is rho = 100). 1 = balanced."""
     imbalance_kind: Literal["exp", "step"] = "exp"
-    """CIFAR only: exponential decay over classes, or half the classes cut."""
+    """CIFAR and fashion_mnist_full_lt: exponential decay over classes, or half the classes cut."""
     val_holdout: float | None = Field(None, ge=0, lt=0.5)
     """Share of each class of the training images set aside for validation where there is no validation set. 0 = none;
     null: 0.1 of a folder without split folders, else none."""

@@ -4,6 +4,7 @@ K classes.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,26 @@ KNOWN_COUNTS = {
     "places_lt": {"train": (62_500, 365, 4980, 5), "val": (7_300, 365, 20, 20), "test": (36_500, 365, 100, 100)},
 }
 """Published sets: images, classes, images of the largest and of the smallest class."""
-CIFAR_CLASSES = {"cifar10_lt": 10, "cifar100_lt": 100}
-"""Sets cut from a balanced one, whose counts follow from the imbalance (``cifar_lt_counts``)."""
-KNOWN_CLASSES = {name: splits["train"][1] for name, splits in KNOWN_COUNTS.items()} | CIFAR_CLASSES
+
+
+class BalancedSet(NamedTuple):
+    """A balanced set that a long tail is cut from."""
+
+    archive: str
+    """Its name for ``data prepare``."""
+    num_train: int
+    num_test: int
+    classes: int
+
+
+CUT_SETS = {
+    "cifar10_lt": BalancedSet("cifar10", 50_000, 10_000, 10),
+    "cifar100_lt": BalancedSet("cifar100", 50_000, 10_000, 100),
+    "fashion_mnist_full_lt": BalancedSet("fashion_mnist", 60_000, 10_000, 10),
+}
+"""Long tails whose counts follow from the imbalance (``cifar_lt_counts``)."""
+KNOWN_CLASSES = {name: splits["train"][1] for name, splits in KNOWN_COUNTS.items()}
+KNOWN_CLASSES |= {name: source.classes for name, source in CUT_SETS.items()}
 """Classes of every set that has a name."""
 OFFICIAL_BOUNDS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
 """Number of classes -> (first mid class, first tail class) in frequency order, as the official code has them for

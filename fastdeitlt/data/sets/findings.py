@@ -5,7 +5,7 @@ K classes.
 
 from fastdeitlt.config import Config, DataConfig
 from fastdeitlt.data.sets.class_names import listed
-from fastdeitlt.data.sets.counts import CIFAR_CLASSES, KNOWN_COUNTS, cifar_lt_counts
+from fastdeitlt.data.sets.counts import CUT_SETS, KNOWN_COUNTS, cifar_lt_counts
 from fastdeitlt.data.sets.types import Finding, LongTailSet, Sets
 from fastdeitlt.errors import counted
 
@@ -16,10 +16,10 @@ NUM_EXAMPLES = 3
 def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
     """Differences from the published counts (of what the list says, before a hold-out)."""
     known = dict(KNOWN_COUNTS.get(cfg.dataset, {}))
-    if classes := CIFAR_CLASSES.get(cfg.dataset):
-        counts = cifar_lt_counts(50_000, classes, cfg.imbalance_factor, cfg.imbalance_kind)
-        known = {"train": (sum(counts), classes, max(counts), min(counts))}
-        known["test"] = (10_000, classes, 10_000 // classes, 10_000 // classes)
+    if source := CUT_SETS.get(cfg.dataset):
+        counts = cifar_lt_counts(source.num_train, source.classes, cfg.imbalance_factor, cfg.imbalance_kind)
+        known = {"train": (sum(counts), source.classes, max(counts), min(counts))}
+        known["test"] = (source.num_test, source.classes, *[source.num_test // source.classes] * 2)
     findings = []
     for split, images in sets:
         counts = images.counts

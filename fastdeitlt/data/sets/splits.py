@@ -14,7 +14,7 @@ import numpy as np
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.sets.class_names import listed, match_names
-from fastdeitlt.data.sets.counts import CIFAR_CLASSES
+from fastdeitlt.data.sets.counts import CUT_SETS
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, read_folder, split_folders
 from fastdeitlt.data.sets.lists import read_list
 from fastdeitlt.data.sets.shards import names_split, read_shards, split_shards
@@ -81,10 +81,10 @@ def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
     Raises:
         UserError: no root, or a list that is named and not there.
     """
-    if cfg.dataset in CIFAR_CLASSES:
-        from fastdeitlt.data.sets import cifar  # torchvision is slow to import
+    if cfg.dataset in CUT_SETS:
+        from fastdeitlt.data.sets import cut  # torchvision is slow to import
 
-        sets = dict(cifar.open_cifar(cfg))
+        sets = dict(cut.open_cut(cfg))
         readers = {split: partial(sets.__getitem__, split) for split in sets}
         places = Places(readers, dict.fromkeys(sets, f"data {cfg.dataset}"))
     elif cfg.dataset == "folder":

@@ -48,7 +48,7 @@ class LongTailSet:
     class_names: list[str] | None = field(default=None, repr=False)
     """Name of each class [K]."""
     images_NHWC: np.ndarray | None = field(default=None, repr=False)
-    """Pixels, uint8 RGB, for sets that come decoded (CIFAR)."""
+    """Pixels, uint8 RGB, for sets that come decoded (CIFAR, Fashion-MNIST)."""
     left_out: list[str] = field(default_factory=list, repr=False)
     """Files beside the images that are not images by name, or in no class folder."""
     blobs: Blobs | None = field(default=None, repr=False)

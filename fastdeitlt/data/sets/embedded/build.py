@@ -15,22 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.data.sets.counts import cifar_lt_counts
+from fastdeitlt.data.sets.cut import parse_idx
 
-CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASS_NAMES = FashionMNIST.classes
 TRAIN_COUNTS = cifar_lt_counts(10_000, len(CLASS_NAMES), 0.01)
 VAL_COUNT, TEST_COUNT = 50, 100
 SEED = 0
@@ -38,11 +29,8 @@ _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def read_idx(file: Path) -> np.ndarray:
-    """The uint8 array in a gzipped idx file (a magic number, big-endian sizes, bytes)."""
-    data = gzip.decompress(file.read_bytes())
-    num_dims = data[3]
-    shape = np.frombuffer(data, ">u4", num_dims, 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
+    """Return the uint8 array in a gzipped IDX file."""
+    return parse_idx(gzip.decompress(file.read_bytes()))
 
 
 def choose(images_NHW: np.ndarray, labels_N: np.ndarray, counts: list[list[int]], seen: set[bytes]) -> list[list[int]]:

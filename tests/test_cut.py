@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.sets import cifar
+from fastdeitlt.data.sets import cut
 from fastdeitlt.data.sets.counts import cifar_lt_counts
 from fastdeitlt.errors import UserError
 
@@ -59,7 +59,7 @@ def make_archive(monkeypatch):
                 (root / FOLDER / name).write_bytes(data)
         else:
             (root / PACKED).write_bytes(buffer.getvalue())
-        published, sums = cifar.datasets.CIFAR10, {name: md5(data) for name, data in files.items()}
+        published, sums = cut.datasets.CIFAR10, {name: md5(data) for name, data in files.items()}
         monkeypatch.setattr(published, "tgz_md5", md5(buffer.getvalue()))
         monkeypatch.setattr(published, "train_list", [[n, sums[n]] for n in ("data_batch_1", "data_batch_2")])
         monkeypatch.setattr(published, "test_list", [["test_batch", sums["test_batch"]]])
@@ -81,7 +81,7 @@ def config(root: Path, **fields) -> DataConfig:
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_long_tail_has_the_reference_codes_images_in_its_order(tmp_path, make_archive, offline, labels_key, unpacked):
     make_archive(tmp_path, labels_key, unpacked)
-    sets = cifar.open_cifar(config(tmp_path))
+    sets = cut.open_cut(config(tmp_path))
     counts = cifar_lt_counts(len(LABELS), CLASSES, 0.1)
     assert sets.train.counts == counts
 
@@ -101,13 +101,13 @@ def test_long_tail_has_the_reference_codes_images_in_its_order(tmp_path, make_ar
 
 def test_an_archive_is_unpacked_once_and_again_when_a_file_is_damaged(tmp_path, make_archive, offline):
     make_archive(tmp_path)
-    first = cifar.open_cifar(config(tmp_path))
-    assert cifar.prepare("cifar10", str(tmp_path)) == tmp_path / FOLDER
+    first = cut.open_cut(config(tmp_path))
+    assert cut.prepare("cifar10", str(tmp_path)) == tmp_path / FOLDER
     (tmp_path / FOLDER / "data_batch_2").write_bytes(b"cut")
-    again = cifar.open_cifar(config(tmp_path))
+    again = cut.open_cut(config(tmp_path))
     np.testing.assert_array_equal(first.train.images_NHWC, again.train.images_NHWC)
     (tmp_path / PACKED).unlink()
-    assert len(cifar.open_cifar(config(tmp_path)).train) == len(first.train)
+    assert len(cut.open_cut(config(tmp_path)).train) == len(first.train)
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
@@ -119,13 +119,13 @@ def test_a_wrong_checksum_is_refused_before_anything_is_unpickled(
     file = tmp_path / (f"{FOLDER}/data_batch_2" if unpacked else PACKED)
     file.write_bytes(file.read_bytes() + b"\0")
     with pytest.raises(UserError, match=r"published md5 .* run `fastdeitlt data prepare cifar10"):
-        cifar.open_cifar(config(tmp_path))
+        cut.open_cut(config(tmp_path))
     assert not (tmp_path / "sprung").exists()
 
 
 def test_nothing_is_downloaded_unasked(tmp_path, offline):
     with pytest.raises(UserError, match=r"data prepare cifar100 --root .* --download"):
-        cifar.open_cifar(DataConfig(dataset="cifar100_lt", root=str(tmp_path)))
+        cut.open_cut(DataConfig(dataset="cifar100_lt", root=str(tmp_path)))
 
 
 def test_download_when_asked_and_its_failure(tmp_path, make_archive, monkeypatch):
@@ -140,15 +140,15 @@ def test_download_when_asked_and_its_failure(tmp_path, make_archive, monkeypatch
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **options: url)
-    assert cifar.prepare("cifar10_lt", str(tmp_path / "new"), download=True).is_dir()
-    assert asked == [cifar.datasets.CIFAR10.url]
+    assert cut.prepare("cifar10_lt", str(tmp_path / "new"), download=True).is_dir()
+    assert asked == [cut.datasets.CIFAR10.url]
 
     def fail(url, filename, **options):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     with pytest.raises(UserError, match="no route to host"):
-        cifar.prepare("cifar10_lt", str(tmp_path / "other"), download=True)
+        cut.prepare("cifar10_lt", str(tmp_path / "other"), download=True)
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path, make_archive, monkeypatch):
@@ -159,9 +159,9 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path, make_archive, monkeypa
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
     with pytest.raises(UserError, match="Permission denied"):
-        cifar.open_cifar(config(tmp_path))
+        cut.open_cut(config(tmp_path))
 
 
 def test_other_sets_need_no_preparation():
     with pytest.raises(UserError, match="'imagenet_lt', expected cifar10 or cifar100;"):
-        cifar.prepare("imagenet_lt", "/nowhere")
+        cut.prepare("imagenet_lt", "/nowhere")

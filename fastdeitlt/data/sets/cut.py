@@ -1,0 +1,168 @@
+"""Long tails cut from balanced sets: CIFAR-10, CIFAR-100 and Fashion-MNIST, with torchvision's names and checksums.
+
+N images, H height, W width, C channels.
+"""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.sets.counts import CUT_SETS, cifar_lt_counts
+from fastdeitlt.data.sets.types import LongTailSet, Sets, class_counts
+from fastdeitlt.errors import UserError
+
+SELECTION_SEED = 0
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package dataset-fashion-mnist installs the IDX files."""
+IDX_MD5 = {
+    "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+"""Fashion-MNIST: file -> md5 of its uncompressed bytes.
+
+torchvision's md5 is of the whole file, gzip header included, and Debian's package strips name and time from that
+header. With the published name and time put back (2017-08-31 10:50:06 UTC, training files, and 10:50:27, test files),
+Debian's four files have torchvision's md5; these are the md5 of what they hold.
+"""
+
+
+def long_tail_indices(labels_N: np.ndarray, counts: Sequence[int], seed: int = SELECTION_SEED) -> np.ndarray:
+    """Choose the images of a long tail: int64 indices, class by class, ``counts[k]`` of class k.
+
+    The same images as the reference chooses. Source: LDAM-DRW imbalance_cifar.py (``np.random.seed(0)``, one shuffle a
+    class in the order of the labels).
+    """
+    generator = np.random.RandomState(seed)
+    chosen = []
+    for label, count in enumerate(counts):
+        members = np.flatnonzero(labels_N == label)
+        generator.shuffle(members)
+        chosen.append(members[:count])
+    return np.concatenate(chosen)
+
+
+def open_cut(cfg: DataConfig) -> Sets:
+    """Open the long-tailed training set and the whole test set, decoded; never downloads.
+
+    Raises:
+        UserError: no archive under data.root, or a damaged one.
+    """
+    source = CUT_SETS[cfg.dataset]
+    whole, test = _read(source.archive, cfg.root)
+    counts = cifar_lt_counts(len(whole), source.classes, cfg.imbalance_factor, cfg.imbalance_kind)
+    return Sets(whole.take(long_tail_indices(whole.labels, counts)), test=test)
+
+
+def prepare(dataset: str, root: str, download: bool = False) -> Path:
+    """Check the archive of ``cifar10``, ``cifar100`` or ``fashion_mnist``, unpack CIFAR's once, return the folder.
+
+    Args:
+        root: folder of the archive.
+        download: fetch the archive if it is not there.
+
+    Raises:
+        UserError: another data set; no archive; a wrong checksum; a failed download; a root that cannot be written.
+    """
+    archives = [source.archive for source in CUT_SETS.values()]
+    archive = CUT_SETS[dataset].archive if dataset in CUT_SETS else dataset
+    if archive not in archives:
+        names = f"{', '.join(archives[:-1])} or {archives[-1]}"
+        raise UserError(f"data prepare: got {dataset!r}, expected {names}; other sets need no preparation")
+    _read(archive, root, download)
+    return _idx_folder(root) if archive == "fashion_mnist" else Path(root).expanduser() / _cifar(archive).base_folder
+
+
+def _read(archive: str, root: str, download: bool = False) -> tuple[LongTailSet, LongTailSet]:
+    """The balanced training set and the test set."""
+    return (_read_idx_files if archive == "fashion_mnist" else _read_cifar)(archive, root, download)
+
+
+def _cifar(archive: str) -> type[datasets.CIFAR10]:
+    return datasets.CIFAR100 if archive == "cifar100" else datasets.CIFAR10
+
+
+def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, LongTailSet]:
+    """torchvision checks every md5 before it unpickles a file."""
+    cifar = _cifar(archive)
+    if not root:
+        raise UserError(f"data.root: got nothing, expected the folder of {cifar.filename}; set data.root=FOLDER")
+    folder = Path(root).expanduser()
+    try:
+        if download or check_integrity(folder / cifar.filename, cifar.tgz_md5):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{cifar.base_folder}.lock"):  # of several ranks one unpacks
+                cifar(folder, download=True)  # uses an archive that is there and sound
+        splits = [cifar(folder, train=is_train) for is_train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{archive} in {folder}: neither {cifar.filename} nor {cifar.base_folder}/ is there with its published md5 "
+            f"({error}); put one there or run `fastdeitlt data prepare {archive} --root {root} --download`"
+        ) from None
+    train, test = (
+        _as_set(np.asarray(split.targets), np.ascontiguousarray(split.data), name, root, split.classes)
+        for split, name in zip(splits, ("train", "test"), strict=True)
+    )
+    return train, test
+
+
+def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSet, LongTailSet]:
+    """Grey images in gzipped IDX files, as RGB."""
+    fashion = datasets.FashionMNIST
+    folder = _idx_folder(root)
+    try:
+        if download and not all((folder / name).is_file() for name in IDX_MD5):
+            fashion(Path(root).expanduser(), download=True)
+            folder = _idx_folder(root)
+        images_NHW, labels_N, test_images_NHW, test_labels_N = (
+            _read_idx(folder / name) for name, _ in fashion.resources
+        )
+    except (RuntimeError, OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{archive} in {folder}: {error}; expected {', '.join(IDX_MD5)} as published. Put them there, install the "
+            f"Debian package dataset-fashion-mnist and set data.root={DEBIAN_FOLDER}, or run `fastdeitlt data prepare "
+            f"{archive} --root {root or 'FOLDER'} --download`"
+        ) from None
+    train = _as_set(labels_N, _rgb(images_NHW), "train", root, fashion.classes)
+    return train, _as_set(test_labels_N, _rgb(test_images_NHW), "test", root, fashion.classes)
+
+
+def _idx_folder(root: str) -> Path:
+    """The folder of the IDX files: root, or where torchvision downloads them to; without a root Debian's."""
+    folder = Path(root).expanduser() if root else DEBIAN_FOLDER
+    downloaded = folder / "FashionMNIST" / "raw"
+    return downloaded if downloaded.is_dir() else folder
+
+
+def _read_idx(file: Path) -> np.ndarray:
+    """An IDX file whose uncompressed bytes are the published ones."""
+    data = gzip.decompress(file.read_bytes())
+    if (md5 := hashlib.md5(data, usedforsecurity=False).hexdigest()) != IDX_MD5[file.name]:
+        raise RuntimeError(f"md5 of what {file.name} holds is {md5}, expected {IDX_MD5[file.name]}")
+    return parse_idx(data)
+
+
+def parse_idx(data: bytes) -> np.ndarray:
+    """Return the uint8 array of an IDX file: a magic number, big-endian sizes, bytes."""
+    num_dims = data[3]
+    shape = np.frombuffer(data, ">u4", num_dims, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
+
+
+def _rgb(images_NHW: np.ndarray) -> np.ndarray:
+    return np.repeat(images_NHW[..., None], 3, axis=3)
+
+
+def _as_set(labels: np.ndarray, images_NHWC: np.ndarray, name: str, root: str, classes: list[str]) -> LongTailSet:
+    labels_N = labels.astype(np.int64)
+    paths = [f"{name}/{index:05d}" for index in range(len(labels_N))]
+    return LongTailSet(paths, labels_N, class_counts(labels_N, len(classes)), root, classes, images_NHWC)
