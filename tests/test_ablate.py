@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastdeitlt.evaluation.metrics import score, score_single
 from fastdeitlt.reporting.analysis import teacher as analysis_of_teacher
 from fastdeitlt.tools import ablate, demo
 from fastdeitlt.tools import ablation_table as table
-from fastdeitlt.tools.ablation_table import paired_t_test
+from fastdeitlt.tools.ablation_table import holm, paired_t_test
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 SHORT = {
@@ -279,11 +280,14 @@ def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
     assert float(better["difference"]) == pytest.approx(10)
     # differences 10, 5, 15: t = 10 / (5 / sqrt 3), two degrees of freedom
     assert float(better["p"]) == pytest.approx(0.0741799, rel=1e-5)
-    assert rows["alone"]["deviation"] == "" and rows["alone"]["p"] == ""
+    # the table's other p with pairs: AVG all and head and CLS head and DIST tail, where every head has one accuracy
+    assert float(better["p_holm"]) == pytest.approx(5 * float(better["p"]), rel=1e-5)
+    assert rows["alone"]["deviation"] == "" and rows["alone"]["p"] == rows["alone"]["p_holm"] == ""
     text = (tmp_path / "results.md").read_text()
     assert "| base | 3 | 70.0 ± 0.0 | 41.5 ± 0.0 | 55.0 ± 5.0 |" in text
-    assert "| better | 3 | +10.0 | 0.074 |" in text
-    assert "| alone | 1 | -5.0 | - |" in text
+    assert "| better | 3 | +10.0 | 0.074 | 0.371 |" in text
+    assert "| alone | 1 | -5.0 | - | - |" in text
+    assert "corrected for the 5 comparisons of the table (Holm" in text
     svg = (tmp_path / "results.svg").read_text()
     assert "<svg" in svg and "better" in svg
 
@@ -308,6 +312,25 @@ def test_the_paired_test_without_spread_or_pairs():
     assert all(value != value for value in paired_t_test([1.0]))
 
 
+def test_the_correction_is_holms():
+    # by hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, then 1 x 0.04, which may not fall below 0.06
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6]) == [1, 1]
+    assert holm([]) == []
+    with_gap = holm([float("nan"), 0.02, 0.04])
+    assert math.isnan(with_gap[0]) and with_gap[1:] == pytest.approx([0.04, 0.04])  # the gap is no comparison
+
+
+def test_only_the_comparisons_of_the_table_are_corrected():
+    values = {arm: {s: {m: float(n * s) for m in METRICS} for s in range(3)} for n, arm in enumerate("abc")}
+    found = table.summarise(values)
+    assert all(math.isnan(summary.corrected) for summary in found["a"].values())
+    assert math.isnan(found["b"]["AVG", "mid", "official"].corrected)
+    one = found["b"]["AVG", "all", "official"]
+    assert one.corrected == pytest.approx(min(1, 2 * len(table.DIFFERENCES) * one.p))
+
+
+METRICS = [*table.COLUMNS.values()]
 SHIPPED = sorted(config.find("ablation/embedded").parent.glob("*.yaml"))
 
 

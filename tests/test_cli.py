@@ -36,7 +36,7 @@ def test_help_imports_nothing_heavy():
         (["data", "check", "places_lt"], "data_256"),
         (["data", "prepare", "cifar10"], "expected --root FOLDER"),
         (["data", "prepare", "cifar10", "--root", "@"], "data prepare cifar10 --root"),
-        (["data", "prepare", "places_lt", "--root", "@"], "expected cifar10 or cifar100"),
+        (["data", "prepare", "places_lt", "--root", "@"], "expected cifar10, cifar100 or fashion_mnist"),
         (["eval", "/nowhere"], "/nowhere"),
         (["report", "/nowhere"], "/nowhere"),
         (["export", "/nowhere", "@/out"], "/nowhere"),

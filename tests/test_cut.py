@@ -1,5 +1,6 @@
-"""CIFAR archives: checksums before reading, the reference's choice of images."""
+"""Long tails cut from CIFAR and Fashion-MNIST: checksums before reading, the reference's choice of images."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -163,5 +164,97 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path, make_archive, monkeypa
 
 
 def test_other_sets_need_no_preparation():
-    with pytest.raises(UserError, match="'imagenet_lt', expected cifar10 or cifar100;"):
+    with pytest.raises(UserError, match="'imagenet_lt', expected cifar10, cifar100 or fashion_mnist;"):
         cut.prepare("imagenet_lt", "/nowhere")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An IDX file of unsigned bytes."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+GREY = RANDOM.randint(0, 256, (len(LABELS), 28, 28)).astype(np.uint8)
+
+
+@pytest.fixture
+def make_idx(monkeypatch):
+    """Write four small IDX files of Fashion-MNIST's names, and expect their checksums."""
+
+    def make(folder: Path, level: int = 9) -> Path:
+        arrays = (GREY, LABELS.astype(np.uint8), GREY[:CLASSES], np.arange(CLASSES, dtype=np.uint8))
+        folder.mkdir(parents=True, exist_ok=True)
+        sums = {}
+        for (name, _), array in zip(cut.datasets.FashionMNIST.resources, arrays, strict=True):
+            sums[name] = md5(idx(array))
+            (folder / name).write_bytes(gzip.compress(idx(array), level))
+        monkeypatch.setattr(cut, "IDX_MD5", sums)
+        return folder
+
+    return make
+
+
+def fashion(root: Path | str) -> DataConfig:
+    return DataConfig(dataset="fashion_mnist_full_lt", root=str(root), imbalance_factor=0.1)
+
+
+@pytest.mark.parametrize("place", ["", "FashionMNIST/raw"], ids=["root", "where torchvision downloads to"])
+def test_fashion_mnist_is_cut_like_cifar_and_becomes_rgb(tmp_path, make_idx, offline, place):
+    folder = make_idx(tmp_path / place)
+    assert cut.prepare("fashion_mnist", str(tmp_path)) == folder
+    sets = cut.open_cut(fashion(tmp_path))
+    assert sets.train.counts == cifar_lt_counts(len(LABELS), CLASSES, 0.1)
+    chosen = cut.long_tail_indices(LABELS, sets.train.counts)
+    assert sets.train.labels.tolist() == LABELS[chosen].tolist()
+    assert sets.train.images_NHWC.shape == (len(chosen), 28, 28, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(sets.train.images_NHWC[..., channel], GREY[chosen])
+    assert sets.test.labels.tolist() == list(range(CLASSES)) and sets.train.class_names[9] == "Ankle boot"
+
+
+def test_fashion_mnist_without_a_root_is_debians(tmp_path, make_idx, offline, monkeypatch):
+    monkeypatch.setattr(cut, "DEBIAN_FOLDER", make_idx(tmp_path))
+    assert len(cut.open_cut(fashion("")).test) == CLASSES
+
+
+def test_the_checksum_is_of_the_content_so_that_files_compressed_anew_are_taken(tmp_path, make_idx, offline):
+    files = [(make_idx(tmp_path / str(level), level) / "train-images-idx3-ubyte.gz") for level in (1, 9)]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    one, other = (cut.open_cut(fashion(file.parent)).train.images_NHWC for file in files)
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"?"), "md5 of what train-images-idx3-ubyte.gz holds"),
+        (lambda data: data[:-40], "in .*: .*; expected train-images-idx3-ubyte.gz"),
+        (lambda data: data[:20] + b"????" + data[24:], "in .*: .*; expected train-images-idx3-ubyte.gz"),
+        (lambda data: b"not gzip", "Not a gzipped file"),
+        (None, r"No such file .* data prepare fashion_mnist --root .* --download"),
+    ],
+    ids=["another image", "cut off", "garbled", "no gzip", "missing"],
+)
+def test_a_damaged_or_missing_idx_file_is_one_line(tmp_path, make_idx, offline, damage, words):
+    file = make_idx(tmp_path) / "train-images-idx3-ubyte.gz"
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=words) as caught:
+        cut.prepare("fashion_mnist", str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_fashion_mnist_is_downloaded_when_asked(tmp_path, make_idx, monkeypatch):
+    store = make_idx(tmp_path / "store")
+    published = cut.datasets.FashionMNIST
+    monkeypatch.setattr(published, "resources", [(n, md5((store / n).read_bytes())) for n, _ in published.resources])
+
+    def fetch(url, filename, **options):
+        Path(filename).write_bytes((store / Path(url).name).read_bytes())
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **options: url)
+    root = tmp_path / "new"
+    assert cut.prepare("fashion_mnist", str(root), download=True) == root / "FashionMNIST" / "raw"
+    assert len(cut.open_cut(fashion(root)).test) == CLASSES

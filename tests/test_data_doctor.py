@@ -211,20 +211,26 @@ def decoded_set(images_NHWC: np.ndarray, labels_N: np.ndarray, names: list[str])
     return LongTailSet(paths, labels_N, class_counts(labels_N, len(names)), "", names, images_NHWC)
 
 
-def test_published_counts_hold_whatever_is_held_out(tmp_path, monkeypatch):
-    labels = np.repeat(np.arange(10), 5000)
-    images = np.broadcast_to(np.arange(50_000, dtype=np.uint32).view(np.uint8).reshape(-1, 1, 1, 4), (50_000, 1, 1, 4))
+@pytest.mark.parametrize(
+    ("dataset", "per_class", "images_left"), [("cifar10_lt", 5000, 12_406), ("fashion_mnist_full_lt", 6000, 14_886)]
+)
+def test_published_counts_hold_whatever_is_held_out(tmp_path, monkeypatch, dataset, per_class, images_left):
+    labels = np.repeat(np.arange(10), per_class)
+    images = np.arange(10 * per_class, dtype=np.uint32).view(np.uint8).reshape(-1, 1, 1, 4)
     test = np.repeat(np.arange(10), 1000)
     names = list("abcdefghij")
     whole = decoded_set(images, labels, names), decoded_set(images[:10_000], test, names)
     monkeypatch.setattr(cut, "_read", lambda *arguments: whole)
-    base = {"data.dataset": "cifar10_lt", "data.root": str(tmp_path)}
+    base = {"data.dataset": dataset, "data.root": str(tmp_path)}
     for holdout in (0.0, 0.1):
         report = check(build(base | {"data.val_holdout": holdout}))
         assert not any("published" in finding.message for finding in report.findings)
-        assert sum(s.num_images for s in report.splits if s.split != "test") == 12_406
+        assert sum(s.num_images for s in report.splits if s.split != "test") == images_left
     # the made-up test images are training images: a published set keeps such duplicates, with a warning
     assert only(report.findings, "images of test also in train").level == "warning"
+    fewer = decoded_set(images[10:], labels[10:], names), whole[1]
+    monkeypatch.setattr(cut, "_read", lambda *arguments: fewer)
+    assert only(check(build(base)).findings, "the published set has").level == "error"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdeitlt import cli, config
-from fastdeitlt.data.sets.counts import CIFAR_CLASSES
+from fastdeitlt.data.sets.counts import CUT_SETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[ce]*/**/*.yaml")))
@@ -26,7 +26,7 @@ def test_shown_commands_are_taken(page, monkeypatch):
     for command in commands(page):
         args = cli.parse(shlex.split(command, comments=True)[1:])
         if args.verb == "data" and args.action == "prepare":
-            assert f"{args.config}_lt" in CIFAR_CLASSES
+            assert args.config in {source.archive for source in CUT_SETS.values()}
             assert args.root, command
         elif getattr(args, "config", None):
             config.load(args.config, args.overrides)

@@ -327,7 +327,7 @@ def test_a_published_row_s_split_is_the_one_that_gives_back_its_overall_accuracy
             }
             assert min(away, key=away.get) == row.split and away[row.split] < 0.3
             checked += 1
-    assert checked == 20
+    assert checked == 22
 
 
 def test_what_validation_can_fit_and_shifted_classes_are_shown_as_results_json_has_them(tmp_path):

@@ -1,11 +1,11 @@
-"""The table of an ablation grid: mean and deviation of each arm over seeds, and a paired test against the first arm."""
+"""The table of an ablation grid: each arm over seeds, and paired tests against the first arm, corrected by Holm."""
 
 import csv
 import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -41,6 +41,8 @@ class Summary:
     difference: float
     p: float
     """Two-sided paired t-test; NaN for fewer than two pairs."""
+    corrected: float = math.nan
+    """p corrected for all comparisons of the table of differences (``holm``); NaN for numbers that are not in it."""
 
 
 def paired_t_test(differences: Sequence[float]) -> tuple[float, float]:
@@ -71,6 +73,20 @@ def _central_probability(t: float, degrees: int) -> float:
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number, in the order given; NaN stays NaN and does not count.
+
+    The smallest of m is multiplied by m, the next by m - 1 and so on; none falls below a smaller p's, none exceeds 1.
+    Valid whatever the dependence of the tests. Source: Holm 1979, the sequentially rejective test.
+    """
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, index) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[index] = largest
+    return corrected
+
+
 def read_values(folder: Path) -> Values:
     """The accuracies in % of a finished run: heads and TEACHER by group and split, and the teacher's on OOD images."""
     run = read_run(folder)
@@ -95,12 +111,23 @@ def read_values(folder: Path) -> Values:
 def summarise(values: Mapping[str, Mapping[int, Values]]) -> dict[str, dict[Metric, Summary]]:
     """Arm -> metric -> summary, from arm -> seed -> values; the first arm is the base."""
     base = next(iter(values.values()), {})
-    return {
+    found = {
         arm: {
             metric: _summary(metric, by_seed, base) for metric in dict.fromkeys(m for v in by_seed.values() for m in v)
         }
         for arm, by_seed in values.items()
     }
+    compared = _comparisons(found)
+    corrected = holm([found[arm][metric].p for arm, metric in compared])
+    for (arm, metric), p in zip(compared, corrected, strict=True):
+        found[arm][metric] = replace(found[arm][metric], corrected=p)
+    return found
+
+
+def _comparisons(summaries: Mapping[str, Mapping[Metric, Summary]]) -> list[tuple[str, Metric]]:
+    """The (arm, metric) of the table of differences that have a p value."""
+    found = ((arm, COLUMNS[name]) for arm in [*summaries][1:] for name in DIFFERENCES)
+    return [(arm, m) for arm, m in found if m in summaries[arm] and not math.isnan(summaries[arm][m].p)]
 
 
 def _summary(metric: Metric, arm: Mapping[int, Values], base: Mapping[int, Values]) -> Summary:
@@ -128,14 +155,14 @@ DIFFERENCES = ("AVG all", "AVG head", "AVG tail", "CLS head", "DIST tail")
 def rows(summaries: Mapping[str, Mapping[Metric, Summary]]) -> tuple[list[list[str]], list[list[str]]]:
     """(accuracies, differences), tables of text with their heading first."""
     accuracies = [["arm", "seeds", *COLUMNS]]
-    differences = [["arm", "pairs", *(name for column in DIFFERENCES for name in (column, "p"))]]
+    differences = [["arm", "pairs", *(name for column in DIFFERENCES for name in (column, "p", "Holm"))]]
     for index, (arm, summary) in enumerate(summaries.items()):
         seeds = max((s.num_seeds for s in summary.values()), default=0)
         accuracies.append([arm, str(seeds), *(_spread(summary.get(metric)) for metric in COLUMNS.values())])
         if index:
             found = [summary.get(COLUMNS[column]) for column in DIFFERENCES]
             pairs = max((s.num_pairs for s in summary.values()), default=0)
-            cells = [text for s in found for text in (_signed(s), cell(s.p if s else None, 3))]
+            cells = [text for s in found for text in (_signed(s), *(cell(p, 3) for p in _p_values(s)))]
             differences.append([arm, str(pairs), *cells])
     return accuracies, differences
 
@@ -150,6 +177,10 @@ def _signed(summary: Summary | None) -> str:
     return "-" if summary is None or math.isnan(summary.difference) else f"{summary.difference:+.1f}"
 
 
+def _p_values(summary: Summary | None) -> tuple[float | None, float | None]:
+    return (summary.p, summary.corrected) if summary else (None, None)
+
+
 def markdown(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> str:
     """Both tables with what they mean."""
     accuracies, differences = rows(summaries)
@@ -158,8 +189,9 @@ def markdown(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> st
         "have them. *teacher, OOD*: the teacher on training images as the student sees them (augmented, mixed, "
         "resized).\n\n"
         f"{_markdown(accuracies)}\n"
-        f"Difference from `{base}` in points, with the two-sided p of a paired t-test over seeds (not corrected for "
-        f"the number of comparisons).\n\n{_markdown(differences)}"
+        f"Difference from `{base}` in points, with the two-sided p of a paired t-test over seeds. *Holm*: that p "
+        f"corrected for the {len(_comparisons(summaries))} comparisons of the table (Holm's step-down method).\n\n"
+        f"{_markdown(differences)}"
     )
 
 
@@ -183,12 +215,14 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
     summaries = summarise(values)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["arm", "head", "group", "split", "seeds", "mean", "deviation", "pairs", "difference", "p"])
+    table.writerow(
+        ["arm", "head", "group", "split", "seeds", "mean", "deviation", "pairs", "difference", "p", "p_holm"]
+    )
     for arm, summary in summaries.items():
         for metric, s in summary.items():
-            numbers = (s.mean, s.deviation, s.difference, s.p)
-            mean, deviation, difference, p = ("" if math.isnan(n) else f"{n:.6g}" for n in numbers)
-            table.writerow([arm, *metric, s.num_seeds, mean, deviation, s.num_pairs, difference, p])
+            numbers = (s.mean, s.deviation, s.difference, s.p, s.corrected)
+            mean, deviation, *tested = ("" if math.isnan(n) else f"{n:.6g}" for n in numbers)
+            table.writerow([arm, *metric, s.num_seeds, mean, deviation, s.num_pairs, *tested])
     write_atomically(folder / "results.csv", text.getvalue())
     absent = [f"`{arm}`" for arm in arms if arm not in ran]
     note = f"\nNo run of {', '.join(absent)} is finished.\n" if absent else ""
@@ -200,14 +234,16 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
 def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Table:
     """What fits a terminal of 80 columns."""
     columns = {name: COLUMNS[name] for name in ("teacher", "AVG all", "CLS head", "DIST tail")}
-    table = Table("arm", "seeds", *columns, "AVG all", "p", title=f"accuracy in %, and AVG's difference from {base}")
+    table = Table(
+        "arm", "seeds", *columns, "AVG all", "p, Holm", title=f"accuracy in %, and AVG's difference from {base}"
+    )
     for arm, summary in summaries.items():
         average = summary.get(COLUMNS["AVG all"])
         table.add_row(
             arm,
             str(average.num_seeds if average else 0),
             *(_spread(summary.get(metric)) for metric in columns.values()),
-            *(("", "") if arm == base else (_signed(average), cell(average.p if average else None, 3))),
+            *(("", "") if arm == base else (_signed(average), cell(_p_values(average)[1], 3))),
         )
     return table
 

@@ -19,7 +19,8 @@ def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
     if source := CUT_SETS.get(cfg.dataset):
         counts = cifar_lt_counts(source.num_train, source.classes, cfg.imbalance_factor, cfg.imbalance_kind)
         known = {"train": (sum(counts), source.classes, max(counts), min(counts))}
-        known["test"] = (source.num_test, source.classes, *[source.num_test // source.classes] * 2)
+        per_class = source.num_test // source.classes
+        known["test"] = (source.num_test, source.classes, per_class, per_class)
     findings = []
     for split, images in sets:
         counts = images.counts
