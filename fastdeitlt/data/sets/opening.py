@@ -48,8 +48,7 @@ def hold_out(
 
 
 def open_sets(cfg: DataConfig) -> Sets:
-    """Open the splits that ``cfg`` names. Reads lists and class folders, not images (except the archive of
-    a set that is cut from a balanced one).
+    """Open the splits that ``cfg`` names: lists and class folders, not images (of a set cut from another, its archive).
 
     Names of the classes come from the list (csv, json), the folders, or the lines of root/classes.txt. Validation and
     test images have the training split's classes, matched by name where both have names.
