@@ -248,3 +248,11 @@ def test_an_analysis_that_fails_is_told_and_spoils_nothing(trained, tmp_path, ca
     look_into(run, 8)
     facts = {name: json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("student", "teacher")}
     assert {name: f["images"] for name, f in facts.items()} == {"student": 8, "teacher": 8}
+
+
+def test_the_numbers_of_several_students_are_in_one_file(trained, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    main([str(trained), str(again)], [], images=4, json=tmp_path / "all.json")
+    facts = json.loads((tmp_path / "all.json").read_text())
+    assert list(facts) == [str(trained), str(again)] and all(one["images"] == 4 for one in facts.values())

@@ -45,17 +45,21 @@ WEIGHT_BYTES = 2**29
 def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Path | None) -> None:
     """Look into each student on its test images, print the tables, write RUN/analysis/student.json and pictures.
 
+    Args:
+        json: file for the numbers of all students, by RUN.
+
     Raises:
         UserError: not a student, no images, or another data set than the student's.
     """
+    all_facts = {}
     for path in runs:
-        facts = _open_and_look(path, overrides, images)
+        facts = all_facts[path] = _open_and_look(path, overrides, images)
         for table in tables(facts):
             Console().print(table)
         if run := run_of(Path(path)):
             log.info("%s", write(facts, run))
-        if json:
-            write_atomically(json, json_module.dumps(facts, indent=1))
+    if json:
+        write_atomically(json, json_module.dumps(all_facts, indent=1))
 
 
 def leave(run_dir: Path, num_images: int) -> None:
