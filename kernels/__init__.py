@@ -1,7 +1,7 @@
-"""Triton kernels, imported as ``fastdeitlt.kernels``: one op, one file, one test, one benchmark.
+"""Triton kernels, imported as ``fastdeitlt.kernels``: a file, a test and a benchmark for each op.
 
-Each op has its float32 ``reference`` beside it. Imports ``data`` (laws of augmentation), ``store`` and ``errors``;
-``models``, ``core`` and the benchmarks import it.
+Each op has a float32 ``reference`` in the same file. Imports ``data`` (augmentation parameters), ``store`` and
+``errors``; imported by ``models``, ``core`` and the benchmarks.
 """
 
 if __name__ != "fastdeitlt.kernels":

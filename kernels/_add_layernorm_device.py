@@ -1,4 +1,4 @@
-"""Device code of ``fastdeitlt.kernels.add_layernorm``: a tile holds ROWS whole rows, statistics are float32.
+"""Device code of ``add_layernorm``: tiles of ROWS whole rows, float32 statistics.
 
 Shapes: B samples, M rows (B times TOKENS), K of the samples, D width, BLOCK_D its power of two, P programs.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _place(p_rows, o_m, o_d, m_block, M, TOKENS: tl.constexpr, D: tl.constexpr):
-    """Where rows of x lie in a tensor of some samples, and which of them it has; ``p_rows`` None = it has all."""
+    """Return offsets and mask of rows of x in a tensor of K samples; ``p_rows`` None = all samples."""
     o_row = o_m.to(tl.int64)
     if p_rows is not None:
         i_k = tl.load(p_rows + o_m // TOKENS, mask=o_m < M, other=-1)
@@ -23,8 +23,8 @@ def add_layernorm_fwd_kernel(
     p_x,  # [M, D]
     p_branch,  # [M, D], or None: plain LayerNorm
     p_branch_bias,  # [D], or None
-    p_branch_rows,  # [B] int32: a sample's place in the branch, which has K samples, or -1; or None
-    p_normed_rows,  # [B] int32: a sample's place in the output, or -1; or None
+    p_branch_rows,  # [B] int32: a sample's index in the branch of K samples, or -1; or None
+    p_normed_rows,  # [B] int32: a sample's index in the output, or -1; or None
     p_scale,  # [B] float32, or None
     p_weight,  # [D]
     p_bias,  # [D]
@@ -34,7 +34,7 @@ def add_layernorm_fwd_kernel(
     p_rstd,  # [M] float32 out
     M, eps, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program i: rows i ROWS .. (i + 1) ROWS."""
+    """Add the scaled branch and normalise; program i: rows i ROWS .. (i + 1) ROWS."""
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -81,11 +81,11 @@ def add_layernorm_bwd_kernel(
     p_rstd,  # [M] float32
     p_dx,  # [M, D] out
     p_dbranch,  # [M, D] out, or of K samples, or None where it is dx
-    p_sums,  # [P, 2, D] float32 out: this program's share of dweight and dbias; [P, 3, D] with the branch's bias
+    p_sums,  # [P, 2, D] float32 out: this program's partial dweight and dbias; [P, 3, D] with the branch's bias
     M, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program i: blocks i, i + P, i + 2 P .. of ROWS rows."""
+    """Compute dx, dbranch and partial sums; program i: blocks i, i + P, i + 2 P .. of ROWS rows."""
     i_p = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D

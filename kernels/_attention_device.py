@@ -1,7 +1,7 @@
-"""Device code of ``fastdeitlt.kernels.attention``: softmax attention forward and backward, without atomics.
+"""Device code of ``attention``: softmax attention forward and backward, without atomics.
 
-Tiles are unequal, since N = 198 fills no power of two. They come from the host as compile-time tuples: chunks are
-(start, width, masked), loops are (start, stop, block, masked).
+Tiles are unequal, since N = 198 is no power of two. The host passes them as compile-time tuples: chunks are (start,
+width, masked), loops are (start, stop, block, masked).
 Shapes: B batch, N tokens, R query rows (N, or the first few), H heads, D head width, BLOCK_D its power of two.
 """
 
@@ -16,7 +16,7 @@ def _load(
     p_rows, start, limit, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, BLOCK_D] of the rows from ``start``; zero from ``limit`` on (if MASK) and past the width D."""
+    """Load rows [BLOCK, BLOCK_D] from ``start``; zero from ``limit`` on (if MASK) and past the width D."""
     o_n = start + tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     p_block = p_rows + o_n[:, None] * STRIDE + o_d[None, :]
@@ -32,7 +32,7 @@ def _load(
 
 @triton.jit
 def _store(p_rows, b_x, start, first, limit, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Write those rows of ``b_x``, which begins at ``start``, that lie in [first, limit)."""
+    """Store the rows of ``b_x`` that are in [first, limit); its first row is ``start``."""
     o_n = start + tl.arange(0, b_x.shape[0])
     o_d = tl.arange(0, b_x.shape[1])
     m_block = ((o_n >= first) & (o_n < limit))[:, None] & (o_d < D)[None, :]
@@ -44,9 +44,9 @@ def _attend(
     b_q, ks, vs, row_max, row_sum, b_out, N: tl.constexpr, CHUNKS: tl.constexpr, SCALE: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Join the chunks' keys to what the rows have seen, to nothing if FIRST; ``row_max`` of unscaled scores.
+    """Add the chunks' keys to the running softmax, or start it if FIRST; ``row_max`` is of unscaled scores.
 
-    The scale is left to the exponent, whose multiply-add takes it for nothing.
+    The scale is applied in the exponent's multiply-add, where it is free.
     """
     TO_LOG2: tl.constexpr = SCALE * LOG2E
     scores = ()
@@ -80,7 +80,10 @@ def attention_fwd_kernel(
     ROWS: tl.constexpr, QUERIES: tl.constexpr, STREAMED: tl.constexpr, BLOCK_N: tl.constexpr,
     STREAM_CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS query rows of a head block by block; the first STREAMED keys pass by, the RESIDENT stay."""
+    """Compute output and log-sum-exp of ROWS query rows of a head.
+
+    The first STREAMED keys are loaded again for each block of queries; the RESIDENT keys once.
+    """
     PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
     SCALE: tl.constexpr = D**-0.5
     i_head = tl.program_id(0) // PARTS
@@ -123,15 +126,15 @@ def attention_bwd_kernel(
     p_out,  # [B, R, H, D]
     p_dout,  # [B, R, H, D]
     p_lse,  # [B, H, R]
-    p_delta,  # [B, H, R] float32 sum_d out dout, written where dK and dV are left to the keys kernel
+    p_delta,  # [B, H, R] float32 sum_d out dout, written if the keys kernel computes dK and dV
     p_dq,  # as p_q
     p_dkv,  # as p_kv
-    p_sums,  # [B, PARTS, 2, H, D] float32 of this program's rows: sums of dQ and of dout; or None
+    p_sums,  # [B, PARTS, 2, H, D] float32 out: sums of dQ and of dout over this program's rows; or None
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
     Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, RESIDENT: tl.constexpr, KEYS: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
-    """A program holds ROWS query rows of a head and runs over the keys: dQ; with all rows, dK and dV (WRITE_DKV)."""
+    """Compute dQ of ROWS query rows of a head over all keys; if these are all rows, dK and dV too (WRITE_DKV)."""
     PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
     SCALE: tl.constexpr = D**-0.5
     i_head = tl.program_id(0) // PARTS
@@ -213,7 +216,7 @@ def attention_bwd_keys_kernel(
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
     Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """A program holds BLOCK_N keys of a head and runs over all queries: dK and dV."""
+    """Compute dK and dV of BLOCK_N keys of a head over all queries."""
     PARTS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     SCALE: tl.constexpr = D**-0.5
     i_head = tl.program_id(0) // PARTS

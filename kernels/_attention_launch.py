@@ -1,8 +1,8 @@
-"""Settings and launches of ``fastdeitlt.kernels.attention``; the device code is in ``_attention_device``.
+"""Launch settings and launches of ``attention``; the device code is in ``_attention_device``.
 
-N = 198 fills no power of two, so tiles are unequal: keys 128 + 64 + 16 stay on chip, queries come three times 64, then
-16. With whole rows on chip the softmax needs no running rescale, and one program a head owns dQ, dK and dV. Longer
-sequences and wider heads stream the keys, and dQ and dK/dV are two launches.
+N = 198 is no power of two, so tiles are unequal: keys 128 + 64 + 16 stay on chip, queries are loaded in three blocks
+of 64, then one of 16. With whole rows on chip the softmax needs no running rescale, and one program a head computes dQ,
+dK and dV. Longer sequences and wider heads stream the keys, and dQ and dK/dV are two launches.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from torch import Tensor
 
 FEW_ROWS, SHORT_ROW_TOKENS = 16, 80
 WHOLE_ROW_TOKENS, WHOLE_ROW_WIDTH = 256, 64
-ONE_PROGRAM = 1024  # rows of a program that takes a whole head
+ONE_PROGRAM = 1024  # ROWS of a program that computes a whole head
 
 
 class Problem(NamedTuple):
-    """What a launch is specialised for: N tokens, R query rows out of Q_ROWS, H heads of width D, token strides."""
+    """Shapes that a launch is specialised for: N tokens, R query rows, H heads of width D, layout."""
 
     tokens: int
     rows: int
@@ -30,13 +30,13 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, kv: Tensor | None, query_rows: int) -> "Problem":
-        """Of a packed [B, N, 3, H, D], or of queries [B, R, H, D] beside [B, N, 2, H, D]."""
+        """Return the problem of a packed [B, N, 3, H, D], or of queries [B, R, H, D] and [B, N, 2, H, D]."""
         tokens = q.shape[1] if kv is None else kv.shape[1]
         return cls(tokens, query_rows, q.shape[-2], q.shape[-1], kv is None)
 
     @property
     def constexprs(self) -> dict[str, Any]:
-        """What all three kernels take; strides in elements."""
+        """Compile-time arguments of all three kernels; strides in elements."""
         hidden = self.heads * self.width
         return {
             "H": self.heads,
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
         return self.tokens <= WHOLE_ROW_TOKENS and self.width <= WHOLE_ROW_WIDTH
 
     def key(self, name: str) -> tuple[str, int, int, int]:
-        """What a pass's setting depends on: pass, tokens, query rows, head width."""
+        """Return the key of a pass's measured setting: pass, tokens, query rows, head width."""
         return name, self.tokens, self.rows, self.width
 
 
@@ -64,7 +64,7 @@ Loops = tuple[tuple[int, int, int, bool], ...]
 
 
 def chunks(size: int, start: int, waste: float) -> Chunks:
-    """(start, width, masked) of powers of two from 16 on that cover ``size``; each may idle ``waste * size`` rows."""
+    """Cover ``size`` by powers of two from 16 on: (start, width, masked); each may idle ``waste * size`` rows."""
     covered: Chunks = ()
     while (left := size - sum(chunk[1] for chunk in covered)) > 0:
         width = max(16, triton.next_power_of_2(left))
@@ -75,7 +75,7 @@ def chunks(size: int, start: int, waste: float) -> Chunks:
 
 
 def loops(size: int, block: int, tail: int) -> Loops:
-    """(start, stop, block, masked): one loop over ``size``, or one of whole blocks and a last block of ``tail``."""
+    """Return (start, stop, block, masked): one loop, or one of whole blocks and a last block of ``tail``."""
     whole = size // block * block
     if not 0 < size - whole <= tail:
         return ((0, size, block, size > whole),)
@@ -83,17 +83,17 @@ def loops(size: int, block: int, tail: int) -> Loops:
 
 
 def architecture(device: torch.device) -> int:
-    """Which of the compiled-for architectures' settings a device takes: 80, 90 or 100; 90 in the interpreter."""
+    """Return the architecture whose settings a device uses: 80, 90 or 100; 90 in the interpreter."""
     if device.type != "cuda":
         return 90
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def forward_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Default setting: free of spills on its architecture, not measured.
+    """Return the forward's default setting: free of spills on its architecture, not measured.
 
-    A tail of 16 saves work; at 198 tokens sm_80 has no registers for it, and sm_100 would run fewer programs at once,
-    as it would with loads in two stages, which take up to four times the tensor memory.
+    A tail of 16 saves work. At 198 tokens sm_80 has too few registers for it, and sm_100 would run fewer programs at
+    once; so would loads in two stages there, which need up to four times the tensor memory.
     """
     if problem.rows <= FEW_ROWS:
         return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_M": FEW_ROWS, "TAIL": 0, "BLOCK_N": 64}, 4, 2)
@@ -105,7 +105,7 @@ def forward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def backward_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Default setting of the kernel that holds queries: free of spills on its architecture, not measured."""
+    """Return the default setting of ``attention_bwd_kernel``: free of spills, not measured."""
     if problem.rows <= FEW_ROWS:
         return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 32, "TAIL": 0}, 4, 2)
     if not problem.whole_row:
@@ -117,12 +117,12 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def keys_config(problem: Problem) -> LaunchConfig:
-    """Default setting of the kernel that holds keys: free of spills, not measured."""
+    """Return the default setting of ``attention_bwd_keys_kernel``: free of spills, not measured."""
     return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 64}, 8 if problem.width > 64 else 4, 2)
 
 
 def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]:
-    """Compile-time arguments of ``attention_fwd_kernel``."""
+    """Return the compile-time arguments of ``attention_fwd_kernel``."""
     rows, block = config.blocks["ROWS"], config.blocks["BLOCK_N"]
     streamed = 0 if problem.whole_row else (problem.tokens - 1) // block * block
     queries = loops(problem.rows, config.blocks["BLOCK_M"], config.blocks["TAIL"])
@@ -137,12 +137,12 @@ def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]
 
 
 def one_program(problem: Problem, config: LaunchConfig) -> bool:
-    """Whether a program of the backward holds all queries of a head, and so computes its dK and dV too."""
+    """Return whether one backward program has all queries of a head, and so computes dK and dV too."""
     return problem.rows <= config.blocks["ROWS"]
 
 
 def backward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]:
-    """Compile-time arguments of ``attention_bwd_kernel``."""
+    """Return the compile-time arguments of ``attention_bwd_kernel``."""
     rows, whole = config.blocks["ROWS"], one_program(problem, config)
     return problem.constexprs | {
         "ROWS": rows,
@@ -170,7 +170,7 @@ def launch_forward(q: Tensor, kv: Tensor | None, query_rows: int, out: Tensor, l
 def launch_backward(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, dq: Tensor, dkv: Tensor, sums: bool
 ) -> Tensor:
-    """Fill ``dq`` and ``dkv``; a packed gradient is one tensor, its dQ of rows that asked nothing is zero.
+    """Fill ``dq`` and ``dkv``; a packed gradient is all in ``dq``, with zero dQ for rows that are not queries.
 
     Returns:
         [2, H, D] float32 sums over all rows of dQ and of ``grad_out``, if ``sums``; else empty.
@@ -200,14 +200,17 @@ def launch_backward(
 
 
 def aot_configs() -> list[AotConfig]:
-    """What ships: the students' token counts in bfloat16, every head width, the two first rows, float16 once; the
-    backward with the sums for the projection's bias, as the student runs it, and once without."""
+    """Return the shipped kernels: the students' token counts, every head width, the two first rows.
+
+    In bfloat16, once in float16; the backward with the sums for the projection's bias, as in the student, and once
+    without.
+    """
     whole = [(66, 64), (198, 64), (198, 32), (258, 64), (198, 96), (578, 64), (578, 128)]
     problems = [Problem(tokens, tokens, 768 // width, width, packed=True) for tokens, width in whole]
     problems += [Problem(198, 2, 12, 64, packed=True), Problem(198, 2, 12, 64, False), Problem(578, 2, 6, 128, False)]
     cases = [("bf16", problem) for problem in problems] + [("fp16", problems[1])]
-    found = [config for kind, problem in cases for sm in (80, 90, 100) for config in _aot(kind, problem, sm, True)]
-    return found + [_aot("bf16", problems[1], sm, False)[1] for sm in (80, 90, 100)]
+    configs = [config for kind, problem in cases for sm in (80, 90, 100) for config in _aot(kind, problem, sm, True)]
+    return configs + [_aot("bf16", problems[1], sm, False)[1] for sm in (80, 90, 100)]
 
 
 def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
@@ -217,7 +220,7 @@ def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
         (attention_bwd_kernel, backward_constexprs(problem, backward) | ({} if sums else {"p_sums": None}), backward),
         (attention_bwd_keys_kernel, problem.constexprs | keys.blocks, keys),
     ]
-    found = []
+    configs = []
     for kernel, constexprs, config in launches[: 2 if one_program(problem, backward) else 3]:
         pointers = [name for name in kernel.arg_names if name not in constexprs]
         signature = {name: "*fp32" if name in ("p_lse", "p_delta", "p_sums") else f"*{kind}" for name in pointers}
@@ -227,5 +230,5 @@ def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
         note += "" if sums or kernel is not attention_bwd_kernel else " without p_sums"
         narrow = 0 if kernel is attention_bwd_keys_kernel else 4  # log-sum-exp or delta of a row
         options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": (sm,), "note": note}
-        found.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
-    return found
+        configs.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
+    return configs

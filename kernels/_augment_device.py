@@ -1,9 +1,9 @@
 """Device code of ``augment``: resizing passes, image statistics, one operation, and the fused last pass.
 
-An image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is
-split by pixel p = y * S + x, whose three values share places and weights; between the passes a pixel is one int32, red
-in the lowest byte. A program takes BLOCK pixels, STEP at a time, one a thread: neighbours then read neighbours, and the
-compiler has no reason to change layouts inside a loop. Launched without fused multiply-adds, as Pillow has none
+Each image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is
+split by pixel p = y * S + x, whose three values use the same addresses and weights; between the passes a pixel is one
+int32, red in the lowest byte. A program computes BLOCK pixels, STEP at a time, one a thread: adjacent threads then read
+adjacent pixels, and layouts need no conversion inside a loop. Launched without fused multiply-adds, as Pillow has none
 (``FP_FUSION``). Arguments whose alignment or value changes between batches are not specialised: each variant would be
 compiled while the step waits for data.
 Shapes: B batch, S output side, K taps, J images that need statistics.
@@ -13,31 +13,31 @@ import triton
 import triton.language as tl
 
 START, STRIDE, HEIGHT, WIDTH, COLUMNS_FIRST, FLIP = (tl.constexpr(i) for i in range(6))
-"""Byte of the crop's corner in the set, bytes of a source row, crop size, order of passes, mirror."""
+"""Byte offset of the crop's corner in the set, bytes of a source row, crop size, order of passes, mirror."""
 FIRST, SECOND, OP_COLUMNS = tl.constexpr(6), tl.constexpr(15), tl.constexpr(9)
-"""Two operations of nine columns: kind, argument, matrix (6), slot of the lookup table."""
+"""Two operations of nine columns: kind, argument, matrix (6), index of the lookup table."""
 SEPARATE, TOP, LEFT, ERASE_HEIGHT, ERASE_WIDTH, KEY = (tl.constexpr(i) for i in range(24, 30))
 """Whether the first operation is a pass of its own; the erased box and the key of its noise."""
 COLUMNS = tl.constexpr(30)
 LAM, REST, BOX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""The last row, of the batch: lambda, 1 - lambda, box (y0, y1, x0, x1)."""
+"""Columns of the last row, which describes the batch: lambda, 1 - lambda, box (y0, y1, x0, x1)."""
 NONE, LOOKUP, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, COLOR, SHARPNESS, WARP = (
     tl.constexpr(i) for i in range(10)
 )
-"""Kinds of operations; up to BRIGHTNESS (LOOKUP apart) a value decides alone."""
+"""Kinds of operations; those up to BRIGHTNESS, except LOOKUP, depend on a pixel's value alone."""
 AUTO_CONTRAST, EQUALIZE, CONTRAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Statistics that become a lookup table."""
+"""Operations that turn an image's statistics into a lookup table."""
 UNMIXED, MIXUP, CUTMIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PRECISION_BITS, PRECISION = tl.constexpr(22), tl.constexpr(1 << 22)
-"""Fixed point of Pillow's coefficients."""
+"""Fixed-point precision of Pillow's coefficients."""
 BIAS, TWO_52 = tl.constexpr(1024), tl.constexpr(2.0**52)
 TWO_52_BITS, FILL = tl.constexpr(0x433 << 52), tl.constexpr(124 | 116 << 8 | 104 << 16)
-"""The exponent that leaves the last bit of a float64 worth 1; what lies outside an image, packed."""
+"""Bits of 2^52, whose last mantissa bit is worth 1; the packed colour outside an image."""
 
 
 @triton.jit
 def coefficients_kernel(rows, weights, first, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Pillow's antialiased bicubic coefficients (a = -0.5) in 1/2^22 and first taps, of one axis of one image."""
+    """Compute Pillow's antialiased bicubic coefficients (a = -0.5) in 1/2^22, and first taps, of one axis."""
     image, axis = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     i = tl.minimum(place, S - 1)
@@ -65,9 +65,9 @@ def convolve_kernel(
     rows, weights, first, source, target, source_size, target_size,
     PASS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One resizing pass: along rows or columns as the image's order says; the second pass mirrors what is to flip.
+    """Resize along rows or columns, in the image's order of passes; the second pass also mirrors.
 
-    The first reads bytes of the set, the second the first's pixels; the sizes are of an image, in pixels.
+    The first pass reads bytes of the set, the second the first's pixels; the sizes are of an image, in pixels.
     """
     image = tl.program_id(0)
     row = rows + image * COLUMNS
@@ -98,7 +98,7 @@ def convolve_kernel(
         pixel = source + (tl.where(down, x * across, y * stride) + begin * step)
         red = tl.full((STEP,), PRECISION // 2, tl.int32)
         green, blue = red, red
-        for k in range(tl.maximum(4 * length // S, 4) + 1):  # as many as a support holds; K is of the whole batch
+        for k in range(tl.maximum(4 * length // S, 4) + 1):  # taps of this image's support; K is of the whole batch
             w = tl.load(weight)
             if PASS == 0:
                 r = tl.load(pixel, mask=k < taps, other=0).to(tl.int32)
@@ -116,7 +116,7 @@ def convolve_kernel(
 
 @triton.jit
 def _byte(total):
-    """A fixed-point sum as Pillow rounds it."""
+    """Round a fixed-point sum to a byte as Pillow does; the sum starts at one half."""
     return tl.minimum(tl.maximum(total >> PRECISION_BITS, 0), 255)
 
 
@@ -137,7 +137,7 @@ def _luma(red, green, blue):
 
 @triton.jit(do_not_specialize_on_alignment=["jobs"])
 def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Add a block's values (bin 256 c + v) and luma to the statistics of the image a job names."""
+    """Add a block's values (bin 256 c + v) and luma to the statistics of a job's image."""
     job = tl.program_id(0)
     image = images + tl.load(jobs + job * 2).to(tl.int64) * (S * S)
     p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -151,7 +151,7 @@ def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.con
 
 @triton.jit(do_not_specialize=["slot"], do_not_specialize_on_alignment=["jobs"])
 def table_kernel(jobs, rows, counts, lumas, tables, slot, FIELD: tl.constexpr, S: tl.constexpr):
-    """Turn an image's statistics into the lookup table of its first or second operation (FIELD), one channel."""
+    """Compute one channel's lookup table of a job's first or second operation (FIELD) from its statistics."""
     job, c = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, 256)
     count = tl.load(counts + (job * 3 + c) * 256 + v)
@@ -176,14 +176,14 @@ def table_kernel(jobs, rows, counts, lumas, tables, slot, FIELD: tl.constexpr, S
 
 @triton.jit
 def _blend(degenerate, value, factor):
-    """Pillow's ``Image.blend`` in float32: clipped and truncated."""
+    """Blend like Pillow's ``Image.blend``: in float32, clipped and truncated."""
     blended = degenerate + factor * (value - degenerate)
     return tl.minimum(tl.maximum(blended, 0.0), 255.0).to(tl.int32)
 
 
 @triton.jit
 def _coefficients(v1, v2, v3, v4):
-    """Of the cubic through four neighbours, by powers of t; of integers they are integers."""
+    """Return the cubic's coefficients by powers of t from four neighbours; integers from integers."""
     return v2, v3 - v1, 2 * (v1 - v2) + v3 - v4, -v1 + v2 - v3 + v4
 
 
@@ -194,14 +194,14 @@ def _cubic(c0, c1, c2, c3, t):
 
 @triton.jit
 def _exact(value):
-    """float64 of integers from -BIAS to 2^31 - BIAS: as the low bits of 2^52 and more, where conversion is slow."""
+    """Convert integers from -BIAS to 2^31 - BIAS to float64 by bits of 2^52, as the conversion is slow."""
     bits = (value + BIAS).to(tl.uint32).to(tl.uint64) | TWO_52_BITS
     return bits.to(tl.float64, bitcast=True) - (TWO_52 + BIAS)
 
 
 @triton.jit
 def _warp(image, p, mask, matrix, S: tl.constexpr):
-    """Pillow's bicubic affine transform (a = -1) in float64; outside the image (124, 116, 104)."""
+    """Compute Pillow's bicubic affine transform (a = -1) in float64; outside the image (124, 116, 104)."""
     x_out, y_out = (p % S).to(tl.float64) + 0.5, (p // S).to(tl.float64) + 0.5
     x_in = tl.load(matrix) * x_out + tl.load(matrix + 1) * y_out + tl.load(matrix + 2)
     y_in = tl.load(matrix + 3) * x_out + tl.load(matrix + 4) * y_out + tl.load(matrix + 5)
@@ -231,7 +231,7 @@ def _warp(image, p, mask, matrix, S: tl.constexpr):
 
 @triton.jit
 def _point(value, kind, argument):
-    """An operation that looks at the value alone; NONE keeps it."""
+    """Apply an operation that depends on the value alone; NONE keeps it."""
     whole = argument.to(tl.int32)
     if kind == INVERT:
         value = 255 - value
@@ -253,7 +253,7 @@ def _points(red, green, blue, kind, argument):
 
 @triton.jit
 def _operate(image, p, mask, op, tables, S: tl.constexpr):
-    """The pixels after the operation that nine columns at ``op`` describe: red, green and blue (int32)."""
+    """Apply the operation described by nine columns at ``op``; return red, green and blue (int32)."""
     kind, argument = tl.load(op).to(tl.int32), tl.load(op + 1)
     pixel = tl.load(image + p, mask=mask, other=0)
     red, green, blue = _unpack(pixel)
@@ -272,7 +272,7 @@ def _operate(image, p, mask, op, tables, S: tl.constexpr):
     elif kind == SHARPNESS:
         y, x = p // S, p % S
         middle = mask & (y > 0) & (y < S - 1) & (x > 0) & (x < S - 1)
-        outer, inner = 4 * (pixel & 0xFF00FF), 4 * green  # red and blue have sixteen bits each
+        outer, inner = 4 * (pixel & 0xFF00FF), 4 * green  # red and blue sum in sixteen bits each
         for i in tl.static_range(9):
             near = tl.load(image + p + (i // 3 - 1) * S + (i % 3 - 1), mask=middle, other=0)
             outer += near & 0xFF00FF
@@ -288,7 +288,7 @@ def _operate(image, p, mask, op, tables, S: tl.constexpr):
 
 @triton.jit
 def _sharpen(value, total, middle, factor):
-    """From a value and the sum around it, its own five times in all; the border of the image has no smooth value."""
+    """Sharpen a value from the sum of its 3 x 3 neighbourhood, centre five times; the border is kept."""
     smooth = tl.where(middle, (2 * total + 13) // 26, value)
     return _blend(smooth.to(tl.float32), value.to(tl.float32), factor)
 
@@ -297,7 +297,7 @@ def _sharpen(value, total, middle, factor):
 def operate_kernel(
     jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The first operation as a pass of its own, for images whose second one needs more than the value."""
+    """Apply the first operation alone, for images whose second one needs more than the value."""
     image = tl.load(jobs + tl.program_id(0)).to(tl.int64)
     for start in range(0, BLOCK, STEP):
         p = tl.program_id(1) * BLOCK + start + tl.arange(0, STEP)
@@ -308,7 +308,7 @@ def operate_kernel(
 
 @triton.jit
 def _finished(image, p, mask, rows, crops, operated, tables, quantiles, scale, offset, S: tl.constexpr):
-    """One image's normalised, erased pixels before mixing: red, green and blue (float32)."""
+    """Return an image's normalised, erased pixels before mixing: red, green and blue (float32)."""
     row = rows + image * COLUMNS
     base = image.to(tl.int64) * (S * S)
     if tl.load(row + SEPARATE) != 0.0:
@@ -334,7 +334,7 @@ def _finished(image, p, mask, rows, crops, operated, tables, quantiles, scale, o
 
 @triton.jit
 def _noise(value, e, key, erased, quantiles):
-    """Where erased, the normal quantile that a hash of the element's number draws."""
+    """Replace erased values by normal quantiles drawn by a hash of the element's index."""
     bits = (e.to(tl.uint32) * 0x9E3779B1) ^ key
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -346,7 +346,7 @@ def finish_kernel(
     rows, crops, operated, tables, quantiles, scale, offset, images, B,
     MIX: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Operations, normalise, erase and mix of an image and its partner B - 1 - b; fills ``images`` [B, S, S, 3]."""
+    """Operate on, normalise, erase and mix image b and its partner B - 1 - b; fill ``images`` [B, S, S, 3]."""
     own = tl.program_id(0)
     other = B - 1 - own
     mix = rows + B * COLUMNS

@@ -1,4 +1,4 @@
-"""What the host decides for ``augment`` from the draws: one row an image, and which images need extra passes."""
+"""Host side of ``augment``: parameter rows of the images, and the images that need extra passes."""
 
 # B batch
 
@@ -20,31 +20,31 @@ KINDS = {
     "shear_x": gpu.WARP, "shear_y": gpu.WARP, "translate_x": gpu.WARP, "translate_y": gpu.WARP,
 }  # fmt: skip
 KIND = np.array([gpu.NONE.value, *(KINDS[name].value for name in ops.OPS)])
-"""Kind of operation op at op + 1; -1 is none."""
+"""Kind of operation op at index op + 1; op -1 is none."""
 STATISTIC = {"auto_contrast": gpu.AUTO_CONTRAST, "equalize": gpu.EQUALIZE, "contrast": gpu.CONTRAST}
 STATISTICS = np.array([STATISTIC[name].value if name in STATISTIC else -1 for name in ops.OPS])
 NEEDS_IMAGE = [kind.value for kind in (gpu.LOOKUP, gpu.COLOR, gpu.SHARPNESS, gpu.WARP)]
 
 
 class Plan(NamedTuple):
-    """What the host decides from the draws."""
+    """Kernel arguments of one batch, computed on the host from the draws."""
 
     rows: np.ndarray
     """float64 [B + 1, COLUMNS]."""
     jobs: np.ndarray
-    """int32: (image, statistic) of first and of second operations, then the images with a separate first one."""
+    """int32: (image, statistic) of first, then of second operations; then the images with a separate first one."""
     num_first: int
     num_second: int
     num_separate: int
     taps: int
     intermediate: int
-    """Most pixels of an image between the two resizing passes, a multiple of 16: one compiled kernel takes them all."""
+    """Most pixels of an image between the two resizing passes, rounded up to 16: one kernel variant for all batches."""
 
 
 def make_plan(
     starts_B: np.ndarray, sizes_B2: np.ndarray, boxes_B4: np.ndarray, draws: Draws, mix: MixDraw, size: int
 ) -> Plan:
-    """Rows and jobs of a batch; arguments as ``augment``'s."""
+    """Build the rows and jobs of a batch; arguments as ``augment``'s."""
     boxes_B4 = boxes_B4.astype(np.int64)
     height_B, width_B = boxes_B4[:, 2], boxes_B4[:, 3]
     stride_B = 3 * sizes_B2[:, 1].astype(np.int64)
@@ -77,7 +77,7 @@ def make_plan(
 
 
 def _operation(op_B: np.ndarray, level_B: np.ndarray, sign_B: np.ndarray, size: int) -> np.ndarray:
-    """Kind, argument and matrix of one operation an image [B, 8]."""
+    """Return kind, argument and matrix of one operation an image [B, 8]."""
     argument = {
         "posterize": ops.kept_bits(level_B), "solarize": ops.solarize_threshold(level_B),
         "solarize_add": ops.solarize_added(level_B),

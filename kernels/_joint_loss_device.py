@@ -1,4 +1,4 @@
-"""Device code of ``joint_loss`` (formulas and bytes there): a program a row, everything in float32.
+"""Device code of ``joint_loss`` (formulas and bytes there): one program a row, float32 arithmetic.
 
 Shapes: B batch, K classes, J the teacher's classes, S statistics of a row.
 Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of a row in registers.
@@ -17,13 +17,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _exp(x):
-    """exp(x), 0 below 2^-126: tl.exp takes three instructions more for those."""
+    """Compute exp(x), 0 below 2^-126: tl.exp needs three more instructions for those."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def _load_logits(p_row, p_shift, scale, o_k, o_column, m_k):
-    """[BLOCK] scale * row[column] + shift[k], -inf where masked."""
+    """Load [BLOCK] scale * row[column] + shift[k], -inf where masked."""
     b_x = tl.load(p_row + o_column, mask=m_k, other=-float("inf")).to(tl.float32) * scale
     if p_shift is not None:
         b_x += tl.load(p_shift + o_k, mask=m_k, other=0.0)
@@ -32,7 +32,7 @@ def _load_logits(p_row, p_shift, scale, o_k, o_column, m_k):
 
 @triton.jit
 def _value_at(p_row, p_shift, i, K: tl.constexpr):
-    """row[i] + shift[i]; NaN where i is no class, so that a bad label shows instead of reading elsewhere."""
+    """Load row[i] + shift[i]; NaN if i is no class, so that a bad label shows in the loss."""
     m_class = (i >= 0) & (i < K)
     value = tl.load(p_row + i, mask=m_class, other=float("nan")).to(tl.float32)
     if p_shift is not None:
@@ -42,7 +42,7 @@ def _value_at(p_row, p_shift, i, K: tl.constexpr):
 
 @triton.jit
 def _log_sum_exp(p_row, p_shift, scale, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum and log sum exp(x - maximum) of a row, kept apart: their sum would drop digits of large logits."""
+    """Return maximum and log sum exp(x - maximum) of a row; their sum would lose digits of large logits."""
     row_max = -float("inf")
     row_sum = 0.0
     for i_k in range(0, K, BLOCK):
@@ -57,7 +57,7 @@ def _log_sum_exp(p_row, p_shift, scale, K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _spread_sums(p_row, p_shift, p_weights, row_max, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums over all classes of weight, weight * (x - maximum) and weight * softplus(x)."""
+    """Sum weight, weight * (x - maximum) and weight * softplus(x) over all classes."""
     weight_sum = 0.0
     logit_sum = 0.0
     softplus_sum = 0.0
@@ -75,7 +75,7 @@ def _spread_sums(p_row, p_shift, p_weights, row_max, K: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _teacher_decision(p_row, p_class_map, J: tl.constexpr, BLOCK: tl.constexpr):
-    """Student class of the first largest teacher logit."""
+    """Return the student class of the first largest teacher logit."""
     best = -float("inf")
     decision = 0
     for i_j in range(0, J, BLOCK):
@@ -95,7 +95,7 @@ def _soft_divergence(
     dist_max, dist_log_sum, teacher_max, teacher_log_sum,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """KL(teacher || DIST) of a row at the temperature; classes in the teacher's order."""
+    """Compute KL(teacher || DIST) of a row at the temperature; classes in the teacher's order."""
     divergence = 0.0
     for i_k in range(0, K, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)
@@ -109,7 +109,7 @@ def _soft_divergence(
 
 @triton.jit
 def _mapped(p_class_map, o_k, K: tl.constexpr):
-    """Student columns of the teacher's classes."""
+    """Return the student columns of the teacher's classes."""
     o_column = o_k
     if p_class_map is not None:
         o_column = tl.load(p_class_map + o_k, mask=o_k < K, other=0).to(tl.int32)
@@ -118,7 +118,7 @@ def _mapped(p_class_map, o_k, K: tl.constexpr):
 
 @triton.jit
 def _upstream(p_grad_loss, p_grad_term, share):
-    """Gradient that reaches a term: its share of the loss's, plus its own; None = not used."""
+    """Return a term's upstream gradient: its share of the loss's, plus its own; None = not used."""
     gradient = 0.0
     if p_grad_loss is not None:
         gradient += share * tl.load(p_grad_loss)
@@ -134,7 +134,7 @@ def joint_loss_fwd_kernel(
     p_teacher,  # [B, J] logits of the teacher
     p_labels,  # [B] class
     p_partner,  # [B] class of the image mixed in, or None
-    p_lam,  # [] share of the label, or None
+    p_lam,  # [] weight of the label, or None
     p_weights,  # [K] DRW weights; soft: [K] their logs in the teacher's order; or None
     p_cls_weights,  # [K] or None
     p_log_prior,  # [K] or None
@@ -146,7 +146,7 @@ def joint_loss_fwd_kernel(
     K: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,
     SMOOTH: tl.constexpr, SOFT: tl.constexpr, BCE: tl.constexpr,
 ):  # fmt: skip
-    """Program b: losses and softmax statistics of row b."""
+    """Compute losses and softmax statistics of row b in program b."""
     i_b = tl.program_id(0).to(tl.int64)
     p_cls += i_b * CLS_STRIDE
     p_dist += i_b * DIST_STRIDE
@@ -218,10 +218,10 @@ def joint_loss_reduce_kernel(
     p_stats,  # [S, B]
     p_normaliser,  # [] replaces the DIST norm, or None
     p_loss, p_cls_loss, p_dist_loss,  # [] out
-    p_norms,  # [2] out: what the CLS and the DIST sums are divided by
+    p_norms,  # [2] out: divisors of the CLS and the DIST sums
     alpha, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the rows' sums, always in the same order."""
+    """Sum the rows in one program, in a fixed order."""
     b_cls = tl.zeros((BLOCK,), tl.float32)
     b_cls_norm = tl.zeros((BLOCK,), tl.float32)
     b_dist = tl.zeros((BLOCK,), tl.float32)
@@ -260,7 +260,7 @@ def joint_loss_bwd_kernel(
     CLS_STRIDE: tl.constexpr, DIST_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr,
     K: tl.constexpr, BLOCK: tl.constexpr, SOFT: tl.constexpr, BCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, j): block j of both gradients of row b."""
+    """Compute block j of both gradients of row b in program (b, j)."""
     i_b = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_k = o_k < K

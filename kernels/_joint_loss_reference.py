@@ -1,4 +1,4 @@
-"""The joint loss in plain torch: what the Triton kernel is held against, and what runs where it does not.
+"""Joint loss in plain torch: reference of the Triton kernel, and its fallback.
 
 Shapes: B batch, K classes, J the teacher's classes.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class JointLoss(NamedTuple):
-    """Three 0-d float32 tensors, ``loss = (1 - alpha) * cls_loss + alpha * dist_loss``; the terms are plain means."""
+    """Three 0-d float32 tensors: ``loss = (1 - alpha) * cls_loss + alpha * dist_loss`` and its two unscaled terms."""
 
     loss: Tensor
     cls_loss: Tensor
@@ -19,19 +19,19 @@ class JointLoss(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the CLS head learns of a batch."""
+    """Target of the CLS head for one batch."""
 
     labels: Tensor
     """[B] int64."""
     partner: Tensor | None = None
     """[B] int64 labels of the images mixed in."""
     lam: Tensor | None = None
-    """Share of ``labels``, 0-d."""
+    """Weight of ``labels``, 0-d; ``partner`` has 1 - lam."""
     smoothing: float = 0.0
 
 
 class LossSpec(NamedTuple):
-    """How the losses of both heads are made; see ``fastdeitlt.core.loss.joint_loss``."""
+    """Options of both heads' losses; see ``fastdeitlt.core.loss.joint_loss``."""
 
     weights: Tensor | None = None
     cls_weights: Tensor | None = None
@@ -46,7 +46,7 @@ class LossSpec(NamedTuple):
 
 
 def gathered(labels: Tensor, options: dict[str, Any]) -> tuple[Target, LossSpec]:
-    """Return keyword arguments as the objects that they are fields of."""
+    """Sort keyword arguments into a ``Target`` and a ``LossSpec``."""
     target = {name: options[name] for name in Target._fields if name in options}
     return Target(labels, **target), LossSpec(**{k: v for k, v in options.items() if k not in target})
 
@@ -54,7 +54,7 @@ def gathered(labels: Tensor, options: dict[str, Any]) -> tuple[Target, LossSpec]
 def reference_losses(
     cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, target: Target, spec: LossSpec
 ) -> JointLoss:
-    """Compute the joint loss in float32 (float64 stays); unchecked. No dense target is built."""
+    """Compute the joint loss in float32 (float64 of float64), without a dense target; nothing is checked."""
     cls_loss, dist_logits_BK = label_loss(cls_logits, target, spec), _full(dist_logits)
     if spec.soft:
         dist_loss = _soft_distillation(dist_logits_BK, _full(teacher_logits), spec)
@@ -67,7 +67,7 @@ def reference_losses(
 
 
 def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
-    """Compute the loss of the CLS head alone, of ``cls_weights``, ``log_prior`` and ``bce``: 0-d float32."""
+    """Compute the CLS head's loss from ``cls_weights``, ``log_prior`` and ``bce``: 0-d float32."""
     (labels, partner, lam, smoothing), cls_weights, logits_BK = target, spec.cls_weights, _full(logits)
     if spec.log_prior is not None:
         logits_BK = logits_BK + spec.log_prior
@@ -76,14 +76,14 @@ def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
         return values_BK if cls_weights is None else values_BK * cls_weights
 
     def mixed(values_BK: Tensor) -> Tensor:
-        """[B] value at the label, or at the two mixed labels by their shares."""
+        """Return [B] values at the label, or the mean at the two mixed labels weighted by ``lam``."""
         own_B = values_BK.gather(1, labels[:, None])[:, 0]
         if partner is None or lam is None:
             return own_B
         return lam * own_B + (1 - lam) * values_BK.gather(1, partner[:, None])[:, 0]
 
     def target_sum(values_BK: Tensor) -> Tensor:
-        """[B] sum over classes of the smoothed, weighted target times the values."""
+        """Return [B] sums over classes of the smoothed, weighted target times the values."""
         values_BK = weighted(values_BK)
         return mixed(values_BK) * (1 - smoothing) + (values_BK.mean(1) * smoothing if smoothing else 0.0)
 
@@ -99,9 +99,9 @@ def divisor(weight_sum: Tensor) -> Tensor:
 
 
 def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:
-    """Sum over the batch of the DRW weight of the teacher's decision, 0-d float32: what the DIST loss divides by.
+    """Sum the DRW weights of the teacher's decisions over the batch: divisor of the DIST loss, 0-d float32.
 
-    Averaged over ranks and passed as ``normaliser``, it makes the weighted mean one over the global batch.
+    Its mean over ranks, passed as ``normaliser``, makes the weighted mean one over the global batch.
     """
     decision_B = _decision(teacher_logits, class_map)
     ones_B = torch.ones_like(decision_B, dtype=torch.float32)
@@ -109,7 +109,7 @@ def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: T
 
 
 def _soft_distillation(dist_logits_BK: Tensor, teacher_logits_BK: Tensor, spec: LossSpec) -> Tensor:
-    """tau^2 KL(teacher || DIST) / (B K), the classes in the teacher's order."""
+    """Compute tau^2 KL(teacher || DIST) / (B K), the classes in the teacher's order."""
     weights, class_map, tau = spec.weights, spec.class_map, spec.tau
     if class_map is not None:
         dist_logits_BK = dist_logits_BK[:, class_map]

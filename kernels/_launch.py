@@ -1,6 +1,6 @@
-"""What every kernel file shares: where Triton can run, launches, argument checks, ahead-of-time configurations.
+"""Launches, argument checks and ahead-of-time configurations of all kernels.
 
-Nothing here touches a GPU at import.
+The import does not initialise CUDA.
 """
 
 import functools
@@ -18,7 +18,7 @@ from fastdeitlt.errors import UserError
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was first imported)."""
+    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -31,10 +31,10 @@ _SCHEMA_TYPES = {
 
 
 def schema(inputs: type, mutated: tuple[str, ...] = ()) -> str:
-    """Return the fields of a NamedTuple, and of those in it, as an operator's arguments in torch's schema syntax.
+    """Return an operator's arguments in torch's schema syntax: the fields of a NamedTuple and of those in it.
 
     Args:
-        inputs: its fields have types that an operator accepts.
+        inputs: NamedTuple whose fields have types that an operator accepts.
         mutated: tensors that the operator writes to.
     """
 
@@ -50,7 +50,7 @@ def schema(inputs: type, mutated: tuple[str, ...] = ()) -> str:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched: block sizes by constexpr name, warps, pipeline stages."""
+    """Launch setting of a kernel: block sizes by constexpr name, warps, pipeline stages."""
 
     blocks: Mapping[str, int]
     num_warps: int = 4
@@ -66,7 +66,7 @@ _compiler: Callable[..., object] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the device of ``near``; inside ``compiling``, compile it and run nothing."""
+    """Run a kernel on the device of ``near``; inside ``compiling``, only compile it."""
     if _compiler:
         stand_ins = tuple(_Pointer(x.dtype, x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments)
         _compiler(_compile, kernel, grid, near.device, stand_ins, options)
@@ -77,7 +77,7 @@ def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *arguments: Any, **
 
 @dataclass(frozen=True)
 class _Pointer:
-    """All that a compilation needs of a tensor, whose memory is not kept until its turn comes."""
+    """Type and address of a tensor, for a compilation that must not keep its memory alive."""
 
     dtype: torch.dtype
     address: int
@@ -96,9 +96,9 @@ def _compile(
 
 @contextmanager
 def compiling(workers: int) -> Iterator[list[Future[None]]]:
-    """Inside, ``launch`` compiles in so many threads what it would run; the results stay with Triton.
+    """Make ``launch`` compile in ``workers`` threads instead of running; Triton caches the results.
 
-    Yields the compilations: one that failed keeps its exception, and the real launch will raise it again.
+    Yields the compilations: a failed one has its exception, and the real launch raises it again.
     """
     global _compiler
     pending: list[Future[None]] = []
@@ -116,7 +116,7 @@ def compiling(workers: int) -> Iterator[list[Future[None]]]:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU, for persistent grids; 4 in the interpreter."""
+    """Return the number of multiprocessors of a GPU, for persistent grids; 4 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -129,7 +129,7 @@ def check(
     device: torch.device | None = None,
     contiguous: bool | None = True,
 ) -> None:
-    """Refuse an argument a kernel cannot take, before anything is allocated or launched.
+    """Refuse an argument that a kernel does not support, before anything is allocated or launched.
 
     Args:
         op, name: for the message.
@@ -139,7 +139,7 @@ def check(
         contiguous: True = all of it; False = the last dimension only; None = not checked.
 
     Raises:
-        UserError: names what was got, what is expected and how to get there.
+        UserError: a shape, type, device or layout does not fit.
     """
     if tensor.dim() != len(shape) or any(e is not None and g != e for g, e in zip(tensor.shape, shape, strict=True)):
         expected = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
@@ -159,7 +159,7 @@ def check(
 
 
 def check_launchable(op: str, tensor: Tensor) -> None:
-    """Refuse a tensor no Triton program can reach.
+    """Refuse a tensor that is not accessible to Triton.
 
     Raises:
         UserError: a CPU tensor outside the interpreter, or a device that is not CUDA.
@@ -173,21 +173,21 @@ def check_launchable(op: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class AotConfig:
-    """One specialisation of a kernel that ships, compiled ahead of time by ``benchmarks.aot`` without a GPU.
+    """One shipped specialisation of a kernel, compiled ahead of time by ``benchmarks.aot`` without a GPU.
 
-    Each kernel file offers ``aot_configs() -> list[AotConfig]``.
+    Each kernel file has ``aot_configs() -> list[AotConfig]``.
 
     Args:
         kernel: the ``triton.jit`` function.
         signature: run-time argument -> Triton type ("*bf16", "*fp32", "*i64", "i32", "i64", "fp32").
-        constexprs: constexpr argument -> value; a pointer passed as None belongs here too.
-        divisible_by_16: integer arguments that are multiples of 16 in a real launch (pointers are taken to be aligned).
-        fp_fusion: whether products and sums may become one instruction, as in the launch.
-        mma: the kernel must contain tensor-core instructions.
-        narrow_stores: most stores to global memory of less than 8 bytes a thread; None = any number. A mask or an
-            offset that Triton cannot see through makes every store narrow.
-        architectures: compute capabilities it ships for.
-        note: what the table shows for it; empty = all constexprs.
+        constexprs: constexpr argument -> value; also a pointer passed as None.
+        divisible_by_16: integer arguments that are multiples of 16 in a real launch (pointers are assumed aligned).
+        fp_fusion: whether fused multiply-adds are allowed, as in the launch.
+        mma: whether the kernel must contain tensor-core instructions.
+        narrow_stores: maximum number of stores to global memory of less than 8 bytes a thread; None = any. A mask or
+            an offset that Triton cannot analyse makes every store narrow.
+        architectures: compute capabilities to compile for.
+        note: its text in the table; empty = all constexprs.
     """
 
     kernel: Any

@@ -1,8 +1,8 @@
-"""Measurements of kernels: the fastest launch settings, and the fastest implementation of each op.
+"""Measurements of kernels: fastest launch settings, and fastest implementation of each op.
 
-Rows are JSON lines, one file a GPU: those that ship are in ``measured`` beside the kernels, those of this user in the
-user cache. A row of the same GPU and Triton wins. Without one, a row of another GPU of the same compute capability or
-of another Triton is the prior.
+Rows are JSON lines, one file a GPU: the shipped ones in ``measured`` beside the kernels, the user's in the user cache.
+A row of the same GPU and Triton has precedence; the fallback is a row of another Triton, or of another GPU of the same
+compute capability.
 """
 
 import functools
@@ -32,7 +32,7 @@ class Row(BaseModel):
 
     op: str
     key: Key
-    """Shape: what of it matters to the op, see there."""
+    """The parts of the shape that the measurement depends on."""
     kind: Literal["setting", "fastest"]
     gpu: str
     capability: tuple[int, int]
@@ -42,7 +42,7 @@ class Row(BaseModel):
     date: str
     command: str
     us: dict[str, float] = {}
-    """Microseconds alone: of a setting's ``best`` and ``default``, of an op's implementations, forward and backward."""
+    """Microseconds of the op alone: a setting's ``best`` and ``default``, or each implementation, both passes."""
     step_ms: dict[str, float] = {}
     """Training step "with" and "without" the implementation."""
     blocks: dict[str, int] = {}
@@ -60,7 +60,7 @@ class Row(BaseModel):
 
     @property
     def config(self) -> LaunchConfig:
-        """The setting."""
+        """Launch setting of the row."""
         return LaunchConfig(self.blocks, self.num_warps, self.num_stages)
 
 
@@ -90,7 +90,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Add rows to a file; of two of the same kind, op, key and GPU the later stays."""
+    """Add rows to a file; a row replaces an earlier one of the same kind, op, key and GPU."""
     newest = {(row.kind, row.op, row.key, row.gpu): row for row in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in newest.values()))
@@ -99,10 +99,10 @@ def write(path: Path, rows: list[Row]) -> None:
 
 @functools.cache
 def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
-    """Return (kind, op, key) -> the row that counts for a GPU with the installed Triton.
+    """Return (kind, op, key) -> the row in effect for a GPU with the installed Triton.
 
-    In rising order: a prior of another GPU, a prior of another Triton, a row of this GPU and Triton; of equals the
-    user's wins over the shipped one.
+    By rising precedence: another GPU, another Triton, this GPU and Triton, rows set by ``share``; at the same level a
+    user's row replaces a shipped one.
     """
     gpu, here, installed = gpu_name(index), capability(index), metadata.version("triton")
     paths = [*sorted(SHIPPED.glob("*.jsonl")), *sorted(user_cache("kernels").glob("*.jsonl"))]
@@ -112,7 +112,7 @@ def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
 
 
 def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, Key], Row]:
-    """Return (kind, op, key) -> row; of equals the last."""
+    """Return (kind, op, key) -> the last row of that key."""
     return {(row.kind, row.op, row.key): row for row in rows}
 
 
@@ -125,7 +125,7 @@ _shared: dict[tuple[str, str, Key], Row] = {}
 
 
 def share(rows: Iterable[Row]) -> None:
-    """Let these rows win in this process: those of rank 0, so that all ranks run the same implementations."""
+    """Give these rows precedence in this process: those of rank 0, so that all ranks run the same implementations."""
     _shared.clear()
     _shared.update(by_key(rows))
     rows_of.cache_clear()
@@ -135,13 +135,13 @@ _tried: dict[tuple[str, Key], LaunchConfig] = {}
 
 
 def use(op: str, key: Key, config: LaunchConfig) -> None:
-    """Launch an op with a setting from now on, in this process."""
+    """Set an op's launch setting in this process."""
     _tried[op, key] = config
 
 
 @contextmanager
 def trying(op: str, key: Key, config: LaunchConfig) -> Iterator[None]:
-    """Launch an op with a setting inside."""
+    """Set an op's launch setting inside the context."""
     before = _tried.get((op, key))
     _tried[op, key] = config
     try:
@@ -153,7 +153,7 @@ def trying(op: str, key: Key, config: LaunchConfig) -> Iterator[None]:
 
 
 def setting(op: str, key: Key, device: torch.device, default: LaunchConfig) -> LaunchConfig:
-    """Return the measured launch setting, or ``default`` where there is none."""
+    """Return the measured launch setting, or ``default`` without one."""
     if (op, key) in _tried:
         return _tried[op, key]
     if device.type != "cuda":
@@ -175,6 +175,6 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 def fingerprint(index: int | None = None) -> str:
-    """Return a hash that changes with the rows that count: a resumed run may then compute in another order."""
+    """Return a hash of the rows in effect: if it changes, a resumed run may compute in another order."""
     rows = "\n".join(sorted(row.model_dump_json() for row in rows_of(index).values()))
     return hashlib.sha256(rows.encode()).hexdigest()[:8]

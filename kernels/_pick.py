@@ -1,6 +1,6 @@
-"""Choose the implementation of an op: the requested one, or for "auto" the fastest known on the device.
+"""Choice of an op's implementation: the requested one, or for "auto" the one measured fastest on the device.
 
-Nothing here needs Triton or touches a GPU at import.
+The import neither needs Triton nor initialises CUDA.
 """
 
 import functools
@@ -16,7 +16,7 @@ from fastdeitlt.errors import UserError
 log = logging.getLogger("fastdeitlt")
 
 FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn"}
-"""FlashAttention 3 and 4, which torch runs in place of its own FlashAttention 2 -> the package that holds them."""
+"""FlashAttention 3 and 4, which torch can run in place of its FlashAttention 2 -> their package."""
 IMPLS = {
     "attention": ("auto", "triton", "sdpa", "flash", "cudnn", "efficient", "math", *FLASH_MODULES),
     "add_layernorm": ("auto", "torch", "triton"),
@@ -25,7 +25,7 @@ IMPLS = {
     "augment": ("auto", "torch", "triton"),
     "adamw_ema": ("auto", "torch", "fastdeitlt", "apex", "deepspeed"),
 }
-"""Op -> implementations that a setting may name."""
+"""Op -> implementations accepted by a setting."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_TOKENS = 1024
 """Longest sequence that the attention kernel supports."""
@@ -35,7 +35,7 @@ _refused: set[str] = set()
 
 @functools.cache
 def say_once(message: str, level: int = logging.WARNING) -> None:
-    """Log a message the first time."""
+    """Log a message once a process."""
     log.log(level, message)
 
 
@@ -45,9 +45,9 @@ def check_impl(op: str, impl: str) -> None:
     Raises:
         UserError: see above.
     """
-    known = IMPLS[op]
-    if impl not in known:
-        raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(known)}{near(impl, known)}")
+    impls = IMPLS[op]
+    if impl not in impls:
+        raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(impls)}{near(impl, impls)}")
     if not installed(impl):
         package = FLASH_MODULES.get(impl, "triton")
         raise UserError(
@@ -56,7 +56,7 @@ def check_impl(op: str, impl: str) -> None:
 
 
 def installed(impl: str) -> bool:
-    """Return whether the packages of an implementation are there."""
+    """Return whether an implementation's package is installed."""
     if impl in FLASH_MODULES:
         registry = hasattr(torch_attention, "restore_flash_attention_impl")
         return registry and importlib.util.find_spec(FLASH_MODULES[impl]) is not None
@@ -64,7 +64,7 @@ def installed(impl: str) -> bool:
 
 
 def refuse(op: str, reason: str) -> None:
-    """Keep "auto" on torch's implementation of an op in this process, and log why."""
+    """Make "auto" use torch's implementation of an op in this process, and log the reason."""
     _refused.add(op)
     say_once(f"{op}: the kernel is not used, {reason}; please report it")
 
@@ -79,16 +79,16 @@ def pick(
     torchs: str = "torch",
     on_gpu: str = "",
 ) -> str:
-    """Return the implementation that runs.
+    """Return the implementation to run.
 
     Args:
         op: a key of ``IMPLS``.
-        impl: the requested implementation; "auto" leaves the choice.
-        key: the shape that measurements are of.
-        device: device of the inputs; on a CPU "auto" is torch's, so that an export there holds torch's operations.
+        impl: the requested implementation, or "auto".
+        key: the shape, as in the measurements.
+        device: device of the inputs; on a CPU "auto" is torch's, so that an export there contains torch's operations.
         fits: whether our kernel supports shape and type; else "auto" is torch's.
         torchs: torch's implementation.
-        on_gpu: what "auto" is on a GPU; "" = the implementation measured fastest, ``torchs`` without measurements.
+        on_gpu: "auto" on a GPU; "" = the implementation measured fastest, ``torchs`` without measurements.
 
     Raises:
         UserError: see ``check_impl``.
@@ -117,9 +117,9 @@ def pick(
 def pick_attention(impl: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
     """Return the implementation of attention over ``tokens`` in heads of ``width``.
 
-    Without measurements "auto" is one backend of torch, not torch's own order of backends, which changes between
-    versions: FlashAttention 2 in bfloat16 and float16, the memory-efficient one in float32 and on old GPUs. cuDNN's
-    only runs where it was measured or requested.
+    Without measurements "auto" is one backend of torch, because torch's order of backends changes between versions:
+    FlashAttention 2 in bfloat16 and float16, the memory-efficient one in float32 and on old GPUs. cuDNN's runs only if
+    measured or requested.
     """
     torchs = torch_backend(dtype, device)
     if impl == "triton" and tokens > MAX_TOKENS:
@@ -133,7 +133,7 @@ def pick_attention(impl: str, tokens: int, width: int, dtype: torch.dtype, devic
 
 
 def torch_backend(dtype: torch.dtype, device: torch.device) -> str:
-    """Return the name of torch's attention: one backend on a GPU, "sdpa" on a CPU."""
+    """Return torch's implementation of attention: one backend on a GPU, "sdpa" on a CPU."""
     if device.type != "cuda":
         return "sdpa"
     half, modern = dtype in (torch.bfloat16, torch.float16), torch.cuda.get_device_capability(device.index)[0] >= 8
@@ -141,7 +141,7 @@ def torch_backend(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _activate(impl: str) -> None:
-    """Let torch's flash backend be FlashAttention 2, 3 or 4; it is one for the whole process.
+    """Set torch's flash backend to FlashAttention 2, 3 or 4 for the whole process.
 
     Raises:
         UserError: the package does not import or has no kernels.

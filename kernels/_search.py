@@ -1,4 +1,4 @@
-"""The launch settings that `fastdeitlt tune` tries: op by op, key by key of a pass, the default one first."""
+"""Launch settings that `fastdeitlt tune` tries, by op and by key of a pass, the default first."""
 
 from collections.abc import Mapping
 
@@ -13,8 +13,10 @@ CPU = torch.device("cpu")  # where launch settings are the defaults
 
 
 def attention(problem: attending.Problem, device: torch.device) -> Settings:
-    """Query rows a program, tiles, how the last rows are taken, warps, stages; the kernel of the keys, which a backward
-    in one program a head does without, before the backward that may need it."""
+    """Return settings of query rows a program, tiles, tail, warps and stages.
+
+    The keys kernel comes before the backward, which needs it unless one program computes a whole head.
+    """
     forward_key, backward_key, keys_key = (problem.key(name) for name in ("forward", "backward", "backward_keys"))
     sm = attending.architecture(device)
     defaults = attending.forward_config(problem, sm), attending.backward_config(problem, sm)
@@ -47,7 +49,7 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
 
 
 def add_layer_norm(width: int, stream: torch.dtype) -> Settings:
-    """Rows a tile, warps; backward also stages and programs a multiprocessor."""
+    """Return settings of rows a tile and warps; backward also stages and programs a multiprocessor."""
     forward_key, backward_key = (add_layernorm.key(forward, width, stream) for forward in (True, False))
     defaults = [add_layernorm.launch_config(forward, width, stream, CPU) for forward in (True, False)]
     block = forward_key[1]
@@ -61,7 +63,7 @@ def add_layer_norm(width: int, stream: torch.dtype) -> Settings:
 
 
 def bias_gelus(width: int) -> Settings:
-    """Tiles, warps; backward also stages and programs a multiprocessor."""
+    """Return settings of tiles and warps; backward also stages and programs a multiprocessor."""
     tiles = [(r, b) for r in (1, 2, 4, 8, 16) for b in (128, 256, 512, 1024) if 1024 <= r * b <= 4096 and b <= width]
     forward = [LaunchConfig({"ROWS": r, "BLOCK": b}, w) for r, b in tiles for w in (2, 4, 8)]
     backward = [
@@ -72,19 +74,21 @@ def bias_gelus(width: int) -> Settings:
 
 
 def joint_losses(num_classes: int, element_size: int) -> Settings:
-    """Block and warps of both passes."""
-    found: dict[Key, list[LaunchConfig]] = {}
+    """Return settings of block and warps for both passes."""
+    settings: dict[Key, list[LaunchConfig]] = {}
     for forward, largest in ((True, 16384), (False, 4096)):
         key = joint_loss.key(forward, num_classes, element_size)
         sizes = {size for size in (key[1], key[1] // 2, key[1] // 4, 4096, 2048, 1024) if 16 <= size <= largest}
-        settings = [LaunchConfig({"BLOCK": size}, w) for size in sorted(sizes) for w in (1, 2, 4, 8, 16)]
-        found[key] = [joint_loss.launch_config(forward, num_classes, element_size, CPU), *settings]
-    return found
+        blocks = [LaunchConfig({"BLOCK": size}, w) for size in sorted(sizes) for w in (1, 2, 4, 8, 16)]
+        settings[key] = [joint_loss.launch_config(forward, num_classes, element_size, CPU), *blocks]
+    return settings
 
 
 def elementwise(defaults: Mapping[Key, LaunchConfig]) -> Settings:
-    """Block and warps of kernels that touch each element once: up to twice the default's elements a thread, since with
-    more ptxas takes minutes and registers run out."""
+    """Return settings of block and warps for elementwise kernels.
+
+    Up to twice the default's elements a thread: with more, ptxas takes minutes and registers run out.
+    """
     pairs = [(b, w) for b in (256, 512, 1024, 2048, 4096) for w in (2, 4, 8, 16) if 32 * w <= b]
 
     def near(default: LaunchConfig) -> list[LaunchConfig]:

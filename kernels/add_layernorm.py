@@ -1,15 +1,15 @@
-"""Residual add with drop path folded in, then LayerNorm: the residual stream is read and written once.
+"""Residual add with drop path, then LayerNorm, reading and writing the residual stream once.
 
     r = x + scale_b (branch + c),  n = (r - mean(r)) / sqrt(var(r) + eps) weight + bias
     g = dn weight,  h = (r - mean) rstd,  dx = dr + rstd (g - mean(g) - h mean(g h)),  dbranch = scale_b dx
     dweight = sum_m dn h,  dbias = sum_m dn,  dc = sum_m dbranch
 
-c is the bias of the branch's last linear map, left out of its product, so that its gradient needs no pass of its own.
-Statistics are float32, of r as stored. Programs of the backward run through the rows and keep sums for weight and
-biases; a second reduction adds these up in a fixed order, so there are no atomics. Source: Ba et al. 2016 (LayerNorm);
-Huang et al. 2016 (stochastic depth, a sample's branch is dropped with scale 0 or kept with 1 / keep).
-Moves 4 T bytes forward and 4 T backward (5 T where drop path sets dbranch apart from dx), T = 2 M D in bfloat16: 72 us
-each at M = 256 x 198, D = 768 and 4.3 TB/s.
+c is the bias of the branch's last linear map, added here so that its gradient needs no further pass. Statistics are
+float32, of r as stored. Each program of the backward sums over its rows for weight and biases; a second reduction adds
+these sums in a fixed order, without atomics. Source: Ba et al. 2016 (LayerNorm); Huang et al. 2016 (stochastic depth, a
+sample's branch is dropped with scale 0 or kept with 1 / keep).
+Moves 4 T bytes forward and 4 T backward (5 T where drop path makes dbranch differ from dx), T = 2 M D in bfloat16: 72
+us each at M = 256 x 198, D = 768 and 4.3 TB/s.
 Shapes: B samples, M rows (B times tokens), D width, P programs.
 """
 
@@ -30,20 +30,22 @@ MAX_WIDTH = 4096
 
 
 def key(forward: bool, width: int, stream: torch.dtype) -> tuple[str, int, int]:
-    """What a pass's setting depends on: pass, width rounded up to a power of two, bytes of the stream's type."""
+    """Return the key of a pass's measured setting: pass, width's next power of two, bytes of the stream's type."""
     return "forward" if forward else "backward", max(16, triton.next_power_of_2(width)), stream.itemsize
 
 
 def launch_config(forward: bool, width: int, stream: torch.dtype, device: torch.device) -> LaunchConfig:
-    """The measured setting, or by default tiles of 2,048 elements or one row; in the backward as many programs on a
-    multiprocessor as an H100 holds at once."""
-    found = key(forward, width, stream)
-    block = found[1]
+    """Return the measured setting; by default tiles of 2,048 elements or one row.
+
+    The backward's default has as many programs on a multiprocessor as run on an H100 at once.
+    """
+    measured_key = key(forward, width, stream)
+    block = measured_key[1]
     blocks = {"ROWS": max(1, 2048 // block), "BLOCK_D": block}
     if not forward:
         blocks["PROGRAMS"] = 3 if block <= 2048 else 2
     default = LaunchConfig(blocks, num_warps=4 if block <= 2048 else 8, num_stages=1 if forward else 2)
-    return setting("add_layernorm", found, device, default)
+    return setting("add_layernorm", measured_key, device, default)
 
 
 def reference(
@@ -59,7 +61,7 @@ def reference(
     normed_samples_K: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``add_layernorm`` in plain torch: float32 arithmetic (float64 for a float64 x)."""
+    """Compute ``add_layernorm`` in plain torch, in float32 (float64 for a float64 x)."""
     dtype = dtype or (x.dtype if branch is None else branch.dtype)
     full = torch.promote_types(x.dtype, torch.float32)
     residual = x
@@ -75,7 +77,7 @@ def reference(
 
 
 class _Forward(NamedTuple):
-    """What the operator accepts."""
+    """Arguments of the operator."""
 
     x: Tensor
     branch: Tensor | None
@@ -90,7 +92,7 @@ class _Forward(NamedTuple):
     branch_bias: Tensor | None
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Allocate the residual (nothing without a branch), the normalised rows, their means and 1 / deviations."""
+        """Allocate the residual (empty without a branch), the normalised rows, means and 1 / deviations."""
         x = self.x
         mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
         residual = x.new_empty(0) if self.branch is None else torch.empty_like(x)
@@ -98,7 +100,7 @@ class _Forward(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """What the operator of the gradients accepts."""
+    """Arguments of the backward operator."""
 
     grad_residual: Tensor | None
     grad_normed: Tensor
@@ -115,7 +117,7 @@ class _Backward(NamedTuple):
     has_branch_bias: bool
 
     def outputs(self, programs: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Allocate dx, the branch's gradient, and each program's sums: dweight, dbias and the branch's bias's."""
+        """Allocate dx, dbranch, and each program's sums: dweight, dbias and the gradient of the branch's bias."""
         residual, dbranch = self.residual, self.residual.new_empty(0)
         if self.branch_dtype is not None:
             dbranch = residual.new_empty((self.num_branch, *residual.shape[1:]), dtype=self.branch_dtype)
@@ -177,7 +179,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _samples(rows: Tensor | None, num: int) -> Tensor | None:
-    """The samples that have a place, in the order of the places."""
+    """Return the samples whose row is not -1, in the order of their rows."""
     return None if rows is None else rows.argsort()[len(rows) - num :]
 
 
@@ -266,7 +268,7 @@ def add_layernorm(
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Residual x + scale branch, and its LayerNorm.
+    """Compute the residual x + scale branch, and its LayerNorm.
 
     Args:
         x: [B, ..., D] residual stream, float32, float16 or bfloat16, contiguous; D up to 4,096 for the kernel.
@@ -275,9 +277,9 @@ def add_layernorm(
         scale_B: [B] float32 drop path, 0 or 1 / keep; a branch with 0 is not read. None = 1. Gets no gradient.
         eps: added to the variance.
         branch_bias: [D], one of the three types: added to each row of the branch before it is scaled. None = 0.
-        branch_samples_K: [K] int64, different samples of x that ``branch`` [K, ..., D] holds; nothing is added to the
-            others. None = all. Neither these nor the next are checked for repetition: that would stall the host.
-        normed_samples_K: [K] int64, different samples whose normalised rows are wanted. None = all.
+        branch_samples_K: [K] int64, different samples of x that ``branch`` [K, ..., D] contains; nothing is added to
+            the others. None = all. Neither these nor the next are checked for repetition: that would stall the host.
+        normed_samples_K: [K] int64, different samples whose normalised rows to return. None = all.
         dtype: of the normalised output. None = the branch's (x's without one).
         impl: "triton", "torch" (``reference``), "auto" (see ``_pick.pick``). On a CPU
             "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
@@ -322,7 +324,7 @@ def add_layernorm(
 
 
 def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:
-    """[B] int32 place of each sample among the chosen ones, -1 = not chosen."""
+    """Return [B] int32, each sample's index in ``samples_K``, or -1."""
     if samples_K is None:
         return None
     places_K = torch.arange(len(samples_K), dtype=torch.int32, device=samples_K.device)
@@ -331,7 +333,7 @@ def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:
 
 
 def aot_configs() -> list[AotConfig]:
-    """What ships: the widths of the published students in bfloat16, the widest, and the variants at 768."""
+    """Return the shipped kernels: the published students' widths in bfloat16, the widest, variants at 768."""
     cases: list[tuple[int, dict[str, str], tuple[str, ...]]] = [
         (width, {}, ()) for width in (192, 384, 768, 1024, 4096)
     ]
@@ -357,8 +359,8 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
     names = ("p_scale", "p_weight", "p_bias", "p_branch_bias", "p_mean", "p_rstd", "p_sums", "eps")
     full = dict.fromkeys(names, "*fp32")
     integers = {"M": "i32", "p_branch_rows": "*i32", "p_normed_rows": "*i32"}
-    known = full | types | integers | {"eps": "fp32"}
-    signature = {name: known.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
+    types = full | types | integers | {"eps": "fp32"}
+    signature = {name: types.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
     blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
     note = f"D={width} {blocks}" + (f" without {', '.join(absent)}" if absent else "")
     narrow = 2 * config.blocks["ROWS"] if forward else 0  # mean and rstd

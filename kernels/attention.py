@@ -3,12 +3,13 @@
     out_m = sum_n P_mn v_n,  P = softmax_n(q_m k_n / sqrt D),  Delta_m = out_m dout_m,  dP_mn = dout_m v_n
     dV_n = sum_m P_mn dout_m,  dS = P (dP - Delta),  dQ_m = sum_n dS_mn k_n / sqrt D,  dK_n = sum_m dS_mn q_m / sqrt D
 
-The kernels read (B, N, 3, H, D) where the projection left it and write the gradient in the same layout, so nothing is
-permuted; between the passes only the output and one float32 a row (its log-sum-exp) are kept. The gradient of the
-projection's bias comes out of the same backward: sum_m dQ_m for the queries, sum_m dout_m for the values, because the
-rows of P sum to 1, and 0 for the keys, because a constant added to all keys of a head changes no row of P. Source: Dao
-et al. 2022 (FlashAttention), algorithms 2 and 4, without their running rescale and atomics. Moves 4 T bytes forward and
-8 T backward, T = 2 B N H D in bfloat16: 72 and 145 us at (256, 198, 12, 64) and 4.3 TB/s, 426 and 532 useful TFLOP/s.
+The kernels read the projection's (B, N, 3, H, D) and write the gradient in the same layout, without a permutation;
+between the passes only the output and one float32 a row (its log-sum-exp) are kept. The same backward computes the
+gradient of the projection's bias: sum_m dQ_m for the queries, sum_m dout_m for the values, because the rows of P sum to
+1, and 0 for the keys, because a constant added to all keys of a head changes no row of P. Source: Dao et al. 2022
+(FlashAttention), algorithms 2 and 4, without atomics, and without the running rescale where whole rows fit on chip.
+Moves 4 T bytes forward and 8 T backward, T = 2 B N H D in bfloat16: 72 and 145 us at (256, 198, 12, 64) and 4.3 TB/s,
+426 and 532 useful TFLOP/s.
 Shapes: B batch, N tokens, M query rows, H heads, D head width.
 """
 
@@ -35,14 +36,14 @@ BACKENDS = {**FLASH, **GPU_BACKENDS, "math": SDPBackend.MATH}
 
 
 def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
-    """``attention`` in plain torch: float32 arithmetic (float64 for float64), the result in the input's type."""
+    """Compute ``attention`` in plain torch, in float32 (float64 for float64); the result has the input's type."""
     q, k, v = qkv_BN3HD.to(torch.promote_types(qkv_BN3HD.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
     scores_BHMN = q[:, :, :query_rows] @ k.mT * q.shape[-1] ** -0.5
     return (scores_BHMN.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv_BN3HD.dtype)
 
 
 def _split(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, H, M, D], keys and values [B, H, N, D] of either layout."""
+    """Return queries [B, H, M, D], keys and values [B, H, N, D] of either layout."""
     if kv is None:
         q, kv = q[:, :query_rows, 0], q[:, :, 1:]
     k, v = kv.permute(2, 0, 3, 1, 4)
@@ -138,15 +139,15 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def attention(
     qkv_BN3HD: Tensor, *, qkv_bias: Tensor | None = None, query_rows: int | None = None, impl: str = "auto"
 ) -> Tensor:
-    """Softmax attention of every token, or of the first few, to every token.
+    """Compute softmax attention of every token, or of the first few, to every token.
 
     Args:
         qkv_BN3HD: [B, N, 3, H, D] bfloat16, float16 or float32, contiguous; D is 32, 64, 96 or 128.
-        qkv_bias: [3 H D] bias that was added, detached, to make ``qkv_BN3HD``: it changes no value here and gets its
-            gradient from this backward, for the kernel without another pass. None = the caller's matter.
-        query_rows: compute the first so many tokens' rows only, at most 16 for the kernel. None = all. The gradient of
+        qkv_bias: [3 H D] bias that the caller has added, detached, in ``qkv_BN3HD``: it changes no value here, and this
+            backward computes its gradient, in the kernel without another pass. None = no gradient here.
+        query_rows: number of leading tokens to compute rows for, at most 16 for the kernel. None = all. The gradient of
             the other rows' queries is zero.
-        impl: one of ``_pick.IMPLS``, see ``pick_attention``; "sdpa" leaves the backend to torch.
+        impl: one of ``_pick.IMPLS``, see ``pick_attention``; with "sdpa" torch selects the backend.
             On a CPU "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
@@ -164,12 +165,12 @@ def attention(
 
 
 def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """Softmax attention of the first M tokens to all N, where the projection computed no other query.
+    """Compute softmax attention of the first M tokens to all N, from a projection of only these queries.
 
     Args:
         q_BMHD: [B, M, H, D], at most 16 rows for the kernel; otherwise as ``attention``.
         kv_BN2HD: [B, N, 2, H, D].
-        qkv_bias: [3 H D], of both.
+        qkv_bias: [3 H D], of both tensors.
 
     Returns:
         [B, M, H D].

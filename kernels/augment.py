@@ -1,13 +1,13 @@
-"""Augmentation of a batch from the decoded set on the device: crop .. mix in one chain of kernels.
+"""Augmentation of a batch from the decoded set on the device, from crop to mix, in a chain of kernels.
 
-    rows, columns      antialiased bicubic crop + resize + flip to crops of whole numbers (Pillow's)
+    convolve           antialiased bicubic crop + resize + flip to integer crops (Pillow's), in two passes
     histogram, table   statistics and lookup tables, only for images that drew auto_contrast, equalize or contrast
     operate            the first operation, only for images whose second needs more than a value (about one in six)
     finish             operation(s), normalise, erase, Mixup / CutMix; writes channels last
 
-Bit for bit ``reference`` in float32: Pillow rounds to uint8 after each resizing pass and each operation, so these are
-the stages that cannot be one. The host draws decide what is launched, so this is no op of a compiled graph.
-Moves, an image of side 224 in bfloat16: the source crop, 0.2 MB of packed pixels written and read twice, 0.6 MB out.
+Equal bit for bit to ``reference`` in float32: Pillow rounds to uint8 after each resizing pass and each operation, so
+these stages cannot be fused. The launches depend on draws on the host, so this is not an op of a compiled graph.
+Moves, an image of side 224 in bfloat16: the source crop, 0.2 MB of packed pixels written and read twice, 0.3 MB out.
 Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 
@@ -34,14 +34,14 @@ from fastdeitlt.data.pixels.resize import crop_resize
 from fastdeitlt.errors import UserError
 
 TWO_LEVELS = 2 / 255
-"""Difference of two values of an image that is more than rounding."""
+"""Difference of two values of an image beyond which it is not rounding."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COEFFICIENT_BLOCK = 16
 FP_FUSION = False
 """A fused multiply-add rounds once where Pillow rounds twice."""
 _launch = partial(launch, enable_fp_fusion=FP_FUSION)
 SEARCHED = ("convolve", "histogram", "operate", "finish")
-"""Kernels whose setting may be measured; they and the output's side are its key."""
+"""Kernels whose setting may be measured; its key is the kernel and the output side."""
 
 
 def augment(
@@ -60,20 +60,19 @@ def augment(
 
     Args:
         pixels: uint8, decoded images [H, W, 3] one after the other (``DecodedSet.pixels``).
-        starts_B, sizes_B2: where each image of the batch begins in it, and its (height, width); on the host.
-        draws, mix: what happens; recipe ``deit``, ``crop_jitter`` without its jitter, or ``none``.
+        starts_B, sizes_B2: each image's first byte in ``pixels`` and its (height, width); on the host.
+        draws, mix: of the recipe ``deit``, ``crop_jitter`` without its jitter, or ``none``.
         cfg: mean and std.
         size: output side.
-        boxes_B4: the crops (top, left, height, width) in what ``sizes_B2`` says is there; None = as drawn for images of
-            these sizes.
-        dtype: of the images; everything before is float32 or integer.
+        boxes_B4: the crops (top, left, height, width); None = as drawn for images of ``sizes_B2``.
+        dtype: type of the images; everything before is float64, float32 or integer.
 
     Returns:
         images_BCHW, normalised, channels last in memory.
 
     Raises:
         UserError: pixels that are not uint8 or not on a CUDA device; images outside them, crops outside images; a
-            padded crop or more than two operations; a batch to be mixed with an odd number of images.
+            padded crop or more than two operations; an odd number of images to mix.
     """
     boxes_B4 = draws.boxes(sizes_B2) if boxes_B4 is None else boxes_B4
     _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, dtype)
@@ -100,14 +99,14 @@ def augment(
 
 
 _agrees: bool | None = None
-"""Whether the kernels computed the first batch of this process as torch does; None before it."""
+"""Whether kernels and torch agreed on the first batch of this process; None before it."""
 
 
 def augment_checked(*arguments: Any, **options: Any) -> Tensor:
-    """``augment`` if its kernels are right on this device, else ``reference``; arguments as theirs.
+    """Run ``augment`` if its kernels are correct on this device, else ``reference``; same arguments.
 
-    The first batch of a process decides: it is computed both ways, mixed in every way. Later batches are not checked.
-    A kernel that fails or differs is refused in ``_pick``, with one warning.
+    Only the first batch of a process is checked: computed by both, unmixed and, if even, mixed by Mixup and CutMix. If
+    a kernel fails or differs, ``_pick`` refuses the op with one warning.
     """
     global _agrees
     if _agrees is None:
@@ -122,7 +121,7 @@ def _difference(
     pixels: Tensor, starts_B: np.ndarray, sizes_B2: np.ndarray, draws: Draws, mix: MixDraw, cfg: AugmentConfig,
     size: int, **options: Any,
 ) -> str:  # fmt: skip
-    """Return why the kernels are not trusted; "" where they agree with torch."""
+    """Return how the kernels fail or differ from torch; "" if they agree."""
     mixes = [MixDraw()] if len(draws) % 2 else [MixDraw(), MixDraw(0.3), MixDraw(0.75, (0, size // 2, 0, size // 2))]
     for mixed in mixes:
         arguments = (pixels, starts_B, sizes_B2, draws, mixed, cfg, size)
@@ -151,7 +150,7 @@ def reference(
     boxes_B4: np.ndarray | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``augment`` in torch operations on any device."""
+    """Compute ``augment`` with torch operations on any device."""
     boxes_B4 = draws.boxes(sizes_B2) if boxes_B4 is None else boxes_B4
     _check(pixels, starts_B, sizes_B2, boxes_B4, draws, mix, dtype)
     places = zip(starts_B.tolist(), sizes_B2.tolist(), strict=True)
@@ -188,12 +187,12 @@ def _upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def default_config(kernel: str) -> LaunchConfig:
-    """Setting of a kernel that nobody measured."""
+    """Return a kernel's setting without measurements."""
     return LaunchConfig({"BLOCK": 512 if kernel in ("operate", "finish") else 1024}, num_warps=4)
 
 
 def _steps(config: LaunchConfig) -> dict[str, int]:
-    """Options of a kernel that takes its block in steps of a pixel a thread; the interpreter takes two steps."""
+    """Return launch options with STEP, one pixel a thread; half a block in the interpreter."""
     return config.options | {"STEP": config.blocks["BLOCK"] // 2 if interpreted() else 32 * config.num_warps}
 
 
@@ -202,7 +201,7 @@ def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
 
 
 def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
-    """Crops [B, S, S] of the plan's boxes, mirrored as drawn; a pixel is an int32, red in the lowest byte."""
+    """Return the plan's crops [B, S, S], mirrored as drawn; a pixel is an int32, red in the lowest byte."""
     batch, device = len(rows) - 1, pixels.device
     weights = torch.empty(batch, 2, plan.taps, size, dtype=torch.int32, device=device)
     first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)
@@ -224,7 +223,7 @@ def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
 
 
 def _make_tables(jobs: Tensor, rows: Tensor, images: Tensor, tables: Tensor, slot: int, field: int, size: int) -> None:
-    """Fill the tables from ``slot`` on, for the images and statistics that the jobs name."""
+    """Fill the tables from index ``slot`` on, one for each job (image, statistic)."""
     num_jobs, config = len(jobs) // 2, _setting("histogram", size, images.device)
     counts = torch.zeros(num_jobs, 3, 256, dtype=torch.int32, device=images.device)
     lumas = torch.zeros(num_jobs, dtype=torch.int32, device=images.device)
@@ -256,7 +255,7 @@ def _finish(
 
 
 def aot_configs() -> list[AotConfig]:
-    """The kernels at side 224, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
+    """Return the shipped kernels: side 224, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
     types = {"rows": "*fp64", "tables": "*u8"}
     pixels = ("crops", "operated", "source", "target", "images")
     types |= dict.fromkeys((*pixels, "weights", "first", "jobs", "counts", "lumas"), "*i32")
@@ -264,8 +263,7 @@ def aot_configs() -> list[AotConfig]:
     types |= dict.fromkeys(("quantiles", "scale", "offset"), "*fp32")
 
     def config(kernel: Any, constexprs: dict[str, Any], warps: int = 4, **others: str) -> AotConfig:
-        known = types | others
-        signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
+        signature = {name: (types | others)[name] for name in kernel.arg_names if name not in constexprs}
         sizes = tuple(name for name in ("source_size", "target_size") if name in signature)
         return AotConfig(kernel, signature, constexprs, num_warps=warps, divisible_by_16=sizes, fp_fusion=FP_FUSION)
 

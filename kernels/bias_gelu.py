@@ -1,18 +1,18 @@
-"""The MLP's bias and exact GELU in one pass, and in the backward the bias gradient in the pass that writes du.
+"""The MLP's bias and exact GELU in one pass; the backward computes du and the bias gradient in one pass.
 
     x = u + bias,  h = x P(x),  P(x) = (1 + erf(x / sqrt 2)) / 2
     du = dh (P(x) + x p(x)),  p(x) = exp(-x^2 / 2) / sqrt(2 pi),  dbias = sum_m du_m
 
-A pass over bytes alone leaves about 27 instructions an element forward and 41 backward on an H200, less than erf of
-CUDA's library takes with what is around it. So the tail Q = 1 - P is the power of 2 of a polynomial of |x|, and
+A bandwidth-bound pass on an H200 has about 27 instructions an element forward and 41 backward; with erf of CUDA's
+library it needs more. So the tail Q = 1 - P is the power of 2 of a polynomial of |x|, and
 
     h = max(x, 0) - |x| Q(|x|),  P + x p = T(-x) for x < 0 and 1 - T(x) for x > 0,  T(a) = Q(a) - a p(a)
 
-u is the first linear map's product without its bias. Only u is kept; the arithmetic is float32. Programs of the
-backward run through the rows and keep sums for the bias; a second reduction adds these up in a fixed order, so there
-are no atomics. Source: Hendrycks & Gimpel 2016 (GELU); its derivative by the product rule.
-Moves 2 F bytes forward and 3 F backward a row in bfloat16 (F = 4 D): 145 and 217 us at M = 256 x 198, F = 3072 and
-4.3 TB/s. What inductor already fuses is the forward and du; the bias gradient costs it a further read of du.
+u is the first linear map's product without its bias. Only u is kept; the arithmetic is float32. Each program of the
+backward sums over its rows for the bias; a second reduction adds these sums in a fixed order, without atomics. Source:
+Hendrycks & Gimpel 2016 (GELU); its derivative by the product rule.
+Moves 4 F bytes forward and 6 F backward a row in bfloat16 (F = 4 D): 145 and 217 us at M = 256 x 198, F = 3072 and
+4.3 TB/s. Inductor fuses the forward and du; its bias gradient costs a further read of du.
 Shapes: M rows, F width, P programs.
 """
 
@@ -32,27 +32,27 @@ from fastdeitlt.errors import UserError
 
 FORWARD = LaunchConfig({"ROWS": 4, "BLOCK": 512}, num_warps=4)
 BACKWARD = LaunchConfig({"ROWS": 8, "BLOCK": 256, "PROGRAMS": 4}, num_warps=4, num_stages=2)
-"""Defaults; the backward has PROGRAMS on a multiprocessor for all columns together."""
+"""Defaults; PROGRAMS is the backward's programs on a multiprocessor over all columns."""
 HALF_LOG2E, HALF_LOG2_2PI = tl.constexpr(0.5 / math.log(2)), tl.constexpr(0.5 * math.log2(2 * math.pi))
 FAR = tl.constexpr(16.0)
 POWERS = (
     -1.28922898e-6, 2.09580766e-5, -9.99477197e-5, -3.39450751e-4, 7.31561612e-3, -5.26574291e-2, -0.459161669,
     -1.15110946, -1.0,
 )  # fmt: skip
-"""log2 Q(a) by powers of a, the eighth first: minimax on [0, 5.5], where Q is off by at most 8e-8 and 7e-4 of itself in
-float32. Beyond it stays below Q(5.5) = 2e-8, and from FAR on Q is 0."""
+"""Coefficients of log2 Q(a) by powers of a, the eighth first: minimax on [0, 5.5], where Q in float32 has an absolute
+error of at most 8e-8 and a relative one of 7e-4. Beyond, Q is below Q(5.5) = 2e-8; from FAR on it is 0."""
 LOG2_TAIL, DEGREE = tl.constexpr(POWERS), tl.constexpr(len(POWERS) - 1)
 
 
 def reference(u: Tensor, bias: Tensor) -> Tensor:
-    """``bias_gelu`` in plain torch: float32 arithmetic (float64 for a float64 u)."""
+    """Compute ``bias_gelu`` in plain torch, in float32 (float64 for a float64 u)."""
     full = torch.promote_types(u.dtype, torch.float32)
     return F.gelu(u.to(full) + bias.to(full)).to(u.dtype)
 
 
 @triton.jit
 def _load(p_x, o_m, o_f, M, WIDTH: tl.constexpr):
-    """Offsets and mask of a tile, and its values in float32."""
+    """Return offsets and mask of a tile, and its values in float32."""
     o_block = o_m.to(tl.int64)[:, None] * WIDTH + o_f[None, :]
     m_block = (o_m < M)[:, None] & (o_f < WIDTH)[None, :]
     return o_block, m_block, tl.load(p_x + o_block, mask=m_block, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _load(p_x, o_m, o_f, M, WIDTH: tl.constexpr):
 
 @triton.jit
 def _tail(b_x):
-    """|x|, at most FAR, and Q of it: how much of a normal distribution lies above."""
+    """Return |x|, at most FAR, and its Q, the upper tail of the normal distribution."""
     b_a = tl.minimum(tl.abs(b_x), FAR)
     b_log2 = tl.full(b_a.shape, LOG2_TAIL[0], tl.float32)
     for i in tl.static_range(1, DEGREE + 1):
@@ -75,7 +75,7 @@ def bias_gelu_fwd_kernel(
     p_h,  # [M, WIDTH] out
     M, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows i ROWS .. (i + 1) ROWS of columns j BLOCK .. (j + 1) BLOCK."""
+    """Compute h of rows i ROWS .. (i + 1) ROWS, columns j BLOCK .. (j + 1) BLOCK in program (i, j)."""
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(p_bias + o_f, mask=o_f < WIDTH, other=0.0).to(tl.float32)
@@ -92,10 +92,10 @@ def bias_gelu_bwd_kernel(
     p_u,  # [M, WIDTH]
     p_bias,  # [WIDTH]
     p_du,  # [M, WIDTH] out
-    p_sums,  # [P, WIDTH] float32 out: this program's share of dbias
+    p_sums,  # [P, WIDTH] float32 out: this program's partial dbias
     M, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): blocks i, i + P, i + 2 P .. of ROWS rows, of columns j BLOCK .. (j + 1) BLOCK."""
+    """Compute du and partial dbias; program (i, j): blocks i, i + P .. of ROWS rows, columns of block j."""
     i_p = tl.program_id(0)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(p_bias + o_f, mask=o_f < WIDTH, other=0.0).to(tl.float32)
@@ -178,7 +178,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
-    """gelu(u + bias), exact (erf).
+    """Compute the exact (erf) gelu(u + bias).
 
     Args:
         u: [..., F] float32, float16 or bfloat16, contiguous, not empty.
@@ -187,7 +187,7 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
             "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
-        As u.
+        Shape and type of u.
 
     Raises:
         UserError: a shape, type, device or layout does not fit.
@@ -201,7 +201,7 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
 
 
 def aot_configs() -> list[AotConfig]:
-    """What ships: the widths of the published students in bfloat16, the base one in float16 and float32."""
+    """Return the shipped kernels: the students' widths in bfloat16, the base one also in float16 and float32."""
     cases = [("bf16", width) for width in (768, 1536, 3072, 4096)] + [("fp16", 3072), ("fp32", 3072)]
     return [_aot(kernel, *case) for kernel in (bias_gelu_fwd_kernel, bias_gelu_bwd_kernel) for case in cases]
 
@@ -210,6 +210,6 @@ def _aot(kernel: Any, kind: str, width: int) -> AotConfig:
     config = FORWARD if kernel is bias_gelu_fwd_kernel else BACKWARD
     constexprs = {"WIDTH": width, **config.blocks, "STAGES": config.num_stages}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    known = {"p_bias": "*fp32", "p_sums": "*fp32", "M": "i32"}
-    signature = {name: known.get(name, f"*{kind}") for name in kernel.arg_names if name not in constexprs}
+    types = {"p_bias": "*fp32", "p_sums": "*fp32", "M": "i32"}
+    signature = {name: types.get(name, f"*{kind}") for name in kernel.arg_names if name not in constexprs}
     return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=0)

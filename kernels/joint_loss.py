@@ -1,4 +1,4 @@
-"""Joint DeiT-LT loss of both heads with both logit gradients: no dense target, no host sync, no atomics.
+"""Joint DeiT-LT loss of both heads and its logit gradients, without dense target, host sync or atomics.
 
     loss = (1 - alpha) sum_b CE(cls_b, u_b) / sum_b n_b + alpha sum_b w[t_b] CE(dist_b, t_b) / sum_b w[t_b]
     u_bc = v_c ((1 - smoothing) (lam [c = y_b] + (1 - lam) [c = y'_b]) + smoothing / K),  t_b = map[argmax teacher_b]
@@ -9,10 +9,10 @@ v are class weights of the CLS loss, n_b = lam v[y_b] + (1 - lam) v[y'_b] (1 by 
 is 0. Soft distillation and binary
 cross-entropy replace one term each. Source: val-iisc/DeiT-LT losses.py, DistillationLoss; ``fastdeitlt.core.loss``.
 
-A program a row reads the three logit rows and keeps eleven numbers; one program adds the rows up in a fixed order; the
-backward writes each gradient once, scaled by the upstream gradient, which stays on the device. Moves 3 logits in, then
-2 logits in (from L2 when they fit: the backward follows at once) and 2 gradients out. Floor, each counted once: 5 B K
-elements, 2.4 us at B = 1024, K = 1000, bfloat16 and 4.3 TB/s.
+One program a row reads the three logit rows and stores eleven statistics; one program sums the rows in a fixed order;
+the backward writes each gradient once, scaled by the upstream gradient, which stays on the device. Moves 3 logits in,
+then 2 logits in (from L2 when they fit: the backward follows at once) and 2 gradients out. Floor, each counted once:
+5 B K elements, 2.4 us at B = 1024, K = 1000, bfloat16 and 4.3 TB/s.
 Shapes: B batch, K classes, J the teacher's classes, S statistics of a row.
 """
 
@@ -42,15 +42,17 @@ REDUCE_BLOCK = 1024
 
 
 def key(forward: bool, num_classes: int, element_size: int) -> tuple[str, int, int]:
-    """What a pass's setting depends on: pass, classes rounded up to a power of two, bytes of a logit."""
+    """Return the key of a pass's measured setting: pass, next power of two of the classes, bytes of a logit."""
     return "forward" if forward else "backward", triton.next_power_of_2(num_classes), element_size
 
 
 def launch_config(forward: bool, num_classes: int, element_size: int, device: torch.device) -> LaunchConfig:
-    """The measured setting; by default the forward takes a row of up to 8,192 classes in one block, and the backward
-    blocks of 2,048 bytes, 16 a lane."""
-    found = key(forward, num_classes, element_size)
-    size = found[1]
+    """Return the measured setting.
+
+    By default the forward has one block for up to 8,192 classes, the backward blocks of 2,048 bytes, 16 a lane.
+    """
+    measured_key = key(forward, num_classes, element_size)
+    size = measured_key[1]
     if forward:
         block = size if size <= 8192 else 4096
         warps = block // 256
@@ -58,18 +60,18 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
         block = min(size, 2048 // element_size)
         warps = block * element_size // 512
     default = LaunchConfig({"BLOCK": block}, num_warps=min(max(warps, 1), 8))
-    return setting("joint_loss", found, device, default)
+    return setting("joint_loss", measured_key, device, default)
 
 
 def reference(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
 ) -> JointLoss:
-    """``reference_losses`` with the fields of ``Target`` and ``LossSpec`` as keywords."""
+    """Compute ``reference_losses`` with the fields of ``Target`` and ``LossSpec`` as keywords."""
     return reference_losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
 
 
 class _Inputs(NamedTuple):
-    """What both operators accept; their schema has the fields of target and specification in place of the two."""
+    """Arguments of both operators, whose schema has the fields of ``target`` and ``spec`` in their place."""
 
     cls_logits: Tensor
     dist_logits: Tensor
@@ -79,23 +81,23 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "_Inputs":
-        """Return an operator's arguments as objects."""
+        """Build from an operator's flat arguments."""
         end = 3 + len(Target._fields)
         return cls(*arguments[:3], Target(*arguments[3:end]), LossSpec(*arguments[end:]))
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the arguments of an operator."""
+        """Return the flat arguments of an operator."""
         return *self[:3], *self.target, *self.spec
 
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """The kernels' leading arguments. Soft distillation adds the logs of its weights to the teacher's logits."""
+        """Return the kernels' leading arguments; with soft distillation the weights are logs, in teacher order."""
         weights, class_map = self.spec.weights, self.spec.class_map
         if self.spec.soft and weights is not None:
             weights = (weights if class_map is None else weights[class_map]).log()
         return (*self[:3], *self.target[:3], weights, self.spec.cls_weights, self.spec.log_prior, class_map)
 
     def constants(self) -> dict[str, int]:
-        """Constexprs of both kernels; fixed row strides let Triton vectorise as far as they divide."""
+        """Return the constexprs of both kernels; with constant row strides Triton can vectorise."""
         strides = (logits.stride(0) for logits in self[:3])
         names = ("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE")
         return {
@@ -211,7 +213,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def joint_loss(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
 ) -> JointLoss:
-    """``losses`` with the fields of ``Target`` and ``LossSpec`` as keywords.
+    """Compute ``losses`` with the fields of ``Target`` and ``LossSpec`` as keywords.
 
     Args:
         cls_logits, dist_logits: [B, K] float32, float16 or bfloat16, each row contiguous.
@@ -228,7 +230,7 @@ def joint_loss(
 def losses(
     cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, target: Target, spec: LossSpec
 ) -> JointLoss:
-    """``reference_losses`` in two launches, and one for both gradients.
+    """Compute ``reference_losses`` in two launches, and both gradients in one.
 
     On a CPU tensor the op is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
@@ -266,7 +268,7 @@ def _check(inputs: _Inputs) -> None:
 
 
 def aot_configs() -> list[AotConfig]:
-    """What ships: bfloat16 logits of every data set's class count, the variants at 1,000, float32 at 1,000."""
+    """Return the shipped kernels: each data set's class count in bfloat16; variants, float16, float32 at 1,000."""
     cases: list[tuple[str, int, dict[str, bool]]] = [("bf16", k, {}) for k in (10, 100, 365, 1000)]
     cases += [("fp32", 1000, {}), ("fp16", 1000, {}), ("bf16", 1000, {"BCE": True}), ("bf16", 1000, {"SOFT": True})]
     cases += [("bf16", 8142, {}), ("bf16", 21841, {})]
@@ -283,14 +285,14 @@ def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, boo
         constexprs |= {"J": num_classes, "SMOOTH": True}
     integers = dict.fromkeys(("p_labels", "p_partner", "p_class_map"), "*i64") | {"p_decision": "*i32", "B": "i32"}
     logits = dict.fromkeys(("p_cls", "p_dist", "p_teacher", "p_grad_cls", "p_grad_dist"), f"*{kind}")
-    known = integers | logits
+    types = integers | logits
     signature = {
-        name: known.get(name, "*fp32" if name.startswith("p_") else "fp32")
+        name: types.get(name, "*fp32" if name.startswith("p_") else "fp32")
         for name in kernel.arg_names
         if name not in constexprs
     }
     note = " ".join([f"K={num_classes}", *variant, f"BLOCK={config.blocks['BLOCK']}"])
-    # rows of an odd number of classes begin anywhere, and soft distillation stores in the teacher's order
+    # rows of an odd number of classes are not aligned, and soft distillation stores in the teacher's order
     narrow = 0 if not forward and num_classes % 8 == 0 and "SOFT" not in variant else None
     return AotConfig(
         kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=narrow, note=note
