@@ -1,4 +1,4 @@
-"""The training step and its assembly: batches, joint loss, optimizer, engine, and the timing of its parts.
+"""Training step and its assembly: batches, joint loss, optimizer, engine, and the timing of its parts.
 
-Imports ``data``, ``models`` and ``kernels``. ``teachers``, ``run``, ``tools`` and the spine ``train.py`` may import it.
+Imports ``data``, ``models`` and ``kernels``; may be imported by ``teachers``, ``run``, ``tools`` and ``train.py``.
 """

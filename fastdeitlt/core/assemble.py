@@ -1,4 +1,4 @@
-"""Assemble a run: a configuration in, the parts that take its steps out."""
+"""Assembly of a run from its configuration: data, student, teacher, loss, engine and moving average."""
 
 # K classes
 
@@ -35,7 +35,7 @@ log = logging.getLogger("fastdeitlt")
 
 @dataclass(frozen=True)
 class Data:
-    """What a step has to know of a run's training images."""
+    """Class counts and sampling plan of a run's training images."""
 
     counts: list[int]
     """Images of each class [K]."""
@@ -44,19 +44,19 @@ class Data:
 
 @dataclass(frozen=True)
 class OpenData(Data):
-    """The training images of a run, in their order, and where their pixels come from."""
+    """Training images of a run, with the source of their pixels."""
 
     sets: Sets
     source: Source
 
     @property
     def images(self) -> LongTailSet:
-        """The training images."""
+        """Training images."""
         return self.sets.train
 
 
 def open_data(cfg: Config, device: torch.device, rank: int = 0, world: int = 1) -> OpenData:
-    """Open the data of a training: which images, in which order, and their pixels.
+    """Open a run's images, their sampling plan and the source of their pixels.
 
     Raises:
         UserError: see ``open_training_sets``, ``check_files``, ``Plan`` and ``open_source``.
@@ -70,12 +70,12 @@ def open_data(cfg: Config, device: torch.device, rank: int = 0, world: int = 1) 
 
 
 ChooseTeacher = Callable[[int], Teacher | None]
-"""Of the size of the student's images in pixels to the teacher; None: both heads learn the labels."""
+"""Function of the student's image size in pixels that returns the teacher; None: both heads learn the labels."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What takes the steps of a run."""
+    """Parts of an assembled run."""
 
     cfg: Config
     device: torch.device
@@ -94,12 +94,12 @@ class Parts:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs an image: backward costs twice the forward, the teacher runs forward only."""
+        """Model FLOPs an image: the student's forward three times (backward costs two), the teacher's once."""
         teacher = forward_flops(self.teacher, self.size, self.device) if self.teacher else 0.0
         return 3 * flops_per_image(self.student) + teacher
 
     def phase(self, epoch: int) -> Phase:
-        """Return what the epoch's place in the schedule decides."""
+        """Return the phase of an epoch."""
         return phase_of(self.cfg, self.drw_weights_K, epoch)
 
     def batches(self, steps: Sequence[Step], phase: Phase) -> Generator[Batch, None, None]:
@@ -118,12 +118,12 @@ class Parts:
         return TrainStep(self.engine, self.ema, self.cfg.train.seed, stage)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint keeps: state dicts by name."""
+        """Return the state dicts of a checkpoint by name."""
         parts = {"model": self.engine.weights(), "optimizer": self.engine.optimizer_tensors()}
         return parts | ({"ema": self.ema.state} if self.ema else {})
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Put back what a checkpoint keeps; ``read`` returns the state dict of a name."""
+        """Restore a checkpoint; ``read`` returns the state dict of a name."""
         self.engine.load(read("model"), read("optimizer"))
         if self.ema:
             self.ema.load(read("ema"))
@@ -141,14 +141,14 @@ def assemble(
 
     Args:
         cfg: the run.
-        data: its images, or their class counts and plan alone.
-        device: where the step runs.
-        choose_teacher: opens the teacher.
-        student: on the device, in training mode; None: a fresh one of ``cfg.student``, seeded by ``cfg.train.seed``.
-        init: weights that a fresh student starts from, see ``start_from``.
+        data: its images, or only their class counts and plan.
+        device: device of the step.
+        choose_teacher: returns the teacher.
+        student: on the device, in training mode; None: a new one of ``cfg.student``, seeded by ``cfg.train.seed``.
+        init: initial weights of a new student, see ``start_from``.
 
     Raises:
-        UserError: a setting that this machine or this number of ranks cannot run; see ``build_engine``.
+        UserError: a setting that this machine or this number of ranks does not support; see ``build_engine``.
     """
     torch.manual_seed(cfg.train.seed)
     num_classes = len(data.counts)

@@ -1,4 +1,4 @@
-"""Stages 2 to 3' in a row: micro-batches of indices in, augmented and mixed batches on the device out."""
+"""Stages 2 to 3': augmented and mixed batches on the device from micro-batches of indices."""
 
 # B images in a micro-batch, C channels, H height, W width
 
@@ -32,7 +32,7 @@ class _Request(CropRequest):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, ready for the step."""
+    """One augmented micro-batch on the device."""
 
     images_BCHW: Tensor
     """Normalised, mixed; float32, or bfloat16 from the fused kernel when the step computes in it."""
@@ -40,21 +40,21 @@ class Batch:
     partner_B: Tensor | None
     """Labels of the images mixed in; None when mixing is off."""
     lam: Tensor | None
-    """Share of the own image, a 0-d tensor; None when mixing is off."""
+    """Weight of the own image, a 0-d tensor; None when mixing is off."""
     place: MicroBatch | None = None
-    """Its place in the run; None for images that are not the run's."""
+    """Position in the run; None for images that are not the run's."""
 
 
 def train_batches(
     micro_batches: Iterable[MicroBatch], source: Source, images: LongTailSet, cfg: Config, *, mixing: bool, size: int
 ) -> Generator[Batch, None, None]:
-    """Augmented training batches, prepared two ahead in a thread.
+    """Yield augmented training batches, prefetched two ahead in a thread.
 
-    Everything random is drawn from (seed, epoch, image, copy) or (seed, epoch, micro-step, virtual rank), so a batch
-    does not depend on threads, ranks or restarts.
+    All random numbers are functions of (seed, epoch, image, copy) or (seed, epoch, micro-step, virtual rank), so a
+    batch does not depend on threads, ranks or restarts.
 
     Args:
-        micro_batches: which images.
+        micro_batches: indices of the images.
         source: decoded images of the training set.
         images: the training set (labels).
         cfg: the run.
@@ -75,7 +75,7 @@ def train_batches(
         def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
             if isinstance(pixels, Regions):
                 return _augment_fused(pixels, draws, mix, cfg, size, dtype)
-            with aside(side) as made:  # copying draws to the device would wait for the step on its stream
+            with aside(side) as made:  # on the step's stream, copying draws to the device would wait for the step
                 made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
             return made[0]
 
@@ -92,17 +92,17 @@ def train_batches(
 
 
 def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
-    """Whether ``augment.impl`` means the fused kernel for batches on this device.
+    """Return whether ``augment.impl`` selects the fused kernel on this device.
 
     Raises:
-        UserError: `triton`, for a recipe that the kernel does not know.
+        UserError: `triton`, for a recipe that the kernel does not support.
     """
-    known = cfg.recipe in ("deit", "none")
-    if cfg.impl == "triton" and not known:
+    fits = cfg.recipe in ("deit", "none")
+    if cfg.impl == "triton" and not fits:
         raise UserError(
             f"augment.impl=triton: the kernel knows the recipes deit and none, got {cfg.recipe}; use augment.impl=auto"
         )
-    return pick("augment", cfg.impl, (), device, known, on_gpu="triton") == "triton"
+    return pick("augment", cfg.impl, (), device, fits, on_gpu="triton") == "triton"
 
 
 def _augment_fused(
@@ -111,7 +111,7 @@ def _augment_fused(
     from fastdeitlt.kernels import augment as kernel  # Triton is not needed on a CPU
 
     augment = kernel.augment_checked if cfg.augment.impl == "auto" else kernel.augment
-    with torch.cuda.device_of(regions.pixels):  # a thread starts on the first GPU, whatever the rank's is
+    with torch.cuda.device_of(regions.pixels):  # a thread's current device is the first GPU, not the rank's
         return augment(
             regions.pixels, regions.starts_B, regions.sizes_B2, draws.draws, mix, cfg.augment, size,
             boxes_B4=regions.boxes_B4, dtype=dtype,
@@ -119,7 +119,7 @@ def _augment_fused(
 
 
 def noise_batch(cfg: Config, num_classes: int, size: int, device: torch.device) -> Batch:
-    """Return a micro-batch of noise in the type and the layout in which ``train_batches`` gives them."""
+    """Return a micro-batch of noise with the type and layout of ``train_batches``."""
     images_BCHW = torch.randn(cfg.train.batch_size, 3, size, size, device=device)
     dtype = autocast_dtype(cfg.train.precision, device) if use_kernel(cfg.augment, device) else None
     images_BCHW = images_BCHW.to(dtype or torch.float32, memory_format=torch.channels_last)

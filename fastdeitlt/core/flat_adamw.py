@@ -1,7 +1,7 @@
-"""AdamW with its weights in one flat buffer: step, gradient scale and moving average are one pass over memory.
+"""AdamW on flat buffers: step, gradient scale and moving average in one pass over memory.
 
-The parameters become views of the buffer, ordered by learning-rate scale; of equal scale, first those with weight
-decay. State has the names and the shapes of torch.optim.AdamW, so that either takes over the other's checkpoint.
+The parameters become views of one buffer, ordered by learning-rate scale; of equal scale, first those with weight
+decay. State has the names and shapes of torch.optim.AdamW's, so that either loads the other's checkpoint.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,23 +14,23 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.kernels.adamw_ema import adamw_ema
 
 ALIGNMENT = 64
-"""Elements to which each parameter is aligned: 256 bytes, enough for any vector load."""
+"""Alignment of each parameter in elements: 256 bytes, enough for any vector load."""
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """AdamW through ``kernels.adamw_ema``, with a factor on the gradients and the moving average built in.
+    """AdamW by ``kernels.adamw_ema``, with a factor on the gradients and the moving average.
 
     Args:
         groups: parameters, or groups with a ``weight_decay`` each; at most one of them other than 0. A group may have
             an ``lr_scale``: groups of equal scale share one learning rate and one launch of the kernel.
-        lr: learning rate, a float or a 0-d tensor; kept, times its scale, as a tensor on the device in ``group["lr"]``.
+        lr: learning rate, a float or a 0-d tensor; ``group["lr"]`` becomes a tensor on the device, ``lr`` times scale.
         betas, eps, weight_decay: as torch.optim.AdamW.
         ema_decay: decay of the average a step. 0 = no average.
 
     Attributes:
         ema: parameter -> view of its moving average; empty without one.
-        grad_scale: 0-d factor on the gradients of the next step alone, on the device (clipping); 0 leaves that step
-            out, even if a gradient is not finite.
+        grad_scale: 0-d factor on the gradients of the next step only, on the device (clipping); 0 skips that step,
+            even if a gradient is not finite.
 
     Raises:
         UserError: parameters that are not float32 on one device, or two different weight decays.
@@ -59,7 +59,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self._allocate(parameters)
 
     def _ordered(self) -> list[nn.Parameter]:
-        """Parameters by learning-rate scale, decayed first."""
+        """Return the parameters by learning-rate scale, decayed first."""
         decays = {group["weight_decay"] for group in self.param_groups if group["weight_decay"]}
         if len(decays) > 1:
             raise UserError(
@@ -76,7 +76,7 @@ class FlatAdamW(torch.optim.Optimizer):
         return parameters
 
     def _allocate(self, parameters: list[nn.Parameter]) -> None:
-        """Flat buffers and, per parameter, views of them; the parameters move into theirs."""
+        """Allocate flat buffers and their views, and make each parameter a view."""
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         decayed = {p for group in self.param_groups if group["weight_decay"] for p in group["params"]}
         scale_of = {p: _scale(group) for group in self.param_groups for p in group["params"]}
@@ -111,7 +111,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self.ema = dict(zip(parameters, ema, strict=False))
 
     def _adopt(self) -> None:
-        """Copy state that was put in from outside (a checkpoint) into the buffers, and show the buffers as state."""
+        """Copy loaded state into the buffers and replace it by their views."""
         for group in self.param_groups:
             if group["lr"] is not (kept := self._lrs[_scale(group)]):
                 kept.copy_(torch.as_tensor(group["lr"]))
@@ -125,7 +125,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gather(self) -> Tensor:
-        """Collect the gradients for the next step; their 0-d norm, on the device.
+        """Copy the gradients into their buffer; return their 0-d norm on the device.
 
         Raises:
             UserError: a parameter without gradient.
@@ -143,7 +143,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update weights and average, one launch a learning-rate scale; gather the gradients if that was not done.
+        """Update weights and average, one launch a learning-rate scale; gather the gradients if not yet done.
 
         Raises:
             UserError: see ``gather``.

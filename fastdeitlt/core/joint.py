@@ -1,4 +1,4 @@
-"""Stages 4 to 6 as one graph: student, teacher and joint loss, which is what is differentiated."""
+"""Stages 4 to 6 as one module: student, teacher and joint loss."""
 
 # B images in a micro-batch, C channels, H height, W width, K classes
 
@@ -26,21 +26,21 @@ from fastdeitlt.precision import autocast_dtype
 
 
 class LocalSums(NamedTuple):
-    """A rank's part of a loss whose DIST term is a weighted mean over all ranks; 0-d float32 tensors."""
+    """One rank's terms of a loss whose DIST term is a weighted mean over all ranks; 0-d float32 tensors."""
 
     weight_sum: Tensor
     cls_loss: Tensor
     dist_sum: Tensor
 
     def joined(self, alpha: float) -> JointLoss:
-        """The losses; their mean over ranks divides by the weights of all ranks. One sum over ranks, no host sync."""
+        """Return losses whose mean over ranks divides by all ranks' weights: one all-reduce, no host sync."""
         mean_weight = distributed.sum_over_ranks(self.weight_sum.detach().clone()) / distributed.get_world()
         dist_loss = self.dist_sum / divisor(mean_weight)
         return JointLoss((1 - alpha) * self.cls_loss + alpha * dist_loss, self.cls_loss, dist_loss)
 
 
 class JointForward(nn.Module):
-    """Student, teacher and joint loss as one module, so that one compiled graph holds all three.
+    """Student, teacher and joint loss as one module, for one compiled graph of all three.
 
     The teacher is not registered: it is never trained, sharded or saved with the student.
 
@@ -49,7 +49,7 @@ class JointForward(nn.Module):
         teacher: maps the same images to teacher_logits_BK and has ``class_map``; None trains both heads on the labels.
         class_counts: training images of each class.
         cfg: the run.
-        device: where the step runs.
+        device: device of the step.
     """
 
     teacher: Teacher | None
@@ -78,7 +78,7 @@ class JointForward(nn.Module):
         dist_weights_K: Tensor,
         cls_weights_K: Tensor | None,
     ) -> JointLoss | LocalSums:
-        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device; sums where the mean is one over all ranks."""
+        """Compute the losses, 0-d float32 tensors on the device; ``LocalSums`` for a mean over all ranks."""
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
@@ -116,7 +116,7 @@ class JointForward(nn.Module):
     def _label_losses(
         self, heads: tuple[Tensor, Tensor], weights: tuple[Tensor | None, Tensor], target: Target
     ) -> JointLoss:
-        """Both heads learn the labels, the DIST head with re-weighting (official losses.py, distillation 'none')."""
+        """Compute both heads' losses on the labels, DIST re-weighted (official losses.py, distillation 'none')."""
         alpha, bce = self.cfg.loss.alpha, self.cfg.loss.base == "bce"
         prior = None if self.counts is None else log_prior_of(self.counts)
         cls_loss, dist_loss = (
@@ -127,11 +127,10 @@ class JointForward(nn.Module):
 
 
 def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
-    """One graph of student, teacher and loss.
+    """Compile student, teacher and loss as one graph.
 
-    The compiler's layout optimization is off: because the teacher's convolutions are in the graph it would lay out all
-    4-d tensors channels-last, among them those of attention, and copy them in every block. The teacher is channels-last
-    already.
+    The compiler's layout optimization is off: with the teacher's convolutions in the graph it would make all 4-d
+    tensors channels-last, attention's too, and copy them in every block. The teacher is channels-last already.
     """
     options = {"layout_optimization": False} | joint.cfg.train.compiler_options
     return torch.compile(joint, fullgraph=True, options=options)

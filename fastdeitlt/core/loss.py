@@ -1,4 +1,4 @@
-"""Stage 6: the joint loss of DeiT-LT. The CLS head learns the (mixed) labels, the DIST head the teacher's decisions.
+"""Stage 6: joint loss of DeiT-LT, the CLS head on the (mixed) labels, the DIST head on the teacher's decisions.
 
     loss     = (1 - alpha) cls_loss + alpha dist_loss
     cls_loss = mean_b CE(cls_logits_b, lam y_b + (1 - lam) y'_b, smoothed)
@@ -32,7 +32,7 @@ Base = Literal["ce", "bce", "balanced_softmax", "logit_adjustment"]
 Impl = Literal["auto", "torch", "triton"]
 
 EMPTY_CLASS_PRIOR = 1e-9
-"""Prior of a class without training images, as in PaCo (losses.py): keeps its log finite."""
+"""Prior of a class without training images, so that its log is finite; as in PaCo (losses.py)."""
 
 
 def joint_loss(
@@ -55,15 +55,15 @@ def joint_loss(
     normaliser: Tensor | None = None,
     impl: Impl = "auto",
 ) -> JointLoss:
-    """Joint loss of the two heads, in float32 whatever the logits' type; deterministic, without a host sync.
+    """Compute the joint loss of both heads in float32; deterministic, without a host sync.
 
     Args:
         cls_logits, dist_logits: [B, K], float32, float16 or bfloat16.
         labels: [B] int64 class of each image, 0..K-1. Out of range is not checked (it would sync the host).
-        teacher_logits: [B, J] the teacher's; J = K unless ``class_map`` says otherwise. No gradient flows to it.
+        teacher_logits: [B, J] the teacher's; J = K without ``class_map``. It gets no gradient.
         partner: [B] int64 class of the image each one is mixed with (Mixup, CutMix). None = not mixed.
-        lam: share of ``labels`` in the target, 0..1; a float, or a 0-d tensor on the logits' device (then a changing
-            value never recompiles). Given exactly when ``partner`` is.
+        lam: weight of ``labels`` in the target, 0..1; a float, or a 0-d tensor on the logits' device (then a changing
+            value never recompiles). Required with ``partner``, and only then.
         smoothing: label smoothing of the CLS target: ``1 - smoothing + smoothing / K`` on, ``smoothing / K`` off.
         weights: [K] float32 DRW weights of the DIST loss, by the teacher's decision. None = all 1.
         class_map: [J] int64, teacher class -> student class. None = the same order.
@@ -74,8 +74,8 @@ def joint_loss(
             "logit_adjustment" (at strength 1: the same function) add the log prior of ``counts`` to the logits.
         counts: [K] training images per class, for the last two bases.
         cls_weights: [K] float32 weights of the CLS loss by class. None = all 1.
-        normaliser: 0-d float32 that replaces ``sum_b w[t_b]`` (``decision_weight``, averaged over ranks, makes the
-            weighted mean global). None = this batch's own.
+        normaliser: 0-d float32 that replaces ``sum_b w[t_b]`` (the mean of ``decision_weight`` over ranks makes the
+            weighted mean global). None = this batch's sum.
         impl: "torch", "triton", or "auto", see ``kernels._pick``.
 
     Returns:
@@ -127,12 +127,12 @@ def log_prior_of(counts: Tensor) -> Tensor:
 def _check_options(
     smoothing: float, distillation: str, tau: float, alpha: float, base: str, counts: Tensor | None
 ) -> None:
-    for name, got, known in (
+    for name, got, choices in (
         ("distillation", distillation, get_args(Distillation)),
         ("base", base, get_args(Base)),
     ):
-        if got not in known:
-            raise UserError(f"joint_loss: {name} is {got!r}, expected one of {', '.join(known)}")
+        if got not in choices:
+            raise UserError(f"joint_loss: {name} is {got!r}, expected one of {', '.join(choices)}")
     if not 0 <= smoothing < 1:
         raise UserError(f"joint_loss: smoothing is {smoothing}, expected 0 <= smoothing < 1")
     if not 0 <= alpha <= 1:
@@ -171,10 +171,8 @@ def _check_logits(
 
 def _check_mixing(partner: Tensor | None, lam: float | Tensor | None, device: torch.device) -> None:
     if (partner is None) != (lam is None):
-        given, missing = ("lam", "partner") if partner is None else ("partner", "lam")
-        raise UserError(
-            f"joint_loss: {given} is given without {missing}; a mixed batch needs both, a plain one neither"
-        )
+        name, other = ("lam", "partner") if partner is None else ("partner", "lam")
+        raise UserError(f"joint_loss: {name} is given without {other}; a mixed batch needs both, a plain one neither")
     if isinstance(lam, Tensor) and (lam.dim() or not lam.is_floating_point() or lam.device != device):
         raise UserError(
             f"joint_loss: lam is {_say(lam)}, expected a floating 0-d tensor on {device} (a copy would stall)"

@@ -1,4 +1,4 @@
-"""Stage 7a: parameter groups, AdamW and its state, the learning-rate schedule, and the moving average."""
+"""Stage 7a: parameter groups, optimizers and their state, learning-rate schedule, and moving average."""
 
 import logging
 import math
@@ -16,11 +16,11 @@ log = logging.getLogger("fastdeitlt")
 
 
 def peak_learning_rate(cfg: Config, ranks: int | None = None) -> float:
-    """Learning rate after warm-up.
+    """Return the learning rate after warm-up.
 
     Args:
         cfg: the run.
-        ranks: data-parallel ranks of the recipe; None = train.virtual_ranks, or 1 when that is 0.
+        ranks: data-parallel ranks of the recipe; None = train.virtual_ranks, or 1 if that is 0.
 
     Source: DeiT main.py (lr * batch_size * world / 512); "effective" also counts accumulation.
     """
@@ -36,13 +36,13 @@ def peak_learning_rate(cfg: Config, ranks: int | None = None) -> float:
 
 
 def learning_rate(epoch_float: float, cfg: Config, ranks: int | None = None) -> float:
-    """Learning rate at a point of training.
+    """Return the learning rate at a point of training.
 
     Linear from warmup_lr to the peak during warm-up, then half a cosine from the peak to min_lr over *all* epochs, so
     that the rate at the end of warm-up is already slightly under the peak.
 
     Args:
-        epoch_float: epochs from the start, with the fraction of the epoch that has passed.
+        epoch_float: epochs since the start, with the fraction of the current one.
         cfg: the run.
         ranks: see ``peak_learning_rate``.
 
@@ -57,7 +57,7 @@ def learning_rate(epoch_float: float, cfg: Config, ranks: int | None = None) -> 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Two AdamW groups: no decay for vectors, biases, tokens and position embeddings; ``weight_decay`` for the rest.
+    """Return two AdamW groups: vectors, biases, tokens and position embeddings without decay, and the rest.
 
     With ``layer_decay`` below 1 there are two groups a layer instead, each with an ``lr_scale`` of
     layer_decay ** (number of layers above it): embeddings lowest, heads 1.
@@ -80,14 +80,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW or LAMB over ``parameter_groups`` with the implementation that ``optim.backend`` names.
+    """Build AdamW or LAMB over ``parameter_groups`` with the implementation ``optim.backend``.
 
-    The learning rate is a tensor on the parameters' device where the implementation takes one, so that changing it
+    The learning rate is a tensor on the parameters' device if the implementation supports it, so that changing it
     neither syncs nor recompiles. `auto` is the AdamW measured fastest on this GPU, else torch's fused one
     (``kernels._pick``), and apex for LAMB. `fastdeitlt` updates the moving average in the same pass.
 
     Raises:
-        UserError: the named implementation is not installed, needs a GPU, or does not do what ``optim.algorithm`` asks.
+        UserError: the implementation is not installed, needs a GPU, or does not support ``optim.algorithm``.
     """
     o = cfg.optim
     groups = parameter_groups(model, o.weight_decay, o.layer_decay)
@@ -114,7 +114,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
         case "apex":
             fused_adam, fused_lamb = _apex()
             _needs_gpu("apex", device)
-            if o.algorithm == "lamb":  # it clips to norm 1 unless told otherwise; the engine clips
+            if o.algorithm == "lamb":  # it clips to norm 1 by default, but the engine clips
                 optimizer = fused_lamb(groups, lr=lr, adam_w_mode=True, max_grad_norm=math.inf, **arguments)
             else:
                 optimizer = fused_adam(groups, lr=lr, adam_w_mode=True, **arguments)
@@ -126,7 +126,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 
 def _apex() -> tuple[type, type]:
-    """NVIDIA's FusedAdam and FusedLAMB. PyPI's `apex` is another project, so the compiled extension is probed."""
+    """Import NVIDIA's FusedAdam and FusedLAMB, probing their extension since PyPI's `apex` is another project."""
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam, FusedLAMB
@@ -139,7 +139,7 @@ def _apex() -> tuple[type, type]:
 
 
 def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimizer:
-    """DeepSpeed's FusedAdam, which is compiled when the first one is made."""
+    """Build DeepSpeed's FusedAdam, which the first instance compiles."""
     try:
         from deepspeed.ops.adam import FusedAdam
         from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
@@ -148,9 +148,9 @@ def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimiz
     try:
         return FusedAdam(groups, **arguments)
     except (ImportError, RuntimeError, OSError, CUDAMismatchException, MissingCUDAException) as error:
-        said = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"optim.backend=deepspeed: its FusedAdam does not compile here ({said}); it needs nvcc of torch's CUDA "
+            f"optim.backend=deepspeed: its FusedAdam does not compile here ({reason}); it needs nvcc of torch's CUDA "
             f"{torch.version.cuda} and ninja; use optim.backend=torch"
         ) from None
 
@@ -161,7 +161,7 @@ def _needs_gpu(backend: str, device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's rate, ``lr`` times its scale; in place where it is a tensor (an asynchronous fill, no sync)."""
+    """Set every group's rate to ``lr`` times its scale; a tensor is filled in place, without a sync."""
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -171,12 +171,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
-    """0-d factor that brings gradients of a 0-d norm to at most ``clip_norm``; torch.nn.utils.clip_grad_norm_'s."""
+    """Return the 0-d factor that clips a 0-d norm to ``clip_norm``, as torch.nn.utils.clip_grad_norm_."""
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors named ``<parameter>/<state>``, whichever implementation it is of."""
+    """Return the optimizer's state as tensors named ``<parameter>/<state>``, the same for every implementation."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
         f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
@@ -190,12 +190,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """apex's and DeepSpeed's FusedAdam count steps once a group instead of once a parameter."""
+    """Return whether steps are counted by group, as in apex and DeepSpeed, and not by parameter."""
     return hasattr(optimizer, "adam_w_mode")
 
 
 def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError when ``optimizer_tensors`` are of other parameters than the model's."""
+    """Refuse ``optimizer_tensors`` of other parameters than the model's with a UserError."""
     parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = {key.rpartition("/")[0] for key in tensors}
     if names and names != parameters:
@@ -203,7 +203,7 @@ def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put ``optimizer_tensors`` back.
+    """Restore ``optimizer_tensors``.
 
     Raises:
         UserError: the state belongs to other parameters.
@@ -225,7 +225,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 
 def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    """AdamW keeps its step counter on the parameter's device only when fused or capturable."""
+    """Return the device of AdamW's step counter: the parameter's only if fused or capturable."""
     fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     return parameter.device if fused else torch.device("cpu")
 
@@ -237,9 +237,9 @@ class Ema:
     it on resume.)
 
     Args:
-        model: whose weights are averaged.
-        decay: of the average, an update.
-        optimizer: one that keeps the averages of its parameters itself (``FlatAdamW.ema``) does so; None = here.
+        model: its weights are averaged.
+        decay: decay of the average an update.
+        optimizer: if it averages its parameters itself (``FlatAdamW.ema``), these averages are used.
     """
 
     def __init__(self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -253,7 +253,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the model's present weights, in one fused pass over all tensors."""
+        """Update the average with the model's current weights, in one fused pass over all tensors."""
         if self._averages:
             torch._foreach_lerp_(self._averages, self._followed, 1 - self.decay)
 
@@ -266,7 +266,7 @@ class Ema:
             self.state[name].copy_(held)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved average.
+        """Restore a saved average.
 
         Raises:
             UserError: names or shapes differ from the model's.

@@ -1,4 +1,4 @@
-"""The training step: forward, backward, accumulate, clip, update, average; the only one outside the tests."""
+"""Training step of the student: forward, backward, accumulate, clip, update, average."""
 
 # B images in a micro-batch, K classes
 
@@ -19,24 +19,24 @@ from fastdeitlt.core.optim import Ema
 from fastdeitlt.data.sampler import MicroBatch
 
 Stage = Callable[[str], AbstractContextManager[object]]
-"""Wraps the parts of a step by name: data, forward, backward, optimizer, average."""
+"""Context of a part of a step by its name: data, forward, backward, optimizer, average."""
 
 
 def unobserved(name: str) -> AbstractContextManager[object]:
-    """Wrap a stage in nothing."""
+    """Return a context that does nothing."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What an epoch's place in the schedule decides: before or after re-weighting begins."""
+    """Settings of an epoch that change when re-weighting begins."""
 
     mixing: bool
     """Mixup and CutMix are on."""
     dist_weights_K: Tensor
     """Class weights of the DIST loss."""
     cls_weights_K: Tensor | None
-    """Class weights of the CLS loss; None: all alike."""
+    """Class weights of the CLS loss; None: all equal."""
 
 
 def phase_of(cfg: Config, drw_weights_K: Tensor, epoch: int) -> Phase:
@@ -53,29 +53,29 @@ def phase_of(cfg: Config, drw_weights_K: Tensor, epoch: int) -> Phase:
 
 
 class Taken(NamedTuple):
-    """What a step leaves on the device."""
+    """Results of a step, on the device."""
 
     losses: list[JointLoss]
-    """Of each micro-batch, detached."""
+    """Losses of each micro-batch, detached."""
     norm: Tensor
-    """Of the gradient before clipping, 0-d."""
+    """Gradient norm before clipping, 0-d."""
 
 
 class TrainStep:
-    """Take optimizer steps; nothing in it waits for the device.
+    """Run optimizer steps without waiting for the device.
 
     Args:
-        engine: of the student.
-        ema: the moving average of its weights; None: there is none.
-        seed: of drop path.
-        stage: wraps the named stages.
+        engine: engine of the student.
+        ema: moving average of its weights, or None.
+        seed: seed of drop path.
+        stage: context of each named stage.
     """
 
     def __init__(self, engine: Engine, ema: Ema | None, seed: int, stage: Stage = unobserved) -> None:
         self.engine, self.ema, self.seed, self.stage = engine, ema, seed, stage
 
     def __call__(self, batches: Iterator[Batch], micro_batches: int, phase: Phase, learning_rate: float) -> Taken:
-        """Take one step on the next ``micro_batches`` batches."""
+        """Run one step on the next ``micro_batches`` batches."""
         losses = []
         for _ in range(micro_batches):
             with self.stage("data"):
@@ -96,6 +96,6 @@ class TrainStep:
 
 
 def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:
-    """Seed drop path from the micro-batch's place alone, so that no generator state is saved or shared by ranks."""
+    """Seed drop path by the micro-batch's position, so that no generator state is saved or shared by ranks."""
     key = (seed, micro_batch.epoch, micro_batch.index, micro_batch.virtual_rank)
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

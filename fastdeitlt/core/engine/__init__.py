@@ -1,4 +1,4 @@
-"""Stage 7: backward, accumulation and step, by torch alone on one rank (plain.py) or by DeepSpeed (sharded.py)."""
+"""Stage 7: backward, accumulation and step, in plain torch on one rank (plain.py) or by DeepSpeed (sharded.py)."""
 
 # K classes
 
@@ -25,22 +25,22 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
-        """The losses of a micro-batch; their graph is kept until ``backward``."""
+        """Compute the losses of a micro-batch; their graph is kept until ``backward``."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of loss / micro_batches_per_step."""
+        """Accumulate the gradients of loss / micro_batches_per_step."""
 
     def step(self, learning_rate: float) -> Tensor:
-        """Clip, update the weights, clear the gradients; the gradient norm before clipping, on the device."""
+        """Clip, update, clear the gradients; return the gradient norm before clipping, on the device."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The student's state dict."""
+        """Return the student's state dict."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, flat."""
+        """Return the optimizer's state, see ``optim.optimizer_tensors``."""
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Put weights and optimizer state back."""
+        """Restore weights and optimizer state."""
 
 
 def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
@@ -61,11 +61,11 @@ def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
 
 
 def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
-    """The engine that ``train.engine`` names; `auto` is plain at one rank and DeepSpeed at more, and says so.
+    """Build the engine ``train.engine``; `auto` is plain on one rank and DeepSpeed on more, and is logged.
 
     Raises:
-        UserError: `plain` at more than one rank, offload where nothing is sharded, weights that are not float32, or a
-            global mean that this set-up cannot form.
+        UserError: `plain` on more than one rank, offload without sharding, weights that are not float32, or a global
+            mean that this configuration does not support.
     """
     _check_global_mean(joint, cfg, plan)
     dtypes = {p.dtype for p in joint.student.parameters()} - {torch.float32}

@@ -1,4 +1,4 @@
-"""A step whose gradients are not finite changes nothing, and the host does not wait to learn of it."""
+"""Guard that skips optimizer steps with gradients that are not finite, without a host sync."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from fastdeitlt.core.flat_adamw import FlatAdamW
 
 
 class FiniteGuard:
-    """Leaves out the update of a step whose gradient norm is not finite; decided on the device, without a host sync.
+    """Skip the update of a step whose gradient norm is not finite, decided on the device.
 
-    More than ``skips`` such steps in a row are a failure, after which no update is made any more. The host learns of
-    it from the norms, at its next report. Weights stay as they were bit for bit; moments too with torch's AdamW and
-    FlatAdamW, and with the others they take a gradient of 0.
+    After more than ``skips`` such steps in a row all further updates are skipped; the host detects it from the norms at
+    its next report. Weights stay equal bit for bit; so do moments with torch's AdamW and FlatAdamW, while with others
+    they are updated with a gradient of 0.
 
     Args:
-        optimizer: torch's fused AdamW and FlatAdamW leave the whole step out; another with a tensor as learning rate
-            takes one of rate and gradient 0. One with a number (apex, DeepSpeed's FusedAdam: their kernels are handed a
-            flag to do nothing, and their source has the line that reads it commented out) takes one of gradient 0,
-            after which its weights are put back from a copy; that costs the weights' memory once more.
+        optimizer: torch's fused AdamW and FlatAdamW skip the whole step; another with a tensor as learning rate runs it
+            with rate and gradient 0. One with a number (apex, DeepSpeed's FusedAdam: their kernels have a no-op flag,
+            but the line that reads it is commented out) runs it with gradient 0, and its weights are then restored from
+            a copy; that costs the weights' memory once more.
         skips: train.nonfinite_skips.
-        device: of the gradients.
+        device: device of the gradients.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, skips: int, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class FiniteGuard:
         return [p for g in self.optimizer.param_groups for p in g["params"]]
 
     def watch(self, norm: Tensor) -> None:
-        """Called before each optimizer step with the norm that decides."""
+        """Skip the next optimizer step if its gradient norm is not finite."""
         bad = 1 - norm.isfinite().float()
         self.in_a_row.add_(bad).mul_(bad)
         self.failed.copy_(torch.maximum(self.failed, (self.in_a_row > self.skips).float()))
@@ -59,7 +59,7 @@ class FiniteGuard:
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:
-        """After the optimizer's step: the weights from before it, where it was to be left out."""
+        """Restore the weights from before a step that was to be skipped."""
         weights = self._weights()
         pairs = zip(self.kept, weights, strict=True)
         torch._foreach_copy_(weights, [torch.where(self.skip > 0, kept, p) for kept, p in pairs])

@@ -1,4 +1,4 @@
-"""Stage 7 on one rank: backward, accumulation and step with torch alone."""
+"""Stage 7 on one rank: backward, accumulation and step in plain torch."""
 
 # K classes
 
@@ -15,7 +15,7 @@ from fastdeitlt.core.loss import JointLoss
 
 
 class PlainEngine:
-    """One rank, no sharding."""
+    """Engine of one rank, without sharding."""
 
     def __init__(self, joint: JointForward, cfg: Config, micro_batches_per_step: int) -> None:
         self.joint = joint
@@ -44,7 +44,7 @@ class PlainEngine:
         return norm
 
     def _clip(self) -> Tensor:
-        """The gradient norm; FlatAdamW scales the gradients where it reads them, for others it is a pass of its own."""
+        """Clip and return the gradient norm; FlatAdamW scales gradients in its step, others need a further pass."""
         if isinstance(self.optimizer, FlatAdamW):
             norm = self.optimizer.gather()
             if self.clip_norm:

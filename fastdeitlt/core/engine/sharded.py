@@ -1,11 +1,11 @@
 """Stage 7b on several ranks: DeepSpeed ZeRO around the joint forward. The only importer of deepspeed.
 
-What is DeepSpeed's: which rank holds which part of gradients, moments and (stage 3) weights, and moving them. What is
-ours: the loss, its autocast, where a step ends, clipping, and checkpoints, which hold whole tensors, so that a run
-saved by two ranks continues on one.
+DeepSpeed partitions gradients, moments and (stage 3) weights over ranks and communicates them. The loss, its autocast,
+the end of a step, clipping and checkpoints are ours; checkpoints contain whole tensors, so that a run saved by two
+ranks resumes on one.
 
-Weights are float32 and the forward pass autocasts itself. DeepSpeed's `bf16` mode is never on: at stage 0 it takes a
-hidden optimizer step before training, which leaves Adam's bias correction off by one and decays every weight once.
+Weights are float32 and the forward pass autocasts itself. DeepSpeed's `bf16` mode is never on: at stage 0 it runs a
+hidden optimizer step before training, which makes Adam's bias correction off by one and decays every weight once.
 """
 
 import copy
@@ -34,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Compiled(nn.Module):
-    """What DeepSpeed wraps. Its hooks sit on this module, so the graph inside stays whole."""
+    """Module that DeepSpeed wraps; with its hooks here, the compiled graph inside has no breaks."""
 
     _forward: Callable[..., JointLoss | LocalSums]
 
@@ -48,16 +48,16 @@ class _Compiled(nn.Module):
 
 
 class DeepSpeedEngine:
-    """One rank of several, ZeRO stage 0 to 3.
+    """Engine of one rank of several, ZeRO stage 0 to 3.
 
-    ``student``, the one that ``joint`` came with, has all its weights on every rank after every step, so that average,
-    evaluation and checkpoint need not know of sharding. At stage 3 it is a copy beside the sharded one, gathered once
-    a step (float32 weights of extra memory on each rank).
+    ``student``, the original one of ``joint``, has all its weights on every rank after every step, so that average,
+    evaluation and checkpoint are independent of sharding. At stage 3 the sharded one is a copy, and ``student`` is
+    gathered once a step (float32 weights of extra memory on each rank).
 
     Args:
-        joint: what is differentiated; at stage 3 its student is replaced by the one that is sharded.
+        joint: the forward pass; at stage 3 its student is replaced by the sharded copy.
         cfg: the run.
-        plan: of this rank.
+        plan: plan of this rank.
 
     Raises:
         UserError: stage 3 with train.compile, or an optimizer that cannot be sharded.
@@ -95,15 +95,15 @@ class DeepSpeedEngine:
 
     @property
     def _clips_itself(self) -> bool:
-        """DeepSpeed clips only where it keeps gradients out of reach; it waits for the device to do so.
+        """Whether DeepSpeed clips, with a host sync, because its gradients are not accessible.
 
-        There it also leaves out the update of a gradient that is not finite, as ``FiniteGuard`` does elsewhere.
+        It then also skips steps with gradients that are not finite, like ``FiniteGuard`` otherwise.
         """
         return self.stage == 3 or self.offload
 
     def _settings(self, batch_size: int) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
-        zero["overlap_comm"] = False  # its stages 1 and 2 wait for the device after each backward
+        zero["overlap_comm"] = False  # with it, stages 1 and 2 wait for the device after each backward
         if self.stage == 3:
             zero["stage3_param_persistence_threshold"] = 0
         if self.offload:
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
         return torch.as_tensor(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip(self) -> Tensor:
-        """Clip this rank's gradients by the norm over all ranks', without waiting for the device."""
+        """Clip this rank's gradients by the norm over all ranks, without a host sync."""
         if self.stage == 0:
             gradients = [p.grad for p in self.sharded.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -160,7 +160,7 @@ class DeepSpeedEngine:
         return self.student.state_dict()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Whole moments of each parameter; every rank takes part, and rank 0 alone keeps them."""
+        """Collect whole moments of each parameter on rank 0; every rank must call it."""
         if self.stage == 0:
             return optim.optimizer_tensors(self.sharded, self.optimizer)
         step = next(iter(self.optimizer.state.values()))["step"].cpu()
@@ -187,21 +187,21 @@ class DeepSpeedEngine:
             self._load_moments(optimizer)
 
     def _start_moments(self, step: Tensor) -> None:
-        """AdamW's state of each flat part, zeros after ``step`` steps, as the first step would make it.
+        """Create AdamW's state of each flat part: zero moments and the counter ``step``.
 
-        Left to that step, DeepSpeed would tie only the first group's state to its parameters.
+        If the first step created it, DeepSpeed would link only the first group's state to its parameters.
         """
         flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         for flat in flats:
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            # each its own counter: a shared one would count once a part
+            # separate counters: a shared one would be incremented once a part
             self.optimizer.state[flat] = {"step": step.clone().to(flat.device), **moments}
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _load_moments(self, optimizer: dict[str, Tensor]) -> None:
-        """Fill in this rank's shares of whole moments."""
+        """Load this rank's parts of whole moments."""
         self._start_moments(next(value for key, value in optimizer.items() if key.endswith("/step")))
         utils = self._deepspeed.utils
         for name, parameter in self.sharded.named_parameters():
@@ -214,14 +214,14 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """Stage 3: the whole weights, from all ranks' shares, into ``student``."""
+        """Gather the whole weights of all ranks into ``student`` (stage 3)."""
         parts = list(self.sharded.parameters())
         with self._deepspeed.zero.GatheredParameters(parts):
             torch._foreach_copy_(list(self.student.parameters()), [part.data for part in parts])
 
 
 def _share(whole: Tensor, parameter: Any) -> Tensor:
-    """This rank's share of a stage 3 parameter's tensor; the last rank's is padded with zeros."""
+    """Return this rank's part of a stage 3 parameter's tensor; the last rank's is padded with zeros."""
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
     part = flat[distributed.rank() * size : (distributed.rank() + 1) * size]
@@ -229,9 +229,9 @@ def _share(whole: Tensor, parameter: Any) -> Tensor:
 
 
 def _shardable(cfg: Config) -> Config:
-    """The run with an implementation that its ZeRO stage does not break; where states are sharded, torch's AdamW.
+    """Return the configuration with an optimizer that its ZeRO stage supports.
 
-    It takes DeepSpeed's flat parts and keeps a step counter with each.
+    For sharded state this is torch's AdamW, which accepts DeepSpeed's flat parts and has a step counter for each.
     """
     o, stage = cfg.optim, cfg.train.zero_stage
     if stage and o.algorithm == "lamb":
@@ -251,7 +251,7 @@ def _shardable(cfg: Config) -> Config:
 
 
 def _import(device: torch.device) -> Any:
-    """DeepSpeed, told the device, with its group, and without the extension it would build with a C++ compiler."""
+    """Import DeepSpeed with this device and process group, without the extension it would compile."""
     distributed.start_alone(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
@@ -264,11 +264,11 @@ def _import(device: torch.device) -> Any:
             "'DS_BUILD_OPS=0 pip install deepspeed==0.19.8', or use train.engine=plain on one rank"
         ) from None
     groups = deepspeed.utils.groups
-    if groups._WORLD_GROUP is None and distributed.get_world() > 1:  # its own would not notice a rank that hangs
+    if groups._WORLD_GROUP is None and distributed.get_world() > 1:  # its own has no timeout for a rank that hangs
         groups._WORLD_GROUP = distributed.all_ranks()
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
-    deepspeed.ops.__compatible_ops__ = {}  # or it asks compilers and GPUs which extensions could be built here
-    # an optimizer of DeepSpeed's that is not used here compiles itself: torch's compiler takes 3 s of a rank's start
+    deepspeed.ops.__compatible_ops__ = {}  # or it probes compilers and GPUs for extensions it could build
+    # an unused optimizer of DeepSpeed calls torch.compile when imported, which adds 3 s to a rank's start
     with mock.patch.object(torch, "compile", lambda function: function):
         import deepspeed.runtime.zero.muon.muon_optimizer
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

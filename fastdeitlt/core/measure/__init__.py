@@ -1,4 +1,4 @@
-"""Timing: the timer, the operations of a step at its shapes, and what the first start on a GPU measures.
+"""Timing: the timer, the ops of a step at its shapes, and the measurements of the first start on a GPU.
 
-Imports the step's own modules, never the reverse. ``run``, ``tools`` and the benchmarks may import it.
+Imports the step's modules, never the reverse; may be imported by ``run``, ``tools`` and the benchmarks.
 """

@@ -1,4 +1,4 @@
-"""Let every rank know which kernels are fastest before the step is compiled."""
+"""Measurement of the fastest kernels, shared by all ranks, before the step is compiled."""
 
 import torch
 
@@ -11,14 +11,14 @@ from fastdeitlt.models.vit import DistilledViT
 def measure_kernels(
     cfg: Config, student: DistilledViT, teacher: Teacher | None, num_classes: int, device: torch.device
 ) -> None:
-    """Measure the ops that the configuration leaves to "auto", once a GPU, torch, Triton and shape.
+    """Measure the ops that are set to "auto", once for each GPU, torch, Triton and shape.
 
-    Rank 0 measures, and all ranks run what its rows say. Without a GPU it does nothing; with
-    train.measure_kernels=false it measures nothing.
+    Rank 0 measures, and all ranks use its rows. Does nothing without a GPU; with train.measure_kernels=false it only
+    shares rank 0's rows.
     """
     if device.type != "cuda":
         return
-    from fastdeitlt.core.measure.first_start import current_rows  # Triton is slow to import, and not there on every CPU
+    from fastdeitlt.core.measure.first_start import current_rows  # Triton is slow to import, and may be missing on CPUs
     from fastdeitlt.core.measure.parts import Shapes
     from fastdeitlt.kernels._measured import share
 

@@ -1,7 +1,7 @@
-"""Measure at the first start on a GPU what "auto" chooses by: each op at its default settings beside torch's, once.
+"""Measurements for "auto" at the first start on a GPU: each op at its current launch setting beside torch's.
 
-Rows go to the user cache, where ``kernels._measured`` reads them, and hold for this GPU, torch and Triton. `tune`
-measures more: launch settings, and the whole step.
+Rows are written to the user cache, read by ``kernels._measured``, and are valid for this GPU, torch and Triton. `tune`
+also measures launch settings and the whole step.
 """
 
 import datetime
@@ -35,25 +35,25 @@ log = logging.getLogger("fastdeitlt")
 
 ROUNDS = 10
 TOLERANCE = 2e-2
-"""Largest difference between two implementations, as a share of the largest value: several roundings of bfloat16."""
+"""Largest difference between two implementations relative to the largest value: several roundings of bfloat16."""
 
 
 def current_rows(shapes: Shapes) -> list[Row]:
-    """Measure what "auto" misses, unless the configuration forbids it; return all rows that count."""
+    """Measure ops set to "auto" without a current row, if ``measure_kernels``; return all rows in effect."""
     index, cfg = shapes.device.index, shapes.cfg
-    known, gpu = rows_of(index), gpu_name(index)
+    rows, gpu = rows_of(index), gpu_name(index)
     auto = {op for op, (section, field) in SETTINGS.items() if getattr(getattr(cfg, section), field) == "auto"}
-    current = {op for op, key in shapes.keys.items() if (r := known.get(("fastest", op, key))) and is_current(r, gpu)}
+    current = {op for op, key in shapes.keys.items() if (r := rows.get(("fastest", op, key))) and is_current(r, gpu)}
     missing = auto & shapes.keys.keys() - current
     if missing and cfg.train.measure_kernels:
         start = time.perf_counter()
         generators = [shapes.device] if shapes.device.type == "cuda" else []
         with capturing_stream(shapes.device), torch.random.fork_rng(generators):
-            found = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
+            new_rows = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
         torch.compiler.reset()  # its graphs count against the compiler's limit
         torch.cuda.empty_cache()
-        write(file_of(gpu), found)
-        choices = ", ".join(f"{row.op}={row.impl}" for row in found)
+        write(file_of(gpu), new_rows)
+        choices = ", ".join(f"{row.op}={row.impl}" for row in new_rows)
         log.info(
             "kernels: measured on %s in %.0f s: %s; train.measure_kernels=false leaves this out, 'fastdeitlt tune' "
             "measures more", gpu, time.perf_counter() - start, choices,
@@ -62,7 +62,7 @@ def current_rows(shapes: Shapes) -> list[Row]:
 
 
 def _measured_op(shapes: Shapes, op: str) -> Row | None:
-    """Return the row of an op: torch's where its kernel does not run at all, None where memory does not suffice."""
+    """Return the row of an op: torch's if the kernel fails, None if the GPU is out of memory."""
     try:
         return next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
     except torch.OutOfMemoryError:
@@ -74,7 +74,7 @@ def _measured_op(shapes: Shapes, op: str) -> Row | None:
 
 
 def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
-    """Time the implementations of an op that run and agree with torch's; return the row of the fastest."""
+    """Time the implementations of an op that agree with torch's; return the row of the fastest."""
     torchs = shapes.torchs(part.op)
     expected = copied(part.whole[torchs]())
     agreeing: dict[str, Call] = {}
@@ -99,7 +99,7 @@ def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
 
 
 def same(got: Any, expected: Any) -> bool:
-    """Return whether two results agree to the rounding that another order of sums brings."""
+    """Return whether two results agree up to the rounding of another summation order."""
     pairs = zip(tensors_of(got), tensors_of(expected), strict=True)
     return all((a.float() - b.float()).abs().max() <= TOLERANCE * b.float().abs().max() for a, b in pairs if b.numel())
 
@@ -115,7 +115,7 @@ def microseconds(timings: Mapping[str, Timing]) -> dict[str, float]:
 
 
 def new_row(shapes: Shapes, op: str, key: Key, kind: str, us: dict[str, float], **facts: Any) -> Row:
-    """Return a measurement with today's date and what it was measured on."""
+    """Return a row with today's date, the versions and the GPU."""
     where: dict[str, Any] = {name: metadata.version(name) for name in ("torch", "triton")}
     where |= {"gpu": gpu_name(shapes.device.index), "capability": capability(shapes.device.index)}
     where |= {"date": datetime.date.today().isoformat(), "command": f"fastdeitlt tune {shapes.cfg.name}"}

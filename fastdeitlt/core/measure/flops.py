@@ -1,4 +1,4 @@
-"""How many FLOPs a step has, and how many a GPU could do."""
+"""FLOPs of a network's forward pass, and peak FLOP/s of GPUs."""
 
 import torch
 from torch import nn
@@ -8,11 +8,11 @@ PEAK_FLOPS = {
     "H200 NVL": 836e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
     "B200": 2250e12, "L40S": 362e12, "4090": 165e12,
 }  # fmt: skip
-"""By a part of the GPU's name, the first that fits: datasheet, dense bf16 with float32 accumulation, FLOP/s."""
+"""Part of a GPU's name, the first that matches -> datasheet FLOP/s, dense bf16 with float32 accumulation."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the datasheet bf16 rate of a known GPU in FLOP/s; None for others and for CPUs, where MFU is not shown."""
+    """Return the datasheet bf16 FLOP/s of a GPU in ``PEAK_FLOPS``; None for others and for CPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Each op of the step that has a kernel, with random inputs of a configuration's shapes, to be timed."""
+"""Ops of the step that have a kernel, as timeable calls on random inputs of a configuration's shapes."""
 
 # B images, N tokens, H heads, E width of a head, D width, F width of the hidden layer, K classes, J the teacher's
 
@@ -41,9 +41,9 @@ from fastdeitlt.precision import autocast_dtype
 log = logging.getLogger("fastdeitlt")
 
 TORCHS = ("flash", "cudnn", "efficient", *FLASH_MODULES)
-"""Implementations of attention that the kernel is timed beside."""
+"""Implementations of attention to time beside the kernel."""
 SOURCE = (375, 500)
-"""Height and width of the images that are cropped: ImageNet's usual ones."""
+"""Height and width of the images to crop, ImageNet's usual ones."""
 
 
 SETTINGS = {
@@ -53,12 +53,12 @@ SETTINGS = {
     "joint_loss": ("loss", "impl"),
     "adamw_ema": ("optim", "backend"),
 }
-"""Op -> section and field of the configuration that chooses its implementation."""
+"""Op -> section and field of the configuration that selects its implementation."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the shapes of a step follow from."""
+    """Source of a step's shapes: configuration, networks, classes and device."""
 
     cfg: Config
     student: DistilledViT
@@ -83,10 +83,10 @@ class Shapes:
 
     @property
     def keys(self) -> dict[str, Key]:
-        """Ops of the step that have a kernel -> the shape that their measurements are of."""
+        """Ops of the step that have a kernel -> key of their measurements."""
         width = self.student.width
         head = width // cast(Block, self.student.blocks[0]).attn.heads
-        found: dict[str, Key] = {
+        keys: dict[str, Key] = {
             "attention": (self.tokens, head), "add_layernorm": (width,), "bias_gelu": (MLP_RATIO * width,),
             "joint_loss": (self.num_classes,), "adamw_ema": adamw_ema.KEY, "augment": (self.student.img_size,),
         }  # fmt: skip
@@ -95,10 +95,10 @@ class Shapes:
             "adamw_ema": self.cfg.optim.algorithm == "adamw",
             "augment": use_kernel(self.cfg.augment, self.device),
         }
-        return {op: key for op, key in found.items() if has_kernel.get(op, True)}
+        return {op: key for op, key in keys.items() if has_kernel.get(op, True)}
 
     def torchs(self, op: str) -> str:
-        """Return torch's implementation of an op here."""
+        """Return the name of torch's implementation of an op."""
         return torch_backend(self.dtype, self.device) if op == "attention" else "torch"
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,13 +107,13 @@ class Shapes:
 
 
 class Pass(NamedTuple):
-    """One launch whose setting is searched."""
+    """One launch and the settings to search."""
 
     call: Call
     settings: list[LaunchConfig]
     """The default first."""
     result: Call
-    """What a setting must compute as the default does."""
+    """Call whose result must be the same with every setting."""
 
 
 class Part(NamedTuple):
@@ -121,16 +121,16 @@ class Part(NamedTuple):
 
     op: str
     key: Key
-    """Of its choice."""
+    """Key of the op's "fastest" row."""
     passes: Mapping[Key, Pass]
     whole: Mapping[str, Call] = {}
-    """Implementation -> forward and backward; empty where another part chooses."""
+    """Implementation -> forward and backward; empty if another part selects the implementation."""
     eager: bool = False
     """Whether ``whole`` cannot be captured in a CUDA graph."""
 
 
 def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
-    """The call with a setting."""
+    """Return the call with a launch setting."""
 
     def run() -> object:
         with trying(op, key, setting):
@@ -140,7 +140,7 @@ def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
 
 
 def parts(shapes: Shapes, only: Container[str] | None = None) -> Iterator[Part]:
-    """Yield every op of the step with a kernel, or some; the inputs of a part are freed with it."""
+    """Yield the ops of the step that have a kernel, or those in ``only``; a part's inputs are freed with it."""
     builders = {
         "attention": _attention, "add_layernorm": _add_layernorm, "bias_gelu": _bias_gelu, "joint_loss": _joint_loss,
         "adamw_ema": _adamw_ema, "augment": _augment,
@@ -151,15 +151,15 @@ def parts(shapes: Shapes, only: Container[str] | None = None) -> Iterator[Part]:
 
 
 def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key, Pass]:
-    """The launches of a differentiable function, by keys whose name is "forward", "backward" or of a part of one."""
+    """Return the launches of a function by keys named "forward", "backward" or "backward_...", a part of it."""
     of_key = {key: calls[str(key[0]).partition("_")[0]] for key in settings}
-    return {key: Pass(of_key[key], found, of_key[key]) for key, found in settings.items()}
+    return {key: Pass(of_key[key], configs, of_key[key]) for key, configs in settings.items()}
 
 
 def _attention(shapes: Shapes) -> Iterator[Part]:
-    """All tokens, beside torch's backends and FlashAttention 3 and 4; then the two first rows of the last block.
+    """Yield attention of all tokens, beside torch's backends, then of the last block's two first rows.
 
-    All with the gradient of the projection's bias.
+    Each includes the gradient of the projection's bias.
     """
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     head = width // (heads := cast(Block, shapes.student.blocks[0]).attn.heads)
@@ -193,7 +193,7 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
 
 
 def _summing(whole: Callable[[], Any]) -> Call:
-    """Then the pass over the gradient of the packed qkv that its projection's bias needs, where no kernel sums it."""
+    """Add the sum over the packed qkv gradient for the projection's bias, which only our kernel includes."""
 
     def run() -> tuple[Tensor, Tensor]:
         (dqkv_BN3HE,) = whole()
@@ -203,9 +203,9 @@ def _summing(whole: Callable[[], Any]) -> Call:
 
 
 def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
-    """The float32 stream, a branch with drop path, and the norm in the type of the products that read it.
+    """Yield add and LayerNorm of a float32 stream and a branch with drop path, normalised in the products' type.
 
-    Both implementations are timed with the branch's last product, in which torch adds the bias for nothing.
+    Both implementations are timed with the branch's last product, in which torch adds the bias at no cost.
     """
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
@@ -231,7 +231,7 @@ def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
 
 
 def _bias_gelu(shapes: Shapes) -> Iterator[Part]:
-    """The hidden layer with its product, in which torch adds the bias for nothing."""
+    """Yield bias and GELU of the hidden layer with its product, in which torch adds the bias at no cost."""
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     hidden = MLP_RATIO * width
     x, linear = shapes.random(batch, tokens, width), nn.Linear(width, hidden).to(shapes.device, shapes.dtype)
@@ -243,7 +243,7 @@ def _bias_gelu(shapes: Shapes) -> Iterator[Part]:
 
 
 def _joint_loss(shapes: Shapes) -> Iterator[Part]:
-    """Both losses and both gradients of a mixed, re-weighted batch."""
+    """Yield both losses and both gradients of a mixed, re-weighted batch."""
     batch, num_classes, teacher = shapes.batch, shapes.num_classes, shapes.teacher
     class_map = None if teacher is None else teacher.class_map
     teacher_logits = shapes.random(batch, num_classes if teacher is None else teacher.num_classes).detach()
@@ -262,9 +262,9 @@ def _joint_loss(shapes: Shapes) -> Iterator[Part]:
 
 
 def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
-    """The kernel on flat buffers; and the whole optimizer step with clipping and average, beside torch's."""
+    """Yield the kernel on flat buffers, and the whole step with clipping and average beside torch's."""
     weights = sum(parameter.numel() for parameter in shapes.student.parameters())
-    size = -(-weights // ALIGNMENT) * ALIGNMENT  # as the optimizer's buffers, which the kernel reads 16 bytes at a time
+    size = -(-weights // ALIGNMENT) * ALIGNMENT  # aligned like the optimizer's buffers, for 16-byte loads
     flat = torch.rand(5, size, device=shapes.device)
     lr, step = torch.full((), 1e-3, device=shapes.device), torch.full((), 7.0, device=shapes.device)
     options: dict[str, Any] = {"lr": lr, "step": step, "num_decayed": size // 2, "weight_decay": 0.05, "scale": lr}
@@ -285,7 +285,7 @@ def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
 
 
 def _optimizer(shapes: Shapes, backend: str) -> Call:
-    """The engine's step of a student whose weights are 0, so that results tell the steps of two backends apart."""
+    """Return the engine's step of a student with zero weights, so that the results show each backend's step."""
     student, cfg = copy.deepcopy(shapes.student), shapes.cfg
     for parameter in student.parameters():
         parameter.data.zero_()
@@ -309,7 +309,7 @@ def _optimizer(shapes: Shapes, backend: str) -> Call:
 
 
 def _augment(shapes: Shapes) -> Iterator[Part]:
-    """Crop to mixed batch, from noise."""
+    """Yield the augmentation of noise, from crop to mixed batch."""
     batch, (height, width), cfg, side = shapes.batch, SOURCE, shapes.cfg.augment, shapes.student.img_size
     numbers = np.arange(batch)
     pixels = torch.randint(0, 256, (batch * height * width * 3,), dtype=torch.uint8, device=shapes.device)
@@ -320,13 +320,13 @@ def _augment(shapes: Shapes) -> Iterator[Part]:
         augment.augment, pixels, numbers * height * width * 3, sizes_B2, draws, mix, cfg, side, dtype=shapes.dtype
     )
     settings = _search.elementwise({(kernel, side): augment.default_config(kernel) for kernel in augment.SEARCHED})
-    yield Part("augment", (side,), {key: Pass(call, found, call) for key, found in settings.items()})
+    yield Part("augment", (side,), {key: Pass(call, configs, call) for key, configs in settings.items()})
 
 
 def _both(
     shapes: Shapes, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
 ) -> dict[str, Call]:
-    """Forward and backward of the kernel's function and of torch's, which is compiled as the step is."""
+    """Return forward and backward of the kernel's function and of torch's, compiled if the step is."""
     functions = {"triton": triton, "torch": _compiled(shapes, torchs)}
     return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}
 

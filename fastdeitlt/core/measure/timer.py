@@ -1,9 +1,9 @@
-"""The one timer: candidates in interleaved rounds, median with p20 and p80; and what the machine can do at best.
+"""Timer: candidates in interleaved rounds, median with p20 and p80; and the machine's peak rates.
 
 On a GPU a sample is a CUDA graph of several calls between two events, so that launches from Python do not count; a
 candidate that cannot be captured (it reads the device from the host) runs eagerly. On a CPU it is perf_counter.
-A backward runs on the stream of its forward, and a graph holds what runs on the capturing stream, so whoever times a
-backward makes its forward, too, inside ``capturing_stream``.
+A backward runs on the stream of its forward, and a graph records only the capturing stream, so to time a backward, run
+its forward inside ``capturing_stream`` too.
 """
 
 import functools
@@ -25,7 +25,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call."""
+    """Milliseconds a call; ``graph``: measured by a CUDA graph."""
 
     median: float
     p20: float
@@ -36,11 +36,11 @@ class Timing:
 def measure(
     candidates: Mapping[str, Call], device: torch.device, rounds: int = 20, eager: frozenset[str] = frozenset()
 ) -> dict[str, Timing]:
-    """Time the candidates in turn, ``rounds`` times, each round in another order, so that drift hits all alike.
+    """Time the candidates in ``rounds`` rounds, each in another order, so that drift affects all equally.
 
     Args:
         candidates: name -> call.
-        device: where they run.
+        device: device of the calls.
         rounds: samples of each.
         eager: names that must not be captured in a CUDA graph.
     """
@@ -55,11 +55,11 @@ def measure(
 
 
 def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, Call]:
-    """Calls of a differentiable function: "forward" alone, "backward" alone on a kept graph, and the "whole" of both.
+    """Return calls of a differentiable function: "forward", "backward" on a kept graph, and "whole", both.
 
     Args:
-        function: gives one tensor or several.
-        tensors: what it is differentiated by.
+        function: returns one tensor or several.
+        tensors: the tensors to differentiate by.
     """
     kept = tensors_of(function())
     generator = torch.Generator(kept[0].device).manual_seed(0)  # functions that should agree get equal gradients
@@ -77,13 +77,13 @@ def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, 
 
 
 def tensors_of(result: Any) -> list[Tensor]:
-    """The tensors of a result, which may be one."""
+    """Return the tensors of a result, which may be one tensor."""
     return [result] if isinstance(result, Tensor) else [tensor for tensor in result if isinstance(tensor, Tensor)]
 
 
 @contextmanager
 def capturing_stream(device: torch.device) -> Iterator[None]:
-    """Everything inside runs on one stream that a CUDA graph can capture, as the default stream cannot be."""
+    """Run the context on a stream that a CUDA graph can capture, unlike the default stream."""
     if device.type != "cuda":
         yield
         return
@@ -95,13 +95,13 @@ def capturing_stream(device: torch.device) -> Iterator[None]:
 
 
 def timing(values: list[float], graph: bool = False) -> Timing:
-    """Median and quantiles of samples in ms."""
+    """Return median and quantiles of samples in ms."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return Timing(statistics.median(values), cuts[0], cuts[3], graph)
 
 
 def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], float]:
-    """Warm up, choose how many calls make a sample, and return what takes one, in ms a call."""
+    """Warm up, choose the number of calls a sample, and return a function that measures one in ms a call."""
     for _ in range(WARM_UP_CALLS):
         call()
     synchronise(device)
@@ -131,7 +131,7 @@ def _cuda_sampler(call: Call, repeats: int, capture: bool, device: torch.device)
         with capturing_stream(device) if _on_default_stream(device) else nullcontext():
             loop()
             graph = torch.cuda.CUDAGraph()
-            # what threads of the data path do meanwhile is no matter of this graph
+            # threads of the data path use CUDA during the capture
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device), capture_error_mode="thread_local"):
                 loop()
         run = graph.replay
@@ -153,14 +153,14 @@ def _on_default_stream(device: torch.device) -> bool:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device; nothing on a CPU."""
+    """Wait for the device; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a plain copy of 1 GiB (64 MiB on a CPU), read plus written: the floor's measure."""
+    """Measure bytes a second, read plus written, of a copy of 1 GiB (64 MiB on a CPU)."""
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
     found = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
@@ -169,7 +169,7 @@ def bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
-    """FLOP a second of a square matrix product with random numbers: 8,192 on a GPU, 1,024 on a CPU.
+    """Measure FLOP/s of a square matrix product of random numbers: size 8,192 on a GPU, 1,024 on a CPU.
 
     Args:
         dtype: None = bfloat16 on a GPU, float32 on a CPU.
@@ -182,7 +182,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype | None = None) -> float
 
 
 def cpu_name() -> str:
-    """The processor's name, or its architecture where the system does not say."""
+    """Return the processor's name, or its architecture if the system does not report it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as info:
             names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
