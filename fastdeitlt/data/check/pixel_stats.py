@@ -17,7 +17,7 @@ from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.sets.types import LongTailSet
 
 MOST_IMAGES = 4096
-"""Images that are decoded; of a larger set evenly spaced ones, whose mean differs from that of all by about 0.002."""
+"""Images that are decoded; of a larger set evenly spaced ones."""
 BATCH = 128
 SIDE = 64
 """Side in pixels of the central square that is measured, after the shorter side is resized to it."""
