@@ -1,4 +1,4 @@
-"""The input pipeline: data sets (``sets``), image order (``sampler``), decoding (``pixels``), ``augment``, ``mixup``.
+"""The input pipeline: sets, sampler, pixels, augment, mixup.
 
 Each stage consumes the output of the one before it. Imports ``config``, ``store`` and ``errors``.
 """

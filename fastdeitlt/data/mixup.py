@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch with its reverse (timm's batch mode), without dense targets.
+"""Mixup and CutMix of a batch with its reverse (timm's batch mode).
 
 Image i is mixed with image B - 1 - i; one lambda per batch and virtual rank. The loss uses (partner labels, lambda,
 smoothing); ``mixed_target`` is the dense reference.
@@ -19,14 +19,14 @@ from fastdeitlt.errors import UserError
 
 @dataclass(frozen=True)
 class MixDraw:
-    """Mixing of a batch: ``lam`` is the weight of the image itself, ``box`` (y0, y1, x0, x1) the CutMix region."""
+    """Mixing of a batch: ``lam`` its own weight, ``box`` CutMix's (y0, y1, x0, x1)."""
 
     lam: float = 1.0
     box: tuple[int, int, int, int] | None = None
 
 
 def draw(seed: int, epoch: int, index: int, virtual_rank: int, cfg: MixupConfig, size: int) -> MixDraw:
-    """Draw the mixing of micro-batch ``index`` of a virtual rank; ``size`` is the image side in pixels.
+    """Draw the mixing of micro-batch ``index``; ``size`` is the image side in pixels.
 
     Args:
         seed, epoch, index, virtual_rank: the key; the draw is a function of it alone.
@@ -79,10 +79,11 @@ def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
 
 
 def mixed_target(labels_B: Tensor, partner_B: Tensor, lam: float, classes: int, smoothing: float) -> Tensor:
-    """Return the dense target [B, K]: lam * smoothed(labels) + (1 - lam) * smoothed(partner labels).
+    """Return the dense target [B, K] of a mixed batch.
 
-    A smoothed one-hot is smoothing / K everywhere, plus 1 - smoothing at the label (timm's ``mixup_target``, where the
-    partner is ``labels_B.flip(0)``). Reference for tests; the loss does not build it.
+    lam * smoothed(labels) + (1 - lam) * smoothed(partner labels), where a smoothed one-hot is smoothing / K everywhere,
+    plus 1 - smoothing at the label (timm's ``mixup_target``, where the partner is ``labels_B.flip(0)``). Reference for
+    tests; the loss does not build it.
     """
     own_BK, other_BK = (
         one_hot(i_B, classes) * (1.0 - smoothing) + smoothing / classes for i_B in (labels_B, partner_B)

@@ -1,4 +1,4 @@
-"""Image order: repeated augmentation, and micro-batches that do not depend on the number of GPUs.
+"""Image order and micro-batches, independent of the number of GPUs.
 
 The recipe is defined for R data-parallel ranks ("virtual ranks"). Each of W real ranks runs R / W of them in turn, so
 one GPU forms exactly the batches of R GPUs.
@@ -18,7 +18,7 @@ from fastdeitlt.errors import UserError
 
 
 class RepeatedAugmentationSampler:
-    """Yield one rank's indices for one epoch; each image appears ``repeats`` times across ranks.
+    """Yield one rank's indices; each image appears ``repeats`` times across ranks.
 
     The permutation is seeded by the epoch alone. Each rank uses every ``world_size``-th entry of the repeated
     permutation. With ``repeats`` > 1 it keeps the first floor(floor(N / 256) * 256 / world_size), as the reference.
@@ -80,7 +80,7 @@ class RepeatedAugmentationSampler:
         return self.length
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in the epoch; ``load_state_dict`` continues at the next index."""
+        """Return the position in the epoch, for ``load_state_dict``."""
         return {"epoch": self.epoch, "cursor": self.cursor, "n": self.n, "world_size": self.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -195,7 +195,7 @@ class Plan:
         return self.sampling is None and self.images_per_epoch < 0.9 * self.n
 
     def describe_epoch(self) -> str:
-        """Summarize an epoch in one line; if it is partial, name the settings that lengthen it."""
+        """Summarize an epoch in one line, with remedies if it is partial."""
         if self.sampling:
             return f"an epoch shows {self.images_per_epoch:,} images, drawn by data.sampling={self.sampling.kind}"
         text = f"an epoch has {self.distinct_images:,} of the {self.n:,} images"
@@ -234,9 +234,10 @@ class Plan:
 
 
 def plan_of(cfg: Config, num_images: int, rank: int = 0, world: int = 1, labels_N: np.ndarray | None = None) -> Plan:
-    """Return the plan of a run on ``num_images`` images; by default with as many virtual ranks as real ones.
+    """Return the plan of a run on ``num_images`` images.
 
     Args:
+        world: real ranks; also the virtual ranks, unless ``train.virtual_ranks`` is set.
         labels_N: class of each image, for ``data.sampling``; None: the plan is for counts only.
 
     Raises:

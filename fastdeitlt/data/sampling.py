@@ -36,7 +36,7 @@ class Sampling:
     seed: int
 
     def shares(self, epoch: int) -> np.ndarray:
-        """Return the share of each class in an epoch, float64 [K]; 0 for a class without images."""
+        """Return each class's share of an epoch, float64 [K]; 0 for an empty class."""
         counts_K = np.bincount(self.labels_N).astype(np.float64)
         by_size_K, alike_K = counts_K / counts_K.sum(), (counts_K > 0) / (counts_K > 0).sum()
         match self.kind:
@@ -49,7 +49,7 @@ class Sampling:
                 return (1 - done) * by_size_K + done * alike_K
 
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return an epoch's image order and, for each position, how often its image came before: two int64 [N].
+        """Return an epoch's images in order and their occurrence so far, two int64 [N].
 
         A class appears its share of N times, rounded randomly without bias. The images of a class appear equally
         often, or differ by one.
@@ -71,7 +71,7 @@ class Sampling:
 
 
 def sampling_of(cfg: DataConfig, labels_N: np.ndarray | None, epochs: int, seed: int) -> Sampling | None:
-    """Return the sampler of ``data.sampling``; None if every image is shown once, or without labels."""
+    """Return the sampler of ``data.sampling``; None for instance, or without labels."""
     if cfg.sampling == "instance" or labels_N is None:
         return None
     return Sampling(cfg.sampling, labels_N, epochs, seed)

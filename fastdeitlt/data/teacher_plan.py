@@ -20,7 +20,7 @@ MIN_PART = 2
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """The batches of an epoch: a permutation of all images, a function of (seed, epoch) alone.
+    """The batches of an epoch, a permutation that depends on (seed, epoch) alone.
 
     A batch is split in order into nearly equal parts: over ranks, then over a rank's micro-batches. Batch norm needs
     two images in each, so a last batch too small for that is merged into the one before. PaCo drops an incomplete last
@@ -45,7 +45,7 @@ class TeacherPlan:
 
     @property
     def last_batch(self) -> str:
-        """Handling of images that fill no batch; empty if they form a smaller last batch, or there are none."""
+        """Note on images that fill no batch; empty if there is nothing to report."""
         left = self.n - self.steps * self.batch_size
         if left <= 0:
             return ""
@@ -59,7 +59,7 @@ class TeacherPlan:
             yield sample_B
 
     def shown(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each batch's image indices and how often each image came before in the epoch, two int64 [B]."""
+        """Yield each batch's image indices and their occurrence so far, two int64 [B]."""
         if self.sampling:
             order_N, before_N = self.sampling.draw(epoch)
         else:

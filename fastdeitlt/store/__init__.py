@@ -1,4 +1,4 @@
-"""Atomic file writes, model folders with manifest and checksums, and the user cache.
+"""Atomic writes, model folders with manifest and checksums, and the user cache.
 
 Imports ``config`` and ``errors`` only.
 """

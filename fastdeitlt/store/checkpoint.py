@@ -1,4 +1,6 @@
-"""Model folders: atomic writes, verified reads. Safetensors and JSON only; nothing is unpickled.
+"""Model folders, written atomically and verified when read.
+
+Safetensors and JSON only; nothing is unpickled.
 
 A *model folder* has ``model.safetensors`` (a checkpoint of a run also ``ema`` and ``optimizer``) and ``manifest.json``,
 which lists every file with its size and sha256. It is written under a temporary name, flushed, and renamed, so readers
@@ -128,7 +130,7 @@ def add_facts(path: str | Path, facts: dict[str, Any]) -> None:
 
 
 def replace_folder(draft: Path, path: Path) -> None:
-    """Rename ``draft`` to ``path``, replacing an existing folder (moved away first: rename needs an absent target)."""
+    """Rename ``draft`` to ``path``, replacing an existing folder."""
     aside = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
     if path.exists():
         path.rename(aside)
@@ -181,7 +183,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def load_tensors(path: str | Path, name: str = "model") -> dict[str, Tensor]:
-    """Load one state dict of a model folder to the CPU. Call ``read_manifest`` first: it verifies the hashes.
+    """Load one state dict to the CPU; call ``read_manifest`` first to verify hashes.
 
     Raises:
         DamagedError: the file is missing or not safetensors.
@@ -195,7 +197,7 @@ def load_tensors(path: str | Path, name: str = "model") -> dict[str, Tensor]:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the model folder for a path: the folder itself, or a run's best (else newest) checkpoint.
+    """Return the folder itself, or a run's best (else newest) checkpoint.
 
     Raises:
         UserError: there is none.
@@ -220,13 +222,13 @@ def list_names(folder: Path) -> list[str]:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """List the checkpoints in a run's ``checkpoints`` folder, newest first; errors as ``list_names``."""
+    """List the step folders of a run's ``checkpoints``, newest first."""
     steps = [name for name in list_names(folder) if name.startswith("step-") and name.removeprefix("step-").isdigit()]
     return [folder / name for name in reversed(steps)]
 
 
 def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[dict[str, Tensor], Manifest]:
-    """Load the tensors and manifest of a model folder, or of a run's best (else newest) checkpoint.
+    """Load tensors and manifest of a model folder or a run's best checkpoint.
 
     Args:
         kind: "student" or "teacher", the kind that the manifest must state.

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: write under a temporary name in the same folder, then rename."""
+"""Atomic writes of files and folders: a temporary name, then a rename."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces ``path`` when the block ends; remove it if the block raises."""
+    """Yield a temporary path that replaces ``path`` after the block, unless it raises."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield draft
@@ -35,7 +35,7 @@ def draft_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file atomically, keeping its permissions; a link stays, and its target is replaced.
+    """Write a text file atomically, keeping its permissions; links are followed.
 
     A pipe or device is written to directly.
     """
@@ -51,7 +51,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``path`` when the block ends; remove it if the block raises.
+    """Yield a temporary folder that replaces ``path`` after the block, unless it raises.
 
     Requires a lock on ``path``: drafts left by a killed process are removed, and ``path`` does not exist between the
     two renames.

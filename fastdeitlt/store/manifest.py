@@ -22,7 +22,7 @@ class File(_Facts):
 
 
 class ModelInfo(_Facts):
-    """Architecture of the model. A student has a ``name``, a teacher an ``arch``; 0 = not stated."""
+    """Architecture: ``name`` for a student, ``arch`` for a teacher; 0 = not stated."""
 
     name: str = ""
     arch: str = ""
@@ -59,7 +59,7 @@ def preprocess_of(cfg: Config, img_size: int) -> Preprocess:
 
 
 class Calibration(_Facts):
-    """Temperatures that divide the logits before the softmax, fitted on validation images (posthoc.py)."""
+    """Softmax temperatures fitted on validation images (posthoc.py)."""
 
     temperatures: dict[Head, Positive]
     num_fitted: int = Field(ge=1)
@@ -75,7 +75,7 @@ class Best(_Facts):
 
 
 class Manifest(_Facts):
-    """The manifest of a model folder. Types and ranges are checked; further entries are allowed."""
+    """The manifest: types and ranges are checked, further entries are allowed."""
 
     format: Literal["fastdeitlt"]
     files: dict[str, File]

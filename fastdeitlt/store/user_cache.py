@@ -5,5 +5,5 @@ from pathlib import Path
 
 
 def user_cache(name: str) -> Path:
-    """Return the path of ``name`` in the user cache, $XDG_CACHE_HOME/fastdeitlt (default ~/.cache/fastdeitlt)."""
+    """Return the path of ``name`` in $XDG_CACHE_HOME/fastdeitlt (default: ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / name

@@ -1,4 +1,4 @@
-"""`data check` and `data stats`: findings about a data set, its splits and its files.
+"""`data check` and `data stats`: findings about splits and image files.
 
-Imports ``data.sets`` and ``data.pixels``; the command line and ``core.assemble`` import it.
+Imports ``data.sets`` and ``data.pixels``.
 """

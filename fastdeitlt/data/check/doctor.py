@@ -1,4 +1,4 @@
-"""The data set doctor: what a data set looks like (``stats``) and what is wrong with it (``check``).
+"""Reports of a data set: statistics (``stats``) and findings (``check``).
 
 N images in the set, K classes.
 """
@@ -31,7 +31,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 @dataclass(frozen=True)
 class SplitStats:
-    """The class sizes of one split."""
+    """Class-size statistics of one split."""
 
     split: str
     num_images: int
@@ -44,14 +44,14 @@ class SplitStats:
     imbalance_ratio: float
     """largest / smallest (rho)."""
     gini: float
-    """Gini coefficient of the class sizes: 0 = balanced, towards 1 = all in one class."""
+    """Gini coefficient of the class sizes: 0 = balanced, near 1 = all in one class."""
     counts: list[int]
     """Images of each class [K]."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``stats`` and ``check`` found out."""
+    """Result of ``stats`` or ``check``."""
 
     dataset: str
     title: str
@@ -59,27 +59,27 @@ class Report:
     groups: dict[str, dict[str, dict[str, int]]]
     """Shot split -> head/mid/tail -> {"classes", "images"} of the training set."""
     schedule: dict[str, int]
-    """Predicted steps of training with the config; empty if the config does not fit the set."""
+    """Predicted training steps of the config; empty if the config does not fit the set."""
     class_names: list[str] | None = None
     findings: list[Finding] = field(default_factory=list)
     trained: str = "a student"
-    """What the config trains: a student, or a teacher."""
+    """Model trained by the config: "a student" or "a teacher"."""
     checked: bool = False
-    """Whether faults were looked for (``check``)."""
+    """Whether this is a result of ``check``."""
     pixels: PixelStats | None = None
     """Statistics of the training images' pixels (``stats``)."""
 
     @property
     def exit_code(self) -> int:
-        """2 with errors, else 0."""
+        """2 if there are errors, else 0."""
         return 2 if any(finding.level == "error" for finding in self.findings) else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as json knows it."""
+        """Return the report as a JSON-able dict."""
         return asdict(self) | {"exit_code": self.exit_code}
 
     def print(self, as_json: bool = False) -> None:
-        """Write to stdout: tables (at least 120 columns wide where that is no terminal), or json."""
+        """Print tables (at least 120 columns wide if stdout is no terminal) or json."""
         if as_json:
             print(json.dumps(self.to_dict()))
         else:
@@ -88,7 +88,7 @@ class Report:
             console.print(self.render())
 
     def render(self) -> Group:
-        """Tables for a rich console."""
+        """Return tables for a rich console."""
         splits = _table(
             f"data {self.title}", "split", "images", "classes", "empty", "largest", "smallest", "rho", "Gini"
         )
@@ -113,7 +113,7 @@ class Report:
         return Group(*tables, self._findings()) if self.checked or self.findings else Group(*tables)
 
     def _pixels(self, pixels: PixelStats) -> Table:
-        """Mean and deviation, as they are written into a recipe."""
+        """Return a table of mean and deviation, in recipe syntax."""
         table = _table("training pixels", "", "")
         unreadable = f", {pixels.num_unreadable:,} unreadable left out" if pixels.num_unreadable else ""
         table.add_row("augment.mean", escape(str(list(pixels.mean))))
@@ -124,7 +124,7 @@ class Report:
         return table
 
     def _classes(self, num_rows: int = 20) -> Table:
-        """Class sizes from head to tail; at most ``num_rows``, evenly spaced."""
+        """Return up to ``num_rows`` class sizes from head to tail, evenly spaced."""
         table = _table("training images by class", "rank", "class", "images", "")
         counts = self.splits[0].counts
         order = sorted(range(len(counts)), key=lambda k: -counts[k])
@@ -145,7 +145,9 @@ class Report:
 
 
 def stats(config: Config) -> Report:
-    """Class sizes, head/mid/tail, predicted steps, and mean and deviation of up to 4,096 decoded training images.
+    """Report class sizes, groups, predicted steps and pixel statistics.
+
+    Decodes up to 4,096 training images for their mean and deviation.
 
     Raises:
         UserError: the data set cannot be opened (see ``open_sets``), or no image can be read.
@@ -155,10 +157,10 @@ def stats(config: Config) -> Report:
 
 
 def check(config: Config, decode: bool = True) -> Report:
-    """``stats`` and everything that is wrong or odd: see the findings.
+    """Report ``stats`` and all findings.
 
     Args:
-        decode: read and decode every image (also finds duplicates by content); else only the lists are checked.
+        decode: read and decode every image, which also finds duplicates by content; False: check the lists only.
 
     Raises:
         UserError: the data set cannot be opened; see ``open_sets``.
@@ -178,7 +180,7 @@ def check(config: Config, decode: bool = True) -> Report:
 
 
 def gini(counts: Sequence[int]) -> float:
-    """Gini coefficient of class sizes, those without images included."""
+    """Return the Gini coefficient of the class sizes, including empty classes."""
     ranked_K = np.sort(np.asarray(counts, dtype=np.float64))
     classes = len(ranked_K)
     weighted = 2 * (np.arange(1, classes + 1) * ranked_K).sum() / (classes * ranked_K.sum())
@@ -186,7 +188,7 @@ def gini(counts: Sequence[int]) -> float:
 
 
 def split_stats(split: str, images: LongTailSet) -> SplitStats:
-    """The class sizes of one split."""
+    """Return the class-size statistics of one split."""
     present = [n for n in images.counts if n]
     return SplitStats(
         split=split,

@@ -1,4 +1,4 @@
-"""What can be wrong or odd with the images of a data set: files, duplicates."""
+"""Findings about the images of a data set: file problems and duplicates."""
 
 import hashlib
 from collections import defaultdict
@@ -12,30 +12,33 @@ from fastdeitlt.errors import counted
 
 
 def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:
-    """Findings about single images, and what tells each image from others: its sha256, or else its path."""
+    """Return findings about single images, and each one's sha256 (else its path)."""
     if images.images_NHWC is not None:
         return [], [hashlib.sha256(image.tobytes()).digest() for image in images.images_NHWC]
     if not decode:
         return [], [path.encode() for path in images.paths]
-    found: dict[tuple[Level, str], list[str]] = defaultdict(list)
+    paths_by_finding: dict[tuple[Level, str], list[str]] = defaultdict(list)
     digests = []
     for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg, images.blobs), strict=True):
         if scan.problem:
-            found["error", scan.problem].append(path)
+            paths_by_finding["error", scan.problem].append(path)
         if scan.doubt:
-            found["warning", scan.doubt].append(path)
+            paths_by_finding["warning", scan.doubt].append(path)
         for note in scan.notes:
-            found["note", note].append(path)
+            paths_by_finding["note", note].append(path)
         digests.append(scan.digest or path.encode())
     findings = [
         Finding(level, split, f"{counted(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
-        for (level, what), paths in found.items()
+        for (level, what), paths in paths_by_finding.items()
     ]
     return findings, digests
 
 
 def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[bytes]]) -> list[Finding]:
-    """The same image in two splits, twice in one, or with two labels. Published sets keep theirs, to be comparable."""
+    """Return findings about images in two splits, twice in one, or with two labels.
+
+    An image in two splits is an error, but a warning for published sets, which stay comparable.
+    """
     places: dict[bytes, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for split, keys in digests.items():
         for index, key in enumerate(keys):

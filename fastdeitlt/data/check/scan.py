@@ -1,4 +1,4 @@
-"""Look at every image file of a data set: is it there, does it decode, what is odd about it, is it there twice."""
+"""Scan every image file of a data set: existence, decoding, oddities, digests."""
 
 import hashlib
 import io
@@ -38,34 +38,34 @@ HUGE_IMAGE_PIXELS = 50_000_000
 GROUP = 32
 """Files read and decoded together."""
 NUM_GLANCES = 32
-"""Threads that look at the ends of files: more than cores, because on network storage they mostly wait."""
+"""Threads that read the ends of files: more than cores, because they mostly wait for network storage."""
 MANY = 10_000
-"""Files from which a look at all of them shows its progress."""
+"""Number of files from which progress is shown."""
 NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one image file turned out to be."""
+    """Scan result of one image file."""
 
     problem: str = ""
-    """Why training cannot read it; empty for a good image."""
+    """Why training cannot read it; empty for a valid image."""
     doubt: str = ""
-    """Damage that Pillow reports and training does not notice."""
+    """Damage that Pillow reports and training does not detect."""
     notes: tuple[str, ...] = ()
-    """What is odd about it, though it can be read."""
+    """Oddities of a readable image."""
     digest: bytes = b""
     """sha256 of the file; empty if it could not be read."""
 
 
 def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None = None) -> Iterator[Scan]:
-    """Read and decode each image (relative to ``root``) as training does, in order; progress on a terminal.
+    """Read and decode each image below ``root`` as in training, in order.
 
-    Never raises for a bad image.
+    Does not raise for a bad image.
 
     Args:
         cfg: ``num_threads`` (0 = the cores) and ``exif``.
-        blobs: where the images lie inside shards; None: each is a file.
+        blobs: locations of the images inside shards; None: each is a file.
     """
     threads, console = num_threads(cfg.num_threads), Console(stderr=True)
     numbers = range(len(names))
@@ -75,7 +75,7 @@ def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None
         closing(Workers(threads)) as workers,
         closing(Decoder(threads, torch.device("cpu"))) as decoder,
     ):
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is in the Scan
+        warnings.simplefilter("ignore")  # Pillow warns of odd files; findings are in the Scan
 
         def start(group: range) -> Callable[[], list[Scan]]:
             places = [blobs[i] if blobs else os.path.join(root, names[i]) for i in group]
@@ -88,40 +88,41 @@ def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None
 
 
 def check_files(sets: Sets, cfg: DataConfig) -> str:
-    """Look at the first and last bytes of every file of every split, before anything is trained.
+    """Check that every image file of every split is present and whole.
 
-    With ``data.on_error=skip`` unreadable files are counted in a warning instead.
+    Reads the first and last bytes of files, and all bytes of images in shards; decodes nothing. With
+    ``data.on_error=skip`` unreadable files are counted in a warning.
 
     Returns:
-        What was looked at.
+        A summary of the check.
 
     Raises:
-        UserError: some files are not there, not whole, or no images; names the first of each split.
+        UserError: files are missing, truncated or no images; the message has the first of each split.
     """
     files = [(split, images) for split, images in sets if images.images_NHWC is None]
     total = sum(len(images) for _, images in files)
     if total >= MANY:
         log.info("looking at the first and last bytes of %s image files", f"{total:,}")
-    told = []
+    problems = []
     for split, images in files:
         if faults := _faults(images, split):
             shown = "; ".join(f"{images.paths[i]}: {faults[i]}" for i in sorted(faults)[:NUM_EXAMPLES])
-            told.append(
+            problems.append(
                 f"{len(faults):,} of {len(images):,} {split} images under {images.root} cannot be read ({shown})"
             )
             if cfg.on_error == "skip":
                 used = "replaced by others of their class" if split == "train" else "left out of the scores"
-                log.warning("data: %s; %s", told[-1], used)
-    if told and cfg.on_error == "raise":
-        raise UserError(f"data: {'; '.join(told)}; repair them, take them off the list, or set data.on_error=skip")
-    looked = (
+                log.warning("data: %s; %s", problems[-1], used)
+    if problems and cfg.on_error == "raise":
+        raise UserError(f"data: {'; '.join(problems)}; repair them, take them off the list, or set data.on_error=skip")
+    summary = (
         f"first and last bytes of all {total:,} files; only 'data check' decodes them" if total else "decoded already"
     )
-    return f"{looked}; {'; '.join(told)}" if told else looked
+    return f"{summary}; {'; '.join(problems)}" if problems else summary
 
 
 def _faults(images: LongTailSet, split: str) -> dict[int, str]:
-    """Why files cannot be read, by their index."""
+    """Return why files cannot be read, by index."""
     console = Console(stderr=True)
     parts = [range(start, min(start + 512, len(images))) for start in range(0, len(images), 512)]
 
@@ -141,7 +142,7 @@ def _faults(images: LongTailSet, split: str) -> dict[int, str]:
 
 
 def _look(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None]:
-    """The file for the decoder, or its problem, and what Pillow finds odd about it."""
+    """Return the file's scan and, unless it has a problem, its bytes for the decoder."""
     try:
         file = read_encoded(place, exif=exif)
         data = place.read() if isinstance(place, Blob) else Path(place).read_bytes()
@@ -154,7 +155,7 @@ def _look(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None
 
 
 def _decode(looks: list[Future[tuple[Scan, Encoded | None]]], decoder: Decoder) -> list[Scan]:
-    """The scans with the decoder's verdict."""
+    """Return the scans, with a problem for each file that does not decode."""
     pairs = [look.result() for look in looks]
     outcomes = iter(decoder.whole([file for _, file in pairs if file]))
     scans = []
@@ -171,7 +172,7 @@ def _inside(root: str, path: str) -> bool:
 
 
 def _oddities(data: bytes, exif: str) -> tuple[str, tuple[str, ...]]:
-    """(doubt, notes) of encoded image bytes."""
+    """Return (doubt, notes) of encoded image bytes."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, size = image.mode, image.size

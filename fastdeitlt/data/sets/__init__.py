@@ -1,4 +1,4 @@
-"""Which images: folders, lists, shards and archives become paths, labels, class counts and class names.
+"""Data sets: folders, lists, shards and archives to paths, labels and classes.
 
-``opening`` is the entry. Imports ``config``, ``store`` and ``errors`` only; everything that needs images imports it.
+The entry point is ``opening``. Imports ``config``, ``store`` and ``errors`` only.
 """

@@ -1,4 +1,4 @@
-"""Encoded images that lie inside larger files."""
+"""Encoded images stored inside larger files."""
 
 # N images in the set
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_BYTES = 256 * 2**20
-"""Largest encoded image taken."""
+"""Largest encoded image accepted."""
 
 
 class Blob(NamedTuple):
-    """Where the bytes of one image lie."""
+    """Location of one encoded image in a file."""
 
     file: str
     start: int
@@ -27,7 +27,7 @@ class Blob(NamedTuple):
         """Return the encoded image.
 
         Raises:
-            OSError: the file is not there, ends before the image, or holds something else by now.
+            OSError: the file is missing, too short, or its entry is damaged or too large.
         """
         if self.size > MAX_BYTES:
             raise OSError(f"larger than {MAX_BYTES // 2**20} MiB")
@@ -42,10 +42,10 @@ class Blob(NamedTuple):
 
 
 def inflated(data: bytes) -> bytes:
-    """Return the content of a deflated entry of a zip.
+    """Decompress a deflated zip entry.
 
     Raises:
-        OSError: it is damaged, or larger than an image may be.
+        OSError: it is damaged, or larger than ``MAX_BYTES``.
     """
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
@@ -59,7 +59,7 @@ def inflated(data: bytes) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Blobs:
-    """Where the bytes of each image of a set lie."""
+    """Location of each encoded image of a set."""
 
     files: list[str]
     file_N: np.ndarray
@@ -72,11 +72,11 @@ class Blobs:
     """bool [N]."""
 
     def __getitem__(self, sample: int) -> Blob:
-        """Return where one image lies."""
+        """Return the location of one image."""
         file = self.files[int(self.file_N[sample])]
         return Blob(file, int(self.start_N[sample]), int(self.size_N[sample]), bool(self.deflated_N[sample]))
 
     def take(self, chosen: np.ndarray) -> "Blobs":
-        """Return those of the images with the indices ``chosen``, in that order."""
+        """Return the locations of the images ``chosen``, in that order."""
         parts = (values[chosen] for values in (self.file_N, self.start_N, self.size_N, self.deflated_N))
         return Blobs(self.files, *parts)

@@ -1,4 +1,4 @@
-"""What follows from how many images each class has: a tail to cut, DRW's weights, the order, head, mid and tail.
+"""Functions of class counts: long tails, DRW weights, head / mid / tail groups.
 
 K classes.
 """
@@ -22,14 +22,14 @@ KNOWN_COUNTS = {
     "inat18": {"train": (437_513, 8142, 1000, 2), "test": (24_426, 8142, 3, 3)},
     "places_lt": {"train": (62_500, 365, 4980, 5), "val": (7_300, 365, 20, 20), "test": (36_500, 365, 100, 100)},
 }
-"""Published sets: images, classes, images of the largest and of the smallest class."""
+"""Published sets: images, classes, images of the largest and smallest class."""
 
 
 class BalancedSet(NamedTuple):
-    """A balanced set that a long tail is cut from."""
+    """A balanced set with long-tailed subsets."""
 
     archive: str
-    """Its name for ``data prepare``."""
+    """Name for ``data prepare``."""
     num_train: int
     num_test: int
     classes: int
@@ -40,23 +40,24 @@ CUT_SETS = {
     "cifar100_lt": BalancedSet("cifar100", 50_000, 10_000, 100),
     "fashion_mnist_full_lt": BalancedSet("fashion_mnist", 60_000, 10_000, 10),
 }
-"""Long tails whose counts follow from the imbalance (``cifar_lt_counts``)."""
+"""Long-tailed subsets of balanced sets, with counts set by the imbalance (``cifar_lt_counts``)."""
 KNOWN_CLASSES = {name: splits["train"][1] for name, splits in KNOWN_COUNTS.items()}
 KNOWN_CLASSES |= {name: source.classes for name, source in CUT_SETS.items()}
-"""Classes of every set that has a name."""
+"""Classes of every named set."""
 OFFICIAL_BOUNDS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
-"""Number of classes -> (first mid class, first tail class) in frequency order, as the official code has them for
-CIFAR-10-LT, CIFAR-100-LT, ImageNet-LT and iNaturalist-2018, whatever the imbalance (DeiT-LT utils and main.py)."""
+"""Number of classes -> (first mid class, first tail class) in frequency order, as in the official code for
+CIFAR-10-LT, CIFAR-100-LT, ImageNet-LT and iNaturalist-2018 at any imbalance (DeiT-LT utils and main.py)."""
 
 
 def cifar_lt_counts(n_total: int, classes: int, imb_factor: float, kind: str = "exp") -> list[int]:
-    """Images of each class [K] of a long tail cut from a balanced set of ``n_total`` images.
+    """Return the class sizes [K] of a long-tailed subset of ``n_total`` images.
 
-    exp: ``int(n_max * imb_factor^(i / (K - 1)))``; step: the first half of the classes whole, the others cut to
-    ``int(n_max * imb_factor)``; ``n_max = n_total / K``. Source: LDAM-DRW imbalance_cifar.py (Cao et al. 2019).
+    The full set is balanced. exp: ``int(n_max * imb_factor^(i / (K - 1)))``; step: ``int(n_max)`` for the first half of
+    the classes and ``int(n_max * imb_factor)`` for the others; ``n_max = n_total / K``. Source: LDAM-DRW
+    imbalance_cifar.py (Cao et al. 2019).
 
     Raises:
-        UserError: fewer than one image a class, imb_factor outside (0, 1], an unknown kind.
+        UserError: fewer than one image per class, imb_factor outside (0, 1], or an unknown kind.
     """
     if classes < 1 or n_total < classes:
         raise UserError(f"long tail: got {n_total} images of {classes} classes, expected at least one image a class")
@@ -71,13 +72,13 @@ def cifar_lt_counts(n_total: int, classes: int, imb_factor: float, kind: str = "
 
 
 def drw_weights(counts: Sequence[int], beta: float = 0.9999) -> Tensor:
-    """Weights of deferred re-weighting, float32 [K], summing to K: the inverse effective number of samples.
+    """Return deferred re-weighting's class weights, float32 [K], sum K.
 
-    ``w_k ~ (1 - beta) / (1 - beta^N_k)``. A class without images has weight 0 (it has no effective number) and the
-    others share the whole sum. Source: Cui et al. 2019, eq. 2; DeiT-LT main.py.
+    Inverse effective numbers of samples, ``w_k ~ (1 - beta) / (1 - beta^N_k)``; 0 for a class without images. Source:
+    Cui et al. 2019, eq. 2; DeiT-LT main.py.
 
     Raises:
-        UserError: beta outside [0, 1), a negative count, no images at all.
+        UserError: beta outside [0, 1), a negative count, or no images.
     """
     counts_K = np.asarray(counts, dtype=np.float64)
     if not 0 <= beta < 1:
@@ -91,30 +92,30 @@ def drw_weights(counts: Sequence[int], beta: float = 0.9999) -> Tensor:
 
 
 def class_order(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Classes from the most to the least frequent, int64 [K]; ties keep their order (stable)."""
+    """Return the classes from most to least frequent, int64 [K], by a stable sort."""
     return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
 
 
 def class_map(counts: Sequence[int]) -> Tensor:
-    """Class -> its rank by frequency, int64 [K]; ties keep their order.
+    """Return the frequency rank of each class, int64 [K]; ties keep their order.
 
-    The official ImageNet-LT and iNaturalist students number their classes so (but with an unstable sort, which is why
-    a checkpoint must carry its own map). Source: DeiT-LT datasets.py.
+    The official ImageNet-LT and iNaturalist students number their classes this way, but with an unstable sort, so a
+    checkpoint must store its own map. Source: DeiT-LT datasets.py.
     """
     return torch.from_numpy(np.argsort(class_order(counts), kind="stable"))
 
 
 def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | None = None) -> dict[str, Tensor]:
-    """Classes of the head, the middle and the tail: {"head", "mid", "tail"} -> int64 class ids in rising order.
+    """Return the classes of {"head", "mid", "tail"}, int64 ids in ascending order.
 
     threshold: more than 100 training images, 20 to 100, fewer than 20 (Liu et al. 2019); a class without images is in
-    the tail. official: the index ranges of the DeiT-LT code after sorting classes by frequency (stable), known by the
-    number of classes, see ``OFFICIAL_BOUNDS``; data sets it does not know are cut into thirds of the classes, see
-    ``has_official_split``. Published rows mix both, so a tail accuracy means nothing without its split.
+    the tail. official: the index ranges of the DeiT-LT code after a stable sort by frequency, by number of classes
+    (``OFFICIAL_BOUNDS``); thirds of the classes for other data sets (``has_official_split``). Published tables use
+    either, so a tail accuracy needs its split.
 
     Args:
         counts: training images of each class [K].
-        dataset: name of the data set; None: whatever has that many classes.
+        dataset: name of the data set; None: any set with that many classes.
 
     Raises:
         UserError: an unknown split.
@@ -133,6 +134,6 @@ def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | 
 
 
 def has_official_split(classes: int, dataset: str | None = None) -> bool:
-    """Whether the official code has index ranges for a data set; ``dataset`` as in ``shot_groups``."""
-    known = (None, "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18")
-    return dataset in known and classes in OFFICIAL_BOUNDS
+    """Return whether the official code has index ranges for a data set."""
+    official = (None, "cifar10_lt", "cifar100_lt", "imagenet_lt", "inat18")
+    return dataset in official and classes in OFFICIAL_BOUNDS

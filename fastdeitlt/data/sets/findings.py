@@ -1,4 +1,4 @@
-"""What can be wrong or odd with the splits of a data set before a file is opened: counts, classes, names.
+"""Findings about counts, classes and names, without opening images.
 
 K classes.
 """
@@ -14,13 +14,13 @@ NUM_EXAMPLES = 3
 
 
 def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
-    """Differences from the published counts (of what the list says, before a hold-out)."""
-    known = dict(KNOWN_COUNTS.get(cfg.dataset, {}))
+    """Return differences from the published counts, of the lists before a hold-out."""
+    published = dict(KNOWN_COUNTS.get(cfg.dataset, {}))
     if source := CUT_SETS.get(cfg.dataset):
         counts = cifar_lt_counts(source.num_train, source.classes, cfg.imbalance_factor, cfg.imbalance_kind)
-        known = {"train": (sum(counts), source.classes, max(counts), min(counts))}
+        published = {"train": (sum(counts), source.classes, max(counts), min(counts))}
         per_class = source.num_test // source.classes
-        known["test"] = (source.num_test, source.classes, per_class, per_class)
+        published["test"] = (source.num_test, source.classes, per_class, per_class)
     findings = []
     for split, images in sets:
         counts = images.counts
@@ -28,15 +28,15 @@ def known_findings(cfg: DataConfig, sets: Sets) -> list[Finding]:
             parts = [counts, *(held.counts for name, held in sets if name in sets.held_out)]
             counts = [sum(part) for part in zip(*parts, strict=True)]
         got = (sum(counts), len(counts), max(counts), min(counts))
-        if split in known and split not in sets.held_out and got != known[split]:
+        if split in published and split not in sets.held_out and got != published[split]:
             sizes = "{:,} images in {:,} classes of {:,} to {:,}"
-            message = f"got {sizes.format(*got)}; the published set has {sizes.format(*known[split])}"
+            message = f"got {sizes.format(*got)}; the published set has {sizes.format(*published[split])}"
             findings.append(Finding("error", split, message))
     return findings
 
 
 def opening_findings(sets: Sets) -> list[Finding]:
-    """What opening the splits shows: too few classes, classes without images, files and folders that are not read."""
+    """Return findings about empty classes and about files that are not read."""
     findings, train = list(sets.remarks), sets.train
     present = [k for k, n in enumerate(train.counts) if n]
     if len(present) < 2:
@@ -60,7 +60,7 @@ def opening_findings(sets: Sets) -> list[Finding]:
 
 
 def class_findings(config: Config, sets: Sets) -> list[Finding]:
-    """Classes with few images, missing or lopsided splits."""
+    """Return findings about classes with few images and missing or unbalanced splits."""
     findings = []
     if few := [k for k, n in enumerate(sets.train.counts) if 0 < n < FEW_IMAGES]:
         message = f"{counted(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
@@ -79,6 +79,6 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
 
 
 def _some(train: LongTailSet, classes: list[int]) -> tuple[str, ...]:
-    """Return the first few classes by number, and by name if they have one."""
+    """Format the first few classes by number, and by name if they have one."""
     names = train.class_names
     return tuple(f"{k} ({names[k]})" if names else f"class {k}" for k in classes[:NUM_EXAMPLES])

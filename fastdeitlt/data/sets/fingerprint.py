@@ -1,4 +1,4 @@
-"""What tells two data sets apart, cheaply: the fingerprint that a resumed run and a teacher's folder are checked by."""
+"""Fingerprint of a data set, to verify a resumed run's and a teacher's data."""
 
 # N images in the set
 
@@ -13,16 +13,16 @@ from fastdeitlt.data.sets.blobs import Blob
 from fastdeitlt.data.sets.types import LongTailSet
 
 READ_FILES = 256
-"""Files whose content is part of a set's fingerprint."""
+"""Number of files whose content is part of the fingerprint."""
 THREADS = 16
-"""A size costs a round trip on a network file system."""
+"""On a network file system each file size is a round trip."""
 
 
 def fingerprint(images: LongTailSet) -> str:
-    """Return the sha256 of a set's content, in order: names, labels, and pixels or files.
+    """Return the sha256 of a set in order: names, labels, and pixels or files.
 
-    Of a set that comes decoded, all pixels. Of files, the size of each and the content of up to 256, evenly spaced in
-    the list: a set that was resized or stored anew differs in all. A file that cannot be read counts as such.
+    A decoded set contributes all pixels. Files contribute every size and the content of up to 256 files, evenly spaced
+    in the list; resizing or re-encoding a set changes all of them. An unreadable file has a fixed placeholder.
     """
     digest = hashlib.sha256("\n".join(images.paths).encode("utf-8", "surrogateescape"))
     digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
@@ -41,7 +41,7 @@ def fingerprint(images: LongTailSet) -> str:
             place = images.place(index)
             data = place.read() if isinstance(place, Blob) else Path(place).read_bytes()
             digest.update(hashlib.sha256(data).digest())
-        except OSError:  # the reader says what is wrong with it, or leaves it out (data.on_error)
+        except OSError:  # the reader reports or skips it (data.on_error)
             digest.update(b"unreadable")
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Class folders, <split>/<class>/<image> or <class>/<image>, to image paths and labels; no image is opened."""
+"""Class folders, <split>/<class>/<image> or <class>/<image>, to paths and labels."""
 
 import os
 from pathlib import Path
@@ -15,11 +15,11 @@ SPLIT_FOLDERS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-"""Names of a split's folder, in any case."""
+"""Folder names of each split, case-insensitive."""
 
 
 def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
-    """Return the folder of each split under ``root``, by split, and the folders that are no split.
+    """Return the folder of each split under ``root``, and the other folders.
 
     Raises:
         UserError: two folders for one split.
@@ -41,17 +41,17 @@ def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
 
 
 def read_folder(root: str | Path, folder: str) -> LongTailSet:
-    """Read root/folder/<class>/<image>; classes are the sub-folders in sorted order, images may lie deeper.
+    """Read root/folder/<class>/<image>; classes are the sub-folders in sorted order.
 
     Hidden files and folders are ignored, linked folders are followed, other files are listed in ``left_out``. A class
-    folder without images has count 0. Names of classes are in Unicode NFC.
+    folder without images has count 0. Class names are in Unicode NFC.
 
     Args:
-        folder: the split's folder; "." for class folders directly under ``root``, where a folder without images is no
-            class.
+        folder: the split's folder; "." for class folders directly under ``root``, where a folder without images is not
+            a class.
 
     Raises:
-        UserError: no such folder, no images, two folders of one class name, a file name that is not UTF-8.
+        UserError: no such folder, no images, two folders with the same class name, or a file name that is not UTF-8.
     """
     place = Path(root) / folder
     if not place.is_dir():
@@ -81,24 +81,24 @@ def read_folder(root: str | Path, folder: str) -> LongTailSet:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is named as an image that can be read."""
+    """Return whether a file name has a supported image suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def walk(folder: str | Path) -> list[str]:
-    """Return the files below a folder, relative to it, sorted within each folder; hidden ones are ignored.
+    """List the visible files below a folder, relative to it, sorted by folder.
 
-    Linked folders are followed, after all others; a folder that is reached again is not read again, so links that form
-    a loop end.
+    Hidden files and folders are skipped. Linked folders are followed after all others, each folder once, so cyclic
+    links end.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"data folder {error.filename}: cannot be read ({error.strerror}); make it readable")
 
-    found: list[str] = []
+    files_below: list[str] = []
     seen = set()
     pending = [os.fspath(folder)]
     while pending:
@@ -109,10 +109,10 @@ def walk(folder: str | Path) -> list[str]:
             if place not in seen:
                 seen.add(place)
                 prefix = os.path.relpath(parent, folder)
-                found += [os.path.normpath(os.path.join(prefix, name)) for name in sorted(_visible(files))]
+                files_below += [os.path.normpath(os.path.join(prefix, name)) for name in sorted(_visible(files))]
                 inside = (os.path.join(parent, name) for name in folders)
                 pending += [path for path in inside if os.path.islink(path)]
-    return found
+    return files_below
 
 
 def _folders(place: str | Path) -> list[str]:

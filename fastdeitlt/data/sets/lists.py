@@ -1,4 +1,4 @@
-"""List files (txt, csv, json) to image paths and labels; nothing is opened but the list itself.
+"""List files (txt, csv, json) to image paths and labels, without opening images.
 
 N images in the set, K classes, H height, W width, C channels.
 """
@@ -20,7 +20,7 @@ from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
 MAX_CLASSES = 1_000_000
-"""Larger labels are taken for a fault of the list: counts are held for every class up to the largest label."""
+"""Labels from here on are refused: memory is allocated for every class up to the largest label."""
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "fpath")
 LABEL_COLUMNS = ("label", "class", "category", "category_id", "target")
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|(^|/)\.\.(/|$)")
@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 @dataclass
 class _Rows:
-    """What a list says, before it is checked. ``where`` numbers each row as the user would find it."""
+    """The rows of a list before validation; ``where`` has their line numbers or indices."""
 
     paths: list[str]
     labels: Sequence[str | int]
@@ -38,29 +38,29 @@ class _Rows:
     names_allowed: bool = True
     num_classes: int | None = None
     categories: dict[str | int, str] | None = None
-    """Id of each category of a json -> its name, in the order of the classes."""
+    """JSON category id -> name, in class order."""
 
 
 def read_list(path: str | Path, root: str | Path, num_classes: int | None = None) -> LongTailSet:
-    """Read a list file; time and memory are linear in its lines.
+    """Read a list file in time and memory linear in its lines.
 
-    txt: ``relpath label`` a line; names may hold spaces, the last field is the label.
+    txt: ``relpath label`` per line; paths may contain spaces, the last field is the label.
     csv: a header with a path column (path, image, file, filename, file_name, fpath) and a label column (label, class,
     category, category_id, target). json: iNaturalist (images, annotations, categories), BagOfTricks / NCL
     (annotations with fpath and category_id, num_classes), or a plain list of {path, label}.
-    In csv and json a label may be a class name; names are numbered in sorted order. JSON categories are the classes:
-    numbered by their ids if these are 0..K-1, else (ids from 1, or with gaps) in the order in which they are listed.
-    UTF-8, with or without a byte order mark, any line ends; blank lines are skipped. A class without images has
+    In csv and json a label may be a class name; names are numbered in sorted order. JSON categories are the classes,
+    numbered by their ids if these are 0..K-1, else (ids from 1, or with gaps) in listed order.
+    UTF-8 with or without a byte order mark, any line endings; blank lines are skipped. A class without images has
     count 0.
 
     Args:
         path: the list file.
-        root: folder the listed paths are relative to.
-        num_classes: K. None: the largest label + 1 (or what the json says).
+        root: folder of the listed paths.
+        num_classes: K. None: the json's num_classes, else the largest label + 1 or the number of names.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8; a row without path or label; a label that is not a class
-            index; a path that leaves the root. Names the line.
+            index or name; a path outside the root. The message has the line.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".json": _read_json}
@@ -71,11 +71,11 @@ def read_list(path: str | Path, root: str | Path, num_classes: int | None = None
         raise UserError(f"list {path}: it names no images; expected one image a line")
     _check_paths(path, rows)
     labels, names = _number_labels(path, rows)
-    given = num_classes or rows.num_classes
-    limit, largest = given or MAX_CLASSES, max(labels)
+    stated_classes = num_classes or rows.num_classes
+    limit, largest = stated_classes or MAX_CLASSES, max(labels)
     if largest >= limit:
         raise _bad(path, rows, labels.index(largest), f"the label {largest}", f"a class index below {limit}")
-    classes = given or max(largest + 1, len(names or ()))
+    classes = stated_classes or max(largest + 1, len(names or ()))
     labels_N = np.array(labels, dtype=np.int64)
     names = names if names and len(names) == classes else None
     return LongTailSet(rows.paths, labels_N, class_counts(labels_N, classes), str(root), names)
@@ -118,11 +118,11 @@ def _read_txt(path: Path, text: str) -> _Rows:
     return _Rows(paths, labels, where, names_allowed=False)
 
 
-def _column(path: Path, header: list[str], known: tuple[str, ...]) -> int:
-    for name in known:
+def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
+    for name in names:
         if name in header:
             return header.index(name)
-    raise UserError(f"list {path}, line 1: got the header {_short(header)}, expected a column {' or '.join(known)}")
+    raise UserError(f"list {path}, line 1: got the header {_short(header)}, expected a column {' or '.join(names)}")
 
 
 def _read_csv(path: Path, text: str) -> _Rows:
@@ -173,7 +173,12 @@ def _read_json(path: Path, text: str) -> _Rows:
 
 
 def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
-    """The first of ``keys`` that the record has; KeyError for none, TypeError for another kind."""
+    """Return the record's value of the first key present.
+
+    Raises:
+        KeyError: no key is present.
+        TypeError: the value has another type.
+    """
     for key in keys:
         if key in record:
             if not isinstance(record[key], kind):
@@ -183,7 +188,7 @@ def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[typ
 
 
 def _categories(path: Path, categories: object) -> dict[str | int, str] | None:
-    """Return id -> name of json categories in the order of the classes, or None if they have no ids.
+    """Map JSON category ids to names in class order; None if they have no ids.
 
     Raises:
         UserError: two categories with one id.
@@ -226,7 +231,7 @@ def _is_name(label: str | int) -> bool:
 
 
 def _number_labels(path: Path, rows: _Rows) -> tuple[list[int], list[str] | None]:
-    """Labels as class indices, and the class names if there are any."""
+    """Return the labels as class indices, and the class names if there are any."""
     distinct = set(rows.labels)
     number: dict[str | int, int]
     names: list[str] | None = None

@@ -1,4 +1,4 @@
-"""Stage 1: open the splits of a data set.
+"""Open the splits of a data set.
 
 N images in the set, K classes.
 """
@@ -21,13 +21,13 @@ HOLDOUT_SEED = 0
 def hold_out(
     images: LongTailSet, val: float = 0.0, test: float = 0.0, seed: int = HOLDOUT_SEED
 ) -> tuple[LongTailSet, LongTailSet, LongTailSet]:
-    """Set shares of each class aside: (what stays, val, test), always the same for a seed.
+    """Split off shares of each class as (train, val, test), deterministic for a seed.
 
-    Rounded to whole images, so classes with fewer than 0.5 / share images give none; one image always stays. All keep
-    the order of the list. The validation images do not depend on ``test``.
+    Shares are rounded to whole images: a class with fewer than 0.5 / share images contributes none, and train keeps at
+    least one. All parts keep the list's order. The validation images do not depend on ``test``.
 
     Raises:
-        UserError: nothing would be held out for a share above 0.
+        UserError: a share above 0 would hold out no image.
     """
     generator = np.random.RandomState(seed)
     part_N = np.zeros(len(images), dtype=np.int64)
@@ -48,13 +48,13 @@ def hold_out(
 
 
 def open_sets(cfg: DataConfig) -> Sets:
-    """Open the splits that ``cfg`` names: lists and class folders, not images (of a set cut from another, its archive).
+    """Open the splits of ``cfg`` without reading images (cut sets: their archive).
 
-    Names of the classes come from the list (csv, json), the folders, or the lines of root/classes.txt. Validation and
-    test images have the training split's classes, matched by name where both have names.
+    Class names come from the list (csv, json), the folders, or the lines of root/classes.txt. Validation and test
+    images have the training split's classes, matched by name if both have names.
 
     Raises:
-        UserError: a missing root, list or archive; a faulty list, see ``read_list``; classes that differ.
+        UserError: a missing root, list or archive; an invalid list, see ``read_list``; classes that differ.
     """
     places = find_splits(cfg)
     if "train" not in places.readers:
@@ -64,7 +64,7 @@ def open_sets(cfg: DataConfig) -> Sets:
 
 
 def open_training_sets(cfg: DataConfig) -> Sets:
-    """Open the sets for training, and log what is odd about them.
+    """Open the sets for training and log findings about them.
 
     Raises:
         UserError: see ``open_sets``; or fewer than two classes with training images.
@@ -83,17 +83,17 @@ def open_training_sets(cfg: DataConfig) -> Sets:
 def open_splits(
     cfg: DataConfig, required: Sequence[str], optional: Sequence[str], classes: Classes
 ) -> dict[str, LongTailSet]:
-    """Open splits for a model, numbered by its classes: by name where both have names, else by position.
+    """Open splits for a model, numbered by its classes (by name, else by position).
 
-    A split may lack some of the model's classes. The training split need not exist; it is read where another one is
-    held out of it, or where lists follow its numbering.
+    A split may lack some of the model's classes. The training split is read only if another split is held out of it or
+    lists follow its numbering.
 
     Args:
-        required, optional: splits to open; of the optional ones those that there are.
-        classes: the model's.
+        required, optional: splits to open; missing optional splits are skipped.
+        classes: classes of the model.
 
     Raises:
-        UserError: see ``open_sets``; no such split, or classes that the model does not have.
+        UserError: see ``open_sets``; a missing required split, or classes that the model does not have.
     """
     places = find_splits(cfg, required)
     there = [split for split in SPLITS if split in places.readers or split in places.shares]
@@ -107,18 +107,18 @@ def open_splits(
     return _read(places, (*required, *optional), classes)
 
 
-def _read(places: Places, wanted: Sequence[str], classes: Classes | None = None) -> dict[str, LongTailSet]:
-    """Read the wanted splits that there are, and number them by ``classes`` (None: the training split's)."""
-    shares, needed = places.shares, {*wanted}
+def _read(places: Places, requested: Sequence[str], classes: Classes | None = None) -> dict[str, LongTailSet]:
+    """Read the requested existing splits; ``classes`` None: the training split's."""
+    shares, needed = places.shares, {*requested}
     if places.names_file or shares.keys() & needed:
         needed.add("train")
-    found = number_alike({split: read() for split, read in places.readers.items() if split in needed}, places)
-    if shares and "train" in found:
-        train, val, test = hold_out(found["train"], shares.get("val", 0.0), shares.get("test", 0.0))
-        found |= {"train": train} | {split: part for split, part in (("val", val), ("test", test)) if split in shares}
-    chosen = [split for split in wanted if split in found]
+    splits = number_alike({split: read() for split, read in places.readers.items() if split in needed}, places)
+    if shares and "train" in splits:
+        train, val, test = hold_out(splits["train"], shares.get("val", 0.0), shares.get("test", 0.0))
+        splits |= {"train": train} | {split: part for split, part in (("val", val), ("test", test)) if split in shares}
+    chosen = [split for split in requested if split in splits]
     if classes:
         what = dict.fromkeys(shares, places.what.get("train", "")) | places.what
-        exact = "train" in found  # else nothing but labels says how many classes lists without names have
-        found = {split: renumber(found[split], classes, what[split], exact) for split in chosen}
-    return {split: found[split] for split in SPLITS if split in chosen}
+        exact = "train" in splits  # else only the labels show how many classes lists without names have
+        splits = {split: renumber(splits[split], classes, what[split], exact) for split in chosen}
+    return {split: splits[split] for split in SPLITS if split in chosen}

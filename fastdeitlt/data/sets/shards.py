@@ -1,7 +1,7 @@
-"""Images inside shards: WebDataset tars, zips, Hugging Face parquet files; an index says where the bytes of each lie.
+"""Images in shards (WebDataset tars, zips, parquet files) and their index.
 
-Tars and zips are read where they lie. A parquet file holds its columns compressed in row groups, so its images are
-copied once, encoded as they are, next to the index in the user's cache.
+Tars and zips are read in place. A parquet file stores its columns compressed in row groups, so its encoded images are
+copied once to the user cache, next to the index.
 """
 
 # N images in the set
@@ -30,15 +30,15 @@ from fastdeitlt.store.user_cache import user_cache
 
 SUFFIXES = (".tar", ".zip", ".parquet")
 LABEL_SUFFIXES = (".cls", ".json")
-"""Files beside an image, of the same name, that say its class; an image without one has the class of its folder."""
+"""Suffixes of label files named like their image; an image without one has the class of its folder."""
 MAX_LABEL_BYTES = 2**16
 VERSION = 1
-"""Of the index; another one is made anew."""
+"""Index version; an index of another version is rebuilt."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image in a shard."""
+    """Location and class of an image in a shard."""
 
     name: str
     start: int
@@ -46,16 +46,17 @@ class Entry:
     """Bytes in the shard."""
     is_deflated: bool
     label: int | str
-    """Number or name of its class."""
+    """Class number or name."""
 
 
 def split_shards(root: str | Path) -> dict[str, list[str]]:
-    """Return the shards of each split under ``root``, relative to it; all are for training where none names a split.
+    """Return the shards of each split, relative to ``root``; unnamed ones are train.
 
-    A shard's split is told by the folder that it lies in or by how its name begins (``train-0001.tar``).
+    If no shard names a split, all are training shards. The start of a shard's file name (``train-0001.tar``) or a
+    folder name gives its split.
 
     Raises:
-        UserError: no shards, or some whose split cannot be told beside others whose can.
+        UserError: no shards, or only some shards name a split.
     """
     names = sorted(
         os.path.relpath(os.path.join(folder, file), root)
@@ -79,7 +80,7 @@ def split_shards(root: str | Path) -> dict[str, list[str]]:
 
 
 def names_split(name: str) -> str:
-    """Return the split that a shard's name or folder names, or nothing."""
+    """Return the split in a shard's file or folder name, or ""."""
     *folders, file = Path(name).parts
     for part in (file, *reversed(folders)):
         word = part.lower().split(".")[0]
@@ -92,10 +93,10 @@ def names_split(name: str) -> str:
 
 
 def read_shards(root: str | Path, shards: Sequence[str]) -> LongTailSet:
-    """Read the index of a split's shards, made at the first time and kept in the user's cache.
+    """Read the index of a split's shards, built once in the user cache.
 
     Raises:
-        UserError: a shard that cannot be read, images without a class, or classes by number beside classes by name.
+        UserError: an unreadable shard, images without a class, or a mix of class numbers and names.
     """
     files = [os.path.join(root, shard) for shard in shards]
     index = _index_of(root, files)
@@ -115,7 +116,7 @@ def read_shards(root: str | Path, shards: Sequence[str]) -> LongTailSet:
 
 
 def _index_of(root: str | Path, files: list[str]) -> Path:
-    """The index of these shards as they are now."""
+    """Return the index of these shards; build it if missing or outdated."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     for file in files:
         status = os.stat(file)
@@ -124,7 +125,7 @@ def _index_of(root: str | Path, files: list[str]) -> Path:
     if not _is_whole(index):
         try:
             index.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(index.with_suffix(".lock")):  # of several ranks one makes it
+            with FileLock(index.with_suffix(".lock")):  # one rank builds it
                 if not _is_whole(index):
                     _make_index(root, files, index)
         except OSError as error:
@@ -135,7 +136,7 @@ def _index_of(root: str | Path, files: list[str]) -> Path:
 
 
 def _is_whole(index: Path) -> bool:
-    """Whether the index is there, with the images that were copied out of parquet files."""
+    """Return whether the index and all files it refers to exist."""
     if not index.is_file():
         return False
     with np.load(index, allow_pickle=False) as arrays:
@@ -173,7 +174,7 @@ def _make_index(root: str | Path, files: list[str], index: Path) -> None:
 
 
 def _numbers(labels: list[int | str], names: list[str], root: str | Path) -> tuple[list[str] | None, np.ndarray]:
-    """Names of the classes in sorted order, or None where labels are numbers, and the class of each image [N]."""
+    """Return class names in sorted order (None: numbers) and labels [N]."""
     kinds = {type(label) for label in labels}
     if len(kinds) > 1:
         number, name = (next(i for i, label in enumerate(labels) if isinstance(label, kind)) for kind in (int, str))
@@ -190,7 +191,7 @@ def _numbers(labels: list[int | str], names: list[str], root: str | Path) -> tup
 
 
 def _read_shard(file: str, index: Path) -> tuple[str, list[Entry], list[str] | None]:
-    """Where the images of a shard lie, their entries, and the names of classes that have numbers."""
+    """Return the file of a shard's images, their entries, and class names."""
     try:
         if file.endswith(".parquet"):
             return _read_parquet(file, index)
@@ -229,7 +230,7 @@ def _zip_members(file: str, data: object) -> Iterator[Member]:
 
 
 def _label(members: Iterator[Member], file: str, read: Callable[[int, int], bytes]) -> list[Entry]:
-    """The images among the members of a shard, each with the class that the file beside it or its folder states."""
+    """Return the images of a shard, with classes from label files or folders."""
     images: list[Member] = []
     beside: dict[str, Member] = {}
     for member in members:
@@ -242,7 +243,7 @@ def _label(members: Iterator[Member], file: str, read: Callable[[int, int], byte
 
 
 def _key(name: str) -> tuple[str, str]:
-    """A member's name up to the first dot of its file name, which WebDataset groups by, and its last suffix."""
+    """Return a member's WebDataset key (name up to the first dot) and last suffix."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}", os.path.splitext(base)[1].lower()
 
@@ -261,22 +262,22 @@ def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, 
     data = read(size, start)
     text = (inflated(data) if is_deflated else data).decode("utf-8", "replace").strip()
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        found = text
-    if isinstance(found, dict):
-        found = next(
-            (found[key] for key in ("label", "cls", "class", "category_id", "class_name") if key in found), None
+        value = text
+    if isinstance(value, dict):
+        value = next(
+            (value[key] for key in ("label", "cls", "class", "category_id", "class_name") if key in value), None
         )
-    if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise UserError(
             f"shard {file}: {name} holds {text[:40]!r}, expected the number or the name of a class. Repair it."
         )
-    return found
+    return value
 
 
 def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] | None]:
-    """Copy the images of a Hugging Face parquet file into one file beside the index."""
+    """Copy the encoded images of a parquet file into one file next to the index."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

@@ -1,4 +1,4 @@
-"""The splits of a data set: where each is read from, and the same numbering of classes in all.
+"""The splits of a data set: their locations and common class numbering.
 
 N images in the set, K classes.
 """
@@ -25,14 +25,14 @@ log = logging.getLogger("fastdeitlt")
 DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "fashion_mnist_lt": {"train": ("train.txt",), "val": ("val.txt",), "test": ("test.txt",)},
     "imagenet_lt": {split: (f"ImageNet_LT_{split}.txt", f"Imagenet_LT_{split}.txt") for split in SPLITS},
-    # published iNaturalist numbers are on its validation set, so that is the test set
+    # published iNaturalist results are on its validation set, which is the test set here
     "inat18": {
         "train": ("iNaturalist18_train.txt", "train2018.json"),
         "test": ("iNaturalist18_val.txt", "val2018.json"),
     },
     "places_lt": {split: (f"Places_LT_{split}.txt",) for split in SPLITS},
 }
-"""Names of the published lists under data.root, in the order they are looked for."""
+"""File names of the published lists under data.root, in search order."""
 SOURCES = {
     "imagenet_lt": "images: ILSVRC 2012 of image-net.org, as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; lists: "
     "ImageNet_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
@@ -42,44 +42,44 @@ SOURCES = {
     "folder": "train/<class>/<image>, and val/ and test/ of the same form; or <class>/<image>",
     "shards": "train-*.tar, .zip or .parquet, and val-* and test-* of the same form; or shards of any names",
 }
-"""Where the published sets come from and how they lie under data.root, for a message that one is not there."""
+"""Origin of the published sets and their layout under data.root, for missing-data errors."""
 FLAT_HOLDOUTS = {"val": 0.1, "test": 0.2}
-"""Shares held out of a root whose class folders are in no split, unless the configuration states others."""
+"""Default hold-out shares of a root without split folders."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The numbering of classes that a split is to have: the training split's, or a model's."""
+    """The target numbering of a split's classes: the training split's, or a model's."""
 
     whose: str
-    """What has these classes, for messages; such as "model runs/a". Empty: the split itself."""
+    """Owner of the classes for messages, such as "model runs/a". Empty: the split itself."""
     num_classes: int
     names: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the splits of a data set are, before anything is read."""
+    """Locations of a data set's splits, before anything is read."""
 
     readers: Mapping[str, Callable[[], LongTailSet]]
     """Reader of each split."""
     what: dict[str, str]
-    """What each split is read from, for messages."""
+    """Description of each split's location, for messages."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Share of the training images to hold out, of the splits without images of their own."""
+    """Share of the training images to hold out for each split without images of its own."""
     names_file: Path | None = None
-    """A class name a line, for lists without names."""
+    """File with one class name per line, for lists without names."""
     remarks: tuple[Finding, ...] = ()
 
 
 def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
-    """Find the splits that there are. No list is read yet.
+    """Locate the existing splits without reading a list.
 
     Args:
-        required: splits whose list must be there if ``cfg`` names one.
+        required: splits whose list must exist if ``cfg`` names one.
 
     Raises:
-        UserError: no root, or a list that is named and not there.
+        UserError: no root, or a named list is missing.
     """
     if cfg.dataset in CUT_SETS:
         from fastdeitlt.data.sets import cut  # torchvision is slow to import
@@ -98,30 +98,30 @@ def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
         what = {split: f"list {file}" for split, file in files.items()}
         readers = {split: partial(read_list, file, root) for split, file in files.items()}
         places = Places(readers, what, names_file=Path(root) / "classes.txt")
-    asked = {"val": cfg.val_holdout, "test": cfg.test_holdout}
-    shares = {split: places.shares.get(split, 0.0) if share is None else share for split, share in asked.items()}
+    holdouts = {"val": cfg.val_holdout, "test": cfg.test_holdout}
+    shares = {split: places.shares.get(split, 0.0) if share is None else share for split, share in holdouts.items()}
     from_train = "train" in places.readers
     shares = {s: share for s, share in shares.items() if share and s not in places.readers and from_train}
     return replace(places, shares=shares)
 
 
 def no_training_split(cfg: DataConfig) -> UserError:
-    """Return the error for a data set that has no training split."""
+    """Return the error for a data set without training split."""
     root = _root(cfg)
     if cfg.dataset == "folder":
         return UserError(f"data folder {root}: got no training split, expected {SOURCES['folder']}")
     usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
-    looked = f"no {usual} under {root}; put it there or set" if usual else "got nothing; set"
-    return UserError(f"data.train_list: {looked} data.train_list=FILE{_source(cfg)}")
+    problem = f"no {usual} under {root}; put it there or set" if usual else "got nothing; set"
+    return UserError(f"data.train_list: {problem} data.train_list=FILE{_source(cfg)}")
 
 
 def number_alike(found: dict[str, LongTailSet], places: Places) -> dict[str, LongTailSet]:
-    """Give all splits the training split's classes, if it is among them; lists without names get those of a file.
+    """Renumber all splits by the training split's classes, if present.
 
-    Without names anywhere K is that of the largest label in any split.
+    Lists without names get those of ``names_file``. Without any names, K is the largest label of all splits + 1.
 
     Raises:
-        UserError: classes that differ, or a file of names with another number of them.
+        UserError: classes differ, or the file has the wrong number of names.
     """
     train = found.get("train")
     unnamed = {split: images for split, images in found.items() if images.class_names is None}
@@ -137,14 +137,14 @@ def number_alike(found: dict[str, LongTailSet], places: Places) -> dict[str, Lon
 
 
 def renumber(images: LongTailSet, classes: Classes, what: str, exact: bool = False) -> LongTailSet:
-    """Number the classes of a split as ``classes``: by name where both have names, else by position.
+    """Renumber a split by ``classes``: by name if both have names, else by position.
 
     Args:
-        what: what the split was read from, for messages.
-        exact: refuse a set without names that has fewer classes: its labels are all there are.
+        what: location of the split, for messages.
+        exact: refuse a set without names that has fewer classes.
 
     Raises:
-        UserError: a class with images that is not in ``classes``, or another number of classes without names.
+        UserError: a class with images is not in ``classes``, or a set without names has another number of classes.
     """
     labels_N, names = images.labels, images.class_names
     if names and classes.names:
@@ -215,7 +215,7 @@ def _find_shards(cfg: DataConfig) -> Places:
 
 
 def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path | None:
-    """The list file of a split: the one that is named, else the data set's usual one if it is there."""
+    """Return a split's list file: the configured one, else the default if it exists."""
     if named := getattr(cfg, f"{split}_list"):
         places = [Path(named).expanduser(), Path(root) / named]
         file = next((place for place in places if place.is_file()), None)
@@ -227,7 +227,7 @@ def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path |
 
 
 def _class_names(file: Path | None, num_classes: int, exact: bool) -> list[str] | None:
-    """Return the lines of a file of class names, or None if it is not there."""
+    """Read a file of class names, one per line; None if it does not exist."""
     if file is None or not file.is_file():
         return None
     try:

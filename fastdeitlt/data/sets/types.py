@@ -1,4 +1,4 @@
-"""What a data set is to everything after it: paths or pixels, labels, images of each class.
+"""Types of a data set: findings, the images of a split, and the splits.
 
 N images in the set, K classes, H height, W width, C channels.
 """
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know about a data set. An error stops ``data check`` with exit code 2."""
+    """An observation about a data set; an error sets exit code 2 of ``data check``."""
 
     level: Level
     split: str
@@ -29,30 +29,30 @@ class Finding:
 
 
 def class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
-    """Images of each class [K] of labels int64 [N]."""
+    """Count the images of each class [K] from labels int64 [N]."""
     return [int(n) for n in np.bincount(labels, minlength=num_classes)]
 
 
 @dataclass(frozen=True, eq=False)
 class LongTailSet:
-    """Images of one split: where they are and what they show."""
+    """The images of one split and their labels."""
 
     paths: list[str] = field(repr=False)
-    """Image files relative to root (sets that come decoded: the image's name)."""
+    """Image files relative to root; image names for decoded sets and shards."""
     labels: np.ndarray = field(repr=False)
     """Class of each image, int64 [N]."""
     counts: list[int] = field(repr=False)
     """Images of each class [K]; a class without images has 0."""
     root: str = ""
-    """Folder the paths are relative to."""
+    """Folder of the relative paths."""
     class_names: list[str] | None = field(default=None, repr=False)
     """Name of each class [K]."""
     images_NHWC: np.ndarray | None = field(default=None, repr=False)
     """Pixels, uint8 RGB, for sets that come decoded (CIFAR, Fashion-MNIST)."""
     left_out: list[str] = field(default_factory=list, repr=False)
-    """Files beside the images that are not images by name, or in no class folder."""
+    """Ignored files: not named as images, or in no class folder."""
     blobs: Blobs | None = field(default=None, repr=False)
-    """Where images lie inside shards; ``paths`` are then their names."""
+    """Locations of the images inside shards."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,15 +63,15 @@ class LongTailSet:
         return len(self.counts)
 
     def place(self, sample: int) -> str | Blob:
-        """Return the file of an image, or where it lies in one."""
+        """Return the file of an image, or its location in a shard."""
         return self.blobs[sample] if self.blobs else self.name(sample)
 
     def name(self, sample: int) -> str:
-        """Return what messages call an image: its path with the root."""
+        """Return the name of an image in messages: its path with the root."""
         return os.path.join(self.root, self.paths[sample])
 
     def take(self, chosen: np.ndarray) -> "LongTailSet":
-        """The images with the indices ``chosen``, in that order; the same K classes."""
+        """Return the images ``chosen``, in that order, with the same K classes."""
         labels = self.labels[chosen]
         return replace(
             self,
@@ -83,12 +83,12 @@ class LongTailSet:
         )
 
     def stand_in(self, sample: int, use: Callable[[int], T | None]) -> T:
-        """Return the first result of ``use`` that is not None: of the image, else of the others of its class.
+        """Return the first non-None result of ``use`` for the image or its class.
 
-        These follow it in the list, wrapping around.
+        The others are tried in list order from the image on, wrapping around.
 
         Raises:
-            UserError: ``use`` gives None for all of them.
+            UserError: ``use`` returns None for all of them.
         """
         members = np.flatnonzero(self.labels == self.labels[sample])
         for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
@@ -107,12 +107,12 @@ class Sets:
     val: LongTailSet | None = None
     test: LongTailSet | None = None
     held_out: tuple[str, ...] = ()
-    """Splits taken out of the training images (``data.val_holdout``, ``data.test_holdout``)."""
+    """Splits held out of the training images (``data.val_holdout``, ``data.test_holdout``)."""
     remarks: tuple[Finding, ...] = ()
-    """What to report about how the splits were found."""
+    """Findings about the locations of the splits."""
 
     def __iter__(self) -> Iterator[tuple[str, LongTailSet]]:
-        """(name, split) of the splits there are."""
+        """Yield (name, images) of each existing split."""
         for name in SPLITS:
             if (images := getattr(self, name)) is not None:
                 yield name, images

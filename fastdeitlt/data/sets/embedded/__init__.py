@@ -1,9 +1,9 @@
-"""Fashion-MNIST-LT, shipped with the package: a real long tail that needs no download.
+"""Fashion-MNIST-LT, a long-tailed set shipped with the package.
 
 10 classes, 1000 to 10 training images (2,478, exponential decay), 500 balanced validation and 1,000 balanced test
-images, 28 x 28 gray, as PNG files with list files, so that they go through the same reader as ImageNet-LT. Cut from
-Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; copyright 2017 Zalando SE, MIT licence, see LICENSE.fashion-mnist beside
-this file) by ``python -m fastdeitlt.data.sets.embedded.build``.
+images, 28 x 28 gray, as PNG files with list files for the same reader as ImageNet-LT. A subset of Fashion-MNIST (Xiao,
+Rasul, Vollgraf 2017; copyright 2017 Zalando SE, MIT licence, see LICENSE.fashion-mnist next to this file), built by
+``python -m fastdeitlt.data.sets.embedded.build``.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from fastdeitlt.store.user_cache import user_cache
 
 ARCHIVE = Path(__file__).with_name("fashion_mnist_lt.zip")
 SHA256 = "a21017d47ca7399a1351967bfc8aa39e47b448ed8611becf03bc21199b9125d3"
-"""Of the archive; also names the folder it is unpacked to."""
+"""Digest of the archive; its start is the name of the unpacked folder."""
 
 
 def cache_folder() -> Path:
-    """Where the archive is unpacked."""
+    """Return the folder of the unpacked archive."""
     return user_cache(SHA256[:16])
 
 
 def unpack() -> Path:
-    """The folder with the images, train.txt, val.txt, test.txt and classes.txt; unpacked at the first call.
+    """Return the folder of images and lists, unpacked at the first call.
 
-    Safe when several processes call it at once: one unpacks into a temporary folder and renames it. A folder in which
-    a file is missing or has the wrong size is unpacked anew.
+    Safe for concurrent processes: one unpacks into a temporary folder and renames it. A folder with a missing file or a
+    wrong file size is replaced.
 
     Raises:
         UserError: the archive is damaged, or the cache cannot be written.

@@ -1,7 +1,8 @@
-"""Cut Fashion-MNIST to the embedded long tail: ``python -m fastdeitlt.data.sets.embedded.build FOLDER``.
+"""Build the embedded long-tailed set from Fashion-MNIST's original files.
 
-FOLDER holds the original train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and their t10k twins. Always chooses
-the same images; prints the archive's sha256, which belongs in ``fastdeitlt.data.sets.embedded.SHA256``.
+Usage: ``python -m fastdeitlt.data.sets.embedded.build FOLDER``. FOLDER has the original train-images-idx3-ubyte.gz,
+train-labels-idx1-ubyte.gz and their t10k counterparts. The choice of images is deterministic. Prints the archive's
+sha256 for ``fastdeitlt.data.sets.embedded.SHA256``.
 
 N images, H height, W width.
 """
@@ -34,7 +35,7 @@ def read_idx(file: Path) -> np.ndarray:
 
 
 def choose(images_NHW: np.ndarray, labels_N: np.ndarray, counts: list[list[int]], seen: set[bytes]) -> list[list[int]]:
-    """Indices for each part, ``counts[part][class]`` images, by class; no two images in ``seen`` are alike."""
+    """Choose ``counts[part][class]`` distinct images for each part; return indices."""
     generator = np.random.RandomState(SEED)
     parts: list[list[int]] = [[] for _ in counts]
     for label in range(len(CLASS_NAMES)):
@@ -48,14 +49,14 @@ def choose(images_NHW: np.ndarray, labels_N: np.ndarray, counts: list[list[int]]
 
 
 def png(image_HW: np.ndarray) -> bytes:
-    """The gray image as PNG (lossless)."""
+    """Encode a gray image as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image_HW).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def build(folder: Path, archive: Path) -> str:
-    """Write the archive from the original files in ``folder``; returns its sha256."""
+    """Write the archive from the original files in ``folder`` and return its sha256."""
     originals = {
         name: (read_idx(folder / f"{name}-images-idx3-ubyte.gz"), read_idx(folder / f"{name}-labels-idx1-ubyte.gz"))
         for name in ("train", "t10k")
