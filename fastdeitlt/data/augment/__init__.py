@@ -1,4 +1,4 @@
-"""Augmentation of one image: drawn ahead on the host, applied to a batch of crops in torch operations.
+"""Augmentation: parameters drawn on the host, applied to batches with torch.
 
-The Triton kernels apply the same draws. Batches, kernels and evaluation import it; it reads no files.
+The Triton kernels apply the same draws. Reads no files.
 """

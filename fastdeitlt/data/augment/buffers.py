@@ -1,4 +1,4 @@
-"""Memory of host batches, used again once nothing refers to it: fresh pages cost more than the arithmetic on them."""
+"""Reuse of host memory for batches: fresh pages cost more than the arithmetic."""
 
 import sys
 import threading
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 MOST = 24
-"""Buffers kept: about what the batches in flight take (crops and images of those prepared, used and mixed)."""
+"""Buffers kept, about as many as batches in flight need (crops and images, prefetched, used and mixed)."""
 SMALLEST = 1 << 17
-"""Bytes below which the allocator has warm memory anyway."""
+"""Bytes below which the allocator reuses memory itself."""
 
 _arrays: deque[np.ndarray] = deque(maxlen=MOST)
 _lock = threading.Lock()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """``torch.empty``; on the host the memory of an earlier tensor that no tensor, view or graph holds any more.
+    """Return an uninitialised tensor; on the host, reuse memory that is out of use.
 
-    A tensor made from an array holds a reference to it as long as its storage lives, so the array's reference count
-    tells.
+    Memory is reused when no tensor, view or graph references it: a tensor from an array references the array while its
+    storage exists, so the array's reference count shows idle memory.
     """
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     if (device is not None and device.type != "cpu") or num_bytes < SMALLEST:
@@ -35,7 +35,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | Non
 
 
 def _references_when_idle() -> int:
-    """What the search above counts for an array that only the deque holds."""
+    """Return the reference count of an array that only the deque references."""
     arrays = deque([np.empty(1, np.uint8)])
     return next(sys.getrefcount(a) for a in arrays if a.nbytes)
 

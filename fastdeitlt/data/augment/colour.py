@@ -1,8 +1,8 @@
-"""Stage 3, colour of the CNN recipes: ColorJitter, gray, blur (SimCLR), AutoAugment's CIFAR-10 policy, Cutout.
+"""Colour augmentation of the CNN recipes: jitter, gray, blur, AutoAugment, Cutout.
 
-Jitter and policy become operations of ``augment.apply``; what that has not (hue, gray, blur, Cutout) follows on the
-normalised images. Differences from the references: hue comes after the other jitters instead of in random order, and
-the policy's warps are bicubic and filled as RandAugment's.
+Jitter and policy are operations of ``augment.apply``; hue, gray and blur (SimCLR) and Cutout follow on the normalised
+images. Differences from the references: hue follows the other jitters instead of a random order, and the policy's warps
+are bicubic and filled like RandAugment's.
 """
 
 # B batch, C channels (3), H height, W width, S output side, n operations
@@ -23,13 +23,13 @@ from fastdeitlt.data.augment.randaugment import OPS
 from fastdeitlt.data.augment.transform import Draws
 
 POLICY, JITTER, AFTER, CUTOUT = range(200, 204)
-"""Streams of the generator, apart from those of augment.py."""
+"""Streams of the generator, distinct from those of transform.py."""
 STRENGTH = 0.4
 """ColorJitter's range of brightness, contrast and saturation around 1."""
 BLUR_SIGMA = (0.1, 2.0)
 LUMA = (0.299, 0.587, 0.114)
 JITTERS = np.array([OPS.index(name) for name in ("brightness", "contrast", "color")], np.int8)
-# (chance, operation, magnitude 0..9) twice
+# (probability, operation, magnitude 0..9) twice
 CIFAR10_POLICY = (
     (0.1, "invert", 7, 0.2, "contrast", 6),
     (0.7, "rotate", 2, 0.3, "translate_x", 9),
@@ -58,15 +58,15 @@ CIFAR10_POLICY = (
     (0.7, "translate_y", 9, 0.9, "auto_contrast", 1),
 )
 POSTERIZE_BITS = 5
-"""What the policy's one posterize keeps; RandAugment's increasing variant cannot."""
+"""Bits kept by the policy's posterize; RandAugment's increasing variant keeps at most 4."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How one view of an image is made: geometry by ``augment``, then colour.
+    """Recipe of one view of an image: geometry by ``augment``, then colour.
 
-    ``jitter_prob`` of ColorJitter(.4, .4, .4), with ``hue`` shifts in turns, ``gray_prob``, ``blur_prob``; ``policy``
-    is AutoAugment's for CIFAR-10; ``cutout`` the side of the black square as a share of the image's.
+    ``jitter_prob`` of ColorJitter(.4, .4, .4) with ``hue`` shifts in turns, ``gray_prob``, ``blur_prob``; ``policy``:
+    AutoAugment for CIFAR-10; ``cutout``: side of the black square as a share of the image's.
     """
 
     augment: AugmentConfig
@@ -79,7 +79,7 @@ class View:
 
 
 def view_of(cfg: AugmentConfig) -> View:
-    """The view that ``augment.recipe`` names."""
+    """Return the view of ``augment.recipe``."""
     match cfg.recipe:
         case "autoaugment_cutout":
             return View(cfg, policy=True, cutout=0.5)
@@ -91,7 +91,7 @@ def view_of(cfg: AugmentConfig) -> View:
 
 @dataclass(frozen=True)
 class ViewDraws:
-    """What happens to each of B images; ``draws`` is for ``augment.apply``, the rest for ``apply`` here."""
+    """Drawn parameters of B images, for ``augment.apply`` (``draws``) and ``apply``."""
 
     draws: Draws
     hue_B: np.ndarray
@@ -102,7 +102,7 @@ class ViewDraws:
 
 
 def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, view: View, size: int) -> ViewDraws:
-    """Draw a view of samples' copies; a pure function of (seed, epoch, sample, copy), as ``augment.draw``."""
+    """Draw a view of samples' copies, a pure function of (seed, epoch, sample, copy)."""
     key_B = counter.keys(seed, epoch, sample_B, copy_B)
     draws = augment.draw(sample_B, copy_B, seed=seed, epoch=epoch, cfg=view.augment, size=size)
     posterize_B = np.zeros(len(key_B), bool)
@@ -124,7 +124,7 @@ def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, vie
 
 
 def _draw_jitter(draws: Draws, key_B: np.ndarray, jittered_B: np.ndarray) -> Draws:
-    """Brightness, contrast and saturation by factors U(.6, 1.4), in random order (torchvision's ColorJitter)."""
+    """Draw ColorJitter's factors U(.6, 1.4) in random order (torchvision)."""
     u_B6 = counter.uniform(key_B, JITTER, 6)
     change_B3 = STRENGTH * (2 * u_B6[:, :3] - 1)
     op_B3 = np.where(jittered_B[:, None], JITTERS[u_B6[:, 3:].argsort(axis=1)], -1).astype(np.int8)
@@ -148,7 +148,7 @@ def _draw_policy(draws: Draws, key_B: np.ndarray) -> tuple[Draws, np.ndarray]:
 
 
 def _draw_cutout(key_B: np.ndarray, share: float, size: int) -> np.ndarray:
-    """(top, left, bottom, right) of a square whose centre is any pixel, clipped to the image; empty without Cutout.
+    """Draw Cutout's (top, left, bottom, right), clipped; empty without Cutout.
 
     Source: DeVries and Taylor 2017 (arXiv 1708.04552); PaCo/LT/autoaug.py.
     """
@@ -158,7 +158,7 @@ def _draw_cutout(key_B: np.ndarray, share: float, size: int) -> np.ndarray:
 
 
 def apply(crops_BHWC: Tensor, draws: ViewDraws, view: View, pool: Executor | None = None) -> Tensor:
-    """A view of uint8 crops as drawn: images_BCHW, normalised float32, channels last in memory.
+    """Apply a view to uint8 crops; return images_BCHW, normalised float32.
 
     Args:
         pool: as ``augment.apply``.
@@ -183,7 +183,7 @@ def apply(crops_BHWC: Tensor, draws: ViewDraws, view: View, pool: Executor | Non
 
 
 def _where(amount_B: np.ndarray, rgb_BCHW: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Change the images whose amount is not 0."""
+    """Apply ``change`` to the images whose amount is not 0."""
     chosen = np.flatnonzero(amount_B)
     if not len(chosen):
         return rgb_BCHW
@@ -203,7 +203,7 @@ def _gray(rgb_BCHW: Tensor, amount: Tensor) -> Tensor:
 
 
 def shift_hue(rgb_BCHW: Tensor, turns_B111: Tensor) -> Tensor:
-    """Turn the hue of RGB images in 0..1, keeping HSV saturation and value."""
+    """Shift the hue of RGB images in 0..1, keeping HSV saturation and value."""
     value = rgb_BCHW.amax(1, keepdim=True)
     chroma = value - rgb_BCHW.amin(1, keepdim=True)
     red, green, blue = rgb_BCHW.split(1, dim=1)
@@ -219,7 +219,7 @@ def shift_hue(rgb_BCHW: Tensor, turns_B111: Tensor) -> Tensor:
 
 
 def blur(rgb_BCHW: Tensor, sigma_B111: Tensor) -> Tensor:
-    """Gaussian blur with one width an image, in pixels; borders are reflected."""
+    """Blur each image by its own sigma in pixels; borders are reflected."""
     batch, channels = rgb_BCHW.shape[:2]
     reach = min(int(3 * BLUR_SIGMA[1]), min(rgb_BCHW.shape[2:]) - 1)
     offset = torch.arange(-reach, reach + 1, device=rgb_BCHW.device)

@@ -1,8 +1,8 @@
-"""RandAugment's 15 operations (timm's "increasing" set) on batches of uint8 images, bit for bit as Pillow does.
+"""RandAugment's 15 operations (timm's "increasing" set), bit-exact to Pillow.
 
 Pillow is the reference: integer luma, float32 blends that truncate, double-precision bicubic warps that truncate.
 Magnitudes to arguments: timm.data.auto_augment (LEVEL_TO_ARG).
-One deviation: posterize to 0 bits (level 10) gives black as Pillow did before 12; today's raises ValueError.
+One deviation: posterize to 0 bits (level 10) gives black, as Pillow before 12; later versions raise ValueError.
 """
 
 # B batch, H height, W width, C channels (3)
@@ -16,17 +16,17 @@ from torch import Tensor
 from fastdeitlt.data.augment.warps import rotate, shear_x, shear_y, to_bytes, translate_x, translate_y
 
 CACHED_VALUES = 1 << 18
-"""Values worked on at a time on the host, so that float temporaries stay in the cache."""
+"""Values per chunk on the host, so that float temporaries stay in the CPU cache."""
 LUMA = (19595.0, 38470.0, 7471.0)
 """ITU-R 601 weights in 1/65536 (Pillow's L24); the weighted sum stays below 2^24, so float32 holds it exactly."""
 
 
 def rand_augment(images_BHWC: Tensor, op_B2: np.ndarray, level_B2: np.ndarray, sign_B2: np.ndarray) -> None:
-    """Apply each image's (up to two) operations in order, in place; images of one operation go together.
+    """Apply each image's operations in order, in place, batched by operation.
 
     Args:
         images_BHWC: uint8 on any device.
-        op_B2: indices into ``FUNCTIONS``; -1 = none.
+        op_B2: indices into ``FUNCTIONS``; -1 = none. Two operations, or ColorJitter's three.
         level_B2, sign_B2: magnitude 0..10 and direction +1/-1.
     """
     step = chunk_size(images_BHWC)
@@ -42,51 +42,51 @@ def rand_augment(images_BHWC: Tensor, op_B2: np.ndarray, level_B2: np.ndarray, s
 
 
 def chunk_size(images_BHWC: Tensor) -> int:
-    """Images to work on at a time: all of them on a device, as many as stay in the cache on the host."""
+    """Return the images per chunk: all on a device, what the CPU cache holds on the host."""
     return len(images_BHWC) if images_BHWC.device.type != "cpu" else max(1, CACHED_VALUES // images_BHWC[0].numel())
 
 
 def blend_factor(level: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    """Factor of color, contrast, brightness and sharpness: max(.1, 1 +- .09 level)."""
+    """Return the blend factor of color, contrast, etc.: max(.1, 1 +- .09 level)."""
     return np.maximum(0.1, 1.0 + sign * (level / 10.0 * 0.9))
 
 
 def kept_bits(level: np.ndarray) -> np.ndarray:
-    """Mask of the top 4 - int(.4 level) bits, that posterize keeps."""
+    """Return posterize's mask of the top 4 - int(.4 level) bits."""
     return 256 - 2 ** (4 + (level / 10.0 * 4).astype(np.int64))
 
 
 def solarize_threshold(level: np.ndarray) -> np.ndarray:
-    """Value from which solarize inverts: 256 - int(25.6 level)."""
+    """Return the value from which solarize inverts: 256 - int(25.6 level)."""
     return 256 - np.minimum(256, (level / 10.0 * 256).astype(np.int64))
 
 
 def solarize_added(level: np.ndarray) -> np.ndarray:
-    """What solarize_add adds: int(11 level)."""
+    """Return solarize_add's summand: int(11 level)."""
     return np.minimum(128, (level / 10.0 * 110).astype(np.int64))
 
 
 def _each(values_B: np.ndarray, images_BHWC: Tensor, dtype: torch.dtype) -> Tensor:
-    """One value an image, broadcastable over it, on its device."""
+    """Return per-image values, broadcastable over the images, on their device."""
     return torch.from_numpy(np.ascontiguousarray(values_B)).to(images_BHWC.device, dtype)[:, None, None, None]
 
 
 def _blend(degenerate: Tensor, images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Pillow's ``Image.blend`` by timm's factor: float32, clipped, truncated."""
+    """Blend as Pillow's ``Image.blend`` by timm's factor: float32, clipped, truncated."""
     factor_B = blend_factor(level_B, sign_B)
     difference = images_BHWC.float().sub_(degenerate)
     return to_bytes(difference.mul_(_each(factor_B, images_BHWC, torch.float32)).add_(degenerate))
 
 
 def _luma(images_BHWC: Tensor) -> Tensor:
-    """Pillow's conversion to "L" as float32 [B, H, W, 1]."""
+    """Convert to luma as Pillow's mode "L", float32 [B, H, W, 1]."""
     weights = torch.tensor(LUMA, device=images_BHWC.device)
     luma = torch.mv(images_BHWC.float().view(-1, 3), weights).add_(32768.0).mul_(2.0**-16).floor_()
     return luma.view(*images_BHWC.shape[:3], 1)
 
 
 def _index(images_BHWC: Tensor) -> Tensor:
-    """256 (3 b + c) + value as int32 [B, H, W * C]: where a value lies in a [B, C, 256] table."""
+    """Return the flat index of each value in a [B, C, 256] table, int32 [B, H, W * C]."""
     batch, height, width, channels = images_BHWC.shape
     rows = torch.arange(batch * channels, dtype=torch.int32, device=images_BHWC.device).mul_(256)
     return images_BHWC.view(batch, height, -1) + rows.view(batch, 1, channels).repeat(1, 1, width)
@@ -103,7 +103,7 @@ def auto_contrast(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) 
     low_BC = rows.amin(1).view(batch, width, channels).amin(1).double()
     high_BC = rows.amax(1).view(batch, width, channels).amax(1).double()
     spread_BC = (high_BC - low_BC).clamp_min(1.0)
-    # a scalar over a tensor would be the reciprocal times the scalar, one bit off
+    # scalar / tensor would multiply by the reciprocal, one bit off
     scale_BC = torch.full_like(spread_BC, 255.0) / spread_BC
     values = torch.arange(256, dtype=torch.float64, device=images_BHWC.device)
     table_BCV = (values * scale_BC[..., None] + (-low_BC * scale_BC)[..., None]).clamp_(0.0, 255.0)
@@ -126,7 +126,7 @@ def equalize(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Te
 
 
 def invert(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """255 - value."""
+    """Invert each value: 255 - value."""
     return ~images_BHWC
 
 
@@ -143,7 +143,7 @@ def solarize(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Te
 
 
 def solarize_add(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Add to values below 128."""
+    """Add ``solarize_added`` to values below 128."""
     dark = (images_BHWC >> 7) ^ 1
     return dark.mul_(_each(solarize_added(level_B), images_BHWC, torch.uint8)).add_(images_BHWC)
 
@@ -165,7 +165,7 @@ def brightness(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> 
 
 
 def sharpness(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Blend with the image smoothed by [1 1 1; 1 5 1; 1 1 1] / 13; the border row and column stay."""
+    """Blend with a smoothed image ([1 1 1; 1 5 1; 1 1 1] / 13, border unchanged)."""
     values = images_BHWC.short()
     rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
     total = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]).add_(values[:, 1:-1, 1:-1], alpha=4)

@@ -1,4 +1,4 @@
-"""Stage 3: strong augmentation. Parameters are drawn ahead on the host, then applied to a batch on any device.
+"""Strong augmentation: parameters drawn on the host, applied on any device.
 
 ``draw`` is a pure function of (seed, epoch, sample, copy), so batches do not depend on workers, ranks or restarts.
 ``apply`` is timm's chain on uint8 crops: flip, RandAugment, normalise, random erasing (timm ``create_transform`` with
@@ -25,16 +25,16 @@ ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_RATIO = (0.3, 1 / 0.3)
 CROP, FLIP, OP, LEVEL, ERASE, NOISE, SHIFT = range(7)
-"""Streams of the generator; a new kind of draw takes a new number, so the others stay as they are."""
+"""Streams of the generator; a new kind of draw needs a new number, which leaves the others unchanged."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What happens to each of B images; index it with a slice or an index array to get a part.
+    """Drawn parameters of B images; index with a slice or an index array for a subset.
 
     ``flip_B`` bool. ``op_B2`` int8 indices into ``OPS``, -1 = not applied. ``level_B2`` magnitude 0..10, ``sign_B2``
     +1 or -1. ``erase_B4`` int32 (top, left, height, width) at the output size, height 0 = none; ``noise_B`` uint32 key
-    of the noise in it. ``shift_B2`` int32 (down, right) offset of a pad_crop. ``area_BA`` and ``ratio_BA`` are the
+    of its noise. ``shift_B2`` int32 (down, right) offset of a pad_crop. ``area_BA`` and ``ratio_BA`` are the
     RandomResizedCrop attempts, ``place_B2`` its position in 0..1; no attempts = the whole image.
     """
 
@@ -58,9 +58,10 @@ class Draws:
         return Draws(**arrays, ratio_range=self.ratio_range)
 
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
-        """RandomResizedCrop boxes for images of the given (height, width): int32 [B, 4] (top, left, height, width).
+        """Return RandomResizedCrop boxes (top, left, height, width), int32 [B, 4].
 
-        The first attempt that fits; if none does, the largest central box within the ratio range.
+        ``sizes_B2`` is (height, width). Uses the first attempt that fits, else the largest central box within the ratio
+        range.
         Source: timm ``RandomResizedCropAndInterpolation.get_params``.
         """
         sizes_B2 = np.broadcast_to(np.asarray(sizes_B2, np.int64), (len(self), 2))
@@ -82,13 +83,13 @@ class Draws:
 
 
 def _sides(area: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Height and width in pixels, at least 1, of boxes of this area and height / width ratio."""
+    """Return sides in pixels, at least 1, of boxes of an area and height / width ratio."""
     height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     return np.maximum(height, 1).astype(np.int64), np.maximum(width, 1).astype(np.int64)
 
 
 def _first(fits_BA: np.ndarray, height_BA: np.ndarray, width_BA: np.ndarray) -> np.ndarray:
-    """Height and width of each sample's first attempt that fits [B, 2]."""
+    """Return height and width of each sample's first attempt that fits, [B, 2]."""
     rows_B, first_B = np.arange(len(fits_BA)), fits_BA.argmax(axis=1)
     return np.stack([height_BA[rows_B, first_B], width_BA[rows_B, first_B]], axis=1)
 
@@ -98,12 +99,12 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg: AugmentConfig, size: int) -> Draws:
-    """Draw the augmentation of samples' copies for images that come out ``size`` x ``size``.
+    """Draw the augmentation of samples' copies, for images of ``size`` x ``size``.
 
     Args:
-        sample_B, copy_B: index in the set, and which of its copies this epoch.
+        sample_B, copy_B: index in the set, and number of the copy in this epoch.
         seed, epoch: the rest of the key.
-        cfg: laws; ``recipe`` switches whole stages off.
+        cfg: distributions; ``recipe`` disables whole stages.
 
     Returns:
         Draws of B images; equal keys give equal draws in any batch.
@@ -131,7 +132,7 @@ def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg
 
 
 def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
-    """Boxes of random erasing: the first of ten attempts strictly smaller than the image (timm ``RandomErasing``)."""
+    """Draw erasing boxes: the first of ten attempts that fits (timm ``RandomErasing``)."""
     u_Bn = counter.uniform(key_B, ERASE, 2 * ATTEMPTS + 3)
     area_BA = _between(u_Bn[:, :ATTEMPTS], *ERASE_AREA) * size**2
     ratio_BA = np.exp(_between(u_Bn[:, ATTEMPTS : 2 * ATTEMPTS], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])))
@@ -153,8 +154,8 @@ def apply(
     """Augment uint8 crops as drawn: flip, shift, RandAugment, normalise, erase.
 
     Args:
-        crops_BHWC: uint8 on any device; not changed.
-        draws: one entry an image, drawn for this size.
+        crops_BHWC: uint8 on any device; not modified.
+        draws: drawn for this image size.
         cfg: mean and std.
         pool: threads for crops on the host; None = the calling thread.
 
@@ -162,7 +163,7 @@ def apply(
         images_BCHW of ``dtype``, channels last in memory.
     """
     images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
-    step = chunk_size(crops_BHWC)  # an image goes all the way while it is in the cache
+    step = chunk_size(crops_BHWC)  # run all operations while a chunk is in the CPU cache
     parts = [slice(start, start + step) for start in range(0, len(crops_BHWC), step)]
 
     def augment(part: slice) -> None:
@@ -190,7 +191,7 @@ def _apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, images_BHWC: Te
 
 
 def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
-    """Move each image (down, right) by whole pixels over black: zero padding and a random crop."""
+    """Shift each image (down, right) by whole pixels, filling with black."""
     shifted_BHWC = torch.zeros_like(images_BHWC)
     height, width = images_BHWC.shape[1:3]
     for b, (down, right) in enumerate(shift_B2.tolist()):
@@ -203,7 +204,10 @@ def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
 def normalise(
     crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(crop / 255 - mean) / std as images_BCHW, channels last in memory; computed in float32, stored as ``dtype``."""
+    """Return (crop / 255 - mean) / std as images_BCHW of ``dtype``.
+
+    Computed in float32; channels last in memory.
+    """
     images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
     step = chunk_size(crops_BHWC)
     for start in range(0, len(crops_BHWC), step):
@@ -213,7 +217,7 @@ def normalise(
 
 def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], images_BHWC: Tensor) -> None:
     width = crops_BHWC.shape[2]
-    # a whole row of constants, because broadcasting three of them keeps the loop from vectorising
+    # a whole row of constants: broadcasting three values would prevent vectorisation
     scale, offset = (value_C.repeat(width) for value_C in affine(mean, std, crops_BHWC.device))
     scaled = crops_BHWC.flatten(2).float().mul_(scale)
     torch.add(scaled, offset, out=images_BHWC.flatten(2))
@@ -221,22 +225,22 @@ def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], 
 
 @lru_cache(maxsize=8)
 def affine(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and offset (float32 [C]) that take a uint8 value to (value / 255 - mean) / std."""
+    """Return scale and offset, float32 [C], of (value / 255 - mean) / std."""
     mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return (1.0 / (255.0 * std_C)).float().to(device), (-mean_C / std_C).float().to(device)
 
 
 @lru_cache(maxsize=4)
 def normal_table(device: torch.device) -> Tensor:
-    """65,536 equally likely quantiles of N(0, 1), float32: one lookup turns 16 random bits into a normal number."""
+    """Return 65,536 equally likely quantiles of N(0, 1), float32, as a lookup table."""
     return torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().to(device)
 
 
 def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Tensor:
-    """Erasing noise N(0, 1) for boxes (top, left, height, width): float32 [B, largest height, largest width, 3].
+    """Return erasing noise N(0, 1), float32 [B, largest height, largest width, 3].
 
-    A hash of (pixel and channel, key), the same on every device and in the fused kernel (the finaliser "lowbias32" of
-    C. Wellons' hash prospector).
+    For boxes (top, left, height, width). A hash of (pixel and channel, key), identical on every device and in the fused
+    kernel (the finaliser "lowbias32" of C. Wellons' hash prospector).
     """
     device, width = images_BHWC.device, images_BHWC.shape[2]
     key_B11 = torch.from_numpy(key_B.view(np.int32)).to(device)[:, None, None]
@@ -253,5 +257,5 @@ def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """A 32-bit word as the int32 of the same bits; int32 products wrap like uint32 ones."""
+    """Return the int32 with a word's bits; int32 products wrap like uint32 ones."""
     return word - (1 << 32) if word >= 1 << 31 else word

@@ -1,8 +1,8 @@
-"""RandAugment's five geometric operations, as Pillow's bicubic ``Image.transform`` computes them.
+"""RandAugment's geometric operations, as Pillow's bicubic ``Image.transform``.
 
-Rotation is Pillow itself on the host. Shears and translations move pixels along one axis only, which four weighted taps
-do several times faster than Pillow's sixteen; they differ from it, by 1, only where a value is whole up to rounding.
-Outside the image lies (124, 116, 104), 255 * ImageNet mean. Source of magnitudes: timm.data.auto_augment.
+Rotation on the host uses Pillow. Shears and translations move pixels along one axis, so four weighted taps replace
+Pillow's sixteen, several times faster; results differ by 1 only where a value is whole up to rounding. The fill colour
+is (124, 116, 104), 255 * ImageNet mean. Source of magnitudes: timm.data.auto_augment.
 """
 
 # B batch, H height, W width, C channels (3), L lines, n pixels of a line
@@ -19,27 +19,27 @@ FILL = (124, 116, 104)
 
 
 def to_bytes(values: Tensor) -> Tensor:
-    """Clip to 0..255 and truncate; through int16, which is several times faster than straight to uint8."""
+    """Clip to 0..255 and truncate; via int16, which is faster than directly to uint8."""
     return values.clamp_(0.0, 255.0).to(torch.int16).to(torch.uint8)
 
 
 def rotation_degrees(level: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    """+-3 level."""
+    """Return the rotation in degrees: +-3 level."""
     return sign * (level / 10.0 * 30.0)
 
 
 def shear_factor(level: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    """Pixels a line is moved for each line from the origin: +-.03 level."""
+    """Return the shift in pixels per line from the origin: +-.03 level."""
     return sign * (level / 10.0 * 0.3)
 
 
 def translation_share(level: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    """Translation as a share of the side: +-.045 level."""
+    """Return the translation as a share of the side: +-.045 level."""
     return sign * (level / 10.0 * 0.45)
 
 
 def rotate(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Rotate by 3 level degrees about the centre, bicubic (a = -1, as Pillow's transform)."""
+    """Rotate by 3 level degrees about the centre, bicubic (a = -1, as Pillow)."""
     _, height, width, _ = images_BHWC.shape
     matrices = [rotation(degrees, width, height) for degrees in rotation_degrees(level_B, sign_B)]
     if images_BHWC.device.type != "cpu":
@@ -52,7 +52,7 @@ def rotate(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tens
 
 
 def rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
-    """Pillow's output-to-input matrix (a, b, c, d, e, f) of ``Image.rotate``."""
+    """Return Pillow's output-to-input matrix (a, b, c, d, e, f) of ``Image.rotate``."""
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
@@ -60,9 +60,10 @@ def rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
 
 
 def warp(images_BHWC: Tensor, matrix_B6: np.ndarray) -> Tensor:
-    """Pillow's bicubic affine transform on any device: (x, y) out reads (ax + by + c, dx + ey + f) in, else FILL.
+    """Apply Pillow's bicubic affine transform on any device.
 
-    Source: Pillow, src/libImaging/Geometry.c (``affine_transform``, ``bicubic_filter32RGB``).
+    Output (x, y) is input (ax + by + c, dx + ey + f), or FILL outside the image. Source: Pillow,
+    src/libImaging/Geometry.c (``affine_transform``, ``bicubic_filter32RGB``).
     """
     batch, height, width, channels = images_BHWC.shape
     device = images_BHWC.device
@@ -84,15 +85,15 @@ def warp(images_BHWC: Tensor, matrix_B6: np.ndarray) -> Tensor:
 
 
 def _cubic(taps: list[Tensor], t: Tensor) -> Tensor:
-    """Pillow's BICUBIC macro (Keys, a = -1) between taps[1] and taps[2], in its order of operations."""
+    """Interpolate between taps[1] and taps[2] as Pillow's BICUBIC macro (a = -1)."""
     v1, v2, v3, v4 = taps
     return v2 + t * ((v3 - v1) + t * ((2.0 * (v1 - v2) + v3 - v4) + t * (-v1 + v2 - v3 + v4)))
 
 
 def _slide(lines_BLnC: Tensor, shift_BL: np.ndarray) -> Tensor:
-    """Resample each line along n, where position x reads x + its shift: the one-dimensional case of ``warp``.
+    """Resample each line along n at x + its shift, ``warp`` in one dimension.
 
-    Lines are copied as windows of memory, so nothing is gathered pixel by pixel; the four taps are weighted in float64.
+    Lines are copied as windows of memory, without a gather per pixel; the four taps are weighted in float64.
     """
     batch, num_lines, n, channels = lines_BLnC.shape
     device, count = lines_BLnC.device, batch * num_lines
@@ -125,34 +126,34 @@ def _fill(length: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _pulse(length: int, device: torch.device) -> Tensor:
-    """All bits set in the middle third of 3 * length values."""
+    """Return 3 * length bytes with all bits set in the middle third."""
     return torch.tensor([0, 255, 0], dtype=torch.uint8, device=device).repeat_interleave(length)
 
 
 def _windows(values: Tensor, starts: np.ndarray, length: int) -> Tensor:
-    """values[start : start + length] for each start: rows of an overlapping view, copied whole."""
+    """Return values[start : start + length] for each start, as rows."""
     view = values.as_strided((len(values) - length + 1, length), (1, 1))
     return view.index_select(0, torch.from_numpy(starts).to(values.device))
 
 
 def shear_x(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Row y reads at x + factor (y + .5)."""
+    """Shear horizontally: row y samples x + factor (y + .5)."""
     rows = np.arange(images_BHWC.shape[1]) + 0.5
     return _slide(images_BHWC, shear_factor(level_B, sign_B)[:, None] * rows)
 
 
 def shear_y(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Column x reads at y + factor (x + .5)."""
+    """Shear vertically: column x samples y + factor (x + .5)."""
     return shear_x(images_BHWC.transpose(1, 2).contiguous(), level_B, sign_B).transpose(1, 2)
 
 
 def translate_x(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Every row reads at x + share W."""
+    """Translate horizontally: every row samples x + share W."""
     shift_B = translation_share(level_B, sign_B) * images_BHWC.shape[2]
     return _slide(images_BHWC, np.repeat(shift_B[:, None], images_BHWC.shape[1], axis=1))
 
 
 def translate_y(images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Every column reads at y + share H: one line whose pixels are whole rows."""
+    """Translate vertically: sample y + share H (one line of whole rows)."""
     shift_B = translation_share(level_B, sign_B) * images_BHWC.shape[1]
     return _slide(images_BHWC.flatten(2)[:, None], shift_B[:, None]).view(images_BHWC.shape)

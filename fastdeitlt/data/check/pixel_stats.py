@@ -1,4 +1,4 @@
-"""Measure what the pixels of a training set are like: channel mean and deviation, size, colour, stated orientation.
+"""Pixel statistics of a training set: mean, deviation, size, colour, orientation.
 
 N images in the set, B batch, H height, W width, C channels.
 """
@@ -17,12 +17,12 @@ from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.sets.types import LongTailSet
 
 MOST_IMAGES = 4096
-"""Images that are decoded; of a larger set evenly spaced ones."""
+"""Most images decoded, evenly spaced in the list."""
 BATCH = 128
 SIDE = 64
-"""Side in pixels of the central square that is measured, after the shorter side is resized to it."""
+"""Side in pixels of the measured central square; the shorter side is resized to it."""
 GRAY_RANGE = 3
-"""Largest difference of the channels, in 255ths, of an image that counts as gray: JPEG rounds chroma."""
+"""Largest channel difference, in 255ths, of a gray image: JPEG rounds chroma."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class PixelStats:
     gray: float
     """Share of the images without colour, 0..1."""
     num_images: int
-    """Images that were measured."""
+    """Measured images."""
     num_unreadable: int = 0
-    """Images among them that could not be read and count nowhere else."""
+    """Unreadable images, not included in ``num_images``."""
 
 
 def pixel_stats(images: LongTailSet, cfg: DataConfig, most: int = MOST_IMAGES) -> PixelStats:
-    """Decode up to ``most`` images, evenly spaced in the list, and measure their pixels.
+    """Measure the pixels of up to ``most`` images, evenly spaced in the list.
 
-    Unreadable images are left out.
+    Unreadable images are excluded.
 
     Args:
         images: the training set.
-        cfg: how files are read (``exif``, ``num_threads``).
+        cfg: ``exif`` and ``num_threads``.
 
     Raises:
         UserError: no image can be read.
@@ -68,7 +68,7 @@ def pixel_stats(images: LongTailSet, cfg: DataConfig, most: int = MOST_IMAGES) -
         num_read += len(crops_BHWC)
         sides.append(sides_B)
     mean_C = sums_C / num_pixels
-    # a set of one colour has no deviation, by which nothing can be divided
+    # a set of one colour has no deviation; avoid a division by 0
     std_C = (squares_C / num_pixels - mean_C.square()).clamp(min=1e-6).sqrt()
     red, green, blue = (round(float(value), 4) for value in mean_C)
     return PixelStats(
@@ -82,7 +82,7 @@ def pixel_stats(images: LongTailSet, cfg: DataConfig, most: int = MOST_IMAGES) -
 
 
 def _decoded(images: LongTailSet, cfg: DataConfig) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """The images that can be read: squares uint8 [B, S, S, 3] and the shorter side of each image [B].
+    """Yield squares uint8 [B, S, S, 3] and shorter sides [B] of the readable images.
 
     Files are streamed, so that nothing is written to the cache of decoded sets.
     """
@@ -103,6 +103,6 @@ def _decoded(images: LongTailSet, cfg: DataConfig) -> Iterator[tuple[Tensor, np.
 
 
 def _is_gray(crops_BHWC: Tensor) -> Tensor:
-    """Whether each image has equal channels everywhere, bool [B]."""
+    """Return whether each image is gray, bool [B]."""
     spread_BHW = crops_BHWC.amax(-1).short() - crops_BHWC.amin(-1).short()
     return spread_BHW.flatten(1).amax(1) <= GRAY_RANGE

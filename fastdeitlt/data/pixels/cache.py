@@ -1,4 +1,4 @@
-"""The decoded set: all pixels in one buffer, kept on disk, so that runs and ranks decode a set only once."""
+"""On-disk cache of decoded sets, shared by runs and ranks."""
 
 # N images in the set, H height, W width
 
@@ -30,51 +30,51 @@ from fastdeitlt.store.user_cache import user_cache
 log = logging.getLogger("fastdeitlt")
 
 FORMAT = 2
-"""Raise it when stored pixels or their layout change."""
+"""Format version; increase it when stored pixels or their layout change."""
 BLOCK_BYTES = 1 << 26
-"""Bytes under one checksum."""
+"""Bytes per checksum."""
 LONG = 10**8
-"""Bytes from which decoding a set takes so long that the log says why nothing happens."""
+"""Bytes from which decoding is logged."""
 SAY_EVERY = 30.0
-"""Seconds between lines on how far it is."""
+"""Seconds between progress lines."""
 DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedSet:
-    """Decoded images of any sizes, one after the other."""
+    """Decoded images of any sizes in one buffer."""
 
     pixels: Tensor
-    """uint8, all images [H, W, 3] flattened."""
+    """uint8, all images [H, W, 3] flattened and concatenated."""
     sizes_N2: np.ndarray
-    """int32 (height, width) as stored; zeros for an image that could not be read."""
+    """int32 (height, width) as stored; zeros for an unreadable image."""
     unreadable: np.ndarray
-    """int64: indices of the images that could not be read."""
+    """int64 indices of the unreadable images."""
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Where each image begins in ``pixels``, and the end: int64 [N + 1]."""
+        """Offset of each image in ``pixels``, and the end: int64 [N + 1]."""
         return np.concatenate([[0], num_bytes(self.sizes_N2).cumsum()])
 
     def image(self, slot: int) -> Tensor:
-        """A view of the pixels [H, W, 3] in a slot."""
+        """Return a view of the pixels [H, W, 3] of one image."""
         height, width = self.sizes_N2[slot].tolist()
         return self.pixels[self.starts[slot] : self.starts[slot + 1]].view(height, width, 3)
 
 
 def pack(images_NHWC: np.ndarray) -> DecodedSet:
-    """A set that comes decoded (CIFAR)."""
+    """Copy the images of a set that comes decoded (CIFAR) into a ``DecodedSet``."""
     sizes_N2 = np.tile(np.array(images_NHWC.shape[1:3], np.int32), (len(images_NHWC), 1))
     return DecodedSet(torch.tensor(images_NHWC).reshape(-1), sizes_N2, np.zeros(0, np.int64))
 
 
 def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
-    """Bytes of RGB images of these sizes: int64 [N]."""
+    """Return the bytes of RGB images of these sizes, int64 [N]."""
     return sizes_N2.astype(np.int64).prod(axis=1) * 3
 
 
 def stored_sizes(images: LongTailSet, cfg: DataConfig) -> np.ndarray | None:
-    """Return the (height, width) at which the cache holds a set's images, int32 [N, 2]; None without a cached set."""
+    """Return the cached images' (height, width), int32 [N, 2]; None if not cached."""
     try:
         with np.load(_path(images, cfg) / "index.npz") as index:
             return index["sizes_N2"]
@@ -85,22 +85,22 @@ def stored_sizes(images: LongTailSet, cfg: DataConfig) -> np.ndarray | None:
 def open_decoded(
     images: LongTailSet, cfg: DataConfig, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]
 ) -> DecodedSet:
-    """Map the set from the cache; the first call fills the cache. The ranks of a machine share the mapped memory.
+    """Map a set from the cache, filling the cache at the first call.
 
-    Of processes that call this at the same time, one decodes and the others wait. If the cache cannot be written, a
-    warning is logged and the set is decoded into the memory of this process.
+    The ranks of a machine share the mapped memory. With concurrent calls one process decodes and the others wait. If
+    the cache cannot be written, a warning is logged and the set is decoded into the memory of this process.
 
     Args:
-        sizes_N2: (height, width) of the stored images, int32 [N, 2]; zeros for one that cannot be read.
-        decoded_N: the images [H, W, 3] as they are stored, None for one that cannot be read. Iterated at most once,
-            and only if the cache does not have the set.
+        sizes_N2: (height, width) of the stored images, int32 [N, 2]; zeros for an unreadable one.
+        decoded_N: the images [H, W, 3] to store, None for an unreadable one. Iterated at most once, and only if the
+            set is not cached.
 
     Raises:
-        UserError: an image cannot be read, or changes meanwhile.
+        UserError: an image cannot be read, or changes during the call.
     """
     path, decoded = _path(images, cfg), None
     try:
-        decoded = _load(path, cfg, tell=False)  # without the lock: ranks check a sound one side by side
+        decoded = _load(path, cfg, tell=False)  # without the lock: ranks verify an intact set in parallel
         if decoded is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
@@ -115,7 +115,7 @@ def open_decoded(
         if decoded is None:
             memory = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
             decoded = _fill(memory, images, sizes_N2, decoded_N)
-        else:  # decoded into a draft, which would occupy the disk as long as it is mapped
+        else:  # decoded into a draft, which would occupy the disk while it is mapped
             decoded = replace(decoded, pixels=decoded.pixels.clone())
     if cfg.on_error == "raise" and len(decoded.unreadable):  # another run skipped them
         raise UserError(
@@ -126,9 +126,10 @@ def open_decoded(
 
 
 def _path(images: LongTailSet, cfg: DataConfig) -> Path:
-    """Folder of a set in the cache.
+    """Return the cache folder of a set.
 
-    Its name changes when the pixels to be stored could: files, their sizes and times, stored size, turning, versions.
+    Its name is a hash of all that determines the pixels: files, their sizes and times, stored size, EXIF handling,
+    versions.
     """
     root = os.path.realpath(images.root)
     key = hashlib.sha256(
@@ -148,18 +149,18 @@ def _path(images: LongTailSet, cfg: DataConfig) -> Path:
 
 
 def _fill(pixels: Tensor, images: LongTailSet, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]) -> DecodedSet:
-    """Copy the decoded images into ``pixels``, one after the other."""
+    """Copy the decoded images into ``pixels``."""
     bytes_N = num_bytes(sizes_N2)
     ends_N, total = bytes_N.cumsum(), int(bytes_N.sum())
     if total >= LONG:
         log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
-    started = said = time.monotonic()
+    started = last_log = time.monotonic()
     unreadable = []
     for sample, image in enumerate(decoded_N):
         end = int(ends_N[sample])
         start = end - int(bytes_N[sample])
-        if (now := time.monotonic()) - said >= SAY_EVERY:
-            said = now
+        if (now := time.monotonic()) - last_log >= SAY_EVERY:
+            last_log = now
             seconds = (now - started) * (total - start) / max(start, 1)
             log.info("decoded %s of %s images, %.0f s left", f"{sample:,}", f"{len(images):,}", seconds)
         if image is None:
@@ -172,7 +173,7 @@ def _fill(pixels: Tensor, images: LongTailSet, sizes_N2: np.ndarray, decoded_N: 
 
 
 def _reserve(path: Path, total: int) -> np.ndarray:
-    """Map a new file of ``total`` pixels; its space is reserved, so a full disk raises before the decoding."""
+    """Map a new file of ``total`` bytes, allocated so that a full disk raises early."""
     with open(path, "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -191,7 +192,7 @@ def _seal(draft: Path, pixels: np.ndarray, decoded: DecodedSet, images: LongTail
 
 
 def _load(path: Path, cfg: DataConfig, tell: bool = True) -> DecodedSet | None:
-    """The set if it is there and sound; ``tell`` of one that is not."""
+    """Load and verify a cached set; None if missing or damaged (logged if ``tell``)."""
     if not path.exists():
         return None
     try:
@@ -209,7 +210,7 @@ def _load(path: Path, cfg: DataConfig, tell: bool = True) -> DecodedSet | None:
 
 
 def _digests(decoded: DecodedSet, cfg: DataConfig) -> np.ndarray:
-    """SHA-256 of the index and of each block of pixels."""
+    """Return the sha256 of the index and of each block of pixels."""
     pixels = decoded.pixels.numpy()
     blocks = [pixels[start : start + BLOCK_BYTES] for start in range(0, len(pixels), BLOCK_BYTES)]
     index = np.concatenate([decoded.sizes_N2.ravel().astype(np.int64), decoded.unreadable])
@@ -223,17 +224,17 @@ class CachedSet:
 
     path: Path
     root: str
-    """Folder of its images; empty if the set is not whole."""
+    """Folder of its images; empty for an unfinished set."""
     num_images: int
     num_bytes: int
     modified: float
-    """Time of decoding in seconds since the epoch."""
+    """Time of decoding, Unix time in seconds."""
 
 
 def cached_sets() -> list[CachedSet]:
-    """List the decoded sets in the user cache, unfinished ones too, the oldest first."""
+    """List the decoded sets in the user cache, also unfinished ones, oldest first."""
     folder = user_cache("decoded")
-    found = []
+    sets = []
     for path in (path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
         try:
             with np.load(path / "index.npz") as index:
@@ -241,14 +242,14 @@ def cached_sets() -> list[CachedSet]:
         except (OSError, *DAMAGE):
             root, num_images = "", 0
         total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        found.append(CachedSet(path, root, num_images, total, path.stat().st_mtime))
-    return sorted(found, key=lambda cached: (cached.modified, cached.path))
+        sets.append(CachedSet(path, root, num_images, total, path.stat().st_mtime))
+    return sorted(sets, key=lambda cached: (cached.modified, cached.path))
 
 
 def clear() -> list[CachedSet]:
-    """Remove the decoded sets from the user cache, and return those that stay because a process is decoding them.
+    """Remove the decoded sets from the user cache; return those still being decoded.
 
-    A process that reads a set keeps it until it ends.
+    A process that has mapped a set can use it until it ends.
     """
     staying = []
     for cached in cached_sets():

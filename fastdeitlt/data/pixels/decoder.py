@@ -1,9 +1,8 @@
-"""Stage 2, decoding: encoded images to pixels by DALI. No other module imports it.
+"""Image decoding with DALI, which no other module imports.
 
-DALI only turns the bytes of a file into the pixels of a region. We read the bytes, because DALI 2.4 ends the process on
-files it cannot parse, and resize ourselves, because its resize takes a CPU longer than decoding and is not Pillow's.
-It is imported when the first image is decoded: a step on images that nobody reads (`tune`, `bench --synthetic`) goes
-without it.
+DALI only decodes regions. Files are read and checked before, because DALI 2.4 ends the process on files it cannot
+parse; resizing is separate, because DALI's takes longer than decoding on a CPU and differs from Pillow's. DALI is
+imported at the first decoding, so that synthetic images (`tune`, `bench --synthetic`) do not need it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 MAX_DECODE = 256
 """Most images in one run of the decoding graph."""
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
-"""Orientation: whether rows and columns change places, and which of them are then reversed. Source: TIFF 6.0, tag 274,
+"""Orientation -> (transpose, then flip rows, flip columns). Source: TIFF 6.0, tag 274,
 ``PIL.ImageOps.exif_transpose``."""
 
 
@@ -48,12 +47,11 @@ def decoder_version() -> str:
 
 
 def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65) -> Pipeline:
-    """The DALI graph, not yet built: inputs ``encoded`` (bytes) and ``region`` (top, left, height, width).
+    """Define the DALI graph of inputs ``encoded`` (bytes) and ``region``.
 
-    ``engine_share`` of the JPEG files go to a GPU's hardware decoder, if it has one.
-
-    Orientation tags are ignored: ``Decoder`` turns images. ``peek_image_shape`` is there for safety: a header that does
-    not parse raises in it, but ends the process in the decoder.
+    ``region`` is (top, left, height, width). ``engine_share`` is the share of JPEG files for the GPU's hardware
+    decoder, if it has one. Orientation tags are ignored: ``Decoder`` applies them. ``peek_image_shape`` raises on a
+    header that does not parse; the decoder would end the process.
     """
     dali = _dali()
     from nvidia.dali import fn, math, types
@@ -79,9 +77,9 @@ def decode_graph(threads: int, device: torch.device, engine_share: float = 0.65)
 
 
 class Decoder:
-    """Regions of encoded images to RGB pixels: uint8 [height, width, 3] tensors on the device, one an image.
+    """Decode regions of images to RGB, uint8 [height, width, 3] on the device.
 
-    On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled rather than clipped.
+    On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled, not clipped.
     """
 
     def __init__(self, threads: int, device: torch.device, engine_share: float = 0.65) -> None:
@@ -89,18 +87,18 @@ class Decoder:
         self._graph: Pipeline | None = None
 
     def __call__(self, files: list[Encoded], regions_B4: np.ndarray) -> list[Tensor]:
-        """Decode.
+        """Decode a region of each file.
 
         Args:
-            regions_B4: int32 (top, left, height, width), inside the images as they are after turning.
+            regions_B4: int32 (top, left, height, width) within the images after orientation.
 
         Raises:
-            RuntimeError: DALI could not decode one of them; it does not say which.
+            RuntimeError: DALI could not decode one of the files; see ``faults``.
         """
         pixels: list[Tensor] = []
         for start in range(0, len(files), MAX_DECODE):
             part = slice(start, start + MAX_DECODE)
-            graph, self._graph = self._graph or self._new_graph(), None  # a graph that raised is dead
+            graph, self._graph = self._graph or self._new_graph(), None  # a graph that raised is unusable
             stored_B4 = regions_B4[part].copy()
             for i, file in enumerate(files[part]):
                 if file.orientation != 1:
@@ -111,10 +109,10 @@ class Decoder:
         return pixels
 
     def whole(self, files: list[Encoded]) -> list[Tensor | str]:
-        """Decode whole images; in place of one that does not decode, why.
+        """Decode whole images; return the reason in place of one that does not decode.
 
         Raises:
-            RuntimeError: DALI fails on all of them together, but on none alone.
+            RuntimeError: DALI fails on the batch, but on no single file.
         """
         sizes_B2 = np.array([(file.height, file.width) for file in files], np.int32).reshape(-1, 2)
         regions_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1)
@@ -127,7 +125,11 @@ class Decoder:
             return [alone[i] if i in alone else next(pixels) for i in range(len(files))]
 
     def faults(self, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError) -> dict[int, str]:
-        """Why files do not decode that raised ``error`` together, by their place; raises it if each decodes alone."""
+        """Return why files of a failed batch do not decode, by index.
+
+        Raises:
+            RuntimeError: ``error`` itself, if every file decodes alone.
+        """
         alone = {}
         for i, file in enumerate(files):
             try:
@@ -144,7 +146,7 @@ class Decoder:
 
 
 def _stored(file: Encoded, top: int, left: int, height: int, width: int) -> list[int]:
-    """The region of the stored image that becomes this one of the turned image."""
+    """Return the region of the stored image for a region of the oriented image."""
     swapped, rows, columns = TURNS[file.orientation]
     top = file.height - top - height if rows else top
     left = file.width - left - width if columns else left
@@ -152,7 +154,7 @@ def _stored(file: Encoded, top: int, left: int, height: int, width: int) -> list
 
 
 def _turned(pixels_HWC: Tensor, orientation: int) -> Tensor:
-    """Stored pixels of a region as they are after turning."""
+    """Apply an orientation to stored pixels."""
     if orientation == 1:
         return pixels_HWC
     swapped, *backwards = TURNS[orientation]
@@ -161,10 +163,10 @@ def _turned(pixels_HWC: Tensor, orientation: int) -> Tensor:
 
 
 def _why(file: Encoded, error: RuntimeError) -> str:
-    """Why an image does not decode: Pillow's words, or if it can decode it, DALI's."""
+    """Return why an image does not decode: Pillow's error, else DALI's."""
     try:
         Image.open(io.BytesIO(file.data.tobytes()), formats=FORMATS).load()
     except PILLOW_ERRORS as reason:
         return str(reason) or type(reason).__name__
-    said = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
-    return f"DALI cannot decode it ({said[-1].strip() if said else error})"
+    messages = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
+    return f"DALI cannot decode it ({messages[-1].strip() if messages else error})"

@@ -1,4 +1,4 @@
-"""Encoded image files: read them, refuse what no decoder should see, and leave the decoder nothing but pixels."""
+"""Encoded image files: reading, checks, and removal of harmful metadata."""
 
 import errno
 import io
@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from fastdeitlt.data.sets.blobs import MAX_BYTES, Blob
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-"""Pillow names of what is taken. Not JPEG2000: a damaged one ends the process in DALI 2.4."""
+"""Supported formats, Pillow's names. Not JPEG2000: a damaged one ends the process in DALI 2.4."""
 MAX_PIXELS = 89_478_485
-"""Largest image taken: Pillow's limit against decompression bombs."""
+"""Largest image accepted: Pillow's limit against decompression bombs."""
 PILLOW_ERRORS = (
     OSError,
     EOFError,
@@ -33,9 +33,9 @@ PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on damaged files."""
+"""Exceptions that Pillow raises on damaged files."""
 ORIENTATION = 0x0112
-"""Tag of EXIF and TIFF: how stored pixels are turned to be upright, 1 to 8; 1 = not at all."""
+"""EXIF and TIFF tag of the orientation, 1 to 8; 1 = upright."""
 _OF_FILE = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
 )  # fmt: skip
@@ -45,58 +45,58 @@ _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-"""Marks of the chunks, anywhere in a file, from which Pillow reads a PNG's orientation."""
+"""Markers of the chunks from which Pillow reads a PNG's orientation."""
 
 
 class UnreadableError(Exception):
-    """A file is not an image we can use; the message says why, and the cause is what Pillow or the system raised."""
+    """A file is not a usable image; Pillow's or the system's error is the cause."""
 
     @property
     def is_of_system(self) -> bool:
-        """Whether the file system or the process failed (a stale handle, too many open files), not this file."""
+        """Return whether the system failed, not this file (stale handle, too many open files)."""
         cause = self.__cause__
         return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _OF_FILE
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """An image file without what could mislead the decoder, and the size of the image that is to come of it."""
+    """An image file ready for decoding, with the size of the decoded image."""
 
     sample: int
     data: np.ndarray
-    """uint8; without metadata in formats where DALI obeys it, warns of it or fails on it."""
+    """uint8, without metadata that DALI applies, warns about or fails on."""
     height: int
     width: int
     orientation: int = 1
-    """How the stored pixels are to be turned, 1 to 8 as in EXIF; ``height`` and ``width`` are of the turned image."""
+    """EXIF orientation to apply, 1 to 8; ``height`` and ``width`` are those after it."""
 
 
 def read_encoded(place: str | Blob, sample: int = 0, *, exif: str = "ignore", header_only: bool = False) -> Encoded:
-    """Read a file, or a part of one, and check what can be checked without decoding it.
+    """Read an image file, or a part of a file, and check it without decoding.
 
-    A file that ends before its image does is refused here, because decoding a region above the cut would not show it.
+    Truncated files are refused here, because decoding a region above the cut would not fail.
 
     Args:
-        sample: index of the image in its set, passed on.
-        exif: ``data.exif``. A TIFF's own orientation tag is obeyed either way, as Pillow obeys it.
-        header_only: for the size alone; ``data`` stays empty.
+        sample: index of the image in its set, stored in the result.
+        exif: ``data.exif``. A TIFF's own orientation tag is always applied, as in Pillow.
+        header_only: determine the size alone; ``data`` stays empty.
 
     Raises:
-        UnreadableError: no regular file, empty, not an image, truncated, too large.
+        UnreadableError: not a regular file, empty, not an image, truncated, or too large.
     """
     with _unreadable(), _open(place) as file:
         return _examine(file, sample, exif, header_only)
 
 
 def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") -> Encoded:
-    """An image in memory as the file that holds its pixels, so that one decoder has the say on them.
+    """Encode an image in memory as PNG, for the same decoder as files.
 
     Raises:
-        UnreadableError: pixels of more than 16 bits, or too many.
+        UnreadableError: more than 16 bits per channel, or too many pixels.
     """
     buffer = io.BytesIO()
     with _unreadable():
-        image.load()  # which turns a TIFF, and removes its tag
+        image.load()  # applies a TIFF's orientation and removes its tag
         if image.mode in ("I", "F"):
             raise UnreadableError(f"mode {image.mode}, expected 8 or 16 bits a channel")
         kept = image if image.mode in _PNG_MODES else image.convert("RGB")
@@ -105,7 +105,7 @@ def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") ->
 
 
 def glance(place: str | Blob) -> None:
-    """Look at the first and last bytes of a file: is it an image that is there to its end? Of a blob, at its header.
+    """Check the first and last bytes of an image file; fully read one in a shard.
 
     Raises:
         UnreadableError: see ``read_encoded``.
@@ -126,7 +126,7 @@ def glance(place: str | Blob) -> None:
 
 
 def shrunk(sizes_N2: np.ndarray, short_side: int) -> np.ndarray:
-    """Sizes after images with a longer shorter side are resized to ``short_side``; 0 = as they are. int32 [N, 2]."""
+    """Return sizes with the shorter side limited (0: no limit), int32 [N, 2]."""
     short_N1 = sizes_N2.min(axis=1, keepdims=True)
     smaller_N2 = sizes_N2.astype(np.int64) * short_side // np.maximum(short_N1, 1)
     return np.where((short_side > 0) & (short_N1 > short_side), smaller_N2, sizes_N2).astype(np.int32)
@@ -134,7 +134,7 @@ def shrunk(sizes_N2: np.ndarray, short_side: int) -> np.ndarray:
 
 @contextmanager
 def _unreadable() -> Iterator[None]:
-    """Raise UnreadableError for whatever Pillow or the system raises."""
+    """Convert errors of Pillow and the system to UnreadableError."""
     try:
         yield
     except PILLOW_ERRORS as error:
@@ -200,7 +200,7 @@ def _contents(file: BinaryIO) -> bytes:
 
 
 def _is_cut(file: BinaryIO, kind: str, tags: Any) -> bool:
-    """Whether the file ends before its image does, if its format can say."""
+    """Return whether the file is truncated, as far as its format shows it."""
     size = file.seek(0, os.SEEK_END)
     if kind == "TIFF":
         starts, lengths = (tags.get(strips) or tags.get(tiles) or () for strips, tiles in ((273, 324), (279, 325)))
@@ -213,12 +213,12 @@ def _is_cut(file: BinaryIO, kind: str, tags: Any) -> bool:
     file.seek(max(0, size - len(end)))
     if file.read() == end:
         return False
-    data = _contents(file)  # the end may be followed by something else
+    data = _contents(file)  # trailing data may follow the end marker
     return data.rfind(end, _first_scan(data) if kind != "PNG" else 0) < 0
 
 
 def _first_scan(data: bytes) -> int:
-    """Where a JPEG's metadata, whose thumbnail has an end of its own, is over: the marker of its first scan."""
+    """Return the offset of a JPEG's first scan: a thumbnail before it can have an end marker."""
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
         filled = data[position + 1 : position + 2] == b"\xff"
@@ -227,7 +227,7 @@ def _first_scan(data: bytes) -> int:
 
 
 def stated_orientation(image: Image.Image, data: bytes) -> Any:
-    """The orientation that EXIF or XMP states, as ``PIL.ImageOps.exif_transpose`` finds it; 1 if they are damaged.
+    """Return the orientation as ``PIL.ImageOps.exif_transpose``; 1 if damaged.
 
     Args:
         image: opened by Pillow.
@@ -236,7 +236,7 @@ def stated_orientation(image: Image.Image, data: bytes) -> Any:
     try:
         if image.format != "PNG":
             return image.getexif().get(ORIENTATION, 1)
-        if not any(mark in data for mark in _PNG_EXIF):  # Pillow decodes a PNG to look for it
+        if not any(mark in data for mark in _PNG_EXIF):  # Pillow would decode the whole PNG
             return 1
         with Image.open(io.BytesIO(data)) as copy:
             return copy.getexif().get(ORIENTATION, 1)
@@ -245,10 +245,10 @@ def stated_orientation(image: Image.Image, data: bytes) -> Any:
 
 
 def _only_pixels(data: bytes, kind: str) -> bytes:
-    """The file without metadata where that could mislead DALI 2.4.
+    """Remove metadata that DALI 2.4 mishandles.
 
-    libpng warns of odd colour profiles at each read; DALI's WebP parser fails on metadata of odd length; OpenCV, which
-    decodes what its TIFF decoder cannot, turns images by their tag.
+    libpng warns about odd colour profiles at each read; DALI's WebP parser fails on metadata of odd length; OpenCV,
+    DALI's fallback for TIFF, applies the orientation tag.
     """
     if kind == "PNG":
         kept, position = [data[:8]], 8

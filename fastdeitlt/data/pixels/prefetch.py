@@ -1,4 +1,4 @@
-"""Work ahead of the consumer in one thread."""
+"""Prefetching of an iterator in one thread."""
 
 import queue
 import sys
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """The same items, computed up to ``depth`` ahead by a thread that ends with the consumer.
+    """Yield the items, computed up to ``depth`` ahead in a thread.
 
-    An exception of the producer is raised where its item would have been.
+    The thread ends with the consumer. An exception of the producer is raised in place of its item.
     """
     consumer = threading.current_thread()
     torch.get_num_threads()

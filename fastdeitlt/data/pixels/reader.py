@@ -1,6 +1,6 @@
-"""Stage 2: read and decode image files as they are needed.
+"""Streaming source: read and decode image files for each request.
 
-What comes out is a pure function of the files and the request, so a run resumed in mid-epoch just asks from there on.
+The result is a pure function of the files and the request, so a run can resume in mid-epoch.
 """
 
 # N images in the set, B images of a request, U distinct images of a group of requests, H height, W width, S output side
@@ -31,27 +31,27 @@ from fastdeitlt.store.checkpoint import READ_TRIES, RETRY_S
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
-Made = TypeVar("Made", Tensor, Regions)
-Wanted = tuple[CropRequest, np.ndarray, np.ndarray]
-"""A request, its boxes inside the decoded regions, and the region of each of its images."""
-Make = Callable[[list[Tensor], list[Wanted]], list[Made]]
+Output = TypeVar("Made", Tensor, Regions)
+CropJob = tuple[CropRequest, np.ndarray, np.ndarray]
+"""A request, its boxes within the decoded regions, and the region index of each of its images."""
+Make = Callable[[list[Tensor], list[CropJob]], list[Output]]
 
 DECODE_GROUP = 32
-"""Whole images decoded at a time when the set is decoded once."""
+"""Whole images decoded together when a set is decoded once."""
 
 
 class Stream:
-    """Crops of image files that are read and decoded anew for each request.
+    """Source of crops that reads and decodes the image files of each request.
 
-    An image that cannot be read raises, or with ``data.on_error=skip`` is replaced by the next readable one of its
-    class in the list (the same one each time), logged once and kept in ``unreadable`` (indices).
+    An unreadable image raises, or with ``data.on_error=skip`` is replaced by the next readable one of its class in the
+    list (always the same one), logged once, and its index is added to ``unreadable``.
 
     Args:
         images: the set.
         cfg: ``num_threads``, ``on_error``, ``exif`` and ``jpeg_engine_share``.
-        device: where decoding ends and crops are made.
-        share: consecutive requests that are decoded together. An image that appears in them more than once (the copies
-            of repeated augmentation, which go to different virtual ranks) is then read and decoded once.
+        device: device of the decoded regions and crops.
+        share: consecutive requests decoded together. An image that occurs in several of them (copies of repeated
+            augmentation, for different virtual ranks) is read and decoded once.
     """
 
     def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> None:
@@ -66,19 +66,19 @@ class Stream:
 
     @property
     def pool(self) -> Executor:
-        """Threads for work on parts of a batch on the host."""
+        """Thread pool for host work on parts of a batch."""
         return self._workers.pool
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
         """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order.
 
         Raises:
-            UserError: an image cannot be read, or with skip none of a class can; names the file and the reason.
+            UserError: an image cannot be read, or with skip none of its class; the message has the file and reason.
         """
         yield from self._deliver(requests, self._cut)
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
-        """Yield each request (with draws) and the regions to crop from: of each image the part that its crops share.
+        """Yield each request (with draws) and the regions that enclose its crops.
 
         Raises:
             UserError: as ``crops``.
@@ -86,10 +86,10 @@ class Stream:
         yield from self._deliver(requests, self._gather)
 
     def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[Tensor | None]:
-        """Whole images [H, W, 3] on the host, in order; None for one that cannot be read, with skip.
+        """Yield whole images [H, W, 3] on the host, in order; None for a skipped one.
 
         Args:
-            short_side: a longer shorter side is resized to this; 0 = full size.
+            short_side: limit of the shorter side, by resizing; 0 = full size.
 
         Raises:
             UserError: as ``crops``.
@@ -100,7 +100,7 @@ class Stream:
             yield from decoded
 
     def sizes(self) -> np.ndarray:
-        """Height and width of every image by its header: int32 [N, 2], zeros for what skip leaves out.
+        """Read (height, width) of every image's header, int32 [N, 2]; 0 if skipped.
 
         Raises:
             UserError: as ``crops``.
@@ -109,27 +109,29 @@ class Stream:
         return np.array(_results(parts), np.int32).reshape(-1, 2)
 
     def close(self) -> None:
-        """End all threads and give memory back. May be called twice."""
+        """End all threads and release memory. May be called twice."""
         self._workers.close()
         self._decoder.close()
         self._host_decoder.close()
 
-    def _deliver(self, requests: Iterable[AnyRequest], make: Make[Made]) -> Iterator[tuple[AnyRequest, Made]]:
+    def _deliver(self, requests: Iterable[AnyRequest], make: Make[Output]) -> Iterator[tuple[AnyRequest, Output]]:
         requests = iter(requests)
         groups = iter(lambda: list(islice(requests, self._share)), [])
         for group in self._workers.ahead(partial(self._start_group, make), groups):
             yield from group
 
-    def _start_group(self, make: Make[Made], group: list[AnyRequest]) -> Callable[[], list[tuple[AnyRequest, Made]]]:
+    def _start_group(
+        self, make: Make[Output], group: list[AnyRequest]
+    ) -> Callable[[], list[tuple[AnyRequest, Output]]]:
         sample_U, index_B = np.unique(np.concatenate([r.sample_B for r in group]), return_inverse=True)
         index = np.split(index_B, np.cumsum([len(r.sample_B) for r in group])[:-1])
         reads = self._workers.split(self._read, sample_U.tolist())
         return lambda: list(zip(group, self._group(make, group, index, _results(reads)), strict=True))
 
     def _group(
-        self, make: Make[Made], group: Sequence[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
-    ) -> list[Made]:
-        """What ``make`` makes of each request; ``index`` has the position in ``files_U`` of each of its images."""
+        self, make: Make[Output], group: Sequence[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
+    ) -> list[Output]:
+        """Apply ``make`` to each request; ``index`` maps its images to ``files_U``."""
         size_U2 = np.array([(file.height, file.width) for file in files_U])
         boxes = [request.boxes(size_U2[index_B]) for request, index_B in zip(group, index, strict=True)]
         first_U2, last_U2 = size_U2.copy(), np.zeros_like(size_U2)
@@ -139,24 +141,24 @@ class Stream:
         regions_U4 = np.concatenate([first_U2, last_U2 - first_U2], 1).astype(np.int32)
         for box_B4, index_B in zip(boxes, index, strict=True):
             box_B4[:, :2] -= first_U2[index_B]
-        with aside(self._side) as made:  # DALI uses the pixels' memory again once they are dropped
+        with aside(self._side) as outputs:  # DALI reuses the pixels' memory once they are freed
             try:
                 pixels_U = self._decoder(files_U, regions_U4)
             except RuntimeError as error:
                 return self._group(make, group, index, self._replace(self._decoder, files_U, regions_U4, error))
-            wanted = make(pixels_U, list(zip(group, boxes, index, strict=True)))
-            made.extend(one.pixels if isinstance(one, Regions) else one for one in wanted)
-        return wanted
+            results = make(pixels_U, list(zip(group, boxes, index, strict=True)))
+            outputs.extend(one.pixels if isinstance(one, Regions) else one for one in results)
+        return results
 
-    def _cut(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Tensor]:
-        return [cut(one, [pixels_U[u] for u in index_B], box_B4, self.pool) for one, box_B4, index_B in wanted]
+    def _cut(self, pixels_U: list[Tensor], jobs: list[CropJob]) -> list[Tensor]:
+        return [cut(one, [pixels_U[u] for u in index_B], box_B4, self.pool) for one, box_B4, index_B in jobs]
 
-    def _gather(self, pixels_U: list[Tensor], wanted: list[Wanted]) -> list[Regions]:
+    def _gather(self, pixels_U: list[Tensor], jobs: list[CropJob]) -> list[Regions]:
         sizes_U2 = np.array([pixels.shape[:2] for pixels in pixels_U])
         ends_U = 3 * sizes_U2.prod(axis=1).cumsum()
         starts_U = ends_U - 3 * sizes_U2.prod(axis=1)
         together = torch.cat([pixels.flatten() for pixels in pixels_U])
-        return [Regions(together, starts_U[index_B], sizes_U2[index_B], box_B4) for _, box_B4, index_B in wanted]
+        return [Regions(together, starts_U[index_B], sizes_U2[index_B], box_B4) for _, box_B4, index_B in jobs]
 
     def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[Tensor | None]]:
         reads = self._workers.split(self._read_own, samples)
@@ -180,7 +182,7 @@ class Stream:
         return [self._read_one(sample) for sample in samples]
 
     def _read_one(self, sample: int) -> Encoded:
-        """The image, or the one that stands in for it."""
+        """Read an image, or its replacement."""
         file = None if sample in self.unreadable else self._try(sample)
         return file or self._images.stand_in(sample, lambda i: None if i in self.unreadable else self._try(i))
 
@@ -208,7 +210,7 @@ class Stream:
         return None
 
     def _refuse(self, sample: int, reason: str, cause: BaseException | None = None) -> None:
-        """Raise, or note once that the image is left out."""
+        """Raise a UserError for an image, or with skip log it once."""
         name = self._images.name(sample)
         if not self._skip:
             what = f"image {name}: {reason}; repair it, take it off the list, or set data.on_error=skip"
@@ -221,7 +223,7 @@ class Stream:
     def _replace(
         self, decoder: Decoder, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError
     ) -> list[Encoded]:
-        """The files with those that do not decode replaced; raises DALI's error if each decodes alone."""
+        """Replace the files that do not decode; raise DALI's error if each decodes alone."""
         replaced = list(files)
         for i, reason in decoder.faults(files, regions_B4, error).items():
             self._refuse(files[i].sample, reason)

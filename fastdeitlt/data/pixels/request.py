@@ -1,4 +1,4 @@
-"""Requests to a source of pixels, and what it delivers for them."""
+"""Requests to a source of pixels, and regions of decoded images."""
 
 # B images of a request, H height, W width
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class Boxes(Protocol):
-    """Crops that are known but for the size of the images: ``augment.Draws``."""
+    """Crops that depend only on the image sizes: ``augment.Draws``."""
 
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
-        """Return the crops (top, left, height, width), int32 [B, 4], of images of these (height, width)."""
+        """Return crops (top, left, height, width), int32 [B, 4], given image sizes."""
 
 
 @dataclass(frozen=True)
 class CropRequest:
-    """A batch of uint8 crops [B, size, size, 3].
+    """A request for a batch of uint8 crops [B, size, size, 3].
 
     With ``draws``: RandomResizedCrop by ``draws.boxes``. Without: shorter side resized to ``resize`` pixels (None:
     ``size``), then the central ``size`` x ``size`` window.
 
-    A source yields each request with its pixels, so a subclass carries whatever else belongs to the batch.
+    A source yields each request with its pixels; a subclass can carry further data of the batch.
     """
 
     sample_B: np.ndarray
@@ -32,7 +32,7 @@ class CropRequest:
     resize: int | None = None
 
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
-        """Return the part needed of images of these (height, width): int32 (top, left, height, width) [B, 4]."""
+        """Return the needed part (top, left, height, width) of each image, int32 [B, 4]."""
         if self.draws is not None:
             return self.draws.boxes(sizes_B2)
         return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], 1).astype(np.int32)
@@ -42,20 +42,20 @@ AnyRequest = TypeVar("AnyRequest", bound=CropRequest)
 
 
 def centre_crops(sample_N: np.ndarray, batch_size: int, size: int, resize: int) -> list[CropRequest]:
-    """Return requests for the evaluation crops of these images in order; the last batch may be smaller."""
+    """Return requests for evaluation crops in order; the last batch may be smaller."""
     starts = range(0, len(sample_N), batch_size)
     return [CropRequest(sample_N[start : start + batch_size], size, resize=resize) for start in starts]
 
 
 @dataclass(frozen=True)
 class Regions:
-    """The pixels a batch of crops is made of, for the fused kernel."""
+    """The pixels of a batch of crops, input of the fused kernel."""
 
     pixels: Tensor
-    """uint8 on the device: images, or regions of them, [H, W, 3] one after the other."""
+    """uint8 on the device: images or regions of them, [H, W, 3], concatenated."""
     starts_B: np.ndarray
-    """int64: where the pixels of each one begin."""
+    """int64 offset of each region in ``pixels``."""
     sizes_B2: np.ndarray
-    """Their (height, width)."""
+    """(height, width) of each region."""
     boxes_B4: np.ndarray
-    """The crop of each one (top, left, height, width), inside these pixels."""
+    """Crop (top, left, height, width) within each region."""

@@ -1,4 +1,4 @@
-"""Stage 2': the set decoded once and held in memory, with the interface of ``reader.Stream``."""
+"""In-memory source: a decoded set with the interface of ``reader.Stream``."""
 
 # B images of a request, N images in the set, H height, W width, S output side
 
@@ -19,24 +19,24 @@ from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.types import LongTailSet
 
 SMALL = 48
-"""Side in pixels of crops that one thread makes, because handing them out to more would cost more than it saves."""
+"""Largest crop side in pixels for one thread: for smaller crops the pool's overhead exceeds its gain."""
 
 
 class Resident:
-    """Crops of a set that is held decoded, in host memory or on the device.
+    """Source of crops from a decoded set in host or device memory.
 
-    At full size (``data.stored_short_side=0``) batches equal those of ``Stream``, pixel for pixel; on a GPU up to what
-    its JPEG decoder differs, because the held set is always decoded on the host. ``unreadable`` has the indices of
-    images that could not be read, for which others stand in as in ``Stream``.
+    At full size (``data.stored_short_side=0``) batches equal those of ``Stream`` exactly; on a GPU they can differ
+    where its JPEG decoder does, because this set is always decoded on the host. ``unreadable`` has the indices of
+    unreadable images, replaced as in ``Stream``.
 
     Args:
         images: the set.
-        cfg: ``residency`` (device, or else the host holds the pixels), ``stored_short_side``, ``num_threads``.
-        device: where crops go.
-        decoded: its pixels.
+        cfg: ``residency`` (device, else the pixels stay on the host) and ``num_threads``.
+        device: device of the crops.
+        decoded: pixels of the set.
 
     Raises:
-        UserError: an unreadable image has no readable one of its class to stand in for it.
+        UserError: an unreadable image has no readable replacement of its class.
     """
 
     def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, decoded: DecodedSet) -> None:
@@ -46,13 +46,13 @@ class Resident:
         self._workers = Workers(num_threads(cfg.num_threads))
         self.unreadable = set(decoded.unreadable.tolist())
         self._slot_N = np.arange(len(images))
-        """The image whose pixels each one has: itself, or a stand-in."""
+        """Image whose pixels represent each image: itself, or its replacement."""
         for sample in self.unreadable:
             self._slot_N[sample] = images.stand_in(sample, lambda i: None if i in self.unreadable else i)
 
     @property
     def pool(self) -> Executor:
-        """Threads for work on parts of a batch on the host."""
+        """Thread pool for host work on parts of a batch."""
         return self._workers.pool
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
@@ -60,11 +60,11 @@ class Resident:
         yield from self._workers.ahead(lambda request: lambda: (request, self._crops(request)), requests)
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
-        """Yield each request (with draws) and the regions to crop from: the held set itself if on the device."""
+        """Yield each request (with draws) and its regions (on the device: the whole set)."""
         yield from self._workers.ahead(lambda request: lambda: (request, self._regions(request)), requests)
 
     def close(self) -> None:
-        """End all threads and give memory back. May be called twice."""
+        """End all threads and release memory. May be called twice."""
         self._workers.close()
         self._decoded = replace(self._decoded, pixels=torch.empty(0, dtype=torch.uint8))
 
@@ -72,11 +72,11 @@ class Resident:
         slot_B = self._slot_N[request.sample_B]
         pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
         pool = self._workers.pool if request.size > SMALL else None
-        with aside(self._side) as made:
+        with aside(self._side) as outputs:
             crops_BHWC = cut(request, pixels_B, request.boxes(self._decoded.sizes_N2[slot_B]), pool)
             if crops_BHWC.device.type != self.device.type:
                 crops_BHWC = crops_BHWC.pin_memory().to(self.device, non_blocking=True)
-            made.append(crops_BHWC)
+            outputs.append(crops_BHWC)
         return crops_BHWC
 
     def _regions(self, request: CropRequest) -> Regions:
@@ -86,13 +86,13 @@ class Resident:
         if decoded.pixels.device.type == self.device.type:
             return Regions(decoded.pixels, decoded.starts[slot_B], sizes_B2, boxes_B4)
         staged = stage([decoded.image(slot) for slot in slot_B.tolist()], boxes_B4, self.device, self.pool)
-        with aside(self._side) as made:
-            made.append(staged.pixels.to(self.device, non_blocking=True))
-        return replace(staged, pixels=made[0])
+        with aside(self._side) as outputs:
+            outputs.append(staged.pixels.to(self.device, non_blocking=True))
+        return replace(staged, pixels=outputs[0])
 
 
 def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device, pool: Executor) -> Regions:
-    """The boxes of host images, copied next to each other into memory from which ``device`` reads fast."""
+    """Copy the boxes of host images into one buffer, pinned for a GPU."""
     sizes_B2 = boxes_B4[:, 2:]
     ends_B = num_bytes(sizes_B2).cumsum()
     starts_B = ends_B - num_bytes(sizes_B2)

@@ -2,8 +2,8 @@
 
 Pillow convolves rows and columns with a Keys kernel (a = -0.5), stretched by the scale when shrinking; coefficients are
 integers in 1/2^22 and each pass rounds to uint8 (Pillow, src/libImaging/Resample.c). On a device the two passes are
-batched products of exact integers in float64. On the host evaluation goes to Pillow itself; training crops go to
-torch's vectorised kernel, five times faster, whose coefficients have 16 bits: 1 off in under 1 % of values, rarely 2.
+batched products of exact integers in float64. On the host, evaluation uses Pillow itself; training crops use torch's
+vectorised kernel, five times faster, with 16-bit coefficients: under 1 % of values differ, by 1, rarely 2.
 """
 
 # B batch, H height, W width, C channels, S output side, n input side
@@ -22,7 +22,7 @@ from fastdeitlt.data.pixels.request import CropRequest
 SUPPORT = 2.0
 PRECISION = 1 << 22
 CHUNK_VALUES = 1 << 26
-"""Most float64 values of one batched product."""
+"""Most float64 values in one batched product."""
 
 
 def crop_resize(
@@ -38,8 +38,8 @@ def crop_resize(
         images: uint8 [B, H, W, C], or B images [H, W, C] of any sizes, all on one device.
         boxes_B4: integer (top, left, height, width), inside the image.
         size: output side in pixels.
-        pool: threads for images on the host (the work releases the interpreter lock); None = the calling thread.
-        exact: on the host, Pillow's very values; a device always has them.
+        pool: threads for images on the host (the work releases the GIL); None = the calling thread.
+        exact: use Pillow's exact values on the host; a device always does.
 
     Returns:
         crops_BHWC, uint8, on the images' device.
@@ -52,9 +52,10 @@ def crop_resize(
 
 
 def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: Executor | None = None) -> Tensor:
-    """Resize each image's shorter side to ``short`` pixels, then take the central ``size`` x ``size`` window.
+    """Resize the shorter side to ``short`` pixels, then crop the central square.
 
-    Other arguments and result as ``crop_resize``; ``short`` >= ``size``. Source: torchvision's Resize and CenterCrop.
+    The crop is ``size`` x ``size``. Other arguments and result as ``crop_resize``; ``short`` >= ``size``. Source:
+    torchvision's Resize and CenterCrop.
     """
     scales = [(image.shape[0], image.shape[1], min(image.shape[:2])) for image in images]
     shapes = [(int(short * height / shorter), int(short * width / shorter)) for height, width, shorter in scales]
@@ -64,7 +65,7 @@ def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: 
 
 
 def cut(request: CropRequest, images: Sequence[Tensor], boxes_B4: np.ndarray, pool: Executor | None = None) -> Tensor:
-    """Return the crops of a request, made of its images; ``boxes_B4`` are its random boxes, if it has ``draws``."""
+    """Return a request's crops; ``boxes_B4`` are its random boxes, with ``draws``."""
     if request.draws is None:
         return centre_crop(images, request.resize or request.size, request.size, pool)
     return crop_resize(images, boxes_B4, request.size, pool)
@@ -83,7 +84,7 @@ def _pillow(image_HWC: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _vectorised(crop_HWC: Tensor, size: int) -> Tensor:
-    """Torch's own uint8 kernel, rows first; in Pillow's order of passes."""
+    """Resize with torch's uint8 kernel, in Pillow's order of passes."""
     swap = columns_first(crop_HWC.shape[0], crop_HWC.shape[1], size, size)
     crop_CHW = crop_HWC.permute(2, 1, 0) if swap else crop_HWC.permute(2, 0, 1)
     packed = crop_CHW[None].contiguous(memory_format=torch.channels_last)
@@ -92,7 +93,7 @@ def _vectorised(crop_HWC: Tensor, size: int) -> Tensor:
 
 
 def resize_batched(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """``resize`` in torch operations on any device: one pair of products for all images of one target shape."""
+    """Resize in torch operations on any device, one pair of products per target shape."""
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for i, (image, (height, width)) in enumerate(zip(images, shapes, strict=True)):
         swap = columns_first(image.shape[0], image.shape[1], height, width)
@@ -113,12 +114,12 @@ def resize_batched(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) 
 
 
 def columns_first(height: int, width: int, out_height: int, out_width: int) -> bool:
-    """Whether Pillow (13 on; earlier never) runs the vertical pass first: it saves twice the rows it saves columns."""
+    """Return whether Pillow 13 runs the vertical pass first; older versions never do."""
     return height - out_height > max(0, 2 * (width - out_width))
 
 
 def _two_passes(images: Sequence[Tensor], out_height: int, out_width: int) -> Tensor:
-    """Rows, then columns, of images padded to one shape: uint8 [B, out_height, out_width, C]."""
+    """Resize rows, then columns, of padded images: uint8 [B, out_height, out_width, C]."""
     sides_B2 = np.array([image.shape[:2] for image in images])
     batch, (height, width), channels = len(images), sides_B2.max(axis=0).tolist(), images[0].shape[2]
     padded_BHWC = torch.zeros(batch, height, width, channels, dtype=torch.float64, device=images[0].device)
@@ -132,13 +133,13 @@ def _two_passes(images: Sequence[Tensor], out_height: int, out_width: int) -> Te
 
 
 def _convolve(weights_BSn: Tensor, values_Bnm: Tensor) -> Tensor:
-    """One pass: exact integer sums, rounded half up to whole values in 0..255 (still float64)."""
+    """Run one pass: exact integer sums, rounded half up, clipped to 0..255, float64."""
     sums = torch.bmm(weights_BSn, values_Bnm)
     return sums.add_(PRECISION // 2).mul_(1.0 / PRECISION).floor_().clamp_(0.0, 255.0)
 
 
 def _dense(sides_B: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """``coefficients`` as matrices, float64 [B, S, max(sides)]: the host makes and sends the taps alone."""
+    """Expand ``coefficients`` to matrices, float64 [B, S, max(sides)], on the device."""
     weights_BST, first_BS = (part.to(device) for part in coefficients(sides_B, size))
     batch, longest, taps = len(sides_B), int(sides_B.max()), weights_BST.shape[2]
     place_BST = (first_BS[:, :, None] + torch.arange(taps, device=device)).clamp_(max=longest - 1)
@@ -147,10 +148,10 @@ def _dense(sides_B: np.ndarray, size: int, device: torch.device) -> Tensor:
 
 
 def coefficients(sides_B: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
-    """Pillow's integer coefficients (in 1/2^22) from ``sides_B`` input pixels to ``size``, and each first input pixel.
+    """Return Pillow's integer coefficients, in 1/2^22, to resize ``sides_B`` to ``size``.
 
     Returns:
-        float64 [B, S, T], T the most taps, those left over 0; int64 [B, S].
+        Coefficients, float64 [B, S, T], zero-padded to T taps; first input pixel, int64 [B, S].
 
     Source: Pillow ``precompute_coeffs`` and ``normalize_coeffs_8bpc``.
     """

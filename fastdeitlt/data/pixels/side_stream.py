@@ -1,4 +1,4 @@
-"""CUDA work of a source beside the step, on a stream of its own."""
+"""Side streams for a source's CUDA work, concurrent with the training step."""
 
 import functools
 from collections.abc import Iterator
@@ -10,24 +10,27 @@ from torch import Tensor
 
 @functools.cache
 def side_stream(device: torch.device, user: str) -> torch.cuda.Stream | None:
-    """A user's stream of the device, always the same, because torch keeps freed memory by stream; None for a CPU."""
+    """Return a user's stream of the device, always the same one; None for a CPU.
+
+    Torch caches freed memory per stream.
+    """
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @contextmanager
 def aside(stream: torch.cuda.Stream | None) -> Iterator[list[Tensor]]:
-    """Enqueue on the stream what the block does; on leaving, it is done.
+    """Run the block's CUDA work on the stream and wait for it at the end.
 
-    The calling thread waits for this stream alone, never for the step. Tensors put into the list that the block gets
-    may afterwards be used on the thread's own stream.
+    The calling thread waits for this stream alone, not for the step. Tensors appended to the yielded list may then be
+    used on the thread's own stream.
     """
-    made: list[Tensor] = []
+    outputs: list[Tensor] = []
     if stream is None:
-        yield made
+        yield outputs
         return
-    # a thread begins on the first GPU; leaving the stream for that one would make a context there
+    # a thread starts on GPU 0; switching back to it would create a context there
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        yield made
+        yield outputs
     stream.synchronize()
-    for tensor in made:
+    for tensor in outputs:
         tensor.record_stream(torch.cuda.current_stream(stream.device))

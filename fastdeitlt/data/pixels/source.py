@@ -1,4 +1,4 @@
-"""Where decoded images come from: streamed from files, or held in memory."""
+"""Selection of a pixel source: streaming from files, or decoded in memory."""
 
 import logging
 import os
@@ -25,32 +25,32 @@ from fastdeitlt.errors import UserError
 log = logging.getLogger("fastdeitlt")
 Residency = Literal["auto", "stream", "host", "device"]
 AUTO_SHARE = 0.5
-"""Part of the free memory that ``residency: auto`` takes; the rest is for the model and its activations."""
+"""Share of the free memory that ``residency: auto`` may use; the rest is for the model and activations."""
 
 
 class Source(Protocol):
-    """Where decoded images come from: ``reader.Stream`` or ``resident.Resident``."""
+    """Interface of ``reader.Stream`` and ``resident.Resident``."""
 
     @property
     def device(self) -> torch.device:
-        """Where crops and regions are."""
+        """Device of crops and regions."""
 
     @property
     def pool(self) -> Executor:
-        """Threads for work on parts of a batch on the host."""
+        """Thread pool for host work on parts of a batch."""
 
     @property
     def unreadable(self) -> set[int]:
-        """Images for which others stand in, of those that have been delivered or of all."""
+        """Indices of replaced unreadable images; for a stream, only of those read so far."""
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
         """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order."""
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
-        """Yield each request (with draws) and the pixels its crops are made of, on the device, in order."""
+        """Yield each request (with draws) and the regions of its crops, in order."""
 
     def close(self) -> None:
-        """Stop threads and give memory back."""
+        """End threads and release memory."""
 
 
 def open_source(
@@ -62,16 +62,16 @@ def open_source(
     tell: bool = False,
     scored: bool = False,
 ) -> Stream | Resident:
-    """The source of a set's crops that ``data.residency`` asks for; auto takes the device, the host or streams.
+    """Open the source of ``data.residency``; auto tries device, host, streaming.
 
     Args:
-        share: requests in a row that may have copies of one image; see ``Stream``.
-        tell: say in the log what was taken and why.
-        scored: the set is only evaluated on. What stands in for an unreadable image is left out of the scores, so it
-            need not be of its class.
+        share: consecutive requests decoded together; see ``Stream``.
+        tell: log the choice and the reason.
+        scored: the set is for evaluation only. Replacements of unreadable images are not scored, so they may be of any
+            class.
 
     Raises:
-        UserError: the set does not fit where it is to live; a set that comes decoded is to stream; see ``Stream``.
+        UserError: the set does not fit in the chosen memory, or is decoded and cannot stream; see ``Stream``.
     """
     if scored:
         images = replace(images, labels=np.zeros_like(images.labels))
@@ -98,10 +98,10 @@ def open_source(
 
 
 def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool) -> Residency:
-    """device, host or stream.
+    """Choose device, host or stream.
 
     Raises:
-        UserError: the place asked for is too small.
+        UserError: the configured memory is too small.
     """
     free = {"host": _free_host_bytes()}
     if device.type == "cuda":
@@ -129,7 +129,7 @@ def _size(amount: int) -> str:
 
 
 def _free_host_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Return the host memory available without swapping, in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, amount = line.partition(":")
         if name == "MemAvailable":

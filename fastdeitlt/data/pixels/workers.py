@@ -1,4 +1,4 @@
-"""Threads of a source: parts of a batch in parallel, whole batches ahead of the consumer."""
+"""Threads of a source: parts of a batch in parallel, batches prefetched."""
 
 import os
 import threading
@@ -13,32 +13,32 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 DEPTH = 2
-"""Batches prepared ahead of the one in use."""
+"""Batches prefetched."""
 LARGEST_PART = 1024
-"""Most items handed to a thread at once, so that an error or the end need not wait long for the others."""
+"""Most items per task, so that errors and shutdown do not wait long for other tasks."""
 
 
 def num_threads(configured: int = 0) -> int:
-    """Threads of one rank: ``configured``, or for 0 this process's cores divided by the ranks on this machine.
+    """Return the threads of one rank: ``configured``, or for 0 the cores per rank.
 
-    The launchers say how many these are, but for srun, which gives each task cores of its own.
+    Launchers set the number of local ranks, except srun, which gives each task its own cores.
     """
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # the latter is deepspeed's
     return configured or max(1, len(os.sched_getaffinity(0)) // int(ranks))
 
 
 def keep_to_one_core() -> None:
-    """Torch does not split this thread's operations: the pool already has a thread a core.
+    """Limit torch to one thread in this thread, because the pool has one per core.
 
-    Threads that computed before keep their number; ``torch.get_num_threads`` makes sure that one did.
+    Call ``torch.get_num_threads`` in another thread first, so that it keeps its own number.
     """
     torch.set_num_threads(1)
 
 
 class Workers:
-    """``count`` threads for parts of a batch and one that puts batches together, in order, ahead of the consumer.
+    """Threads for parts of a batch, and one that assembles batches ahead, in order.
 
-    Only the one thread waits for the others, so they cannot block each other.
+    Only the assembling thread waits for others, so there is no deadlock.
     """
 
     def __init__(self, count: int) -> None:
@@ -48,15 +48,15 @@ class Workers:
         self._assembler = ThreadPoolExecutor(1, "fastdeitlt-batch", keep_to_one_core)
 
     def split(self, work: Callable[[list[T]], R], items: list[T]) -> list[Future[R]]:
-        """Start ``work`` on contiguous parts of ``items``, one a thread (long lists: more); results in order."""
+        """Submit ``work`` on contiguous parts of ``items``, in order."""
         step = min(max(1, -(-len(items) // self.count)), LARGEST_PART)
         return [self.pool.submit(work, items[start : start + step]) for start in range(0, len(items), step)]
 
     def ahead(self, start: Callable[[T], Callable[[], R]], items: Iterable[T]) -> Iterator[R]:
-        """Results of the items in order, up to ``DEPTH`` prepared ahead.
+        """Yield the items' results in order, up to ``DEPTH`` prefetched.
 
-        ``start`` runs in the consumer's thread and may set off work in the pool; what it returns then runs in the
-        assembling thread. An exception is raised where its result would have been; leaving early cancels the rest.
+        ``start`` runs in the consumer's thread and may submit work to the pool; the function it returns runs in the
+        assembling thread. An exception is raised in place of its result; closing the iterator cancels the rest.
         """
         consumer = threading.current_thread()
         pending: deque[Future[R]] = deque()
@@ -70,10 +70,10 @@ class Workers:
         finally:
             running = [future for future in pending if not future.cancel()]
             if threading.current_thread() is consumer:
-                # else a generator that nobody closed was collected, perhaps in a thread that these wait for
+                # else an unclosed generator was collected, possibly in a thread that these wait for
                 wait(running)
 
     def close(self) -> None:
-        """Finish what runs, drop what waits, end all threads. May be called twice."""
+        """Finish running tasks, cancel pending ones, end all threads. May be called twice."""
         self._assembler.shutdown(cancel_futures=True)
         self.pool.shutdown(cancel_futures=True)
