@@ -1,14 +1,14 @@
-"""Ranks and what they say to each other: the only importer of torch.distributed.
+"""torch.distributed: start-up, collectives, rank and world size.
 
-A launcher starts one process a GPU and tells each its place; any of these does, on one machine or several:
+A launcher starts one process per GPU, on one machine or several:
 
     torchrun --nproc_per_node 8 -m fastdeitlt.cli train imagenet_lt
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m fastdeitlt.cli train ...
     deepspeed --no_local_rank --module fastdeitlt.cli train imagenet_lt
     srun --ntasks-per-node 8 python -m fastdeitlt.cli train imagenet_lt
 
-torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they are made from
-SLURM's own variables. The folder of runs must be one that every machine sees.
+torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they are derived from
+SLURM's variables. The runs folder must be shared by all machines.
 """
 
 # N rows in all, B rows of a rank
@@ -41,35 +41,35 @@ log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
 MEETING_S = 300
-"""Ranks of a busy machine or a queue start minutes apart."""
+"""Rendezvous timeout in seconds: on a busy machine or in a queue, ranks start minutes apart."""
 ROLL_CALL_S = 3.0
-"""How long ranks that failed wait for each other to say so, before they name those that did not."""
+"""Seconds that failed ranks wait for each other's reports before naming the missing ranks."""
 LISTENER = "FASTDEITLT_LISTENER"
-"""Environment variable: the descriptor of a socket that our launcher listens with for rank 0."""
+"""Environment variable: file descriptor of the launcher's listening socket, for rank 0."""
 DRIVER = Path("/dev/nvidiactl")
-"""There where NVIDIA's driver is."""
+"""Exists if NVIDIA's driver is loaded."""
 
 _store: collective.Store | None = None
 _timeout: timedelta | None = None
 _patient: Any = None
-"""The group of all ranks for ``on_main``."""
+"""Process group of all ranks for ``on_main``, with a longer timeout."""
 
 
 def start(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) -> tuple[int, int]:
-    """(rank, world). Joins the group that a launcher set up; a process started without one is (0, 1), without a group.
+    """Join the launcher's group; return (rank, world), (0, 1) without a launcher.
 
     Args:
         device_type: train.device.
-        timeout_s: seconds after which a rank that waits for another gives up.
-        main_timeout_s: the same in ``on_main``: a slow disk is no lost rank. A dead rank 0 is noticed at once.
+        timeout_s: timeout of collectives in seconds.
+        main_timeout_s: timeout of ``on_main``, longer because of slow disks. A dead rank 0 is detected at once.
     """
     if collective.is_initialized():
         return rank(), get_world()
-    if "FASTDEITLT_LAUNCHER" in os.environ or _told("WORLD_SIZE", 1) > 1:
+    if "FASTDEITLT_LAUNCHER" in os.environ or _launcher_int("WORLD_SIZE", 1) > 1:
         _end_with_launcher()
-    if _told("WORLD_SIZE", 1) > 1:
+    if _launcher_int("WORLD_SIZE", 1) > 1:
         global _store, _timeout, _patient
-        faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where a rank hangs
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2 prints the stacks of a hanging rank
         device = device_of(device_type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -84,16 +84,16 @@ def start(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
 
 
 def _meet() -> tuple[collective.Store, int, int]:
-    """The meeting point of the ranks with this one's number and theirs; on a loopback address it listens there alone.
+    """Return the store, rank and world; a loopback address is bound to loopback only.
 
     Raises:
-        UserError: the launcher has not told all, or the address is another program's.
-        RankLostError: some do not come.
+        UserError: an incomplete environment, or an address in use.
+        RankLostError: not all ranks join in time.
     """
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"{missing[0]}: not set in the environment, but WORLD_SIZE is; use a launcher, or unset it")
-    place, world = _told("RANK", 0), _told("WORLD_SIZE", 1)
-    host, port = os.environ["MASTER_ADDR"], _told("MASTER_PORT", 0)
+    place, world = _launcher_int("RANK", 0), _launcher_int("WORLD_SIZE", 1)
+    host, port = os.environ["MASTER_ADDR"], _launcher_int("MASTER_PORT", 0)
     if place >= world or not 0 < port < 2**16:
         raise UserError(
             f"RANK={place} WORLD_SIZE={world} MASTER_PORT={port}: expected a rank below the world size and a port from "
@@ -105,18 +105,18 @@ def _meet() -> tuple[collective.Store, int, int]:
             return next(collective.rendezvous("env://", timeout=patience))
         listener = None
         if place == 0:  # torch's own socket listens on every interface
-            given = os.environ.pop(LISTENER, None)
-            listener = int(given) if given else socket.create_server((host, port)).detach()
+            descriptor = os.environ.pop(LISTENER, None)
+            listener = int(descriptor) if descriptor else socket.create_server((host, port)).detach()
         store = collective.TCPStore(host, port, world, place == 0, patience, master_listen_fd=listener)
         return store, place, world
     except (collective.DistError, OSError) as error:
-        said = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160]
         if isinstance(error, OSError) or "EADDRINUSE" in str(error):
             raise UserError(
-                f"MASTER_PORT: rank 0 cannot listen at {host}:{port} ({said}); choose a free port of this machine"
+                f"MASTER_PORT: rank 0 cannot listen at {host}:{port} ({reason}); choose a free port of this machine"
             ) from error
         raise RankLostError(
-            f"the ranks did not find each other in {MEETING_S} s at {host}:{port} ({said}); is each of them started, "
+            f"the ranks did not find each other in {MEETING_S} s at {host}:{port} ({reason}); is each of them started, "
             "and the address reachable?"
         ) from error
 
@@ -126,7 +126,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _end_with_launcher() -> None:
-    """Ask Linux to kill this rank when its launcher dies, however it dies, so that no rank is left behind."""
+    """Make Linux kill this rank when its launcher dies, so that no rank is orphaned."""
     launcher = os.environ.get("FASTDEITLT_LAUNCHER")
     if launcher and os.getppid() != int(launcher):
         raise RankLostError("the launcher of this rank has ended before it began")
@@ -136,13 +136,13 @@ def _end_with_launcher() -> None:
 
 @contextmanager
 def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) -> Iterator[tuple[int, int]]:
-    """``start`` for the time of a run. What ends one rank is logged with its number; the launcher ends the others.
+    """Join the process group for a run, as ``start``; log the error that ends a rank.
 
-    The group outlives the run, because engines keep it; the process leaves it at its exit, but not after an error:
-    the others may be waiting in it, and leaving would wait for them.
+    The group outlives the run, because engines keep it. It is destroyed at exit, but not after an error, because that
+    would wait for ranks that may be blocked in a collective.
 
     Raises:
-        RankLostError: another rank died, or did not answer in time (``start``); names it.
+        RankLostError: another rank died or timed out; the message has its number.
     """
     ranks = start(device_type, timeout_s, main_timeout_s)
     try:
@@ -154,22 +154,22 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
         if isinstance(error, KeyboardInterrupt):
             raise
         if isinstance(error, UserError):
-            # all ranks stop together: the first says it, whoever is quicker; it holds the store, so it cannot be asked
-            said_by_another = ranks[0] > 0 if isinstance(error, StoppedError) else _already_said(str(error))
-            error.told = said_by_another  # type: ignore[attr-defined]
+            # all ranks stop together and rank 0 reports it; its store may be gone, so the others do not query it
+            is_reported = ranks[0] > 0 if isinstance(error, StoppedError) else _already_reported(str(error))
+            error.told = is_reported  # type: ignore[attr-defined]
             raise
         if not _lost_contact(error):
             log.error("rank %d of %d stops: %s: %s", *ranks, type(error).__name__, error)
             raise
-        said = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160]
         raise RankLostError(
-            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({said}); its own message says why; the "
+            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({reason}); its own message says why; the "
             "same command continues from the last checkpoint"
         ) from error
 
 
-def _already_said(message: str) -> bool:
-    """Whether another rank has ended with the same message, so that one of them shows it."""
+def _already_reported(message: str) -> bool:
+    """Return whether another rank reported the same message."""
     try:
         assert _store is not None
         _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
@@ -179,12 +179,12 @@ def _already_said(message: str) -> bool:
 
 
 def _lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank."""
+    """Return whether a collective failed because of another rank."""
     return isinstance(error, collective.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _absent() -> str:
-    """The ranks that do not answer a roll call."""
+    """Return a description of the ranks that do not report."""
     try:
         assert _store is not None
         _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
@@ -197,14 +197,14 @@ def _absent() -> str:
 
 
 def all_ranks(backend: str | None = None) -> Any:
-    """Another group of all ranks, with the run's time-out: torch gives a new group half an hour."""
+    """Create another group of all ranks with the run's timeout, not torch's 30 minutes."""
     return collective.new_group(backend=backend, timeout=_timeout)
 
 
 class Agreement:
-    """The highest of a number that each rank names, one call late, through host memory.
+    """Maximum of a number over ranks, one call late, on the host.
 
-    Each call collects what the previous one started, which has had a step's time to finish.
+    Each call collects the all-reduce started by the previous one, which had a step's time to finish.
     """
 
     def __init__(self) -> None:
@@ -213,13 +213,13 @@ class Agreement:
         self._pending: Any = None
 
     def highest(self, number: int, at_once: bool = False) -> int:
-        """The ranks' highest ``number`` of the call before; of this one too when alone, or where it waits for them."""
+        """Return the maximum of the previous call; with ``at_once`` also of this call."""
         if self._group is None:
             return number
-        found = self._collect()
+        previous = self._collect()
         self._said = torch.tensor(number)
         self._pending = collective.all_reduce(self._said, collective.ReduceOp.MAX, group=self._group, async_op=True)
-        return max(found, self._collect()) if at_once else found
+        return max(previous, self._collect()) if at_once else previous
 
     def _collect(self) -> int:
         if self._pending is None:
@@ -230,7 +230,7 @@ class Agreement:
 
 
 def start_alone(device: torch.device) -> None:
-    """A group of this process alone, for engines that need one, unless there is a group already."""
+    """Create a one-process group for engines that need a group, unless a group exists."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not collective.is_initialized():
         collective.init_process_group(_backend(device), store=collective.HashStore(), rank=0, world_size=1)
@@ -238,13 +238,13 @@ def start_alone(device: torch.device) -> None:
 
 
 def adopt_slurm(env: Any) -> None:
-    """Name this task's place as torchrun would, when srun started it among several and no launcher has.
+    """Set torchrun's variables from SLURM's, for tasks started by srun alone.
 
     Args:
         env: os.environ, or another mapping of strings.
 
     Raises:
-        UserError: a number of SLURM's is none.
+        UserError: a SLURM variable is missing or not a number.
     """
     if "RANK" in env or tasks_of_slurm(env) == 1:
         return
@@ -253,24 +253,24 @@ def adopt_slurm(env: Any) -> None:
         raise UserError(f"SLURM_{missing[0]}: is not set, but SLURM_STEP_NUM_TASKS is; start the ranks by srun")
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    # a task with one GPU of its own (--gpus-per-task=1) sees it as the first, whatever its place
+    # a task with its own GPU (--gpus-per-task=1) has index 0, whatever its local rank
     env["LOCAL_RANK"] = "0" if visible[0] and len(visible) == 1 else env["SLURM_LOCALID"]
     env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID", 0) % 10000))
 
 
 def tasks_of_slurm(env: Any) -> int:
-    """Number of tasks that srun started, this one among them; 1 without srun."""
+    """Return the number of tasks that srun started; 1 without srun."""
     return _number(env, "SLURM_STEP_NUM_TASKS", 1)
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts: ``gpu[007-010,12],login1`` gives ``gpu007``."""
+    """Return the first host of SLURM's list: "gpu[007-010,12]" gives "gpu007"."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
-def _told(name: str, alone: int) -> int:
-    """Read an integer that the launcher set, or return the default."""
+def _launcher_int(name: str, alone: int) -> int:
+    """Read an integer set by the launcher, or return the default."""
     adopt_slurm(os.environ)
     return _number(os.environ, name, alone)
 
@@ -287,34 +287,34 @@ def _backend(device: torch.device) -> str:
 
 
 def rank() -> int:
-    """This process's rank; 0 when alone."""
-    return collective.get_rank() if collective.is_initialized() else _told("RANK", 0)
+    """Return this process's rank; 0 when alone."""
+    return collective.get_rank() if collective.is_initialized() else _launcher_int("RANK", 0)
 
 
 def local_rank() -> int:
-    """This process's rank on its machine; 0 when alone."""
-    return _told("LOCAL_RANK", 0)
+    """Return this process's rank on its machine; 0 when alone."""
+    return _launcher_int("LOCAL_RANK", 0)
 
 
 def get_world() -> int:
-    """Number of processes; 1 when alone."""
+    """Return the number of processes; 1 when alone."""
     return collective.get_world_size() if collective.is_initialized() else 1
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In-place sum over ranks, on the device, without a host sync; nothing when alone."""
+    """Sum a tensor over ranks in place, on the device, without a host sync."""
     if get_world() > 1:
         collective.all_reduce(tensor)
     return tensor
 
 
 def gather_interleaved(rows_B: Tensor, total: int, device: torch.device) -> Tensor:
-    """All rows in order, on the CPU of every rank, where each rank has those of ``arange(rank, total, world)``.
+    """Gather rows of ``arange(rank, total, world)`` to every rank's CPU, in order.
 
     Args:
         rows_B: this rank's rows [B, ...], on the CPU; the ranks' numbers of rows may differ by one.
         total: rows of all ranks, N.
-        device: where the group communicates.
+        device: device of the group's communication.
 
     Returns:
         [N, ...].
@@ -327,7 +327,7 @@ def gather_interleaved(rows_B: Tensor, total: int, device: torch.device) -> Tens
 
 
 def sum_together(tensors: Sequence[Tensor]) -> None:
-    """In-place sum of each tensor over ranks, in one exchange, without a host sync; nothing when alone."""
+    """Sum each tensor over ranks in place, in one all-reduce, without a host sync."""
     if get_world() == 1 or not tensors:
         return
     flat = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]))
@@ -336,14 +336,14 @@ def sum_together(tensors: Sequence[Tensor]) -> None:
 
 
 def average_together(tensors: Sequence[Tensor]) -> None:
-    """In-place mean of each tensor over ranks, in one exchange, without a host sync; nothing when alone."""
+    """Average each tensor over ranks in place, in one all-reduce, without a host sync."""
     if get_world() > 1 and tensors:
         sum_together(tensors)
         torch._foreach_div_(list(tensors), get_world())
 
 
 def gather_split(rows_B: Tensor, total: int) -> Tensor:
-    """All rows in order, on the device of every rank, where the ranks have what ``numpy.array_split`` would give them.
+    """Gather rows split by ``numpy.array_split`` to every rank's device, in order.
 
     Args:
         rows_B: this rank's rows [B, ...].
@@ -361,7 +361,7 @@ def gather_split(rows_B: Tensor, total: int) -> Tensor:
 
 
 def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
-    """Each rank's rows, with zeros up to ``longest`` of them."""
+    """Gather each rank's rows, zero-padded to ``longest`` rows."""
     padded = rows_B.new_zeros(longest, *rows_B.shape[1:])
     padded[: len(rows_B)] = rows_B
     parts = [torch.empty_like(padded) for _ in range(get_world())]
@@ -370,10 +370,12 @@ def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Rank 0 does ``work``; every rank waits for it, up to ``train.main_timeout_s``, and gets its result.
+    """Run ``work`` on rank 0 and return its result on every rank.
+
+    The other ranks wait up to ``train.main_timeout_s``.
 
     Raises:
-        UserError: the one that ``work`` raised, on every rank.
+        UserError: raised by ``work``, on every rank.
     """
     if get_world() == 1:
         return work()
@@ -390,10 +392,10 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def device_of(kind: str) -> torch.device:
-    """The device of this rank for `auto`, `cpu` or `cuda`.
+    """Return the device of this rank for `auto`, `cpu` or `cuda`.
 
     Raises:
-        UserError: `cuda` where torch has no GPU, or more ranks on this machine than GPUs.
+        UserError: `cuda` without a usable GPU, or more ranks on this machine than GPUs.
     """
     usable = kind != "cpu" and torch.cuda.is_available()
     if kind == "cuda" and not usable:
@@ -417,6 +419,6 @@ def _say_unused() -> None:
 
 
 def stop() -> None:
-    """Leave the group."""
+    """Destroy the process group, if there is one."""
     if collective.is_initialized():
         collective.destroy_process_group()

@@ -1,16 +1,16 @@
-"""Errors that are the user's to fix or to know of: the command line prints one line and exits with the error's code."""
+"""User-facing errors, each printed as one line, and their exit codes."""
 
 import errno
 import re
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, line and paragraph separators, what reverses the direction of a line, bytes that are no UTF-8."""
+"""Control characters, line and paragraph separators, direction overrides, surrogates of invalid UTF-8."""
 _NO_ROOM = (
     "out of memory", "can't allocate", "cannot allocate", "alloc_failed", "allocation_failed", "can't start new thread",
     "failed to map segment", "std::bad_alloc",
 )  # fmt: skip
-"""What plain errors say, in small letters, of CUDA outside torch's allocator (pinned memory, modules, Triton, NCCL), of
-the host's allocator and DALI's, of cuBLAS and cuDNN, of the loader of libraries and of threads."""
+"""Lower-case parts of out-of-memory messages: CUDA outside torch's allocator (pinned memory, modules, Triton, NCCL),
+host and DALI allocators, cuBLAS, cuDNN, library loading, threads."""
 
 
 _CURES = {
@@ -23,37 +23,37 @@ _CURES = {
     errno.EISDIR: "give the name of a file",
     errno.EIO: "see the system's log, and start again",
 }
-"""Errors of the system that are no fault of the program, and what to do."""
+"""Remedies of system errors that are not bugs, by errno."""
 
 
 def printable(text: object) -> str:
-    """Return the text with its control characters escaped: names come from files and may hold what terminals obey."""
+    """Escape control characters, because file names may have terminal escapes."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 class", "2 classes", "1,000 ranks"."""
+    """Format a number with its noun: "1 class", "2 classes", "1,000 ranks"."""
     plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
 
 def csv_name(text: object) -> str:
-    """Return a name for a cell of a CSV file, after an apostrophe where a spreadsheet would take it for a formula."""
+    """Format a name for a CSV cell, with an apostrophe before a formula."""
     shown = printable(text)
     return f"'{shown}" if str(text)[:1] in set("=+-@\t\r") else shown
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Return whether an error says that the device or the system gave no memory."""
-    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-    if named or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    """Return whether an error means that the device or host is out of memory."""
+    is_torch_oom = type(error).__name__ == "OutOfMemoryError"  # torch.OutOfMemoryError, without importing torch
+    if is_torch_oom or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    said = str(error).lower()  # a library that does not fit is an ImportError
-    return isinstance(error, RuntimeError | ImportError | OSError) and any(words in said for words in _NO_ROOM)
+    message = str(error).lower()  # loading a library without free memory raises ImportError
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(words in message for words in _NO_ROOM)
 
 
 def storage_failure(error: BaseException | None) -> str | None:
-    """Return what a failed system call on a file means and what to do, for those that are no fault of the program."""
+    """Return the message and remedy of a file error that is not a bug, else None."""
     if not isinstance(error, OSError) or error.errno not in _CURES:
         return None
     where = f"{error.filename}: " if error.filename else ""
@@ -61,7 +61,7 @@ def storage_failure(error: BaseException | None) -> str | None:
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what, got, expected, how to fix. Exit code 2."""
+    """Invalid input. One line: what, got, expected, how to fix. Exit code 2."""
 
     exit_code = 2
 
@@ -70,19 +70,19 @@ class UserError(ValueError):
 
 
 class StorageError(UserError):
-    """Files of a run in progress went away or could not be written; starting again may help. Exit code 1."""
+    """Files of a running run disappeared or are not writable. Exit code 1."""
 
     exit_code = 1
 
 
 class CheckpointError(UserError):
-    """No checkpoint is whole, or none can be written. Exit code 4."""
+    """No intact checkpoint, or none can be written. Exit code 4."""
 
     exit_code = 4
 
 
 class DamagedError(UserError):
-    """A model folder has a file that is missing, does not match its hash or cannot be parsed."""
+    """A file of a model folder is missing, has a wrong hash or cannot be parsed."""
 
 
 class NonFiniteError(UserError):
@@ -92,25 +92,25 @@ class NonFiniteError(UserError):
 
 
 class MemoryFullError(UserError):
-    """The device's or the host's memory does not hold the step. Exit code 6."""
+    """The device or host is out of memory. Exit code 6."""
 
     exit_code = 6
 
 
 class RankLostError(UserError):
-    """Another rank died, or did not answer in time. Exit code 7."""
+    """Another rank died or timed out. Exit code 7."""
 
     exit_code = 7
 
 
 class CrashLoopError(UserError):
-    """The run died several times without getting further. Exit code 8."""
+    """The run died repeatedly without progress. Exit code 8."""
 
     exit_code = 8
 
 
 class StoppedError(UserError):
-    """Asked to stop, by SIGTERM or SIGUSR1 (exit code 75: start it again) or Ctrl-C (130); the state is saved."""
+    """Stopped, state saved. Exit code 75 (SIGTERM, SIGUSR1: rerun) or 130 (Ctrl-C)."""
 
     def __init__(self, message: str, exit_code: int = 75) -> None:
         super().__init__(message)

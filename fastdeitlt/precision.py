@@ -1,4 +1,4 @@
-"""What ``train.precision`` means on a device."""
+"""Numeric precision of a device for ``train.precision``."""
 
 import functools
 import logging
@@ -9,11 +9,11 @@ log = logging.getLogger("fastdeitlt")
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type to autocast to: bfloat16, or None for float32.
+    """Return the autocast type: bfloat16, or None for float32.
 
-    What has no bfloat16 instructions emulates them and keeps float32; the log says so once. On a CPU with AVX2 a small
-    student's step in bfloat16 takes 9 times as long as in float32, a ResNet-8's 11 times; for a GPU before Ampere
-    torch's compiler leaves a graph with bfloat16 uncompiled.
+    A device without bfloat16 instructions uses float32, logged once, because emulation is slow: on a CPU with AVX2 a
+    small student's step in bfloat16 takes 9 times as long as in float32, a ResNet-8's 11 times. For a GPU before Ampere
+    torch's compiler does not compile bfloat16 graphs.
     """
     if precision != "bf16":
         return None

@@ -1,4 +1,4 @@
-"""The spine: one DeiT-LT student from data to report, one line a stage, in the order an image meets them."""
+"""Training of a DeiT-LT student, from data to report, one line per stage."""
 
 import logging
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ log = logging.getLogger("fastdeitlt")
 
 
 def train(cfg: Config, resume: str = "auto") -> Path:
-    """Train one student, choose its weights, test them once, write the report.
+    """Train a student, select its best weights, test them once, and write the report.
 
     Args:
         cfg: the run.
@@ -39,8 +39,8 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         The run folder.
 
     Raises:
-        UserError: anything wrong with configuration, data, teacher or saved state, before the first step; later a
-            loss that is not finite, memory that is full, a rank that is lost, a signal (the subclasses, errors.py).
+        UserError: an invalid configuration, data set, teacher or saved state, before the first step; later its
+            subclasses in errors.py: non-finite loss, out of memory, lost rank, signal.
     """
     with ExitStack() as stack:
         where, limits = cfg.train.device, (cfg.train.timeout_s, cfg.train.main_timeout_s)
@@ -52,10 +52,10 @@ def train(cfg: Config, resume: str = "auto") -> Path:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
             report_once(run)
             return run.folder
-        torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
+        torch.compiler.reset()  # graphs of earlier runs in this process count towards the compiler's limit
         device = distributed.device_of(cfg.train.device)
-        data = open_data(cfg, device, rank, world)  # 1 which images, 2 read, decode
-        parts = assemble(  # 4 student, 5 teacher, 6 joint loss, 7 backward, step
+        data = open_data(cfg, device, rank, world)  # data sets, pixel source
+        parts = assemble(  # student, teacher, joint loss, optimizer
             cfg,
             data,
             device,
@@ -79,7 +79,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         for epoch in loop.epochs():
             phase = parts.phase(epoch)
             steps = list(data.plan.steps(epoch, state.begun))
-            batches = parts.batches(steps, phase)  # 3 augment, mix
+            batches = parts.batches(steps, phase)  # augment, mix
             for step in steps:
                 rate = learning_rate(step.clock, cfg, data.plan.virtual_ranks)
                 taken = take_step(batches, len(step.micro_batches), phase, rate)
@@ -95,15 +95,15 @@ def train(cfg: Config, resume: str = "auto") -> Path:
                 )
                 loop.end_step()
             batches.close()
-            loop.end_epoch("before-drw" if epoch + 1 == cfg.loss.drw_epoch else "")  # 8 checkpoint, 9 evaluate
+            loop.end_epoch("before-drw" if epoch + 1 == cfg.loss.drw_epoch else "")  # checkpoint, evaluate
         source.close()
         loop.finish()
-        report_once(run)  # 10 report
+        report_once(run)
     return run.folder
 
 
 def loop_of(parts: Parts) -> Loop:
-    """Return what the meter has to know of a student's training."""
+    """Return the meter's description of a student's training."""
     cfg, plan = parts.cfg, parts.data.plan
     return Loop(
         steps=plan.optimizer_steps * cfg.train.epochs,
@@ -120,7 +120,7 @@ def loop_of(parts: Parts) -> Loop:
 
 
 def report_once(run: Run) -> None:
-    """Look into a tested run and write its report, unless there is one. Rank 0; the others do not wait."""
+    """Analyse a tested run and write its report on rank 0, unless it exists."""
     if run.is_main and not (run.folder / "report.html").exists():
         analysis.look_into(run.folder, run.cfg.evaluate.analyze_images)
         log.info("report: %s", report.write_report(run.folder))

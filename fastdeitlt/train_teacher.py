@@ -1,4 +1,4 @@
-"""The teacher's spine: one flat CNN from data to model folder, one line a stage."""
+"""Training of a flat CNN teacher, from data to model folder, one line per stage."""
 
 import logging
 from contextlib import ExitStack
@@ -30,7 +30,7 @@ log = logging.getLogger("fastdeitlt")
 
 
 def train_teacher(cfg: Config, resume: str = "auto") -> Path:
-    """Train one flat CNN by ``cfg.teacher_training`` on ``cfg.data`` with ``cfg.augment``, choose and test its weights.
+    """Train a flat CNN teacher, select its best weights and test them.
 
     Args:
         cfg: the run.
@@ -41,7 +41,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         and test images.
 
     Raises:
-        UserError: anything wrong with configuration, data or saved state; before the first step.
+        UserError: an invalid configuration, data set or saved state, before the first step.
         NonFiniteError: the loss is NaN or infinite.
     """
     with ExitStack() as stack:
@@ -53,9 +53,9 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         if run.finished:
             log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
             return best
-        torch.compiler.reset()  # graphs of earlier runs in this process count against the compiler's limit
+        torch.compiler.reset()  # graphs of earlier runs in this process count towards the compiler's limit
         device = distributed.device_of(cfg.train.device)
-        sets = open_training_sets(cfg.data)  # which images
+        sets = open_training_sets(cfg.data)  # data sets
         distributed.on_main(lambda: check_files(sets, cfg.data))
         images = sets.train
         plan = teacher_plan_of(cfg, len(images), rank, world, images.labels)
@@ -87,7 +87,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
                 loss = take_step(batch, weights_K, plan.step_seed(epoch, index))  # forward, backward, step
                 state.step += 1
                 facts = {"lr": rate, "rho": rho}
-                share = world * loss  # of the whole batch's loss, so that the mean over ranks is that loss
+                share = world * loss  # scaled so that the mean over ranks is the whole batch's loss
                 meter.step([[share]], None, len(batch.labels_B), done=state.step, epoch=epoch, facts=facts)
                 loop.end_step()
             batches.close()
@@ -98,12 +98,12 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
 
 
 def _for_any_ranks(cfg: Config) -> Config:
-    """The run without its number of ranks: a batch is that of all of them, so any number may continue it."""
+    """Clear the number of ranks: a batch spans all of them, so any number can resume."""
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 1})})
 
 
 def loop_of(cfg: Config, plan: TeacherPlan) -> Loop:
-    """Return what the meter has to know of a teacher's training."""
+    """Return the meter's description of a teacher's training."""
     t = cfg.teacher_training
     return Loop(
         steps=plan.steps * t.epochs,

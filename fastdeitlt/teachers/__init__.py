@@ -1,6 +1,6 @@
-"""The teacher's side: losses, sharpness-aware minimisation, training views, the check before a student's first step.
+"""Teachers: losses, SAM, training views, and the check before student training.
 
-Imports ``core``, ``models`` and ``data``; the spines, ``reporting``, ``tools`` and the command line import it.
+Imports ``core``, ``models`` and ``data``.
 """
 
 from fastdeitlt.teachers.losses import (

@@ -1,4 +1,4 @@
-"""Before a student trains: is its teacher right on clean training images, and if not, why."""
+"""Check of a teacher's accuracy on clean images before student training."""
 
 # B batch, C channels, H height, W width, K classes, N images
 
@@ -24,9 +24,9 @@ log = logging.getLogger("fastdeitlt")
 FAR = 0.75
 """Share of the stated accuracy below which a teacher is refused."""
 NEAR = 5.0
-"""Points below the stated accuracy that need no warning."""
+"""Points below the stated accuracy without a warning."""
 TRIED_IMAGES = 512
-"""Images on which other causes are tried."""
+"""Images of each diagnostic trial."""
 STATISTICS = {
     "ImageNet's mean and std": (IMAGENET_MEAN, IMAGENET_STD),
     "CIFAR's mean and std": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -34,25 +34,26 @@ STATISTICS = {
     "values of -1 to 1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "values of 0 to 1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-"""Mean and std that released CNNs are trained with."""
+"""Mean and std of released CNNs."""
 
 
 def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, size: int) -> float:
-    """Return the balanced accuracy of the student's teacher on clean training images, in %; refuse a wrong teacher.
+    """Return the teacher's balanced accuracy on clean images, in %; refuse a wrong one.
 
-    Balanced accuracy is the mean over classes, on up to 64 images of each. It must be above chance and at least three
-    quarters of the balanced accuracy that the teacher's folder states; of a folder that states the accuracy over images
-    alone, that one is compared besides. A teacher that states none must reach the geometric mean of chance and 100 %
-    (32 % of 10 classes, 3 % of 1,000). Classes that have clearly been exchanged are refused whatever the accuracy.
+    Balanced accuracy is the mean over classes, on up to 64 images of each. It must exceed chance by half of chance, at
+    most by 10 points, and reach three quarters of the balanced accuracy stated in the teacher's folder. If the folder
+    states only the accuracy over images, that one must be reached to three quarters as well. A teacher without stated
+    accuracy must reach the geometric mean of chance and 100 % (32 % of 10 classes, 3 % of 1,000). Clearly exchanged
+    classes are refused, unless the balanced accuracy is within 5 points of the stated one.
 
     Args:
-        teacher: as the student's run opened it, with its class map.
+        teacher: the student's teacher with its class map.
         images, source: the training set.
         cfg: the student's run.
         size: side in pixels of the student's images.
 
     Raises:
-        UserError: the teacher is wrong; names the cause that explains it best.
+        UserError: the teacher is wrong; the message has the most likely cause.
     """
     check = _Check(teacher, images, source, cfg, size)
     sample_N = class_sample(images.labels)
@@ -87,12 +88,12 @@ def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: 
 
 
 def _without_statement(num_classes: int) -> float:
-    """Return the accuracy in % that a teacher must have if its folder states none."""
+    """Return the accuracy in % required of a teacher whose folder states none."""
     return 100 / num_classes**0.5
 
 
 def _stated(manifest: Manifest | None) -> tuple[float | None, bool]:
-    """Return the accuracy in % on training images that a folder states, and whether it is the mean over classes."""
+    """Return the folder's training accuracy in %, and whether it is balanced."""
     if manifest and "train" in (manifest.balanced_accuracy or {}):
         return (manifest.balanced_accuracy or {})["train"], True
     if manifest and "train" in (manifest.accuracy or {}):
@@ -102,10 +103,10 @@ def _stated(manifest: Manifest | None) -> tuple[float | None, bool]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Another way to feed a teacher or to read its decisions."""
+    """Result of another input or class order of a teacher."""
 
     accuracy: float
-    """Balanced, in %."""
+    """Balanced accuracy in %."""
     how: str
     cure: str
 
@@ -115,7 +116,7 @@ class _Trial:
 
 @dataclass(frozen=True)
 class _Check:
-    """A teacher, the student's images, and other ways to feed the one with the other."""
+    """A teacher and the student's images, with trials of other inputs and orders."""
 
     teacher: Teacher
     images: LongTailSet
@@ -127,15 +128,15 @@ class _Check:
         return decide(self.teacher, self._batches(sample_N), self.images.labels[sample_N])
 
     def cause(self, sample_N: np.ndarray, decisions: Decisions, limit: float) -> str:
-        """Return what explains a low accuracy: the simplest of the best trials, else what the decisions look like."""
+        """Return the cause of a low accuracy: the simplest of the best trials, if any."""
         order = self._another_order(decisions)
         tried_N = sample_N[np.linspace(0, len(sample_N) - 1, min(TRIED_IMAGES, len(sample_N))).astype(np.int64)]
         batches, labels_N = list(self._batches(tried_N)), self.images.labels[tried_N]
         trials, pairs = [order], []
         for own, how, cure in self._other_inputs():
-            found = decide(self.teacher.fed(own, self.cfg.augment.mean, self.cfg.augment.std), batches, labels_N)
-            trials.append(_Trial(found.balanced(), how, cure))
-            other = self._another_order(found)
+            fed = decide(self.teacher.fed(own, self.cfg.augment.mean, self.cfg.augment.std), batches, labels_N)
+            trials.append(_Trial(fed.balanced(), how, cure))
+            other = self._another_order(fed)
             pairs.append(_Trial(other.accuracy, f"{how} and {other.how}", f"{cure}; {other.cure}"))
         lowest = max(
             limit, _without_statement(decisions.num_classes)
@@ -171,9 +172,9 @@ class _Check:
         return _Trial(accuracy, f"another order of its classes ({listed(moved)})", cure)
 
     def _other_inputs(self) -> Iterator[tuple[TeacherInput, str, str]]:
-        """Yield inputs that differ in one thing from the teacher's, how they differ, and what sets them.
+        """Yield inputs that differ in one property, the difference, and the setting.
 
-        The first has all that its folder states.
+        The first, if the folder states another size and normalisation, has both as stated.
         """
         cfg, manifest = self.cfg.teacher, self.teacher.manifest
         student = self.cfg.augment.mean, self.cfg.augment.std, self.size
@@ -189,10 +190,10 @@ class _Check:
             norms["its folder's mean and std"] = stated.mean, stated.std, "set teacher.normalise=auto"
         norms["the configured mean and std"] = cfg.mean, cfg.std, settings
         norms |= {how: (*values, settings) for how, values in STATISTICS.items()}
-        tried = {(fed.mean, fed.std)}
+        inputs = {(fed.mean, fed.std)}
         for how, (mean, std, cure) in norms.items():
-            if (mean, std) not in tried:
-                tried.add((mean, std))
+            if (mean, std) not in inputs:
+                inputs.add((mean, std))
                 yield replace(fed, mean=mean, std=std), how, cure
         usual = 32 if isinstance(self.teacher.network, ResNetCifar) else 224
         for img_size in sorted({self.size, own.img_size, usual} - {fed.img_size}):

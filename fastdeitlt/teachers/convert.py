@@ -1,4 +1,4 @@
-"""Teachers to and from the released checkpoints' format: a torch file with ``state_dict`` and ``module.`` prefixes."""
+"""Conversion of teachers to and from the released checkpoints' format."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ STYLES = ("official_ldam", "official_paco")
 
 
 def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
-    """Write a teacher's model folder as a checkpoint that the official code loads.
+    """Export a teacher's model folder as a checkpoint for the official code.
 
-    A plain CNN exported as official_paco gets its weights as both encoders, its head as ``linear``, and a fresh
-    projection and queue, which inference does not use.
+    A plain CNN exported as official_paco gets its weights in both encoders, its head as ``linear`` and ``linear_k``,
+    and a newly initialised projection and queue, which inference does not use.
 
     Args:
         folder: model or run folder of a teacher.
@@ -25,7 +25,7 @@ def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
         path: the file to write.
 
     Raises:
-        UserError: ``path`` exists; unknown style; a PaCo wrapper asked for as official_ldam; a cosine head asked for as
+        UserError: ``path`` exists; an unknown style; a PaCo teacher with official_ldam; a cosine head with
             official_paco.
     """
     if Path(path).exists():
@@ -46,7 +46,7 @@ def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
 
 
 def _wrap(state: dict[str, torch.Tensor], arch: str, num_classes: int, what: str) -> dict[str, torch.Tensor]:
-    """PaCo's wrapper around a plain CNN."""
+    """Wrap a plain CNN's state dict as PaCo's."""
     head = "linear" if "linear.weight" in state else "fc"
     if f"{head}.bias" not in state:
         raise UserError(f"teacher {what}: has a cosine head, which PaCo's wrapper cannot hold; use official_ldam")
@@ -71,15 +71,15 @@ def import_official(
     std: Sequence[float],
     class_map: Sequence[int] | None = None,
 ) -> Path:
-    """Turn a released checkpoint into a model folder.
+    """Convert a released checkpoint to a model folder.
 
     Args:
-        path: the checkpoint; its style is taken from its keys.
+        path: the checkpoint; its style is detected from its keys.
         folder: the folder to write.
-        arch, num_classes: what it is of.
+        arch, num_classes: architecture and number of classes.
         img_size: side in pixels of its input.
-        mean, std: what its input is normalised with.
-        class_map: the teacher's class of each label of the data set; None = the same.
+        mean, std: normalisation of its input.
+        class_map: the teacher's class of each data-set label; None = identical.
 
     Raises:
         UserError: see ``load_teacher``.

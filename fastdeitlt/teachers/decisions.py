@@ -1,4 +1,4 @@
-"""Hard decisions of a teacher on clean training images: the sample, its accuracy, the order of classes it implies."""
+"""Hard decisions of a teacher on clean training images."""
 
 # B batch, K classes, N images, C channels, H height, W width, P pairs of a decision and a label
 
@@ -16,18 +16,19 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.store.manifest import Preprocess
 
 IMAGES = 4096
-"""Images of a sample that has as many of each class; at least ``at_least`` and at most MOST of a class."""
+"""Target size of a balanced sample."""
 MOST = 64
+"""Most images per class in a sample."""
 CLEAN_BATCH = 256
 """Images in a batch of ``clean_batches``."""
 CYCLE_IMAGES = 6
-"""Images by which other classes must explain the decisions better before classes count as exchanged."""
+"""Smallest gain, in images, of exchanging classes."""
 CYCLE_SHARE = 0.3
-"""The same as a share of the images of these classes."""
+"""Smallest gain as a share of the classes' images."""
 
 
 def class_sample(labels_N: np.ndarray, at_least: int = 2) -> np.ndarray:
-    """Return indices of as many images of each class, evenly spaced within the class; all of a smaller class."""
+    """Sample equally many images of each class, evenly spaced; all of a smaller class."""
     _, counts = np.unique(labels_N, return_counts=True)
     members = np.split(labels_N.argsort(kind="stable"), counts.cumsum()[:-1])
     each = max(at_least, min(MOST, IMAGES // len(members)))
@@ -36,49 +37,49 @@ def class_sample(labels_N: np.ndarray, at_least: int = 2) -> np.ndarray:
 
 
 def clean_batches(source: Source, sample_N: np.ndarray, preprocess: Preprocess) -> Iterator[Tensor]:
-    """images_BCHW of the chosen images as evaluation prepares them: centre crop, normalised, in order."""
+    """Yield images_BCHW of the sample in order, with evaluation preprocessing."""
     for _, crops_BHWC in source.crops(centre_crops(sample_N, CLEAN_BATCH, preprocess.img_size, preprocess.resize)):
         yield normalise(crops_BHWC, preprocess.mean, preprocess.std)
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """The label that a teacher decides on and the label of each image of a sample."""
+    """A teacher's decision and the label of each image of a sample."""
 
     decided_N: np.ndarray
     labels_N: np.ndarray
     num_classes: int
 
     def class_accuracy(self) -> np.ndarray:
-        """Share of each class's images that are right, in %, float64 [K]; NaN for a class without images."""
+        """Return the accuracy of each class in %, float64 [K]; NaN for an empty class."""
         right_K = np.bincount(self.labels_N[self.decided_N == self.labels_N], minlength=self.num_classes)
         with np.errstate(invalid="ignore"):
             return 100 * right_K / self._images()
 
     def balanced(self) -> float:
-        """Mean of the class accuracies, in %."""
+        """Return the mean class accuracy in %."""
         return float(np.nanmean(self.class_accuracy()))
 
     def weighted(self, counts: Iterable[int]) -> float:
-        """Accuracy in % over a set with ``counts`` images of each class."""
+        """Return the accuracy in % over a set with ``counts`` images of each class."""
         accuracy_K = self.class_accuracy()
         weights_K = np.where(np.isnan(accuracy_K), 0, np.asarray(list(counts), float))
         return float(np.average(np.nan_to_num(accuracy_K), weights=weights_K))
 
     def commonest(self) -> tuple[int, float]:
-        """The label decided on most often, and how often, in %, where every class has the same weight."""
+        """Return the most frequent decision and its share in %, with equal class weights."""
         weights_N = 1 / self._images()[self.labels_N]
         weights_K = np.bincount(self.decided_N, weights=weights_N, minlength=self.num_classes)
         return int(weights_K.argmax()), 100 * float(weights_K.max() / weights_N.sum())
 
     def matched(self, group_K: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Match each decision with the label that it is mostly made on, one to one.
+        """Match decisions and labels one to one, by their co-occurrence.
 
-        Pairs are taken by falling share of the label's images, so a clear pair is never traded for two doubtful ones;
-        at equal shares a decision keeps its own label. What no image matches keeps its own label too, where it can.
+        Greedy by descending share of the label's images, so a clear pair is never given up for two doubtful ones. At
+        equal shares, or without images, a decision keeps its own label if it is free.
 
         Args:
-            group_K: labels are matched within a group of equal numbers only; None: all are one group.
+            group_K: group of each label; matches are within a group only. None: one group.
 
         Returns:
             label_K: the label of each decision. clear_K: whether no other pair of the two has as large a share.
@@ -102,10 +103,11 @@ class Decisions:
         return label_K, clear_K
 
     def exchanged(self) -> np.ndarray:
-        """Return label_K: each decision's label where classes have clearly been exchanged, elsewhere the decision.
+        """Return label_K: matched labels of clearly exchanged classes, else the decision.
 
-        A cycle counts where the other labels are right on ``CYCLE_IMAGES`` more images and ``CYCLE_SHARE`` more of the
-        classes' images than their own: classes that are merely confused, or of which nothing is known, do not.
+        A cycle of classes is exchanged if the matched labels are right on ``CYCLE_IMAGES`` more images in all, and on
+        average on ``CYCLE_SHARE`` more of a class's images, than the classes' own labels. Confused classes do not
+        count.
         """
         matched_K, _ = self.matched()
         images_K, label_K = self._images(), np.arange(self.num_classes)
@@ -125,11 +127,11 @@ class Decisions:
         return label_K
 
     def relabelled(self, label_K: np.ndarray) -> "Decisions":
-        """Return the decisions with ``label_K`` for each label decided on."""
+        """Return the decisions mapped by ``label_K``."""
         return replace(self, decided_N=label_K[self.decided_N])
 
     def _only_largest(self, class_P: np.ndarray, share_P: np.ndarray) -> np.ndarray:
-        """Return which pairs have the largest share of their class's pairs, and no other pair as large a one."""
+        """Return which pairs have the strictly largest share among their class's pairs."""
         largest_K = np.zeros(self.num_classes)
         np.maximum.at(largest_K, class_P, share_P)
         is_largest_P = share_P == largest_K[class_P]
@@ -140,7 +142,7 @@ class Decisions:
 
 
 def decide(teacher: Teacher, batches: Iterable[Tensor], labels_N: np.ndarray) -> Decisions:
-    """Return a teacher's decisions, as the student's labels, on images_BCHW normalised as the student's."""
+    """Return a teacher's decisions as data-set labels, on student-normalised batches."""
     decided_N = torch.cat([teacher(images_BCHW).argmax(1) for images_BCHW in batches])
     if teacher.class_map is not None:
         decided_N = teacher.class_map[decided_N]

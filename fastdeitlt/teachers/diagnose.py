@@ -1,4 +1,4 @@
-"""`analyze teacher`: what the student will be taught, how flat the teacher is, and how many dimensions it uses."""
+"""`analyze teacher`: accuracy, sharpness and feature rank of a teacher."""
 
 # B batch, K classes, N images, D width of the features, C channels, H height, W width
 
@@ -32,19 +32,19 @@ SHARPNESS_IMAGES = 512
 def diagnose_teacher(
     path: str | Path, cfg: Config, num_images: int = 2048, flatness: bool = True, run_dir: Path | None = None
 ) -> dict[str, Any]:
-    """Diagnose a teacher on training images as the student's recipe ``cfg`` makes them.
+    """Diagnose a teacher on training images of the student's recipe ``cfg``.
 
     Args:
         path: model folder, run folder or released checkpoint.
         cfg: the student's run (data, augmentation, mixing, sizes, teacher section).
         num_images: training images used, evenly spaced in the list.
-        flatness: also take ``sharpness``, which costs far more than the rest.
-        run_dir: folder of the student's run, which keeps the class order of ``teacher.map_classes``; None: no run.
+        flatness: also compute ``sharpness``, which costs far more than the rest.
+        run_dir: folder of the student's run with the stored class order of ``teacher.map_classes``; None: no run.
 
     Returns:
         ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
-        size) and ``mixed_resized`` (at the student's size, then resized: what training feeds it), each with
-        ``accuracy`` against the label with the larger share in %, ``either`` against any of the two in %, ``entropy``
+        size) and ``mixed_resized`` (at the student's size, then resized, as in training), each with ``accuracy``
+        against the label with the larger share in %, ``either`` against any of the two in %, ``entropy``
         of the softmax in nats, ``agreement`` by head, mid and tail in % (means of class accuracies, official split;
         None: no image of them).
         ``hard_targets``: images of each class by ``labels`` and by ``targets``, the argmax of mixed_resized.
@@ -53,7 +53,7 @@ def diagnose_teacher(
         ``feature_rank``: of the pooled features, centred by ``sample`` and by ``feature``, and their ``width``.
 
     Raises:
-        UserError: anything wrong with the teacher or the data.
+        UserError: an invalid teacher or data set.
     """
     device = distributed.device_of(cfg.train.device)
     images = open_sets(cfg.data).train
@@ -101,9 +101,9 @@ def _diagnose(
         ("mixed", True, size),
         ("mixed_resized", True, _student_size(cfg)),
     ):
-        seen = _teach(teacher, source, images, cfg, order_N, mixing, at)
-        seen = tracked(seen, f"{name.replace('_', ' and ')} images", -(-len(order_N) // cfg.train.batch_size))
-        facts[name], targets_N = score(*(torch.cat(column) for column in zip(*seen, strict=True)))
+        rows = _teach(teacher, source, images, cfg, order_N, mixing, at)
+        rows = tracked(rows, f"{name.replace('_', ' and ')} images", -(-len(order_N) // cfg.train.batch_size))
+        facts[name], targets_N = score(*(torch.cat(column) for column in zip(*rows, strict=True)))
     facts["feature_rank"] = {
         "sample": feature_rank(features_ND, "sample"),
         "feature": feature_rank(features_ND, "feature"),
@@ -123,7 +123,7 @@ def _diagnose(
 
 
 class _Scorer:
-    """Turns logits of a teacher into the numbers of one condition."""
+    """Compute the results of one condition from a teacher's logits."""
 
     def __init__(self, groups: dict[str, Tensor], scale: float, class_map: Tensor | None) -> None:
         self.groups, self.scale = groups, scale
@@ -149,7 +149,7 @@ class _Scorer:
 
 
 def _mean_of_classes(hit_N: Tensor, labels_N: Tensor, ids: Tensor) -> float | None:
-    """Return the mean over the classes ``ids`` that have images of their mean ``hit_N``; None if none has."""
+    """Return the mean over classes ``ids`` of their mean ``hit_N``; None if all empty."""
     means = [hit_N[labels_N == label].mean() for label in ids.tolist() if (labels_N == label).any()]
     return torch.stack(means).mean().item() if means else None
 
@@ -157,17 +157,17 @@ def _mean_of_classes(hit_N: Tensor, labels_N: Tensor, ids: Tensor) -> float | No
 def _teach(
     teacher: Teacher, source: Source, images: LongTailSet, cfg: Config, order_N: np.ndarray, mixing: bool, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(logits_BK, labels_B, partner_B, lam_B) of the student's training batches."""
+    """Yield (logits_BK, labels_B, partner_B, lam_B) of the student's training batches."""
     mixing = mixing and cfg.mixup.on
     parts = [order_N[i : i + cfg.train.batch_size] for i in range(0, len(order_N), cfg.train.batch_size)]
-    if mixing and len(parts[-1]) % 2:  # mixing pairs images
+    if mixing and len(parts[-1]) % 2:  # mixing needs pairs
         parts[-1] = parts[-1][:-1]
     micro = [MicroBatch(0, i, 0, part, np.zeros(len(part), np.int64)) for i, part in enumerate(parts) if len(part)]
     for batch in train_batches(micro, source, images, cfg, mixing=mixing, size=size):
         labels_B = batch.labels_B.cpu()
         partner_B = labels_B if batch.partner_B is None else batch.partner_B.cpu()
         lam = 1.0 if batch.lam is None else float(batch.lam)
-        logits_BK = teacher(batch.images_BCHW.float())  # the fused kernel gives bfloat16
+        logits_BK = teacher(batch.images_BCHW.float())  # the fused kernel returns bfloat16
         yield logits_BK, labels_B, partner_B, torch.full((len(labels_B),), lam)
 
 

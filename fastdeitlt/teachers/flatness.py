@@ -1,4 +1,4 @@
-"""How flat a network is at its weights, and how many dimensions its features use."""
+"""Sharpness of the loss at a network's weights, and the rank of its features."""
 
 # B batch, C channels, H height, W width, N images, D width of the features
 
@@ -16,22 +16,23 @@ from fastdeitlt.teachers.sam import SAM
 RADII = (0.01, 0.05, 0.1, 0.5)
 """Distances from the weights at which the loss is measured."""
 CHUNK_PIXELS = 4 * 224 * 224
-"""Pixels of the images in one graph: with second derivatives it holds 4 kB of each (ResNet-8) to 8 (ResNet-50)."""
+"""Pixels per graph: second derivatives need 4 kB (ResNet-8) to 8 kB (ResNet-50) per pixel."""
 HESSIAN_IMAGES = 128
-"""Images, evenly spaced, of the Hessian's eigenvalue, whose products cost several times a gradient."""
+"""Images, evenly spaced, for the Hessian's eigenvalue; a product costs several gradients."""
 HESSIAN_PASSES = 20
 TOLERANCE = 1e-3
 """Relative change of the eigenvalue at which the power iteration ends, as in PyHessian."""
 
 
 def sharpness(network: nn.Module, images_BCHW: Tensor, labels_B: Tensor, scale: float = 1.0) -> dict[str, Any]:
-    """How steeply the cross-entropy of a batch rises around the weights.
+    """Measure the sharpness of a batch's cross-entropy around the weights.
+
+    The network is set to eval mode, so images are independent and the batch is computed in chunks of ``CHUNK_PIXELS``
+    to bound memory. Its weights are restored.
 
     Returns:
         ``loss``, ``gap`` {radius: rise of the loss at w + radius g / |g|}, ``top_eigenvalue`` of the Hessian of up to
-        ``HESSIAN_IMAGES`` of the images, by power iteration. The network is in eval mode, so each image counts by
-        itself and the batch can be taken in chunks of ``CHUNK_PIXELS``, which bounds the memory; its weights are left
-        as they were.
+        ``HESSIAN_IMAGES`` of the images, by power iteration.
 
     Source: Foret et al. 2021 (arXiv 2010.01412), section 3 and figure 3; Yao et al. 2020 (PyHessian, arXiv 1912.07145).
     """
@@ -79,10 +80,10 @@ def top_eigenvalue(
     iterations: int = HESSIAN_PASSES,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Return the Hessian's eigenvalue of largest magnitude, by power iteration on Hessian-vector products.
+    """Return the Hessian's eigenvalue of largest magnitude, by power iteration.
 
-    The loss is the sum of ``shares``, of which one graph at a time is held. The iteration ends when the value changes
-    by less than ``tolerance`` of itself.
+    The loss is the sum of ``shares``, with one graph in memory at a time. The iteration ends at a relative change below
+    ``tolerance``.
     """
     generator = torch.Generator().manual_seed(0)
     vector = [torch.randn(p.shape, generator=generator).to(p.device) for p in parameters]
@@ -108,9 +109,9 @@ def _hessian_product(
 
 
 def feature_rank(features_ND: Tensor, centring: str = "sample", share: float = 0.99) -> int:
-    """Number of singular values that hold ``share`` of the features' energy.
+    """Return the number of singular values with ``share`` of the features' energy.
 
-    ``sample`` subtracts each row's mean over features, as tml-epfl/sam-low-rank-features does; ``feature`` each
+    ``sample`` subtracts each row's mean over features, as tml-epfl/sam-low-rank-features; ``feature`` subtracts each
     column's mean over samples, as PCA.
     """
     features_ND = features_ND.double()

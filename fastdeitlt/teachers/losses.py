@@ -1,8 +1,8 @@
-"""Losses of the teachers: long-tailed cross-entropies and PaCo.
+"""Teacher losses: long-tailed cross-entropies and PaCo.
 
-Each takes raw logits and the training set's class counts, computes in float32 whatever autocast gives, never waits for
-the device, and with equal counts and neutral parameters is plain cross-entropy. A class without training images counts
-as many as the rarest class that has some.
+All compute in float32 under autocast, without a host sync if ``counts`` are on the device. The cross-entropies are
+plain cross-entropy at equal counts and neutral parameters; there a class without training images has the count of the
+rarest other class.
 """
 
 # B batch, K classes, N features (2 B of the batch and Q of the queue), Q queue, D width
@@ -27,7 +27,7 @@ def _counts(counts: Counts, device: torch.device) -> Tensor:
 
 
 def ldam_margins(counts: Counts, max_m: float = 0.5, device: torch.device | str = "cpu") -> Tensor:
-    """Margins [K] proportional to n^(-1/4), the largest being ``max_m``.
+    """Return margins [K] proportional to n^(-1/4), with maximum ``max_m``.
 
     Source: Cao et al. 2019 (arXiv 1906.07413), equation 13; kaidic/LDAM-DRW losses.py.
     """
@@ -38,7 +38,7 @@ def ldam_margins(counts: Counts, max_m: float = 0.5, device: torch.device | str 
 def ldam_loss(
     logits: Tensor, labels: Tensor, counts: Counts, max_m: float = 0.5, s: float = 30.0, weights: Tensor | None = None
 ) -> Tensor:
-    """Label-distribution-aware margin loss: scaled cross-entropy after taking the label's margin off its logit.
+    """Compute the label-distribution-aware margin loss (LDAM).
 
     Args:
         logits: [B, K] cosines of a normed head.
@@ -46,7 +46,7 @@ def ldam_loss(
         counts: [K] training images of each class.
         max_m: margin of the rarest class.
         s: scale of the logits.
-        weights: [K] class weights (DRW), or none; the mean is divided by the weights of the batch's labels.
+        weights: [K] class weights (DRW) or None; the sum is divided by the sum of the labels' weights.
 
     Source: Cao et al. 2019 (arXiv 1906.07413), equation 13; kaidic/LDAM-DRW losses.py.
     """
@@ -56,10 +56,10 @@ def ldam_loss(
 
 
 def cb_focal_loss(logits: Tensor, labels: Tensor, gamma: float = 1.0, weights: Tensor | None = None) -> Tensor:
-    """Class-balanced focal loss: the batch mean of w_y (1 - p_y)^gamma (-log p_y), p the softmax.
+    """Compute class-balanced focal loss, mean of w_y (1 - p_y)^gamma (-log p_y).
 
-    ``weights`` [K] are effective-number weights. kaidic/LDAM-DRW takes p = exp(w_y log p_y) instead, which is the same
-    where the weight is 1; the papers' definition is used here.
+    p is the softmax, ``weights`` [K] are effective-number weights. kaidic/LDAM-DRW uses p = exp(w_y log p_y), which is
+    equal at weight 1; this is the papers' definition.
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 4; Cui et al. 2019 (arXiv 1901.05555), equation 13.
     """
@@ -76,7 +76,7 @@ def vs_loss(
     gamma: float = 0.15,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Vector-scaling loss: cross-entropy of logits (n / n_max)^gamma + tau log(prior).
+    """Compute the cross-entropy of logits (n / n_max)^gamma + tau log(prior).
 
     Source: Kini et al. 2021 (arXiv 2103.01550), equation 4; val-iisc/Saddle-LongTail losses.py.
     """
@@ -88,7 +88,7 @@ def vs_loss(
 def logit_adjustment_loss(
     logits: Tensor, labels: Tensor, counts: Counts, tau: float = 1.0, weights: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of logits + tau log(prior).
+    """Compute the logit-adjusted cross-entropy, of logits + tau log(prior).
 
     Source: Menon et al. 2021 (arXiv 2007.07314), equation 10.
     """
@@ -96,7 +96,7 @@ def logit_adjustment_loss(
 
 
 def balanced_softmax_loss(logits: Tensor, labels: Tensor, counts: Counts, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of logits + log(count), which is logit adjustment at tau = 1.
+    """Compute the cross-entropy of logits + log(count): logit adjustment at tau = 1.
 
     Source: Ren et al. 2020 (arXiv 2007.10740), equation 4.
     """
@@ -114,7 +114,9 @@ def paco_loss(
     temperature: float,
     queue_size: int,
 ) -> Tensor:
-    """Parametric contrastive loss: each query against the class centres (prior-adjusted logits) and all other features.
+    """Compute PaCo's loss of queries against class centres and other features.
+
+    The centres are the prior-adjusted logits.
 
     Args:
         features: [2 B + Q, D] unit queries, unit keys, queue, in that order.
@@ -124,7 +126,7 @@ def paco_loss(
         alpha: weight of a feature of the same class as a positive.
         beta: weight of the own class's centre as a positive.
         gamma: weight of the features in the denominator.
-        temperature: of the features' similarities; the logits have 1.
+        temperature: temperature of the feature similarities; the logits have 1.
         queue_size: Q.
 
     Source: Cui et al. 2021 (arXiv 2107.12028), equation 4; dvlab-research/Parametric-Contrastive-Learning
@@ -149,7 +151,7 @@ def paco_loss(
 
 
 def build_loss(cfg: TeacherTrainingConfig, counts: Sequence[int], device: torch.device) -> Loss:
-    """The recipe's loss as ``loss(logits_BK, labels_B, weights_K)`` with the counts on the device."""
+    """Return the recipe's ``loss(logits_BK, labels_B, weights_K)``."""
     counts_K = torch.tensor(list(counts), device=device)
     losses: dict[str, Loss] = {
         "ce": lambda logits, labels, weights: F.cross_entropy(logits.float(), labels, weights),

@@ -1,4 +1,4 @@
-"""Open the teacher of a student's run: its weights, its input, and the student's class of each of its classes."""
+"""Opening of a student's teacher: weights, input and class order."""
 
 # N images, K classes
 
@@ -22,13 +22,13 @@ from fastdeitlt.teachers.decisions import class_sample, clean_batches, decide
 
 log = logging.getLogger("fastdeitlt")
 ORDER_FILE = "teacher_classes.json"
-"""File of a student's run folder: the class order of a teacher opened with ``teacher.map_classes``."""
+"""File in a student's run folder with the class order of a teacher opened with ``teacher.map_classes``."""
 TIE_IMAGES = 8
-"""Images of each class, if it has as many, that settle the order of classes of equal size."""
+"""Smallest number of sample images per class, if it has as many, to order classes of equal size."""
 
 
 def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device) -> Teacher | None:
-    """Return the frozen teacher for students of ``size`` pixels, or None when the run has none.
+    """Return the frozen teacher for students of ``size`` pixels; None without a path.
 
     With ``teacher.map_classes`` classes of equal size keep the data's order; see ``settle_order``.
 
@@ -59,7 +59,7 @@ def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device
 def settled_teacher(
     cfg: Config, images: LongTailSet, source: Source, size: int, device: torch.device, run_folder: Path | None = None
 ) -> Teacher | None:
-    """Return the frozen teacher of a run with its class order settled; see ``teacher_of`` and ``settle_order``."""
+    """Return a run's frozen teacher with its final class order; see ``settle_order``."""
     teacher = teacher_of(cfg, images, size, device)
     if teacher:
         settle_order(teacher, images, source, cfg, size, run_folder)
@@ -69,15 +69,15 @@ def settled_teacher(
 def settle_order(
     teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, size: int, run_folder: Path | None = None
 ) -> None:
-    """Settle the order of classes of equal size of a teacher opened with ``teacher.map_classes``.
+    """Order the classes of equal size of a ``teacher.map_classes`` teacher.
 
-    The official code numbers classes by falling size with an unstable sort, so that classes of equal size come in an
-    order that its environment chose. They are matched one to one with the teacher's decisions on clean training images.
-    Matching greedily is enough: two classes that compete for one decision are not told apart by any matching.
+    The official code numbers classes by descending size with an unstable sort, so the order of classes of equal size
+    depends on its environment. They are matched one to one with the teacher's decisions on clean training images.
+    Greedy matching suffices: no matching separates two classes that compete for one decision.
 
     Args:
         size: side in pixels of the student's images.
-        run_folder: keeps the order for a resumed run; None: settled anew.
+        run_folder: stores the order for a resumed run; None: not stored.
     """
     if teacher.class_map is None or teacher.manifest is not None:
         return
@@ -99,7 +99,7 @@ def settle_order(
 def _by_decisions(
     teacher: Teacher, class_map_K: np.ndarray, images: LongTailSet, source: Source, cfg: Config, size: int
 ) -> np.ndarray:
-    """Return ``class_map_K`` with the classes of equal size in the order that the teacher's decisions imply."""
+    """Return ``class_map_K`` with equally large classes ordered by decisions."""
     counts_K = np.asarray(images.counts)
     is_tied_K = np.bincount(counts_K)[counts_K] > 1
     tied_N = np.flatnonzero(is_tied_K[images.labels])
@@ -126,5 +126,5 @@ def _by_decisions(
 
 
 def label_name(images: LongTailSet, label: int) -> str:
-    """Return the name of a class, or its number where it has none."""
+    """Return the name of a class, or its number without names."""
     return images.class_names[label] if images.class_names else f"class {label}"

@@ -1,4 +1,4 @@
-"""PaCo: supervised contrastive learning with class centres (momentum encoder, queue of keys)."""
+"""PaCo: contrastive learning with class centres, momentum encoder and key queue."""
 
 # B batch, C channels, H height, W width, K classes, F features, D width of the projection, Q queue
 
@@ -16,11 +16,11 @@ from fastdeitlt.teachers.losses import paco_loss
 
 
 class PacoObjective(nn.Module):
-    """PaCo's loss of two views: queries of the first against keys of the second, the queue and the class centres.
+    """Queries of one view against keys of the other, the queue and class centres.
 
-    A query is compared with the queries and keys of its own part of the batch and with the queue, which takes the keys
-    of all parts and ranks. The reference's shuffle of keys between GPUs has no counterpart. With SAM both passes see
-    the same keys and queue, and the momentum encoder and the queue move once a step.
+    A query is compared with the queries and keys of its own part of the batch and with the queue, which stores the keys
+    of all parts and ranks. The reference's shuffle of keys between GPUs is not implemented. With SAM both passes use
+    the same keys and queue; the momentum encoder and the queue are updated once per step.
 
     Args:
         paco: encoders, heads and queue.
@@ -39,17 +39,17 @@ class PacoObjective(nn.Module):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Move the key encoder towards the query encoder."""
+        """Update the key encoder towards the query encoder."""
         keys, queries = zip(*self._pairs, strict=True)
         torch._foreach_lerp_([k.data for k in keys], [q.data for q in queries], 1 - self.cfg.paco_momentum)
 
     @torch.no_grad()
     def prepare(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Unit keys_BD of the second view."""
+        """Return the unit keys_BD of the second view."""
         return (self._project(self.network.encoder_k, views[1])[0],)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor, weights_K: Tensor | None, *shared: Tensor) -> Tensor:
-        """The loss; ``weights_K`` must be None, the centres' prior is PaCo's re-balancing."""
+        """Return the loss; ``weights_K`` is ignored: the centres' prior re-balances."""
         c, paco, (keys_BD,) = self.cfg, self.network, shared
         queries_BD, features_BF = self._project(paco.encoder_q, images_BCHW)
         features = torch.cat((queries_BD, keys_BD, paco.queue))
@@ -68,12 +68,12 @@ class PacoObjective(nn.Module):
         )
 
     def share(self, labels_B: Tensor, whole_B: Tensor, weights_K: Tensor | None) -> float:
-        """A part's share of the batch, by images."""
+        """Return a part's share of the batch, by images."""
         return len(labels_B) / len(whole_B)
 
     @torch.no_grad()
     def finish(self, whole_B: Tensor, shared: Sequence[tuple[Tensor, ...]]) -> None:
-        """Put the keys of all ranks in the queue in the place of the oldest."""
+        """Replace the oldest keys in the queue with the keys of all ranks."""
         paco, size = self.network, len(whole_B)
         keys_BD = distributed.gather_split(torch.cat([keys_BD for (keys_BD,) in shared]), size)
         place_B = (paco.queue_ptr + torch.arange(size, device=keys_BD.device)) % len(paco.queue)
@@ -83,7 +83,7 @@ class PacoObjective(nn.Module):
 
     @staticmethod
     def _project(encoder: Any, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(unit projection [B, D] in float32, pooled features [B, F])."""
+        """Return (unit projection [B, D] in float32, pooled features [B, F])."""
         maps = encoder.forward_features(images_BCHW)
         features_BF = encoder.forward_head(maps, pre_logits=True)
         return F.normalize(encoder.fc(features_BF).float(), dim=1), features_BF

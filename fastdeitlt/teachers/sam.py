@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: step at the weights, with the gradient of the worst point within ``rho`` of them."""
+"""Sharpness-aware minimisation (SAM and ASAM) around any optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ class SAM(Optimizer):
             loss(model(images)).backward()
         optimizer.second_step()  # back to w, then the base optimizer's step
 
-    The perturbation comes from the gradients as they stand: under DistributedDataParallel that is the global gradient;
-    run the first pass within ``model.no_sync()`` for each rank's own (m-sharpness, what the paper does on several
-    accelerators). Weight decay acts at w. The base optimizer may be ``ZeroRedundancyOptimizer``.
+    The perturbation uses the current gradients: under DistributedDataParallel these are global; run the first pass
+    within ``model.no_sync()`` for each rank's own (m-sharpness, as in the paper on several accelerators). Weight decay
+    applies at w. The base optimizer may be ``ZeroRedundancyOptimizer``.
 
     Args:
         params: parameters or parameter groups; ``rho`` and ``adaptive`` may differ by group.
-        base_optimizer: an optimizer's class, made with ``kwargs``, or a ready optimizer of the same parameters.
-        rho: radius of the perturbation; change it through ``set_rho`` or the groups' ``rho``.
+        base_optimizer: an optimizer class, instantiated with ``kwargs``, or an optimizer of the same parameters.
+        rho: radius of the perturbation; change it with ``set_rho`` or the groups' ``rho``.
         adaptive: scale the perturbation by the weights (ASAM), e = rho w^2 g / (||w| g| + 1e-12).
 
     Raises:
-        ValueError: rho is negative; ``params`` are not those of a ready base optimizer; kwargs beside a ready one.
+        ValueError: rho is negative; ``params`` differ from those of an optimizer instance; kwargs with an instance.
 
     Source: Foret et al. 2021 (arXiv 2010.01412), algorithm 1; Kwon et al. 2021 (arXiv 2102.11600), equation 5;
     davda54/sam.
@@ -51,11 +51,11 @@ class SAM(Optimizer):
         if isinstance(base_optimizer, Optimizer):
             if kwargs:
                 raise ValueError(f"got {', '.join(kwargs)} beside a ready base optimizer; set them there")
-            given = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
-            held = [p for group in base_optimizer.param_groups for p in group["params"]]
-            if {id(p) for p in given} != {id(p) for p in held}:
+            own = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+            base = [p for group in base_optimizer.param_groups for p in group["params"]]
+            if {id(p) for p in own} != {id(p) for p in base}:
                 raise ValueError(
-                    f"params: got {len(given)} tensors, expected the {len(held)} of the base optimizer; pass the same"
+                    f"params: got {len(own)} tensors, expected the {len(base)} of the base optimizer; pass the same"
                 )
             self.base_optimizer = base_optimizer
         else:
@@ -66,7 +66,7 @@ class SAM(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """One set of groups and states for both, so that schedulers and checkpoints see the base optimizer's."""
+        """Share groups and state with the base optimizer, for schedulers and checkpoints."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         for group in self.param_groups:
@@ -80,10 +80,10 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = True) -> None:
-        """Climb from w to w + e along the gradients, and drop them.
+        """Move the weights from w to w + e along the gradients, and clear the gradients.
 
         Raises:
-            RuntimeError: no gradients; or the weights already are at w + e.
+            RuntimeError: no gradients, or the weights are already at w + e.
         """
         if self._perturbed:
             raise RuntimeError("first_step was called twice; call second_step between")
@@ -116,18 +116,18 @@ class SAM(Optimizer):
     def _keep(self, weights: list[Tensor]) -> None:
         if [id(p) for p, _ in self._kept] != [id(p) for p in weights]:
             self._kept = [(p, torch.empty_like(p)) for p in weights]
-        torch._foreach_copy_([kept for _, kept in self._kept], weights)
+        torch._foreach_copy_([copy for _, copy in self._kept], weights)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back from w + e to exactly w, without a step."""
+        """Restore the weights from w + e to exactly w, without a step."""
         if self._perturbed:
             torch._foreach_copy_([p for p, _ in self._kept], [kept for _, kept in self._kept])
             self._perturbed = False
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = True) -> None:
-        """Go back to w and let the base optimizer step with the gradients taken at w + e, then drop them.
+        """Restore w, run the base optimizer with the gradients at w + e, and clear them.
 
         Raises:
             RuntimeError: the weights are not at w + e.
@@ -141,12 +141,12 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float:  # type: ignore[override]
-        """Both passes: ``closure`` runs forward and backward and returns the loss.
+        """Run both passes; ``closure`` runs forward and backward and returns the loss.
 
-        Gradients that are there already are the first pass's; if there are none, the closure makes them.
+        Existing gradients are used as the first pass's; otherwise the closure computes them.
 
         Returns:
-            The loss at w, or at w + e when the first pass was the caller's.
+            The loss at w, or at w + e if the caller ran the first pass.
         """
         if closure is None:
             raise ValueError("SAM needs two passes: step(closure), or first_step and second_step")
@@ -161,27 +161,27 @@ class SAM(Optimizer):
         return second_loss if loss is None else loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state with each group's rho.
+        """Return the base optimizer's state with each group's rho.
 
         Raises:
-            RuntimeError: between the two steps, when the weights are not those to save.
+            RuntimeError: called between the two steps, with the weights at w + e.
         """
         if self._perturbed:
             raise RuntimeError("the weights are at w + e; save after second_step")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave; a base optimizer's own state loads too."""
+        """Restore a state; a base optimizer's own state is accepted too."""
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
 
 
 @contextmanager
 def frozen_batch_stats(model: nn.Module, frozen: bool = True) -> Iterator[None]:
-    """Within, training-mode batch norm normalises by the batch but leaves its running statistics alone.
+    """Keep batch-norm running statistics unchanged within the block, in training mode.
 
-    SAM's second pass is at weights that are never used; ``frozen=False`` updates the statistics there too, as
-    val-iisc/Saddle-LongTail does.
+    SAM's second pass is at weights that are never used. ``frozen=False`` updates the statistics there too, as
+    val-iisc/Saddle-LongTail.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if frozen else []
     for norm in norms:

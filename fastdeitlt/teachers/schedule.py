@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch of a teacher's training: learning rate and SAM's radius (epochs count from 0)."""
+"""Learning rate and SAM's radius per epoch of teacher training, counted from 0."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from fastdeitlt.config import TeacherTrainingConfig
 
 
 def learning_rate(epoch: int, cfg: TeacherTrainingConfig) -> float:
-    """SGD's rate in an epoch: a linear rise over ``warmup_epochs``, then steps or a half cosine towards 0.
+    """Return SGD's learning rate: linear warm-up, then steps or a half cosine to 0.
 
     Source: val-iisc/Saddle-LongTail and PaCo, ``adjust_learning_rate``. (PaCo's CIFAR warm-up lasts one epoch longer,
     at 1.1 times the peak, and its cosine ends one epoch later; neither is copied.)
@@ -21,7 +21,7 @@ def learning_rate(epoch: int, cfg: TeacherTrainingConfig) -> float:
 
 
 def radius(epoch: int, cfg: TeacherTrainingConfig) -> float:
-    """SAM's rho in an epoch.
+    """Return SAM's rho in an epoch.
 
     Source: val-iisc/Saddle-LongTail, ``adjust_rho``.
     """
@@ -35,6 +35,6 @@ def radius(epoch: int, cfg: TeacherTrainingConfig) -> float:
 
 
 def stage(epoch: int, steps: Sequence[tuple[int, float]], before: float) -> float:
-    """The value of the last (first epoch, value) pair that has begun; ``before`` when none has."""
-    begun = [(first, value) for first, value in steps if first <= epoch]
-    return max(begun)[1] if begun else before
+    """Return the value of the latest (first epoch, value) pair reached, or ``before``."""
+    values = [(first, value) for first, value in steps if first <= epoch]
+    return max(values)[1] if values else before

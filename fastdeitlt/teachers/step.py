@@ -1,4 +1,4 @@
-"""What a teacher minimises and one optimizer step of it: plain, or SAM's two passes over the same images."""
+"""Objectives and optimizer step of teacher training, plain or with SAM."""
 
 # B batch, C channels, H height, W width, K classes
 
@@ -22,35 +22,35 @@ from fastdeitlt.teachers.views import StepBatch
 
 
 class Objective(Protocol):
-    """A network and its loss. A step calls ``begin``, each part's ``prepare``, itself once a pass, then ``finish``."""
+    """A network and its loss, called as begin, prepare, loss (per pass), finish."""
 
     @property
     def network(self) -> nn.Module:
-        """What is trained."""
+        """The trained network."""
 
     def begin(self) -> None:
-        """Whatever precedes the step."""
+        """Run before the step."""
 
     def prepare(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Whatever both passes over a part share."""
+        """Return tensors shared by both passes over a part."""
 
     def share(self, labels_B: Tensor, whole_B: Tensor, weights_K: Tensor | None) -> Tensor | float:
-        """What a part's loss is multiplied by, so that the parts of all ranks add up to the whole batch's loss."""
+        """Return the factor of a part's loss, so that all parts sum to the batch's loss."""
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor, weights_K: Tensor | None, *shared: Tensor) -> Tensor:
-        """The loss, 0-d float32."""
+        """Return the loss, 0-d float32."""
 
     def finish(self, whole_B: Tensor, shared: Sequence[tuple[Tensor, ...]]) -> None:
-        """Whatever follows the step; ``whole_B`` are the labels of all ranks' parts, ``shared`` this rank's."""
+        """Run after the step, with all ranks' labels and this rank's shared tensors."""
 
 
 class LogitObjective(nn.Module):
-    """A loss of the logits of one view.
+    """Objective with a loss of one view's logits.
 
     Args:
         network: maps images_BCHW to logits_BK.
-        loss: of (logits_BK, labels_B, weights_K).
-        per_image: the loss is a mean over images, rather than over their weights.
+        loss: function of (logits_BK, labels_B, weights_K).
+        per_image: the loss is a mean over images, not over their weights.
     """
 
     def __init__(self, network: nn.Module, loss: Loss, per_image: bool = False) -> None:
@@ -58,13 +58,13 @@ class LogitObjective(nn.Module):
         self.network, self.loss, self.per_image = network, loss, per_image
 
     def begin(self) -> None:
-        """Nothing precedes."""
+        """Do nothing."""
 
     def prepare(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return ()
 
     def share(self, labels_B: Tensor, whole_B: Tensor, weights_K: Tensor | None) -> Tensor | float:
-        """By images, or by their weights."""
+        """Return the part's share of the batch's images, or of their weights."""
         if self.per_image or weights_K is None:
             return len(labels_B) / len(whole_B)
         return weights_K[labels_B].sum() / weights_K[whole_B].sum()
@@ -73,11 +73,11 @@ class LogitObjective(nn.Module):
         return self.loss(self.network(images_BCHW), labels_B, weights_K)
 
     def finish(self, whole_B: Tensor, shared: Sequence[tuple[Tensor, ...]]) -> None:
-        """Nothing follows."""
+        """Do nothing."""
 
 
 def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: torch.device) -> Objective:
-    """The recipe's network with fresh weights, channels last, in training mode, and its loss.
+    """Build the recipe's loss and new network, channels last, in training mode.
 
     Raises:
         UserError: unknown architecture.
@@ -95,32 +95,32 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
 
 
 def build_optimizer(network: nn.Module, cfg: TeacherTrainingConfig) -> torch.optim.Optimizer:
-    """SGD with momentum and L2 on all weights (as the references), inside SAM when the recipe has it."""
+    """Build SGD with momentum and L2 on all weights, within SAM if configured."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, foreach=True)
     return sgd if cfg.sam == "none" else SAM(parameters, sgd, cfg.sam_rho, adaptive=cfg.sam == "asam")
 
 
 class Step:
-    """One optimizer step, without waiting for the device.
+    """One optimizer step, without a host sync.
 
-    Gradients of micro-batches add up, and those of ranks are summed in one exchange a pass, so that the step is that of
-    the whole batch; only batch norm sees a part at a time. With ``sam_scope: rank`` each rank climbs its own gradient.
-    Running statistics are the mean of the ranks'. Momentum is not sharded: that of a ResNet-50 takes 100 MB.
+    Gradients accumulate over micro-batches and are summed over ranks in one all-reduce per pass, so the step equals
+    that of the whole batch, except that batch norm uses a part at a time. With ``sam_scope: rank`` each rank's first
+    pass uses its own gradient. Running statistics are averaged over ranks. Momentum is not sharded (100 MB for a
+    ResNet-50).
 
     Args:
         objective: network and loss.
         optimizer: SAM or any other.
-        cfg: the run: precision, compilation, clipping, whose gradient SAM climbs, batch-norm statistics in its second
-            pass.
-        device: where it runs.
+        cfg: precision, compilation, clipping, SAM's scope, batch-norm statistics in its second pass.
+        device: device of the network.
     """
 
     def __init__(
         self, objective: Objective, optimizer: torch.optim.Optimizer, cfg: Config, device: torch.device
     ) -> None:
         self.objective, self.optimizer = objective, optimizer
-        # the last batch of an epoch may be smaller: one graph for each size rather than one for any
+        # the last batch of an epoch may be smaller: one static graph per size instead of a dynamic one
         compiled = partial(torch.compile, dynamic=False, fullgraph=True, options=cfg.train.compiler_options)
         self._loss = compiled(objective) if cfg.train.compile else objective
         dtype = autocast_dtype(cfg.train.precision, device)
@@ -131,7 +131,7 @@ class Step:
         self._statistics = running_statistics(objective.network)
 
     def __call__(self, batch: StepBatch, weights_K: Tensor | None, seed: int) -> Tensor:
-        """Step once; dropout is seeded by ``seed`` and the same in both passes.
+        """Run one step; ``seed`` makes dropout equal in both passes.
 
         Returns:
             This rank's share of the loss at the weights before the step, 0-d on the device.
@@ -164,12 +164,12 @@ class Step:
         seed: int,
         alone: bool = False,
     ) -> Tensor:
-        """Forward and backward of all parts; the gradients are then those of the whole batch, or of this rank's."""
+        """Run forward and backward of all parts; sum gradients over ranks, or ``alone``."""
         torch.manual_seed(seed)
         total = torch.zeros((), device=batch.labels_B.device)
-        for part, given in zip(batch.parts, shared, strict=True):
+        for part, extra in zip(batch.parts, shared, strict=True):
             with self._autocast():
-                loss = self._loss(part.views[0], part.labels_B, weights_K, *given)
+                loss = self._loss(part.views[0], part.labels_B, weights_K, *extra)
             if len(part.labels_B) < len(batch.labels_B):
                 loss = loss * self.objective.share(part.labels_B, batch.labels_B, weights_K)
             loss.backward()
@@ -179,17 +179,17 @@ class Step:
         return total
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint keeps: weights (PaCo's key encoder and queue with them) and momentum."""
+        """Return a checkpoint's tensors: weights (PaCo: also keys and queue) and momentum."""
         network = self.objective.network
         return {"model": network.state_dict(), "optimizer": optimizer_tensors(network, self.optimizer)}
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Put back what a checkpoint keeps; ``read`` returns the state dict of a name."""
+        """Restore a checkpoint's tensors; ``read`` returns the state dict of a name."""
         self.objective.network.load_state_dict(read("model"))
         load_optimizer(self.objective.network, self.optimizer, read("optimizer"))
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances of a network's batch norms."""
+    """Return the running means and variances of a network's batch norms."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     return [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]

@@ -1,4 +1,4 @@
-"""The teacher's batches: which images, and one augmented view of each, or two for PaCo."""
+"""Batches of teacher training: one augmented view of each image, or two for PaCo."""
 
 # B batch, C channels, H height, W width, N images in the set
 
@@ -29,23 +29,23 @@ class _Request(CropRequest):
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank puts through the network at once: its micro-batch of a step."""
+    """A rank's micro-batch of a step."""
 
     views: list[Tensor]
-    """Each images_BCHW, normalised, on the source's device."""
+    """images_BCHW of each view, normalised, on the source's device."""
     labels_B: Tensor
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The images of an optimizer step: this rank's parts, and the labels of all ranks' in their order."""
+    """The images of an optimizer step: this rank's parts, all ranks' labels in order."""
 
     parts: list[Part]
     labels_B: Tensor
 
 
 def view_recipes(cfg: Config) -> list[View]:
-    """How each view is made: the network's (for PaCo the queries'), and for PaCo the keys'."""
+    """Return the recipe of each view: the network's or queries', and PaCo's keys'."""
     first = colour.view_of(cfg.augment)
     if cfg.teacher_training.loss != "paco":
         return [first]
@@ -63,9 +63,9 @@ def view_recipes(cfg: Config) -> list[View]:
 def teacher_batches(
     cfg: Config, source: Source, images: LongTailSet, plan: TeacherPlan, epoch: int, start: int = 0
 ) -> Generator[StepBatch, None, None]:
-    """An epoch's batches from number ``start`` on, their parts prepared two ahead in a thread.
+    """Yield an epoch's batches from number ``start`` on, prefetched in a thread.
 
-    Everything random is drawn from (seed, epoch, image).
+    All random draws are functions of (seed, epoch, image).
     """
     size = cfg.teacher_training.img_size
     recipes = view_recipes(cfg)
@@ -85,9 +85,9 @@ def teacher_batches(
 
         ready: list[Tensor] = []
         for request, crops_BHWC in source.crops(requests()):
-            with aside(side) as made:  # copying draws to the device would wait for the step on its stream
-                made.append(colour.apply(crops_BHWC, request.view_draws, request.view, source.pool))
-            ready += made
+            with aside(side) as outputs:  # on the step's stream, copying draws to the device would wait for the step
+                outputs.append(colour.apply(crops_BHWC, request.view_draws, request.view, source.pool))
+            ready += outputs
             if len(ready) == len(recipes):
                 yield Part(ready, labels_of(request.sample_B))
                 ready = []

@@ -31,7 +31,7 @@ from fastdeitlt.store.checkpoint import READ_TRIES, RETRY_S
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
-Output = TypeVar("Made", Tensor, Regions)
+Output = TypeVar("Output", Tensor, Regions)
 CropJob = tuple[CropRequest, np.ndarray, np.ndarray]
 """A request, its boxes within the decoded regions, and the region index of each of its images."""
 Make = Callable[[list[Tensor], list[CropJob]], list[Output]]
