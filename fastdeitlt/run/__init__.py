@@ -1,4 +1,4 @@
-"""A run while it lasts: folder, checkpoints, meter, selection of weights, launch of ranks, signals and exit codes.
+"""Run management: folder, checkpoints, meter, weight selection, rank launch, signals.
 
-Imports ``core``, ``evaluation`` and below; the spine, ``reporting``, ``tools`` and the command line import it.
+Imports ``core``, ``evaluation`` and below.
 """

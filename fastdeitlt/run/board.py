@@ -1,4 +1,4 @@
-"""A run's numbers for TensorBoard, a copy of those in metrics.jsonl."""
+"""TensorBoard event files with the numbers of metrics.jsonl."""
 
 import logging
 import threading
@@ -12,11 +12,11 @@ log = logging.getLogger("fastdeitlt")
 
 
 class Board:
-    """Writes event files; after the first error of the file system it warns once and writes no more.
+    """Writer of event files; warns once and stops writing after a file-system error.
 
     Args:
-        folder: of the event files; made with the first number.
-        first_step: TensorBoard drops what an earlier start of the run wrote from this step on.
+        folder: folder of the event files, created at the first write.
+        first_step: TensorBoard drops events of earlier starts from this step on.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -27,7 +27,7 @@ class Board:
         self._hook = threading.excepthook
 
     def add(self, kind: str, facts: Mapping[str, Any], step: int) -> None:
-        """Write the numbers among ``facts``."""
+        """Write the numeric values of ``facts``."""
         if self._failed:
             return
         try:
@@ -41,7 +41,7 @@ class Board:
             self._fail(error)
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write pending events and close the files."""
         try:
             if self._writer and not self._failed:
                 self._writer.close()
@@ -56,7 +56,7 @@ class Board:
         self._threads = set(threading.enumerate()) - before
 
     def _report(self, failure: threading.ExceptHookArgs) -> None:
-        """Leave out the traceback of TensorBoard's thread: its next call raises the same error."""
+        """Suppress the traceback of TensorBoard's thread, whose next call raises the same error."""
         if failure.thread not in self._threads or not isinstance(failure.exc_value, OSError):
             self._hook(failure)
 

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: saved in the background, found again, the best weights among them."""
+"""Checkpoints of a run: background saves, recovery, the best weights."""
 
 import logging
 import os
@@ -27,9 +27,9 @@ log = logging.getLogger("fastdeitlt")
 
 
 def sweep(folder: Path) -> None:
-    """Undo what a killed writer left in ``folder``: remove drafts, and put back a folder that had stepped aside.
+    """Clean up after a killed writer: remove drafts and restore folders moved away.
 
-    Only the run that holds the folder's lock may call it.
+    Requires the folder's lock.
     """
     for draft in folder.glob(".*.tmp-*"):
         shutil.rmtree(draft, ignore_errors=True)
@@ -44,40 +44,39 @@ def sweep(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The training checkpoints of one run: ``step-<n>`` folders, the newest ``keep`` of them.
+    """The training checkpoints of a run: the newest ``keep`` folders ``step-<n>``.
 
-    ``best`` beside them is a model folder of its own, with the selected weights alone; a milestone is a checkpoint
-    that is kept under a name of its own; ``last`` links to the newest where the file system has links. A save copies
-    the tensors to host memory and returns; a thread writes them. One save is in flight at a time. A save that fails is
-    reported at the next call, and training goes on without it.
+    ``best`` is a separate model folder with the selected weights alone; a milestone is a checkpoint kept under its own
+    name; ``last`` is a symbolic link to the newest, if supported. A save copies the tensors to host memory and returns;
+    a thread writes them, one save at a time. A failed save is reported at the next call, and training continues.
 
-    The manifest of a checkpoint names the best weights so far (``best``). They are written to ``best`` right after the
-    checkpoint of their step, so that they can be made again from it when the run dies in between.
+    The manifest of a checkpoint refers to the best weights so far (``best``). They are written to ``best`` right after
+    the checkpoint of their step, from which they can be restored if the run dies in between.
 
     Args:
         folder: the run's ``checkpoints``.
-        keep: checkpoints kept, at least 2, so that a damaged one has one before it.
-        before: what must be on the disk before a checkpoint is.
+        keep: number of checkpoints kept, at least 2, as a fallback for a damaged one.
+        before: called before a checkpoint is written, to flush other files.
     """
 
     FAILURES = 3
-    """Saves in a row that may fail before the run stops."""
+    """Consecutive failed saves that stop the run."""
     STATE = ("step", "epoch", "best", "recent", "fingerprint")
-    """Facts of a checkpoint's manifest that are about the run; ``best`` has the others, which are about the model."""
+    """Manifest entries about the run; ``best`` has the other entries, about the model."""
 
     def __init__(self, folder: Path, keep: int = 2, before: Callable[[], None] | None = None) -> None:
         self.folder, self.keep, self.before = folder, keep, before
         self.step = -1
-        """The newest step that this process saved."""
+        """Newest step saved by this process."""
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
         self._failures = 0
         self._best: Any = None
-        """What is in ``best``, as far as this process knows."""
+        """Last known content of ``best``."""
         self._links = True
-        """Whether the file system has symbolic links, as far as known."""
+        """Whether symbolic links work, until one fails."""
         self._best_weights: dict[str, Tensor] | None = None
-        """Weights that are not yet in ``best``."""
+        """Weights still to be written to ``best``."""
 
     def save(
         self,
@@ -88,23 +87,23 @@ class Checkpoints:
         wait: bool = False,
         milestone: str = "",
     ) -> None:
-        """Save in the background, then drop the checkpoints that are too many.
+        """Save in the background, then delete surplus checkpoints.
 
         Args:
-            step: optimizer steps done.
-            parts: state dicts by name; "model" is the weights that evaluation uses.
-            manifest: see ``save_model_folder``; ``best`` in it names the step and the part of the best weights.
-            wait: until it is on disk.
-            milestone: name under which it is kept besides.
+            step: completed optimizer steps.
+            parts: state dicts by name; "model" is used for evaluation.
+            manifest: see ``save_model_folder``; its ``best`` has the step and state-dict name of the best weights.
+            wait: wait until the checkpoint is on disk.
+            milestone: additional name under which it is kept.
 
         Raises:
-            CheckpointError: three saves in a row failed, or this one did and ``wait`` is set.
+            CheckpointError: three consecutive saves failed, or this one with ``wait``.
         """
         self.finish()
-        held = {name: _host_copy(tensors) for name, tensors in parts.items()}
+        copies = {name: _host_copy(tensors) for name, tensors in parts.items()}
         best = manifest["best"]
         if best and best["step"] == step and best != self._best:
-            self._best_weights = held[best["weights"]]
+            self._best_weights = copies[best["weights"]]
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied:
             copied.record()
@@ -113,9 +112,9 @@ class Checkpoints:
             try:
                 if copied:
                     copied.synchronize()
-                self._write(step, held, {**manifest, "step": step}, milestone)
+                self._write(step, copies, {**manifest, "step": step}, milestone)
                 self.step, self._failures = step, 0
-            except BaseException as error:  # noqa: BLE001 - whatever it is, nothing is saved
+            except BaseException as error:  # noqa: BLE001 - reported by finish
                 self._failed = error
 
         self._writer = threading.Thread(target=write, name="checkpoint")
@@ -124,10 +123,10 @@ class Checkpoints:
             self.finish(must=True)
 
     def finish(self, must: bool = False) -> None:
-        """Wait for the save in flight, and say so if it failed.
+        """Wait for the current save, and log its failure.
 
         Raises:
-            CheckpointError: it was the third in a row, or ``must`` is set.
+            CheckpointError: it was the third consecutive failure, or ``must`` is set.
         """
         if self._writer is None:
             return
@@ -148,7 +147,7 @@ class Checkpoints:
             self.before()
         path = self.folder / f"step-{step:08d}"
         others = {name: tensors for name, tensors in parts.items() if name != "model"}
-        # the milestone first: a checkpoint after which it is due must not be there without it
+        # the milestone first: a checkpoint must not exist without its milestone
         whole = save_model_folder(self.folder / milestone if milestone else path, parts["model"], manifest, **others)
         if milestone:
             draft = self.folder / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -167,7 +166,7 @@ class Checkpoints:
         self._best = manifest["best"]
 
     def _link_last(self, path: Path) -> None:
-        """Point ``last`` at the newest checkpoint, for people: the program finds it by its step."""
+        """Link ``last`` to the newest checkpoint, for users; the program does not read it."""
         if not self._links:
             return
         draft, last = self.folder / f".last-{uuid.uuid4().hex[:8]}", self.folder / "last"
@@ -183,13 +182,13 @@ class Checkpoints:
             )  # fmt: skip
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, and its manifest; a damaged one is set aside as ``*.damaged-*``.
+        """Return the newest intact checkpoint and its manifest; rename damaged ones to ``*.damaged-*``.
 
         Returns:
-            None: nothing was saved yet.
+            None: there are no checkpoints yet.
 
         Raises:
-            CheckpointError: there were checkpoints but none is whole, one cannot be read, or it is of another version.
+            CheckpointError: no checkpoint is intact, one cannot be read, or it has an incompatible version.
         """
         for path in step_folders(self.folder):
             try:
@@ -215,10 +214,10 @@ class Checkpoints:
         return None
 
     def restore_best(self, manifest: dict[str, Any]) -> bool:
-        """Make ``best`` what a checkpoint's manifest names as the best; from the checkpoint of that step if need be.
+        """Restore ``best`` to the weights in a checkpoint's manifest, if needed from their step.
 
         Returns:
-            Whether it is; False: those weights are lost.
+            Whether it succeeded; False: the weights are lost.
 
         Raises:
             CheckpointError: the file system fails.
@@ -227,12 +226,12 @@ class Checkpoints:
         self._best = best
         if best is None:
             return True
-        named = f"the best weights ({best['weights']} of step {best['step']})"
+        description = f"the best weights ({best['weights']} of step {best['step']})"
         try:
-            found = read_manifest(folder).get("selected")
-            if found == best:
+            selected = read_manifest(folder).get("selected")
+            if selected == best:
                 return True
-            wrong = f"{folder}: holds other weights than {named}"
+            wrong = f"{folder}: holds other weights than {description}"
         except DamagedError as error:
             wrong = f"{folder}: not whole ({error})" if folder.exists() else f"{folder}: is missing"
         source = self.folder / f"step-{best['step']:08d}"
@@ -240,7 +239,7 @@ class Checkpoints:
             facts = read_manifest(source)
             self._write_best(load_tensors(source, best["weights"]), {**facts, "best": best})
         except DamagedError:
-            log.warning("%s; %s are lost, and the next evaluation chooses again", wrong, named)
+            log.warning("%s; %s are lost, and the next evaluation chooses again", wrong, description)
             self._best = None
             return False
         log.warning("%s; made again from %s", wrong, source.name)
@@ -248,21 +247,21 @@ class Checkpoints:
 
     @property
     def latest(self) -> Path | None:
-        """The newest checkpoint on disk, not verified."""
+        """Newest checkpoint on disk, not verified."""
         return next(iter(step_folders(self.folder)), None)
 
 
 def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory that later steps do not change. From a GPU they are started, and not waited for."""
+    """Copy tensors to host memory; copies from a GPU are asynchronous."""
     copies = {}
     for name, tensor in tensors.items():
-        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copies[name] = held.copy_(tensor.detach(), non_blocking=True)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
     return copies
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A second name for the same bytes, where the file system has that."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

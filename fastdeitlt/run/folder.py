@@ -1,4 +1,4 @@
-"""The run folder, what is written into it, and what the person at the terminal sees."""
+"""The run folder and its files, logging and the progress bar."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
 
-# A resumed run may differ from the saved one in these alone; anything else would not be the same run.
+# Settings that may change when a run resumes; a change of any other is refused.
 MAY_CHANGE = (
     "runs_dir",
     "published",
@@ -67,12 +67,12 @@ MAY_CHANGE = (
     "evaluate.analyze_images",
 )
 RESTARTS = 3
-"""Starts from one step that may die before the run refuses the next."""
+"""Failed starts from one step before the run refuses another."""
 PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
 
 
 def set_up_logging() -> None:
-    """Messages through rich on a terminal; plain lines with a time elsewhere, and only from rank 0."""
+    """Configure logging: rich on a terminal, else plain lines with a time; info from rank 0 only."""
     log.setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     log.propagate = False
     handler: logging.Handler
@@ -86,13 +86,13 @@ def set_up_logging() -> None:
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    """Escape what names in a message could make a terminal do."""
+    """Escape control characters in a log message."""
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on: an allow-list, never the process's environment or its arguments."""
+    """Describe hardware and software, without environment variables or arguments."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -114,7 +114,7 @@ def environment() -> dict[str, Any]:
 
 
 def _kernel_measurements() -> str:
-    """Hash of the measurements by which `auto` chooses kernels."""
+    """Return the hash of the measurements from which `auto` selects kernels."""
     from fastdeitlt.kernels._measured import fingerprint
 
     return fingerprint()
@@ -125,24 +125,24 @@ def _commit() -> str | None:
     if not git:
         return None
     root = Path(__file__).parents[2]
-    found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    result = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
 
 
 class Run:
-    """One run's folder: config.yaml, env.json, metrics.jsonl, summary.csv, tensorboard/, checkpoints/.
+    """A run folder: config.yaml, env.json, metrics.jsonl, summary.csv, tensorboard/, checkpoints/.
 
-    ``PREEMPTED`` is in it from the moment a signal stopped the run until it goes on; ``starts.json`` counts the starts
-    from the same step that died.
+    ``PREEMPTED`` exists after a signal stopped the run, until it resumes; ``starts.json`` counts failed starts from the
+    same step.
 
     Args:
         cfg: the resolved configuration; the folder is cfg.runs_dir/cfg.name.
-        resume: auto (continue if there is something), never (a new folder beside an old one), must, or the path of a
-            run folder.
+        resume: auto (resume if possible), never (a new folder next to an existing one), must, or the path of a run
+            folder.
 
     Raises:
-        UserError: another process has the folder, resume=must finds nothing, or the configuration differs from the
-            saved one in a way that would make it another run.
+        UserError: another process uses the folder, resume=must finds no run, or the configuration differs from the
+            saved one in a setting not in ``MAY_CHANGE``.
     """
 
     def __init__(self, cfg: Config, resume: str = "auto") -> None:
@@ -159,7 +159,7 @@ class Run:
         self.started = time.perf_counter()
 
     def _take(self, resume: str) -> Path:
-        """Rank 0: choose the folder, make it, lock it, and write what the run is."""
+        """On rank 0: choose, create and lock the folder, and write config.yaml and env.json."""
         folder = Path(self.cfg.runs_dir) / self.cfg.name
         if resume not in ("auto", "never", "must"):
             folder = Path(resume)
@@ -190,7 +190,7 @@ class Run:
         return folder
 
     def note_environment(self) -> None:
-        """Rewrite env.json, whose kernel measurements may have been made since the start."""
+        """Rewrite env.json with kernel measurements made since the start."""
         if self.is_main:
             write_atomically(self.folder / "env.json", json.dumps(environment(), indent=1))
 
@@ -211,11 +211,11 @@ class Run:
             self.checkpoints.finish(must=error is None)
             if self.is_main and error is None and self._begun:
                 self._records.flush()
-            if self._begun and (said := _storage_failure(error)):
+            if self._begun and (message := _storage_failure(error)):
                 if not self.folder.is_dir():
                     gone = f"run folder {self.folder}: was moved or removed; put it back, and start again"
                     raise UserError(gone) from error
-                raise StorageError(f"{said} (the same command continues from the last checkpoint)") from error
+                raise StorageError(f"{message} (the same command continues from the last checkpoint)") from error
         finally:
             STOP.cleanup = None
             if self.is_main:
@@ -226,13 +226,13 @@ class Run:
                 self._lock.release()
 
     def count_start(self, step: int, epoch: int) -> None:
-        """Rank 0: note a start from a state, which a death before the next checkpoint leaves in the folder.
+        """On rank 0: count a start in starts.json, which a clean end removes.
 
         Args:
-            step, epoch: optimizer steps done, epochs ended.
+            step, epoch: completed optimizer steps and epochs of the restored state.
 
         Raises:
-            CrashLoopError: too many starts from there have died.
+            CrashLoopError: too many starts from this state died.
         """
         self._first = step
         path, state = self.folder / "starts.json", {"step": step, "epoch": epoch}
@@ -247,7 +247,7 @@ class Run:
         (self.folder / "PREEMPTED").unlink(missing_ok=True)
 
     def stopped(self, number: int, step: int) -> StoppedError:
-        """The error that ends a run whose state after ``step`` is saved, because a signal asked for it."""
+        """Write PREEMPTED and return the error for a run stopped by a signal and saved after ``step``."""
         self._mark(number, step)
         name = signal.Signals(number).name
         return StoppedError(
@@ -255,7 +255,7 @@ class Run:
         )
 
     def _leave(self, number: int) -> None:
-        """Leave the folder because of a signal, where no more is to be saved than is being saved."""
+        """Finish the current save and write PREEMPTED, for a stop without a new save."""
         if self._progress:
             self._progress.stop()
         self.checkpoints.finish()
@@ -270,15 +270,15 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """The run has its results."""
+        """Whether the run has results."""
         return (self.folder / "results.json").exists()
 
     def rewind(self, step: int, ended: bool) -> None:
-        """Drop what was logged after a state, so that a resumed run's log reads as if it had never stopped.
+        """Drop records logged after the restored state, so that the log has no duplicates.
 
         Args:
-            step: optimizer steps done.
-            ended: whether this step ended an epoch, with the evaluation that was due.
+            step: completed optimizer steps.
+            ended: whether this step ended an epoch, including its evaluation.
         """
         self._restored = step
         self._begun = True
@@ -287,12 +287,12 @@ class Run:
             self.summarise()
 
     def start_progress(self, total: int, step: int) -> None:
-        """Show a bar of optimizer steps when on a terminal."""
+        """Show a progress bar of optimizer steps on a terminal."""
         if self.is_main and console.is_terminal:
             self._progress = start_bar(total, step)
 
     def record(self, kind: str, step: int, **facts: Any) -> None:
-        """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
+        """Append a line to metrics.jsonl and its numbers to TensorBoard."""
         if not self.is_main:
             return
         self._records.append({"kind": kind, "step": step, **facts})
@@ -301,13 +301,13 @@ class Run:
         self._board.add(kind, facts, step)
 
     def show(self, step: int, text: str, where: str, facts: Mapping[str, float]) -> None:
-        """Advance the bar and show ``facts`` beside it, or print a plain line where there is none.
+        """Update the progress bar, or log a line without one.
 
         Args:
-            step: optimizer steps done.
+            step: completed optimizer steps.
             text: the line.
-            where: the epoch, before the bar.
-            facts: ``loss``, ``images_per_s`` and ``eta_s``, after the bar.
+            where: the epoch, shown before the bar.
+            facts: ``loss``, ``images_per_s`` and ``eta_s``, shown after the bar.
         """
         if self._progress:
             minutes, seconds = divmod(round(facts["eta_s"]), 60)
@@ -318,7 +318,7 @@ class Run:
             log.info(text)
 
     def summarise(self) -> None:
-        """Rewrite summary.csv: one row an evaluation."""
+        """Rewrite summary.csv, one row per evaluation."""
         rows = [line for line in self.records() if line["kind"] == "eval"] if self.is_main else []
         if rows:
             head = [key for key, value in rows[-1].items() if isinstance(value, int | float | str) and key != "kind"]
@@ -331,31 +331,31 @@ class Run:
                 )
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far."""
+        """Return the records of metrics.jsonl so far."""
         return self._records.read()
 
 
 def _is_before(line: str, step: int, ended: bool) -> bool:
-    """Whether a logged record belongs to the state after ``step``; not a line that a crash has spoilt."""
+    """Return whether a record belongs to the state after ``step``; False for a corrupt line."""
     try:
         record = json.loads(line)
         at, kind = float(record["step"]), record["kind"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
-    if at == step and kind != "step":  # an evaluation; that of the chosen weights is done again until results are there
+    if at == step and kind != "step":  # an evaluation; that of the selected weights is repeated until results exist
         return ended and record.get("weights") != "selected"
     return at <= step
 
 
 def _storage_failure(error: BaseException | None) -> str | None:
-    """Return what to say of files that failed: an error of the system, or the refusal of an image because of one."""
+    """Return the message of a file-system error, or of an image that failed because of one."""
     if type(error) is UserError and isinstance(error.__cause__, OSError) and error.__cause__.errno:
         return str(error)
     return storage_failure(error)
 
 
 def _is_clean(error: BaseException | None) -> bool:
-    """Whether the run ended for a reason it gave itself, rather than by a crash that the next start may meet again."""
+    """Return whether the run ended without a crash that the next start could repeat."""
     crashes = (RankLostError, MemoryFullError, CrashLoopError)
     return (
         error is None
@@ -365,7 +365,7 @@ def _is_clean(error: BaseException | None) -> bool:
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say what a resumed run runs on that it did not before: its results may differ in the last bits."""
+    """Warn if a run resumes on other hardware or software: results may differ in the last bits."""
     flat = [{**e, **e["packages"]} for e in (before, now) if isinstance(e.get("packages"), dict)]
     if len(flat) < 2:
         return
@@ -376,7 +376,7 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _with_ranks(cfg: Config) -> Config:
-    """The run with its virtual ranks named, so that other real ranks continue the same run or are refused."""
+    """Set ``train.virtual_ranks`` explicitly, so that a resume on other ranks is identical or refused."""
     ranks = cfg.train.virtual_ranks or distributed.get_world()
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 
@@ -391,7 +391,7 @@ def _unused(folder: Path) -> Path:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether there is anything in the folder that other settings would spoil: not after a start that was refused."""
+    """Return whether the folder has records or checkpoints, which other settings would invalidate."""
     return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
 
 
@@ -402,7 +402,7 @@ def refuse_changes(
     free: Collection[str] = (),
     cure: str = "use --resume never for a new folder, or the saved settings",
 ) -> None:
-    """Raise UserError where a folder's run has other settings than ``now``, besides MAY_CHANGE and ``free``."""
+    """Raise UserError if settings of the saved run changed, except MAY_CHANGE and ``free``."""
     before, after = config.flatten(saved), config.flatten(now)
     changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name", *free)]
     if changed:

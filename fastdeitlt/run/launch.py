@@ -1,7 +1,7 @@
-"""`train` alone on a machine with several GPUs: one process each, and an end of all of them with the first that fails.
+"""Built-in launcher of `train`: one process per GPU of a machine, stopped when one fails.
 
-torchrun, deepspeed and srun do the same (distributed.py); this one needs no command of its own, and its exit code is
-the code of what went wrong rather than 1.
+torchrun, deepspeed and srun are alternatives (distributed.py); this launcher is automatic, and its exit code is that of
+the failed rank, not 1.
 """
 
 import logging
@@ -22,21 +22,24 @@ from fastdeitlt.run.process import SIGNALS, STOP, stop_code
 
 log = logging.getLogger("fastdeitlt")
 PROGRAM = [sys.executable, "-P", "-m", "fastdeitlt.cli"]
-"""What a rank is started as."""
+"""Command of a rank."""
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
-"""What the other ranks have to end by themselves once one has failed."""
+"""Seconds that the other ranks have to exit once one has failed."""
 RESTARTABLE = (1, RankLostError.exit_code)
-"""Exit codes after which ``restarts`` tries again: a crash, a lost rank."""
+"""Exit codes after which ``restarts`` apply: a crash, a lost rank."""
 
 
 def is_launched(env: Mapping[str, str]) -> bool:
-    """Return whether a launcher, this one or another, has started this process as a rank."""
+    """Return whether any launcher started this process as a rank."""
     return "FASTDEITLT_LAUNCHER" in env or "RANK" in env or distributed.tasks_of_slurm(env) > 1
 
 
 def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
-    """How many processes `train` starts here: those asked for, else one a visible GPU; 1 inside another launcher.
+    """Return the number of processes to start: ``asked``, else one per visible GPU.
+
+    1 within a launcher, on a CPU and with ``train.engine=plain``; at most the largest divisor of
+    ``train.virtual_ranks``.
 
     Args:
         cfg: the run.
@@ -44,7 +47,7 @@ def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
         env: os.environ.
 
     Raises:
-        UserError: some were asked for, and another launcher has started this process; no GPU where one is asked for.
+        UserError: --processes within another launcher, or train.device=cuda without a GPU.
     """
     if is_launched(env):
         if asked and "FASTDEITLT_LAUNCHER" not in env:
@@ -66,8 +69,8 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
 
     Args:
         count: ranks.
-        arguments: of the command line.
-        restarts: how often to start all ranks again after a crash or a lost rank.
+        arguments: command-line arguments.
+        restarts: number of restarts of all ranks after a crash or a lost rank.
 
     Returns:
         0, or the exit code of the rank that failed first; 7 for one that was killed.
@@ -94,14 +97,14 @@ class _Ranks:
         self.alive: list[subprocess.Popen[bytes]] = []
 
     def forward(self, number: int) -> None:
-        """Signals to the launcher are for the ranks, which save and end; the launcher waits for them."""
+        """Forward a signal to the ranks, which save and exit while the launcher waits."""
         self.asked_to_stop = self.asked_to_stop or number
         for rank in self.alive:
             if rank.poll() is None:
                 rank.send_signal(number)
 
     def run(self) -> int:
-        """Start all, wait until they end, and say which failed first."""
+        """Start all ranks, wait until they end, and return the exit code of the first failure."""
         shared = {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count)}
         if self.count > 1:
             threads = max(1, len(os.sched_getaffinity(0)) // self.count)
@@ -109,13 +112,15 @@ class _Ranks:
         shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK}
         shared |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         command = [*PROGRAM, *self.arguments]
-        with socket.create_server((LOOPBACK, 0)) as meeting:  # held from here on, so no other program gets its port
+        with socket.create_server(
+            (LOOPBACK, 0)
+        ) as meeting:  # bound from here on, so that no other program gets the port
             shared |= {"MASTER_PORT": str(meeting.getsockname()[1]), distributed.LISTENER: str(meeting.fileno())}
             for rank in range(self.count):
                 env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                held = [meeting.fileno()] if rank == 0 else []
-                self.alive.append(subprocess.Popen(command, env=env, pass_fds=held))
-        if self.asked_to_stop:  # while some had not been started
+                descriptors = [meeting.fileno()] if rank == 0 else []
+                self.alive.append(subprocess.Popen(command, env=env, pass_fds=descriptors))
+        if self.asked_to_stop:  # a signal arrived during the start
             self.forward(self.asked_to_stop)
         while not (failed := self._failed()) and any(rank.poll() is None for rank in self.alive):
             time.sleep(0.05)
@@ -123,7 +128,7 @@ class _Ranks:
         while failed and time.monotonic() < deadline and any(rank.poll() is None for rank in self.alive):
             time.sleep(0.05)
         self.kill()
-        # a rank that lost another reports that it did: what the other one reports is the cause
+        # a rank that lost another one only reports the loss: the cause is the other's exit code
         ours = (-signal.SIGKILL, -signal.SIGUSR2)
         failed |= {r: c for r, c in self._failed().items() if r not in failed and c not in ours}
         self.alive = []
@@ -133,7 +138,7 @@ class _Ranks:
             ((r, c) for r, c in failed.items() if c != RankLostError.exit_code), next(iter(failed.items()))
         )
         if code < 0:
-            if self.asked_to_stop and -code in SIGNALS:  # before its first line
+            if self.asked_to_stop and -code in SIGNALS:  # before the rank installed its handlers
                 return stop_code(self.asked_to_stop)
             log.error("rank %d of %d died of %s", rank, self.count, signal.Signals(-code).name)
             return RankLostError.exit_code
@@ -143,7 +148,7 @@ class _Ranks:
         return {rank: process.returncode for rank, process in enumerate(self.alive) if process.poll()}
 
     def kill(self) -> None:
-        """End the ranks that are left; a Python one first shows where it hangs (SIGUSR2)."""
+        """Kill the remaining ranks, after SIGUSR2, which prints their stacks."""
         left = [rank for rank in self.alive if rank.poll() is None]
         for rank in left:
             rank.send_signal(signal.SIGUSR2)

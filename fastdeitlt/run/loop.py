@@ -1,4 +1,4 @@
-"""What every training loop does after a step and after an epoch: save, evaluate, stop when asked to."""
+"""Saving, evaluation and stopping after each step and epoch of a training loop."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from fastdeitlt.run.state import State
 
 
 class EpochLoop:
-    """The epochs of a run from its state on.
+    """The remaining epochs of a run.
 
     Args:
-        run: its folder and settings.
-        state: where it is.
-        selector: evaluates.
-        meter: counts.
-        stop: signals that ask the run to stop.
-        epochs: of the whole run.
+        run: folder and settings.
+        state: step and epoch.
+        selector: evaluation and selection of weights.
+        meter: losses and speed.
+        stop: stop signals.
+        epochs: epochs of the whole run.
     """
 
     def __init__(
@@ -30,17 +30,17 @@ class EpochLoop:
         self._epochs = epochs
 
     def epochs(self) -> Iterator[int]:
-        """Yield the epochs that are left, none once the selector is stale (``train.patience``)."""
+        """Yield the remaining epochs until the selector is stale (``train.patience``)."""
         for epoch in range(self.state.epoch, self._epochs):
             if self.selector.is_stale:
                 return
             yield epoch
 
     def end_step(self) -> None:
-        """Save and stop as the step that was just counted asks for.
+        """Save every ``train.save_every_steps``; save and stop after a stop signal.
 
         Raises:
-            StoppedError: a signal asked for it; the state is saved.
+            StoppedError: stopped by a signal; the state is saved.
         """
         every = self.cfg.train.save_every_steps
         if every and self.state.step % every == 0:
@@ -48,13 +48,13 @@ class EpochLoop:
         self._stop_if_asked()
 
     def end_epoch(self, milestone: str = "") -> None:
-        """Evaluate, save and stop as the epoch that was just finished asks for.
+        """Evaluate and save as configured; save and stop after a stop signal.
 
         Args:
-            milestone: name of a checkpoint of its own that this epoch leaves; "": none.
+            milestone: name of an additional checkpoint of this epoch; "": none.
 
         Raises:
-            StoppedError: a signal asked for it; the state is saved.
+            StoppedError: stopped by a signal; the state is saved.
         """
         cfg: Config = self.cfg
         epoch = self.state.epoch
@@ -69,8 +69,8 @@ class EpochLoop:
         self._stop_if_asked(at_once=True)
 
     def finish(self) -> None:
-        """Choose the weights and test them once."""
-        self.stop.close()  # nothing is left to save
+        """Test the selected weights once."""
+        self.stop.close()  # everything is saved
         self.selector.finish(self.state.step, epoch=self.state.epoch - 1)
 
     def _stop_if_asked(self, at_once: bool = False) -> None:

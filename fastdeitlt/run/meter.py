@@ -1,6 +1,6 @@
-"""What a training loop costs: losses, images a second, share of time spent waiting for data, MFU, time left.
+"""Meter of a training loop: losses, throughput, data wait, MFU, time left.
 
-Losses stay on the device; the host reads them once in ``train.log_every`` optimizer steps, and nowhere else.
+Losses stay on the device; the host reads them only every ``train.log_every`` optimizer steps.
 """
 
 # M micro-batches, L losses, R ranks, S steps
@@ -24,33 +24,33 @@ from fastdeitlt.run.folder import Run
 
 @dataclass(frozen=True)
 class Loop:
-    """What a meter has to know of a training loop."""
+    """Description of a training loop for its meter."""
 
     steps: int
-    """Optimizer steps in all."""
+    """Total optimizer steps."""
     epochs: int
     losses: Mapping[str, str]
-    """Key in the log -> title, of the losses of a micro-batch; the first is minimised."""
+    """Log key -> title of each loss of a micro-batch; the first is minimised."""
     section: str
-    """Of the configuration, with ``lr`` and ``clip_norm``."""
+    """Configuration section with ``lr`` and ``clip_norm``."""
     clip_norm: float
     log_every: int
     skips: int = 0
-    """Steps in a row whose gradient may be other than finite (``train.nonfinite_skips``)."""
+    """Allowed consecutive steps with a non-finite gradient (``train.nonfinite_skips``)."""
     flops: float = 0.0
-    """Model FLOPs an image. 0 = MFU is not shown."""
+    """Model FLOPs per image; 0 = MFU is not shown."""
     rank: int = 0
     world: int = 1
 
 
 class Meter:
-    """Count one run's steps and report them every ``train.log_every``.
+    """Accumulate a run's steps and report them every ``train.log_every``.
 
     Args:
-        run: where reports go.
-        loop: what is counted.
-        device: where losses are.
-        done: optimizer steps that were done before.
+        run: destination of the reports.
+        loop: the training loop.
+        device: device of the losses.
+        done: optimizer steps completed before.
     """
 
     def __init__(self, run: Run, loop: Loop, device: torch.device, done: int) -> None:
@@ -65,11 +65,11 @@ class Meter:
         run.start_progress(loop.steps, done)
 
     def _seconds(self) -> float:
-        """Seconds of the loop, which stand still while it is paused."""
+        """Return the loop's seconds, without pauses."""
         return min(time.perf_counter(), self.paused_at) - self.away
 
     def _start_window(self) -> None:
-        """What is counted from here on is for the next report."""
+        """Reset the counters for the next report."""
         self.window, self.waited, self.images, self.window_done = self._seconds(), 0.0, 0, self.done
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -77,7 +77,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave evaluation and checkpoints out of the speed, also where a report falls among them."""
+        """Exclude evaluation and checkpoints from the speed, also for a report within the block."""
         self.paused_at = time.perf_counter()
         yield
         self.away += time.perf_counter() - self.paused_at
@@ -85,7 +85,7 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count how long the stage "data" of a step takes."""
+        """Measure the time of a step's stage "data"."""
         start = time.perf_counter()
         yield
         if name == "data":
@@ -102,15 +102,15 @@ class Meter:
         facts: Mapping[str, float],
         micro_batches: Sequence[MicroBatch] = (),
     ) -> None:
-        """Count an optimizer step; report every ``log_every`` of them and at the end. Nothing leaves the device.
+        """Add an optimizer step without a host sync; report every ``log_every`` steps and at the end.
 
         Args:
-            losses: of each micro-batch of this rank, 0-d; a report has the mean over micro-batches and ranks.
-            norm: of the gradient, the same on all ranks, 0-d; None: not known, and no step may fail.
-            images: of all ranks.
-            done, epoch: optimizer steps done, epochs ended before.
-            facts: settings of this step that the log keeps, ``lr`` among them.
-            micro_batches: which images, for the post-mortem of a loss that is not finite.
+            losses: losses of each micro-batch of this rank, 0-d; reported as mean over micro-batches and ranks.
+            norm: gradient norm, equal on all ranks, 0-d; None: unknown, then no loss may be non-finite.
+            images: images of all ranks.
+            done, epoch: completed optimizer steps, completed epochs.
+            facts: settings of this step for the log, including ``lr``.
+            micro_batches: images of the step, dumped if a gradient is not finite.
         """
         self.done, self.epoch, self.facts = done, epoch, dict(facts)
         self._losses += [torch.stack(list(parts)) for parts in losses]
@@ -121,10 +121,10 @@ class Meter:
             self.report()
 
     def report(self) -> None:
-        """Read the losses of the steps since the last report, log them, and refuse to go on when they are not finite.
+        """Read and log the losses since the last report.
 
         Raises:
-            NonFiniteError: the loss or the gradient norm is NaN or infinite, in more steps than may be left out.
+            NonFiniteError: the loss or gradient norm is NaN or infinite in more steps than allowed.
         """
         loop, steps = self.loop, self.done - self.window_done
         if steps == 0:
@@ -156,7 +156,7 @@ class Meter:
         self._start_window()
 
     def _text(self, facts: Mapping[str, float]) -> str:
-        """A report in one line."""
+        """Format a report as one line."""
         loop = self.loop
         first, *others = loop.losses
         parts = ", ".join(f"{loop.losses[key]} {facts[key]:.3f}" for key in others)
@@ -169,26 +169,26 @@ class Meter:
         )
 
     def _exchange(self, sums_L: Tensor, good: Tensor) -> tuple[list[float], list[float], list[float]]:
-        """One sum over ranks: the losses, and each rank's finite micro-batches and seconds of waiting for data."""
+        """Return summed losses, and per rank the finite micro-batches and seconds of data wait."""
         ranks, rank, losses = self.loop.world, self.loop.rank, len(sums_L)
-        told = torch.zeros(losses + 2 * ranks, device=self.device)
-        told[:losses], told[losses + rank], told[losses + ranks + rank] = sums_L, good, self.waited
-        values = distributed.sum_over_ranks(told).tolist()  # sync: the only one of the loop
+        buffer = torch.zeros(losses + 2 * ranks, device=self.device)
+        buffer[:losses], buffer[losses + rank], buffer[losses + ranks + rank] = sums_L, good, self.waited
+        values = distributed.sum_over_ranks(buffer).tolist()  # the only host sync of the loop
         return values[:losses], values[losses : losses + ranks], values[losses + ranks :]
 
     def _fail(self, step: int | None, losses: list[float], norms: list[float], good_R: list[float]) -> None:
         run, loop = self.run, self.loop
-        named = ""
+        dumps = ""
         if step is not None:
             micro_batches = [micro for _, micro in self._micro_batches]
             at = [(number, loss) for (number, _), loss in zip(self._micro_batches, losses, strict=True)]
             watch.dump(run.folder, step, at, micro_batches, **self.facts, grad_norms=[repr(norm) for norm in norms])
-            named = f"{run.folder}/nonfinite.rank*.json name the images; "
+            dumps = f"{run.folder}/nonfinite.rank*.json name the images; "
         since = "" if step is None else f" from step {step}"
         bad = [str(rank) for rank, good in enumerate(good_R) if good < len(losses)]
         where = f" (rank {', '.join(bad)})" if bad and loop.world > 1 else ""
         raise NonFiniteError(
             f"steps {self.window_done + 1} to {self.done}: the {'loss' if bad else 'gradient'} is not finite"
-            f"{since}{where}; training stopped{' before that update' if since else ''}; {named}"
+            f"{since}{where}; training stopped{' before that update' if since else ''}; {dumps}"
             + watch.nonfinite_remedy(run.checkpoints, loop.section, loop.clip_norm)
         )

@@ -1,4 +1,4 @@
-"""Stopping a training loop: SIGTERM, SIGUSR1 or Ctrl-C at any rank ends all of them after the same optimizer step."""
+"""Graceful stop: SIGTERM, SIGUSR1 or Ctrl-C at any rank stops all after the same step."""
 
 from contextlib import ExitStack
 from types import TracebackType
@@ -8,10 +8,10 @@ from fastdeitlt.run.process import STOP
 
 
 class StopRequest:
-    """Context of a training loop, in which stop signals are noted from the first step on instead of ending the process.
+    """Context manager that records stop signals from the first step on, instead of exiting.
 
-    Before that step, and after ``close``, there is nothing to save. No collective runs in a handler: ranks tell each
-    other between steps, on the host, one step late, so that neither the device nor a rank waits.
+    Before that step, and after ``close``, there is nothing to save. Handlers run no collective: ranks exchange signals
+    between steps, on the host, one step late, so that neither the device nor a rank waits.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class StopRequest:
         self._noting.close()
 
     def close(self) -> None:
-        """Let signals end the process again.
+        """Restore the default effect of signals.
 
         Raises:
-            Stopped: one arrived after the last step.
+            Stopped: a signal arrived after the last step.
         """
         self._noting.close()
         self._notes = False
@@ -44,12 +44,12 @@ class StopRequest:
         self._signal = self._signal or number
 
     def agreed(self, at_once: bool = False) -> int:
-        """Called by every rank after each step: the signal that all ranks stop for now, or 0.
+        """Return the signal for which all ranks stop now, or 0; call on every rank after each step.
 
         Args:
-            at_once: wait for the other ranks, where there is no next step to hear from them.
+            at_once: wait for the other ranks' signals of this step, if there is no next step.
         """
         if not self._notes:
             self._noting.enter_context(STOP.received_by(self._note))
-            self._notes = at_once = True  # no rank goes on before all note signals
+            self._notes = at_once = True  # no rank continues before all record signals
         return self._agreement.highest(self._signal, at_once) if self._agreement else self._signal

@@ -1,4 +1,4 @@
-"""The process of a command: stop signals from its first lines on, and standard streams whose failure ends nothing."""
+"""Process set-up of a command: stop signals and fault-tolerant standard streams."""
 
 import errno
 import io
@@ -17,23 +17,23 @@ from fastdeitlt.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE_S = 1.0
-"""A terminal and a launcher may both deliver one Ctrl-C; one this much later than the first signal is a second one."""
+"""Seconds after which another Ctrl-C counts as a second one: a terminal and a launcher may both deliver the first."""
 CLOSED_PIPE = 128 + signal.SIGPIPE
-"""Exit code of a command whose reader has gone, as the shell reports it for other programs."""
+"""Exit code after a closed output pipe, as a shell reports it."""
 SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised at the end of a training loop by a stop signal that came too late for it, outside a command."""
+    """A stop signal arrived too late for the training loop, outside a command."""
 
 
 def stop_code(number: int) -> int:
-    """Return the exit code for a stop signal: 130 for Ctrl-C, else 75 (start again)."""
+    """Return the exit code of a stop signal: 130 for Ctrl-C, else 75 (rerun to resume)."""
     return 130 if number == signal.SIGINT else 75
 
 
 def say_stopped(number: int) -> None:
-    """Report a stop at a moment when nothing was to be saved, from one rank."""
+    """Report a stop without a save, from rank 0."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         name = signal.Signals(number).name
         line = f"fastdeitlt: stopped by {name}; the same command continues from the last checkpoint, if there is one\n"
@@ -42,31 +42,31 @@ def say_stopped(number: int) -> None:
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C of this process: end it at once, or go to a receiver while there is one.
+    """Handling of SIGTERM, SIGUSR1 and Ctrl-C: exit at once, or call a receiver if set.
 
-    A thread ends it: the main thread may be in native code, and an exception in its place would break a library that
-    is being imported or called back. Signals after the first change nothing, except that a second Ctrl-C does not wait
-    for the receiver.
+    A thread exits the process, because the main thread may be in native code, and an exception there would break
+    library imports and callbacks. Signals after the first have no effect, except that a second Ctrl-C does not wait for
+    the receiver.
     """
 
     def __init__(self) -> None:
         self.first = 0
-        """The first stop signal; 0 = none."""
+        """First stop signal; 0 = none."""
         self.cleanup: Callable[[int], None] | None = None
-        """What a stop must not leave undone; the main thread runs on beside it."""
+        """Called before an exit, concurrently with the main thread."""
         self._receiver: Callable[[int], None] | None = None
         self._leaving = threading.Lock()
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
 
     def install(self) -> None:
-        """Set the handlers; does nothing outside the main thread, the only one that can."""
+        """Install the handlers; outside the main thread, do nothing."""
         if threading.current_thread() is threading.main_thread():
             self.first = 0
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def watch(self) -> None:
-        """Start the thread, for a process that is a command."""
+        """Start the exit thread of a command's process."""
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -74,7 +74,7 @@ class StopSignals:
 
     @contextmanager
     def received_by(self, receiver: Callable[[int], None]) -> Iterator[None]:
-        """Give every stop signal to ``receiver`` while the block runs."""
+        """Pass stop signals to ``receiver`` within the block."""
         installed = bool(self._before)
         if not installed:
             self.install()
@@ -89,10 +89,10 @@ class StopSignals:
                 self._before = {}
 
     def check(self) -> None:
-        """Stop here if a signal has arrived that its receiver left unserved.
+        """Exit if a signal arrived that no receiver handled.
 
         Raises:
-            Stopped: there is one, and this process is no command.
+            Stopped: a signal arrived, and this process is not a command.
         """
         if self.first and self._pipe:
             self._leave()
@@ -105,18 +105,18 @@ class StopSignals:
             self._receiver(number)
 
     def _watch(self, pipe: int) -> None:
-        begun = 0.0
+        first_at = 0.0
         while number := os.read(pipe, 1)[0]:
             if number in SIGNALS:
                 self.first = self.first or number
                 now = time.monotonic()
-                begun = begun or now
-                impatient = number == signal.SIGINT and now - begun > PATIENCE_S
+                first_at = first_at or now
+                impatient = number == signal.SIGINT and now - first_at > PATIENCE_S
                 if impatient or not self._receiver:
                     self._leave()
 
     def _leave(self) -> NoReturn:
-        with self._leaving:  # of two threads the first ends the process
+        with self._leaving:  # the first of two threads exits the process
             try:
                 if self.cleanup:
                     self.cleanup(self.first)
@@ -126,11 +126,11 @@ class StopSignals:
 
 
 STOP = StopSignals()
-"""Signals are the process's, so there is one."""
+"""The one instance: signals belong to the process."""
 
 
 class _Stream(io.RawIOBase):
-    """A standard stream that accepts what cannot be written, and keeps the first error."""
+    """A standard stream that discards what cannot be written, and stores the first error."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -157,12 +157,12 @@ class _Stream(io.RawIOBase):
 
 
 def _replace_streams() -> _Stream:
-    """Open those of descriptors 0 to 2 that are closed, and replace stdout and stderr by streams that do not fail."""
+    """Open closed descriptors 0 to 2, and replace stdout and stderr by streams that do not fail."""
     streams = {descriptor: _Stream(descriptor) for descriptor in range(3)}
     for descriptor, raw in streams.items():
         try:
             os.fstat(descriptor)
-        except OSError as closed:  # else the next file opened gets this number, and with it what libraries print
+        except OSError as closed:  # else the next opened file gets this number and library output
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             raw.error = closed
     for name, raw in (("stdout", streams[1]), ("stderr", streams[2])):
@@ -179,7 +179,7 @@ def _replace_streams() -> _Stream:
 
 
 def start() -> _Stream:
-    """Set up the process of a command, before anything slow is imported; return its standard output."""
+    """Set up the process of a command before slow imports; return its standard output."""
     stdout = _replace_streams()  # before any file is opened
     STOP.install()
     STOP.watch()
@@ -188,14 +188,14 @@ def start() -> _Stream:
 
 
 def end(code: int, result: _Stream | None) -> int:
-    """Return the exit code of a command, or end the process at once where others wait for it or it was stopped.
+    """Return the exit code of a command, or exit at once if it was stopped or ranks wait for it.
 
     Args:
-        code: what the command returned.
-        result: standard output, for a command whose result is what it prints: losing that is an error.
+        code: return value of the command.
+        result: standard output, if the command's result is its output: a failed write is then an error.
     """
     if code == 0:
-        STOP.check()  # a signal that cut short what the command waited for is no success
+        STOP.check()  # a command interrupted by a signal is not successful
     sys.stdout.flush()
     if code == 0 and result and (lost := result.error):
         if lost.errno == errno.EPIPE:
@@ -204,9 +204,9 @@ def end(code: int, result: _Stream | None) -> int:
             print(f"fastdeitlt: error: standard output: {lost.strerror}; write it elsewhere", file=sys.stderr)
             code = UserError.exit_code
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the code stands
+        signal.signal(number, signal.SIG_IGN)  # the exit code is final
     if STOP.first or (code and "FASTDEITLT_LAUNCHER" in os.environ):
-        # the other ranks wait for this one, and threads of libraries for their queues
+        # other ranks wait for this one; do not wait for threads of libraries
         sys.stderr.flush()
         os._exit(code)
     return code

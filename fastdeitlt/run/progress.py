@@ -1,4 +1,4 @@
-"""What a person sees while a command works: the console, headings, bars."""
+"""Terminal output of a running command: console, headings, progress bars."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ console = Console()
 
 
 def start_bar(total: int, done: int = 0) -> Progress:
-    """Start a bar over the terminal's width, with its description before it and the field ``brief`` after it."""
+    """Start a full-width progress bar between a description and the field ``brief``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -30,7 +30,7 @@ def start_bar(total: int, done: int = 0) -> Progress:
 
 
 def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """Yield items under a bar on a terminal; elsewhere log the title when the first one is due."""
+    """Yield items with a progress bar on a terminal; elsewhere log the title first."""
     if not console.is_terminal:
         log.info("%s", title)
         yield from items
@@ -46,7 +46,7 @@ def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 
 def heading(text: str) -> None:
-    """Show a heading above the part of a command that follows. Rank 0."""
+    """Show a heading on rank 0."""
     if distributed.rank() == 0 and console.is_terminal:
         console.rule(printable(text), align="left")
     else:

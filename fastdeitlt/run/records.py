@@ -1,4 +1,4 @@
-"""The log of a run, metrics.jsonl: one JSON object a line."""
+"""The records of a run, metrics.jsonl: one JSON object per line."""
 
 import errno
 import json
@@ -15,10 +15,10 @@ log = logging.getLogger("fastdeitlt")
 
 
 class Records:
-    """Appends lines to metrics.jsonl. Lines that cannot be written are kept, and written before the next ones.
+    """Writer of metrics.jsonl; lines that fail are kept and retried before the next ones.
 
-    ``flush`` is called before each checkpoint, by the thread that writes it: a checkpoint is saved only after the
-    lines up to its step are.
+    ``flush`` is called before each checkpoint by its writer thread: a checkpoint is saved only after the lines up to
+    its step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,10 +28,10 @@ class Records:
         self._lock = threading.Lock()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line.
+        """Append a line.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: the folder is gone.
+            FileNotFoundError, NotADirectoryError: the folder was removed.
         """
         with self._lock:
             self._pending += json.dumps(line) + "\n"
@@ -45,10 +45,10 @@ class Records:
                 self._warned = True
 
     def flush(self) -> None:
-        """Wait until every line is on the disk.
+        """Write and fsync all lines.
 
         Raises:
-            OSError: some cannot be written.
+            OSError: lines cannot be written.
         """
         with self._lock:
             self._write(wait=True)
@@ -64,19 +64,19 @@ class Records:
                 if wait:
                     os.fsync(descriptor)
             except OSError:
-                os.ftruncate(descriptor, size)  # no half lines, and none twice
+                os.ftruncate(descriptor, size)  # no partial or duplicate lines
                 raise
         finally:
             os.close(descriptor)
         self._pending, self._warned = "", False
 
     def keep(self, belongs: Callable[[str], bool]) -> None:
-        """Drop the lines for which ``belongs`` is false, and a last one that a crash cut short."""
+        """Drop the lines for which ``belongs`` is false, and a truncated last line."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_atomically(self.path, "".join(line for line in lines if line.endswith("\n") and belongs(line)))
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines so far."""
+        """Return the records so far."""
         with self._lock:
             written = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             return [json.loads(line) for line in (written + self._pending).splitlines()]

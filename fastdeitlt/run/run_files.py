@@ -1,4 +1,4 @@
-"""What a run folder tells a reader: config, environment, records, results. Every part may be missing."""
+"""Reading of run folders: config, environment, records, results, each optional."""
 
 import json
 import math
@@ -20,23 +20,23 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds; missing files are None or empty."""
+    """Contents of a run folder; missing files are None or empty."""
 
     folder: Path
     name: str
-    """The name of the folder."""
+    """Name of the folder."""
     cfg: Config | None
     environment: dict[str, Any]
     steps: list[Record]
     evaluations: list[Record]
     signs: list[Record]
-    """Checks for signs of failure, one record an evaluation since re-weighting began."""
+    """Checks for signs of failure, one record per evaluation since re-weighting began."""
     results: dict[str, Any]
     class_names: list[str] | None
 
     @property
     def tested(self) -> tuple[str, Result] | None:
-        """The set that the chosen weights were reported on ("test", else "val") and the scores."""
+        """Set on which the selected weights were tested ("test", else "val"), and the scores."""
         for name in ("test", "val"):
             if self.results.get(name):
                 return name, Result.from_json(self.results[name])
@@ -44,19 +44,19 @@ class RunFiles:
 
     @property
     def teacher(self) -> Result | None:
-        """The teacher's scores on the same set."""
+        """Scores of the teacher on the same set."""
         return Result.from_json(self.results["teacher"]) if self.results.get("teacher") else None
 
     @property
     def post_hoc(self) -> PostHoc | None:
-        """What was fitted on validation images, scored on the test images."""
+        """Post-hoc methods fitted on validation images, scored on test images."""
         return PostHoc.from_json(self.results["posthoc"]) if self.results.get("posthoc") else None
 
     @property
     def recommendation(self) -> Recommendation | None:
-        """The best of teacher, AVG, CLS and DIST on validation images."""
-        found = self.results.get("recommendation")
-        return Recommendation.from_json(found) if found else None
+        """Best of teacher, AVG, CLS and DIST on validation images."""
+        stored = self.results.get("recommendation")
+        return Recommendation.from_json(stored) if stored else None
 
     @property
     def is_teacher(self) -> bool:
@@ -70,7 +70,7 @@ class RunFiles:
         return self.results.get("published") or (self.cfg.published if self.cfg else {})
 
     def selection_curve(self) -> tuple[str, str, list[tuple[float, Result]]]:
-        """(weights, set, [(epochs done, scores)]) of the evaluations in training: those that chose the weights."""
+        """Return (weights, set, [(completed epochs, scores)]) of the evaluations for selection."""
         weights = (self.results.get("selected") or {}).get("weights", "model")
         curve = [e for e in self.evaluations if e.get("weights") == weights] or self.evaluations
         if not curve:
@@ -80,15 +80,15 @@ class RunFiles:
         return weights, split, [(e["epoch"] + 1, Result.from_json(e["result"])) for e in points]
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or its number."""
+        """Return the name of a class, or its number."""
         return self.class_names[index] if self.class_names else f"class {index}"
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Read what a run folder holds.
+    """Read a run folder.
 
     Raises:
-        UserError: no such folder, nothing of a run in it, or a file that cannot be read.
+        UserError: no such folder, no run in it, or an unreadable file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,7 +114,7 @@ def read_run(folder: str | Path) -> RunFiles:
 
 
 def _read_records(path: Path) -> list[Record]:
-    """The whole lines of metrics.jsonl; a last line that a crash cut short is not one."""
+    """Read the complete lines of metrics.jsonl, ignoring a truncated last line."""
     records: list[Record] = []
     if not path.is_file():
         return records
@@ -134,7 +134,7 @@ def _read_records(path: Path) -> list[Record]:
 
 
 def _place_in_epochs(steps: list[Record]) -> list[Record]:
-    """Add "time", the fractional epoch of each record: records of one epoch are evenly spread over it."""
+    """Add "time", a fractional epoch: records of one epoch are evenly spaced."""
     by_epoch: dict[int, list[Record]] = {}
     for record in steps:
         by_epoch.setdefault(record["epoch"], []).append(record)
@@ -146,5 +146,5 @@ def _place_in_epochs(steps: list[Record]) -> list[Record]:
 
 
 def column(records: list[Record], name: str) -> list[float]:
-    """One field of each record as numbers, NaN where it is missing."""
+    """Return a field of each record as a number, NaN if missing."""
     return [math.nan if record.get(name) is None else float(record[name]) for record in records]

@@ -1,4 +1,4 @@
-"""Stage 9 in training: evaluate at intervals, name the best weights, and test them once at the end."""
+"""Evaluation during training, selection of the best weights, and their final test."""
 
 # N images in the set
 
@@ -29,45 +29,45 @@ log = logging.getLogger("fastdeitlt")
 
 @dataclass(frozen=True)
 class Tested:
-    """Scores of the chosen weights."""
+    """Scores of the selected weights."""
 
     scores: dict[str, Result]
-    """By split."""
+    """Scores by split."""
     table: Table | None
-    """For the terminal."""
+    """Table for the terminal."""
     others: dict[str, Any]
-    """More for results.json."""
+    """Further entries of results.json."""
     facts: dict[str, Any]
-    """For the manifest of the chosen weights."""
+    """Manifest entries of the selected weights."""
 
 
 class Scorer(Protocol):
-    """A model in training as the selection sees it."""
+    """Evaluation interface of a model in training."""
 
     candidates: Sequence[str]
-    """Weights that are evaluated: "model", "ema". The first is taken where no set can choose."""
+    """Evaluated weights: "model", "ema". The first is selected without a selection set."""
     later_wins: bool
-    """Which of equal evaluations is the best."""
+    """Whether the later of equal evaluations is the best."""
     drw_epoch: int
     """First epoch with re-weighting; -1 = never."""
     identity: str | None
-    """Hash of what else, besides the data, must not change when the run is resumed."""
+    """Hash of further inputs, besides the data, that must not change when the run resumes."""
 
     def manifest(self) -> dict[str, Any]:
-        """What a reader of the weights needs to know."""
+        """Return the manifest entries of the weights."""
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
-        """Score some weights on a split; more facts for the log. Every rank gets the same."""
+        """Return the scores of weights on a split and further log entries, equal on every rank."""
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Install the chosen weights."""
+        """Load the selected weights."""
 
     def test(self) -> Tested:
-        """Score the installed weights on what is reported."""
+        """Score the loaded weights on the reported splits."""
 
 
 def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]:
-    """Return what a model folder states of its training set and of the preprocessing, ``img_size`` in pixels."""
+    """Return manifest entries on training set and preprocessing; ``img_size`` in pixels."""
     return {
         "class_map": list(range(train.num_classes)),
         "class_names": train.class_names,
@@ -78,21 +78,21 @@ def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]
 
 
 class Selector:
-    """Evaluates weights on the selection set and names the best, which the next checkpoint keeps as ``best``.
+    """Evaluates weights on the selection set and selects the best, saved with the next checkpoint.
 
     Args:
         cfg: the run.
-        run: its folder.
+        run: folder of the run.
         sets: training, validation and test images.
-        scorer: the model.
+        scorer: evaluation of the model.
     """
 
     def __init__(self, cfg: Config, run: Run, sets: Sets, scorer: Scorer) -> None:
         self.cfg, self.run, self.sets, self.scorer = cfg, run, sets, scorer
         self.best: dict[str, Any] | None = None
-        """Step, epoch and part of its checkpoint ("weights") of the best weights so far, and their accuracy."""
+        """Step, epoch, state-dict name ("weights") and accuracy of the best weights so far."""
         self.recent: dict[str, float] = {}
-        """Best accuracy since re-weighting began, and the evaluations in a row that did not exceed it ("without")."""
+        """Best accuracy since re-weighting began, and evaluations since without improvement ("without")."""
         select_on, self.by = cfg.evaluate.select_on, cfg.evaluate.select_by
         self.on = select_on if getattr(sets, select_on, None) is not None else "last"
         if self.on == "last" and cfg.train.patience:
@@ -109,11 +109,11 @@ class Selector:
 
     @property
     def is_stale(self) -> bool:
-        """Whether ``train.patience`` evaluations in a row did not exceed the best accuracy since re-weighting began."""
+        """Whether ``train.patience`` evaluations brought no improvement since re-weighting began."""
         return 0 < self.cfg.train.patience <= self.recent.get("without", 0)
 
     def evaluate(self, step: int, epoch: int, last: bool) -> None:
-        """Score on the selection set, log, and note the best weights so far; those of the last epoch without a set."""
+        """Score on the selection set, log, and update the best weights; without a set, select the last."""
         if self.on == "last":
             if last:
                 self._choose(step, epoch, self.scorer.candidates[0], None)
@@ -133,18 +133,18 @@ class Selector:
             self._watch(step, epoch)
 
     def finish(self, step: int, epoch: int) -> None:
-        """Test the chosen weights, once; complete their folder, print the table and write results.json.
+        """Test the selected weights, complete their folder, print the table and write results.json.
 
         Raises:
-            CheckpointError: the folder is not whole or has other weights; the next start makes it again.
+            CheckpointError: the folder is damaged or has other weights; the next start restores it.
         """
         folder = self.run.folder / "checkpoints" / "best"
         try:
-            found = distributed.on_main(lambda: checkpoint.read_manifest(folder)).get("selected")
+            selected = distributed.on_main(lambda: checkpoint.read_manifest(folder)).get("selected")
         except DamagedError as error:
             raise CheckpointError(f"{error}; run the same command again: it makes the folder again") from None
-        if found != self.best:
-            raise CheckpointError(f"{folder}: got {found}, expected {self.best}; run the same command again")
+        if selected != self.best:
+            raise CheckpointError(f"{folder}: got {selected}, expected {self.best}; run the same command again")
         self.scorer.load(checkpoint.load_tensors(folder))
         tested = self.scorer.test()
         for split, result in tested.scores.items():
@@ -159,14 +159,14 @@ class Selector:
             write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
 
     def manifest(self) -> dict[str, Any]:
-        """What a reader of the weights needs to know."""
+        """Return the manifest entries of the weights, with the training set's fingerprint."""
         return self.scorer.manifest() | {"data_sha256": self.fingerprint["train"]}
 
     def check_fingerprint(self, saved: Mapping[str, str | None], folder: str) -> None:
-        """Refuse to continue a run on other images, labels or another teacher.
+        """Refuse to resume a run with other images, labels or another teacher.
 
         Raises:
-            UserError: one of them is not what the checkpoint was trained with.
+            UserError: one of them differs from the checkpoint's.
         """
         now = self.fingerprint
         changed = [name for name in {**now, **saved} if saved.get(name) != now.get(name)]
@@ -181,10 +181,10 @@ class Selector:
             )
 
     def _fingerprint(self) -> dict[str, str | None]:
-        """Hashes of all that the trained and chosen weights depend on; a set that is only tested on may change."""
+        """Return hashes of the training set, selection set and teacher; the test set may change."""
         names = ["train", *([self.on] if self.on != "last" else [])]
-        found: dict[str, str | None] = {name: fingerprint(getattr(self.sets, name)) for name in names}
-        return found | {"teacher": self.scorer.identity}
+        hashes: dict[str, str | None] = {name: fingerprint(getattr(self.sets, name)) for name in names}
+        return hashes | {"teacher": self.scorer.identity}
 
     def _count(self, accuracy: float) -> None:
         """Count an evaluation for ``train.patience``."""
@@ -212,16 +212,16 @@ class Selector:
         record = {"set": split, **scores, "balanced": balanced, "result": result.to_json(), **facts}
         self.run.record("eval", step, epoch=epoch, weights=weights, **record)
         self.run.summarise()
-        shown = {head: scores[f"{head.lower()}_all"] for head in result.heads}
-        if len(shown) == 1:
-            shown = {group: scores[f"{result.main.lower()}_{group}"] for group in GROUPS}
-        table = "  ".join(f"{name} {value:.1f}" for name, value in shown.items())
+        columns = {head: scores[f"{head.lower()}_all"] for head in result.heads}
+        if len(columns) == 1:
+            columns = {group: scores[f"{result.main.lower()}_{group}"] for group in GROUPS}
+        table = "  ".join(f"{name} {value:.1f}" for name, value in columns.items())
         log.info(
             "epoch %d: %s accuracy of %s: %s %%, mean of classes %.1f %%", epoch + 1, split, weights, table, balanced
         )
 
     def _watch(self, step: int, epoch: int) -> None:
-        """Warn of the signs of failure in the better weights of this evaluation (signs.py)."""
+        """Warn of signs of failure in this evaluation's better weights (signs.py)."""
         records = [r for r in self.run.records() if r["kind"] == "eval" and r.get("tail_seen")]
         now = [(Result.from_json(r["result"]).selection_accuracy(self.by), r) for r in records if r["step"] == step]
         if not now:
@@ -232,8 +232,8 @@ class Selector:
             for r in records
             if r["weights"] == weights
         ]
-        found = signs.check(readings, self.cfg.loss.drw_epoch, self.cfg.evaluate.baseline_head)
-        for sign in found:
+        checked = signs.check(readings, self.cfg.loss.drw_epoch, self.cfg.evaluate.baseline_head)
+        for sign in checked:
             if sign.seen:
                 log.warning("epoch %d, %s weights: %s", epoch + 1, weights, sign.text)
-        self.run.record("signs", step, epoch=epoch, weights=weights, signs=[sign.to_json() for sign in found])
+        self.run.record("signs", step, epoch=epoch, weights=weights, signs=[sign.to_json() for sign in checked])

@@ -1,4 +1,4 @@
-"""Where a run is, in optimizer steps and epochs: saved and restored with the weights and the best result so far."""
+"""Progress of a run in steps and epochs, saved and restored with weights and best result."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -14,66 +14,66 @@ log = logging.getLogger("fastdeitlt")
 
 
 class Parts(Protocol):
-    """What is trained."""
+    """Trained tensors of a run."""
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """State dicts by name; "model" is the weights that evaluation uses."""
+        """Return state dicts by name; "model" is used for evaluation."""
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Put them back; ``read`` gives the one of a name."""
+        """Restore the tensors; ``read`` returns the state dict of a name."""
 
 
 class Selection(Protocol):
-    """The best result so far, and facts about the run that a checkpoint has with it."""
+    """The best result so far, and manifest entries of the run's checkpoints."""
 
     best: dict[str, Any] | None
     recent: dict[str, float]
     fingerprint: dict[str, str | None]
 
     def manifest(self) -> dict[str, Any]:
-        """What a reader of the weights needs to know."""
+        """Return the manifest entries of the weights."""
 
     def check_fingerprint(self, saved: Mapping[str, str | None], folder: str) -> None:
-        """Refuse to continue a run on other data."""
+        """Refuse to resume a run with other data."""
 
 
 class Reporter(Protocol):
-    """A meter: reports first, so that weights from a loss that is not finite are never saved."""
+    """A meter, which reports before a save, so that non-finite weights are never saved."""
 
     def report(self) -> None:
         """Log the steps since the last report."""
 
 
 class State:
-    """The place of a run. All that a state is due (evaluation, milestone) is done before ``epoch`` counts the epoch.
+    """Step and epoch of a run; ``epoch`` increases after the epoch's evaluation and milestone.
 
-    So a checkpoint of an epoch's last step, saved before its end, makes the next start do what is due first: the loop
-    enters that epoch again with no step left.
+    After a restart from a checkpoint of an epoch's last step, the loop re-enters that epoch with no step left, and runs
+    its evaluation and milestone first.
 
     Args:
-        run: its folder.
-        selection: has the best result so far.
-        parts: what is trained.
-        steps: optimizer steps of an epoch.
+        run: folder of the run.
+        selection: best result so far.
+        parts: trained tensors.
+        steps: optimizer steps per epoch.
     """
 
     def __init__(self, run: Run, selection: Selection, parts: Parts, steps: int) -> None:
         self.run, self.selection, self.parts, self.steps = run, selection, parts, steps
         self.step = 0
-        """Optimizer steps done."""
+        """Completed optimizer steps."""
         self.epoch = 0
-        """Epochs ended."""
+        """Completed epochs."""
 
     @property
     def begun(self) -> int:
-        """Optimizer steps of this epoch that are done."""
+        """Completed optimizer steps of this epoch."""
         return self.step - self.epoch * self.steps
 
     def save(self, meter: Reporter, wait: bool = False, milestone: str = "") -> None:
-        """Checkpoint this state; see ``Checkpoints.save``.
+        """Save a checkpoint; see ``Checkpoints.save``.
 
-        The meter reports first: it refuses weights that came from a loss that is not finite, and a resumed run then
-        logs the same intervals as one that never stopped.
+        The meter reports first, which refuses weights after a non-finite loss, and keeps the log intervals of a resumed
+        run equal to those of an uninterrupted one.
         """
         meter.report()
         tensors, selection, save = self.parts.tensors(), self.selection, self.run.checkpoints.save
@@ -87,11 +87,11 @@ class State:
         distributed.on_main(lambda: save(self.step, tensors, manifest, wait=wait, milestone=milestone))
 
     def restore(self) -> None:
-        """Continue from the run's newest whole checkpoint, if there is one.
+        """Restore the run's newest intact checkpoint, if there is one.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole or one cannot be read.
-            UserError: the checkpoint is of other data.
+            CheckpointError: no checkpoint is intact, or one cannot be read.
+            UserError: the checkpoint has other data.
         """
         run = self.run
         folder, manifest = distributed.on_main(run.checkpoints.newest) or (None, None)
@@ -101,7 +101,7 @@ class State:
             if distributed.on_main(lambda: run.checkpoints.restore_best(manifest)):
                 self.selection.best, self.selection.recent = manifest["best"], manifest["recent"]
             elif self.begun == 0:
-                self.epoch -= 1  # chosen again from these weights
+                self.epoch -= 1  # evaluate and select again from these weights
         distributed.on_main(lambda: run.count_start(self.step, self.epoch))
         run.rewind(self.step, ended=self.begun == 0)
         if folder:

@@ -1,4 +1,4 @@
-"""A student in training as the selection sees it: its weights and their average, scored on both heads."""
+"""Evaluation of a student in training: its weights and their EMA, on both heads."""
 
 # K classes, N images in the set
 
@@ -27,14 +27,14 @@ from fastdeitlt.store.manifest import preprocess_of
 
 
 class StudentScorer:
-    """Scores of a student's weights and of their average.
+    """Scores a student's weights and their moving average.
 
     Args:
         cfg: the run.
         sets: training, validation and test images.
         student, teacher: the models; teacher may be None.
         ema: the moving average, or None.
-        device: where the step runs.
+        device: device of the models.
     """
 
     later_wins = False
@@ -50,28 +50,28 @@ class StudentScorer:
     ) -> None:
         self.cfg, self.sets, self.device = cfg, sets, device
         self.student, self.teacher, self.ema = student, teacher, ema
-        wanted = ("model", "ema") if cfg.evaluate.weights == "both" else (cfg.evaluate.weights,)
-        self.candidates: Sequence[str] = [weights for weights in wanted if weights == "model" or ema]
+        candidates = ("model", "ema") if cfg.evaluate.weights == "both" else (cfg.evaluate.weights,)
+        self.candidates: Sequence[str] = [weights for weights in candidates if weights == "model" or ema]
         self.drw_epoch = cfg.loss.drw_epoch
         self.identity: str | None = teacher.sha256() if teacher else None
         self.tail = signs.tail_images(sets.train, cfg.data.dataset)
         self._sources: dict[int, Source] = {}
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
-        """Scores on a split; how alike the heads' features are, and the scores on training images of the tail."""
+        """Return scores on a split, the heads' feature cosines, and scores on tail training images."""
         images, model = getattr(self.sets, split), WithCosine(self.student)
         with self._installed(weights):
             result = self._score(self._logits(images, model))
-            seen = self._score(self._logits(self.tail, self.student)) if len(self.tail) else None
+            tail = self._score(self._logits(self.tail, self.student)) if len(self.tail) else None
         facts: dict[str, Any] = self._cosines(model.cosine_N(len(images), self.device), torch.as_tensor(images.labels))
-        return result, facts | ({"tail_seen": seen.to_json()} if seen else {})
+        return result, facts | ({"tail_seen": tail.to_json()} if tail else {})
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Install the chosen weights."""
+        """Load the selected weights."""
         self.student.load_state_dict(weights)
 
     def test(self) -> Tested:
-        """Score on test images, else on validation images, beside the teacher; fit what validation images can fit."""
+        """Score student and teacher on test (else validation) images; calibrate on validation images."""
         images = self.sets.test or self.sets.val
         if images is None:
             return Tested({}, None, {}, {})
@@ -92,12 +92,12 @@ class StudentScorer:
         return Tested({split: result}, result.table("official", teacher), others, facts)
 
     def _recommend(self, student: Result, tested_teacher: Result | None) -> dict[str, Any] | None:
-        """The best of teacher, AVG, CLS and DIST on validation images."""
+        """Return the best of teacher, AVG, CLS and DIST on validation images."""
         val, teacher = self.sets.val, tested_teacher
         if self.teacher and val and self.sets.test:
             teacher = self._score_teacher(val, self.teacher)
-        found = recommend(student, teacher)
-        return found.to_json() if found else None
+        recommendation = recommend(student, teacher)
+        return recommendation.to_json() if recommendation else None
 
     def close(self) -> None:
         """Close the sources of images."""
@@ -105,7 +105,7 @@ class StudentScorer:
             self._sources.popitem()[1].close()
 
     def manifest(self) -> dict[str, Any]:
-        """What a reader of the weights needs to know."""
+        """Return the manifest entries of the weights."""
         train, cfg = self.sets.train, self.cfg
         return {
             "kind": "student",
@@ -124,13 +124,13 @@ class StudentScorer:
                 self.ema.swap()
 
     def _source(self, images: LongTailSet) -> Source:
-        """The images' source, opened at their first evaluation and kept."""
+        """Return the source of a set, opened at its first evaluation."""
         if id(images) not in self._sources:
             self._sources[id(images)] = open_source(images, self.cfg.data, self.device, scored=True)
         return self._sources[id(images)]
 
     def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """(cls_logits_NK, dist_logits_NK, labels_N) on every rank, so that all choose the same weights."""
+        """Return (cls_logits_NK, dist_logits_NK, labels_N) on every rank, for an equal selection."""
         cfg = self.cfg
         return gather_logits(
             model,
@@ -152,7 +152,7 @@ class StudentScorer:
         return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _cosines(self, cosine_N: Tensor, labels_N: Tensor) -> dict[str, float]:
-        """Mean cosine of CLS and DIST features: of all images, and of each group (official split) that has any."""
+        """Return the mean cosine of CLS and DIST features, of all images and per official group."""
         groups = shot_groups(self.sets.train.counts, signs.SPLIT, self.cfg.data.dataset)
         masks = {"all": torch.ones_like(labels_N, dtype=torch.bool)}
         masks |= {group: torch.isin(labels_N, ids) for group, ids in groups.items()}

@@ -1,4 +1,4 @@
-"""A teacher in training as the selection sees it: one head, scored under the teacher's own preprocessing."""
+"""Evaluation of a teacher in training, with its own preprocessing."""
 
 # K classes, N images in the set
 
@@ -21,7 +21,7 @@ from fastdeitlt.run.selection import Tested, data_facts
 from fastdeitlt.store.manifest import preprocess_of
 
 CLEAN_IMAGES = 10_000
-"""Training images on which the clean accuracy is taken: all of a smaller set, else evenly spaced ones."""
+"""Most training images for the clean accuracy, evenly spaced."""
 
 
 def score_teacher(
@@ -33,18 +33,18 @@ def score_teacher(
     device: torch.device,
     limit: int = 0,
 ) -> Result:
-    """Accuracy of a teacher on a set under its own preprocessing (centre crop, ``cfg.augment``'s mean and std).
+    """Score a teacher on a set with its own preprocessing.
 
-    Ranks share the images; each gets the whole result.
+    Centre crop, ``cfg.augment``'s mean and std. The images are split over ranks; each rank has the full result.
 
     Args:
         network: maps images_BCHW to logits_BK in the data set's class order.
-        source: gives the images of ``images``.
+        source: pixel source of ``images``.
         images: the set.
         counts: training images of each class.
         cfg: the teacher's run.
-        device: where the network is.
-        limit: use at most so many images, evenly spaced in the list. 0 = all.
+        device: device of the network.
+        limit: most images, evenly spaced in the list. 0 = all.
     """
     total = min(limit or len(images), len(images))
     chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
@@ -63,14 +63,14 @@ def score_teacher(
 
 
 class TeacherScorer:
-    """Scores of a teacher in training.
+    """Scores a teacher in training.
 
     Args:
         cfg: the run.
         sets: training, validation and test images.
-        source: gives the training images.
+        source: pixel source of the training images.
         network: the teacher.
-        device: where it is.
+        device: device of the teacher.
     """
 
     candidates: Sequence[str] = ("model",)
@@ -83,7 +83,7 @@ class TeacherScorer:
         self.sources: dict[str, Source] = {"train": source}
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
-        """Scores on a split; of training images, on up to 10,000."""
+        """Score on a split; on up to 10,000 training images."""
         images, limit = getattr(self.sets, split), CLEAN_IMAGES if split == "train" else 0
         if split not in self.sources:
             self.sources[split] = open_source(images, self.cfg.data, self.device, scored=True)
@@ -91,11 +91,11 @@ class TeacherScorer:
         return score_teacher(self.network, self.sources[split], images, counts, self.cfg, self.device, limit), {}
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Install the chosen weights."""
+        """Load the selected weights."""
         self.network.load_state_dict(weights)
 
     def test(self) -> Tested:
-        """Score on clean training, validation and test images; their accuracy is part of the folder."""
+        """Score on clean images of every split; accuracies are added to the manifest."""
         scores = {split: self.score("model", split)[0] for split, _ in self.sets}
         self.close()
         facts = {
@@ -105,12 +105,12 @@ class TeacherScorer:
         return Tested(scores, list(scores.values())[-1].table("official"), {}, facts)
 
     def close(self) -> None:
-        """Close the sources that were opened here."""
+        """Close the sources opened by this object."""
         for split in self.sources.keys() - {"train"}:
             self.sources.pop(split).close()
 
     def manifest(self) -> dict[str, Any]:
-        """What a reader of the weights needs to know."""
+        """Return the manifest entries of the weights."""
         cfg, t, train = self.cfg, self.cfg.teacher_training, self.sets.train
         return {
             "kind": "teacher",

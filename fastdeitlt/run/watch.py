@@ -1,4 +1,4 @@
-"""What goes wrong in the loop, and on which rank: losses that are not finite, gradient spikes, stragglers, memory."""
+"""Detection of non-finite losses, gradient spikes, slow ranks and full memory."""
 
 import json
 import logging
@@ -21,15 +21,15 @@ from fastdeitlt.store.files import write_atomically
 
 log = logging.getLogger("fastdeitlt")
 STRAGGLER = 0.1
-"""Share of the time that a rank waits for its data longer than the usual one, from which it is said to be slow."""
+"""Excess data wait over the median rank, as a share of the period, above which a rank is slow."""
 PERIOD_S = 10.0
-"""Seconds over which ranks are compared: shorter ones differ by chance."""
+"""Seconds of a comparison period; shorter ones vary by chance."""
 SPIKE = 10.0
-"""Times the usual gradient norm from which a step's is a spike."""
+"""Multiple of the usual gradient norm above which a norm is a spike."""
 
 
 class Stragglers:
-    """Compare how long ranks wait for their data, and warn of one that holds the others up in several periods."""
+    """Compares the ranks' data wait, and warns of a rank that is slow in several periods."""
 
     def __init__(self, done: int = 0) -> None:
         self._slow, self._periods = -1, 0
@@ -39,13 +39,13 @@ class Stragglers:
         self._first, self._seconds, self._wait_R = step + 1, 0.0, [0.0]
 
     def add(self, wait_R: Sequence[float], seconds: float, step: int) -> None:
-        """Add the steps up to ``step``, and log the rank that the others wait for, at the end of a period.
+        """Add the steps up to ``step``; at the end of a period, warn of a slow rank.
 
-        The first warning comes after two periods, then after twice as many each time.
+        Warnings come after 2, 4, 8, ... consecutive periods.
 
         Args:
-            wait_R: seconds that each rank waited for its data, since the last call.
-            seconds: that passed meanwhile.
+            wait_R: data wait of each rank in seconds since the last call.
+            seconds: time since the last call.
             step: the last of these steps.
         """
         if len(wait_R) < 2:
@@ -75,7 +75,7 @@ class Stragglers:
 
 
 class Norms:
-    """The gradient norms of a run as the host reads them: spikes, and steps that were left out."""
+    """Monitors gradient norms on the host for spikes and skipped steps."""
 
     def __init__(self, skips: int) -> None:
         self.skips = skips
@@ -83,7 +83,7 @@ class Norms:
         self.usual: float | None = None
 
     def failure(self, norms: Sequence[float], first_step: int) -> int | None:
-        """The step at which more than ``skips`` norms in a row were not finite, if one was; logs what is unusual."""
+        """Return the first of more than ``skips`` consecutive steps with non-finite norms, or None; log oddities."""
         for step, norm in enumerate(norms, first_step):
             if not math.isfinite(norm):
                 self.in_a_row += 1
@@ -101,16 +101,16 @@ class Norms:
 def dump(
     folder: Path, step: int, losses: Sequence[tuple[int, float]], micro_batches: Sequence[MicroBatch], **facts: Any
 ) -> Path:
-    """Write what this rank saw when the run failed at ``step``, and return the file.
+    """Write this rank's micro-batches of a failed step to a file, and return its path.
 
     Args:
-        folder: the run's.
-        step: the first step whose gradient was not finite.
+        folder: the run folder.
+        step: the first step with a non-finite gradient.
         losses: (step, loss) of each micro-batch since the last report.
-        micro_batches: they themselves.
-        facts: more to write.
+        micro_batches: the micro-batches themselves.
+        facts: further entries.
     """
-    seen = [
+    records = [
         {
             "step": at,
             "loss": repr(loss),
@@ -122,21 +122,21 @@ def dump(
         for (at, loss), micro in zip(losses, micro_batches, strict=True)
         if at == step
     ]
-    bad = [entry for entry in seen if not math.isfinite(float(entry["loss"]))]
+    bad = [entry for entry in records if not math.isfinite(float(entry["loss"]))]
     path = folder / f"nonfinite.rank{distributed.rank()}.json"
-    write_atomically(path, json.dumps({"step": step, **facts, "micro_batches": bad or seen}, indent=1))
+    write_atomically(path, json.dumps({"step": step, **facts, "micro_batches": bad or records}, indent=1))
     return path
 
 
 def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -> str:
-    """Return what a run that met a loss or gradient that is not finite can resume from, and which settings help.
+    """Return the remedy of a non-finite loss or gradient: checkpoint and settings.
 
     Args:
-        checkpoints: the run's; a save in flight is waited for.
-        section: of the learning rate and ``clip_norm`` in the configuration.
+        checkpoints: checkpoints of the run; waits for a current save.
+        section: configuration section with the learning rate and ``clip_norm``.
         clip_norm: its value. 0 = off.
     """
-    with suppress(CheckpointError):  # the loss is the news
+    with suppress(CheckpointError):  # the loss is the error to report
         checkpoints.finish()
     saved = checkpoints.latest
     state = f"checkpoint {saved} is sound" if saved else "no checkpoint was saved before"
@@ -146,10 +146,10 @@ def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -
 
 @contextmanager
 def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
-    """Turn running out of memory into one line with settings that need less.
+    """Convert an out-of-memory error to one line with settings that need less.
 
     Raises:
-        MemoryFullError: the device, or the host's allocator, has no room.
+        MemoryFullError: the device or host is out of memory.
     """
     try:
         yield
@@ -168,8 +168,8 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
             if half >= 2 and half % 2 == 0
             else "use a smaller student, or train.zero_stage=3"
         )
-        said = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160]
         raise MemoryFullError(
-            f"out of memory with train.batch_size={t.batch_size} on rank {distributed.rank()} ({said}); {less} "
+            f"out of memory with train.batch_size={t.batch_size} on rank {distributed.rank()} ({reason}); {less} "
             f"(another run: --resume never){note}"
         ) from None
