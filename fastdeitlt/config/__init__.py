@@ -1,8 +1,7 @@
-"""The configuration: one frozen schema, every field documented; YAML files, dotted overrides, near names for typos.
+"""Configuration: a frozen, documented schema, YAML files and dotted overrides.
 
-A value comes, in rising order, from the schema's default, from the YAML file, from an override ``section.field=value``.
-``origins`` keeps which, so that ``fastdeitlt config show`` can say where each value came from.
-Everything may import it; it imports only ``errors``.
+Precedence, lowest first: the schema's default, the YAML file, an override ``section.field=value``. ``origins`` records
+the source of each value for ``fastdeitlt config show``. Imports only ``errors``.
 """
 
 from fastdeitlt.config.files import (

@@ -1,4 +1,4 @@
-"""From YAML files, recipes and overrides to a validated configuration, and back."""
+"""Loading and dumping of configurations: YAML files, recipes and overrides."""
 
 import re
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, but a name that is given twice in one mapping is an error, and 5e-4 a number, which YAML 1.1 calls text."""
+    """YAML loader that refuses duplicate names and reads 5e-4 as a number, not text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             name = getattr(key, "value", None)
-            if isinstance(name, str) and name != "<<":  # "<<" takes over another mapping, which the names here win over
+            if isinstance(name, str) and name != "<<":  # "<<" merges another mapping, with lower precedence
                 if name in seen:
                     raise UserError(f"{name} is given twice (line {key.start_mark.line + 1}); remove one")
                 seen.add(name)
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that ``_Loader`` would read as numbers."""
+    """YAML dumper that quotes text which ``_Loader`` would read as a number."""
 
 
 for _side in (_Loader, _Dumper):
@@ -50,10 +50,10 @@ for _side in (_Loader, _Dumper):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; empty if the file is.
+    """Read the mapping in a YAML file; empty for an empty file.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, gives a name twice, or holds something else.
+        UserError: the file cannot be read, is not YAML, has a duplicate name, or is not a mapping.
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_fault(error: yaml.YAMLError) -> str:
-    """Return what is wrong with a file and where: line and column as editors count them."""
+    """Format a YAML error with line and column, counted from 1."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if not problem or not mark:
         return " ".join(str(error).split())
@@ -91,10 +91,10 @@ def recipes() -> dict[str, Path]:
 
 
 def find(path: str) -> Path:
-    """A config file by path, or a shipped recipe by name (``quickstart``, ``teacher/cifar10_lt_r100``).
+    """Find a config file by path, or a shipped recipe by name.
 
     Raises:
-        UserError: neither exists; names the nearest recipe.
+        UserError: neither exists; the message has the nearest recipe.
     """
     if Path(path).is_file():
         return Path(path)
@@ -105,20 +105,20 @@ def find(path: str) -> Path:
 
 
 def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, or a shipped recipe by name, and apply ``section.field=value`` overrides in order.
+    """Load a YAML file or recipe, and apply ``section.field=value`` overrides in order.
 
     Raises:
-        UserError: no such file; not YAML; an unknown name (the nearest is named); a value of the wrong type or range.
+        UserError: no such file; not YAML; an unknown name (with the nearest one); a value of the wrong type or range.
     """
     file = find(path)
     flat = _flatten(read_yaml(file))
     origins = dict.fromkeys(flat, file.name)
-    wanted = parse_overrides(overrides)
-    return build(flat | wanted, origins | dict.fromkeys(wanted, "override"))
+    settings = parse_overrides(overrides)
+    return build(flat | settings, origins | dict.fromkeys(settings, "override"))
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Dotted name -> value of ``section.field=value`` texts; names are checked by ``build``.
+    """Parse ``section.field=value`` texts to values by dotted name, without checks.
 
     Raises:
         UserError: no equals sign, or a value that is not YAML.
@@ -129,7 +129,7 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"override {override!r}: expected section.field=value")
         if name in TEXTS and text.strip()[:1] not in ("'", '"'):
-            values[name] = text.strip()  # as typed: a run may be called nan or 2026
+            values[name] = text.strip()  # text fields verbatim: a run may be called nan or 2026
             continue
         try:
             values[name] = yaml.load(text, _Loader)
@@ -147,7 +147,7 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 
 def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config:
-    """A validated Config from dotted names.
+    """Build a validated Config from values by dotted name.
 
     Raises:
         UserError: see ``load``.
@@ -178,7 +178,7 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
         if first["type"] == "string_pattern_mismatch":
             message = "expected letters, digits, dots, dashes and underscores, beginning with a letter or digit"
         if first["type"] == "value_error" and not isinstance(first["input"], tuple | list):
-            # of a whole section, whose message names the field and what it got
+            # an error of a whole section: its message has the field and value
             raise UserError(f"{name}.{message}" if name else message) from None
         raise UserError(f"{name}: got {SHORT.repr(first['input'])}, {message}") from None
     config._origins.update({name: origins.get(name, "default") for name in FIELDS})
@@ -186,27 +186,27 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted field name -> value, in schema order."""
+    """Return the values by dotted field name, in schema order."""
     return _flatten(config.model_dump(mode="json"))
 
 
 def merge(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return a configuration with other settings, by dotted name or as a mapping of a section's.
+    """Return a configuration with changed settings, by dotted name or section mapping.
 
     Raises:
         UserError: see ``load``.
     """
-    given = _flatten(dict(settings))
-    return build(flatten(config) | given, config.origins | dict.fromkeys(given, "override"))
+    changes = _flatten(dict(settings))
+    return build(flatten(config) | changes, config.origins | dict.fromkeys(changes, "override"))
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML that ``load`` reads back to an equal Config."""
+    """Dump the configuration as YAML that ``load`` reads back to an equal Config."""
     return dump_values(flatten(config))
 
 
 def dump_values(values: dict[str, Any]) -> str:
-    """Return settings by dotted name as YAML that ``load`` reads."""
+    """Dump settings by dotted name as YAML for ``load``."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         section, _, field = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The schema: all sections, and the dotted names of their fields."""
+"""The configuration schema: all sections and the dotted names of their fields."""
 
 import difflib
 from typing import Any
@@ -22,14 +22,14 @@ from fastdeitlt.config.teacher_training import TeacherTrainingConfig
 
 
 class Config(Section):
-    """A run: what is trained, on what, how."""
+    """Configuration of a run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder of the run under runs_dir: letters, digits, dot, dash, underscore."""
+    """Name of the run's folder under runs_dir: letters, digits, dot, dash, underscore."""
     runs_dir: str = "runs"
-    """Folder that holds run folders."""
+    """Folder of the run folders."""
     published: dict[str, float] = Field(default_factory=dict)
-    """Published accuracies in per cent to set beside ours in the report (all, head, mid, tail)."""
+    """Published accuracies in % for comparison in the report (all, head, mid, tail)."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     mixup: MixupConfig = MixupConfig()
@@ -44,12 +44,12 @@ class Config(Section):
 
     @property
     def origins(self) -> dict[str, str]:
-        """Dotted field name -> where its value came from (`default`, the file's name, `override`)."""
+        """Source of each value by dotted name (`default`, the file's name, `override`)."""
         return self._origins
 
     @property
     def is_teachers(self) -> bool:
-        """Whether the recipe is for `train-teacher`: it changes ``teacher_training`` and nothing of the student."""
+        """Whether the recipe is for `train-teacher` and changes nothing of the student."""
         kept = (self.student, self.teacher, self.loss) == (StudentConfig(), TeacherConfig(), LossConfig())
         return kept and self.teacher_training != TeacherTrainingConfig()
 
@@ -94,13 +94,13 @@ TEXTS = frozenset(name for name in FIELDS if field_info(name).annotation is str)
 
 
 def near(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """The tail of an error message that offers the nearest known names, or nothing."""
+    """Return the "did you mean" part of an error message, or ""."""
     leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    found = difflib.get_close_matches(name, known, 2, 0.6)
-    found = found or [leaf[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 2, 0.6)]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    matches = difflib.get_close_matches(name, known, 2, 0.6)
+    matches = matches or [leaf[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 2, 0.6)]
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def describe(name: str) -> str:
-    """The documentation of a dotted field name, on one line."""
+    """Return the documentation of a dotted field name on one line."""
     return " ".join((field_info(name).description or "").split())

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: a frozen group of documented fields, and types of numbers."""
+"""Base class and number types of configuration sections."""
 
 import reprlib
 from typing import Annotated
@@ -7,21 +7,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 200
-"""Shows a value in an error message."""
+"""Formatter of values in error messages."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INT64_MAX, FLOAT_MAX = 2**63 - 1, 1e30
-"""The second leaves room for products below the largest float32."""
+"""Limits of numbers; FLOAT_MAX leaves room for products within float32."""
 
 
 class Section(BaseModel):
-    """A frozen group of fields that refuses unknown names."""
+    """Base of a configuration section: frozen, without unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _fits(self) -> "Section":
-        """Refuse numbers that 64-bit integers and float32 tensors do not hold."""
+        """Refuse numbers that do not fit 64-bit integers or float32."""
         for name, value in self:
             for number in _numbers(value):
                 if abs(number) > (INT64_MAX if isinstance(number, int) else FLOAT_MAX):

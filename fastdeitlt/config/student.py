@@ -1,4 +1,4 @@
-"""Sections of the configuration: data, augmentation, student, teacher, loss, optimizer, training, evaluation."""
+"""Configuration sections of student training, from data to evaluation."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from fastdeitlt.config.section import IMAGENET_MEAN, IMAGENET_STD, Below1, PerCh
 
 
 class DataConfig(Section):
-    """Which images."""
+    """Data set and decoding."""
 
     dataset: Literal[
         "fashion_mnist_lt",
@@ -23,55 +23,54 @@ class DataConfig(Section):
         "folder",
         "shards",
     ] = "fashion_mnist_lt"
-    """Data set. `fashion_mnist_lt` is embedded, `fashion_mnist_full_lt` cut from all 60,000 images. `list` takes
-    train_list/val_list/test_list; `folder` takes root/{train,val,test}/<class>/<image>, or root/<class>/<image>, which
-    it splits by class; `shards` takes tars as of WebDataset, zips, and parquet files as of Hugging Face, train-*, val-*
-    and test-*, under root."""
+    """Data set. `fashion_mnist_lt` is embedded, `fashion_mnist_full_lt` a subset of all 60,000 images; `list` uses
+    train_list/val_list/test_list; `folder` reads root/{train,val,test}/<class>/<image>, or root/<class>/<image>, split
+    by class; `shards` reads WebDataset tars, zips and Hugging Face parquet files (train-*, val-*, test-*) under root."""
     root: str = ""
-    """Folder that holds the images; lists may not leave it. Empty: the embedded set, or Debian's Fashion-MNIST."""
+    """Folder of the images; listed paths must be inside it. Empty: the embedded set, or Debian's Fashion-MNIST."""
     train_list: str = ""
-    """List file (txt, csv, json) of the training images. Empty: the data set's usual name under root."""
+    """List file (txt, csv, json) of the training images. Empty: the data set's default name under root."""
     val_list: str = ""
-    """List file of the validation images. Empty: the usual name, or none if that does not exist."""
+    """List file of the validation images. Empty: the default name, if it exists."""
     test_list: str = ""
-    """List file of the test images. Empty: the usual name, or none if that does not exist."""
+    """List file of the test images. Empty: the default name, if it exists."""
     imbalance_factor: float = Field(0.01, gt=0, le=1)
     """CIFAR and fashion_mnist_full_lt: smallest over largest class size (0.01 is rho = 100). 1 = balanced."""
     imbalance_kind: Literal["exp", "step"] = "exp"
-    """CIFAR and fashion_mnist_full_lt: exponential decay over classes, or half the classes cut."""
+    """CIFAR and fashion_mnist_full_lt: exponential decay over classes, or half of the classes reduced."""
     val_holdout: float | None = Field(None, ge=0, lt=0.5)
-    """Share of each class of the training images set aside for validation where there is no validation set. 0 = none;
-    null: 0.1 of a folder without split folders, else none."""
+    """Share of each training class held out for validation if there is no validation set. 0 = none; null: 0.1 for a
+    root without named splits, else none."""
     test_holdout: float | None = Field(None, ge=0, lt=0.5)
-    """Share of each class of the training images set aside for testing where there is no test set. 0 = none;
-    null: 0.2 of a folder without split folders, else none."""
+    """Share of each training class held out for testing if there is no test set. 0 = none; null: 0.2 for a root without
+    named splits, else none."""
     sampling: Literal["instance", "class_balanced", "sqrt", "progressive"] = "instance"
-    """How often an epoch shows each class (arXiv 1910.09217): instance = every image once; sqrt = by the root of a
-    class's size; class_balanced = all classes alike; progressive = from by size to all alike over the epochs. Class
-    priors and weights of the losses stay those of the images."""
+    """Class shares of an epoch (arXiv 1910.09217): instance = every image once; sqrt = square root of the class size;
+    class_balanced = equal; progressive = from proportional to equal over the epochs. Class priors and loss weights are
+    not affected."""
     residency: Literal["auto", "stream", "host", "device"] = "auto"
-    """Where the training images live: decoded anew each time (stream), decoded once in host or device memory."""
+    """Storage of the training images: decoded at each use (stream), or decoded once in host or device memory."""
     stored_short_side: int = Field(0, ge=0)
-    """Resident sets: short side in pixels at which images are stored. 0 = full size."""
+    """Resident sets: limit of the stored images' short side in pixels. 0 = full size."""
     on_error: Literal["raise", "skip"] = "raise"
-    """An image that cannot be read in training: stop with its name, or replace it by one of its class and count it."""
+    """Unreadable training image: stop with its name, or replace it by one of its class and count it."""
     exif: Literal["ignore", "apply"] = "ignore"
-    """Orientation that EXIF or TIFF states: leave images as they are stored, as timm and the official code do (ignore),
-    or turn them upright (apply). The model folder records it; eval, predict and export obey it."""
+    """EXIF orientation: ignored, as in timm and the official code, or applied; a TIFF's own tag is always applied. The
+    model folder records it; eval, predict and export use it."""
     num_threads: int = Field(0, ge=0)
-    """Decoding threads a rank. 0 = the cores divided by the local ranks."""
+    """Decoding threads per rank. 0 = the cores divided by the local ranks."""
     jpeg_engine_share: float = Field(0.65, ge=0, le=1)
-    """Share of a GPU's JPEG files that its hardware engine decodes, if it has one (A100, H100, ...). 0 = none."""
+    """Share of JPEG files decoded by the GPU's hardware engine, if it has one (A100, H100, ...). 0 = none."""
 
     @property
     def title(self) -> str:
-        """What people call the data set: its name, or that of the folder of their own images."""
+        """Display name of the data set: its name, or the folder's name for user data."""
         own = self.dataset in ("folder", "list", "shards")
         return (own and Path(self.root).expanduser().resolve().name) or self.dataset
 
 
 class AugmentConfig(Section):
-    """Strong augmentation of one image (timm's DeiT recipe is the default; research: mission section 6)."""
+    """Strong augmentation of single images (default: timm's DeiT recipe)."""
 
     recipe: Literal["deit", "pad_crop", "autoaugment_cutout", "crop_jitter", "none"] = "deit"
     """deit: RandomResizedCrop, flip, RandAugment, erasing. pad_crop: pad, crop, flip (CIFAR CNNs). autoaugment_cutout:
@@ -83,43 +82,43 @@ class AugmentConfig(Section):
     pad: int = Field(4, ge=0)
     """pad_crop: pixels padded on each side. 0 = no crop."""
     flip_prob: float = Field(0.5, ge=0, le=1)
-    """Chance of a horizontal flip."""
+    """Probability of a horizontal flip."""
     rand_ops: int = Field(2, ge=0, le=2)
-    """RandAugment operations an image (rand-m9-mstd0.5-inc1). 0 = off."""
+    """RandAugment operations per image (rand-m9-mstd0.5-inc1). 0 = off."""
     rand_prob: float = Field(0.5, ge=0, le=1)
-    """Chance that each drawn operation is applied."""
+    """Probability that each drawn operation is applied."""
     rand_magnitude: float = Field(9.0, ge=0, le=10)
     """Mean level of an operation, 0..10."""
     rand_std: float = Field(0.5, ge=0)
     """Standard deviation of the level."""
     erase_prob: float = Field(0.25, ge=0, le=1)
-    """Random erasing (per-pixel noise): chance. 0 = off."""
+    """Probability of random erasing (per-pixel noise). 0 = off."""
     repeats: int = Field(3, ge=1)
     """Repeated augmentation: copies of an image in an epoch. 1 = off."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Channel means that normalise the student's input (images in 0..1)."""
+    """Channel means for normalising the student's input (images in 0..1)."""
     std: PerChannel = IMAGENET_STD
-    """Channel standard deviations that normalise the student's input."""
+    """Channel standard deviations for normalising the student's input."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of training augmentation: Triton kernels, or torch operations. auto: the kernels on a GPU for the
     recipes deit and none, if their first batch agrees with torch's."""
 
 
 class MixupConfig(Section):
-    """Mixup and CutMix of a batch with its mirror image (timm's batch mode)."""
+    """Mixup and CutMix of a batch with its reverse (timm's batch mode)."""
 
     mixup_alpha: float = Field(0.8, ge=0)
     """Beta parameter of Mixup. 0 = no Mixup."""
     cutmix_alpha: float = Field(1.0, ge=0)
     """Beta parameter of CutMix. 0 = no CutMix."""
     prob: float = Field(1.0, ge=0, le=1)
-    """Chance that a batch is mixed at all."""
+    """Probability that a batch is mixed."""
     switch_prob: float = Field(0.5, ge=0, le=1)
-    """Chance of CutMix rather than Mixup when both are on."""
+    """Probability of CutMix instead of Mixup if both are on."""
     smoothing: float = Field(0.1, ge=0, lt=1)
     """Label smoothing of the CLS target while mixing is on. 0 = off."""
     off_in_drw: bool = False
-    """Turn mixing and smoothing off once re-weighting starts (the reference does so on CIFAR)."""
+    """Disable mixing and smoothing once re-weighting starts, as the reference on CIFAR."""
 
     @property
     def on(self) -> bool:
@@ -134,12 +133,12 @@ class StudentConfig(Section):
     img_size: int = Field(0, ge=0)
     """Input height and width in pixels. 0 = the size in the name."""
     init: str = ""
-    """Weights to start from: a run or model folder, or a .pth or .safetensors file of a plain or distilled ViT under
-    timm's names. Other image sizes, patches, depths and classes are adapted. Empty: random weights."""
+    """Initial weights: a run or model folder, or a .pth or .safetensors file of a plain or distilled ViT with timm's
+    names. Other image sizes, patches, depths and classes are adapted. Empty: random weights."""
     depth: int = Field(0, ge=0)
     """Number of blocks. 0 = the architecture's 12 (large: 24)."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth of the last block; earlier blocks rise linearly from 0. 0 = off."""
+    """Stochastic depth rate of the last block, rising linearly from 0 at the first. 0 = off."""
     attention: Literal["auto", "triton", "sdpa", "flash", "cudnn", "efficient", "math", "fa3", "fa4"] = "auto"
     """Implementation of attention: Triton kernel, torch SDPA (sdpa: the backend that torch prefers), one SDPA backend,
     or FlashAttention 3 or 4 where installed. auto: the fastest measured on this GPU, else flash (efficient in fp32)."""
@@ -150,8 +149,8 @@ class StudentConfig(Section):
     """Implementation of bias and GELU in the MLP: Triton kernel, whose backward sums the bias gradient in the same
     pass, or torch. auto: as add_layernorm."""
     drop_path_law: Literal["bernoulli", "count"] = "bernoulli"
-    """bernoulli: each sample drops a branch on its own, which is computed and multiplied by 0 (timm, the recipes).
-    count: a fixed number of the batch's samples, drawn for each branch, is not computed: less work, dependent draws."""
+    """bernoulli: each sample drops a branch independently, which is computed and multiplied by 0 (timm, the recipes).
+    count: a fixed number of samples per batch and branch is not computed: less work, dependent draws."""
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -160,39 +159,39 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The frozen CNN whose hard decisions the DIST token learns."""
+    """The frozen CNN teacher of the DIST token."""
 
     path: str = ""
     """Model folder or released checkpoint of the teacher. Empty: no distillation (a plain ViT)."""
     arch: str = "resnet32"
-    """resnet<6n+2> (CIFAR, option A), resnet50, or any timm CNN name. A model folder's own wins."""
+    """resnet<6n+2> (CIFAR, option A), resnet50, or any timm CNN name. A model folder's own takes precedence."""
     style: Literal["auto", "official_paco", "official_ldam", "timm", "fastdeitlt"] = "auto"
-    """Whose state-dict keys the checkpoint has."""
+    """State-dict key format of the checkpoint."""
     img_size: int = Field(0, ge=0)
-    """Input size of the teacher in pixels, to which the mixed student images are resized. 0 = the size that its model
-    folder states, else the student's."""
+    """Input size of the teacher in pixels, to which the mixed student images are resized. 0 = the size stated in its
+    model folder, else the student's."""
     normalise: Literal["auto", "student", "teacher"] = "auto"
-    """Mean and std of the teacher's input. auto: those that its model folder states, else the student's, which the
-    official code uses. teacher: those of its folder, else teacher.mean and teacher.std."""
+    """Mean and std of the teacher's input. auto: those stated in its model folder, else the student's, as in the
+    official code. teacher: those of its folder, else teacher.mean and teacher.std."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Channel means of a teacher without a model folder (used by normalise=teacher)."""
     std: PerChannel = IMAGENET_STD
     """Channel standard deviations of a teacher without a model folder (used by normalise=teacher)."""
     resize_antialias: bool = False
-    """Antialias the resize to the teacher's size. Off is the official environment (torchvision 0.15)."""
+    """Antialias the resize to the teacher's size. false: as in the official environment (torchvision 0.15)."""
     map_classes: bool = False
-    """The teacher's classes are ordered by falling class size, as in released LDAM teachers of ImageNet-LT and iNat.
-    Classes of equal size are matched with its decisions. A model folder's own order wins."""
+    """The teacher's classes are in descending order of size, as in released LDAM teachers of ImageNet-LT and iNat.
+    Classes of equal size are matched by its decisions. A model folder's own order takes precedence."""
     check: bool = True
-    """Before the first step, refuse a teacher whose balanced accuracy on clean training images is near chance or far
-    below the one that its folder states, or whose classes are exchanged."""
+    """Before the first step, refuse a teacher with exchanged classes, or whose balanced accuracy on clean training
+    images is near chance or far below that stated in its folder."""
 
 
 class LossConfig(Section):
     """L = (1 - alpha) CE(CLS, y) + alpha L_DRW(DIST, teacher) (paper section 3)."""
 
     distillation: Literal["hard", "soft"] = "hard"
-    """The teacher's argmax, or its softened distribution (of a cosine head at the scale that it was trained with)."""
+    """DIST target: the teacher's argmax, or its softened distribution (cosine head: at its training scale)."""
     alpha: float = Field(0.5, ge=0, le=1)
     """Weight of the DIST term."""
     tau: float = Field(1.0, gt=0)
@@ -204,12 +203,12 @@ class LossConfig(Section):
     drw_beta: float = Field(0.9999, ge=0, lt=1)
     """Beta of the effective number of samples (Cui et al. 2019)."""
     normalise: Literal["rank", "global"] = "rank"
-    """What the weighted mean of the DIST loss is divided by: the sum of weights of the (virtual) rank's micro-batch,
-    as the reference does, or the mean of that sum over all ranks, so that the mean is one over the whole micro-step."""
+    """Divisor of the weighted DIST loss: the sum of weights of the (virtual) rank's micro-batch, as the reference, or
+    the mean of that sum over all ranks, which gives the mean over the whole micro-step."""
     reweight_cls: bool = False
-    """Weight the CLS loss too once re-weighting starts (official --weighted-baseloss)."""
+    """Also weight the CLS loss once re-weighting starts (official --weighted-baseloss)."""
     impl: Literal["auto", "torch", "triton"] = "auto"
-    """Who computes the loss: our kernel, or torch. auto: the faster one measured on this GPU, else torch."""
+    """Implementation of the loss: Triton kernel, or torch. auto: the faster one measured on this GPU, else torch."""
 
 
 class OptimConfig(Section):
@@ -219,7 +218,7 @@ class OptimConfig(Section):
     """Base learning rate for a batch of 512 images."""
     lr_scale: Literal["official", "effective", "none"] = "official"
     """official: lr * batch_size * ranks / 512 (ignores accumulation, as the reference). effective: with accumulation.
-    none: lr as it stands."""
+    none: lr unchanged."""
     betas: tuple[Below1, Below1] = (0.9, 0.999)
     """AdamW momenta."""
     eps: float = Field(1e-8, gt=0)
@@ -227,16 +226,16 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay of matrices; biases, norms, tokens and position embeddings have none."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """Factor on the learning rate from each layer to the one below it, for fine-tuning. 1 = all layers learn alike."""
+    """Learning-rate factor from each layer to the one below it, for fine-tuning. 1 = equal rates."""
     clip_norm: float = Field(0.0, ge=0)
-    """Global gradient norm above which gradients are scaled down. 0 = off."""
+    """Maximum global gradient norm; larger gradients are scaled down. 0 = off."""
     algorithm: Literal["adamw", "lamb"] = "adamw"
-    """adamw: the recipes'. lamb: for very large batches (You et al. 2020); needs apex."""
+    """adamw: as in the recipes. lamb: for very large batches (You et al. 2020); needs apex."""
     backend: Literal["auto", "fastdeitlt", "torch", "apex", "deepspeed"] = "auto"
-    """Who takes the step. torch: its fused AdamW. fastdeitlt: our kernel over one flat buffer, with the moving average
-    in the same pass. apex: NVIDIA's FusedAdam or FusedLAMB, built from source. deepspeed: its FusedAdam, which it
-    compiles. The last two need a GPU. auto: torch, or fastdeitlt where `fastdeitlt tune` found the training step faster
-    with it on this GPU; for lamb apex."""
+    """Implementation of the optimizer step. torch: fused AdamW. fastdeitlt: one kernel over a flat buffer, including
+    the EMA. apex: NVIDIA's FusedAdam or FusedLAMB, built from source. deepspeed: FusedAdam, compiled by DeepSpeed. The
+    last two need a GPU. auto: torch, or fastdeitlt if `fastdeitlt tune` measured a faster training step with it on this
+    GPU; for lamb apex."""
     warmup_epochs: float = Field(5, ge=0)
     """Epochs of linear warm-up."""
     warmup_lr: float = Field(1e-6, ge=0)
@@ -244,11 +243,11 @@ class OptimConfig(Section):
     min_lr: float = Field(1e-5, ge=0)
     """Learning rate at the end of the cosine (not scaled)."""
     ema_decay: float = Field(0.99996, ge=0, lt=1)
-    """Decay of the exponential moving average of the weights, an optimizer step. 0 = no EMA."""
+    """Decay of the exponential moving average of the weights per optimizer step. 0 = no EMA."""
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     epochs: int = Field(1200, ge=1)
     """Passes over the sampler's epoch (N images, about N / repeats distinct ones)."""
@@ -257,50 +256,50 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1)
     """Micro-batches of a (virtual) rank in one optimizer step."""
     virtual_ranks: int = Field(0, ge=0)
-    """Data-parallel ranks the recipe is written for; fewer real ones take their batches in turn and give the same
-    steps. 0 = the real number."""
+    """Data-parallel ranks that the recipe is defined for; fewer real ranks process their batches in turn and give the
+    same steps. 0 = the real number."""
     seed: int = Field(0, ge=0)
     """Seed of weights, augmentation, mixing and drop path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the step runs."""
+    """Device of the training step."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of the step. fp32: on a GPU convolutions stay TF32, torch's default."""
+    """Autocast type of the step. fp32: convolutions on a GPU use TF32, torch's default."""
     compile: bool = True
     """Compile student, teacher and loss as one graph."""
     autotune: bool = False
-    """Let the compiler time alternatives for each matrix product and convolution at the start, which takes minutes: on
-    a GPU also Triton's, into which it fuses what follows. A resumed run may take others: its last bits then differ."""
+    """Let the compiler time alternatives for each matrix product and convolution at the start, which takes minutes; on
+    a GPU also Triton's, with fused epilogues. A resumed run may select others, and differ in the last bits."""
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
-    """Backward, accumulation and step: plain at one rank, DeepSpeed at more."""
+    """Backward, accumulation and step. auto: plain on one rank, DeepSpeed on more."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """What DeepSpeed shards over ranks: 0 nothing, 1 moments, 2 and gradients, 3 and weights (needs compile=false)."""
+    """DeepSpeed sharding over ranks: 0 none, 1 moments, 2 also gradients, 3 also weights (needs compile=false)."""
     offload: bool = False
-    """Keep the moments, and step, in host memory (DeepSpeed, zero_stage 1 to 3): saves device memory, costs time."""
+    """Keep moments and step in host memory (DeepSpeed, zero_stage 1 to 3): less device memory, slower."""
     measure_kernels: bool = True
-    """At the first start on a GPU, time each kernel that is set to auto beside torch's (about 30 s, estimated). The
-    result is kept for this GPU, torch, Triton and shape. false: use what was measured before, or torch's."""
+    """At the first start on a GPU, time each kernel set to auto against torch's (about 30 s, estimated). Results are
+    kept for this GPU, torch, Triton and shape. false: use earlier measurements, or torch's."""
     timeout_s: int = Field(600, ge=1)
-    """Seconds a rank waits for the others before it gives up."""
+    """Timeout in seconds of a rank waiting for the others."""
     main_timeout_s: int = Field(3600, ge=1)
-    """The same for what rank 0 does alone: saving checkpoints, looking at files, measuring kernels."""
+    """Timeout in seconds for work of rank 0 alone: saving checkpoints, checking files, measuring kernels."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between log lines; the only host syncs of the loop."""
     save_every_epochs: int = Field(1, ge=0)
-    """Epochs between checkpoints; each evaluation has one besides. 0 = off."""
+    """Epochs between checkpoints, in addition to one per evaluation. 0 = off."""
     save_every_steps: int = Field(0, ge=0)
     """Optimizer steps between checkpoints within an epoch. 0 = off."""
     keep: int = Field(2, ge=2)
-    """Newest checkpoints kept. The one before re-weighting starts is kept besides, as checkpoints/before-drw."""
+    """Newest checkpoints kept, in addition to the last one before re-weighting (checkpoints/before-drw)."""
     patience: int = Field(0, ge=0)
-    """Stop after so many evaluations in a row without a better accuracy on the selection set; those before re-weighting
-    begins do not count. 0 = train all epochs."""
+    """Stop after this many consecutive evaluations without a better accuracy on the selection set, counted from the
+    start of re-weighting. 0 = train all epochs."""
     nonfinite_skips: int = Field(0, ge=0)
-    """Optimizer steps in a row that are left out because their gradient is not finite, before the run stops. 0 = stop
-    at the first; the weights stay as they were before it either way."""
+    """Consecutive optimizer steps with a non-finite gradient that are skipped before the run stops. 0 = stop at the
+    first. Such a step never changes the weights."""
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """What ``torch.compile`` is told for every graph of the run."""
+        """Options of ``torch.compile`` for every graph of the run."""
         return {"max_autotune": self.autotune}
 
 
@@ -310,19 +309,19 @@ class EvaluateConfig(Section):
     every: int = Field(10, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: int = Field(256, ge=1)
-    """Images in an evaluation batch."""
+    """Images per evaluation batch."""
     crop_pct: float = Field(0.875, gt=0, le=1)
     """Centre crop: input size over resized short side (224 / 256)."""
     select_on: Literal["val", "last", "test"] = "val"
-    """Which set chooses the best checkpoint: validation; none (the last one); or test, as published numbers do."""
+    """Selection set of the best checkpoint: validation, none (the last checkpoint), or test, as published numbers."""
     select_by: Literal["balanced", "micro"] = "balanced"
-    """Accuracy that chooses the best checkpoint. balanced: mean of the class accuracies. micro: over all images, most
-    of which show head classes in a long-tailed hold-out."""
+    """Accuracy for selecting the best checkpoint. balanced: mean of the class accuracies. micro: over all images, which
+    favours head classes in a long-tailed hold-out."""
     weights: Literal["model", "ema", "both"] = "both"
-    """Which weights are evaluated; the better on the selection set is reported when both."""
+    """Evaluated weights. both: the better ones on the selection set are reported."""
     analyze_images: int = Field(1024, ge=0)
-    """After training, look into student and teacher on up to so many images each, for the report (`analyze`; sharpness
-    is left to the verb). 0 = leave it out."""
+    """After training, analyse student and teacher on up to this many images each, for the report (as `analyze`, without
+    sharpness). 0 = off."""
     baseline_head: float = Field(0.0, ge=0, le=100)
-    """Accuracy in % on head classes (official split) of a run to compare with, such as a plain ViT's: training warns
-    when AVG falls 10 points below. 0 = this run's own best before re-weighting."""
+    """Head-class accuracy in % (official split) of a baseline run, such as a plain ViT: training warns when AVG is 10
+    points lower. 0 = this run's best before re-weighting."""

@@ -1,4 +1,4 @@
-"""The section of the configuration that `train-teacher` reads."""
+"""Configuration section of `train-teacher`."""
 
 from typing import Literal
 
@@ -15,9 +15,9 @@ class TeacherTrainingConfig(Section):
     img_size: int = Field(32, ge=8)
     """Input height and width in pixels."""
     loss: Literal["ce", "focal", "ldam", "vs", "balanced_softmax", "logit_adjustment", "paco"] = "ce"
-    """Loss."""
+    """Training loss."""
     normed_head: bool = False
-    """Cosine classifier; with ldam alone, whose scale s it needs."""
+    """Cosine classifier; only with ldam, whose scale s it needs."""
     ldam_max_margin: float = Field(0.5, ge=0)
     """LDAM: largest margin."""
     ldam_scale: float = Field(30.0, gt=0)
@@ -52,14 +52,14 @@ class TeacherTrainingConfig(Section):
     sam_rho: float = Field(0.05, ge=0)
     """Radius of the perturbation."""
     sam_schedule: Literal["constant", "linear", "step"] = "constant"
-    """How rho changes over epochs: constant; linear, rising to sam_rho in the last; step through sam_rho_steps."""
+    """Schedule of rho over epochs: constant; linear, rising to sam_rho in the last; step, by sam_rho_steps."""
     sam_rho_steps: tuple[tuple[int, float], ...] = ()
     """step: (first epoch, rho) pairs."""
     sam_scope: Literal["global", "rank"] = "global"
-    """Several ranks: the perturbation climbs the gradient of the whole batch, or each rank its own part's (as the SAM
-    paper on several accelerators: no exchange in the first pass, and a smaller batch to be flat for)."""
+    """On several ranks: perturbation by the gradient of the whole batch, or of each rank's part (as in the SAM paper on
+    several accelerators: no all-reduce in the first pass, and sharpness of a smaller batch)."""
     sam_bn_twice: bool = False
-    """Update batch-norm statistics in both passes, as the reference does."""
+    """Update batch-norm statistics in both passes, as the reference."""
     lr: float = Field(0.1, gt=0)
     """Peak learning rate of SGD."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -67,7 +67,7 @@ class TeacherTrainingConfig(Section):
     weight_decay: float = Field(2e-4, ge=0)
     """L2 penalty of all weights."""
     schedule: Literal["step", "cosine"] = "step"
-    """Learning rate over epochs."""
+    """Schedule of the learning rate over epochs."""
     lr_steps: tuple[tuple[int, float], ...] = ((160, 0.01), (180, 0.0001))
     """step: (first epoch, factor on lr) pairs."""
     warmup_epochs: int = Field(5, ge=0)
@@ -81,10 +81,9 @@ class TeacherTrainingConfig(Section):
     batch_size: int = Field(128, ge=1)
     """Images in an optimizer step, over all ranks and micro-batches."""
     accumulate: int = Field(1, ge=1)
-    """Micro-batches that a rank's part of a batch goes through the network in, to save memory. Batch norm sees one at a
-    time."""
+    """Micro-batches per rank and batch, to save memory. Batch norm uses one at a time."""
     clip_norm: float = Field(0.0, ge=0)
-    """Global gradient norm above which gradients are scaled down. 0 = off."""
+    """Maximum global gradient norm; larger gradients are scaled down. 0 = off."""
 
     @model_validator(mode="after")
     def _check(self) -> "TeacherTrainingConfig":

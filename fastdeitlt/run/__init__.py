@@ -1,4 +1,4 @@
-"""Run management: folder, checkpoints, meter, weight selection, rank launch, signals.
+"""Run management: folder, checkpoints, meter, weight selection, launch, signals.
 
 Imports ``core``, ``evaluation`` and below.
 """

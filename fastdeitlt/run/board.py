@@ -56,7 +56,7 @@ class Board:
         self._threads = set(threading.enumerate()) - before
 
     def _report(self, failure: threading.ExceptHookArgs) -> None:
-        """Suppress the traceback of TensorBoard's thread, whose next call raises the same error."""
+        """Suppress tracebacks of TensorBoard's thread: its next call raises the error."""
         if failure.thread not in self._threads or not isinstance(failure.exc_value, OSError):
             self._hook(failure)
 

@@ -182,7 +182,9 @@ class Checkpoints:
             )  # fmt: skip
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest intact checkpoint and its manifest; rename damaged ones to ``*.damaged-*``.
+        """Return the newest intact checkpoint and its manifest; rename damaged ones.
+
+        A damaged one becomes ``*.damaged-*``.
 
         Returns:
             None: there are no checkpoints yet.
@@ -214,7 +216,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, manifest: dict[str, Any]) -> bool:
-        """Restore ``best`` to the weights in a checkpoint's manifest, if needed from their step.
+        """Restore ``best`` as stated in a checkpoint's manifest, if needed from its step.
 
         Returns:
             Whether it succeeded; False: the weights are lost.

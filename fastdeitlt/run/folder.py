@@ -72,7 +72,7 @@ PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "de
 
 
 def set_up_logging() -> None:
-    """Configure logging: rich on a terminal, else plain lines with a time; info from rank 0 only."""
+    """Configure logging: rich on a terminal, else plain lines; info from rank 0."""
     log.setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     log.propagate = False
     handler: logging.Handler
@@ -130,10 +130,10 @@ def _commit() -> str | None:
 
 
 class Run:
-    """A run folder: config.yaml, env.json, metrics.jsonl, summary.csv, tensorboard/, checkpoints/.
+    """A run folder: config, environment, records, summary, TensorBoard, checkpoints.
 
-    ``PREEMPTED`` exists after a signal stopped the run, until it resumes; ``starts.json`` counts failed starts from the
-    same step.
+    Files: config.yaml, env.json, metrics.jsonl, summary.csv, tensorboard/, checkpoints/. ``PREEMPTED`` exists after a
+    signal stopped the run, until it resumes; ``starts.json`` counts failed starts from the same step.
 
     Args:
         cfg: the resolved configuration; the folder is cfg.runs_dir/cfg.name.
@@ -159,7 +159,7 @@ class Run:
         self.started = time.perf_counter()
 
     def _take(self, resume: str) -> Path:
-        """On rank 0: choose, create and lock the folder, and write config.yaml and env.json."""
+        """Choose, create and lock the folder; write config.yaml and env.json (rank 0)."""
         folder = Path(self.cfg.runs_dir) / self.cfg.name
         if resume not in ("auto", "never", "must"):
             folder = Path(resume)
@@ -247,7 +247,7 @@ class Run:
         (self.folder / "PREEMPTED").unlink(missing_ok=True)
 
     def stopped(self, number: int, step: int) -> StoppedError:
-        """Write PREEMPTED and return the error for a run stopped by a signal and saved after ``step``."""
+        """Return the error of a run stopped by a signal and saved; write PREEMPTED."""
         self._mark(number, step)
         name = signal.Signals(number).name
         return StoppedError(
@@ -336,7 +336,7 @@ class Run:
 
 
 def _is_before(line: str, step: int, ended: bool) -> bool:
-    """Return whether a record belongs to the state after ``step``; False for a corrupt line."""
+    """Return whether a record belongs to the state after ``step``; corrupt: False."""
     try:
         record = json.loads(line)
         at, kind = float(record["step"]), record["kind"]
@@ -348,7 +348,7 @@ def _is_before(line: str, step: int, ended: bool) -> bool:
 
 
 def _storage_failure(error: BaseException | None) -> str | None:
-    """Return the message of a file-system error, or of an image that failed because of one."""
+    """Return the message of a file-system error, also as the cause of an image's."""
     if type(error) is UserError and isinstance(error.__cause__, OSError) and error.__cause__.errno:
         return str(error)
     return storage_failure(error)
@@ -365,7 +365,7 @@ def _is_clean(error: BaseException | None) -> bool:
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if a run resumes on other hardware or software: results may differ in the last bits."""
+    """Warn if a run resumes on other hardware or software: last bits may differ."""
     flat = [{**e, **e["packages"]} for e in (before, now) if isinstance(e.get("packages"), dict)]
     if len(flat) < 2:
         return
@@ -376,7 +376,7 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _with_ranks(cfg: Config) -> Config:
-    """Set ``train.virtual_ranks`` explicitly, so that a resume on other ranks is identical or refused."""
+    """Set ``train.virtual_ranks``, so that a resume on other ranks is equal or refused."""
     ranks = cfg.train.virtual_ranks or distributed.get_world()
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 
@@ -391,7 +391,7 @@ def _unused(folder: Path) -> Path:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Return whether the folder has records or checkpoints, which other settings would invalidate."""
+    """Return whether the folder has records or checkpoints."""
     return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
 
 
@@ -402,7 +402,7 @@ def refuse_changes(
     free: Collection[str] = (),
     cure: str = "use --resume never for a new folder, or the saved settings",
 ) -> None:
-    """Raise UserError if settings of the saved run changed, except MAY_CHANGE and ``free``."""
+    """Raise UserError if settings changed, except MAY_CHANGE and ``free``."""
     before, after = config.flatten(saved), config.flatten(now)
     changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name", *free)]
     if changed:

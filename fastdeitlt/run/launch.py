@@ -1,4 +1,4 @@
-"""Built-in launcher of `train`: one process per GPU of a machine, stopped when one fails.
+"""Built-in launcher of `train`: one process per GPU, all stopped if one fails.
 
 torchrun, deepspeed and srun are alternatives (distributed.py); this launcher is automatic, and its exit code is that of
 the failed rank, not 1.
@@ -104,7 +104,7 @@ class _Ranks:
                 rank.send_signal(number)
 
     def run(self) -> int:
-        """Start all ranks, wait until they end, and return the exit code of the first failure."""
+        """Run all ranks to their end; return the exit code of the first failure."""
         shared = {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count)}
         if self.count > 1:
             threads = max(1, len(os.sched_getaffinity(0)) // self.count)

@@ -77,7 +77,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude evaluation and checkpoints from the speed, also for a report within the block."""
+        """Exclude evaluation and checkpoints from the measured speed."""
         self.paused_at = time.perf_counter()
         yield
         self.away += time.perf_counter() - self.paused_at
@@ -102,7 +102,7 @@ class Meter:
         facts: Mapping[str, float],
         micro_batches: Sequence[MicroBatch] = (),
     ) -> None:
-        """Add an optimizer step without a host sync; report every ``log_every`` steps and at the end.
+        """Add an optimizer step without a host sync; report every ``log_every`` steps.
 
         Args:
             losses: losses of each micro-batch of this rank, 0-d; reported as mean over micro-batches and ranks.
@@ -169,7 +169,7 @@ class Meter:
         )
 
     def _exchange(self, sums_L: Tensor, good: Tensor) -> tuple[list[float], list[float], list[float]]:
-        """Return summed losses, and per rank the finite micro-batches and seconds of data wait."""
+        """Return summed losses, and per rank the finite micro-batches and data wait (s)."""
         ranks, rank, losses = self.loop.world, self.loop.rank, len(sums_L)
         buffer = torch.zeros(losses + 2 * ranks, device=self.device)
         buffer[:losses], buffer[losses + rank], buffer[losses + ranks + rank] = sums_L, good, self.waited

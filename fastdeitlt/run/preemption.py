@@ -1,4 +1,4 @@
-"""Graceful stop: SIGTERM, SIGUSR1 or Ctrl-C at any rank stops all after the same step."""
+"""Graceful stop: a stop signal at any rank stops all after the same step."""
 
 from contextlib import ExitStack
 from types import TracebackType
@@ -8,7 +8,7 @@ from fastdeitlt.run.process import STOP
 
 
 class StopRequest:
-    """Context manager that records stop signals from the first step on, instead of exiting.
+    """Context manager that records stop signals from the first step on.
 
     Before that step, and after ``close``, there is nothing to save. Handlers run no collective: ranks exchange signals
     between steps, on the host, one step late, so that neither the device nor a rank waits.
@@ -44,7 +44,7 @@ class StopRequest:
         self._signal = self._signal or number
 
     def agreed(self, at_once: bool = False) -> int:
-        """Return the signal for which all ranks stop now, or 0; call on every rank after each step.
+        """Return the signal for which all ranks stop now, or 0; call after each step.
 
         Args:
             at_once: wait for the other ranks' signals of this step, if there is no next step.

@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_code(number: int) -> int:
-    """Return the exit code of a stop signal: 130 for Ctrl-C, else 75 (rerun to resume)."""
+    """Return the exit code of a stop signal: 130 for Ctrl-C, else 75 (rerun)."""
     return 130 if number == signal.SIGINT else 75
 
 
@@ -42,7 +42,7 @@ def say_stopped(number: int) -> None:
 
 
 class StopSignals:
-    """Handling of SIGTERM, SIGUSR1 and Ctrl-C: exit at once, or call a receiver if set.
+    """Handling of SIGTERM, SIGUSR1 and Ctrl-C: exit at once, or call a receiver.
 
     A thread exits the process, because the main thread may be in native code, and an exception there would break
     library imports and callbacks. Signals after the first have no effect, except that a second Ctrl-C does not wait for
@@ -130,7 +130,7 @@ STOP = StopSignals()
 
 
 class _Stream(io.RawIOBase):
-    """A standard stream that discards what cannot be written, and stores the first error."""
+    """A standard stream that discards failed writes, and stores the first error."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -157,7 +157,7 @@ class _Stream(io.RawIOBase):
 
 
 def _replace_streams() -> _Stream:
-    """Open closed descriptors 0 to 2, and replace stdout and stderr by streams that do not fail."""
+    """Open closed descriptors 0 to 2; make stdout and stderr fault-tolerant."""
     streams = {descriptor: _Stream(descriptor) for descriptor in range(3)}
     for descriptor, raw in streams.items():
         try:
@@ -188,7 +188,7 @@ def start() -> _Stream:
 
 
 def end(code: int, result: _Stream | None) -> int:
-    """Return the exit code of a command, or exit at once if it was stopped or ranks wait for it.
+    """Return a command's exit code, or exit at once if stopped or if ranks wait.
 
     Args:
         code: return value of the command.

@@ -15,7 +15,7 @@ log = logging.getLogger("fastdeitlt")
 
 
 class Records:
-    """Writer of metrics.jsonl; lines that fail are kept and retried before the next ones.
+    """Writer of metrics.jsonl; failed lines are kept and retried.
 
     ``flush`` is called before each checkpoint by its writer thread: a checkpoint is saved only after the lines up to
     its step.

@@ -36,7 +36,7 @@ class RunFiles:
 
     @property
     def tested(self) -> tuple[str, Result] | None:
-        """Set on which the selected weights were tested ("test", else "val"), and the scores."""
+        """Set of the final test ("test", else "val") and the scores of selected weights."""
         for name in ("test", "val"):
             if self.results.get(name):
                 return name, Result.from_json(self.results[name])
@@ -70,7 +70,7 @@ class RunFiles:
         return self.results.get("published") or (self.cfg.published if self.cfg else {})
 
     def selection_curve(self) -> tuple[str, str, list[tuple[float, Result]]]:
-        """Return (weights, set, [(completed epochs, scores)]) of the evaluations for selection."""
+        """Return (weights, set, [(completed epochs, scores)]) of the selection."""
         weights = (self.results.get("selected") or {}).get("weights", "model")
         curve = [e for e in self.evaluations if e.get("weights") == weights] or self.evaluations
         if not curve:

@@ -57,7 +57,7 @@ class Scorer(Protocol):
         """Return the manifest entries of the weights."""
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
-        """Return the scores of weights on a split and further log entries, equal on every rank."""
+        """Return the scores of weights on a split and further log entries, on every rank."""
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Load the selected weights."""
@@ -67,7 +67,7 @@ class Scorer(Protocol):
 
 
 def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]:
-    """Return manifest entries on training set and preprocessing; ``img_size`` in pixels."""
+    """Return manifest entries on data and preprocessing; ``img_size`` in pixels."""
     return {
         "class_map": list(range(train.num_classes)),
         "class_names": train.class_names,
@@ -78,7 +78,7 @@ def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]
 
 
 class Selector:
-    """Evaluates weights on the selection set and selects the best, saved with the next checkpoint.
+    """Evaluation on the selection set, and the best weights for the next checkpoint.
 
     Args:
         cfg: the run.
@@ -109,11 +109,11 @@ class Selector:
 
     @property
     def is_stale(self) -> bool:
-        """Whether ``train.patience`` evaluations brought no improvement since re-weighting began."""
+        """Whether ``train.patience`` evaluations brought no improvement since DRW began."""
         return 0 < self.cfg.train.patience <= self.recent.get("without", 0)
 
     def evaluate(self, step: int, epoch: int, last: bool) -> None:
-        """Score on the selection set, log, and update the best weights; without a set, select the last."""
+        """Score on the selection set and update the best weights; no set: the last."""
         if self.on == "last":
             if last:
                 self._choose(step, epoch, self.scorer.candidates[0], None)
@@ -133,7 +133,7 @@ class Selector:
             self._watch(step, epoch)
 
     def finish(self, step: int, epoch: int) -> None:
-        """Test the selected weights, complete their folder, print the table and write results.json.
+        """Test the selected weights, complete their folder and write results.json.
 
         Raises:
             CheckpointError: the folder is damaged or has other weights; the next start restores it.
@@ -181,7 +181,7 @@ class Selector:
             )
 
     def _fingerprint(self) -> dict[str, str | None]:
-        """Return hashes of the training set, selection set and teacher; the test set may change."""
+        """Return hashes of training set, selection set and teacher (not the test set)."""
         names = ["train", *([self.on] if self.on != "last" else [])]
         hashes: dict[str, str | None] = {name: fingerprint(getattr(self.sets, name)) for name in names}
         return hashes | {"teacher": self.scorer.identity}

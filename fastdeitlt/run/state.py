@@ -1,4 +1,4 @@
-"""Progress of a run in steps and epochs, saved and restored with weights and best result."""
+"""Progress of a run in steps and epochs, saved and restored with its weights."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -38,14 +38,14 @@ class Selection(Protocol):
 
 
 class Reporter(Protocol):
-    """A meter, which reports before a save, so that non-finite weights are never saved."""
+    """A meter that reports before a save, so that non-finite weights are not saved."""
 
     def report(self) -> None:
         """Log the steps since the last report."""
 
 
 class State:
-    """Step and epoch of a run; ``epoch`` increases after the epoch's evaluation and milestone.
+    """Step and epoch of a run; ``epoch`` increases after evaluation and milestone.
 
     After a restart from a checkpoint of an epoch's last step, the loop re-enters that epoch with no step left, and runs
     its evaluation and milestone first.

@@ -58,7 +58,7 @@ class StudentScorer:
         self._sources: dict[int, Source] = {}
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
-        """Return scores on a split, the heads' feature cosines, and scores on tail training images."""
+        """Return scores on a split, feature cosines, and scores on tail training images."""
         images, model = getattr(self.sets, split), WithCosine(self.student)
         with self._installed(weights):
             result = self._score(self._logits(images, model))
@@ -71,7 +71,7 @@ class StudentScorer:
         self.student.load_state_dict(weights)
 
     def test(self) -> Tested:
-        """Score student and teacher on test (else validation) images; calibrate on validation images."""
+        """Score student and teacher on test (else validation) images, and calibrate."""
         images = self.sets.test or self.sets.val
         if images is None:
             return Tested({}, None, {}, {})
@@ -130,7 +130,7 @@ class StudentScorer:
         return self._sources[id(images)]
 
     def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (cls_logits_NK, dist_logits_NK, labels_N) on every rank, for an equal selection."""
+        """Return (cls_logits_NK, dist_logits_NK, labels_N), equal on every rank."""
         cfg = self.cfg
         return gather_logits(
             model,
@@ -152,7 +152,7 @@ class StudentScorer:
         return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _cosines(self, cosine_N: Tensor, labels_N: Tensor) -> dict[str, float]:
-        """Return the mean cosine of CLS and DIST features, of all images and per official group."""
+        """Return the mean cosine of CLS and DIST features, per official group."""
         groups = shot_groups(self.sets.train.counts, signs.SPLIT, self.cfg.data.dataset)
         masks = {"all": torch.ones_like(labels_N, dtype=torch.bool)}
         masks |= {group: torch.isin(labels_N, ids) for group, ids in groups.items()}

@@ -29,7 +29,7 @@ SPIKE = 10.0
 
 
 class Stragglers:
-    """Compares the ranks' data wait, and warns of a rank that is slow in several periods."""
+    """Comparison of the ranks' data wait, with warnings of a persistently slow rank."""
 
     def __init__(self, done: int = 0) -> None:
         self._slow, self._periods = -1, 0
@@ -83,7 +83,7 @@ class Norms:
         self.usual: float | None = None
 
     def failure(self, norms: Sequence[float], first_step: int) -> int | None:
-        """Return the first of more than ``skips`` consecutive steps with non-finite norms, or None; log oddities."""
+        """Return the first of more than ``skips`` consecutive non-finite steps, or None."""
         for step, norm in enumerate(norms, first_step):
             if not math.isfinite(norm):
                 self.in_a_row += 1
