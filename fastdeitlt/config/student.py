@@ -25,7 +25,7 @@ class DataConfig(Section):
     ] = "fashion_mnist_lt"
     """Data set. `fashion_mnist_lt` is embedded, `fashion_mnist_full_lt` a subset of all 60,000 images; `list` uses
     train_list/val_list/test_list; `folder` reads root/{train,val,test}/<class>/<image>, or root/<class>/<image>, split
-    by class; `shards` reads WebDataset tars, zips and Hugging Face parquet files (train-*, val-*, test-*) under root."""
+    by class; `shards` reads WebDataset tars, zips and Hugging Face parquet files (train-*, val-*, test-*) in root."""
     root: str = ""
     """Folder of the images; listed paths must be inside it. Empty: the embedded set, or Debian's Fashion-MNIST."""
     train_list: str = ""

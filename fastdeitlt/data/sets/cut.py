@@ -1,4 +1,6 @@
-"""Long tails cut from balanced sets: CIFAR-10, CIFAR-100 and Fashion-MNIST, with torchvision's names and checksums.
+"""Long-tailed subsets of CIFAR-10, CIFAR-100 and Fashion-MNIST.
+
+Names and checksums are torchvision's.
 
 N images, H height, W width, C channels.
 """
@@ -21,7 +23,7 @@ from fastdeitlt.errors import UserError
 
 SELECTION_SEED = 0
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where the Debian package dataset-fashion-mnist installs the IDX files."""
+"""Folder of the IDX files of the Debian package dataset-fashion-mnist."""
 IDX_MD5 = {
     "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
@@ -30,17 +32,17 @@ IDX_MD5 = {
 }
 """Fashion-MNIST: file -> md5 of its uncompressed bytes.
 
-torchvision's md5 is of the whole file, gzip header included, and Debian's package strips name and time from that
-header. With the published name and time put back (2017-08-31 10:50:06 UTC, training files, and 10:50:27, test files),
-Debian's four files have torchvision's md5; these are the md5 of what they hold.
+torchvision's md5 includes the gzip header, from which Debian's package strips name and time. With the published name
+and time restored (2017-08-31 10:50:06 UTC, training files, and 10:50:27, test files), Debian's four files have
+torchvision's md5.
 """
 
 
 def long_tail_indices(labels_N: np.ndarray, counts: Sequence[int], seed: int = SELECTION_SEED) -> np.ndarray:
-    """Choose the images of a long tail: int64 indices, class by class, ``counts[k]`` of class k.
+    """Choose ``counts[k]`` images of each class k; return int64 indices by class.
 
-    The same images as the reference chooses. Source: LDAM-DRW imbalance_cifar.py (``np.random.seed(0)``, one shuffle a
-    class in the order of the labels).
+    Identical to the reference's subset. Source: LDAM-DRW imbalance_cifar.py (``np.random.seed(0)``, one shuffle per
+    class in label order).
     """
     generator = np.random.RandomState(seed)
     chosen = []
@@ -52,10 +54,10 @@ def long_tail_indices(labels_N: np.ndarray, counts: Sequence[int], seed: int = S
 
 
 def open_cut(cfg: DataConfig) -> Sets:
-    """Open the long-tailed training set and the whole test set, decoded; never downloads.
+    """Open the decoded long-tailed training set and full test set, offline.
 
     Raises:
-        UserError: no archive under data.root, or a damaged one.
+        UserError: the archive under data.root is missing or damaged.
     """
     source = CUT_SETS[cfg.dataset]
     whole, test = _read(source.archive, cfg.root)
@@ -64,14 +66,15 @@ def open_cut(cfg: DataConfig) -> Sets:
 
 
 def prepare(dataset: str, root: str, download: bool = False) -> Path:
-    """Check the archive of ``cifar10``, ``cifar100`` or ``fashion_mnist``, unpack CIFAR's once, return the folder.
+    """Verify an archive (CIFAR: unpack it once) and return its folder.
 
     Args:
+        dataset: cifar10, cifar100 or fashion_mnist.
         root: folder of the archive.
-        download: fetch the archive if it is not there.
+        download: fetch the archive if it is missing.
 
     Raises:
-        UserError: another data set; no archive; a wrong checksum; a failed download; a root that cannot be written.
+        UserError: another data set, no archive, a wrong checksum, a failed download, or an unwritable root.
     """
     archives = [source.archive for source in CUT_SETS.values()]
     archive = CUT_SETS[dataset].archive if dataset in CUT_SETS else dataset
@@ -83,7 +86,7 @@ def prepare(dataset: str, root: str, download: bool = False) -> Path:
 
 
 def _read(archive: str, root: str, download: bool = False) -> tuple[LongTailSet, LongTailSet]:
-    """The balanced training set and the test set."""
+    """Read the balanced training set and the test set."""
     return (_read_idx_files if archive == "fashion_mnist" else _read_cifar)(archive, root, download)
 
 
@@ -92,7 +95,7 @@ def _cifar(archive: str) -> type[datasets.CIFAR10]:
 
 
 def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, LongTailSet]:
-    """torchvision checks every md5 before it unpickles a file."""
+    """Read CIFAR; torchvision verifies every md5 before it unpickles a file."""
     cifar = _cifar(archive)
     if not root:
         raise UserError(f"data.root: got nothing, expected the folder of {cifar.filename}; set data.root=FOLDER")
@@ -100,8 +103,8 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
     try:
         if download or check_integrity(folder / cifar.filename, cifar.tgz_md5):
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{cifar.base_folder}.lock"):  # of several ranks one unpacks
-                cifar(folder, download=True)  # uses an archive that is there and sound
+            with FileLock(folder / f".{cifar.base_folder}.lock"):  # one rank unpacks, the others wait
+                cifar(folder, download=True)  # does not download if the archive exists and is intact
         splits = [cifar(folder, train=is_train) for is_train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise UserError(
@@ -116,7 +119,7 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
 
 
 def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSet, LongTailSet]:
-    """Grey images in gzipped IDX files, as RGB."""
+    """Read gray images of gzipped IDX files as RGB."""
     fashion = datasets.FashionMNIST
     folder = _idx_folder(root)
     try:
@@ -137,14 +140,14 @@ def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSe
 
 
 def _idx_folder(root: str) -> Path:
-    """The folder of the IDX files: root, or where torchvision downloads them to; without a root Debian's."""
+    """Return the folder of the IDX files: root or torchvision's below it, else Debian's."""
     folder = Path(root).expanduser() if root else DEBIAN_FOLDER
     downloaded = folder / "FashionMNIST" / "raw"
     return downloaded if downloaded.is_dir() else folder
 
 
 def _read_idx(file: Path) -> np.ndarray:
-    """An IDX file whose uncompressed bytes are the published ones."""
+    """Read an IDX file and verify the md5 of its uncompressed bytes."""
     data = gzip.decompress(file.read_bytes())
     if (md5 := hashlib.md5(data, usedforsecurity=False).hexdigest()) != IDX_MD5[file.name]:
         raise RuntimeError(f"md5 of what {file.name} holds is {md5}, expected {IDX_MD5[file.name]}")
