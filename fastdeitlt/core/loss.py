@@ -80,7 +80,7 @@ def joint_loss(
 
     Returns:
         loss, cls_loss, dist_loss, all differentiable. With ``weights`` the DIST loss is the weighted mean over the
-        batch given, and 0 where all its weights are 0 (the same with ``cls_weights`` for the CLS loss); soft
+        batch, and 0 where all its weights are 0 (the same with ``cls_weights`` for the CLS loss); soft
         distillation is ``tau^2 KL(teacher || DIST) / (B K)``, and its weights tilt the teacher's distribution,
         ``p_c w_c / sum p w``.
 

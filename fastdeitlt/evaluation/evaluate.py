@@ -1,4 +1,4 @@
-"""Stage 9, evaluation: run a model over every image of a set once; metrics.py scores what comes out."""
+"""Stage 9, evaluation: logits of a model on every image of a set, scored by metrics.py."""
 
 # B batch, C channels, H height, W width, K classes, N images in the set
 
@@ -39,11 +39,11 @@ log = logging.getLogger("fastdeitlt")
 
 
 class OneHead(nn.Module):
-    """A flat model, such as the teacher, as a student whose heads agree; ``score_single`` scores either.
+    """Adapter that gives a flat model, such as the teacher, a student's interface with two equal heads.
 
     Args:
         model: maps images_BCHW to logits_BK.
-        logit_scale: what to multiply the logits by, so that their softmax is the one that the model was trained with.
+        logit_scale: factor on the logits for the softmax of the model's training loss.
     """
 
     def __init__(self, model: nn.Module, logit_scale: float = 1.0) -> None:
@@ -52,16 +52,16 @@ class OneHead(nn.Module):
         self.train(model.training)
 
     def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's logits_BK, scaled, twice."""
+        """Return the model's scaled logits_BK twice."""
         logits_BK = self.model(images_BCHW) * self.logit_scale
         return logits_BK, logits_BK
 
 
 class WithCosine(nn.Module):
-    """A student that also notes how much alike its CLS and DIST features are, for each image that it sees.
+    """Student that also records the cosine of its CLS and DIST features for each image.
 
-    The features are those that the heads read, after the last norm. One minus their cosine is the paper's diversity of
-    the experts. Source: DeiT-LT deit.py, ``nn.CosineSimilarity(dim=1, eps=1e-6)``.
+    The features are the heads' inputs, after the last norm. One minus their cosine is the paper's diversity of the
+    experts. Source: DeiT-LT deit.py, ``nn.CosineSimilarity(dim=1, eps=1e-6)``.
     """
 
     def __init__(self, student: DistilledViT) -> None:
@@ -71,13 +71,13 @@ class WithCosine(nn.Module):
         self._cosines: list[Tensor] = []
 
     def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's (cls_logits_BK, dist_logits_BK)."""
+        """Return the student's (cls_logits_BK, dist_logits_BK)."""
         x_B2D = self.student.forward_prefix(images_BCHW)
         self._cosines.append(cosine_similarity(x_B2D[:, 0].float(), x_B2D[:, 1].float(), dim=1, eps=1e-6))
         return self.student.head(x_B2D[:, 0]), self.student.head_dist(x_B2D[:, 1])
 
     def cosine_N(self, total: int, device: torch.device) -> Tensor:
-        """The cosines [N] of the ``total`` images that the ranks saw through ``gather_logits``, on every rank."""
+        """Gather the cosines [N] of ``gather_logits``'s ``total`` images from all ranks, on every rank."""
         seen_B = torch.cat(self._cosines).cpu() if self._cosines else torch.zeros(0)
         return distributed.gather_interleaved(seen_B, total, device)
 
@@ -93,18 +93,18 @@ def collect_logits(
     autocast_dtype: torch.dtype | None = None,
     sample_N: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of a model's two heads on each image exactly once, in order; the last batch is simply smaller.
+    """Compute the logits of both heads on each image exactly once, in order; the last batch may be smaller.
 
     Args:
-        model: has ``forward_heads``, as a student or ``OneHead``; in eval mode for the call, then in the mode it had.
-        source: gives the images of ``images``.
+        model: has ``forward_heads``, as a student or ``OneHead``; in eval mode during the call, then restored.
+        source: pixels of ``images``.
         preprocess: size of the centre crop, size of the shorter side before it, normalisation.
         autocast_dtype: type of matrix multiplications, None for the weights' own.
-        sample_N: which images, None for all. Ranks take disjoint parts such as ``arange(rank, N, world_size)``.
+        sample_N: indices of the images, None for all. Ranks use disjoint parts such as ``arange(rank, N, world_size)``.
 
     Returns:
         (cls_logits_NK, dist_logits_NK, labels_N), float32 and int64, on the CPU. The label of an image that could not
-        be read (``data.on_error=skip``) is LEFT_OUT, and scores leave it out.
+        be read (``data.on_error=skip``) is LEFT_OUT, which scores ignore.
     """
     if sample_N is None:
         sample_N = np.arange(len(images))
@@ -137,7 +137,7 @@ def gather_logits(
     device: torch.device,
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``collect_logits`` of all images on every rank, each of which runs its share; ``how`` as there."""
+    """Collect the logits of all images on every rank, each of which computes a part; ``how``: ``collect_logits``."""
     sample_N = np.arange(distributed.rank(), len(images), distributed.get_world())
     mine = collect_logits(model, source, images, preprocess, device=device, sample_N=sample_N, **how)
     cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(p, len(images), device) for p in mine)
@@ -152,16 +152,16 @@ def evaluate(
     json_path: str | Path | None = None,
     csv_path: str | Path | None = None,
 ) -> Result:
-    """Score a saved model, print the tables of both splits, and write the scores if asked.
+    """Score a saved model, print the tables of both splits, and optionally write the scores.
 
-    A student scored on test images is scored once more with what its validation images can fit (posthoc.py), where
-    there are some. Ranks that torchrun starts share the images; each returns the whole result, rank 0 prints.
+    A student on test images is also scored with post-hoc corrections fitted on its validation images (posthoc.py), if
+    it has any. Ranks started by torchrun divide the images; each returns the whole result, rank 0 prints.
 
     Args:
         path: a model folder, a run folder, or a released student checkpoint.
-        overrides: settings such as ``data.root=/images``, over those of the run that the model is from. Without a run
-            they are over the quick start's, whose images are the embedded set.
-        split: train, val or test; the only one that the data set must have.
+        overrides: settings such as ``data.root=/images``, which override those of the model's run, or without a run
+            the quick start's, whose images are the embedded set.
+        split: train, val or test; with train also required if the model's file has no class counts.
         json_path: file for all scores.
         csv_path: file for a row a class: training images, images, accuracy of each head with its 95 % interval.
 
@@ -186,7 +186,7 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> tuple[Result, PostH
     """Score an opened model on a split of ``cfg.data``.
 
     Returns:
-        The scores; of a student on test images, what its validation images can fit, where there are some; the images.
+        The scores; for a student on test images, post-hoc scores, if there are validation images; the images.
 
     Raises:
         UserError: no such split, or classes that the model does not have.
@@ -207,7 +207,7 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> tuple[Result, PostH
 
 
 def _report_absent(images: LongTailSet, where: str) -> None:
-    """Log the classes of the model that a split has no images of: means over classes leave them out."""
+    """Log the model's classes without images in a split: means over classes ignore them."""
     if absent := [label for label, count in enumerate(images.counts) if count == 0]:
         names = images.class_names or [f"class {label}" for label in range(images.num_classes)]
         named = listed(names[label] for label in absent)
@@ -215,7 +215,7 @@ def _report_absent(images: LongTailSet, where: str) -> None:
 
 
 def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """(cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's order of classes."""
+    """Return (cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's class order."""
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
     source = open_source(images, cfg.data.model_copy(update={"exif": saved.preprocess.exif}), device, scored=True)
@@ -256,7 +256,7 @@ def _write(
 
 
 def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:
-    """A row a class: number, name, training images, images scored; accuracy of each head and its Wilson interval."""
+    """Return CSV, a row a class: number, name, training images, images; each head's accuracy and Wilson interval."""
     text = io.StringIO()
     writer = csv.writer(text)
     measures = [f"{head}{part}" for head in result.heads for part in ("", " low", " high")]

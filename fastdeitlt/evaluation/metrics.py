@@ -1,4 +1,4 @@
-"""What a set of logits is worth: accuracy by head and by class size, per class, calibration.
+"""Scores of logits: accuracy by head, by class size and per class, and calibration.
 
 Accuracies are in per cent. "all" is over images; head, mid and tail are means of class accuracies, as in the official
 code (val-iisc/DeiT-LT engine.py, ``evaluate``) and OLTR's ``shot_acc``. A class or group without images is NaN, not 0.
@@ -22,7 +22,7 @@ from fastdeitlt.data.sets.counts import has_official_split, shot_groups
 from fastdeitlt.errors import NonFiniteError, UserError
 
 SELECT_BY = {"balanced": "mean class accuracy", "micro": "accuracy over images"}
-"""What ``evaluate.select_by`` selects by, in words."""
+"""Value of ``evaluate.select_by`` -> its description."""
 GROUPS = ("all", "head", "mid", "tail")
 LEFT_OUT = -100
 """Label of an image that could not be read."""
@@ -38,7 +38,7 @@ Grouped = dict[str, dict[str, Number]]  # split -> group -> value
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images of class ``label`` taken for class ``predicted``."""
+    """Number of images of class ``label`` predicted as class ``predicted``."""
 
     label: int
     predicted: int
@@ -47,7 +47,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Bin:
-    """One bar of a reliability diagram: mean confidence (0..1) and accuracy (0..1) of the images that fall in it."""
+    """One bar of a reliability diagram: mean confidence (0..1) and accuracy (0..1) of its images."""
 
     confidence: float
     accuracy: float
@@ -76,60 +76,60 @@ class Result:
 
     heads: dict[str, HeadResult]
     counts_K: list[int]
-    """Training images of each class: what head, mid and tail mean."""
+    """Training images of each class, which define head, mid and tail."""
     support_K: list[int]
     """Images of each class in the scored set."""
     num_classes: dict[str, dict[str, int]]
     """split -> group -> number of classes."""
     thirds: bool = False
-    """Whether ``official`` is the classes in thirds by size, because the data set has no published split."""
+    """Whether ``official`` is thirds of the classes by size, because the data set has no published split."""
     left_out: int = 0
-    """Images of the set that could not be read and count nowhere else (``data.on_error=skip``)."""
+    """Images that could not be read and are not scored (``data.on_error=skip``)."""
 
     @property
     def num_images(self) -> int:
-        """Images scored."""
+        """Number of scored images."""
         return sum(self.support_K)
 
     def size(self, what: str) -> str:
-        """How many images were scored, and how many left out, if any: ``1,000 images``."""
+        """Return the number of images scored, and of those left out, if any: ``1,000 images``."""
         left_out = f" ({self.left_out:,} unreadable ones are left out)" if self.left_out else ""
         return f"{self.num_images:,} {what}{left_out}"
 
     @property
     def main(self) -> str:
-        """The head that predicts: AVG of a student, TEACHER."""
+        """Name of the predicting head: AVG of a student, TEACHER of a flat model."""
         return next(iter(self.heads))
 
     def split_name(self, split: str = "official") -> str:
-        """What a split is called."""
+        """Return the title of a split."""
         return "thirds by class size" if self.thirds and split == "official" else f"{split} split"
 
     def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
-        """Top-1 accuracy in per cent of a head, by default ``main``; NaN where the group has no images."""
+        """Return a head's top-1 accuracy in per cent, by default ``main``'s; NaN for a group without images."""
         return self.heads[head or self.main].top1[split][group]
 
     def selection_accuracy(self, select_by: str) -> float:
-        """Accuracy of the main head in per cent that chooses weights: ``balanced`` (mean of classes) or ``micro``."""
+        """Return the main head's accuracy in per cent that selects weights: ``balanced`` or ``micro``."""
         head = self.heads[self.main]
         return head.balanced_accuracy if select_by == "balanced" else head.top1["threshold"]["all"]
 
     def class_accuracy(self, head: str) -> np.ndarray:
-        """Accuracy of each class in per cent, float64 [K], NaN for a class without images."""
+        """Return the accuracy of each class in per cent, float64 [K], NaN for a class without images."""
         with np.errstate(invalid="ignore"):
             return 100 * np.array(self.heads[head].correct_K) / np.array(self.support_K)
 
     def class_interval(self, head: str) -> np.ndarray:
-        """Wilson 95 % interval of each class's accuracy in per cent, float64 [K, 2]."""
+        """Return the Wilson 95 % interval of each class's accuracy in per cent, float64 [K, 2]."""
         return wilson_interval(np.array(self.heads[head].correct_K), np.array(self.support_K))
 
     def to_json(self) -> dict[str, Any]:
-        """Nested lists and numbers of standard JSON; NaN becomes None."""
+        """Return standard JSON; NaN becomes None."""
         return json.loads(_RESULT.dump_json(self))
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "Result":
-        """The inverse of ``to_json``.
+        """Build a result from ``to_json``'s tree.
 
         Raises:
             UserError: the tree is not a Result's.
@@ -144,7 +144,7 @@ class Result:
     def table(
         self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> Table:
-        """Rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail; an empty group shows '-'."""
+        """Return a table of rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail."""
         table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.size('images')}")
         table.add_column("")
         for group in GROUPS:
@@ -159,7 +159,7 @@ class Result:
     def beside(
         self, split: str, teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> dict[str, dict[str, float]]:
-        """Rows to compare with, group -> per cent: the teacher, guessing uniformly, a published result."""
+        """Return rows to compare with, group -> per cent: teacher, uniform guess, published result."""
         rows = {"teacher": teacher.heads[teacher.main].top1[split]} if teacher else {}
         rows["chance"] = dict.fromkeys(GROUPS, 100 / len(self.counts_K))
         return rows | ({"published": published} if published else {})
@@ -169,12 +169,12 @@ _RESULT = TypeAdapter(Result)
 
 
 def cell(value: float | None, digits: int = 1) -> str:
-    """A number for a table, '-' where there is none."""
+    """Format a number for a table, '-' for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def wilson_interval(correct: np.ndarray, total: np.ndarray, z: float = WILSON_Z) -> np.ndarray:
-    """Wilson score interval of a proportion in per cent, [..., 2]; NaN where total is 0.
+    """Return the Wilson score interval of a proportion in per cent, [..., 2]; NaN where total is 0.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -195,10 +195,8 @@ def score(
 ) -> Result:
     """Score a student: the CLS head, the DIST head and AVG, the mean of their logits (official ``engine.evaluate``).
 
-    The order of the images does not matter, so the parts of several ranks are simply concatenated.
-
-    ``counts`` are the training images of each class, ``dataset`` the name whose official split is reported too. The
-    arithmetic is done on ``device``, part by part.
+    The order of the images does not matter. ``counts`` are the training images of each class, ``dataset`` the name
+    whose official split is reported too. The arithmetic runs on ``device``, in chunks.
 
     Raises:
         UserError: no images, shapes disagree, or labels outside 0..K-1.
@@ -256,7 +254,7 @@ def _score(
 
 
 def readable(*parts: Tensor) -> tuple[Tensor, ...]:
-    """Logits and, last, labels, without the images that could not be read."""
+    """Drop the images that could not be read from logits and, last, labels."""
     read_N = parts[-1] != LEFT_OUT
     return parts if read_N.all() else tuple(part[read_N.to(part.device)] for part in parts)
 
@@ -329,7 +327,7 @@ def _score_head(
 
 
 def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-    """(predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score) of each image, in float64."""
+    """Return (predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score) of each image, in float64."""
     largest_N1, predicted_N1 = logits_NK.max(dim=1, keepdim=True)
     predicted_N, own_N1 = predicted_N1.squeeze(1), labels_N[:, None]
     shifted_NK = logits_NK.double() - largest_N1
@@ -343,7 +341,7 @@ def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
 
 
 def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Images by confidence in equal bins of 0..1, empty ones left out (Guo et al. 2017, section 2)."""
+    """Bin images by confidence in equal bins of 0..1, without empty ones (Guo et al. 2017, section 2)."""
     index_N = (confidence_N * num_bins).long().clamp(max=num_bins - 1)
     num_images = torch.bincount(index_N, minlength=num_bins)
     confidence = torch.bincount(index_N, weights=confidence_N.double(), minlength=num_bins) / num_images
@@ -353,7 +351,7 @@ def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BI
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Expected calibration error in per cent (mean gap between confidence and accuracy); NaN without images."""
+    """Return the expected calibration error in per cent (mean |confidence - accuracy|); NaN without images."""
     total = sum(b.num_images for b in bins)
     return 100 * sum(b.num_images * abs(b.confidence - b.accuracy) for b in bins) / total if total else math.nan
 

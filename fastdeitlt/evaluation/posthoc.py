@@ -1,8 +1,8 @@
-"""What validation images can still improve after training: temperature, class prior, the weight of the two heads.
+"""Post-hoc corrections fitted on validation images: temperature, class prior, the weight of the two heads.
 
-Each method gives logits that are a sum of up to three features of the heads' log-probabilities, with weights that
-minimise the NLL of validation images, every class counting the same. That is a convex problem, solved by Newton's
-method, so a fit has no settings and no seed. Test images are never fitted on.
+The logits of each method are a sum of up to three features of the heads' log-probabilities, with weights that minimise
+the NLL of validation images, averaged over classes. This convex problem is solved by Newton's method, so a fit has no
+settings and no seed. No method is fitted on test images.
 """
 
 # N images, K classes, F features of a method
@@ -26,7 +26,7 @@ CHUNK = 2048
 HEADER = ["", *GROUPS, "ECE", "NLL", "fitted"]
 MAX_STEPS = 50
 MAX_TEMPERATURE = 100.0
-"""Of a method that is a temperature alone: it may flatten the probabilities of a bad model, not turn them over."""
+"""Upper bound of a temperature alone: it may flatten the probabilities of a bad model, but not reverse their order."""
 TOLERANCE = 1e-10
 
 # (cls_logits_NK, dist_logits_NK, log_prior_K) -> F features [N, K]
@@ -44,13 +44,13 @@ def _heads(cls_NK: Tensor, dist_NK: Tensor, *, towards_dist: Tensor | None = Non
 
 
 def _size(log_prior_K: Tensor) -> Tensor:
-    """Log of the class size [K], standardised: 0 on average, deviation 1; all 0 where classes are of one size."""
+    """Return the standardised log of the class sizes [K]; all 0 if the sizes are equal."""
     centred_K = log_prior_K - log_prior_K.mean()
     return centred_K / centred_K.square().mean().sqrt().clamp_min(1e-6)
 
 
 def _doubt(cls_NK: Tensor, dist_NK: Tensor) -> Tensor:
-    """How much more in doubt CLS is than DIST, -1..1 [N, 1]: the difference of their entropies over log K."""
+    """Return the difference of the entropies of CLS and DIST over log K, -1..1 [N, 1]."""
     entropies = [-(p.exp() * p).sum(1, keepdim=True) for p in _heads(cls_NK, dist_NK)]
     return (entropies[0] - entropies[1]) / math.log(max(cls_NK.shape[1], 2))
 
@@ -64,7 +64,7 @@ METHODS: dict[str, tuple[Features, tuple[float, ...]]] = {
     "fusion by class size": (lambda c, d, p: _heads(c, d, towards_dist=_size(p)), (0.5, 0.5, 0.0)),
     "fusion by entropy": (lambda c, d, _: _heads(c, d, towards_dist=_doubt(c, d)), (0.5, 0.5, 0.0)),
 }
-"""Name -> its features, and the weights at which it changes nothing (those of AVG).
+"""Name -> its features, and the weights that leave the heads' logits unchanged (for a fusion, those of AVG).
 
 Temperature: Guo et al. 2017, section 4.2. Class prior: Menon et al. 2021, eq. 9, ``logits - tau log prior``. Fusion:
 the weight alpha of the DIST head, one for all images, linear in the log of the class size, or linear in the difference
@@ -73,21 +73,21 @@ of the heads' entropies."""
 
 @dataclass(frozen=True)
 class PostHoc:
-    """What each method does to the test images."""
+    """Fitted methods and their scores on test images."""
 
     num_fitted: int
-    """Validation images that the weights were fitted on."""
+    """Number of validation images of the fit."""
     weights: dict[str, list[float]]
     """Method -> weights [F] of its features."""
     meaning: dict[str, str]
-    """Method -> its weights in the field's terms."""
+    """Method -> its weights as temperature, tau and alpha."""
     result: Result
-    """Scores with methods for heads; "AVG" first, as trained."""
+    """Scores with methods as heads; "AVG" first, uncorrected."""
     prior_known: dict[str, Number]
-    """Shifted prior -> accuracy in per cent under it of "AVG, class prior" that is told the prior; see shift.py."""
+    """Shifted prior -> accuracy in per cent of "AVG, class prior" adjusted to that prior; see shift.py."""
 
     def rows(self, split: str = "official") -> list[list[str]]:
-        """A row a method: name, accuracy of all, head, mid, tail, ECE and NLL of all, what was fitted."""
+        """Return a row a method: name, accuracy of all, head, mid, tail, ECE and NLL of all, fitted weights."""
         return [
             [
                 name,
@@ -100,7 +100,7 @@ class PostHoc:
         ]
 
     def table(self, split: str = "official") -> Table:
-        """``rows`` for a terminal."""
+        """Return ``rows`` as a table for a terminal."""
         name = self.result.split_name(split)
         table = Table(
             title=f"test images, fitted on {self.num_fitted:,} validation images, {name}",
@@ -114,38 +114,38 @@ class PostHoc:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """Standard JSON."""
+        """Return standard JSON."""
         return json.loads(_POST_HOC.dump_json(self))
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "PostHoc":
-        """The inverse of ``to_json``.
+        """Build the scores from ``to_json``'s tree.
 
         Raises:
             UserError: the tree is something else.
         """
         try:
-            found = _POST_HOC.validate_python(tree)
+            scores = _POST_HOC.validate_python(tree)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(
                 f"post-hoc scores: {where}: {first['msg']}; expected what `fastdeitlt eval` writes"
             ) from None
-        return replace(found, result=Result.from_json(tree["result"]))
+        return replace(scores, result=Result.from_json(tree["result"]))
 
 
 _POST_HOC = TypeAdapter(PostHoc)
 
 
 def log_prior(counts: Sequence[int]) -> Tensor:
-    """Log of each class's share of the training images, float64 [K]; a class without images counts as one image."""
+    """Return the log of the class frequencies in training, float64 [K]; an empty class counts as one image."""
     counts_K = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
     return (counts_K / counts_K.sum()).log()
 
 
 def apply(method: str, weights: Sequence[float], cls_NK: Tensor, dist_NK: Tensor, log_prior_K: Tensor) -> Tensor:
-    """Logits [N, K] of a method, float32, from the heads' logits."""
+    """Compute the logits [N, K] of a method, float32, from the heads' logits."""
     features, _ = METHODS[method]
     parts = [
         sum(w * feature for w, feature in zip(weights, features(c.double(), d.double(), log_prior_K), strict=True))
@@ -155,10 +155,10 @@ def apply(method: str, weights: Sequence[float], cls_NK: Tensor, dist_NK: Tensor
 
 
 def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prior_K: Tensor) -> list[float]:
-    """Weights [F] that minimise the NLL of the labels, averaged over the images of a class, then over classes.
+    """Fit weights [F] that minimise the NLL of the labels, averaged over the images of a class, then over classes.
 
-    A Gaussian prior of deviation 1 around "no change", which weighs as much as one image, keeps the weights finite
-    where every image is classified without an error.
+    A Gaussian prior of deviation 1 around "no change", weighted like one image, keeps the weights finite if every image
+    is classified correctly.
     """
     features, start = METHODS[method]
     support_K = labels_N.bincount(minlength=cls_NK.shape[1]).double()
@@ -168,7 +168,7 @@ def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prio
     chunks = list(zip(*(x.split(CHUNK) for x in (cls_NK, dist_NK, labels_N, share_N)), strict=True))
 
     def loss(weights_F: Tensor) -> tuple[float, Tensor, Tensor]:
-        """(loss, gradient [F], Hessian [F, F])"""
+        """Return loss, gradient [F] and Hessian [F, F]."""
         offset_F = weights_F - start_F
         total = ridge * float(offset_F.square().sum()) / 2
         gradient_F, hessian_FF = ridge * offset_F, ridge * torch.eye(len(start), dtype=torch.float64)
@@ -194,15 +194,15 @@ def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prio
         if decrease < TOLERANCE:
             break
         length = 1.0
-        while (found := loss(weights_F - length * step_F))[0] > value - length * decrease / 4 and length > 1e-6:
+        while (trial := loss(weights_F - length * step_F))[0] > value - length * decrease / 4 and length > 1e-6:
             length /= 2
         weights_F = weights_F - length * step_F
-        value, gradient_F, hessian_FF = found
+        value, gradient_F, hessian_FF = trial
     return weights_F.tolist() if len(start) > 1 else [max(float(weights_F), 1 / MAX_TEMPERATURE)]
 
 
 def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
-    """The weights of a method in the field's terms: temperature T, strength tau of the prior, weight alpha of DIST."""
+    """Format a method's weights as temperature T, strength tau of the prior and weight alpha of DIST."""
     total = weights[0] if len(weights) == 1 or method == "AVG, class prior" else weights[0] + weights[1]
     if not total > 0:
         return "no sense to make of it: the heads' order of classes is worse than chance"
@@ -225,7 +225,10 @@ def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
 
 
 def temperatures(val: tuple[Tensor, Tensor, Tensor], counts: Sequence[int]) -> dict[str, float]:
-    """Temperature of AVG, CLS and DIST fitted on (cls_logits_NK, dist_logits_NK, labels_N): they divide the logits."""
+    """Fit temperatures of AVG, CLS and DIST, which divide the logits.
+
+    ``val`` is (cls_logits_NK, dist_logits_NK, labels_N).
+    """
     cls_NK, dist_NK, labels_N = readable(*val)
     log_prior_K = log_prior(counts)
     heads = ("AVG", "CLS", "DIST")
@@ -251,17 +254,17 @@ def post_hoc(
     logits = {method: apply(method, w, cls_NK, dist_NK, log_prior_K) for method, w in weights.items()}
     average_NK = (cls_NK.float() + dist_NK.float()) / 2
     heads = {"AVG": average_NK, "AVG, class prior, tau = 1": average_NK - log_prior_K.float()}
-    known: dict[str, float] = {}
+    prior_known: dict[str, float] = {}
     for name, rho in SHIFTS.items():
         prior_K = torch.from_numpy(shifted_prior(counts, rho))
         predicted_N = (logits["AVG, class prior"] + prior_K.log().float()).argmax(1)
         correct_K = labels_N[predicted_N == labels_N].bincount(minlength=len(counts))
         support_K = labels_N.bincount(minlength=len(counts))
-        known[name] = accuracy_under(prior_K.numpy(), correct_K.numpy(), support_K.numpy())
+        prior_known[name] = accuracy_under(prior_K.numpy(), correct_K.numpy(), support_K.numpy())
     return PostHoc(
         num_fitted=num_fitted,
         weights=weights,
         meaning={method: describe(method, w, log_prior_K) for method, w in weights.items()},
         result=score_heads(heads | logits, labels_N, counts, dataset),
-        prior_known=known,
+        prior_known=prior_known,
     )

@@ -1,8 +1,8 @@
-"""Accuracy where classes are not equally frequent: test sets with a long tail, forward or backward.
+"""Accuracy under shifted class priors: test sets with a long tail, forward or backward.
 
-A shifted test set is usually drawn from the balanced one (LADE, Hong et al. 2021; SADE, Zhang et al. 2022). Its
-expected accuracy is the mean of class accuracies under its prior, which is what is computed here: the same number
-without the noise of a draw, and with every test image used.
+A shifted test set is usually sampled from the balanced one (LADE, Hong et al. 2021; SADE, Zhang et al. 2022). Here its
+expected accuracy is computed, the mean of class accuracies under its prior, without sampling noise and from every test
+image.
 """
 
 # K classes
@@ -20,18 +20,18 @@ SHIFTS: dict[str, float] = {
     "uniform": 1.0,
     **{f"backward {rho}": 1 / rho for rho in (2, 5, 10, 25, 50)},
 }
-"""Name -> frequency of the most over that of the least frequent class in training. Below 1: the tail is in front."""
+"""Name -> test frequency of the class largest in training over that of the smallest. Below 1: reversed tail."""
 
 
 def shifted_prior(counts: Sequence[int], rho: float) -> np.ndarray:
-    """Share of each class [K] where sizes fall exponentially, by ``rho`` in all, in the order of training sizes."""
+    """Return the prior [K] that falls exponentially, by ``rho`` in total, in the order of training sizes."""
     rank_K = np.argsort(class_order(counts), kind="stable")
     share_K = rho ** -(rank_K / max(len(counts) - 1, 1))
     return share_K / share_K.sum()
 
 
 def accuracy_under(prior_K: np.ndarray, correct_K: np.ndarray, support_K: np.ndarray) -> float:
-    """Accuracy in per cent under a prior; classes without test images are left out, NaN if none has any."""
+    """Return the accuracy in per cent under a prior over classes with test images; NaN if none has any."""
     present_K = support_K > 0
     if not present_K.any():
         return float("nan")
@@ -40,7 +40,7 @@ def accuracy_under(prior_K: np.ndarray, correct_K: np.ndarray, support_K: np.nda
 
 
 def accuracies(result: Result) -> dict[str, dict[str, float]]:
-    """Head -> name of the shift -> accuracy in per cent."""
+    """Return head -> name of the shift -> accuracy in per cent."""
     support_K = np.array(result.support_K)
     priors = {name: shifted_prior(result.counts_K, rho) for name, rho in SHIFTS.items()}
     return {
@@ -50,7 +50,7 @@ def accuracies(result: Result) -> dict[str, dict[str, float]]:
 
 
 def table(shifted: Mapping[str, Mapping[str, float]], prior_known: Mapping[str, float] | None = None) -> Table:
-    """Rows of shifts, columns of heads, for a terminal; ``prior_known`` as in ``PostHoc``."""
+    """Return a table for a terminal, rows of shifts, columns of heads; ``prior_known`` as in ``PostHoc``."""
     columns = dict(shifted) | ({"AVG, told the prior": prior_known} if prior_known else {})
     table = Table(title="accuracy in % where classes are not equally frequent (ratio of first to last class)")
     table.add_column("test classes")

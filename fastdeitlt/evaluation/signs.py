@@ -1,7 +1,7 @@
-"""The signs that DeiT-LT is failing, watched at each evaluation once re-weighting has started.
+"""Signs that DeiT-LT is failing, checked at each evaluation once re-weighting has started.
 
-They are the ones to look for in a run of the method: a DIST head that is no expert for the tail, a head that pays too
-much for it, and tail classes learned by heart. Each is said in plain words with its figures.
+A DIST head that is no better than CLS on the tail, too large a loss of accuracy on the head classes, and overfitted
+tail classes. Each is described in words with its figures.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from fastdeitlt.evaluation.metrics import Result
 
 SPLIT = "official"
 HEAD_DROP = 10.0
-"""Points below the baseline on the head that are too many."""
+"""Largest acceptable loss on head classes against the baseline, in points."""
 TAIL_FALL = 5.0
-"""Points that the tail may lose on held-out images; or two standard errors, where few images make those more."""
+"""Largest acceptable loss on held-out tail images, in points; or two standard errors, if those are more."""
 NUM_TAIL_IMAGES = 1024
-"""Training images of tail classes that are scored at each evaluation, at most."""
+"""Maximum number of training images of tail classes to score at each evaluation."""
 
 
 @dataclass(frozen=True)
@@ -28,46 +28,46 @@ class Reading:
     """One evaluation of some weights."""
 
     epoch: int
-    """From 0."""
+    """Epoch, from 0."""
     scores: Result
-    """On the images that choose the weights."""
+    """Scores on the images that select the weights."""
     tail_seen: Result
-    """On training images of tail classes, not augmented."""
+    """Scores on training images of tail classes, not augmented."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One check."""
+    """Result of one check."""
 
     name: str
     """"tail expert", "head" or "overfitting"."""
     seen: bool
-    """Whether the run shows it."""
+    """Whether the run has the problem."""
     text: str
-    """What was found, in words and figures."""
+    """Description with figures."""
 
     def to_json(self) -> dict[str, Any]:
-        """Standard JSON."""
+        """Return standard JSON."""
         return asdict(self)
 
 
 def tail_images(images: LongTailSet, dataset: str) -> LongTailSet:
-    """The training images of the tail classes (official split), evenly spaced ones where they are many."""
+    """Return training images of the tail classes (official split), evenly spaced if more than the maximum."""
     tail_N = np.flatnonzero(np.isin(images.labels, shot_groups(images.counts, SPLIT, dataset)["tail"].numpy()))
     return images.take(tail_N[np.linspace(0, len(tail_N) - 1, min(NUM_TAIL_IMAGES, len(tail_N))).astype(np.int64)])
 
 
 def check(readings: Sequence[Reading], drw_epoch: int, baseline_head: float = 0.0) -> list[Sign]:
-    """The signs at the last reading.
+    """Return the signs at the last reading.
 
     Args:
-        readings: of the same weights, in order; the last is of an epoch with re-weighting.
+        readings: readings of the same weights, in order; the last is of an epoch with re-weighting.
         drw_epoch: first re-weighted epoch.
         baseline_head: accuracy in per cent on head classes to compare with; 0 = AVG's best before re-weighting.
 
     Returns:
-        Those that can be judged: without a reading before re-weighting and without a baseline, nothing is said about
-        the head; without images of a group, nothing about that group.
+        The signs that can be judged: none about the head classes without a reading before re-weighting or a baseline,
+        none about a group without images.
     """
     now, after = readings[-1], [reading for reading in readings if reading.epoch >= drw_epoch]
     before = [reading for reading in readings if reading.epoch < drw_epoch]
@@ -108,7 +108,10 @@ def _head(now: Reading, before: Sequence[Reading], baseline_head: float) -> Sign
 
 
 def _overfitting(readings: Sequence[Reading]) -> Sign | None:
-    """Held-out tail accuracy falls from its best since re-weighting while that on training images does not."""
+    """Check whether held-out tail accuracy falls from its best while that on training images does not.
+
+    The first reading is the last before re-weighting, if any.
+    """
     now = readings[-1]
     held, seen = _on_tail(now)
     if np.isnan(held) or np.isnan(seen):
@@ -132,5 +135,5 @@ def _overfitting(readings: Sequence[Reading]) -> Sign | None:
 
 
 def _on_tail(reading: Reading) -> tuple[float, float]:
-    """AVG on the tail in per cent: held-out images, training images."""
+    """Return AVG's accuracy on the tail in per cent: held-out images, training images."""
     return reading.scores.accuracy("AVG", "tail", SPLIT), reading.tail_seen.accuracy("AVG", "tail", SPLIT)

@@ -1,6 +1,6 @@
-"""The student (a distilled Vision Transformer), the frozen teacher (a CNN), and how both are loaded and saved.
+"""Student (a distilled Vision Transformer) and frozen teacher (a CNN): networks, checkpoints and saved models.
 
-Imports ``data``, ``kernels`` and ``store``; everything that runs a network imports it.
+Imports ``data``, ``kernels`` and ``store``; imported by everything that runs a network.
 """
 
 from fastdeitlt.models.teacher import create_teacher, load_teacher

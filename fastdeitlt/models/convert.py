@@ -1,4 +1,4 @@
-"""Students in and out: checkpoints of the official code, of timm and of a run. Teachers: teachers/convert.py."""
+"""Student checkpoints of the official code, of timm and of a run. Teachers: teachers/convert.py."""
 # N tokens (CLS, DIST, patches), D width, H W patch grid
 
 import argparse
@@ -15,7 +15,7 @@ from fastdeitlt.store.checkpoint import read_folder
 
 
 def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:
-    """Return position embeddings for a square grid of another size, resampled by timm: the prefix is kept."""
+    """Resample position embeddings to a square grid of another size by timm; the prefix is kept."""
     if pos_embed_1ND.shape[1] == num_tokens:
         return pos_embed_1ND
     from timm.layers import resample_abs_pos_embed  # timm is slow to import
@@ -60,19 +60,19 @@ def load_student_state(model: DistilledViT, state: State, what: str = "student c
 
 
 def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[DistilledViT, dict[str, Any]]:
-    """A student in eval mode from a model folder, a released checkpoint of the official code, or timm's weights.
+    """Load a student in eval mode from a model folder, an official checkpoint or timm's weights.
 
     Args:
         path: a folder with manifest.json, a .pth of {"model", "model_ema", "args", ...}, or .safetensors.
         weights: "model", or "ema" for the moving average.
 
     Returns:
-        The model, and what the file knows: ``model`` {name, num_classes, img_size, depth}; where stored, ``class_map``
-        (the class of each label of the data set), ``class_names``, ``preprocess``, ``epoch``, ``args`` (the official
+        The model, and its metadata: ``model`` {name, num_classes, img_size, depth}; if stored, ``class_map`` (the
+        class of each label of the data set), ``class_names``, ``preprocess``, ``epoch``, ``args`` (the official
         command line) and accuracies.
 
     Raises:
-        UserError: no such file, damaged, holds code, not a distilled ViT, no such weights.
+        UserError: no such file, damaged, contains code, not a distilled ViT, no such weights.
     """
     path = Path(path)
     if weights not in ("model", "ema"):
@@ -97,7 +97,7 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
 
 
 def _arch_of(state: State, what: str) -> dict[str, Any]:
-    """Name, classes, image size and depth of a distilled ViT, read off its shapes."""
+    """Infer name, classes, image size and depth of a distilled ViT from its shapes."""
     _check_distilled(state, what)
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
@@ -112,7 +112,7 @@ def _arch_of(state: State, what: str) -> dict[str, Any]:
 
 
 def official_info(content: Any) -> dict[str, Any]:
-    """Return what an official checkpoint states beside its tensors, as plain Python."""
+    """Return the metadata of an official checkpoint as plain Python."""
     if not isinstance(content, dict):
         return {}
     info: dict[str, Any] = {key: float(value) for key, value in content.items() if isinstance(value, float | np.number)}

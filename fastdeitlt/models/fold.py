@@ -1,4 +1,4 @@
-"""Fold batch norms into the convolutions before them: the same function of an eval-mode network in fewer passes."""
+"""Folding of batch norms into the convolutions before them, for fewer passes in eval mode."""
 
 import copy
 import logging
@@ -12,16 +12,17 @@ _log = logging.getLogger("fastdeitlt")
 
 
 class _LayerTracer(fx.Tracer):
-    """Records which layer feeds which, with batch norms (timm's with an activation too) as single layers."""
+    """Tracer of layers, with batch norms (also timm's with an activation) as single layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """A copy of a network, in eval mode, whose batch norms are part of the plain convolutions that alone feed them.
+    """Copy a network in eval mode, with each batch norm folded into the plain convolution before it.
 
-    The function is the same up to rounding. A network that torch.fx cannot trace is copied as it is; the log says so.
+    Only if nothing else reads the convolution. Outputs are equal up to rounding. A network that torch.fx cannot trace
+    is copied unchanged, and this is logged.
     """
     network = copy.deepcopy(network).eval()
     try:

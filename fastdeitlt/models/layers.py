@@ -1,4 +1,4 @@
-"""The student's layers, under timm's parameter names, each in torch's operations or through a kernel."""
+"""Layers of the student under timm's parameter names, in torch operations or through a kernel."""
 # B batch, C channels, H W height and width of images_BCHW, N tokens, M of them, D width;
 # after the qkv projection: H heads, E width of a head (D = H E)
 
@@ -12,10 +12,10 @@ MLP_RATIO = 4
 
 
 class Linear(nn.Linear):
-    """A linear map, of which a call may ask for some of the output rows only, or leave the bias's gradient to others.
+    """Linear map with optional output rows only, or without a gradient of the bias.
 
-    A CPU's float32 product with bias first writes the bias to all of its output. Compiled there, whatever reads the
-    product adds the bias instead; for GPUs the compiler does so by itself.
+    A CPU's float32 product with bias first writes the bias to all of its output. When compiled there, the bias is added
+    separately, so that it fuses with the product's reader; for GPUs the compiler does this itself.
     """
 
     def forward(self, x: Tensor, rows: slice = slice(None), *, train_bias: bool = True) -> Tensor:
@@ -26,10 +26,10 @@ class Linear(nn.Linear):
 
 
 def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str = "sdpa") -> Tensor:
-    """Softmax attention of every token, or of the first ``num_queries``, to every token.
+    """Compute softmax attention of every token, or of the first ``num_queries``, to every token.
 
     Args:
-        impl: see ``kernels._pick``. The kernel gives the projection's bias its gradient as well, which would be another
+        impl: see ``kernels._pick``. The kernel also computes the gradient of the projection's bias, otherwise another
             pass over the gradient of the projection's output.
 
     Returns:
@@ -52,7 +52,7 @@ def _attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, imp
     from fastdeitlt.kernels.attention import attention, attention_first  # Triton is slow to import
 
     kernel = impl == "triton"
-    # the bias is read after the projection has run: ZeRO's stage 3 takes its weights away when it has
+    # read the bias only after the projection, at whose end ZeRO stage 3 frees its weights
     if num_queries is None:
         qkv_BN3HE = _packed(x_BND, qkv, heads, train_bias=not kernel)
         return attention(qkv_BN3HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
@@ -67,7 +67,7 @@ def _packed(x_BND: Tensor, qkv: Linear, heads: int, *, train_bias: bool = True) 
 def _apart(
     x_BND: Tensor, qkv: Linear, heads: int, num_queries: int, *, train_bias: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """q_BMHE and kv_BN2HE."""
+    """Return q_BMHE and kv_BN2HE."""
     width = x_BND.shape[-1]
     q_BMD = qkv(x_BND[:, :num_queries], slice(width), train_bias=train_bias)
     kv_BNF = qkv(x_BND, slice(width, None), train_bias=train_bias)
@@ -83,7 +83,7 @@ def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor
 
 
 def linear_gelu(x_BND: Tensor, linear: nn.Linear, impl: str = "torch") -> Tensor:
-    """Linear map with bias, then exact GELU; the kernel does both in one pass and sums the bias gradient in another."""
+    """Apply a linear map with bias, then exact GELU; the kernel adds the bias and applies GELU in one pass."""
     if pick("bias_gelu", impl, (linear.out_features,), x_BND.device) == "torch":
         return F.gelu(linear(x_BND))
     from fastdeitlt.kernels.bias_gelu import bias_gelu
@@ -92,14 +92,14 @@ def linear_gelu(x_BND: Tensor, linear: nn.Linear, impl: str = "torch") -> Tensor
 
 
 class PatchProjection(nn.Conv2d):
-    """Non-overlapping patches through one linear map: a convolution whose stride is its kernel.
+    """Linear map of non-overlapping patches: a convolution whose stride is its kernel size.
 
-    Trained as a matrix product, which is faster and whose gradients repeat bit for bit, as cuDNN's of a convolution
-    need not; evaluated as timm does it, so that logits are equal bit for bit.
+    In training it is a matrix product, faster and with gradients that are equal bit for bit between runs, unlike
+    cuDNN's; in eval mode a convolution as in timm, so that logits are equal bit for bit.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Patches row by row, [B, N, D]."""
+        """Project patches row by row, [B, N, D]."""
         if not self.training:
             return super().forward(images_BCHW).flatten(2).transpose(1, 2)
         patch = self.kernel_size[0]
@@ -109,7 +109,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Images to tokens."""
+    """Embedding of images as patch tokens."""
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class PatchEmbed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention up to the heads' outputs; ``proj`` is applied where the branch joins the stream."""
+    """Multi-head self-attention up to the heads' outputs; ``proj`` is applied in ``add_norm``."""
 
     def __init__(self, width: int, heads: int, impl: str) -> None:
         super().__init__()
@@ -130,12 +130,12 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
-        """Attention of all tokens, or of the first ``num_queries`` to all tokens."""
+        """Compute attention of all tokens, or of the first ``num_queries``, to all tokens."""
         return attend(x_BND, self.qkv, self.heads, num_queries, self.impl)
 
 
 class Mlp(nn.Module):
-    """Linear map and exact GELU; the second map, ``fc2``, is applied where the branch joins the stream."""
+    """Linear map and exact GELU; the second map, ``fc2``, is applied in ``add_norm``."""
 
     def __init__(self, width: int, impl: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The student's residual stream: drop path, and the sum of a branch with the norm that reads it as one operation."""
+"""Residual stream of the student: drop path, and a branch's sum fused with the norm that follows."""
 # B batch, S of its samples, N tokens, D width, E inputs of a branch's last linear map
 
 from typing import NamedTuple
@@ -13,21 +13,21 @@ DROP_PATH_LAWS = ("bernoulli", "count")
 
 
 class Kept(NamedTuple):
-    """Which samples of a batch run a residual branch (drop path)."""
+    """Samples of a batch that run a residual branch (drop path)."""
 
     scale_B11: Tensor
     """Factor on the branch: 0 or 1 / keep."""
     samples_S: Tensor | None = None
-    """The samples that run at all; None = all do, and those dropped are multiplied by 0."""
+    """Indices of the samples that are computed; None = all, and those dropped are multiplied by 0."""
 
 
 def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
-    """Drop path of one branch at the probability ``drop``; None where it drops nothing.
+    """Draw drop path of one branch with probability ``drop``; None if nothing is dropped.
 
-    Law "bernoulli" (timm's): each sample is kept on its own with probability 1 - drop and scaled by 1 / (1 - drop).
+    Law "bernoulli" (timm's): each sample is kept independently with probability 1 - drop and scaled by 1 / (1 - drop).
     Law "count": S = B - round(drop B) samples, at least one, are drawn without replacement and scaled by B / S; the
-    others are never computed. Each sample is kept with probability S / B, and in both laws the branch's expectation is
-    the branch, but here the draws of a batch depend on each other. Source: DINOv2 (arXiv 2304.07193) section 5.
+    others are not computed. Each is kept with probability S / B, but not independently. Both laws preserve the branch's
+    expectation. Source: DINOv2 (arXiv 2304.07193) section 5.
     """
     batch = x_BND.shape[0]
     if law == "bernoulli" and drop:
@@ -48,15 +48,15 @@ def add_norm(
     next_kept: Kept | None,
     impl: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Add a residual branch to the stream x, then norm the samples that the next branch runs.
+    """Add a residual branch to the stream x, then normalise the samples of the next branch.
 
     Args:
         x_BND: the stream.
         inner_SNE: the branch up to its last linear map.
         linear: that map.
-        kept: samples that have the branch.
+        kept: samples of this branch.
         norm: applied to the sum.
-        next_kept: samples that the next branch runs.
+        next_kept: samples of the next branch.
         impl: see ``kernels._pick``.
 
     Returns:
@@ -78,9 +78,9 @@ def add_norm(
 def _add_norm_kernel(
     x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
 ) -> tuple[Tensor, Tensor]:
-    """``add_norm`` through kernels/add_layernorm.py: one pass over the stream, nothing gathered or scattered.
+    """Compute ``add_norm`` by kernels/add_layernorm.py in one pass over the stream, without gather or scatter.
 
-    The kernel adds the linear map's bias and sums its gradient, which would be another pass over the branch's.
+    The kernel also adds the linear map's bias and sums its gradient, otherwise another pass.
     """
     from fastdeitlt.kernels.add_layernorm import add_layernorm
 
@@ -93,5 +93,5 @@ def _add_norm_kernel(
 
 
 def select(x_BND: Tensor, kept: Kept | None) -> Tensor:
-    """The samples that a branch runs."""
+    """Return the samples of a branch."""
     return x_BND if kept is None or kept.samples_S is None else x_BND.index_select(0, kept.samples_S)

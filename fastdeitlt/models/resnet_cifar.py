@@ -1,4 +1,4 @@
-"""ResNet-(6n+2) for 32-pixel images, option A: the teacher of the CIFAR recipes.
+"""ResNet-(6n+2) for 32-pixel images, option A: teacher of the CIFAR recipes.
 
 Source: He et al. 2016 (arXiv 1512.03385) section 4.2; parameter names and initialisation of the LDAM-DRW and PaCo code.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class NormedLinear(nn.Module):
     """Cosine classifier: unit features times unit class vectors; logits in [-1, 1].
 
-    Source: LDAM (arXiv 1906.07413), whose code keeps the weight as [F, K].
+    Source: LDAM (arXiv 1906.07413), whose code stores the weight as [F, K].
     """
 
     def __init__(self, in_features: int, num_classes: int) -> None:
@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """Three stages of 16, 32 and 64 channels. ``forward_features`` and ``forward_head`` are those of timm's models.
+    """Network of three stages of 16, 32 and 64 channels, with timm's ``forward_features`` and ``forward_head``.
 
     Args:
         depth: 6n + 2 layers.
@@ -71,12 +71,12 @@ class ResNetCifar(nn.Module):
         )
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
-        """Maps before pooling, [B, 64, H/4, W/4]."""
+        """Return the feature maps before pooling, [B, 64, H/4, W/4]."""
         x_BCHW = F.relu(self.bn1(self.conv1(images_BCHW)))
         return self.layer3(self.layer2(self.layer1(x_BCHW)))
 
     def forward_head(self, x_BCHW: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [B, K], or with ``pre_logits`` the pooled features [B, 64]."""
+        """Return logits [B, K], or with ``pre_logits`` the pooled features [B, 64]."""
         features_BF = x_BCHW.mean((2, 3))
         return features_BF if pre_logits else self.linear(features_BF)
 

@@ -1,4 +1,4 @@
-"""A saved model as those who use it need it: weights in eval mode, class names, and how to prepare images."""
+"""Saved models for inference: network in eval mode, class names and preprocessing."""
 
 # B batch, H height, W width, C channels, K classes
 
@@ -21,33 +21,33 @@ from fastdeitlt.store.files import read_json
 from fastdeitlt.store.manifest import Calibration, Preprocess
 
 DEFAULTS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.875}
-"""Preprocessing of a released checkpoint, which states none."""
+"""Preprocessing of a released checkpoint, which has none in its file."""
 
 EXPORTED = (".onnx", ".pt2")
-"""Files of `export`; its timm folders have a config.json."""
+"""Suffixes of exported files; exported timm folders have a config.json."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model from a model folder, a run folder or a released checkpoint. Classes are numbered as the model does."""
+    """Model from a model folder, a run folder or a released checkpoint; classes are in the model's order."""
 
     model: nn.Module
     kind: str
     """"student" or "teacher"."""
     class_names: list[str]
-    """Name of each class of the model [K], made up where its file has none."""
+    """Name of each class of the model [K], "class <label>" if its file has none."""
     classes: Classes
-    """What the labels of a data set must be: names by label, if the model's file has them."""
+    """Labels that a data set must have: names by label, if the model's file has them."""
     class_map: Tensor
     """The model's class of each label of the data set, int64 [K]."""
     preprocess: Preprocess
-    """How its images are prepared."""
+    """Preprocessing of its images."""
     calibration: Calibration | None = None
     """Temperatures fitted on validation images, if the model's run had some."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Everything else that the file says, e.g. ``model``, ``dataset``, ``recipe``."""
+    """All metadata of the file, e.g. ``model``, ``dataset``, ``recipe``."""
     results: dict[str, Any] = field(default_factory=dict)
-    """results.json of the run that the model is from, if it is still in the run's folder."""
+    """results.json of the model's run, if the model is in the run's folder."""
 
     @property
     def num_classes(self) -> int:
@@ -60,16 +60,16 @@ class Saved:
         return self.info.get("class_counts")
 
     def normalise(self, crops_BHWC: Tensor) -> Tensor:
-        """uint8 crops as the model's input images_BCHW, float32."""
+        """Normalise uint8 crops to the model's input images_BCHW, float32."""
         return normalise(crops_BHWC, self.preprocess.mean, self.preprocess.std, torch.float32)
 
     def by_label(self, logits_BK: Tensor) -> Tensor:
-        """Logits of the model's classes as logits of the data set's labels."""
+        """Reorder logits from the model's classes to the data set's labels."""
         return logits_BK[:, self.class_map.to(logits_BK.device)]
 
 
 def open_saved(path: str | Path) -> Saved:
-    """Open a student, or the folder of a teacher.
+    """Open a saved student, or the folder of a teacher.
 
     Args:
         path: a model folder, a run folder (its best checkpoint), a released student checkpoint (.pth, .safetensors).
@@ -109,11 +109,11 @@ def open_saved(path: str | Path) -> Saved:
 
 
 def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int) -> Saved:
-    """Open a released checkpoint of a teacher, which states neither its architecture nor its preprocessing.
+    """Open a teacher's released checkpoint, which contains neither architecture nor preprocessing.
 
     Args:
         arch: see ``load_teacher``.
-        img_size: of its input in pixels; mean and std are ImageNet's, as in the official code.
+        img_size: side of its input in pixels; mean and std are ImageNet's, as in the official code.
 
     Raises:
         UserError: see ``load_teacher``.
@@ -130,7 +130,7 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
 
 
 def run_of(path: Path) -> Path | None:
-    """The run folder that a model folder is in (as checkpoints/<name>), if it is in one."""
+    """Return the run folder that contains a model folder (as checkpoints/<name>), if any."""
     if not path.is_dir():
         return None
     folder = find_model_folder(path)

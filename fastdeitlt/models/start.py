@@ -1,4 +1,4 @@
-"""Start a student from weights of a run, a checkpoint or timm, adapted to its size, patch, depth and classes."""
+"""Initial weights of a student from a run, a checkpoint or timm, adapted to its size, patch, depth and classes."""
 
 # K classes, D width, C channels, h w patch side
 
@@ -22,7 +22,7 @@ from fastdeitlt.store.checkpoint import read_folder
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _LAYER_SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
-"""Layer scale of a block: the linear layer whose output it multiplies."""
+"""Layer scale of a block -> the linear layer whose output it multiplies."""
 _NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1, "norm.weight": 1}
 _PARTS = ("blocks", "cls_token", "dist_token", "head", "head_dist", "norm", "patch_embed", "pos_embed")
 _UNUSED = ("mask_token", "pre_logits")
@@ -33,13 +33,13 @@ log = logging.getLogger("fastdeitlt")
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to start from, under timm's names."""
+    """Initial weights under timm's names, with their classes and normalisation."""
 
     state: State
     class_names: list[str] | None = None
     """Name of each label."""
     class_map: list[int] | None = None
-    """Row of the heads of each label; None: the same."""
+    """Row of each label in the heads; None: the same."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -53,18 +53,18 @@ def start_from(
 ) -> None:
     """Load weights of a plain or distilled ViT into a student, and log in one line what was adapted.
 
-    A plain ViT's CLS token and head start the DIST token and head too. Position embeddings and patches are resampled as
-    timm does. A shallower student takes the first blocks; in a deeper one the further blocks start as identities. Head
-    rows are matched by class name where both sides have names, else kept if there are as many classes; others are
-    random. Input normalised otherwise than the weights' is compensated in the patch embedding.
+    A plain ViT's CLS token and head initialise the DIST token and head too. Position embeddings and patches are
+    resampled as in timm. A shallower student gets the first blocks; in a deeper one further blocks are identities. Head
+    rows are matched by class name if both sides have names, else kept if there are as many classes; others are random.
+    A different input normalisation is compensated in the patch embedding.
 
     Args:
         path: run or model folder, a folder with config.json of timm, .safetensors, or .pth.
-        class_names: of the student's classes.
-        mean, std: that normalise the student's input.
+        class_names: names of the student's classes.
+        mean, std: normalisation of the student's input.
 
     Raises:
-        UserError: no such file, damaged, holds code, another width, or not a ViT under timm's names.
+        UserError: no such file, damaged, contains code, another width, or not a ViT under timm's names.
     """
     start = _read(Path(path))
     what, notes = f"student.init {path}", []
@@ -115,9 +115,9 @@ def _read(path: Path) -> Start:
         return _read_timm(path)
     if path.is_dir():
         state, manifest = read_folder(path, "student")
-        given = manifest.preprocess
+        prep = manifest.preprocess
         return Start(
-            state, manifest.class_names, manifest.class_map, given.mean if given else None, given.std if given else None
+            state, manifest.class_names, manifest.class_map, prep.mean if prep else None, prep.std if prep else None
         )
     if not path.is_file():
         raise UserError(
@@ -177,7 +177,7 @@ def _check(state: State, student: DistilledViT, what: str) -> None:
 
 
 def _without_layer_scale(state: State) -> State:
-    """Fold layer scale, which multiplies a branch's output by channel, into the branch's last linear layer."""
+    """Fold layer scale, a factor by channel on a branch's output, into the branch's last linear layer."""
     folded = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
     for key, gamma_D in state.items():
         found = _BLOCK.fullmatch(key)
@@ -190,7 +190,7 @@ def _without_layer_scale(state: State) -> State:
 
 
 def _with_dist(state: State) -> tuple[State, bool]:
-    """Give a plain ViT a DIST token: a copy of CLS, at CLS's position, under a copy of its head."""
+    """Add a DIST token to a plain ViT: copies of the CLS token, its position embedding and its head."""
     if "dist_token" in state:
         return state, False
     pos_embed_1ND, cls_token = state["pos_embed"], state["cls_token"]
@@ -215,7 +215,7 @@ def _renormalise(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    """Change the patch embedding so that input of the new mean and std gives what the old gave before."""
+    """Adapt the patch embedding to input of a new mean and std, so that its output is unchanged."""
     weight_DChw = state["patch_embed.proj.weight"]
     old_mean_C, mean_C, old_std_C, std_C = (torch.tensor(value) for value in (old_mean, mean, old_std, std))
     shift_C = (mean_C - old_mean_C) / old_std_C
@@ -225,7 +225,7 @@ def _renormalise(
 
 
 def _fit_depth(state: State, student: DistilledViT) -> list[str]:
-    """Drop the blocks that a shallower student lacks; give a deeper one identities."""
+    """Drop the blocks beyond a shallower student's depth, or add identities for a deeper one; return notes."""
     depth, own = 1 + max((int(m[1]) for key in state if (m := _BLOCK.fullmatch(key))), default=-1), len(student.blocks)
     if depth > own:
         for key in [key for key in state if (m := _BLOCK.fullmatch(key)) and int(m[1]) >= own]:
@@ -239,7 +239,7 @@ def _fit_depth(state: State, student: DistilledViT) -> list[str]:
 
 
 def _fit_heads(state: State, student: DistilledViT, start: Start, new: list[str] | None) -> str:
-    """Put each class's row of the heads in place; return what was done."""
+    """Move each class's row of the heads to its label; return a note for the log."""
     number, old = student.num_classes, start.class_names
     num_rows = len(state["head.weight"]) if "head.weight" in state else 0
     map_K = check_class_map(start.class_map or range(num_rows), num_rows).tolist() if num_rows else []

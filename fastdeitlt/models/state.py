@@ -1,4 +1,4 @@
-"""State dicts: read files that nobody has to trust, strip wrapper prefixes, check every key before loading."""
+"""State dicts: safe reading of untrusted files, wrapper prefixes, and loading with every key checked."""
 
 import argparse
 import pickle
@@ -19,8 +19,8 @@ from fastdeitlt.errors import UserError
 
 State = dict[str, Tensor]
 
-# What released checkpoints hold beside tensors: the command line (a Namespace) and accuracies as numpy scalars, which
-# numpy 1 pickled under another module name. None of these runs code when rebuilt.
+# Objects beside tensors in released checkpoints: the command line (a Namespace) and accuracies as numpy scalars, which
+# numpy 1 pickled under another module name. Unpickling them runs no code.
 _scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -29,7 +29,7 @@ _SAFE_GLOBALS: list[Any] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.bool_, np.int32, np.int64, np.float32, np.float64)),
 ]
-# what torch.load raises on bytes that are not, or no longer, a checkpoint
+# raised by torch.load for a file that is not a checkpoint, or damaged
 _DAMAGE = (
     RuntimeError, OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError,
     ArithmeticError, MemoryError, struct.error,
@@ -38,10 +38,10 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 def read_torch(path: Path) -> Any:
-    """The content of a torch.save file: tensors, containers, argparse.Namespace and numpy scalars, nothing else.
+    """Read a torch.save file of tensors, containers, argparse.Namespace and numpy scalars.
 
     Raises:
-        UserError: the file holds any other Python object (nothing of it is executed), or is damaged.
+        UserError: the file contains any other Python object (nothing of it is executed), or is damaged.
     """
     _refuse_bomb(path)
     try:
@@ -53,18 +53,18 @@ def read_torch(path: Path) -> Any:
                 f"checkpoint {path}: refused, it holds {found[1]} beside tensors (nothing was executed); where you "
                 "trust the file, save its state_dict alone or as safetensors"
             ) from None
-        alien = isinstance(error, (pickle.UnpicklingError, LookupError))  # what a lookup misses says nothing
+        alien = isinstance(error, (pickle.UnpicklingError, LookupError))  # a missing key explains nothing
         reason = "not torch's pickle" if alien else _first_line(error)
         raise UserError(f"checkpoint {path}: damaged, or not of torch.save ({reason}); copy it again") from None
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Refuse a file whose records say that they unpack to more than it holds: torch.save stores them as they are."""
+    """Refuse a zip file with a larger unpacked size, since torch.save does not compress."""
     try:
         with zipfile.ZipFile(path) as records:
             unpacked = sum(record.file_size for record in records.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # of an old torch, or damaged
+        return  # not a zip file, as of old versions of torch, or damaged
     if unpacked > (size := path.stat().st_size):
         raise UserError(
             f"checkpoint {path}: refused, {size:,} bytes that unpack to {unpacked:,}, expected no compression, as "
@@ -73,7 +73,7 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> State:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         UserError: the file is damaged.
@@ -85,7 +85,7 @@ def read_safetensors(path: Path) -> State:
 
 
 def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "model")) -> State:
-    """The state dict inside a released checkpoint: under the first of ``names`` it has, or the content itself.
+    """Return the state dict of a checkpoint: under the first of ``names`` it has, or the content itself.
 
     Prefixes that DataParallel, DDP and torch.compile add to every key are stripped.
 
@@ -103,13 +103,13 @@ def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "mod
 
 
 def load_exact(model: nn.Module, state: State, what: str) -> None:
-    """Copy ``state`` into ``model``: every key present, none over, every shape equal.
+    """Load ``state`` into ``model``; keys and shapes must be equal.
 
     Raises:
-        UserError: names the first missing, unexpected and wrongly shaped keys; the model is left as it was.
+        UserError: missing, unexpected or wrongly shaped keys; the model is unchanged.
     """
     own = model.state_dict()
-    # a counter that inference does not read and that old torch did not write
+    # a counter that inference does not need and old versions of torch did not save
     optional = {key for key in own if key.endswith("num_batches_tracked")}
     problems = [
         ("missing", sorted(own.keys() - state.keys() - optional)),
@@ -119,9 +119,9 @@ def load_exact(model: nn.Module, state: State, what: str) -> None:
             [_shapes(k, state[k], own[k]) for k in sorted(own.keys() & state.keys()) if state[k].shape != own[k].shape],
         ),
     ]
-    told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
-    if told:
-        raise UserError(f"{what}: keys do not fit the model ({told}); check the architecture and style")
+    summary = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
+    if summary:
+        raise UserError(f"{what}: keys do not fit the model ({summary}); check the architecture and style")
     model.load_state_dict(state, strict=False)
 
 

@@ -1,4 +1,4 @@
-"""The teacher: a frozen flat CNN whose hard decisions on the student's own image the DIST token learns.
+"""Teacher: a frozen flat CNN whose hard decisions on the student's images are the targets of the DIST head.
 
 Builds and loads the CNNs of the official recipes (ResNet-32 of LDAM and PaCo, ResNet-50 inside PaCo's wrapper) and any
 CNN of timm, under the released checkpoints' keys.
@@ -30,15 +30,15 @@ from fastdeitlt.store.manifest import Manifest
 
 log = logging.getLogger("fastdeitlt")
 LDAM_SCALE = 30.0
-"""Scale s of LDAM's logits where no recipe tells it."""
+"""Scale s of LDAM's logits without a recipe."""
 STYLES = ("official_paco", "official_ldam", "timm", "fastdeitlt")
 
 
 class Paco(nn.Module):
     """PaCo's training wrapper under its released keys: query and key encoder, two linear heads, the queue.
 
-    Each encoder's ``fc`` is the projection of the contrastive loss. In ``forward`` only encoder_q up to its pooling and
-    ``linear`` take part: the logits [B, K].
+    Each encoder's ``fc`` is the projection of the contrastive loss. ``forward`` computes the logits [B, K] from
+    encoder_q, up to its pooling, and ``linear`` only.
 
     Source: PaCo (arXiv 2107.12028), MoCo builder of its code.
     """
@@ -73,24 +73,24 @@ def _paco_encoder(arch: str, dim: int) -> Any:
 
 
 def _network(arch: str, num_classes: int) -> Any:
-    """The bare CNN: our CIFAR ResNet for resnet<6n+2> names that timm does not have, else timm's."""
-    found = re.fullmatch(r"resnet(\d{1,4})", arch)
+    """Build the bare CNN: timm's if it has ``arch``, else our CIFAR ResNet for resnet<6n+2>."""
+    match = re.fullmatch(r"resnet(\d{1,4})", arch)
     if timm.is_model(arch):
-        options: Any = {"zero_init_last": False} if found else {}  # as torchvision's, which the references train
+        options: Any = {"zero_init_last": False} if match else {}  # as in torchvision, which the references train
         return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
-    if found and int(found[1]) >= 8 and int(found[1]) % 6 == 2:
-        return ResNetCifar(int(found[1]), num_classes)
+    if match and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
+        return ResNetCifar(int(match[1]), num_classes)
     known = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", *timm.list_models()]
     raise UserError(f"teacher {arch!r}: unknown architecture, expected resnet<6n+2> or a timm model{near(arch, known)}")
 
 
 def head_name(network: Any) -> str:
-    """State-dict prefix of the classifier of a bare CNN: ``linear`` in ours, mostly ``fc`` or ``head.fc`` in timm's."""
+    """Return the state-dict prefix of a bare CNN's classifier: ``linear``, or mostly ``fc`` or ``head.fc`` in timm."""
     return "linear" if isinstance(network, ResNetCifar) else network.default_cfg["classifier"]
 
 
 def _norm_head(network: Any, num_classes: int) -> None:
-    """Put a cosine classifier in the place of the linear one."""
+    """Replace the linear classifier by a cosine classifier."""
     parent, _, leaf = head_name(network).rpartition(".")
     in_features = network.get_submodule(head_name(network)).in_features
     setattr(network.get_submodule(parent), leaf, NormedLinear(in_features, num_classes))
@@ -99,16 +99,16 @@ def _norm_head(network: Any, num_classes: int) -> None:
 def create_teacher(
     arch: str, num_classes: int, style: str = "fastdeitlt", normed_head: bool | None = None
 ) -> nn.Module:
-    """A CNN with fresh weights that maps images_BCHW to logits_BK, under the keys of ``style``.
+    """Create a CNN with new weights that maps images_BCHW to logits_BK, under the keys of ``style``.
 
     Args:
         arch: resnet<6n+2> (CIFAR, option A), resnet50, or any CNN name of timm.
-        style: whose keys: official_paco (encoder_q, encoder_k, linear, linear_k, queue), official_ldam (a cosine head),
-            timm, fastdeitlt.
-        normed_head: a cosine classifier. None: as the style has it.
+        style: layout of the keys: official_paco (encoder_q, encoder_k, linear, linear_k, queue), official_ldam (a
+            cosine head), timm, fastdeitlt.
+        normed_head: whether to use a cosine classifier. None: the style's default.
 
     Raises:
-        UserError: unknown architecture (the nearest is named) or style; no class.
+        UserError: unknown architecture or style; no class.
     """
     if style not in STYLES:
         raise UserError(f"teacher style {style!r}: unknown, expected one of {', '.join(STYLES)}{near(style, STYLES)}")
@@ -136,16 +136,16 @@ class TeacherInput:
 
 
 class Teacher(nn.Module):
-    """A frozen network and the way from the student's input to its own; always in eval mode.
+    """Frozen network in eval mode, with the conversion of the student's input to its own.
 
     Args:
         network: maps images_BCHW to logits_BK.
-        class_map: the student's class of each class of the teacher, for the loss to apply; None = the same.
+        class_map: the student's class of each class of the teacher, applied in the loss; None = the same.
         img_size: side in pixels to which images are resized (bicubic, a = -0.75, as torchvision's Resize on tensors).
-            0 = as they come.
+            0 = no resize.
         scale_C, shift_C: affine change of normalisation, applied after the resize. None = the student's normalisation.
-        antialias: of the resize.
-        logit_scale: what the logits are multiplied by for a softmax (see ``logit_scale``); the argmax needs none.
+        antialias: whether the resize is antialiased.
+        logit_scale: factor on the logits before a softmax (see ``logit_scale``); the argmax needs none.
 
     Source: the official code's DistillationLoss, which resizes the mixed, ImageNet-normalised student tensor.
     """
@@ -177,7 +177,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def fed(self, own: TeacherInput, student_mean: Sequence[float], student_std: Sequence[float]) -> "Teacher":
-        """Return the same network with its images prepared as ``own`` from the student's normalised ones."""
+        """Return the same network with its input ``own`` computed from the student's normalised images."""
         scale_C = shift_C = None
         if (tuple(own.mean), tuple(own.std)) != (tuple(student_mean), tuple(student_std)):
             mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
@@ -197,11 +197,11 @@ class Teacher(nn.Module):
         return teacher.to(next(self.network.parameters()).device)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in eval mode, whatever the mode of the model that holds it."""
+        """Stay in eval mode, whatever the mode of a parent module."""
         return super().train(False)
 
     def sha256(self) -> str:
-        """Hash of the weights."""
+        """Return a hash of the weights."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
             digest.update(name.encode())
@@ -209,15 +209,15 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
     def for_autocast(self, dtype: torch.dtype) -> "Teacher":
-        """A copy that holds in ``dtype`` the weights which autocast to it would convert in each call: equal logits."""
+        """Return a copy with the weights that autocast would convert in each call in ``dtype``: equal logits."""
         teacher = copy.deepcopy(self)
         for module in teacher.modules():
-            if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may compute with its weights in float32 before
+            if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may use its weights in float32 first
                 module.to(dtype)
         return teacher
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """logits_BK, without gradient."""
+        """Compute logits_BK without gradient."""
         with torch.no_grad():
             size = (self.img_size, self.img_size)
             if self.img_size and images_BCHW.shape[-2:] != size:
@@ -234,16 +234,16 @@ def load_teacher(
     style: str = "auto",
     class_map: Sequence[int] | Tensor | None = None,
 ) -> Teacher:
-    """A frozen teacher from a released checkpoint or a model folder; maps images_BCHW to logits_BK.
+    """Load a frozen teacher from a released checkpoint or a model folder; maps images_BCHW to logits_BK.
 
     Args:
-        path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model or run folder, whose own ``arch`` wins.
-        style: auto takes it from the keys.
-        class_map: the student's class of each class of the teacher. None: as a model folder says, else the same.
+        path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model or run folder, which overrides ``arch``.
+        style: auto infers it from the keys.
+        class_map: the student's class of each class of the teacher. None: the model folder's, else the same.
 
     Raises:
-        UserError: no such file, a file that is damaged or holds code, keys of another architecture or style, another
-            class count, a class map that is no permutation.
+        UserError: no such file, a file that is damaged or contains code, keys of another architecture or style, another
+            class count, a class map that is not a permutation.
     """
     state, manifest = _read(Path(path))
     network = _network_with(state, manifest.model.arch if manifest else arch, num_classes, style, f"teacher {path}")
@@ -254,9 +254,9 @@ def load_teacher(
 
 
 def logit_scale(network: nn.Module, recipe: dict[str, Any] | None) -> float:
-    """What the loss that a teacher was trained with multiplies its logits by: LDAM's s, else 1.
+    """Return the factor on the logits in the teacher's training loss: LDAM's s, else 1.
 
-    Without a recipe a cosine head is taken for LDAM's: its logits lie in -1..1.
+    Without a recipe a cosine head is assumed to be LDAM's: its logits are in -1..1.
     """
     if recipe:
         return float(recipe.get("ldam_scale", LDAM_SCALE)) if recipe.get("loss") == "ldam" else 1.0
@@ -274,7 +274,7 @@ def _read(path: Path) -> tuple[State, Manifest | None]:
 
 
 def _network_with(state: State, arch: str, num_classes: int, style: str, what: str) -> nn.Module:
-    """The bare network with the weights it needs of ``state``, which may hold PaCo's whole wrapper."""
+    """Build the bare network with its weights from ``state``, which may be of PaCo's whole wrapper."""
     if style not in ("auto", *STYLES):
         raise UserError(f"teacher style {style!r}: unknown, expected auto, {', '.join(STYLES)}{near(style, STYLES)}")
     network = _network(arch, num_classes)
@@ -310,13 +310,13 @@ def open_teacher(
     class_map: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Teacher:
-    """The teacher of a configuration, folded for inference, that takes the student's normalised images.
+    """Open a configuration's teacher, folded for inference, for the student's normalised images.
 
-    A model folder's own architecture and class order win over ``cfg``; its classes are matched with the student's by
-    name where both have names. Its preprocessing is ``teacher_input``.
+    A model folder's architecture and class order override ``cfg``; its classes are matched with the student's by name
+    if both have names. Its preprocessing is ``teacher_input``.
 
     Args:
-        student_img_size: side in pixels of the images that will come.
+        student_img_size: side in pixels of the student's images.
         class_map: the student's class of each class of a released teacher; used if ``cfg.map_classes``.
         class_names: the student's class names [K]; None: unknown.
 
@@ -349,9 +349,9 @@ def teacher_input(
     student_std: Sequence[float],
     student_img_size: int,
 ) -> TeacherInput:
-    """Return the preprocessing of a configuration's teacher: settings first, then its model folder, then the student.
+    """Return the preprocessing of a configuration's teacher.
 
-    A size in ``cfg`` wins; else the model folder's; else the student's. Mean and std: see ``cfg.normalise``.
+    Size: ``cfg``'s, else the model folder's, else the student's. Mean and std: see ``cfg.normalise``.
     """
     stated = manifest.preprocess if manifest else None
     mean, std = tuple(student_mean), tuple(student_std)
@@ -368,8 +368,8 @@ def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what
     """Return the data set's label of each class of a model folder's teacher; None = the same.
 
     Args:
-        class_names: of the data set; labels of equal names are then the same class.
-        what: names the teacher in errors.
+        class_names: names of the data set's classes; equal names are then the same class.
+        what: name of the teacher in errors.
     """
     labels_K = torch.arange(manifest.model.num_classes)
     if manifest.class_map is not None:
@@ -383,7 +383,7 @@ def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what
 
 
 def check_class_map(class_map: Sequence[int] | Tensor, num_classes: int) -> Tensor:
-    """A class map as int64 [K], after checking that it is a permutation.
+    """Return a class map as int64 [K] after checking that it is a permutation.
 
     Raises:
         UserError: wrong length, or a class that is missing or twice.

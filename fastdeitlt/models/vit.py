@@ -1,7 +1,7 @@
-"""The student: a distilled Vision Transformer with a CLS and a DIST head, under timm's state-dict keys.
+"""Student: a distilled Vision Transformer with a CLS and a DIST head, under timm's state-dict keys.
 
 Source: DeiT (arXiv 2012.12877) section 4; DeiT-LT (arXiv 2404.02900); parameter names, initialisation and drop-path law
-of timm's ``VisionTransformerDistilled``, so that checkpoints go both ways.
+of timm's ``VisionTransformerDistilled``, so that either loads the other's checkpoints.
 """
 # B batch, S of its samples, C channels, H W height and width of images_BCHW, N tokens (CLS, DIST, patches), M of them,
 # D width, K classes
@@ -18,7 +18,7 @@ from fastdeitlt.kernels._pick import check_impl
 from fastdeitlt.models.layers import MLP_RATIO, Mlp, PatchEmbed, SelfAttention
 from fastdeitlt.models.residual import DROP_PATH_LAWS, Kept, add_norm, draw_kept, select
 
-NUM_PREFIX = 2  # CLS and DIST stand before the patch tokens
+NUM_PREFIX = 2  # CLS and DIST precede the patch tokens
 # width, heads, depth
 SIZES = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 16, 24)}
 PATCHES = (2, 4, 8, 16)
@@ -49,16 +49,16 @@ class Block(nn.Module):
         next_kept: Kept | None,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From the stream and its ``norm1`` to the stream after the block and its ``next_norm``.
+        """Return the stream after the block and its ``next_norm``.
 
-        Each sum and the norm that reads it are one operation, so a block ends with the norm of what follows.
+        Each sum is fused with the norm after it, so a block ends with the next layer's norm.
 
         Args:
             x_BND: the stream.
-            normed_SND: ``norm1`` of the samples that the attention runs.
-            kept: of the attention and of the MLP.
-            next_norm, next_kept: of what follows.
-            num_queries: compute the first so many tokens alone: exact where nothing later reads the others.
+            normed_SND: ``norm1`` of the attention's samples.
+            kept: samples of the attention and of the MLP.
+            next_norm, next_kept: norm and samples of the next layer.
+            num_queries: number of leading tokens to compute: exact if no later layer reads the others.
         """
         kept_attn, kept_mlp = kept
         heads_SMD, proj, impl = self.attn(normed_SND, num_queries), self.attn.proj, self.add_layernorm
@@ -78,7 +78,7 @@ class Shape(NamedTuple):
 
 
 class DistilledViT(nn.Module):
-    """Vision Transformer with two prefix tokens, each read by its own head. Build it with ``create_student``.
+    """Vision Transformer with two prefix tokens, each with a head. Build it with ``create_student``.
 
     Args:
         shape: sizes of the network.
@@ -123,11 +123,11 @@ class DistilledViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beside biases and norms."""
+        """Return the parameters without weight decay, other than biases and norms."""
         return {"pos_embed", "cls_token", "dist_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the layers for layer-wise learning rates, as timm's models do: embeddings, each block, heads."""
+        """Return timm's patterns of layers for layer-wise learning rates: embeddings, each block, heads."""
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]  # the final norm belongs to the last block
         return {"stem": r"^cls_token|pos_embed|patch_embed|dist_token", "blocks": blocks}
 
@@ -140,7 +140,7 @@ class DistilledViT(nn.Module):
         return torch.cat((prefix_B2D, self.patch_embed(images_BCHW)), 1) + self.pos_embed
 
     def _run(self, images_BCHW: Tensor, num_queries: int | None) -> Tensor:
-        """Tokens after the final norm, [B, N, D], or the first ``num_queries``, which the last block then computes."""
+        """Return tokens after the final norm, [B, N, D], or the first ``num_queries`` of the last block."""
         x_BND, blocks = self._embed(images_BCHW), cast(list[Block], list(self.blocks))
         law, rates = self.drop_path_law, [block.drop_path if self.training else 0.0 for block in blocks]
         kept = [(draw_kept(x_BND, rate, law), draw_kept(x_BND, rate, law)) for rate in rates]
@@ -152,22 +152,22 @@ class DistilledViT(nn.Module):
         return normed_SND
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
-        """All tokens after the final norm, [B, N, D] (CLS, DIST, then patches row by row); never shortened."""
+        """Return all tokens after the final norm, [B, N, D] (CLS, DIST, then patches row by row)."""
         return self._run(images_BCHW, None)
 
     def forward_prefix(self, images_BCHW: Tensor) -> Tensor:
-        """CLS and DIST after the final norm, [B, 2, D]."""
-        # in eval mode the whole block, in the order in which timm adds: equal bit for bit
+        """Return CLS and DIST after the final norm, [B, 2, D]."""
+        # in eval mode the whole block, in timm's order of sums: equal bit for bit
         num_queries = NUM_PREFIX if self.last_block_shortcut and self.training else None
         return self._run(images_BCHW, num_queries)[:, :NUM_PREFIX]
 
     def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
+        """Return the logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
         x_B2D = self.forward_prefix(images_BCHW)
         return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
 
     def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """In train mode (cls_logits_BK, dist_logits_BK); in eval mode their mean."""
+        """Return (cls_logits_BK, dist_logits_BK) in train mode, their mean in eval mode."""
         cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW)
         if self.training:
             return cls_logits_BK, dist_logits_BK
@@ -187,7 +187,7 @@ def create_student(
     drop_path_law: str = "bernoulli",
     last_block_shortcut: bool = True,
 ) -> DistilledViT:
-    """A student with fresh weights.
+    """Create a student with new weights.
 
     Args:
         name: deit_{tiny,small,base,large}_distilled_patch{2,4,8,16}_<size>.
@@ -198,12 +198,11 @@ def create_student(
         drop_path_law: bernoulli or count; see ``draw_kept``.
 
     Raises:
-        UserError: an unknown name (the nearest is named), an image size that the patch does not divide, a value out of
-            range.
+        UserError: an unknown name, an image size that the patch does not divide, a value out of range.
     """
-    found = _NAME.fullmatch(name)
-    if not found:
-        known = [
+    match = _NAME.fullmatch(name)
+    if not match:
+        names = [
             f"deit_{size}_distilled_patch{patch}_{side}"
             for size in SIZES
             for patch in PATCHES
@@ -211,10 +210,10 @@ def create_student(
         ]
         raise UserError(
             f"student {name!r}: unknown name, expected deit_{{{','.join(SIZES)}}}_distilled_patch{{2,4,8,16}}_<size>"
-            f"{near(name, known)}"
+            f"{near(name, names)}"
         )
-    width, heads, blocks = SIZES[found[1]]
-    patch, side = int(found[2]), img_size or int(found[3])
+    width, heads, blocks = SIZES[match[1]]
+    patch, side = int(match[2]), img_size or int(match[3])
     if side < patch or side % patch:
         raise UserError(
             f"student {name}: image size {side} does not divide into patches of {patch}; use "
@@ -233,15 +232,15 @@ def create_student(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
+    """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def flops_per_image(model: DistilledViT, executed: bool = False) -> float:
-    """FLOPs of one image's forward pass: matrix products only, a multiply-add is 2, training counts three times this.
+    """Return the FLOPs of one image's forward pass: matrix products only, 2 a multiply-add; training is three times.
 
     Args:
-        executed: subtract what the last-block shortcut saves. Off by default, so that MFU compares across programs.
+        executed: whether to subtract the last-block shortcut. Off by default, so that MFU compares across programs.
     """
     width, tokens = model.width, model.pos_embed.shape[1]
     patches = 2 * (tokens - NUM_PREFIX) * 3 * model.patch**2 * width
