@@ -1,6 +1,6 @@
 """The ahead-of-time gate: every shipped kernel configuration compiled for every architecture, without a GPU.
 
-    python -m benchmarks.aot [op ...] [--sm 80 90 100] [--sample N] [--json]
+    python -m benchmarks.aot [op ...] [--sm 80 86 89 90 100 120] [--sample N] [--json]
 
 Fails (exit code 1) when a configuration cannot be launched, does not compile, uses local memory (register spills),
 exceeds the shared or tensor memory of the architecture, lacks the tensor-core instructions it promises, or stores a few
@@ -263,7 +263,7 @@ def line(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="ops of fastdeitlt.kernels, or dotted modules; default all")
-    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_BYTES))
+    parser.add_argument("--sm", type=int, nargs="+", default=sorted(SHARED_BYTES), choices=sorted(SHARED_BYTES))
     parser.add_argument(
         "--sample", type=int, default=0, help="configurations of each kernel and architecture; default all"
     )

@@ -9,7 +9,7 @@ tenth of the samples out of the branch and of the norm: in torch by index_add an
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -66,12 +66,12 @@ def problem(shape: tuple[int, int, int], device: torch.device) -> tuple[list[Ten
     return [x, branch, weight, bias], (torch.rand(shape[0], device=device) < KEEP).float() / KEEP
 
 
-def cases(device: torch.device) -> Iterable[harness.Case]:
+def cases(device: torch.device, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterable[harness.Case]:
     """Each width forward and backward, with drop path."""
     implementations = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
     if harness.installed("liger_kernel"):
         implementations["liger"] = liger
-    for shape in SHAPES:
+    for shape in shapes or SHAPES:
         tensors, scale_B = problem(shape, device)
         calls = {name: passes(partial(peer, *tensors, scale_B), tensors) for name, peer in implementations.items()}
         for direction, element_bytes in (("forward", 12), ("backward", 16)):

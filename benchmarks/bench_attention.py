@@ -7,7 +7,7 @@ Useful bytes: qkv read and the output written; qkv, output and its gradient read
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -59,9 +59,10 @@ def with_bias(impl: str, tensors: list[Tensor]) -> harness.Call:
     return backward
 
 
-def cases(device: torch.device) -> Iterable[harness.Case]:
-    """Each shape forward and backward, the two query rows of the last block, and backward with the bias's gradient."""
-    for shape, few in [(shape, False) for shape in SHAPES] + [(SHAPES[0], True)]:
+def cases(device: torch.device, shapes: Sequence[tuple[int, ...]] | None = None) -> Iterable[harness.Case]:
+    """Each shape forward and backward; of the first also two query rows, and backward with the bias's gradient."""
+    shapes = shapes or SHAPES
+    for shape, few in [(shape, False) for shape in shapes] + [(shapes[0], True)]:
         batch, tokens, heads, width = shape
         calls = runnable(attention_first if few else attention, inputs(shape, device, few))
         rows, token_bytes = 2 if few else tokens, 2 * batch * heads * width
@@ -74,10 +75,10 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
                 useful_bytes=moved[direction] * token_bytes,
                 useful_flops=2 * products * batch * heads * rows * tokens * width,
             )
-    tensors = inputs(SHAPES[0], device, few=False)
+    tensors = inputs(shapes[0], device, few=False)
     calls = {impl: with_bias(impl, tensors) for impl in runnable(attention, tensors)}
     baseline = "cudnn" if "cudnn" in calls else "sdpa"
-    name = "bias backward B={} N={} H={} D={}".format(*SHAPES[0])
+    name = "bias backward B={} N={} H={} D={}".format(*shapes[0])
     yield harness.Case(name, calls, baseline, useful_bytes=8 * tensors[0].numel() * tensors[0].element_size() // 3)
 
 

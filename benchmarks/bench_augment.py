@@ -8,7 +8,7 @@ bfloat16 patches and images from the decoded set: the kernels against the same c
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -91,12 +91,14 @@ def chain_cases() -> Iterable[harness.Case]:
         yield harness.Case(name, {"timm": timm, "fastdeitlt": fastdeitlt}, "timm")
 
 
-def gpu_cases(device: torch.device) -> Iterable[harness.Case]:
+def gpu_cases(
+    device: torch.device, shapes: Sequence[tuple[int, int, tuple[int, int]]] = GPU_SHAPES
+) -> Iterable[harness.Case]:
     """From the decoded set to the mixed batch, in bfloat16."""
     from fastdeitlt.kernels import augment as kernels
 
     cfg = AugmentConfig()
-    for side, batch, size in GPU_SHAPES:
+    for side, batch, size in shapes:
         pixels = torch.from_numpy(photos(batch, *size)).flatten().to(device)
         sizes_B2 = np.tile(np.array(size), (batch, 1))
         starts_B = np.arange(batch) * 3 * size[0] * size[1]

@@ -8,7 +8,7 @@ out: torch adds the bias within it, so torch's side starts from the sum and its 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -51,9 +51,9 @@ def problem(rows: int, width: int, device: torch.device) -> tuple[list[Tensor], 
     return [t.requires_grad_() for t in (u, bias)], [t.requires_grad_() for t in (x, weight * width**-0.5, bias)]
 
 
-def cases(device: torch.device) -> Iterable[harness.Case]:
+def cases(device: torch.device, shapes: Sequence[tuple[int, int]] | None = None) -> Iterable[harness.Case]:
     """Each width forward, backward, and with its linear map."""
-    for rows, width in SHAPES:
+    for rows, width in shapes or SHAPES:
         alone, linear = problem(rows, width, device)
         peers = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
         calls = {name: passes(partial(implementation, *alone), alone) for name, implementation in peers.items()}

@@ -1,23 +1,30 @@
 """The whole training step, images on the device to new weights: ours lever by lever, timm's task, the official loop.
 
-    python -m benchmarks.bench_step [--case NAME ...] [--rounds 12] [--only NAME ...] [--check]
+    python -m benchmarks.bench_step [--case NAME ...] [--rounds 12] [--only NAME ...] [--check] [--profile FILE]
 
 One process, interleaved rounds, the same weights, batch, precision and work; losses of three steps are compared before
-any time is taken. The rate is images a second; the ratio is to timm's compiled task.
+any time is taken. The rate is images a second; the ratio is to the baseline. ``--profile`` appends a table of the
+longest operations of one step of each of our contestants to a file.
 """
 
 import argparse
 import functools
 import sys
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from benchmarks import harness, peers
 from benchmarks.peers import Workload
+from fastdeitlt.core.measure.timer import synchronise
 from fastdeitlt.models import create_student
 from fastdeitlt.models.vit import flops_per_image
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+KNOWN = peers.LEVERS | peers.ONE_OFF
+SHOWN = 40
+"""Operations in a profile's table."""
 CASES = {
     "dry": Workload("deit_tiny_distilled_patch16_32", 32, 10, 4, "resnet8", "fp32", CPU),
     "ti8-32": Workload("deit_tiny_distilled_patch8_32", 32, 10, 64, "resnet8", "fp32", CPU),
@@ -34,25 +41,42 @@ CASES = {
 
 def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peers.Step]:
     """Those that can run on the workload's device with what is installed."""
-    names = [name for name in peers.LEVERS if only is None or name in only]
+    names = [name for name in KNOWN if name in (peers.LEVERS if only is None else only)]
     if work.device.type != "cuda":
         names = [name for name in names if name not in peers.GPU_ONLY]
     if not harness.installed("deepspeed"):
         print("deepspeed is not installed: left out")
         names = [name for name in names if "DeepSpeed" not in name]
-    return {name: peers.LEVERS[name](work) for name in names}
+    return {name: KNOWN[name](work) for name in names}
+
+
+def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) -> None:
+    """Append the table of one step of each contestant of ours, longest operations first."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with file.open("a", encoding="utf-8") as out:
+        for name, call in calls.items():
+            if name == "official loop" or name.startswith("timm"):
+                continue
+            with torch.profiler.profile(activities=activities) as recorded:
+                call()
+                synchronise(device)
+            longest = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+            table = recorded.key_averages().table(sort_by=longest, row_limit=SHOWN, max_name_column_width=90)
+            out.write(f"== {name}\n{table}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=sorted(CASES), help="default: this device's, without dry")
-    parser.add_argument("--only", nargs="+", choices=list(peers.LEVERS), help="these contestants and the baseline")
+    parser.add_argument("--only", nargs="+", choices=list(KNOWN), help="these contestants and the baseline")
+    parser.add_argument("--baseline", choices=list(KNOWN), default=peers.BASELINE)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--check", action="store_true", help="compare losses, take no time, write nothing")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="append a table of operations to this file")
     options = parser.parse_args(arguments)
     torch._dynamo.config.recompile_limit = harness.RECOMPILES
     device = GPU if torch.cuda.is_available() else CPU
-    only = [*options.only, peers.BASELINE] if options.only else None
+    only = [*options.only, options.baseline] if options.only else None
     for name in options.case or [name for name, work in CASES.items() if work.device == device and name != "dry"]:
         work = CASES[name]
         steps = contestants(work, only)
@@ -64,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         calls = {label: functools.partial(step, batch) for label, step in steps.items()}
         student = create_student(work.student, work.num_classes, work.img_size)
         case = harness.Case(
-            name, calls, peers.BASELINE, useful_flops=int(3 * flops_per_image(student) * work.batch_size),
+            name, calls, options.baseline, useful_flops=int(3 * flops_per_image(student) * work.batch_size),
             dtype=torch.bfloat16 if work.precision == "bf16" else torch.float32, eager=frozenset(calls),
         )  # fmt: skip
         rows = harness.rows("step", case, harness.measure(calls, device, options.rounds, case.eager), device)
@@ -72,8 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
             row |= {"images_per_s": work.batch_size / row["median_ms"] * 1e3, "precision": work.precision}
             row |= {"student": work.student, "teacher": work.teacher, "batch": work.batch_size}
             print(f"{harness.line(row)}  {row['images_per_s']:.1f} img/s")
-        file = harness.append("step", rows)
-        print(f"rows appended to {file.relative_to(harness.ROOT)}")
+        print(f"rows appended to {harness.append('step', rows)}")
+        if options.profile:
+            profile(calls, device, options.profile)
     return 0
 
 

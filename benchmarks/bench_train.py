@@ -1,13 +1,14 @@
 """Images a second of training itself, JPEG files to new weights: timm's loader and task, ours streaming, ours resident.
 
     pip install scikit-image scikit-learn        # for their sample photos; without them the images are 1/f noise
-    python -m benchmarks.bench_train [--images 512] [--rounds 7] [--workers 1]
+    python -m benchmarks.bench_train [--images 512] [--rounds 7] [--workers 1] [--arrays]
 
 Every round is one pass over the same photos (``bench_reader``) by each contestant in turn: RandAugment, crops, erasing,
 Mixup or CutMix of each batch, student, teacher, joint loss, AdamW, moving average. timm has its create_loader with as
 many worker processes as we have decoding threads, its Mixup, and its distillation task compiled; teacher, student and
 precision are the same. "No data" is our step alone on one batch in memory, the most that data can allow. Each image is
-seen once: repeated augmentation, which here costs one decode for three images, is left out.
+seen once: repeated augmentation, which here costs one decode for three images, is left out. ``--arrays`` starts from
+noise that is decoded already, without files, timm and DALI.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import bench_step, harness, peers
@@ -36,6 +38,8 @@ CASES = {
     "gpu": replace(bench_step.CASES["b16-224"], num_classes=CLASSES),
 }
 BASELINE = "timm"
+SOURCE = (375, 500)
+"""Height and width of decoded images: ImageNet's usual ones."""
 
 
 def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Call:
@@ -88,29 +92,62 @@ def contestants(work: Workload, images: LongTailSet, workers: int, stack: ExitSt
     }
 
 
+def from_arrays(
+    work: Workload, num_images: int, options: argparse.Namespace, stack: ExitStack
+) -> dict[str, harness.Call]:
+    """Ours with a resident set that is given as an array, and without data; the step is that of ``bench_step``."""
+    random = np.random.default_rng(0)
+    images_NHWC = random.integers(256, size=(num_images, *SOURCE, 3), dtype=np.uint8)
+    labels = np.arange(num_images) % work.num_classes
+    counts = np.bincount(labels, minlength=work.num_classes).tolist()
+    images = LongTailSet([str(i) for i in range(num_images)], labels, counts, images_NHWC=images_NHWC)
+    cfg = config.DataConfig(num_threads=options.workers, residency="device")
+    resident = stack.enter_context(closing(open_source(images, cfg, work.device)))
+    step = peers.ours(work, train__compile=not options.eager)
+    return {
+        "ours, resident": partial(our_epoch, step, resident, work, images),
+        "ours, no data": partial(our_steps, step, work, num_images // work.batch_size),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=512, help="a multiple of the batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=1, help="timm's worker processes, our decoding threads")
+    parser.add_argument("--arrays", action="store_true", help="ours alone, from decoded images")
+    parser.add_argument("--eager", action="store_true", help="with --arrays: compile nothing")
     options = parser.parse_args(arguments)
     work = CASES["gpu" if torch.cuda.is_available() else "cpu"]
+    num_images = options.images // work.batch_size * work.batch_size
+    if options.arrays:
+        work = bench_step.CASES["b16-224"] if torch.cuda.is_available() else work
+        with ExitStack() as stack:
+            calls = from_arrays(work, num_images, options, stack)
+            return measured(work, calls, f"{num_images} arrays", "ours, no data", options)
     allow_posterize_to_black()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
         photos = Path(folder) / "photos"
         photos.mkdir()
         content = "photos" if harness.installed("skimage") else "noise images"
-        images = make_photos(photos, options.images // work.batch_size * work.batch_size)
+        images = make_photos(photos, num_images)
         calls = contestants(work, images, options.workers, stack)
-        name = f"{work.student}, {len(images)} {content}, {options.workers} workers"
-        case = harness.Case(name, calls, BASELINE, eager=frozenset(calls))
-        rows = harness.rows("train", case, harness.measure(calls, work.device, options.rounds, case.eager), work.device)
+        return measured(work, calls, f"{num_images} {content}", BASELINE, options)
+
+
+def measured(
+    work: Workload, calls: dict[str, harness.Call], what: str, baseline: str, options: argparse.Namespace
+) -> int:
+    """Time passes over the images, print and append the rows."""
+    case = harness.Case(f"{work.student}, {what}, {options.workers} workers", calls, baseline, eager=frozenset(calls))
+    rows = harness.rows("train", case, harness.measure(calls, work.device, options.rounds, case.eager), work.device)
+    num_images = options.images // work.batch_size * work.batch_size
     for row in rows:
-        row |= {"images_per_s": len(images) / row["median_ms"] * 1e3, "precision": work.precision}
+        row |= {"images_per_s": num_images / row["median_ms"] * 1e3, "precision": work.precision}
         row |= {"student": work.student, "teacher": work.teacher, "batch": work.batch_size}
         print(f"{harness.line(row)}  {row['images_per_s']:.1f} img/s")
-    print(f"rows appended to {harness.append('train', rows).relative_to(harness.ROOT)}")
+    print(f"rows appended to {harness.append('train', rows)}")
     return 0
 
 

@@ -1,203 +1,305 @@
-"""Everything that needs a GPU, in one command: tests, floors, tuning, times beside the peers, and the budget.
+"""What the first minutes on a GPU must answer, and then everything else, in one command that ends in time.
 
-    python -m benchmarks.gpu [STAGE ...] [--minutes M] [--dry] [--list]
+    python -m benchmarks.gpu [STAGE ...] [--minutes M] [--out DIR] [--wheels DIR] [--again] [--dry] [--list]
 
-Stages, most needed first: tests (of the kernels, compiled), floors (the matrix products and the copy), tune-ops
-(launch settings, and what is fastest alone), one a kernel (``bench_<op>``), step (ours beside timm's and the official
-loop), tune (what the whole step takes of it), parts (``fastdeitlt bench``), train (from JPEG files), profile,
-tune-inat18, steps (every contestant, every model), budget. ``fastdeitlt tune`` writes into the measurements that ship
-with the kernels, all others into ``benchmarks/results``. The budget sets what was measured beside the floor and the
-goal of each part and ends with 1 where a goal is missed.
-With ``--minutes`` a stage that is not done by then is ended and later ones are left out; rows written until then stay,
-and the next call may name the stages that are left.
-``--dry`` runs every stage at its smallest on a machine without a GPU: what runs there, runs; a kernel's benchmark says
-that it measures nothing. Needs the package installed (``pip install --no-deps -e .`` is enough where torch, pydantic
-and pytest are; DALI is needed by train alone, deepspeed by its contestant). Ends with 1 if a stage failed.
+The first stages are planned for nine minutes of an H200 and need torch, Triton, timm and pydantic alone:
+
+- facts: versions, the rates of a copy and a product;
+- prepare: the kernels' tests, beside what fills the compilers' caches;
+- step: ours beside timm's and the official loop, and a table of its operations;
+- ops: torch's attention beside float64, each kernel beside its peers;
+- arrays: training from images in memory.
+
+The later ones take longer: tune-ops, tune, parts, train (from JPEG files), tune-inat18, steps. With ``--minutes`` a
+stage ends at its share of them, and what does not fit is left out.
+
+The checkout need not be installed. ``--wheels`` is a folder of wheels that the machine lacks; a stage whose packages
+are missing is left out and does not count as failed. The folder DIR holds after each stage: rows.jsonl, kernels.jsonl
+(what `auto` would choose by), profile.txt, log.txt, stages.json and table.txt.
+``--again`` is the second command: what failed before, then the step with one kernel off at a time.
+``--dry`` runs everything at its smallest on a machine without a GPU. Ends with 1 if a stage failed; the stage budget,
+if it is named, ends with 1 where a goal is missed.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+import xml.etree.ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.aot import ops
-from benchmarks.harness import installed
+from benchmarks import portable
+from benchmarks.budget import budget, measured
+from benchmarks.portable import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, MEASURED = ROOT / "benchmarks" / "results", ROOT / "kernels" / "measured"
-Key = tuple[str, str, str]
-ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
-"""Settings under which a step is one batch of 256 images."""
-
+MEASURED = ROOT / "kernels" / "measured"
+MINUTES = 9.0
+"""What the first stages' shares are of."""
+RESERVE_S = 5.0
+"""Left of ``--minutes`` for the table."""
 IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, DeepSpeed")
 """Contestants of ``bench_step`` that the budget needs, or that show what `auto` leaves."""
-
-STEP = ("step", "b16-224")
-ATTENTION, STREAM = "B=256 N=198 H=12 D=64", "B=256 N=198 D=768"
-# what, op, case (None: the op's last measured), candidate, column, goal on one H200, whether more is better; a column
-# "over NAME" is the time of that candidate over this one's
-BUDGET: tuple[tuple[str, str, str | None, str, str, float, bool], ...] = (
-    ("full step, images/s", *STEP, "as shipped (auto)", "images_per_s", 4300, True),
-    ("full step / official loop", *STEP, "as shipped (auto)", "over official loop", 3.0, True),
-    ("full step / timm compiled", *STEP, "as shipped (auto)", "over timm, compiled", 1.4, True),
-    ("DeepSpeed / plain", *STEP, "as shipped, DeepSpeed", "over as shipped (auto)", 1 / 1.01, True),
-    ("student only, images/s", "bench", "gpu-budget", "student only", "images_per_s", 5000, True),
-    ("teacher forward, images/s", "bench", "gpu-budget", "teacher only", "images_per_s", 24000, True),
-    ("attention forward, TFLOP/s", "attention", f"forward {ATTENTION}", "triton", "tflop_per_s", 250, True),
-    ("attention backward, TFLOP/s", "attention", f"backward {ATTENTION}", "triton", "tflop_per_s", 200, True),
-    ("attention forward / best SDPA", "attention", f"forward {ATTENTION}", "triton", "speedup", 1.3, True),
-    ("attention backward / best SDPA", "attention", f"backward {ATTENTION}", "triton", "speedup", 1.3, True),
-    ("add+LayerNorm forward, GB/s", "add_layernorm", f"forward {STREAM}", "triton", "gb_per_s", 3650, True),
-    ("add+LayerNorm backward, GB/s", "add_layernorm", f"backward {STREAM}", "triton", "gb_per_s", 3400, True),
-    ("joint loss, ms at K=1000", "joint_loss", "B=1024 K=1000 bfloat16", "triton", "median_ms", 0.010, False),
-    ("joint loss, GB/s at K=8142", "joint_loss", "B=1024 K=8142 bfloat16", "triton", "gb_per_s", 3400, True),
-    ("AdamW and average, ms", "adamw_ema", "87.3 M weights float32", "fastdeitlt", "median_ms", 0.90, False),
-    ("end to end / no data, resident", "train", None, "ours, resident", "over ours, no data", 0.97, True),
-    ("end to end / no data, JPEG files", "train", None, "ours, streamed", "over ours, no data", 0.90, True),
-    ("augmentation, ms a batch of 256", "augment", "375 x 500 to 224 px B=256", "triton", "median_ms", 0.512, False),
+ONE_OFF = (
+    "as shipped, fused teacher",
+    *(f"kernels, {op} by torch" for op in ("attention", "add_layernorm", "bias_gelu", "joint_loss")),
 )
-NEEDS = {"as shipped, DeepSpeed": "deepspeed", "ours, resident": "nvidia.dali", "ours, streamed": "nvidia.dali"}
-"""Candidate of the budget -> package without which it is left out."""
-H200_COPY = 4300
-"""GB/s of a copy on the H200 of the goals."""
-COPY_BOUND = {("attention", "tflop_per_s"), ("add_layernorm", "gb_per_s"), ("joint_loss", "gb_per_s"),
-              ("adamw_ema", "median_ms")}  # fmt: skip
-"""(op, column) whose floor is the copy: on another GPU their goals move with what the copy reaches there."""
+"""Contestants of the second command."""
+ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
+"""Settings under which a step is one batch of 256 images."""
+ABSENT = "is not installed"
+Command = list[str]
 
 
-def commands(dry: bool) -> dict[str, list[str]]:
-    """Stage -> Python command, in order."""
-    config = ["imagenet_lt", "name=gpu-budget", *ONE_BATCH]
-    config = ["quickstart", "name=gpu-budget", "student.depth=1", "train.batch_size=4"] if dry else config
-    parts = str(RESULTS / "parts_gpu.json") if not dry else "/dev/null"
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if installed("xdist") else []
-    how = ["--collect-only"] if dry else workers
-    # what compiles ahead of time for every architecture is no matter of this GPU
-    found = {"tests": ["-m", "pytest", "-q", *how, "tests/kernels", "--ignore=tests/kernels/test_aot.py"]}
-    found["floors"] = ["-m", "benchmarks.bench_floors", *(["--dry", "--rounds", "1", "--batch", "16"] if dry else [])]
-    found["tune-ops"] = _tune(dry, "imagenet_lt", "--ops-only")
-    for op in ops():
-        if (ROOT / "benchmarks" / f"bench_{op}.py").exists():
-            found[op] = ["-m", f"benchmarks.bench_{op}", *(["--help"] if dry else [])]
-    step = ["--case", "dry", "--check"] if dry else ["--case", "b16-224", "--only", *IN_BUDGET]
-    found["step"] = ["-m", "benchmarks.bench_step", *step]
-    found["tune"] = _tune(dry, "imagenet_lt")
-    found["parts"] = ["-m", "fastdeitlt.cli", "bench", *config, "--synthetic", "--json", parts]
-    found["parts"] += ["--quick", "--batches"] if dry else []
-    found["train"] = ["-m", "benchmarks.bench_train"]
-    found["train"] += ["--help"] if dry else ["--images", "8192", "--workers", "12", "--rounds", "3"]
-    found["profile"] = ["-m", "fastdeitlt.cli", "profile", *config, "--synthetic", "--steps", "1", "--out"]
-    found["profile"] += [str(ROOT / "runs" / "gpu-profile")]
-    found["tune-inat18"] = _tune(dry, "inat18")
-    found["steps"] = ["-m", "benchmarks.bench_step", *(["--case", "dry", "--check"] if dry else [])]
-    return found
+@dataclass(frozen=True)
+class Stage:
+    """Commands that run beside each other.
 
-
-def _tune(dry: bool, recipe: str, *options: str) -> list[str]:
-    rest = ["--help"] if dry else [recipe, *ONE_BATCH, "--out", str(MEASURED), *options]
-    return ["-m", "fastdeitlt.cli", "tune", *rest]
-
-
-def run(name: str, command: list[str], deadline: float) -> bool:
-    """Run a Python command from the repository root until the deadline (``time.monotonic``), say how it ended."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        print(f"== {name}: left out, no time", flush=True)
-        return False
-    print(f"== {name}: python {' '.join(command)}", flush=True)
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
-    try:
-        said = "done" if process.wait(None if left == float("inf") else left) == 0 else "FAILED"
-    except subprocess.TimeoutExpired:
-        said = "ended, no time"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
-            process.wait()
-    print(f"== {name}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
-    return said == "done"
-
-
-def measured(gpu: str | None) -> dict[Key, Mapping[str, Any]]:
-    """The newest row of each (op, case, candidate) of a GPU; ``bench``'s own file counts as well."""
-    found: dict[Key, Mapping[str, Any]] = {}
-    for file in sorted(RESULTS.glob("*.jsonl")):
-        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if row.get("gpu") == gpu and "candidate" in row:
-                found[row["op"], row["case"], row["candidate"]] = row
-    parts = RESULTS / "parts_gpu.json"
-    if parts.exists():
-        written = json.loads(parts.read_text(encoding="utf-8"))
-        if written["environment"]["gpu"] == gpu:
-            found |= {(row["op"], row["case"], row["candidate"]): row for row in written["rows"]}
-    return found
-
-
-def budget(rows: dict[Key, Mapping[str, Any]]) -> bool:
-    """Print each part's goal, the measurement and their ratio (above 1 = better); return whether all are met.
-
-    A part whose package is not installed counts as met.
+    Args:
+        commands: name -> arguments of Python.
+        until: minute, of ``MINUTES``, by which the stage has ended; 0 = a later stage, which ends when it is done.
+        needs: distributions without which it is left out, beside ``BASE``.
+        again: part of the second command alone.
     """
-    met = True
-    copy = rows.get(("floors", "copy", "copy"), {}).get("gb_per_s", H200_COPY) / H200_COPY
-    for what, op, case, candidate, column, goal, more in BUDGET:
-        case = case or next((key[1] for key in reversed(rows) if key[0] == op), None)
-        found = {key[2]: row for key, row in rows.items() if key[:2] == (op, case)}
-        over, row = found.get(column.removeprefix("over ")), found.get(candidate, {})
-        got = over["median_ms"] / row["median_ms"] if over and row else row.get(column)
-        if got is None:
-            absent = candidate in NEEDS and not installed(NEEDS[candidate])
-            met &= absent
-            said = f"{NEEDS[candidate]} is not installed" if absent else "not measured"
-            print(f"{what:32} goal {goal:9,.4g}   {said}")
-            continue
-        if (op, column) in COPY_BOUND:
-            goal = goal * copy if more else goal / copy
-        ratio = got / goal if more else goal / got
-        floor = f", {row['share_of_floor']:.0%} of the floor" if "share_of_floor" in row else ""
-        print(f"{what:32} goal {goal:9,.4g}   measured {got:9,.4g}   ratio {ratio:.2f}{floor}")
-        met &= ratio >= 1
-    return met
+
+    commands: Mapping[str, Command]
+    until: float = 0.0
+    needs: tuple[str, ...] = ()
+    again: bool = False
 
 
-def main(arguments: list[str] | None = None) -> int:
+@dataclass
+class Place:
+    """Where a run happens.
+
+    Args:
+        out: folder of the results.
+        scratch: folder that is deleted afterwards.
+        environment: of the workers.
+        wheels: folder of wheels.
+        results: command -> how it ended, and its last line.
+    """
+
+    out: Path
+    scratch: Path
+    environment: Mapping[str, str]
+    wheels: Path | None = None
+    results: dict[str, str] = field(default_factory=dict)
+
+
+WHOLE_TRAINER = ("matplotlib", "tensorboard", "jinja2", "filelock")
+"""What the trainer imports for its log and its report; the tests that train are left out without."""
+BASE = ("torch", "triton", "timm", "pydantic", "pyyaml", "safetensors")
+
+
+def stages(dry: bool, out: Path) -> dict[str, Stage]:
+    """Return name -> stage, most needed first."""
+    tune = ["-m", "fastdeitlt.cli", "tune"]
+    config = ["quickstart", "student.depth=1", "train.batch_size=4"] if dry else ["imagenet_lt", *ONE_BATCH]
+    parts = ["-m", "fastdeitlt.cli", "bench", *config, "name=gpu-budget", "--synthetic", "--json"]
+    parts += [str(out / "parts.json"), *(["--quick", "--batches"] if dry else [])]
+    step = ["-m", "benchmarks.bench_step", "--case", "dry" if dry else "b16-224"]
+    only = ["--only", "+ last-block shortcut", "--baseline", "official loop"] if dry else ["--only", *IN_BUDGET]
+    rounds = ["--rounds", "1" if dry else "6"]
+    ops = ["-m", "benchmarks.gpu_ops", "ops", *(["--small", "--rounds", "1"] if dry else [])]
+    images = ["--images", "32", "--rounds", "1"] if dry else ["--images", "4096", "--rounds", "3", "--workers", "12"]
+    arrays = ["-m", "benchmarks.bench_train", "--arrays", *images, *(["--eager"] if dry else [])]
+    every = ["--case", "dry", "--check", *only] if dry else []
+    train = ["-m", "benchmarks.bench_train", *(["--help"] if dry else [*images, "--images", "8192"])]
+    facts = ["-m", "benchmarks.gpu_ops", "facts"]
+    tests = _tests(dry, out)
+    found = {
+        "facts": Stage({"facts": facts}, 0.5),
+        "prepare": Stage(
+            {"tests": tests, "check": [*step, *only, "--check"], "compile": [*ops, "--check"]}, 3.5, ("pytest",)
+        ),
+        "step": Stage({"step": [*step, *only, *rounds, "--profile", str(out / "profile.txt")]}, 6.0),
+        "ops": Stage({"ops": ops}, 7.75),
+        "arrays": Stage({"arrays": arrays}, MINUTES),
+        "tune-ops": Stage({"tune-ops": [*tune, *_tuned(dry, "imagenet_lt"), *(() if dry else ("--ops-only",))]}),
+        "tune": Stage({"tune": [*tune, *_tuned(dry, "imagenet_lt")]}),
+        "parts": Stage({"parts": parts}, needs=("rich", "tensorboard", "nvidia-ml-py")),
+        "train": Stage({"train": train}, needs=("nvidia-dali-cuda130",)),
+        "tune-inat18": Stage({"tune-inat18": [*tune, *_tuned(dry, "inat18")]}),
+        "steps": Stage({"steps": ["-m", "benchmarks.bench_step", *every]}),
+    }
+    for name in ONE_OFF:
+        less = only if dry else ["--only", name, "--baseline", "+ kernels"]
+        found[name] = Stage({name: [*step, *less, *rounds]}, again=True)
+    return found
+
+
+def _tuned(dry: bool, recipe: str) -> Command:
+    return ["--help"] if dry else [recipe, *ONE_BATCH, "--out", str(MEASURED)]
+
+
+def _tests(dry: bool, out: Path) -> Command:
+    """The kernels' tests, without the gate ahead of time, which is no matter of this GPU."""
+    known = {name for name in ("xdist", "pytest_timeout", *WHOLE_TRAINER) if importlib.util.find_spec(name)}
+    found = ["-m", "pytest", "tests/kernels", "--ignore=tests/kernels/test_aot.py", "-o", "pythonpath=tests"]
+    found += ["--collect-only"] if dry else [f"--junitxml={out / 'tests.xml'}"]
+    if not known.issuperset(WHOLE_TRAINER):
+        found += ["--ignore=tests/kernels/test_training.py"]
+    if "xdist" in known and not dry:
+        found += ["-n", str(min(8, os.cpu_count() or 1))]
+    if "pytest_timeout" not in known:  # or its setting in pyproject.toml would be an unknown one
+        found += ["-o", "addopts=-q --import-mode=importlib -p no:cacheprovider"]
+    return found
+
+
+def red_ops(junit: Path) -> list[str]:
+    """Return the ops whose tests failed, by the report of ``pytest --junitxml``; none where it was not written."""
+    if not junit.exists():
+        return []
+    cases = xml.etree.ElementTree.parse(junit).getroot().iter("testcase")
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    found = [re.search(r"\btest_(\w+)", case.get("classname", "")) for case in failed]
+    return sorted({name[1] for name in found if name})
+
+
+def run(stage: Stage, place: Place, deadline: float) -> None:
+    """Run a stage's commands beside each other until the deadline (``time.monotonic``); note how each ended."""
+    absent = portable.missing((*BASE, *stage.needs), place.wheels)
+    if absent or deadline <= time.monotonic():
+        reason = f"{', '.join(absent)} {ABSENT}" if absent else "no time"
+        place.results.update(dict.fromkeys(stage.commands, f"left out, {reason}"))
+        return
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        for name, command in stage.commands.items():
+            log = stack.enter_context((place.scratch / name).open("wb"))
+            started[name] = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=dict(place.environment), stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            ended = {name: _wait(process, deadline) for name, process in started.items()}
+        finally:
+            for process in started.values():
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # its workers too
+                    process.wait()
+    for name, said in ended.items():
+        lines = (place.scratch / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        place.results[name] = f"{said} by {time.monotonic() - start:.0f} s: {last[:120]}"
+        with (place.out / "log.txt").open("a", encoding="utf-8") as log:
+            command = " ".join(stage.commands[name])
+            log.write("\n".join([f"== {name}: python {command}", *lines, f"== {name}: {said}", ""]))
+        if said == "FAILED":
+            print("\n".join(lines[-15:]), flush=True)
+
+
+def chosen_stages(
+    known: Mapping[str, Stage], named: Sequence[str], results: Mapping[str, str], again: bool
+) -> list[Stage]:
+    """Return the stages to run: the named ones, or all; with ``again`` what is not good, then one kernel off."""
+    if named:
+        return [stage for name, stage in known.items() if name in named]
+    if not again:
+        return [stage for stage in known.values() if not stage.again]
+    bad = {name for name, result in results.items() if not result.startswith("done") and ABSENT not in result}
+    found = []
+    for stage in known.values():
+        commands = {name: command for name, command in stage.commands.items() if stage.again or name in bad}
+        if commands:
+            found.append(replace(stage, commands=commands))
+    return found
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
+    try:
+        code = process.wait(None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0))
+    except subprocess.TimeoutExpired:
+        return "ended, no time"
+    return "done" if code == 0 else "FAILED"
+
+
+def save(place: Place) -> None:
+    """Write how the commands ended, and what `auto` would choose by, beside the rows."""
+    (place.out / "stages.json").write_text(json.dumps(place.results, indent=1), encoding="utf-8")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "kernels"
+    found = [
+        file.read_text(encoding="utf-8") for folder in (MEASURED, cache) for file in sorted(folder.glob("*.jsonl"))
+    ]
+    (place.out / "kernels.jsonl").write_text("".join(found), encoding="utf-8")
+
+
+def table(place: Place, gpu: str | None) -> Iterator[str]:
+    """Yield the lines of the table: how each command ended, the steps, what is wrong."""
+    yield from (f"{name:28} {result}" for name, result in place.results.items())
+    rows = measured(place.out, gpu)
+    for (op, case, candidate), row in rows.items():
+        if op == "step":
+            yield f"{case} {candidate:32} {row['median_ms']:9.2f} ms {row['images_per_s']:8.0f} img/s"
+        elif op == "backends" and not row["error"] <= 2e-2:
+            yield f"WRONG: attention {case} {candidate}, error {row['error']:.1e}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
-    parser.add_argument("--dry", action="store_true", help="every stage at its smallest; works without a GPU")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; default: when done")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that are not installed")
+    parser.add_argument("--again", action="store_true", help="what failed in --out, then one kernel off at a time")
+    parser.add_argument("--dry", action="store_true", help="every stage at its smallest; works without a GPU")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     options = parser.parse_args(arguments)
-    known = commands(options.dry)
+    out = options.out.resolve()
+    start = time.monotonic()
+    deadline = start + 60 * options.minutes - RESERVE_S
+    known = stages(options.dry, out)
     if unknown := set(options.stages) - {*known, "budget"}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(known)}, budget")
     if options.list:
-        print("\n".join(f"{name}: python {' '.join(command)}" for name, command in known.items()))
+        listed = [(name, command) for stage in known.values() for name, command in stage.commands.items()]
+        print("\n".join(f"{name}: python {' '.join(command)}" for name, command in listed))
         return 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu is None and not options.dry:
         parser.error("no GPU is visible; --dry runs what can run without one, pytest tests/kernels checks the kernels")
-    RESULTS.mkdir(exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
-    good: dict[str, bool] = {}
-    if not installed("nvidia.dali") and known.pop("train", None):
-        print("== train: left out, nvidia.dali is not installed")
-    for name, command in known.items():
-        if not options.stages or name in options.stages:
-            tested = ["--tested"] if name in ops() and good.get("tests") and not options.dry else []
-            good[name] = run(name, command + tested, deadline)
-    if not options.stages or "budget" in options.stages:
-        good["budget"] = budget(measured(gpu)) or options.dry
-    return 0 if all(good.values()) else 1
+    out.mkdir(parents=True, exist_ok=True)
+    before = out / "stages.json"
+    results = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            environment = portable.environment(Path(folder), options.wheels)
+        except ValueError as error:
+            parser.error(str(error))
+        environment |= {"BENCHMARK_ROWS": str(out / "rows.jsonl"), "PYTHONUNBUFFERED": "1"}
+        place = Place(out, Path(folder), environment, options.wheels, dict(results))
+        chosen = chosen_stages(known, options.stages, results, options.again)
+        shares = not (options.stages or options.again or options.dry)
+        for stage in chosen:
+            until = start + 60 * options.minutes * (stage.until or MINUTES) / MINUTES if shares else deadline
+            red = red_ops(out / "tests.xml")
+            if "ops" in stage.commands and red:
+                stage = replace(stage, commands={"ops": [*stage.commands["ops"], "--red", *red]})
+            run(stage, place, min(until, deadline))
+            save(place)
+    lines = list(table(place, gpu))
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        met = budget(measured(out, gpu)) or "budget" not in options.stages
+    (out / "table.txt").write_text("\n".join([*lines, "", text.getvalue()]), encoding="utf-8")
+    print((out / "table.txt").read_text(encoding="utf-8"), flush=True)
+    ran = [place.results[name] for stage in chosen for name in stage.commands]
+    return 1 if not met or any(result.startswith("FAILED") for result in ran) else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
     sys.exit(main())

@@ -1,7 +1,7 @@
 """What every benchmark file shares: cases, a named baseline, no numbers from a red op, and rows that say their origin.
 
 The timer is ``fastdeitlt.core.measure.timer``. Rows are appended to
-``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``.
+``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``, or to the file that the variable BENCHMARK_ROWS names.
 """
 
 import argparse
@@ -131,13 +131,12 @@ def main(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
-    parser.add_argument("--tested", action="store_true", help="the op's tests have just passed: do not run them again")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if gpu_only and device.type != "cuda":
         print(f"no GPU: nothing is measured; the kernel needs one, and on a CPU {op} is torch's own")
         return 0
-    if not (arguments.tested or green(op)):
+    if not green(op):
         print(f"tests/kernels/test_{op}.py fails: a wrong kernel has no speed; nothing measured", file=sys.stderr)
         return 1
     if device.type != "cuda":
@@ -149,15 +148,17 @@ def main(
             for row in found:
                 print(line(row))
             file = append(op, found)
-    print(f"rows appended to {file.relative_to(ROOT)}")
+    print(f"rows appended to {file}")
     return 0
 
 
 def append(op: str, found: Iterable[Mapping[str, Any]]) -> Path:
     """Append rows, each with the machine it was measured on, to the op's file of this machine and month."""
     where = machine()
+    given = os.environ.get("BENCHMARK_ROWS")
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
-    file = ROOT / "benchmarks" / "results" / f"{op}_{name}_{datetime.date.today():%Y%m}.jsonl"
+    month = f"{op}_{name}_{datetime.date.today():%Y%m}.jsonl"
+    file = Path(given) if given else ROOT / "benchmarks" / "results" / month
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps({**row, **where}) + "\n" for row in found)

@@ -242,11 +242,19 @@ LEVERS: dict[str, Callable[[Workload], Step]] = {
     "+ flat AdamW with average": lambda work: ours(work, optim__backend="fastdeitlt", **TORCH),
     "+ kernels": lambda work: ours(work, optim__backend="fastdeitlt", **TRITON),
     "as shipped (auto)": lambda work: ours(work),
+    "as shipped, fused teacher": lambda work: ours(work, teacher__fuse_epilogues=True, teacher__cudnn_benchmark=True),
     "as shipped, autotuned": lambda work: ours(work, train__autotune=True),
     "as shipped, DeepSpeed": lambda work: ours(work, train__engine="deepspeed", train__zero_stage=1),
 }
 """Contestants in the order of the waterfall. Some need a GPU, or gain nothing without."""
-GPU_ONLY = frozenset({"+ kernels", "as shipped, autotuned"})
+ONE_OFF: dict[str, Callable[[Workload], Step]] = {
+    f"kernels, {setting.partition('__')[2].replace('impl', 'joint_loss')} by torch": functools.partial(
+        ours, optim__backend="fastdeitlt", **TRITON | {setting: TORCH[setting]}
+    )
+    for setting in TORCH
+}
+"""Contestants with all kernels but one, on request: which of them costs time in the whole step."""
+GPU_ONLY = frozenset({"+ kernels", "as shipped, fused teacher", "as shipped, autotuned", *ONE_OFF})
 BASELINE = "timm, compiled"
 
 

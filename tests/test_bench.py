@@ -14,12 +14,10 @@ from pynvml import NVMLError
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import bench_add_layernorm, bench_attention, bench_scaling, bench_step, gpu, peers, simulate
+from benchmarks import bench_scaling, bench_step, peers, simulate
 from fastdeitlt import config
 from fastdeitlt.cli import main
 from fastdeitlt.core.measure import timer
-from fastdeitlt.models import create_student
-from fastdeitlt.models.vit import num_parameters
 from fastdeitlt.run.meter import peak_flops
 from fastdeitlt.tools.bench import _at_ranks, _take_steps, bench
 from fastdeitlt.tools.setup import set_up
@@ -312,107 +310,3 @@ def test_a_simulation_without_a_measured_step_is_refused(capsys):
     with pytest.raises(SystemExit):
         simulate.main(["--gpus", "8"])
     assert "--step-ms" in capsys.readouterr().err
-
-
-def test_the_gpu_script_needs_a_gpu_and_lists_its_stages(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "no GPU" in capsys.readouterr().err
-    assert gpu.main(["--list"]) == 0
-    listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed[:3] == ["tests", "floors", "tune-ops"] and listed[-2:] == ["tune-inat18", "steps"]
-    assert {"attention", "add_layernorm", "joint_loss", "adamw_ema", "augment"} <= set(listed)
-
-
-def test_a_stage_of_the_gpu_script_ends_with_its_workers_when_the_time_is_up(tmp_path, capsys):
-    alive = tmp_path / "alive"
-    worker = f"import pathlib, time; time.sleep(2); pathlib.Path({str(alive)!r}).touch()"
-    waiting = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
-    assert not gpu.run("slow", ["-c", waiting], time.monotonic() + 1)
-    assert not gpu.run("late", ["-c", "print('ran')"], time.monotonic())
-    assert gpu.run("quick", ["-c", "pass"], float("inf")) and not gpu.run("broken", ["-c", "1 / 0"], float("inf"))
-    said = [line.rsplit(" (", 1)[0] for line in capsys.readouterr().out.splitlines() if "python" not in line]
-    assert said == ["== slow: ended, no time", "== late: left out, no time", "== quick: done", "== broken: FAILED"]
-    time.sleep(2)
-    assert not alive.exists()
-
-
-def test_a_kernel_whose_tests_passed_is_not_tested_again(monkeypatch):
-    ran = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(gpu, "run", lambda name, command, deadline: ran.setdefault(name, command) is None)
-    gpu.main(["tests", "attention"])
-    assert "--tested" not in ran.pop("attention")
-    monkeypatch.setattr(gpu, "run", lambda name, command, deadline: bool(ran.setdefault(name, command)))
-    gpu.main(["tests", "attention"])
-    assert ran["attention"][-1] == "--tested"
-    ran.clear()
-    gpu.main(["attention"])
-    assert "--tested" not in ran["attention"]
-
-
-def test_goals_bound_by_memory_move_with_the_copy(capsys):
-    rows = {("floors", "copy", "copy"): {"gb_per_s": gpu.H200_COPY / 2}}
-    for key, column, got in (
-        (("add_layernorm", f"forward {gpu.STREAM}", "triton"), "gb_per_s", 3650 / 2),
-        (("adamw_ema", "87.3 M weights float32", "fastdeitlt"), "median_ms", 1.8),
-        (("joint_loss", "B=1024 K=1000 bfloat16", "triton"), "median_ms", 0.02),
-    ):
-        rows[key] = {column: got}
-    gpu.budget(rows)
-    ratios = [line.split("ratio ")[1] for line in capsys.readouterr().out.splitlines() if "ratio" in line]
-    assert ratios == ["1.00", "0.50", "1.00"]  # in the budget's order; the joint loss at K = 1000 is bound by launches
-
-
-def test_the_budget_reads_every_row_that_is_there():
-    rows = gpu.measured(None)
-    assert ("train", "ours, resident") in {(op, candidate) for op, _, candidate in rows}
-
-
-def test_the_budget_is_met_only_when_everything_is_measured_and_good(capsys):
-    rows = {}
-    for _, op, case, candidate, column, goal, _more in gpu.BUDGET:
-        key = op, case or "any"
-        row = rows.setdefault((*key, candidate), {"median_ms": 1.0})
-        if column.startswith("over "):
-            rows.setdefault((*key, column.removeprefix("over ")), {"median_ms": 1.0})
-        else:
-            row[column] = goal
-    for key, factor in (("official loop", 3.0), ("timm, compiled", 1.4)):
-        rows["step", "b16-224", key]["median_ms"] = factor
-    assert gpu.budget(rows)
-    rows["step", "b16-224", "as shipped (auto)"]["images_per_s"] = 4299
-    assert not gpu.budget(rows)
-    del rows["bench", "gpu-budget", "teacher only"]
-    assert not gpu.budget(rows) and "not measured" in capsys.readouterr().out
-
-
-def test_the_budget_matches_whole_case_names(capsys):
-    """A case whose name begins with another's must not replace that one's row."""
-    goals = {(op, case): (candidate, column, goal) for _, op, case, candidate, column, goal, _ in gpu.BUDGET if case}
-    rows = {}
-    for (op, case), (candidate, column, goal) in goals.items():
-        rows[op, case, candidate] = {"median_ms": 1.0, column: goal}
-        rows[op, f"{case} M=2", candidate] = {"median_ms": 1.0, column: 1e-9}
-    gpu.budget(rows)
-    found = [line for line in capsys.readouterr().out.splitlines() if "ratio" in line]
-    assert len(found) == len({(op, case) for op, case in goals}) and not any("ratio 0.00" in line for line in found)
-
-
-def test_the_budget_names_real_cases():
-    """Whole names as the benchmarks make them; the optimizer's is of a student's number of weights."""
-    cases = {(op, case) for _, op, case, *_ in gpu.BUDGET}
-    batch, tokens, heads, width = bench_attention.SHAPES[0]
-    assert ("attention", f"forward B={batch} N={tokens} H={heads} D={width}") in cases
-    assert ("add_layernorm", "forward B={} N={} D={}".format(*bench_add_layernorm.SHAPES[2])) in cases
-    student = create_student("deit_base_distilled_patch16_224", 1000)
-    assert ("adamw_ema", f"{num_parameters(student) / 1e6:.1f} M weights float32") in cases
-
-
-def test_a_part_whose_package_is_missing_does_not_fail_the_budget(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "BUDGET", [part for part in gpu.BUDGET if part[3] in gpu.NEEDS])
-    assert not gpu.budget({})
-    monkeypatch.setattr(gpu, "installed", lambda module: False)
-    assert gpu.budget({}) and "deepspeed is not installed" in capsys.readouterr().out

@@ -1,0 +1,187 @@
+"""What a GPU does apart from the whole step, in one process: facts, torch's attention backends, floors, each op.
+
+    python -m benchmarks.gpu_ops facts|ops [--rounds 10] [--check] [--red OP ...] [--small]
+
+``facts`` prints versions, the attention backend that torch would choose, and the rates of a copy and a product.
+``ops`` compares the gradients of torch's attention backends and of the kernel with float64, then times the matrix
+products of a DeiT-B step and every kernel beside its peers, at the shapes of that step. An op that fails is reported
+and the others are measured. With ``--check`` every candidate runs once, which fills the compilers' caches.
+On a CPU ``--small`` runs the same at shapes that take seconds, with torch's implementations.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+
+import torch
+from fastdeitlt.kernels._pick import torch_backend
+from fastdeitlt.kernels.attention import attention, attention_first, reference
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from triton.runtime.errors import TritonError
+
+from benchmarks import (
+    bench_adamw_ema,
+    bench_add_layernorm,
+    bench_attention,
+    bench_augment,
+    bench_bias_gelu,
+    bench_floors,
+    bench_joint_loss,
+    harness,
+)
+from fastdeitlt.core.measure.timer import bandwidth, capturing_stream, matmul_rate, measure
+from fastdeitlt.errors import UserError
+
+TOLERANCE = 2e-2
+"""Largest error of a bfloat16 gradient, as a share of the largest value of the float64 one: several roundings."""
+TOKENS, ROWS_OF_LAST_BLOCK = (66, 198), 2
+Cases = Callable[[torch.device, bool], Iterable[harness.Case]]
+
+
+def _joint_loss(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return bench_joint_loss.cases(device, ((16, 10),) if small else ((256, 1000), (1024, 1000), (1024, 8142)))
+
+
+def _adamw_ema(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return () if small else bench_adamw_ema.cases(device)
+
+
+def _bias_gelu(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return bench_bias_gelu.cases(device, ((12, 512),) if small else bench_bias_gelu.SHAPES[2:3])
+
+
+def _add_layernorm(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return bench_add_layernorm.cases(device, ((10, 3, 64),) if small else bench_add_layernorm.SHAPES[2:3])
+
+
+def _attention(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return bench_attention.cases(device, ((2, 20, 2, 32),) if small else bench_attention.SHAPES[:1])
+
+
+def _augment(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return () if small else bench_augment.gpu_cases(device, bench_augment.GPU_SHAPES[:1])
+
+
+def _floors(device: torch.device, small: bool) -> Iterable[harness.Case]:
+    return bench_floors.cases(device, 1 if small else 256)
+
+
+OPS: dict[str, Cases] = {
+    "floors": _floors, "joint_loss": _joint_loss, "adamw_ema": _adamw_ema, "bias_gelu": _bias_gelu,
+    "add_layernorm": _add_layernorm, "attention": _attention, "augment": _augment,
+}  # fmt: skip
+"""Op -> its cases at the shapes of a DeiT-B step of 256 images, the least risky first."""
+
+
+def facts(device: torch.device) -> None:
+    """Print what the machine is and what it reaches; append a row of the copy."""
+    print(harness.machine())
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        print(f"{found.name}: compute capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB, "
+              f"{found.multi_processor_count} multiprocessors, cuDNN {torch.backends.cudnn.version()}")  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (torch.randn(8, 12, 198, 64, device=device, dtype=dtype) for _ in range(3))
+        default = SDPBackend(torch._fused_sdp_choice(q, k, v)).name
+        print(f"attention in {dtype}: torch would choose {default}, auto chooses {torch_backend(dtype, device)}")
+    copy, product = bandwidth(device), matmul_rate(device)
+    print(f"copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.2f} TFLOP/s")
+    row = {"op": "floors", "case": "copy", "candidate": "copy", "gb_per_s": copy / 1e9, "tflop_per_s": product / 1e12}
+    harness.append("floors", [row])
+
+
+def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
+    """Yield (implementation, largest error of output and gradient from float64); the error may be NaN.
+
+    Args:
+        tokens: of an image.
+        rows: query rows; fewer than ``tokens`` as in the last block.
+    """
+    generator = torch.Generator().manual_seed(0)
+    few = rows < tokens
+    sizes = [(rows, 12, 64), (tokens, 2, 12, 64)] if few else [(tokens, 3, 12, 64)]
+    exact = [torch.randn(4, *size, generator=generator).bfloat16().double().requires_grad_() for size in sizes]
+    upstream = torch.randn(4, rows, 12 * 64, generator=generator).bfloat16()
+    packed = _packed(*exact) if few else exact[0]
+    expected = [out := reference(packed, rows), *torch.autograd.grad(out, exact, upstream.double())]
+    for impl in bench_attention.IMPLS:
+        given = [x.detach().to(device, torch.bfloat16).requires_grad_() for x in exact]
+        try:
+            out = (attention_first if few else attention)(*given, impl=impl)
+            got = [out, *torch.autograd.grad(out, given, upstream.to(device))]
+        except (RuntimeError, TritonError, UserError) as error:
+            print(f"N={tokens} M={rows} {impl}: left out, {' '.join(str(error).split())[:120]}")
+            continue
+        yield impl, max(_error(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _packed(q_BMHD: Tensor, kv_BN2HD: Tensor) -> Tensor:
+    """Queries of the first rows beside keys and values, as one [B, N, 3, H, D]."""
+    rest = kv_BN2HD.new_zeros(len(q_BMHD), kv_BN2HD.shape[1] - q_BMHD.shape[1], *q_BMHD.shape[2:])
+    return torch.cat([torch.cat([q_BMHD, rest], 1)[:, :, None], kv_BN2HD], 2)
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    return float((got.detach().cpu().double() - expected.detach()).abs().max() / expected.detach().abs().max())
+
+
+def backends(device: torch.device) -> bool:
+    """Append the errors of every attention; return whether those that ``auto`` may take are right."""
+    right = True
+    for tokens in TOKENS:
+        for rows in (tokens, ROWS_OF_LAST_BLOCK):
+            found = []
+            for impl, error in gradient_errors(tokens, rows, device):
+                good = error <= TOLERANCE  # not so for NaN
+                found.append({"op": "backends", "case": f"N={tokens} M={rows}", "candidate": impl, "error": error})
+                print(f"gradients N={tokens} M={rows} {impl}: error {error:.1e}{'' if good else '  <- WRONG'}")
+                right &= good or impl not in ("triton", torch_backend(torch.bfloat16, device))
+            harness.append("backends", found)
+    return right
+
+
+def run(op: str, device: torch.device, rounds: int, small: bool) -> None:
+    """Measure an op's cases and append the rows; with no rounds call every candidate once."""
+    for case in OPS[op](device, small):
+        if not rounds:
+            for call in case.candidates.values():
+                call()
+            continue
+        found = harness.rows(op, case, measure(case.candidates, device, rounds, case.eager), device)
+        for row in found:
+            print(harness.line(row), flush=True)
+        harness.append(op, found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("facts", "ops"))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--check", action="store_true", help="call every candidate once, measure nothing")
+    parser.add_argument("--red", nargs="*", default=[], metavar="OP", help="ops that fail their tests: not measured")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, nothing compiled")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if options.what == "facts":
+        facts(device)
+        return 0
+    good = options.check or backends(device)
+    stance = torch.compiler.set_stance("force_eager") if options.small else nullcontext()
+    limit = torch._dynamo.config.patch(recompile_limit=harness.RECOMPILES)
+    with stance, limit, capturing_stream(device):
+        for op in OPS:
+            if op in options.red:
+                print(f"{op}: not measured, its tests fail")
+                continue
+            try:
+                run(op, device, 0 if options.check else options.rounds, options.small)
+            except (RuntimeError, TritonError, UserError) as error:
+                print(f"{op}: FAILED, {' '.join(str(error).split())[:300]}", flush=True)
+                good = False
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Run the checkout without installing it: wheels unpacked and the package laid out in a folder, for worker processes.
+
+Only the standard library is needed here. ``pip`` is not used, because an image without network may have none.
+"""
+
+import importlib.metadata
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BESIDE = ("kernels", "configs")
+"""Folders of the checkout that are packages inside ``fastdeitlt`` once it is installed."""
+
+
+def environment(scratch: Path, wheels: Path | None = None) -> dict[str, str]:
+    """Return the environment in which ``python -m benchmarks...`` imports this checkout and the wheels.
+
+    Args:
+        scratch: empty folder for links and unpacked wheels; it must outlive the workers.
+        wheels: folder of wheels, which win over installed packages of the same name. None = what is installed.
+
+    Raises:
+        ValueError: no wheel in the folder, or one that is not for this Python.
+    """
+    paths = [_linked(scratch / "checkout"), *([_unpacked(wheels, scratch / "wheels")] if wheels else []), ROOT]
+    found = [str(path) for path in paths] + [p for p in [os.environ.get("PYTHONPATH", "")] if p]
+    # without PYTHONSAFEPATH the working directory would come first, whose fastdeitlt has no kernels
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(found), "PYTHONSAFEPATH": "1"}
+
+
+def _linked(folder: Path) -> Path:
+    """Link the package's files and the folders beside it into one package."""
+    package = folder / "fastdeitlt"
+    package.mkdir(parents=True)
+    for path in [*(ROOT / "fastdeitlt").iterdir(), *(ROOT / name for name in BESIDE)]:
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    return folder
+
+
+def _unpacked(wheels: Path, folder: Path) -> Path:
+    """Unpack wheels: a compiled module cannot be imported from a zip file."""
+    files = sorted(wheels.glob("*.whl"))
+    if not files:
+        raise ValueError(f"--wheels {wheels}: holds no *.whl file; see docs/gpu_first_run.md for the download")
+    for file in files:
+        if not fits(file.name):
+            raise ValueError(
+                f"--wheels {file}: is not for Python {sys.version_info.major}.{sys.version_info.minor}; download it "
+                f"with pip download --python-version {sys.version_info.major}.{sys.version_info.minor}"
+            )
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(folder)
+    return folder
+
+
+def fits(wheel: str) -> bool:
+    """Return whether a wheel's file name has a tag of this Python (PEP 427); the platform is not checked."""
+    python, abi = wheel.removesuffix(".whl").split("-")[-3:-1]
+    own = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return own in python.split(".") or "py3" in python.split(".") or "abi3" in abi.split(".")
+
+
+def missing(packages: tuple[str, ...], wheels: Path | None = None) -> list[str]:
+    """Return the distributions that are neither installed nor in the folder of wheels."""
+    carried = {file.name.split("-")[0].replace("_", "-").lower() for file in wheels.glob("*.whl")} if wheels else set()
+    return [name for name in packages if name not in carried and not _installed(name)]
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
