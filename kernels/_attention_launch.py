@@ -82,11 +82,16 @@ def loops(size: int, block: int, tail: int) -> Loops:
     return ((0, whole, block, False),) * (whole > 0) + ((whole, size, tail, size - whole < tail),)
 
 
+SETTINGS_OF = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
+"""Compute capability -> whose settings it takes. 86 stands for those with 99 KiB of shared memory a program."""
+
+
 def architecture(device: torch.device) -> int:
-    """Return the architecture whose settings a device uses: 80, 90 or 100; 90 in the interpreter."""
+    """Which settings a device takes, see ``SETTINGS_OF``; 90 in the interpreter."""
     if device.type != "cuda":
         return 90
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+    major, minor = torch.cuda.get_device_capability(device)
+    return SETTINGS_OF.get(10 * major + minor, {8: 80, 9: 90, 10: 100}.get(major, 86))
 
 
 def forward_config(problem: Problem, sm: int) -> LaunchConfig:
@@ -96,7 +101,8 @@ def forward_config(problem: Problem, sm: int) -> LaunchConfig:
     once; so would loads in two stages there, which need up to four times the tensor memory.
     """
     if problem.rows <= FEW_ROWS:
-        return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_M": FEW_ROWS, "TAIL": 0, "BLOCK_N": 64}, 4, 2)
+        warps = 2 if sm == 86 and problem.whole_row else 4
+        return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_M": FEW_ROWS, "TAIL": 0, "BLOCK_N": 64}, warps, 2)
     stages = 1 if sm == 100 else 2
     if problem.whole_row:
         tail = FEW_ROWS if problem.tokens <= SHORT_ROW_TOKENS or sm == 90 else 0
@@ -108,17 +114,20 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
     """Return the default setting of ``attention_bwd_kernel``: free of spills, not measured."""
     if problem.rows <= FEW_ROWS:
         return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 32, "TAIL": 0}, 4, 2)
-    if not problem.whole_row:
-        return LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 0}, 8 if problem.width > 64 else 4, 2)
-    if problem.rows <= SHORT_ROW_TOKENS:
-        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": 64, "TAIL": 0 if sm == 80 else 16}, 4, 2)
+    is_short = problem.whole_row and problem.rows <= SHORT_ROW_TOKENS
+    if not problem.whole_row or (sm == 86 and not is_short):  # 86 has no registers for a whole head
+        wide = problem.width > 64
+        block = 32 if wide and sm in (80, 86) else 64
+        return LaunchConfig({"ROWS": 64, "BLOCK_N": block, "TAIL": 0}, 8 if wide else 4, 2)
+    if is_short:
+        return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": 64, "TAIL": 0 if sm in (80, 86) else 16}, 4, 2)
     block, tail, stages = {80: (32, 0, 1), 90: (64, 16, 2), 100: (64, 0, 1)}[sm]
     return LaunchConfig({"ROWS": ONE_PROGRAM, "BLOCK_N": block, "TAIL": tail}, 8, stages)
 
 
-def keys_config(problem: Problem) -> LaunchConfig:
-    """Return the default setting of ``attention_bwd_keys_kernel``: free of spills, not measured."""
-    return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 64}, 8 if problem.width > 64 else 4, 2)
+def keys_config(problem: Problem, sm: int) -> LaunchConfig:
+    """Default setting of the kernel that holds keys: free of spills on its architecture, not measured."""
+    return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 32 if sm == 86 else 64}, 8 if problem.width > 64 else 4, 2)
 
 
 def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]:
@@ -191,7 +200,8 @@ def launch_backward(
         **backward_constexprs(problem, config), **_options(config),
     )  # fmt: skip
     if not whole:
-        config = setting("attention", problem.key("backward_keys"), q.device, keys_config(problem))
+        default = keys_config(problem, architecture(q.device))
+        config = setting("attention", problem.key("backward_keys"), q.device, default)
         launch(
             attention_bwd_keys_kernel, (heads * triton.cdiv(problem.tokens, config.blocks["BLOCK_N"]),), q,
             q, keys, grad_out, lse, delta, dkeys, **problem.constexprs, **config.options,
@@ -209,18 +219,20 @@ def aot_configs() -> list[AotConfig]:
     problems = [Problem(tokens, tokens, 768 // width, width, packed=True) for tokens, width in whole]
     problems += [Problem(198, 2, 12, 64, packed=True), Problem(198, 2, 12, 64, False), Problem(578, 2, 6, 128, False)]
     cases = [("bf16", problem) for problem in problems] + [("fp16", problems[1])]
-    configs = [config for kind, problem in cases for sm in (80, 90, 100) for config in _aot(kind, problem, sm, True)]
-    return configs + [_aot("bf16", problems[1], sm, False)[1] for sm in (80, 90, 100)]
+    settings = sorted(set(SETTINGS_OF.values()))
+    found = [config for kind, problem in cases for sm in settings for config in _aot(kind, problem, sm, True)]
+    return found + [_aot("bf16", problems[1], sm, False)[1] for sm in settings]
 
 
 def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
-    forward, backward, keys = forward_config(problem, sm), backward_config(problem, sm), keys_config(problem)
+    forward, backward, keys = forward_config(problem, sm), backward_config(problem, sm), keys_config(problem, sm)
     launches = [
         (attention_fwd_kernel, forward_constexprs(problem, forward), forward),
         (attention_bwd_kernel, backward_constexprs(problem, backward) | ({} if sums else {"p_sums": None}), backward),
         (attention_bwd_keys_kernel, problem.constexprs | keys.blocks, keys),
     ]
-    configs = []
+    architectures = tuple(compiled for compiled, takes in SETTINGS_OF.items() if takes == sm)
+    found = []
     for kernel, constexprs, config in launches[: 2 if one_program(problem, backward) else 3]:
         pointers = [name for name in kernel.arg_names if name not in constexprs]
         signature = {name: "*fp32" if name in ("p_lse", "p_delta", "p_sums") else f"*{kind}" for name in pointers}
@@ -229,6 +241,6 @@ def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
         note = f"N={problem.tokens} R={problem.rows} D={problem.width}{' packed' * problem.packed} {blocks}"
         note += "" if sums or kernel is not attention_bwd_kernel else " without p_sums"
         narrow = 0 if kernel is attention_bwd_keys_kernel else 4  # log-sum-exp or delta of a row
-        options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": (sm,), "note": note}
-        configs.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
-    return configs
+        options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": architectures, "note": note}
+        found.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
+    return found

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fastdeitlt.errors import UserError
 
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that every kernel is compiled for ahead of time: A100, RTX 30, RTX 40, H100, B200, RTX 50."""
+
 
 def interpreted() -> bool:
     """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
@@ -199,5 +202,5 @@ class AotConfig:
     fp_fusion: bool = True
     mma: bool = False
     narrow_stores: int | None = None
-    architectures: tuple[int, ...] = (80, 90, 100)
+    architectures: tuple[int, ...] = ARCHITECTURES
     note: str = field(default="", compare=False)

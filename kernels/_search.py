@@ -43,7 +43,7 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
     ]  # fmt: skip
     return {
         forward_key: [defaults[0], *forward],
-        **({keys_key: [attending.keys_config(problem), *keys]} if parts else {}),
+        **({keys_key: [attending.keys_config(problem, sm), *keys]} if parts else {}),
         backward_key: [defaults[1], *backward],
     }
 

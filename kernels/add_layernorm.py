@@ -21,6 +21,7 @@ import triton
 from fastdeitlt.kernels._add_layernorm_device import add_layernorm_bwd_kernel, add_layernorm_fwd_kernel
 from fastdeitlt.kernels._launch import FLOATS, AotConfig, LaunchConfig, check, interpreted, launch, num_sms, schema
 from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels._operator import Operator
 from fastdeitlt.kernels._pick import pick
 from torch import Tensor
 
@@ -37,12 +38,13 @@ def key(forward: bool, width: int, stream: torch.dtype) -> tuple[str, int, int]:
 def launch_config(forward: bool, width: int, stream: torch.dtype, device: torch.device) -> LaunchConfig:
     """Return the measured setting; by default tiles of 2,048 elements or one row.
 
-    The backward's default has as many programs on a multiprocessor as run on an H100 at once.
+    The backward's default has at most four rows, and as many programs on a multiprocessor as run on an H100 at once.
     """
     measured_key = key(forward, width, stream)
     block = measured_key[1]
     blocks = {"ROWS": max(1, 2048 // block), "BLOCK_D": block}
     if not forward:
+        blocks["ROWS"] = min(blocks["ROWS"], 4)  # more spill in triton 3.6 on sm_100
         blocks["PROGRAMS"] = 3 if block <= 2048 else 2
     default = LaunchConfig(blocks, num_warps=4 if block <= 2048 else 8, num_stages=1 if forward else 2)
     return setting("add_layernorm", measured_key, device, default)
@@ -157,22 +159,16 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return dx, dbranch, shares.sum(0)
 
 
-_forward = torch.library.custom_op(
-    "fastdeitlt::add_layernorm", _launch_forward, mutates_args=(), device_types="cuda",
-    schema=f"({schema(_Forward)}) -> (Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-_backward = torch.library.custom_op(
-    "fastdeitlt::add_layernorm_backward", _launch_backward, mutates_args=(), device_types="cuda",
-    schema=f"({schema(_Backward)}) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
+_forward = Operator("add_layernorm", _launch_forward, f"({schema(_Forward)}) -> (Tensor, Tensor, Tensor, Tensor)")
+_backward = Operator("add_layernorm_backward", _launch_backward, f"({schema(_Backward)}) -> (Tensor, Tensor, Tensor)")
 
 
-@_forward.register_fake
+@_forward.fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     return _Forward(*arguments).outputs()
 
 
-@_backward.register_fake
+@_backward.fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     dx, dbranch, sums = _Backward(*arguments).outputs()
     return dx, dbranch, sums[0]
@@ -183,7 +179,7 @@ def _samples(rows: Tensor | None, num: int) -> Tensor | None:
     return None if rows is None else rows.argsort()[len(rows) - num :]
 
 
-@_forward.register_kernel("cpu")
+@_forward.on_cpu
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if interpreted():
         return _launch_forward(*arguments)
@@ -196,7 +192,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(0) if branch is None else residual, normed, mean, (variance + eps).rsqrt()
 
 
-@_backward.register_kernel("cpu")
+@_backward.on_cpu
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if interpreted():
         return _launch_backward(*arguments)
@@ -251,7 +247,7 @@ def _autograd(
     return dx, dbranch if ctx.has_branch else None, dweight, dbias, *[None] * 6, dbranch_bias
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.autograd(_autograd, _setup_context)
 
 
 def add_layernorm(

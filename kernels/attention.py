@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels._attention_launch import FEW_ROWS, aot_configs, launch_backward, launch_forward
 from fastdeitlt.kernels._launch import FLOATS, check, interpreted
+from fastdeitlt.kernels._operator import Operator
 from fastdeitlt.kernels._pick import FLASH_MODULES, pick_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,29 +51,31 @@ def _split(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tenso
     return q.transpose(1, 2), k, v
 
 
-@torch.library.custom_op("fastdeitlt::attention", mutates_args=(), device_types="cuda")
-def _forward(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
+def _run_forward(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q, kv, qkv_bias, query_rows)
     launch_forward(q, kv, query_rows, out, lse)
     return out, lse
 
 
-@torch.library.custom_op("fastdeitlt::attention_backward", mutates_args=(), device_types="cuda")
-def _backward(
+def _run_backward(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dkv, _ = _gradients(q, kv, out, grad_out, lse, False)
     return dq, dkv, launch_backward(q, kv, out, grad_out, lse, dq, dkv, sums)
 
 
-@_forward.register_fake
+_forward = Operator("attention", _run_forward)
+_backward = Operator("attention_backward", _run_backward)
+
+
+@_forward.fake
 def _outputs(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
     batch, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
     out = torch.empty(batch, query_rows, heads * width, dtype=q.dtype, device=q.device)
     return out, torch.empty(batch, heads, query_rows, dtype=torch.float32, device=q.device)
 
 
-@_backward.register_fake
+@_backward.fake
 def _gradients(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +83,7 @@ def _gradients(
     return torch.empty_like(q), dkv, q.new_empty((2, *q.shape[-2:]) if sums else 0, dtype=torch.float32)
 
 
-@_forward.register_kernel("cpu")
+@_forward.on_cpu
 def _(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q, kv, qkv_bias, query_rows)
     if interpreted():
@@ -93,7 +96,7 @@ def _(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) ->
     return out, lse.copy_(natural[..., 0] * LOG2E)
 
 
-@_backward.register_kernel("cpu")
+@_backward.on_cpu
 def _(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +136,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tens
     return dq, None if kv is None else dkv, dbias, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.autograd(_autograd, _setup_context)
 
 
 def attention(

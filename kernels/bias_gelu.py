@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from fastdeitlt.kernels._launch import FLOATS, AotConfig, LaunchConfig, check, interpreted, launch, num_sms
 from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels._operator import Operator
 from fastdeitlt.kernels._pick import pick
 from torch import Tensor
 
@@ -137,28 +138,26 @@ def _launch_backward(dh: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     return du, sums.sum(0).to(bias.dtype)
 
 
-_forward = torch.library.custom_op("fastdeitlt::bias_gelu", _launch_forward, mutates_args=(), device_types="cuda")
-_backward = torch.library.custom_op(
-    "fastdeitlt::bias_gelu_backward", _launch_backward, mutates_args=(), device_types="cuda"
-)
+_forward = Operator("bias_gelu", _launch_forward)
+_backward = Operator("bias_gelu_backward", _launch_backward)
 
 
-@_forward.register_fake
+@_forward.fake
 def _(u: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(u)
 
 
-@_backward.register_fake
+@_backward.fake
 def _(dh: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(u), torch.empty_like(bias)
 
 
-@_forward.register_kernel("cpu")
+@_forward.on_cpu
 def _(u: Tensor, bias: Tensor) -> Tensor:
     return _launch_forward(u, bias) if interpreted() else reference(u, bias)
 
 
-@_backward.register_kernel("cpu")
+@_backward.on_cpu
 def _(dh: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if interpreted():
         return _launch_backward(dh, u, bias)
@@ -174,7 +173,7 @@ def _autograd(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
     return _backward(dh.contiguous(), *ctx.saved_tensors)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.autograd(_autograd, _setup_context)
 
 
 def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:

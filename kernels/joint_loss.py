@@ -36,6 +36,7 @@ from fastdeitlt.kernels._joint_loss_reference import (
 )
 from fastdeitlt.kernels._launch import FLOATS, AotConfig, LaunchConfig, check, interpreted, launch, schema
 from fastdeitlt.kernels._measured import setting
+from fastdeitlt.kernels._operator import Operator
 from torch import Tensor
 
 REDUCE_BLOCK = 1024
@@ -157,15 +158,11 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return grad_cls, grad_dist
 
 
-_forward = torch.library.custom_op(
-    "fastdeitlt::joint_loss", _launch_forward, mutates_args=(), device_types="cuda", schema=FORWARD
-)
-_backward = torch.library.custom_op(
-    "fastdeitlt::joint_loss_backward", _launch_backward, mutates_args=(), device_types="cuda", schema=BACKWARD
-)
+_forward = Operator("joint_loss", _launch_forward, FORWARD)
+_backward = Operator("joint_loss_backward", _launch_backward, BACKWARD)
 
 
-@_forward.register_kernel("cpu")
+@_forward.on_cpu
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     if interpreted():
         return _launch_forward(*arguments)
@@ -174,7 +171,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return *reference_losses(*inputs), norms.zero_(), stats.zero_(), decision.zero_()
 
 
-@_backward.register_kernel("cpu")
+@_backward.on_cpu
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     if interpreted():
         return _launch_backward(*arguments)
@@ -184,12 +181,12 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return pull_back(upstream)
 
 
-@_forward.register_fake
+@_forward.fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     return _outputs(_Inputs.of(arguments))
 
 
-@_backward.register_fake
+@_backward.fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     x = arguments[6]
     return x.new_empty(x.shape), x.new_empty(x.shape)
@@ -207,7 +204,7 @@ def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return *_backward(*gradients[:3], norms, stats, decision, *inputs), *[None] * (len(inputs) - 2)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.autograd(_autograd, _setup_context)
 
 
 def joint_loss(

@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.aot import blocks_at_once, gate, instruction_counts, ops
+from fastdeitlt.kernels._attention_launch import SETTINGS_OF, architecture
+from fastdeitlt.kernels._launch import ARCHITECTURES
+
+from benchmarks.aot import SHARED_BYTES, blocks_at_once, gate, instruction_counts, ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,9 +75,33 @@ def planted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("op", ops())
 def test_shipped_configurations_compile_without_spills(op):
     """The first and the last of each kernel on every architecture; ``python -m benchmarks.aot`` compiles all."""
-    rows = gate([op], [80, 90, 100], sample=2)
+    rows = gate([op], [80, 90, 100], sample=2) + gate([op], [86, 89, 120], sample=1)
     assert {f"{row.kernel} sm_{row.sm} {row.configuration}": row.problems for row in rows if row.problems} == {}
-    assert {row.sm for row in rows} == {80, 90, 100} and all(row.registers > 0 for row in rows)
+    assert {row.sm for row in rows} == set(ARCHITECTURES) and all(row.registers > 0 for row in rows)
+
+
+def test_every_compiled_architecture_has_settings_and_a_limit_of_shared_memory():
+    assert set(ARCHITECTURES) == set(SETTINGS_OF) == set(SHARED_BYTES)
+    small = {sm for sm, size in SHARED_BYTES.items() if size < 100 * 1024}
+    assert small == {sm for sm, settings in SETTINGS_OF.items() if settings == 86}
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings"),
+    [
+        ((8, 0), 80),
+        ((8, 6), 86),
+        ((8, 7), 80),
+        ((8, 9), 86),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((10, 3), 100),
+        ((12, 0), 86),
+    ],
+)
+def test_a_gpu_takes_the_settings_of_its_compute_capability(capability, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert architecture(torch.device("cuda", 0)) == settings
 
 
 def test_planted_bad_configurations_fail_and_the_good_one_passes(planted):

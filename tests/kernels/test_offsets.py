@@ -48,7 +48,7 @@ def test_attention(tokens, far_program):
 
     problem = launch.Problem.of(qkv, None, tokens)
     forward, backward, keys = (
-        launch.forward_config(problem, 90), launch.backward_config(problem, 90), launch.keys_config(problem)
+        launch.forward_config(problem, 90), launch.backward_config(problem, 90), launch.keys_config(problem, 90)
     )  # fmt: skip
     constexprs = launch.forward_constexprs(problem, forward), launch.backward_constexprs(problem, backward)
 
