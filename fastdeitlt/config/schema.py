@@ -62,6 +62,15 @@ class Config(Section):
             )
         if self.train.autotune and not self.train.compile:
             raise ValueError("train.autotune: got true with train.compile=false, expected false: nothing is compiled")
+        if self.train.ranks_per_forward > 1 and self.loss.normalise == "global":
+            raise ValueError(
+                f"train.ranks_per_forward: got {self.train.ranks_per_forward} with loss.normalise=global, expected 1: "
+                "that mean is formed over real ranks"
+            )
+        if self.train.cuda_graphs and not self.train.compile:
+            raise ValueError(
+                "train.cuda_graphs: got true with train.compile=false, expected false: the compiler makes the graphs"
+            )
         if self.loss.drw_epoch >= self.train.epochs:
             raise ValueError(
                 f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}; "

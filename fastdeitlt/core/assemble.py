@@ -115,7 +115,7 @@ class Parts:
 
     def step(self, stage: Stage = unobserved) -> TrainStep:
         """Return the training step, its stages wrapped by ``stage``."""
-        return TrainStep(self.engine, self.ema, self.cfg.train.seed, stage)
+        return TrainStep(self.engine, self.ema, self.cfg.train, self.joint.student, stage)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the state dicts of a checkpoint by name."""

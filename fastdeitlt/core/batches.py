@@ -21,6 +21,7 @@ from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import pick
+from fastdeitlt.models.residual import DropPath
 from fastdeitlt.precision import autocast_dtype
 
 
@@ -42,7 +43,11 @@ class Batch:
     lam: Tensor | None
     """Weight of the own image, a 0-d tensor; None when mixing is off."""
     place: MicroBatch | None = None
-    """Position in the run; None for images that are not the run's."""
+    """Its place in the run; None for images that are not the run's."""
+    ranks: int = 1
+    """Micro-batches that are one behind the other in it, each with a loss of its own; then ``lam`` is [ranks]."""
+    kept: list[DropPath] | None = None
+    """Drop path of each block, drawn beforehand; None: the student draws it."""
 
 
 def train_batches(

@@ -2,8 +2,8 @@
 
 # B images in a micro-batch, C channels, H height, W width, K classes
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastdeitlt.core.loss import (
     label_loss,
     log_prior_of,
 )
+from fastdeitlt.models.residual import DropPath
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
@@ -63,6 +64,8 @@ class JointForward(nn.Module):
         self.device_type, self.dtype = device.type, autocast_dtype(cfg.train.precision, device)
         if teacher is not None and self.dtype is not None:
             teacher = teacher.for_autocast(self.dtype)
+        if teacher is not None and cfg.teacher.fuse_epilogues:
+            teacher = teacher.with_fused_epilogues()
         object.__setattr__(self, "teacher", teacher)
         # soft distillation divides by the number of images, which is the same on all ranks
         self.is_global = cfg.loss.normalise == "global" and cfg.loss.distillation == "hard"
@@ -77,13 +80,33 @@ class JointForward(nn.Module):
         lam: Tensor | None,
         dist_weights_K: Tensor,
         cls_weights_K: Tensor | None,
+        ranks: int = 1,
+        kept: list[DropPath] | None = None,
     ) -> JointLoss | LocalSums:
-        """Compute the losses, 0-d float32 tensors on the device; ``LocalSums`` for a mean over all ranks."""
+        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device; sums where the mean is one over all ranks.
+
+        With several ``ranks`` the batch holds the micro-batches of so many, one behind the other: each tensor is then
+        [ranks], the losses of each on its own, ``lam`` too, and ``kept`` is the drop path.
+        """
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            heads = self.student(images_BCHW) if kept is None else self.student(images_BCHW, kept)
+            teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
+        tensors: list[Any] = [*heads, teacher_logits_BK, labels_B, partner_B]
+        if ranks == 1:
+            return self._losses(tensors, lam, dist_weights_K, cls_weights_K)
+        chunks = [[None] * ranks if x is None else x.chunk(ranks) for x in tensors]
+        lams = [None] * ranks if lam is None else lam.unbind()
+        parts = zip(zip(*chunks, strict=True), lams, strict=True)
+        each = [self._losses(chunk, of_rank, dist_weights_K, cls_weights_K) for chunk, of_rank in parts]
+        return JointLoss(*(torch.stack(losses) for losses in zip(*each, strict=True)))
+
+    def _losses(
+        self, tensors: Sequence[Any], lam: Tensor | None, dist_weights_K: Tensor, cls_weights_K: Tensor | None
+    ) -> JointLoss | LocalSums:
+        """The losses of one micro-batch, from (CLS logits, DIST logits, teacher's logits, labels, partners)."""
+        cls_logits_BK, dist_logits_BK, teacher_logits_BK, labels_B, partner_B = tensors
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
-        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            cls_logits_BK, dist_logits_BK = self.student(images_BCHW)
-            teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
         if self.teacher is None or teacher_logits_BK is None:
             target = Target(labels_B, partner_B, lam, smoothing)
             return self._label_losses((cls_logits_BK, dist_logits_BK), (cls_weights_K, dist_weights_K), target)
@@ -126,6 +149,29 @@ class JointForward(nn.Module):
         return JointLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss)
 
 
+def step_forward(joint: JointForward, is_compiled: bool) -> Callable[..., JointLoss | LocalSums]:
+    """Return the forward pass of a step, compiled or not, under ``teacher.cudnn_benchmark``."""
+    forward = compiled(joint) if is_compiled else joint
+    return _benchmarked(forward) if joint.cfg.teacher.cudnn_benchmark else forward
+
+
+def _benchmarked(forward: Callable[..., JointLoss | LocalSums]) -> Callable[..., JointLoss | LocalSums]:
+    """Let cuDNN time its algorithms for the convolutions of a forward pass.
+
+    In training these are the frozen teacher's alone: the student's patches are a matrix product.
+    """
+
+    def run(*inputs: Any) -> JointLoss | LocalSums:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            return forward(*inputs)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return run
+
+
 def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
     """Compile student, teacher and loss as one graph.
 
@@ -133,4 +179,6 @@ def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
     tensors channels-last, attention's too, and copy them in every block. The teacher is channels-last already.
     """
     options = {"layout_optimization": False} | joint.cfg.train.compiler_options
+    if joint.cfg.train.cuda_graphs:
+        options |= {"triton.cudagraphs": True}  # copies each batch into buffers of its own, and records both passes
     return torch.compile(joint, fullgraph=True, options=options)

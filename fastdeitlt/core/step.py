@@ -2,21 +2,23 @@
 
 # B images in a micro-batch, K classes
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeitlt.config import Config
+from fastdeitlt.config import Config, TrainConfig
 from fastdeitlt.core.batches import Batch
 from fastdeitlt.core.engine import Engine
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.core.optim import Ema
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.models.residual import DropPath, join_kept
+from fastdeitlt.models.vit import DistilledViT
 
 Stage = Callable[[str], AbstractContextManager[object]]
 """Context of a part of a step by its name: data, forward, backward, optimizer, average."""
@@ -65,34 +67,62 @@ class TrainStep:
     """Run optimizer steps without waiting for the device.
 
     Args:
-        engine: engine of the student.
-        ema: moving average of its weights, or None.
-        seed: seed of drop path.
-        stage: context of each named stage.
+        engine: of the student.
+        ema: the moving average of its weights; None: there is none.
+        cfg: seed of drop path, and the virtual ranks in a forward pass.
+        student: of the engine; draws the drop path of several ranks.
+        stage: wraps the named stages.
     """
 
-    def __init__(self, engine: Engine, ema: Ema | None, seed: int, stage: Stage = unobserved) -> None:
-        self.engine, self.ema, self.seed, self.stage = engine, ema, seed, stage
+    def __init__(
+        self, engine: Engine, ema: Ema | None, cfg: TrainConfig, student: DistilledViT, stage: Stage = unobserved
+    ) -> None:
+        self.engine, self.ema, self.stage = engine, ema, stage
+        self.cfg, self.student = cfg, student
 
     def __call__(self, batches: Iterator[Batch], micro_batches: int, phase: Phase, learning_rate: float) -> Taken:
         """Run one step on the next ``micro_batches`` batches."""
         losses = []
-        for _ in range(micro_batches):
+        ranks = self.cfg.ranks_per_forward
+        for _ in range(micro_batches // ranks):
             with self.stage("data"):
-                batch = next(batches)
-            if batch.place:
-                seed_drop_path(self.seed, batch.place)
+                drawn = [next(batches) for _ in range(ranks)]
+            if ranks == 1 and drawn[0].place:
+                seed_drop_path(self.cfg.seed, drawn[0].place)
             with self.stage("forward"):
+                batch = drawn[0] if ranks == 1 else join(drawn, self.student, self.cfg.seed)
                 loss = self.engine.forward(batch, phase.dist_weights_K, phase.cls_weights_K)
             with self.stage("backward"):
-                self.engine.backward(loss.loss)
-            losses.append(JointLoss(*(part.detach() for part in loss)))
+                self.engine.backward(loss.loss.sum())
+            each = (part.detach().view(-1).unbind() for part in loss)
+            losses += [JointLoss(*parts) for parts in zip(*each, strict=True)]
         with self.stage("optimizer"):
             norm = self.engine.step(learning_rate)
         if self.ema:
             with self.stage("average"):
                 self.ema.update()
         return Taken(losses, norm)
+
+
+def join(batches: Sequence[Batch], student: DistilledViT, seed: int) -> Batch:
+    """Put the micro-batches of several virtual ranks one behind the other, with the drop path that each would draw."""
+    drawn: list[list[DropPath]] = []
+    for batch in batches:
+        if batch.place:
+            seed_drop_path(seed, batch.place)
+        drawn.append(student.draw_drop_path(len(batch.labels_B)))
+    size, blocks = len(batches[0].labels_B), zip(*drawn, strict=True)
+    kept = [tuple(join_kept(parts, size) for parts in zip(*block, strict=True)) for block in blocks]
+    partners = [batch.partner_B for batch in batches if batch.partner_B is not None]
+    lams = [batch.lam for batch in batches if batch.lam is not None]
+    return Batch(
+        torch.cat([batch.images_BCHW for batch in batches]),
+        torch.cat([batch.labels_B for batch in batches]),
+        torch.cat(partners) if partners else None,
+        torch.stack(lams) if lams else None,
+        ranks=len(batches),
+        kept=cast(list[DropPath], kept),
+    )
 
 
 def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:

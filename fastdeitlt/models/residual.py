@@ -1,6 +1,7 @@
 """Residual stream of the student: drop path, and a branch's sum fused with the norm that follows."""
 # B batch, S of its samples, N tokens, D width, E inputs of a branch's last linear map
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ class Kept(NamedTuple):
     """Indices of the samples that are computed; None = all, and those dropped are multiplied by 0."""
 
 
+DropPath = tuple[Kept | None, Kept | None]
+"""Of the attention and of the MLP of a block; None = all samples run it, unscaled."""
+
+
 def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
     """Draw drop path of one branch with probability ``drop``; None if nothing is dropped.
 
@@ -37,6 +42,16 @@ def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
         return None
     samples_S = torch.rand(batch, device=x_BND.device).argsort()[:num_kept].sort().values
     return Kept(x_BND.new_full((batch, 1, 1), batch / num_kept), samples_S)
+
+
+def join_kept(parts: Sequence[Kept | None], batch: int) -> Kept | None:
+    """Drop path of batches one behind the other, each of ``batch`` samples, from that of each."""
+    drawn = [part for part in parts if part is not None]
+    if not drawn:
+        return None
+    scale_B11 = torch.cat([part.scale_B11 for part in drawn])
+    samples = [part.samples_S + i * batch for i, part in enumerate(drawn) if part.samples_S is not None]
+    return Kept(scale_B11, torch.cat(samples) if samples else None)
 
 
 def add_norm(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastdeitlt.config import TeacherConfig, near
 from fastdeitlt.data.sets.class_names import match_names
 from fastdeitlt.errors import UserError
+from fastdeitlt.models.epilogue import fuse_epilogues
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
@@ -214,6 +215,12 @@ class Teacher(nn.Module):
         for module in teacher.modules():
             if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may use its weights in float32 first
                 module.to(dtype)
+        return teacher
+
+    def with_fused_epilogues(self) -> "Teacher":
+        """Return a copy whose convolutions take in bias, shortcut and ReLU; equal logits."""
+        teacher = copy.deepcopy(self)
+        teacher.network = fuse_epilogues(teacher.network)
         return teacher
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

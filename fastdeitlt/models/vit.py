@@ -16,7 +16,7 @@ from fastdeitlt.config import near
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import check_impl
 from fastdeitlt.models.layers import MLP_RATIO, Mlp, PatchEmbed, SelfAttention
-from fastdeitlt.models.residual import DROP_PATH_LAWS, Kept, add_norm, draw_kept, select
+from fastdeitlt.models.residual import DROP_PATH_LAWS, DropPath, Kept, add_norm, draw_kept, select
 
 NUM_PREFIX = 2  # CLS and DIST precede the patch tokens
 # width, heads, depth
@@ -139,11 +139,16 @@ class DistilledViT(nn.Module):
         prefix_B2D = torch.cat((self.cls_token, self.dist_token), 1).expand(images_BCHW.shape[0], -1, -1)
         return torch.cat((prefix_B2D, self.patch_embed(images_BCHW)), 1) + self.pos_embed
 
-    def _run(self, images_BCHW: Tensor, num_queries: int | None) -> Tensor:
+    def draw_drop_path(self, batch: int) -> list[DropPath]:
+        """Draw drop path of every block for so many samples."""
+        x_B11, law = self.pos_embed.expand(batch, -1, -1)[:, :1, :1], self.drop_path_law
+        rates = [block.drop_path if self.training else 0.0 for block in cast(list[Block], list(self.blocks))]
+        return [(draw_kept(x_B11, rate, law), draw_kept(x_B11, rate, law)) for rate in rates]
+
+    def _run(self, images_BCHW: Tensor, num_queries: int | None, kept: list[DropPath] | None = None) -> Tensor:
         """Return tokens after the final norm, [B, N, D], or the first ``num_queries`` of the last block."""
         x_BND, blocks = self._embed(images_BCHW), cast(list[Block], list(self.blocks))
-        law, rates = self.drop_path_law, [block.drop_path if self.training else 0.0 for block in blocks]
-        kept = [(draw_kept(x_BND, rate, law), draw_kept(x_BND, rate, law)) for rate in rates]
+        kept = kept or self.draw_drop_path(len(x_BND))
         nexts = [(block.norm1, attn) for block, (attn, _) in zip(blocks, kept, strict=True)] + [(self.norm, None)]
         normed_SND = blocks[0].norm1(select(x_BND, kept[0][0]))
         for i, block in enumerate(blocks):
@@ -155,20 +160,20 @@ class DistilledViT(nn.Module):
         """Return all tokens after the final norm, [B, N, D] (CLS, DIST, then patches row by row)."""
         return self._run(images_BCHW, None)
 
-    def forward_prefix(self, images_BCHW: Tensor) -> Tensor:
+    def forward_prefix(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> Tensor:
         """Return CLS and DIST after the final norm, [B, 2, D]."""
         # in eval mode the whole block, in timm's order of sums: equal bit for bit
         num_queries = NUM_PREFIX if self.last_block_shortcut and self.training else None
-        return self._run(images_BCHW, num_queries)[:, :NUM_PREFIX]
+        return self._run(images_BCHW, num_queries, kept)[:, :NUM_PREFIX]
 
-    def forward_heads(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_heads(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> tuple[Tensor, Tensor]:
         """Return the logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
-        x_B2D = self.forward_prefix(images_BCHW)
+        x_B2D = self.forward_prefix(images_BCHW, kept)
         return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
 
-    def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return (cls_logits_BK, dist_logits_BK) in train mode, their mean in eval mode."""
-        cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW)
+    def forward(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """In train mode (cls_logits_BK, dist_logits_BK), with drop path ``kept`` if given; in eval mode their mean."""
+        cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW, kept)
         if self.training:
             return cls_logits_BK, dist_logits_BK
         return (cls_logits_BK + dist_logits_BK) / 2

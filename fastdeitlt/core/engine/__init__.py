@@ -25,7 +25,7 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
-        """Compute the losses of a micro-batch; their graph is kept until ``backward``."""
+        """The losses of a micro-batch, or of each of ``batch.ranks``; their graph is kept until ``backward``."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of loss / micro_batches_per_step."""
@@ -68,6 +68,11 @@ def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
             mean that this configuration does not support.
     """
     _check_global_mean(joint, cfg, plan)
+    if plan.ranks_per_process % cfg.train.ranks_per_forward:
+        raise UserError(
+            f"train.ranks_per_forward: got {cfg.train.ranks_per_forward}, expected a divisor of "
+            f"{plan.ranks_per_process}, the virtual ranks of each process; use 1"
+        )
     dtypes = {p.dtype for p in joint.student.parameters()} - {torch.float32}
     if dtypes:
         raise UserError(
@@ -86,6 +91,12 @@ def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
         raise UserError(
             f"train.offload: is DeepSpeed's, of stages 1 to 3; got the {kind} engine and train.zero_stage="
             f"{t.zero_stage}; use train.engine=deepspeed train.zero_stage=1, or train.offload=false"
+        )
+    device = next(joint.student.parameters()).device
+    if t.cuda_graphs and (kind == "deepspeed" or device.type != "cuda"):
+        where = "the DeepSpeed engine" if kind == "deepspeed" else f"a student on {device.type}"
+        raise UserError(
+            f"train.cuda_graphs: got true with {where}, expected the plain engine on a GPU; use train.cuda_graphs=false"
         )
     if kind == "plain":
         return PlainEngine(joint, cfg, plan.micro_batches_per_step)

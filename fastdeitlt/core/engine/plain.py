@@ -10,26 +10,38 @@ from fastdeitlt.core import optim
 from fastdeitlt.core.batches import Batch
 from fastdeitlt.core.engine.finite_guard import FiniteGuard
 from fastdeitlt.core.flat_adamw import FlatAdamW
-from fastdeitlt.core.joint import JointForward, LocalSums, compiled
+from fastdeitlt.core.joint import JointForward, LocalSums, step_forward
 from fastdeitlt.core.loss import JointLoss
 
 
 class PlainEngine:
-    """Engine of one rank, without sharding."""
+    """One rank, no sharding.
+
+    With ``train.cuda_graphs`` the gradients stay where they are: each micro-batch adds to them, and a step zeroes them.
+    """
 
     def __init__(self, joint: JointForward, cfg: Config, micro_batches_per_step: int) -> None:
         self.joint = joint
-        self._forward = compiled(joint) if cfg.train.compile else joint
+        self._forward = step_forward(joint, cfg.train.compile)
         self.optimizer = optim.build_optimizer(joint.student, cfg)
         self.parameters = [p for p in joint.student.parameters() if p.requires_grad]
         self.clip_norm = cfg.optim.clip_norm
         self.micro_batches_per_step = micro_batches_per_step
+        self.replays = cfg.train.cuda_graphs
+        if self.replays:  # a gradient that a graph returned would be overwritten by the next micro-batch's replay
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         self.guard = FiniteGuard(self.optimizer, cfg.train.nonfinite_skips, self.parameters[0].device)
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()
         losses = self._forward(
-            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K
-        )
+            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K,
+            batch.ranks, batch.kept,
+        )  # fmt: skip
+        if self.replays:  # the next replay writes to the same memory
+            losses = type(losses)(*(part.clone() for part in losses))
         return losses.joined(self.joint.cfg.loss.alpha) if isinstance(losses, LocalSums) else losses
 
     def backward(self, loss: Tensor) -> None:
@@ -40,7 +52,8 @@ class PlainEngine:
         norm = self._clip()
         self.guard.watch(norm)
         self.optimizer.step()
-        self.joint.student.zero_grad()  # apex's and DeepSpeed's optimizers have a zero_grad of their own
+        # apex's and DeepSpeed's optimizers have a zero_grad of their own
+        self.joint.student.zero_grad(set_to_none=not self.replays)
         return norm
 
     def _clip(self) -> Tensor:

@@ -25,7 +25,7 @@ from fastdeitlt.config import Config
 from fastdeitlt.core import optim
 from fastdeitlt.core.batches import Batch
 from fastdeitlt.core.engine.finite_guard import FiniteGuard
-from fastdeitlt.core.joint import JointForward, LocalSums, compiled
+from fastdeitlt.core.joint import JointForward, LocalSums, step_forward
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
@@ -41,9 +41,9 @@ class _Compiled(nn.Module):
     def __init__(self, joint: JointForward, is_compiled: bool) -> None:
         super().__init__()
         self.joint = joint
-        object.__setattr__(self, "_forward", compiled(joint) if is_compiled else joint)
+        object.__setattr__(self, "_forward", step_forward(joint, is_compiled))
 
-    def forward(self, *inputs: Tensor | None) -> JointLoss | LocalSums:
+    def forward(self, *inputs: Any) -> JointLoss | LocalSums:
         return self._forward(*inputs)
 
 
@@ -122,8 +122,9 @@ class DeepSpeedEngine:
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
         losses = self.engine(
-            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K
-        )
+            batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K,
+            batch.ranks, batch.kept,
+        )  # fmt: skip
         return losses.joined(self.alpha) if isinstance(losses, LocalSums) else losses
 
     def backward(self, loss: Tensor) -> None:
