@@ -1,4 +1,4 @@
-"""The verbs beside training: bench, profile, tune, dry run, demo, ablate, predict, export, doctor.
+"""Commands other than training, such as bench, tune, plan, predict and export.
 
-May import everything; only the command line and the benchmarks import it.
+May import everything; imported only by the command line, the API and the benchmarks.
 """

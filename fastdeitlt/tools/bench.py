@@ -1,7 +1,7 @@
-"""`bench`: images a second of a configuration on this machine, part by part, with what the numbers are made of.
+"""`bench`: throughput of a configuration by part, with FLOPs, memory and power.
 
-Full step, student alone and teacher alone take turns in one process (``timer.measure``) on random images that lie on
-the device; data alone and end to end run the pipeline of training. Nothing is written and no run folder is made.
+Full step, student alone and teacher alone alternate in one process (``timer.measure``) on random images on the device;
+data only and end to end use the training pipeline. No run folder is created.
 """
 
 import datetime
@@ -42,9 +42,9 @@ ROUNDS, QUICK_ROUNDS = 12, 3
 DATA_BATCHES, QUICK_DATA_BATCHES = 48, 12
 WARM_UP_BATCHES = 4
 STEPS_AHEAD = 2
-"""Steps that the host may have asked for beyond the one on the device, while power is watched."""
+"""Steps queued beyond the running one while power is measured."""
 POWER_S, SENSOR_S, POWER_PERIOD_S = 4.0, 1.0, 0.1
-"""How long power is watched, how long the sensor looks back (NVML, Hopper), and how often it is read."""
+"""Seconds of the power measurement, of the sensor's average (NVML, Hopper), and between readings."""
 Row = dict[str, Any]
 
 
@@ -58,22 +58,22 @@ def bench(
     batches: Sequence[int] | None = None,
     json_path: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measure and print; every number is of this machine, now.
+    """Measure the throughput on this machine and print it.
 
     Args:
-        config_name, overrides: as for training. An empty ``teacher.path`` means a fresh teacher of ``teacher.arch``:
-            weights do not change the speed.
-        quick: fewer rounds, no scaling over ranks, and on a CPU no compiling.
-        synthetic: no data set is opened; the parts that need one are left out.
-        ranks: numbers of processes to measure the step on. None = 1, 2, 4, ... up to the GPUs; one on a CPU.
+        config_name, overrides: as for training. With an empty ``teacher.path``, a teacher of ``teacher.arch`` with
+            random weights, which are as fast.
+        quick: fewer rounds, no scaling over ranks, and on a CPU no compilation.
+        synthetic: open no data set, and skip the parts that need one.
+        ranks: numbers of processes for the step. None = 1, 2, 4, ... up to the number of GPUs; none with one or none.
         batches: micro-batch sizes. None = half, one and two times the configuration's.
         json_path: file for the results.
 
     Returns:
-        What is written: ``rows``, ``facts``, ``left_out`` (part -> why) and ``environment``.
+        ``rows``, ``facts``, ``left_out`` (part -> reason) and ``environment``.
 
     Raises:
-        UserError: what training would have raised.
+        UserError: as in training.
     """
     cfg = config.load(config_name, list(overrides))
     rank, world = distributed.start(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s)
@@ -90,24 +90,24 @@ def bench(
     calls = _calls(setup, parts)
     measured = measure(calls, device, rounds, eager=frozenset(calls))
     step = calls["full step"]
-    del calls  # and what the other calls hold of the device's memory
+    del calls  # frees the other calls' device memory
     watts = _take_steps(step, device) if world == 1 and device.type == "cuda" else []
     images = setup.images_per_call
-    rows = [_row(cfg, name, found, images) for name, found in measured.items()]
+    rows = [_row(cfg, name, data_rows, images) for name, data_rows in measured.items()]
     result["facts"] = _facts(setup, parts, rows[0]["images_per_s"], watts)
     if synthetic:
         result["left_out"] |= dict.fromkeys(("data only", "end to end"), "--synthetic opens no data set")
     elif world == 1:
-        found, share = _with_data(setup, QUICK_DATA_BATCHES if quick else DATA_BATCHES)
-        rows += found
+        data_rows, share = _with_data(setup, QUICK_DATA_BATCHES if quick else DATA_BATCHES)
+        rows += data_rows
         result["facts"]["data wait, share of the end-to-end time"] = share
     if world == 1:
         own = cfg.train.batch_size
         sizes = batches if batches is not None else [own // 2 // 2 * 2 or 2, own] if quick else [own // 2, own, 2 * own]
         rows += [_at_batch(setup, size, rounds) for size in sizes]
-        given = ranks if ranks is not None else [] if quick else _powers_of_two(torch.cuda.device_count())
-        rows += [_at_ranks(config_name, overrides, number, synthetic) for number in given]
-        if not given:
+        rank_counts = ranks if ranks is not None else [] if quick else _powers_of_two(torch.cuda.device_count())
+        rows += [_at_ranks(config_name, overrides, number, synthetic) for number in rank_counts]
+        if not rank_counts:
             result["left_out"]["scaling over ranks"] = "one GPU or none, or --quick; ask with --ranks 1 2"
     else:
         rows[0] |= {"candidate": counted(world, "rank"), "images_per_s": rows[0]["images_per_s"] * world}
@@ -119,13 +119,13 @@ def bench(
     return result
 
 
-def _row(cfg: Config, name: str, found: Timing, images: int) -> Row:
-    row: Row = {"op": "bench", "case": cfg.name, "candidate": name, "images_per_s": images / found.median * 1e3}
-    return row | {"median_ms": found.median, "p20_ms": found.p20, "p80_ms": found.p80, "images": images}
+def _row(cfg: Config, name: str, timing_of: Timing, images: int) -> Row:
+    row: Row = {"op": "bench", "case": cfg.name, "candidate": name, "images_per_s": images / timing_of.median * 1e3}
+    return row | {"median_ms": timing_of.median, "p20_ms": timing_of.p20, "p80_ms": timing_of.p80, "images": images}
 
 
 def _calls(setup: Setup, parts: Parts) -> dict[str, Callable[[], object]]:
-    """Full step, student alone, teacher alone: each all the work on ``images_per_call`` images."""
+    """Return calls of full step, student and teacher on ``images_per_call`` images."""
     alone = setup.assemble(teacher=False)
     batch, teacher, dtype = parts.noise_batch(), parts.joint.teacher, parts.joint.dtype
     assert teacher is not None
@@ -145,7 +145,7 @@ def _calls(setup: Setup, parts: Parts) -> dict[str, Callable[[], object]]:
 
 
 def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
-    """Rows of the pipeline alone and of training from it, and the share of time that the step waits for images."""
+    """Return rows of pipeline alone and end to end, and the share of data wait."""
     cfg, device = setup.cfg, setup.device
     assert setup.sets is not None
     with closing(open_source(setup.sets.train, cfg.data, device)) as source:
@@ -170,7 +170,7 @@ def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
             for _ in range(-(-WARM_UP_BATCHES // setup.micro_batches)):
                 step()
             waited.clear()
-            begun = last = _now(device)
+            first = last = _now(device)
             samples = []
             for _ in range(-(-num_batches // setup.micro_batches)):
                 step()
@@ -178,9 +178,9 @@ def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
                 samples.append(1e3 * (now - last))
                 last = now
     spread = timing(samples)
-    mean = 1e3 * (last - begun) / len(samples)
+    mean = 1e3 * (last - first) / len(samples)
     end_to_end = _row(cfg, "end to end", Timing(mean, spread.p20, spread.p80, False), setup.images_per_call)
-    return [data, end_to_end], sum(waited) / (last - begun)
+    return [data, end_to_end], sum(waited) / (last - first)
 
 
 def _now(device: torch.device) -> float:
@@ -189,24 +189,24 @@ def _now(device: torch.device) -> float:
 
 
 def _at_batch(like: Setup, size: int, rounds: int) -> Row:
-    """The full step with another micro-batch size, or why there is none."""
+    """Return the full step's row at another micro-batch size, or its failure."""
     cfg, device = like.cfg, like.device
     train = cfg.train.model_copy(update={"batch_size": size})
-    torch.compiler.reset()  # or a second shape would be compiled for any shape
+    torch.compiler.reset()  # else the compiler would use dynamic shapes
     name = f"batch {size}"
     try:
         setup = set_up(cfg.model_copy(update={"train": train}), device, synthetic=True, counts=like.data.counts)
         parts = setup.assemble()
         step = step_of(parts, repeat(parts.noise_batch()))
-        found = measure({name: step}, device, rounds, eager=frozenset((name,)))[name]
+        timing_of = measure({name: step}, device, rounds, eager=frozenset((name,)))[name]
     except torch.OutOfMemoryError:
         return {"op": "bench", "case": cfg.name, "candidate": name, "failed": "does not fit in the device's memory"}
-    return _row(cfg, name, found, setup.images_per_call)
+    return _row(cfg, name, timing_of, setup.images_per_call)
 
 
 def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic: bool) -> Row:
-    """The full step on some processes of this machine, started by torchrun."""
-    torch.cuda.empty_cache()  # rank 0 has this process's GPU
+    """Return the full step's row on several processes, started by torchrun."""
+    torch.cuda.empty_cache()  # rank 0 uses this process's GPU
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
@@ -215,8 +215,8 @@ def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic
         name = counted(number, "rank")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not out.is_file():
-            said = (done.stderr or done.stdout).strip().splitlines()
-            why = next((line for line in said if "Error" in line or "error:" in line), f"exit code {done.returncode}")
+            output = (done.stderr or done.stdout).strip().splitlines()
+            why = next((line for line in output if "Error" in line or "error:" in line), f"exit code {done.returncode}")
             return {"op": "bench", "case": config_name, "candidate": name, "failed": why.strip()[:200]}
         return json.loads(out.read_text(encoding="utf-8"))["rows"][0] | {"candidate": name}
 
@@ -226,9 +226,9 @@ def _powers_of_two(most: int) -> list[int]:
 
 
 def _facts(setup: Setup, parts: Parts, images_per_s: float, watts: list[float]) -> dict[str, Any]:
-    """What the rate means: FLOPs, MFU against datasheet and matmul, memory, power; None = cannot be known here."""
+    """Return FLOPs, MFU, memory and power; None = not measurable here."""
     device, gpu = setup.device, setup.device.type == "cuda"
-    memory = (  # before a large product adds to it
+    memory = (  # before matmul_rate allocates more
         torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     flops, dtype = parts.flops, parts.joint.dtype or torch.float32
@@ -249,22 +249,22 @@ def _facts(setup: Setup, parts: Parts, images_per_s: float, watts: list[float]) 
 
 
 def _take_steps(step: Callable[[], object], device: torch.device) -> list[float]:
-    """Watts of the GPU while it does nothing but full steps; those steps' memory is the peak from then on.
+    """Return the GPU's power in W during full steps; reset peak memory to theirs.
 
-    Empty where NVML does not tell.
+    Empty if NVML reports no power.
     """
     torch.cuda.reset_peak_memory_stats(device)
     done, end = threading.Event(), time.perf_counter() + POWER_S
-    asked: deque[torch.cuda.Event] = deque()
+    pending: deque[torch.cuda.Event] = deque()
     with ThreadPoolExecutor(1) as pool:
         watts = pool.submit(_read_power, device, done)
         try:
             while time.perf_counter() < end:
                 step()
-                asked.append(torch.cuda.Event())
-                asked[-1].record()
-                if len(asked) > STEPS_AHEAD:
-                    asked.popleft().synchronize()
+                pending.append(torch.cuda.Event())
+                pending[-1].record()
+                if len(pending) > STEPS_AHEAD:
+                    pending.popleft().synchronize()
         finally:
             done.set()
     return watts.result()
@@ -276,7 +276,7 @@ def _read_power(device: torch.device, done: threading.Event) -> list[float]:
     while not done.wait(POWER_PERIOD_S):
         try:
             watts.append(torch.cuda.power_draw(device) / 1e3)
-        except (RuntimeError, NVMLError):  # no driver, or a GPU that does not tell
+        except (RuntimeError, NVMLError):  # no driver, or no power sensor
             break
     return watts
 

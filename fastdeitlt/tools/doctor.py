@@ -1,6 +1,6 @@
-"""What is installed, what works, what is missing and how to get it.
+"""`doctor`: check the installation and the machine, with remedies.
 
-Everything heavy is tried in a process of its own, so that a broken package breaks its own row and not the doctor.
+Heavy packages are probed in separate processes, so that a broken one affects only its own row.
 """
 
 import json
@@ -28,7 +28,7 @@ STYLES = {"ok": "green", "warn": "yellow", "missing": "dim", "broken": "bold red
 
 @dataclass(frozen=True)
 class Row:
-    """One finding. Only ``broken`` (something required does not work) makes the doctor fail."""
+    """One finding; ``broken`` (a required part does not work) makes the doctor fail."""
 
     name: str
     status: Literal["ok", "warn", "missing", "broken"]
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings in a fixed order."""
+    """The findings, in a fixed order."""
 
     rows: list[Row]
 
@@ -48,7 +48,7 @@ class Report:
         return int(any(row.status == "broken" for row in self.rows))
 
     def to_json(self) -> str:
-        """A list of {"name", "status", "detail", "fix"}."""
+        """Return a JSON list of {"name", "status", "detail", "fix"}."""
         return json.dumps([asdict(row) for row in self.rows], indent=1)
 
     def print(self, as_json: bool = False) -> None:
@@ -63,7 +63,7 @@ class Report:
 
 
 def doctor() -> Report:
-    """Look at this machine and this environment; takes some seconds, changes nothing."""
+    """Check the environment and the machine, in some seconds, without changes."""
     checks = (
         python, packages, torch, torchvision, gpu, dali_on_cpu, dali_on_gpu, triton, kernel_choice, deepspeed, onnx,
         apex, kernels_name, cores, memory, shared_memory, open_files, disk,
@@ -73,18 +73,18 @@ def doctor() -> Report:
 
 
 def probe(code: str) -> tuple[bool, str]:
-    """Run Python code in a process of its own: (it ended well, the last line it wrote)."""
+    """Run Python code in a separate process; return (success, last output line)."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         return False, f"no answer in {PROBE_TIMEOUT_S} s"
-    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    return done.returncode == 0, said[-1] if said else f"exit code {done.returncode}"
+    output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return done.returncode == 0, output[-1] if output else f"exit code {done.returncode}"
 
 
 def python() -> Row:
-    """The interpreter."""
+    """Check the Python version."""
     version = sys.version_info
     detail = f"{version.major}.{version.minor}.{version.micro}"
     good = (3, 11) <= version[:2] < (3, 15)
@@ -92,18 +92,18 @@ def python() -> Row:
 
 
 def packages() -> Row:
-    """Everything that fastdeitlt requires is installed."""
-    wanted = [
+    """Check that all required packages are installed."""
+    required = [
         re.split(r"[<>=!~\[; ]", line)[0] for line in metadata.requires("fastdeitlt") or () if "extra ==" not in line
     ]
-    absent = [name for name in wanted if version_of(name) is None]
+    absent = [name for name in required if version_of(name) is None]
     if absent:
         return Row("packages", "broken", f"missing: {', '.join(absent)}", f"pip install {' '.join(absent)}")
-    return Row("packages", "ok", f"all {len(wanted)} required ones are installed")
+    return Row("packages", "ok", f"all {len(required)} required ones are installed")
 
 
 def version_of(name: str) -> str | None:
-    """Version of an installed distribution."""
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -111,30 +111,30 @@ def version_of(name: str) -> str | None:
 
 
 def torch() -> Row:
-    """torch imports and computes."""
-    works, said = probe(
+    """Check that torch imports and computes."""
+    works, output = probe(
         "import torch; torch.ones(2, 2) @ torch.ones(2, 2); print(torch.__version__, torch.version.cuda)"
     )
     if not works:
-        return Row("torch", "broken", said, "pip install torch==2.14.1 torchvision==0.29.1")
-    version, cuda = said.split()
+        return Row("torch", "broken", output, "pip install torch==2.14.1 torchvision==0.29.1")
+    version, cuda = output.split()
     return Row("torch", "ok", f"{version}, {'for the CPU alone' if cuda == 'None' else f'built for CUDA {cuda}'}")
 
 
 def torchvision() -> Row:
-    """torchvision's compiled operators fit torch; timm does not import without."""
-    works, said = probe("import torchvision, torch; torch.ops.torchvision.nms; print(torchvision.__version__)")
+    """Check that torchvision's operators match torch, as timm requires."""
+    works, output = probe("import torchvision, torch; torch.ops.torchvision.nms; print(torchvision.__version__)")
     fix = "" if works else "install the torchvision of this torch: 2.11 with 0.26, up to 2.14 with 0.29, from one index"
-    return Row("torchvision", "ok" if works else "broken", said, fix)
+    return Row("torchvision", "ok" if works else "broken", output, fix)
 
 
 def gpu() -> Row:
-    """A GPU that torch can use."""
-    code = (  # computes too: this torch may have no code for the GPU
+    """Check for a GPU that torch can use."""
+    code = (  # also compute: this torch may have no code for the GPU
         "import torch; p = torch.cuda.get_device_properties(0); (torch.ones(9, device='cuda') + 1).tolist(); "
         "print(p.name, 'with', p.total_memory >> 30, 'GiB', '' if p.major > 7 else 'and no bfloat16')"
     )
-    works, said = probe(code)
+    works, output = probe(code)
     smi = shutil.which("nvidia-smi")
     if not smi and not works:
         return Row(
@@ -142,7 +142,7 @@ def gpu() -> Row:
         )
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"] if smi else ["true"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    detail = f"{said}, driver {driver[0] if driver else 'unknown'}"
+    detail = f"{output}, driver {driver[0] if driver else 'unknown'}"
     fix = "" if works else "a driver for CUDA 13 (580 or newer), or a torch built for CUDA rather than the CPU"
     return Row("gpu", "ok" if works else "warn", detail, fix)
 
@@ -163,61 +163,63 @@ print(decoder_version(), "decodes an image as Pillow does")
 
 
 def dali_on_cpu() -> Row:
-    """DALI decodes a real image on the CPU."""
-    works, said = probe(DECODE.format(device="cpu"))
+    """Check that DALI decodes a real image on the CPU."""
+    works, output = probe(DECODE.format(device="cpu"))
     fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (also for machines without a GPU)"
-    return Row("dali on cpu", "ok" if works else "broken", said, fix)
+    return Row("dali on cpu", "ok" if works else "broken", output, fix)
 
 
 def _has_gpu() -> bool:
-    """Whether NVIDIA's driver is there; containers may have its device alone, without the tool."""
+    """Return whether NVIDIA's driver exists, with or without nvidia-smi."""
     return bool(shutil.which("nvidia-smi")) or Path("/dev/nvidiactl").exists()
 
 
 def dali_on_gpu() -> Row:
-    """DALI decodes a real image on the GPU, where there is one."""
+    """Check that DALI decodes a real image on the GPU, if there is one."""
     if not _has_gpu():
         return Row("dali on gpu", "missing", "no GPU")
-    works, said = probe(DECODE.format(device="cuda"))
+    works, output = probe(DECODE.format(device="cuda"))
     fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (drivers before 580: nvidia-dali-cuda120)"
-    return Row("dali on gpu", "ok" if works else "warn", said, fix)
+    return Row("dali on gpu", "ok" if works else "warn", output, fix)
 
 
 def triton() -> Row:
-    """Triton has a GPU to compile for, or at least its interpreter."""
+    """Check that Triton has a GPU to compile for, or its interpreter."""
     code = (
         "import triton, torch; d = triton.runtime.driver.active.get_current_target() if torch.cuda.is_available() "
         "else None; print(triton.__version__, 'compiles for ' + f'{d.backend} {d.arch}' if d else 'without a GPU: only "
         "its interpreter (TRITON_INTERPRET=1) runs kernels, for tests')"
     )
-    works, said = probe(code)
-    return Row("triton", "ok" if works else "warn", said, "" if works else "pip install triton; without it impl=torch")
+    works, output = probe(code)
+    return Row(
+        "triton", "ok" if works else "warn", output, "" if works else "pip install triton; without it impl=torch"
+    )
 
 
 def kernel_choice() -> Row:
-    """Count the measurements by which `auto` chooses kernels on this GPU."""
+    """Count the measurements from which `auto` selects kernels on this GPU."""
     if not _has_gpu():
         return Row("kernel choice", "missing", "no GPU: auto is torch's")
-    works, said = probe(
+    works, output = probe(
         "import torch; from fastdeitlt.kernels._measured import gpu_name, rows_of; gpu = gpu_name(0); "
         "print(sum(row.gpu == gpu for row in rows_of(0).values()), 'measurements of', gpu)"
     )
-    known = works and not said.startswith("0 ")
-    fix = "" if known else "the first start of train measures them, 'fastdeitlt tune RECIPE' measures more"
-    return Row("kernel choice", "ok" if known else "warn", said, fix)
+    is_measured = works and not output.startswith("0 ")
+    fix = "" if is_measured else "the first start of train measures them, 'fastdeitlt tune RECIPE' measures more"
+    return Row("kernel choice", "ok" if is_measured else "warn", output, fix)
 
 
 def deepspeed() -> Row:
-    """DeepSpeed imports; only training on several GPUs needs it."""
+    """Check that DeepSpeed imports; only training on several GPUs needs it."""
     install = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8 (no compiler or CUDA toolkit needed)"
     if version_of("deepspeed") is None:
         return Row("deepspeed", "missing", "not installed; needed for several GPUs", install)
-    works, said = probe("import deepspeed; print(deepspeed.__version__)")
-    return Row("deepspeed", "ok" if works else "warn", said, "" if works else install)
+    works, output = probe("import deepspeed; print(deepspeed.__version__)")
+    return Row("deepspeed", "ok" if works else "warn", output, "" if works else install)
 
 
 def onnx() -> Row:
-    """What `export --format onnx` needs."""
+    """Check the packages of `export --format onnx`."""
     names = ("onnx", "onnxruntime", "onnxscript")
     absent = [name for name in names if version_of(name) is None]
     if absent:
@@ -227,12 +229,12 @@ def onnx() -> Row:
             f"{', '.join(absent)} not installed; needed to export ONNX",
             "pip install 'fastdeitlt[onnx]'",
         )
-    works, said = probe("import onnx, onnxruntime, onnxscript; print(onnx.__version__, onnxruntime.__version__)")
-    return Row("onnx", "ok" if works else "warn", said, "" if works else "pip install 'fastdeitlt[onnx]'")
+    works, output = probe("import onnx, onnxruntime, onnxscript; print(onnx.__version__, onnxruntime.__version__)")
+    return Row("onnx", "ok" if works else "warn", output, "" if works else "pip install 'fastdeitlt[onnx]'")
 
 
 def apex() -> Row:
-    """NVIDIA's apex, an optional optimizer backend; PyPI's package of that name is another program."""
+    """Check for NVIDIA's apex, an optional backend; PyPI's apex is unrelated."""
     source = "optional; build it from the source of NVIDIA/apex with its CUDA extensions"
     if find_spec("amp_C"):
         return Row("apex", "ok", "NVIDIA's, with CUDA extensions")
@@ -243,11 +245,11 @@ def apex() -> Row:
 
 
 def kernels_name() -> Row:
-    """Our kernels are ``fastdeitlt.kernels``; the top-level name ``kernels`` belongs to a package on PyPI."""
-    version, found, ours = version_of("kernels"), find_spec("kernels"), find_spec("fastdeitlt.kernels")
+    """Check that ``fastdeitlt.kernels`` does not hide PyPI's package ``kernels``."""
+    version, spec, ours = version_of("kernels"), find_spec("kernels"), find_spec("fastdeitlt.kernels")
     if ours is None or not ours.origin:
         return Row("kernels name", "broken", "fastdeitlt.kernels is not importable", "reinstall fastdeitlt")
-    is_ours = found is not None and bool(found.origin) and Path(str(found.origin)).samefile(ours.origin)
+    is_ours = spec is not None and bool(spec.origin) and Path(str(spec.origin)).samefile(ours.origin)
     if version and is_ours:
         fix = "start Python in another folder than the repository's root"
         return Row("kernels name", "warn", f"./kernels hides PyPI's kernels {version} in this folder", fix)
@@ -256,7 +258,7 @@ def kernels_name() -> Row:
 
 
 def cores() -> Row:
-    """Cores that this process may use, against the threads that it will start."""
+    """Compare this process's usable cores with its threads."""
     usable = float(len(os.sched_getaffinity(0)))
     if len(quota := _numbers("/sys/fs/cgroup/cpu.max")) == 2:
         usable = min(usable, quota[0] / quota[1])
@@ -268,7 +270,7 @@ def cores() -> Row:
 
 
 def memory() -> Row:
-    """Memory that is free for this process."""
+    """Check the memory available to this process."""
     free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
     room = free["MemAvailable"]
     if limit := _numbers("/sys/fs/cgroup/memory.max"):
@@ -278,13 +280,13 @@ def memory() -> Row:
 
 
 def _numbers(path: str) -> list[float]:
-    """The numbers in a cgroup's file; none if there is no file or no limit ("max")."""
+    """Return the numbers in a cgroup file; none without file or limit ("max")."""
     words = Path(path).read_text().split() if Path(path).is_file() else []
     return [float(word) for word in words] if all(word.isdigit() for word in words) else []
 
 
 def shared_memory() -> Row:
-    """/dev/shm, through which NCCL's ranks talk."""
+    """Check /dev/shm, which NCCL uses between ranks."""
     if not Path("/dev/shm").is_dir():
         return Row("shared memory", "warn", "no /dev/shm", "needed for several GPUs; docker run --shm-size=8g")
     size = shutil.disk_usage("/dev/shm").total
@@ -293,14 +295,14 @@ def shared_memory() -> Row:
 
 
 def open_files() -> Row:
-    """Files that this process may hold open."""
+    """Check the limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = "" if soft >= 1024 or soft == resource.RLIM_INFINITY else f"ulimit -n {min(65536, hard)}"
     return Row("open files", "warn" if fix else "ok", f"at most {soft:,}", fix)
 
 
 def disk() -> Row:
-    """Room for run folders here; a checkpoint of ViT-B is about 1.4 GB."""
+    """Check the disk space for run folders; a ViT-B checkpoint has about 1.4 GB."""
     room = shutil.disk_usage(".").free
     fix = "" if room > 5 * GIB else "a ViT-B run keeps about 5 GB of checkpoints; set runs_dir=... to another disk"
     return Row("disk", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free in {Path.cwd()}", fix)

@@ -1,4 +1,4 @@
-"""`--dry-run`: everything that can be wrong before training, what training will need, one step on fake data."""
+"""`--dry-run`: check inputs, estimate memory and steps, run one step."""
 
 # B images in a micro-batch, C channels, H height, W width
 
@@ -38,11 +38,11 @@ MIB = 2**20
 
 
 def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int, with_ema: bool) -> dict[str, float]:
-    """MiB of a rank in training without sharding.
+    """Return the MiB of a rank in training without sharding.
 
-    Weights, gradients and two AdamW moments in float32, the average if there is one, and the activations that the
-    backward pass needs: per token and block 2 residuals, 2 norms, qkv, attention output, its projection and the MLP's
-    two hidden tensors and output, which is 17 widths (research: about 58 MB an image for ViT-B in bf16).
+    Weights, gradients and two AdamW moments in float32, the EMA if enabled, and the activations for the backward pass:
+    per token and block 2 residuals, 2 norms, qkv, attention output, its projection and the MLP's two hidden tensors and
+    output, which is 17 widths (59 MiB per image for ViT-B/16 at 224 pixels in bf16).
     """
     parameters = num_parameters(student)
     tokens = student.pos_embed.shape[1]
@@ -55,15 +55,14 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
 
 
 def dry_run(cfg: Config, recipe: Config | None = None) -> int:
-    """Open the data and the teacher, build the student, print sizes and steps, and run one step on random images.
+    """Check a student's run, print sizes and steps, and run one step on random images.
 
     Args:
         cfg: the student's run.
-        recipe: of the teacher that is to be trained first, which takes a step before the student's; it has fresh
-            weights in both.
+        recipe: recipe of a teacher to be trained first, which runs a step before the student's, with random weights.
 
     Raises:
-        UserError: what training would have raised.
+        UserError: as in training.
     """
     opened = _open(cfg)
     images, device, world = opened.sets.train, opened.device, opened.world
@@ -103,10 +102,10 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
 
 
 def dry_run_teacher(cfg: Config) -> int:
-    """Open the data, build the teacher, print sizes and steps, and run one step on random images.
+    """Check a teacher's run, print sizes and steps, and run one step on random images.
 
     Raises:
-        UserError: what training would have raised.
+        UserError: as in training.
     """
     opened = _open(cfg)
     _, facts = _teacher_step(cfg, opened)
@@ -118,26 +117,26 @@ def dry_run_teacher(cfg: Config) -> int:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What both dry runs begin with."""
+    """Common start of both dry runs."""
 
     sets: Sets
     device: torch.device
     world: int
     rows: dict[str, str]
-    """Of the table: the data."""
+    """Table rows on the data."""
 
 
 def _open(cfg: Config) -> _Opened:
     _, world = distributed.start(cfg.train.device)
     sets = open_training_sets(cfg.data)
-    looked = distributed.on_main(lambda: check_files(sets, cfg.data))
+    summary = distributed.on_main(lambda: check_files(sets, cfg.data))
     distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
-    rows = {"training images": f"{len(sets.train):,} in {counted(sets.num_classes, 'class')}", "looked at": looked}
+    rows = {"training images": f"{len(sets.train):,} in {counted(sets.num_classes, 'class')}", "looked at": summary}
     return _Opened(sets, distributed.device_of(cfg.train.device), world, rows)
 
 
 def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, str]]:
-    """Build a teacher's network by its recipe and take a step on random images: the network, and rows of the table."""
+    """Build a teacher and run a step on random images; return network and table rows."""
     t, images, device = cfg.teacher_training, opened.sets.train, opened.device
     plan = teacher_plan_of(cfg, len(images), distributed.rank(), opened.world)
     objective = build_objective(t, images.counts, device)
@@ -164,7 +163,7 @@ def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, st
 
 
 def _check_teacher(teacher: Teacher, images: LongTailSet, cfg: Config, size: int) -> None:
-    """Check a teacher as training does before its first step, without decoding the whole set."""
+    """Check a teacher as in training, without decoding the whole set."""
     residency = "stream" if images.images_NHWC is None else cfg.data.residency
     data = cfg.data.model_copy(update={"residency": residency})
     with closing(open_source(images, data, distributed.device_of(cfg.train.device))) as source:
@@ -190,10 +189,10 @@ def _show(content: Table | str) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Write into the run folder, or the folder that it is to be made in, and leave no trace.
+    """Check that the run folder, or its nearest existing parent, is writable.
 
     Raises:
-        UserError: that fails.
+        UserError: it is not.
     """
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:

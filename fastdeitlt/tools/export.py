@@ -1,8 +1,8 @@
-"""Write a saved student or teacher for other programs, and check what was written against the original on real images.
+"""Export of students and teachers to timm, ONNX and torch.export, with checks.
 
-timm: a folder that ``timm.create_model("local-dir:<folder>", pretrained=True)`` reads, with a model card; equal bit for
-bit. onnx: one file, batch size free, outputs avg, cls and dist, or logits of a teacher. pt2: the same through
-torch.export. All give logits as trained; the temperatures that calibrate them, if any were fitted, are in ``facts``.
+timm: a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``, with a model card; bit-exact. onnx: one
+file with dynamic batch size and outputs avg, cls and dist, or a teacher's logits. pt2: the same through torch.export.
+Logits are uncalibrated; fitted temperatures, if any, are in ``facts``.
 """
 
 # B batch, H height, W width, C channels, K classes
@@ -34,43 +34,43 @@ from fastdeitlt.tools.model_card import model_card
 log = logging.getLogger("fastdeitlt")
 OUTPUTS, TEACHER_OUTPUTS = ("avg", "cls", "dist"), ("logits",)
 FACTS = "fastdeitlt.json"
-"""Name of the extra file inside a .pt2 that holds ``facts``."""
+"""Name of the extra file in a .pt2 with ``facts``."""
 INHERITED = ("architecture", "input_size", "fixed_input_size", "crop_mode", "first_conv", "classifier")
-"""What an export keeps of timm's own facts about an architecture."""
+"""Entries kept of timm's pretrained_cfg."""
 BATCH = {"images_BCHW": {0: torch.export.Dim("batch")}}
-"""The axis of any length."""
-NUM_CHECKED = 5  # odd, and another batch size than the one that is traced
+"""The dynamic axis."""
+NUM_CHECKED = 5  # odd, and different from the traced batch size
 MAX_DIFFERENCE = 1e-3
-"""Of logits, relative to the largest; another order of additions gives about 1e-6."""
+"""Tolerance of logits, relative to the largest; another summation order gives about 1e-6."""
 
 
 class ThreeOutputs(nn.Module):
-    """A student as other programs see it: images_BCHW to (avg, cls, dist) logits_BK."""
+    """Export interface of a student: images_BCHW to (avg, cls, dist) logits_BK."""
 
     def __init__(self, student: DistilledViT) -> None:
         super().__init__()
         self.student = student
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean of the heads, the CLS head, the DIST head."""
+        """Return logits of the heads' mean, the CLS head and the DIST head."""
         cls_logits_BK, dist_logits_BK = self.student.forward_heads(images_BCHW)
         return (cls_logits_BK + dist_logits_BK) / 2, cls_logits_BK, dist_logits_BK
 
 
 class OneOutput(nn.Module):
-    """A teacher as other programs see it: images_BCHW to (logits_BK,) at the scale that it was trained with."""
+    """Export interface of a teacher: images_BCHW to (scaled logits_BK,)."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.network, self.logit_scale = teacher.network, teacher.logit_scale
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor]:
-        """The network's logits, scaled."""
+        """Return the network's scaled logits."""
         return (self.network(images_BCHW) * self.logit_scale,)
 
 
 def _outputs(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with its named outputs."""
+    """Return the export interface of a model and its output names."""
     if isinstance(model, DistilledViT):
         return ThreeOutputs(model), OUTPUTS
     assert isinstance(model, Teacher)
@@ -78,19 +78,19 @@ def _outputs(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> Path:
-    """Export a student or a teacher and check the result.
+    """Export a student or a teacher and verify the result.
 
     Args:
         model_folder: a model folder or a run folder, of a student or a teacher, or a released student checkpoint.
-        out: the folder (timm) or file (onnx, pt2) to write; it may not exist, so that nothing is overwritten.
+        out: the folder (timm) or file (onnx, pt2) to write; must not exist.
         format: timm, onnx or pt2.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: an unknown format, ``out`` exists, a teacher that timm does not have, a package that is missing, a
-            full disk, or an export whose logits differ from the original's.
+        UserError: an unknown format, an existing ``out``, a teacher without timm equivalent, a missing package, a full
+            disk, or an export with different logits.
     """
     writers: dict[str, Callable[[nn.Module, Saved, Path], float]] = {
         "timm": _to_timm,
@@ -120,7 +120,7 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
 
 
 def _refuse_full_disk(out: Path, model: nn.Module) -> None:
-    """Before anything is written, since each writer fails in its own way on a full disk."""
+    """Raise UserError if the disk is too full, before writers fail in different ways."""
     needed = int(1.2 * sum(tensor.nbytes for tensor in model.state_dict().values())) + 2**20  # the graph, the card
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
@@ -128,7 +128,7 @@ def _refuse_full_disk(out: Path, model: nn.Module) -> None:
 
 
 def facts(saved: Saved) -> dict[str, Any]:
-    """What travels with each export: class names and map, how to prepare images, temperatures of its raw logits."""
+    """Return an export's metadata: classes, preprocessing, temperatures."""
     fitted = saved.calibration.temperatures if saved.calibration else {}
     return {
         "class_names": saved.class_names,
@@ -142,14 +142,14 @@ def facts(saved: Saved) -> dict[str, Any]:
 
 
 def _real_images(saved: Saved) -> Tensor:
-    """Test images of the embedded data set, prepared as the model's own images are: images_BCHW."""
+    """Return embedded test images with the model's preprocessing: images_BCHW."""
     paths = sorted(embedded.unpack().rglob("*.png"))[-NUM_CHECKED:]
     pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
     return saved.normalise(centre_crop(pixels, saved.preprocess.resize, saved.preprocess.img_size)).contiguous()
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference of any logit, as a share of the largest logit."""
+    """Return the largest logit difference relative to the largest logit."""
     worst = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
     return worst / max(float(head.abs().max()) for head in expected)
 
@@ -159,7 +159,7 @@ def _to_timm(model: nn.Module, saved: Saved, out: Path) -> float:
     network = model.network if isinstance(model, Teacher) else model
     twin: Any = timm.create_model(architecture, pretrained=False, num_classes=saved.num_classes, **model_args)
     twin.load_state_dict(network.state_dict())
-    # the name's tag, licence and origin are those of Facebook's weights, not of these
+    # timm's tag, licence and origin are those of Facebook's weights
     twin.pretrained_cfg = {key: twin.pretrained_cfg[key] for key in INHERITED}
     side = saved.preprocess.img_size
     own = ("mean", "std", "crop_pct", "interpolation")
@@ -174,7 +174,7 @@ def _to_timm(model: nn.Module, saved: Saved, out: Path) -> float:
         data_config={"input_size": (3, side, side)} | {name: travels[name] for name in own},
     )
     weights = out / "model.safetensors"
-    weights.chmod((out / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+    weights.chmod((out / "config.json").stat().st_mode)  # safetensors creates files with mode 0600
     (out / "README.md").write_text(model_card(saved, architecture, model_args), encoding="utf-8")
     images_BCHW = _real_images(saved)
     with torch.inference_mode():
@@ -183,10 +183,10 @@ def _to_timm(model: nn.Module, saved: Saved, out: Path) -> float:
 
 
 def timm_teacher(teacher: Teacher, saved: Saved) -> tuple[str, dict[str, Any]]:
-    """timm's name for a teacher's network.
+    """Return timm's name of a teacher's network and its arguments.
 
     Raises:
-        UserError: timm does not have it, or has another classifier.
+        UserError: timm has no such network, or only with another classifier.
     """
     arch = saved.info["model"]["arch"]
     has_cosine = any(isinstance(module, NormedLinear) for module in teacher.modules())
@@ -197,7 +197,7 @@ def timm_teacher(teacher: Teacher, saved: Saved) -> tuple[str, dict[str, Any]]:
 
 
 def timm_architecture(student: nn.Module) -> tuple[str, dict[str, Any]]:
-    """timm's name for a student, and the arguments that are not that name's own (timm knows no large, no patch 8)."""
+    """Return timm's name of a student and the arguments that differ from its defaults."""
     assert isinstance(student, DistilledViT)
     name, width, heads = {192: ("tiny", 192, 3), 384: ("small", 384, 6)}.get(student.width, ("base", 768, 12))
     usual = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
@@ -228,7 +228,7 @@ def _to_onnx(model: nn.Module, saved: Saved, out: Path) -> float:
         _trace(model, saved),
         input_names=["images"],
         output_names=list(names),
-        dynamic_shapes=BATCH,  # names the axis, which is s12 or so without
+        dynamic_shapes=BATCH,  # else the axis has a generated name
         dynamo=True,
         verbose=False,
     )

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it learned from, what it scores, and what is not known."""
+"""README.md of an exported model: architecture, training data, scores, limits."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ EXIF = {
 
 
 def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> str:
-    """Markdown for the folder of a timm export. What the model folder does not say is said to be unknown."""
+    """Return the Markdown card of a timm export; missing facts are marked as unknown."""
     arguments = ", ".join(f"{name} {value}" for name, value in model_args.items())
     return CARD.format(
         name=f"DeiT-LT on {saved.info.get('dataset') or 'an unnamed data set'}",
@@ -107,7 +107,7 @@ def _results(results: dict[str, Any]) -> str:
 
 
 def _calibration(saved: Saved) -> str:
-    """The temperatures that were fitted, and how far confidence is from accuracy without and with them."""
+    """Return text on temperatures and the calibration error without and with them."""
     lines = ["The model gives logits as trained."]
     if fitted := saved.calibration:
         shown = ", ".join(f"{head} {value:.3f}" for head, value in fitted.temperatures.items())

@@ -1,4 +1,4 @@
-"""Pictures in: files, Pillow images and arrays to the pixels that evaluation sees."""
+"""Decoding of files, Pillow images and arrays as in evaluation."""
 
 # H height, W width, C channels, B images
 
@@ -16,11 +16,11 @@ from fastdeitlt.data.pixels.files import Encoded, UnreadableError, from_pillow, 
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 
 Picture = str | Path | Image.Image | np.ndarray
-"""A file, an image of Pillow, or a uint8 array [H, W] or [H, W, C] of gray, RGB or RGBA."""
+"""A file, a Pillow image, or a uint8 array [H, W] or [H, W, C] of gray, RGB or RGBA."""
 
 
 class PictureReader:
-    """Decode pictures as evaluation does, on the CPU.
+    """Decoder of pictures on the CPU, as in evaluation.
 
     Args:
         exif: ``data.exif`` of the model.
@@ -32,7 +32,7 @@ class PictureReader:
         self._read = partial(_read, exif=exif)
 
     def __call__(self, pictures: Sequence[Picture]) -> list[Tensor | str]:
-        """Return the pixels of each picture, uint8 [H, W, 3], or why there are none."""
+        """Return the pixels of each picture, uint8 [H, W, 3], or why it is unreadable."""
         read = list(self._workers.pool.map(self._read, pictures))
         decoded = iter(self._decoder.whole([file for file in read if isinstance(file, Encoded)]))
         return [next(decoded) if isinstance(file, Encoded) else file for file in read]

@@ -1,4 +1,4 @@
-"""`plan`: from a folder of images to the recipes of a teacher and a student that fit this machine and the time."""
+"""`plan`: recipes of teacher and student for a folder of images, machine and time."""
 
 import re
 import shlex
@@ -29,7 +29,7 @@ LIST_SUFFIXES = (".txt", ".csv", ".json")
 
 @dataclass(frozen=True)
 class Planned:
-    """Two recipes, and what they were chosen from."""
+    """Two recipes and the facts they are based on."""
 
     choice: Choice
     facts: Facts
@@ -40,7 +40,7 @@ class Planned:
 
 
 def plan(root: str | Path, hours: float | None = None, weights: str | Path = "") -> tuple[Config, Config]:
-    """Choose the recipes of a student and of its teacher for a folder of images; nothing is written.
+    """Choose the recipes of a student and its teacher, without writing them.
 
     Args:
         root, hours, weights: see ``make_plan``.
@@ -57,17 +57,17 @@ def plan(root: str | Path, hours: float | None = None, weights: str | Path = "")
 def make_plan(
     root: str | Path, hours: float | None = None, weights: str | Path = "", name: str = "plan", device: str = "auto"
 ) -> Planned:
-    """Read the images' layout, sizes and colours, measure this machine, and choose the recipes.
+    """Read the images' layout and statistics, measure the machine, choose recipes.
 
     Args:
         root: a folder of class folders, of split folders or of lists; or a list file.
-        hours: for teacher and student together; None: by the size of the set.
-        weights: weights that the student starts from; its architecture is then theirs.
-        name: of the student's run; the teacher's has ``-teacher`` behind it.
+        hours: hours for teacher and student together; None: by the size of the set.
+        weights: initial weights of the student, which determine its architecture.
+        name: name of the student's run; the teacher's has the suffix ``-teacher``.
         device: auto, cpu or cuda.
 
     Raises:
-        UserError: no images, images that cannot be read, fewer than two classes, hours that are too short.
+        UserError: no images, unreadable images, fewer than two classes, or too few hours.
     """
     if hours is not None and not hours > 0:
         raise UserError(f"plan --hours: got {hours:g}, expected hours above 0, such as 0.5")
@@ -104,7 +104,7 @@ def make_plan(
 
 
 def layout(root: str | Path) -> dict[str, str]:
-    """Return the data settings of a folder or list file: ``dataset``, ``root`` and lists.
+    """Return the data settings of a folder or list file: dataset, root and lists.
 
     Lists in the folder take precedence over class folders, the published ones over ``train.txt``, ``train.csv`` and
     ``train.json``; shards are used where they lie in the folder itself or in one of a split.
@@ -137,7 +137,7 @@ def layout(root: str | Path) -> dict[str, str]:
 
 
 def _architecture(weights: str | Path) -> Rung:
-    """The student that some weights are of, with a patch that students have.
+    """Return the architecture of initial weights, with a supported patch size.
 
     Raises:
         UserError: see ``shape_of``.
@@ -148,10 +148,10 @@ def _architecture(weights: str | Path) -> Rung:
 
 
 def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
-    """The verb: write NAME.yaml and NAME-teacher.yaml, print what was chosen, the times and the next command.
+    """Run `plan`: write both recipes; print choice, times and the next command.
 
     Raises:
-        UserError: see ``make_plan``; a file that exists already.
+        UserError: see ``make_plan``; or a file exists.
     """
     name = Path(out).name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(root).resolve().stem).strip("-._") or "plan"
     folder = Path(out).parent
@@ -176,7 +176,7 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
 
 
 def to_yaml(title: str, settings: dict[str, Setting]) -> str:
-    """A recipe with the reason of each line behind it."""
+    """Format a recipe as YAML with the reason of each setting in a comment."""
     lines, section = (
         [f"# {' '.join(printable(title).split())}", "# Written by `fastdeitlt plan`; edit what you like."],
         "",
@@ -197,7 +197,7 @@ def _rank(dotted: str) -> int:
 
 
 def describe(planned: Planned) -> list[str]:
-    """Lines for a terminal: what was found, measured and chosen, and how long each part will take."""
+    """Return terminal lines on the data, the measurements, the choice and the times."""
     sets, facts, rates, choice = planned.sets, planned.facts, planned.rates, planned.choice
     student, teacher = choice.configs
     held = {split: f"{share:.0%} of each class" for split, share in facts.holdouts.items()}
@@ -226,7 +226,7 @@ def describe(planned: Planned) -> list[str]:
 
 
 def _smallest(sets: Sets) -> list[str]:
-    """What is left for the three smallest classes where a split is set aside."""
+    """Return a line on the three smallest classes, if splits are held out."""
     if not sets.held_out:
         return []
     totals = [

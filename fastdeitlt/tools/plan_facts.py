@@ -1,4 +1,4 @@
-"""What `plan` chooses from and what it returns: facts of a data set, rates of a machine, students, two recipes.
+"""Types of `plan`: facts of a data set, rates, candidate students, the choice.
 
 N training images, K classes.
 """
@@ -16,20 +16,20 @@ Setting = tuple[Any, str]
 
 @dataclass(frozen=True)
 class Rung:
-    """One of the students to choose from, with its teacher's architecture."""
+    """A candidate student with its teacher's architecture."""
 
     img_size: int
     patch: int
     width: str
-    """Tiny, small or base of the DeiT family, in lower case."""
+    """DeiT size: tiny, small or base."""
     depth: int
     teacher: str
     needs: int
-    """Images that it must see in training to be worth its time."""
+    """Fewest images seen in training for this student to be worthwhile."""
 
     @property
     def student(self) -> str:
-        """The student's name."""
+        """Name of the student."""
         return f"deit_{self.width}_distilled_patch{self.patch}_{self.img_size}"
 
 
@@ -40,7 +40,7 @@ SMALL_IMAGES = (
     Rung(32, 4, "small", 12, "resnet32", 6_000_000),
     Rung(32, 2, "base", 12, "resnet32", 12_000_000),
 )
-"""Students for images of up to 40 pixels, by rising cost."""
+"""Students for images of up to 40 pixels, by ascending cost."""
 PHOTOS = (
     Rung(32, 8, "tiny", 3, "resnet8", 0),
     Rung(64, 16, "tiny", 3, "resnet8", 30_000),
@@ -49,7 +49,7 @@ PHOTOS = (
     Rung(160, 16, "small", 12, "resnet34", 5_000_000),
     Rung(224, 16, "base", 12, "resnet50", 14_000_000),
 )
-"""Students for larger images, by rising cost."""
+"""Students for larger images, by ascending cost."""
 
 
 def _teacher_for(side: int) -> str:
@@ -58,30 +58,30 @@ def _teacher_for(side: int) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice depends on, apart from time."""
+    """Inputs of the choice other than time."""
 
     dataset: str
     root: str
     lists: Mapping[str, str]
-    """Split -> list file, of a set that is read from lists."""
+    """Split -> list file, for a set of lists."""
     counts: Sequence[int]
-    """Training images of each class [K], those set aside left out."""
+    """Training images of each class [K], without held-out ones."""
     num_val: int
     holdouts: Mapping[str, float]
-    """Split -> share of each class that is set aside for it."""
+    """Split -> share of each class held out for it."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     short_side: int
-    """Median in pixels."""
+    """Median short side in pixels."""
     gray: float
     """Share of images without colour, 0..1."""
     gpu: bool
     init: str = ""
-    """Weights that the student starts from (`--from`)."""
+    """Initial weights of the student (`--from`)."""
     architecture: Rung | None = None
-    """The student that those weights are of."""
+    """Architecture of the initial weights."""
     unreadable: int = 0
-    """Unreadable images among those measured."""
+    """Unreadable images in the sample."""
 
     @property
     def num_images(self) -> int:
@@ -90,7 +90,7 @@ class Facts:
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
-        """The students to choose from, by rising cost; at least one."""
+        """Candidate students by ascending cost; at least one."""
         if (given := self.architecture) is not None:
             sides = sorted({max(p, side // p * p) for side in (64, 128, given.img_size) if (p := given.patch)})
             return tuple(
@@ -103,39 +103,39 @@ class Facts:
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second of training, data path included, and seconds that do not depend on the epochs."""
+    """Training throughput in images/s, with data, and epoch-independent seconds."""
 
     student: Mapping[Rung, float]
-    """Whole steps, the teacher's forward included; of the rungs that were measured."""
+    """Full steps including the teacher's forward pass, by measured candidate."""
     teacher: Mapping[Rung, float]
     """Plain steps, without SAM's second pass."""
     start_s: float
-    """Start, first epoch's decoding and report of both trainings."""
+    """Seconds of start, first decoding and report of both trainings."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Two recipes and what they are expected to take."""
+    """Two recipes and their expected times."""
 
     student: dict[str, Setting]
     """Setting -> value and reason."""
     teacher: dict[str, Setting]
     seconds: dict[str, float]
-    """Part of the work -> seconds, by the measured rates."""
+    """Part of the work -> seconds at the measured rates."""
     images_seen: int
-    """Images that the student sees in training."""
+    """Images seen by the student in training."""
     rung: Rung
     remarks: tuple[str, ...] = ()
 
     @property
     def configs(self) -> tuple[Config, Config]:
-        """The student's and the teacher's configuration."""
+        """Configurations of student and teacher."""
         return build_settings(self.student), build_settings(self.teacher)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A rung with its epochs."""
+    """A candidate with its epochs and batches."""
 
     rung: Rung
     epochs: int
@@ -151,5 +151,5 @@ class Schedule:
 
 
 def build_settings(settings: Mapping[str, Setting]) -> Config:
-    """Return the configuration of some settings."""
+    """Build a configuration from settings."""
     return config.build({name: value for name, (value, _) in settings.items()})

@@ -1,4 +1,4 @@
-"""Measure what `plan` needs to know of this machine: images a second of training, by student and teacher.
+"""Measurement of training throughput for `plan`, by student and teacher.
 
 B images in a micro-batch, N images that are measured on.
 """
@@ -29,28 +29,28 @@ from fastdeitlt.tools.plan_rules import candidate
 from fastdeitlt.tools.setup import Setup, endless, step_of
 
 LEAST_IMAGES, MOST_IMAGES, MOST_BYTES = 64, 512, 1e9
-"""Images that are decoded and trained on, evenly spaced in the set; fewer of large ones, to save memory."""
+"""Sample of images, evenly spaced in the set, smaller for large images to save memory."""
 WARM_UP, LEAST_STEPS, SAMPLE_S = 2, 2, 2.0
-"""Steps before a measurement, in it, and its seconds."""
+"""Warm-up steps, fewest measured steps, and seconds of a measurement."""
 LIMIT_S = 45.0
 """Seconds after which no further student is measured."""
 FREE_SHARE = 0.5
-"""Part of the free memory in which a decoded set is kept, as data.residency=auto does."""
+"""Share of the free memory for a decoded set, as data.residency=auto."""
 START_S = 45.0
 """Seconds for two starts, tests, analysis and report (docs/own_images.md)."""
 
 
 def measure_rates(images: LongTailSet, facts: Facts, hours: float, device: torch.device) -> Rates:
-    """Train each student and teacher for some steps, by rising cost, while the hours would be enough for it.
+    """Time steps of each student and teacher, by ascending cost, while hours suffice.
 
     Args:
         images: the training set.
-        facts: of it.
-        hours: for both trainings.
-        device: where they will run.
+        facts: facts of the set.
+        hours: hours for both trainings.
+        device: device of the trainings.
 
     Raises:
-        UserError: see ``Stream``: an image that cannot be read.
+        UserError: an unreadable image, see ``Stream``.
     """
     began = time.monotonic()
     most = max(LEAST_IMAGES, min(MOST_IMAGES, int(MOST_BYTES / (4 * facts.short_side**2))))
@@ -75,7 +75,7 @@ def measure_rates(images: LongTailSet, facts: Facts, hours: float, device: torch
 
 
 def _source(chosen: LongTailSet, total: int, cfg: Config, stream: Stream, device: torch.device) -> tuple[Source, float]:
-    """The images as training will hold them, and the seconds that decoding all of them once takes."""
+    """Return the sample's source as in training, and seconds to decode the whole set."""
     if chosen.images_NHWC is not None:
         return Resident(chosen, cfg.data, device, pack(chosen.images_NHWC)), 0.0
     began = time.monotonic()
@@ -98,7 +98,7 @@ def _decode(stream: Stream, total: int) -> DecodedSet:
 
 
 def _student_rate(cfg: Config, source: Source, images: LongTailSet, device: torch.device) -> float:
-    """Images a second of whole steps of a student with its teacher, from the images in memory."""
+    """Return the images/s of a student's full steps with its teacher."""
     setup = Setup(cfg, device, Data(images.counts, plan_of(cfg, len(images))), Sets(images))
     parts = setup.assemble(source)
     with closing(endless(parts)) as batches:
@@ -106,7 +106,7 @@ def _student_rate(cfg: Config, source: Source, images: LongTailSet, device: torc
 
 
 def _teacher_rate(cfg: Config, source: Source, images: LongTailSet, device: torch.device) -> float:
-    """Images a second of a teacher's plain steps."""
+    """Return the images/s of a teacher's plain steps."""
     torch.manual_seed(0)
     plan = teacher_plan_of(cfg, len(images))
     objective = build_objective(cfg.teacher_training, images.counts, device)
@@ -116,7 +116,7 @@ def _teacher_rate(cfg: Config, source: Source, images: LongTailSet, device: torc
     def stream() -> Generator[StepBatch, None, None]:
         for epoch in count():
             with closing(teacher_batches(cfg, source, images, plan, epoch)) as batches:
-                # a smaller last batch would count as a whole one
+                # without smaller last batches, which would count as full ones
                 yield from (batch for batch in batches if len(batch.labels_B) == plan.batch_size)
 
     with closing(stream()) as batches:
@@ -124,7 +124,7 @@ def _teacher_rate(cfg: Config, source: Source, images: LongTailSet, device: torc
 
 
 def _rate(step: Callable[[], object], images_a_step: int, device: torch.device) -> float:
-    """Images a second over some steps after a warm-up."""
+    """Return the images/s of a step after a warm-up."""
     for _ in range(WARM_UP):
         step()
     synchronise(device)

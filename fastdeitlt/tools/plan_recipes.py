@@ -1,4 +1,4 @@
-"""The recipes of `plan`, setting by setting, each with its reason. Figures in the reasons are those of docs/results.md.
+"""Recipes of `plan`, with a reason per setting; figures are from docs/results.md.
 
 N training images.
 """
@@ -8,7 +8,7 @@ import math
 from fastdeitlt.tools.plan_facts import Choice, Facts, Rung, Schedule, Setting
 
 FEW_CHANGES, SOME_CHANGES, PAPER_CHANGES = 150_000, 2_000_000, 10_000_000
-"""Images a student sees in training from which its images may be changed mildly, more, and as in the paper."""
+"""Images seen in training from which augmentation is mild, medium, and as in the paper."""
 
 
 def recipes(facts: Facts, s: Schedule, hours: float, name: str) -> Choice:
@@ -24,7 +24,7 @@ def recipes(facts: Facts, s: Schedule, hours: float, name: str) -> Choice:
 
 
 def _shared(facts: Facts) -> dict[str, Setting]:
-    """Settings that must agree in both recipes."""
+    """Return the settings common to both recipes."""
     shared: dict[str, Setting] = {
         "data.dataset": (facts.dataset, "the layout that was found"),
         "data.root": (facts.root, "the folder that plan was given"),
@@ -88,7 +88,10 @@ def _student(facts: Facts, s: Schedule) -> dict[str, Setting]:
 
 
 def _augmentation(s: Schedule) -> dict[str, Setting]:
-    """Milder for short schedules: the paper's augmentation costs 16 points after 150,000 images, 5.5 after 590,000."""
+    """Return augmentation settings, milder for short schedules.
+
+    The paper's augmentation costs 16 points after 150,000 images, 5.5 after 590,000.
+    """
     seen = f"{s.images_seen:,} images seen"
     if s.images_seen < FEW_CHANGES:
         levels = 0, [0.7, 1.0], 0.0, 0.0
@@ -131,7 +134,7 @@ def _teacher_drw(facts: Facts, s: Schedule) -> Setting:
 
 
 def _rate(rung: Rung, effective: int, is_init: bool) -> float:
-    """Peak learning rate: square root of the batch, lower for wider students and for given weights."""
+    """Return the peak learning rate, by square root of the batch, width and init."""
     most = {"tiny": 1.5e-3, "small": 1e-3, "base": 5e-4, "large": 3e-4}[rung.width]
     rate = min(1e-3 * math.sqrt(effective / 64), most)
     return round(rate * (0.3 if is_init else 1.0), 6)

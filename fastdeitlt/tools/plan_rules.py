@@ -1,6 +1,4 @@
-"""Rules of `plan`: facts of a data set, measured rates and hours to the recipes of a student and its teacher.
-
-Pure functions: nothing is opened, measured or written here.
+"""Rules of `plan`: from facts, measured rates and hours to two recipes.
 N training images, K classes.
 """
 
@@ -13,28 +11,28 @@ from fastdeitlt.tools.plan_facts import Choice, Facts, Rates, Rung, Schedule, bu
 from fastdeitlt.tools.plan_recipes import FEW_CHANGES, PAPER_CHANGES, recipes
 
 USABLE = 0.85
-"""Share of the hours that is planned for; the rest is for a machine that has other work."""
+"""Share of the hours to plan for; the rest is a margin for other load."""
 TEACHER_SHARE = 0.4
-"""Share of the training time that the teacher gets."""
+"""Share of the training time for the teacher."""
 MOST_EPOCHS, MOST_TEACHER_EPOCHS = 1400, 400
 """The longest published schedule (ImageNet-LT); twice the recipes' teachers."""
 MOST_EVALUATIONS = 19
-"""Of any number of epochs, see ``_every``."""
+"""Most evaluations of any number of epochs, see ``_every``."""
 LEAST_HOURS, MOST_HOURS = 0.14, 12.0
 
 
 def default_hours(num_images: int) -> float:
-    """Hours of a set for which none are given: 8 minutes for 500 images, about 1 hour for 10,000, at most 12."""
+    """Return hours by size: 8 minutes for 500 images, about 1 hour for 10,000, <= 12."""
     return min(max(LEAST_HOURS * (num_images / 500) ** 0.7, LEAST_HOURS), MOST_HOURS)
 
 
 def holdout_shares(counts: Sequence[int], has_val: bool, has_test: bool) -> dict[str, float]:
-    """Return split -> share of each class to set aside for it: a tenth for validation, a fifth for testing.
+    """Return split -> share of each class to hold out: val 0.1, test 0.2.
 
-    Where even the largest class is too small for that, larger shares; none where a class would lose its last image.
+    Larger shares if the largest class is too small for these; none if it has too few images.
 
     Args:
-        counts: training images of each class [K] before anything is set aside.
+        counts: training images of each class [K] before the hold-out.
     """
     shares: dict[str, float] = {}
     most = max(counts)
@@ -47,12 +45,12 @@ def holdout_shares(counts: Sequence[int], has_val: bool, has_test: bool) -> dict
 
 
 def choose(facts: Facts, rates: Rates, hours: float, name: str) -> Choice:
-    """Choose both recipes so that the two trainings take at most ``hours`` at the measured rates.
+    """Choose both recipes so that training takes at most ``hours`` at these rates.
 
-    The student is the most expensive one that still sees as many images as it needs.
+    The student is the most expensive candidate that sees as many images as it needs.
 
     Raises:
-        UserError: the hours are too short for two epochs of both at the measured rates; names the least hours.
+        UserError: too few hours for two epochs of both; the message has the least hours.
     """
     budget = USABLE * hours * 3600 - rates.start_s
     chosen = None
@@ -77,7 +75,7 @@ def choose(facts: Facts, rates: Rates, hours: float, name: str) -> Choice:
 
 
 def candidate(facts: Facts, rung: Rung) -> tuple[Config, Config]:
-    """Return the recipes of a rung whose rates are to be measured: mild augmentation, nothing compiled, no SAM."""
+    """Return a candidate's recipes for measurement: mild, uncompiled, no SAM."""
     batch, accumulate = _batch(facts, rung)
     schedule = Schedule(rung, 10, 10, False, FEW_CHANGES, 1, batch, accumulate, 1, 1, {"teacher": 0.0, "student": 0.0})
     measured = {"train.compile": (False, ""), "train.measure_kernels": (False, "")}
@@ -87,16 +85,16 @@ def candidate(facts: Facts, rung: Rung) -> tuple[Config, Config]:
 
 
 def _schedule(facts: Facts, rates: Rates, rung: Rung, budget_s: float) -> Schedule | None:
-    """Epochs of a rung that fit; None if two of both do not."""
+    """Return a candidate's schedule within a budget; None for under two epochs."""
     n = facts.num_images
     batch, accumulate = _batch(facts, rung)
     student_rate, teacher_rate = rates.student[rung], rates.teacher[rung]
-    # an evaluation runs forward alone, of weights and average: less than a training step for each image
+    # an evaluation is forward passes of weights and EMA, cheaper than a training step per image
     eval_s, teacher_eval_s = facts.num_val / student_rate, facts.num_val / teacher_rate
     evaluations_s = MOST_EVALUATIONS * teacher_eval_s
     most_s = MOST_TEACHER_EPOCHS * 2 * n / teacher_rate + evaluations_s
     reserved_s = min(TEACHER_SHARE * budget_s, most_s)
-    # SAM's second pass pays where there is time for more plain epochs than a teacher needs
+    # SAM's second pass pays if time allows more plain epochs than a teacher needs
     sam = (reserved_s - evaluations_s) * teacher_rate / n >= MOST_TEACHER_EPOCHS
     passes = 2 if sam else 1
     teacher_epochs = min(_fitting(reserved_s, passes * n / teacher_rate, teacher_eval_s), MOST_TEACHER_EPOCHS)
@@ -119,18 +117,18 @@ def _schedule(facts: Facts, rates: Rates, rung: Rung, budget_s: float) -> Schedu
 
 
 def _every(epochs: int) -> int:
-    """Epochs between evaluations: about ten in all."""
+    """Return the epochs between evaluations, for about ten in all."""
     return max(1, epochs // 10)
 
 
 def _fitting(seconds: float, epoch_s: float, eval_s: float) -> int:
-    """Epochs that fit into ``seconds`` with their evaluations; monotone in ``seconds``."""
+    """Return the epochs that fit in ``seconds`` with evaluations (monotone)."""
     one_each = min(int(seconds / (epoch_s + eval_s)), MOST_EVALUATIONS)
     return max(int((seconds - MOST_EVALUATIONS * eval_s) / epoch_s), one_each, 0)
 
 
 def _batch(facts: Facts, rung: Rung) -> tuple[int, int]:
-    """Images of a micro-batch, an even number, and micro-batches of an optimizer step."""
+    """Return images per micro-batch (even) and micro-batches per optimizer step."""
     n = facts.num_images
     effective = 32 if n < 4_000 else 64 if n < 10_000 else 256 if n < 50_000 else 1024
     micro = min(effective, (256 if rung.width == "tiny" else 128) if facts.gpu else 32, max(n // 2 * 2, 2))

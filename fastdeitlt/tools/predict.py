@@ -1,4 +1,4 @@
-"""Classify images with a saved student or teacher: top-k of AVG or another head, and what each head says."""
+"""Image classification with a saved student or teacher: top-k and heads."""
 
 # B batch, H height, W width, C channels, K classes
 
@@ -34,7 +34,7 @@ Input = str | Path | Image.Image
 
 @dataclass(frozen=True)
 class Choice:
-    """A class and the probability that a head gives it."""
+    """A class and its probability by a head."""
 
     class_id: int
     name: str
@@ -43,19 +43,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image, or why it could not be read."""
+    """Prediction for one image, or why it is unreadable."""
 
     path: str
-    """The file, or of an image in memory its number among the inputs."""
+    """The file, or the input number of an image in memory."""
     top: list[Choice]
-    """Best first, by ``head``."""
+    """Classes by ``head``, best first."""
     cls: Choice | None = None
     dist: Choice | None = None
     error: str = ""
     temperatures: dict[str, float] | None = None
-    """By which the logits of AVG, CLS and DIST were divided; None: nothing was fitted, or ``raw``."""
+    """Temperatures of the logits by head; None: not fitted, or ``raw``."""
     head: str = "AVG"
-    """What ``top`` is of: AVG (the mean of the heads' logits), CLS or DIST; TEACHER of a teacher."""
+    """Head of ``top``: AVG (the mean of the heads' logits), CLS or DIST; TEACHER for a teacher."""
 
 
 def predict(
@@ -68,30 +68,30 @@ def predict(
     raw: bool = False,
     head: str = "AVG",
 ) -> list[Prediction]:
-    """Classify images and image files, and those below folders, in the order given (a folder's sorted by name).
+    """Classify images, files and folders of files, in order (within a folder by name).
 
-    Images are read, turned and cropped as in evaluation.
+    Preprocessing is that of evaluation.
 
     Args:
         model_folder: a model folder or a run folder, of a student or a teacher, or a released student checkpoint.
-        inputs: one or several files, folders (hidden files are left out) and images of Pillow.
-        top_k: classes an image, at most all of them.
+        inputs: one or several files, folders (without hidden files) and Pillow images.
+        top_k: classes per image, at most all.
         device: auto, cpu or cuda.
-        strict: raise at the first file that cannot be read, instead of giving its row an ``error``.
-        raw: probabilities as the network gives them, without the temperatures that were fitted on validation images
-            (every class counting the same). The order of the classes does not depend on it.
-        head: of a student: AVG, CLS or DIST, by which the classes are ordered. A teacher has one.
+        strict: raise for unreadable files, instead of an ``error`` in their rows.
+        raw: probabilities without the temperatures fitted on validation images (with equal class weights). The order of
+            the classes does not depend on it.
+        head: head of a student that ranks the classes: AVG, CLS or DIST. A teacher has one.
 
     Raises:
         UserError: no model, no images, a ``top_k`` or ``batch_size`` below 1, a head that the model does not have, or
-            with ``strict`` a file that is no image.
+            with ``strict`` an unreadable file.
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"predict: {name} is {value}, expected at least 1")
     inputs = [inputs] if isinstance(inputs, Input) else list(inputs)
-    named = list(_images(inputs))
-    if not named:
+    pictures = list(_images(inputs))
+    if not pictures:
         raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or 'nothing'}; give files or folders")
     if head not in HEADS:
         raise UserError(f"predict --head: got {head!r}, expected one of {', '.join(HEADS)}")
@@ -105,8 +105,8 @@ def predict(
     temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
     rows: list[Prediction] = []
     with closing(PictureReader(saved.preprocess.exif)) as reader:
-        for start in range(0, len(named), batch_size):
-            part = named[start : start + batch_size]
+        for start in range(0, len(pictures), batch_size):
+            part = pictures[start : start + batch_size]
             outcomes = reader([image for _, image in part])
             both = list(zip([name for name, _ in part], outcomes, strict=True))
             if strict and (errors := [f"{name}: {error}" for name, error in both if isinstance(error, str)]):
@@ -121,11 +121,11 @@ def predict(
 
 
 def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]:
-    """Each image with what to call it."""
-    for number, given in enumerate(inputs):
-        if isinstance(given, Image.Image):
-            yield f"image {number}", given
-        elif (path := Path(given)).is_dir():
+    """Yield each image with its name."""
+    for number, entry in enumerate(inputs):
+        if isinstance(entry, Image.Image):
+            yield f"image {number}", entry
+        elif (path := Path(entry)).is_dir():
             yield from ((str(path / name), path / name) for name in walk(path) if is_image(name))
         else:
             yield str(path), path
@@ -154,7 +154,7 @@ def _predict_batch(
 
 
 def _heads(model: nn.Module, images_BCHW: Tensor) -> dict[str, Tensor]:
-    """Logits [B, K] by head; a teacher's at the scale that it was trained with."""
+    """Return logits [B, K] by head; a teacher's at its training scale."""
     if isinstance(model, Teacher):
         return {"TEACHER": model(images_BCHW) * model.logit_scale}
     cls_logits_BK, dist_logits_BK = model.forward_heads(images_BCHW)  # type: ignore[operator]
@@ -179,7 +179,7 @@ def main(
     raw: bool = False,
     head: str = "AVG",
 ) -> int:
-    """The verb: print a table, or write .csv or .json. Exit code 2 if some files could not be read.
+    """Run `predict`: print a table, or write .csv or .json; 2 if files were unreadable.
 
     Raises:
         UserError: see ``predict``; or ``out`` is neither .csv nor .json.
@@ -203,10 +203,14 @@ def main(
 
 
 def table(rows: Sequence[Prediction]) -> Table:
-    """A table for a terminal of images that were read: the best classes, and the decisions of CLS and DIST."""
+    """Return a terminal table of the best classes and the decisions of CLS and DIST."""
     fitted = next((row.temperatures for row in rows if row.temperatures), None)
-    told = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
-    how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
+    temperatures = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
+    how = (
+        f"temperatures fitted on validation images: {temperatures}"
+        if temperatures
+        else "probabilities as the network gives them"
+    )
     main = rows[0].head
     others = () if main == "TEACHER" else ("CLS", "DIST")
     table = Table(Column("image", overflow="fold"), main, *others, caption=how, caption_justify="left")
@@ -218,7 +222,7 @@ def table(rows: Sequence[Prediction]) -> Table:
 
 
 def to_csv(rows: Sequence[Prediction]) -> str:
-    """One line an image: path, class and probability by rank, of CLS and of DIST, temperatures, error."""
+    """Return CSV, a line per image: path, ranks, CLS and DIST, temperatures, error."""
     ranks = range(1, 1 + max((len(row.top) for row in rows), default=0))
     header = [f"{what}{rank}" for rank in ranks for what in ("class", "probability")]
     text = io.StringIO()

@@ -1,8 +1,8 @@
-"""`profile`: where a step's time goes. A trace for Perfetto, time by stage, and a table by operation.
+"""`profile`: a Perfetto trace of training steps, and time by stage and operation.
 
-The table's bytes and FLOPs are counted by running the same step once more under a dispatch counter, so they are of
-torch's own operations. A fused kernel of the compiled graph has a time but no such count. On a GPU the stages are NVTX
-ranges too, Proton writes its own profile, and the allocator's history is saved for pytorch.org/memory_viz.
+Bytes and FLOPs of torch's operations are counted in further steps under a dispatch counter; fused kernels of a compiled
+graph have a time but no count. On a GPU the stages are also NVTX ranges, Proton writes a profile, and the allocator's
+history is saved for pytorch.org/memory_viz.
 """
 
 # B images in a micro-batch
@@ -38,7 +38,7 @@ from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 log = logging.getLogger("fastdeitlt")
 STAGES = ("data", "forward", "student", "teacher", "backward", "optimizer", "average")
 AUTOGRAD = "autograd::engine::evaluate_function"
-"""How the profiler names what autograd's thread does."""
+"""Prefix of the profiler's events in autograd's thread."""
 WARM_UP_STEPS = 2
 SHOWN = 25
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -50,7 +50,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
         sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
     ),
 }
-"""Formulas by operation: torch's, and attention on a CPU, which it leaves out."""
+"""FLOP formulas by operation: torch's, and attention on a CPU, which torch lacks."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ class Operation:
 
     Args:
         name: operation or kernel.
-        calls: how often it ran.
-        time_ms: on the device; on a CPU its own time without what it called.
-        bytes: of its inputs and outputs, each once. None = not known.
-        flops: of its matrix products. None = not known.
-        share_of_roofline: least time that bytes and FLOPs need here, over its time. None = not known.
+        calls: number of calls.
+        time_ms: device time, on a CPU its time; with callees if bytes are counted, else self time.
+        bytes: bytes of inputs and outputs, each once. None = unknown.
+        flops: FLOPs of matrix products. None = unknown.
+        share_of_roofline: least time for its bytes and FLOPs here over its time. None = unknown.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Operation:
 
 
 class Costs(TorchDispatchMode):
-    """Counts bytes and FLOPs by operation while it is on; views cost nothing."""
+    """Dispatch mode that counts bytes and FLOPs by operation; views count nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Costs(TorchDispatchMode):
 
 @contextmanager
 def stage(name: str, device: torch.device) -> Iterator[None]:
-    """A named range in the trace, and for NVIDIA's tools on a GPU."""
+    """Mark a named range in the trace, on a GPU also in NVTX."""
     with ExitStack() as stack:
         stack.enter_context(torch.profiler.record_function(name))
         if device.type == "cuda":
@@ -112,19 +112,19 @@ def profile(
     num_steps: int = 3,
     synthetic: bool = False,
 ) -> list[Operation]:
-    """Record some optimizer steps; print the tables and write trace.json, operations.json and, on a GPU, memory.pickle.
+    """Profile optimizer steps; print tables; write trace and operations as JSON.
 
     Args:
-        config_name, overrides: as for training. An empty ``teacher.path`` means a fresh teacher.
-        out: folder, made if it is not there.
-        num_steps: optimizer steps in the trace, after two that warm up.
-        synthetic: random images on the device in place of the data set.
+        config_name, overrides: as for training. With an empty ``teacher.path``, a teacher with random weights.
+        out: folder of trace.json, operations.json and, on a GPU, memory.pickle; created if missing.
+        num_steps: optimizer steps in the trace, after two warm-up steps.
+        synthetic: random images on the device instead of the data set.
 
     Returns:
         The table, longest time first.
 
     Raises:
-        UserError: what training would have raised.
+        UserError: as in training.
     """
     cfg = config.load(config_name, list(overrides))
     device = distributed.device_of(cfg.train.device)
@@ -136,7 +136,7 @@ def profile(
     if cfg.train.compile and not gpu:
         import torch._inductor.config as inductor
 
-        inductor.cpp.enable_kernel_profile = True  # or its fused loops would have no name
+        inductor.cpp.enable_kernel_profile = True  # else fused loops have no name
     with ExitStack() as stack:
         parts, step = _step(setup, stack)
         for _ in range(WARM_UP_STEPS):
@@ -169,12 +169,12 @@ def profile(
 
 
 def _step(setup: Setup, stack: ExitStack) -> tuple[Parts, Callable[[], Tensor]]:
-    """An optimizer step with its stages named, on batches of training, or on the one of noise."""
+    """Return parts and a step with named stages, on training batches or noise."""
     cfg, device = setup.cfg, setup.device
     source = stack.enter_context(closing(open_source(setup.sets.train, cfg.data, device))) if setup.sets else None
     parts = setup.assemble(source)
     batches = stack.enter_context(closing(endless(parts))) if source else repeat(parts.noise_batch())
-    if not cfg.train.compile:  # within one compiled graph there are no stages
+    if not cfg.train.compile:  # a compiled graph has no stages
         assert parts.joint.teacher is not None
         _name(parts.student, "student", device)
         _name(parts.joint.teacher, "teacher", device)
@@ -182,7 +182,7 @@ def _step(setup: Setup, stack: ExitStack) -> tuple[Parts, Callable[[], Tensor]]:
 
 
 def _name(module: nn.Module, name: str, device: torch.device) -> None:
-    """Name the module's forward pass."""
+    """Mark the module's forward pass as a stage."""
     open_stages: list[Any] = []
 
     def begin(*_: Any) -> None:
@@ -197,9 +197,9 @@ def _name(module: nn.Module, name: str, device: torch.device) -> None:
 
 
 def _proton(step: Any, num_steps: int, folder: Path) -> None:
-    """Triton's own profiler: its time by kernel in ``proton.hatchet``, for ``proton-viewer``.
+    """Run Triton's profiler: time by kernel in ``proton.hatchet``.
 
-    It needs CUPTI, of which a process has one subscriber; torch's profiler may still be it.
+    It needs CUPTI, which allows one subscriber per process and may still be used by torch's profiler.
     """
     import triton.profiler as proton
 
@@ -213,23 +213,23 @@ def _proton(step: Any, num_steps: int, folder: Path) -> None:
 
 
 def stage_times(events: Sequence[Any], gpu: bool) -> dict[str, float]:
-    """Milliseconds by stage, sums over the recorded steps.
+    """Return milliseconds by stage, summed over the recorded steps.
 
-    With a GPU autograd works in a thread of its own: what it begins during a stage is that stage's.
+    With a GPU autograd has its own thread; work that starts within a stage is attributed to it.
     """
     host = [event for event in events if event.device_type == DeviceType.CPU]
     autograd = [e for e in host if gpu and e.cpu_parent is None and e.name.startswith(AUTOGRAD)]
-    found: dict[str, float] = defaultdict(float)
+    times: dict[str, float] = defaultdict(float)
     for event in host:
         if event.name in STAGES:
             span = event.time_range
             within = [e for e in autograd if e.thread != event.thread and span.start <= e.time_range.start <= span.end]
-            found[event.name] += sum(_ms(e, gpu, total=True) for e in (event, *within))
-    return dict(found)
+            times[event.name] += sum(_ms(e, gpu, total=True) for e in (event, *within))
+    return dict(times)
 
 
 def table(events: Sequence[Any], costs: Costs, parts: Parts) -> list[Operation]:
-    """The rows of a profile, longest first: counted operations with all that they called, the rest without."""
+    """Return the rows of a profile, longest first."""
     gpu = parts.device.type == "cuda"
     rows: dict[str, Operation] = {}
 
@@ -250,8 +250,8 @@ def table(events: Sequence[Any], costs: Costs, parts: Parts) -> list[Operation]:
         row.bytes, row.flops = costs.bytes[name], costs.flops.get(name, 0)
         least_s = max(row.bytes / bandwidth(parts.device), row.flops / matmul_rate(parts.device, dtype))
         row.share_of_roofline = 1e3 * least_s / row.time_ms if row.time_ms else None
-    kept = [row for row in rows.values() if row.time_ms > 0 and row.name not in STAGES]
-    return sorted(kept, key=lambda row: -row.time_ms)
+    timed = [row for row in rows.values() if row.time_ms > 0 and row.name not in STAGES]
+    return sorted(timed, key=lambda row: -row.time_ms)
 
 
 def _ms(event: Any, gpu: bool, total: bool = False) -> float:
@@ -269,16 +269,16 @@ def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_ste
         if name in stages:
             by_stage.add_row(f"  {name}" if name in ("student", "teacher") else name, f"{stages[name] / num_steps:.2f}")
     console.print(by_stage)
-    found = Table(title=f"the {SHOWN} longest of {len(rows)} operations, sums over {num_steps} steps")
+    by_operation = Table(title=f"the {SHOWN} longest of {len(rows)} operations, sums over {num_steps} steps")
     for column in ("operation", "calls", "ms", "share", "MB", "GFLOP", "of the roofline"):
-        found.add_column(column, justify="left" if column == "operation" else "right", overflow="fold")
+        by_operation.add_column(column, justify="left" if column == "operation" else "right", overflow="fold")
     whole = sum(row.time_ms for row in rows)
     for row in rows[:SHOWN]:
         mega, giga = (None if value is None else value / unit for value, unit in ((row.bytes, 1e6), (row.flops, 1e9)))
         counts = ((mega, "{:,.1f}"), (giga, "{:,.2f}"), (row.share_of_roofline, "{:.0%}"))
-        known = ["-" if value is None else form.format(value) for value, form in counts]
-        found.add_row(row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *known)
-    console.print(found)
+        cells = ["-" if value is None else form.format(value) for value, form in counts]
+        by_operation.add_row(row.name, str(row.calls), f"{row.time_ms:.2f}", f"{row.time_ms / whole:.1%}", *cells)
+    console.print(by_operation)
     console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)", markup=False)
     if setup.cfg.train.compile:
         console.print("bytes, FLOPs and roofline: not counted inside a compiled graph; train.compile=false counts them")

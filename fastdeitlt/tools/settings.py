@@ -1,4 +1,4 @@
-"""`config`: settings with their meaning and origin, and the shipped recipes."""
+"""`config`: settings with documentation and origin, and the shipped recipes."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ def show(words: Sequence[str], changed: bool = False, as_yaml: bool = False) -> 
     """Print the settings of a recipe, or the defaults.
 
     Args:
-        words: recipe or YAML file, sections or settings to show alone, and overrides; each may be left out.
-        changed: only what differs from the defaults.
-        as_yaml: as a file that ``train`` reads.
+        words: recipe or YAML file, sections or settings to show, and overrides; all optional.
+        changed: only settings that differ from the defaults.
+        as_yaml: print YAML for ``train``.
 
     Raises:
         UserError: no such recipe, section or setting.
@@ -25,24 +25,24 @@ def show(words: Sequence[str], changed: bool = False, as_yaml: bool = False) -> 
     overrides = [word for word in words if "=" in word]
     names = [word for word in words if "=" not in word]
     has_recipe = bool(names) and not (_is_setting(names[0]) and names[0] not in config.recipes())
-    recipe, wanted = (names[0], names[1:]) if has_recipe else (None, names)
-    if unknown := next((name for name in wanted if not _is_setting(name)), None):
-        known = (*config.SECTIONS, *config.FIELDS)
-        raise UserError(f"config show: no section or setting {unknown!r}{config.near(unknown, known)}")
-    given = config.parse_overrides(overrides)
-    cfg = config.load(recipe, overrides) if recipe else config.build(given, dict.fromkeys(given, "override"))
+    recipe, parts = (names[0], names[1:]) if has_recipe else (None, names)
+    if unknown := next((name for name in parts if not _is_setting(name)), None):
+        all_names = (*config.SECTIONS, *config.FIELDS)
+        raise UserError(f"config show: no section or setting {unknown!r}{config.near(unknown, all_names)}")
+    settings = config.parse_overrides(overrides)
+    cfg = config.load(recipe, overrides) if recipe else config.build(settings, dict.fromkeys(settings, "override"))
     values, defaults = config.flatten(cfg), config.flatten(Config())
-    shown = [
+    selected = [
         name
         for name in values
-        if (not wanted or any(f"{name}.".startswith(f"{part}.") for part in wanted))
+        if (not parts or any(f"{name}.".startswith(f"{part}.") for part in parts))
         and not (changed and values[name] == defaults[name])
     ]
     if as_yaml:
-        print(config.dump_values({name: values[name] for name in shown}), end="")
+        print(config.dump_values({name: values[name] for name in selected}), end="")
         return
     table = Table(*(Column(title, overflow="fold") for title in ("name", "value", "from", "meaning")))
-    for name in shown:
+    for name in selected:
         table.add_row(name, Text(printable(values[name])), cfg.origins[name], Text(config.describe(name)))
     Console().print(table)
 
@@ -52,7 +52,7 @@ def _is_setting(name: str) -> bool:
 
 
 def list_recipes() -> None:
-    """Print the shipped recipes: what each trains, on which images, for how long."""
+    """Print the shipped recipes with model, data set and epochs."""
     table = Table(Column("recipe", no_wrap=True), "trains", "images", "epochs")
     for name, path in config.recipes().items():
         if name.startswith("ablation/"):

@@ -1,4 +1,4 @@
-"""What `bench`, `profile` and `tune` measure: the step of a configuration, with a fresh teacher where none is named."""
+"""Set-up of `bench`, `profile` and `tune`: the step of a configuration."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -25,12 +25,12 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.teachers.opening import teacher_of
 
 SYNTHETIC_BATCHES = 256
-"""Micro-batches of a virtual rank in an epoch of images that are not there."""
+"""Micro-batches of a virtual rank in an epoch of synthetic images."""
 
 
 @dataclass
 class Setup:
-    """A configuration on this machine; every ``assemble`` makes new parts around the one teacher."""
+    """A configuration on this machine; each ``assemble`` reuses the same teacher."""
 
     cfg: Config
     device: torch.device
@@ -51,7 +51,7 @@ class Setup:
 
     @property
     def teacher_title(self) -> str:
-        """The teacher that is measured, and how to choose another when it is not that of a run."""
+        """Description of the measured teacher, with the settings that select another."""
         if self.cfg.teacher.path and self.sets:
             return self.cfg.teacher.path
         return (
@@ -60,11 +60,11 @@ class Setup:
         )
 
     def assemble(self, source: Source | None = None, *, teacher: bool = True) -> Parts:
-        """Return new parts, all from the same weights.
+        """Return new parts with the same initial weights.
 
         Args:
-            source: pixels of the training set, for parts that make its batches.
-            teacher: with the teacher, or the student alone.
+            source: pixel source of the training set, for parts that produce batches.
+            teacher: include the teacher.
         """
         data = self.data
         if source and self.sets:
@@ -72,20 +72,20 @@ class Setup:
         return assemble(self.cfg, data, self.device, self._teacher if teacher else lambda size: None)
 
     def _teacher(self, size: int) -> Teacher:
-        """The configured teacher, or a fresh one of its architecture: weights do not change the speed."""
+        """Return the configured teacher, or one with random weights, which is as fast."""
         if size not in self._teachers:
             cfg = self.cfg
-            found = teacher_of(cfg, self.sets.train, size, self.device) if cfg.teacher.path and self.sets else None
-            if found is None:
+            teacher = teacher_of(cfg, self.sets.train, size, self.device) if cfg.teacher.path and self.sets else None
+            if teacher is None:
                 network = create_teacher(cfg.teacher.arch, len(self.data.counts)).eval()
                 network = fold_batchnorm(network).to(memory_format=torch.channels_last)
-                found = Teacher(
+                teacher = Teacher(
                     network,
                     len(self.data.counts),
                     img_size=cfg.teacher.img_size or size,
                     antialias=cfg.teacher.resize_antialias,
                 ).to(self.device)
-            self._teachers[size] = found
+            self._teachers[size] = teacher
         return self._teachers[size]
 
 
@@ -98,14 +98,14 @@ def set_up(
     synthetic: bool,
     counts: list[int] | None = None,
 ) -> Setup:
-    """Open what a measurement of a configuration needs.
+    """Set up the measurement of a configuration.
 
     Args:
         synthetic: open no data set.
-        counts: images of each class when no set is opened. None: as many classes as the named data set has.
+        counts: images of each class without a data set. None: the data set's number of classes.
 
     Raises:
-        UserError: what training would have raised; ``synthetic`` for a data set whose classes are not known.
+        UserError: as in training; ``synthetic`` for a data set with unknown classes.
     """
     sets = None if synthetic else _open(cfg)
     if sets:
@@ -132,14 +132,14 @@ def _open(cfg: Config) -> Sets:
 
 
 def step_of(parts: Parts, batches: Iterator[Batch], stage: Stage = unobserved) -> Callable[[], Tensor]:
-    """Return a call that takes one optimizer step as training does, and returns the gradient's norm."""
+    """Return a function that runs one optimizer step and returns the gradient norm."""
     take_step, phase, plan = parts.step(stage), parts.phase(0), parts.data.plan
     rate = peak_learning_rate(parts.cfg, plan.virtual_ranks)
     return lambda: take_step(batches, plan.micro_batches_per_step, phase, rate).norm
 
 
 def endless(parts: Parts) -> Generator[Batch, None, None]:
-    """Yield training batches of as many epochs as are asked for."""
+    """Yield training batches of one epoch after another, without end."""
     for epoch in count():
         with closing(parts.batches(list(parts.data.plan.steps(epoch)), parts.phase(0))) as batches:
             yield from batches

@@ -1,9 +1,9 @@
-"""`tune`: what `auto` takes on this GPU, measured at the shapes of a configuration.
+"""`tune`: measure the implementations for `auto` on this GPU.
 
-Op by op, launch settings of the kernel are compiled many at a time, checked against the default one's results and
-timed; then the kernel is timed beside torch's implementations, forward and backward. Those that win there are tried in
-the whole training step, one after the other, and stay only where the step becomes faster with them, because a kernel
-that wins alone can cost the compiler a fusion. Rows go to the user's cache, where ``kernels._measured`` finds them.
+For each op, the kernel's launch settings are compiled in parallel, verified against the default's results and timed;
+then the kernel is timed against torch's implementations, forward and backward. Winners are tried in the whole training
+step, one after the other, and kept only if the step becomes faster, because a kernel that is faster alone can cost the
+compiler a fusion. Rows are written to the user cache, which ``kernels._measured`` reads.
 """
 
 import logging
@@ -41,16 +41,16 @@ def tune(
     with_step: bool = True,
     again: bool = False,
 ) -> list[Row]:
-    """Measure, print, and write what `auto` takes from now on.
+    """Measure, print and store the implementations for `auto`.
 
     Args:
-        config_name, overrides: as for training; the data set is not opened where its number of classes is known.
-        out: folder for the GPU's file. None = the user's cache.
-        with_step: let the whole step decide; else each op alone.
-        again: measure the ops also where the file has what was measured with these versions.
+        config_name, overrides: as for training; the data set is not opened if its number of classes is known.
+        out: folder of the GPU's file. None = the user cache.
+        with_step: select by the time of the whole step; else by each op alone.
+        again: repeat measurements already in the file for these versions.
 
     Raises:
-        UserError: no GPU, or what training would have raised.
+        UserError: no GPU, or as in training.
     """
     cfg = config.load(config_name, list(overrides))
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"measure_kernels": False})})
@@ -60,9 +60,9 @@ def tune(
     path = file_of(gpu_name(device.index), Path(out) if out else None)
     with capturing_stream(device):
         setup = set_up(cfg, device, synthetic=cfg.data.dataset in KNOWN_CLASSES)
-        known = {} if again else by_key(row for row in read(path) if is_current(row, gpu_name(device.index)))
+        earlier = {} if again else by_key(row for row in read(path) if is_current(row, gpu_name(device.index)))
         shapes = shapes_of(setup)
-        rows, won = tune_ops(shapes, path, known)
+        rows, won = tune_ops(shapes, path, earlier)
         rows += choose_by_step(setup, shapes, won) if with_step else list(won.values())
     write(path, rows)
     show(rows, path)
@@ -70,21 +70,21 @@ def tune(
 
 
 def shapes_of(setup: Setup) -> Shapes:
-    """Return what the shapes of a step follow from."""
+    """Return the models and sizes that determine a step's shapes."""
     parts = setup.assemble()
     return Shapes(setup.cfg, parts.student, parts.teacher, len(setup.data.counts), setup.device)
 
 
 def tune_ops(shapes: Shapes, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
-    """Rows of the settings, each written when it is found, and op -> its row of what is fastest alone.
+    """Return rows of launch settings, and op -> row of its fastest implementation.
 
-    The settings found for an op hold from then on, so that its kernel is compared at its best. What is ``known`` is not
-    measured: an interrupted `tune` goes on where it was.
+    Each row is written at once. An op's kernel is compared with its best settings. Rows in ``known`` are not measured
+    again, so an interrupted `tune` resumes.
     """
     rows, won = [], {}
     for part in parts(shapes):
-        for key, found in part.passes.items():
-            row = known.get(("setting", part.op, key)) or search(shapes, part.op, key, found)
+        for key, launch in part.passes.items():
+            row = known.get(("setting", part.op, key)) or search(shapes, part.op, key, launch)
             use(part.op, key, row.config)
             write(path, [row])
             rows.append(row)
@@ -92,36 +92,36 @@ def tune_ops(shapes: Shapes, path: Path, known: Mapping[tuple[str, str, Key], Ro
             row = known.get(("fastest", part.op, part.key))
             if row is None:
                 row = fastest(shapes, part, ROUNDS)
-                write(path, [row.model_copy(update={"impl": shapes.torchs(part.op)})])  # until the caller has decided
+                write(path, [row.model_copy(update={"impl": shapes.torchs(part.op)})])  # until the caller decides
             won[part.op] = row.model_copy(update={"impl": min(row.us, key=row.us.__getitem__)})
     return rows, won
 
 
-def search(shapes: Shapes, op: str, key: Key, found: Pass) -> Row:
-    """The fastest setting of a launch, the default where none is faster."""
-    default = found.settings[0]
-    others = [setting for setting in found.settings if setting != default]
+def search(shapes: Shapes, op: str, key: Key, launch: Pass) -> Row:
+    """Return the row of a launch's fastest setting, the default if none is faster."""
+    default = launch.settings[0]
+    others = [setting for setting in launch.settings if setting != default]
     with trying(op, key, default):
-        expected = copied(found.result())
+        expected = copied(launch.result())
     with compiling(os.cpu_count() or 1):
-        for setting in found.settings:
+        for setting in launch.settings:
             with trying(op, key, setting):
-                found.call()
+                launch.call()
     times: dict[int, float] = {}
     for number, setting in enumerate(others):
         with trying(op, key, setting):
             try:
-                got = found.result()
+                got = launch.result()
             except (TritonError, RuntimeError) as error:  # too much shared memory, or ptxas gives up
                 log.debug("%s %s: %s left out, %s", op, key, setting, error)
                 continue
             if not same(got, expected):
                 log.warning("%s %s: %s computes something else and is left out; please report it", op, key, setting)
                 continue
-            times[number] = measure({op: found.call}, shapes.device, SEARCH_ROUNDS)[op].median
+            times[number] = measure({op: launch.call}, shapes.device, SEARCH_ROUNDS)[op].median
     log.info("%s %s: %d of %d settings run", op, key, len(times) + 1, len(others) + 1)
     best = others[min(times, key=times.__getitem__)] if times else default
-    calls = {"best": under(op, key, best, found.call), "default": under(op, key, default, found.call)}
+    calls = {"best": under(op, key, best, launch.call), "default": under(op, key, default, launch.call)}
     timings = measure(calls, shapes.device, ROUNDS)
     if timings["best"].median >= timings["default"].median:
         best = default
@@ -130,16 +130,16 @@ def search(shapes: Shapes, op: str, key: Key, found: Pass) -> Row:
 
 
 def choose_by_step(setup: Setup, shapes: Shapes, won: Mapping[str, Row]) -> list[Row]:
-    """Rows of what the whole training step takes: each winner joins the step where that makes it faster.
+    """Return the rows selected by the whole step: winners that make it faster.
 
-    The step begins with torch's implementations; an op whose winner does not help keeps torch's.
+    The step starts with torch's implementations; an op whose winner does not help keeps torch's.
     """
     chosen = {op: shapes.torchs(op) for op in SETTINGS}
-    tried = {op: row for op, row in won.items() if row.impl != chosen[op]}
-    rows = {op: row for op, row in won.items() if op not in tried}
+    winners = {op: row for op, row in won.items() if row.impl != chosen[op]}
+    rows = {op: row for op, row in won.items() if op not in winners}
     with torch._dynamo.config.patch(recompile_limit=64):
         step = _step(setup, chosen)
-        for op, row in tried.items():
+        for op, row in winners.items():
             other = _step(setup, chosen | {op: row.impl})
             timings = measure({"without": step, "with": other}, setup.device, ROUNDS, frozenset(("without", "with")))
             facts: dict[str, Any] = {"step_ms": {name: timing.median for name, timing in timings.items()}}
@@ -152,7 +152,7 @@ def choose_by_step(setup: Setup, shapes: Shapes, won: Mapping[str, Row]) -> list
 
 
 def _step(setup: Setup, choice: Mapping[str, str]) -> Call:
-    """The training step with an implementation of each op."""
+    """Return the training step with an implementation of each op."""
     sections: dict[str, dict[str, str]] = {}
     for op, impl in choice.items():
         section, field = SETTINGS[op]
@@ -164,7 +164,7 @@ def _step(setup: Setup, choice: Mapping[str, str]) -> Call:
 
 
 def show(rows: Sequence[Row], path: Path) -> None:
-    """Print what was found and where it went."""
+    """Print the rows and the path of their file."""
     console = Console()
     table = Table("op", "shape", "taken", "alone, us", "step, ms", title=f"{rows[0].gpu}: what auto takes")
     for row in rows:

@@ -201,7 +201,7 @@ class Stream:
                 if not error.is_of_system:
                     self._refuse(sample, str(error), error.__cause__)
                     break
-                if not left:  # whatever data.on_error is: no image is at fault
+                if not left:  # with any data.on_error: no image is at fault
                     raise UserError(
                         f"image {self._images.name(sample)}: cannot be read ({error}), tried {READ_TRIES} times; run "
                         "the same command again once the file system answers"
