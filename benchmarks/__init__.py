@@ -1,4 +1,4 @@
-"""Benchmarks: one timer, one file per op, committed result rows.
+"""Benchmarks: a file for each op, one timer, committed result rows.
 
-May import everything of the package; nothing of it imports them.
+May import the whole package; the package never imports them.
 """

@@ -1,11 +1,11 @@
-"""The ahead-of-time gate: every shipped kernel configuration compiled for every architecture, without a GPU.
+"""Ahead-of-time gate: compile every shipped kernel configuration for every architecture, without a GPU.
 
     python -m benchmarks.aot [op ...] [--sm 80 86 89 90 100 120] [--sample N] [--json]
 
-Fails (exit code 1) when a configuration cannot be launched, does not compile, uses local memory (register spills),
-exceeds the shared or tensor memory of the architecture, lacks the tensor-core instructions it promises, or stores a few
-bytes at a time where it promises wide stores. No spills does not mean fast: ``blocks`` says how many programs a
-multiprocessor holds at once, ``code`` and ``loop`` how many instructions a kernel and its longest loop have.
+Fails (exit code 1) if a configuration cannot be launched, does not compile, uses local memory (register spills),
+exceeds the shared or tensor memory of the architecture, has no tensor-core instructions where expected, or more narrow
+stores than expected. No spills does not mean fast: ``blocks`` is the number of programs on a multiprocessor at once,
+``code`` and ``loop`` are the instructions of a kernel and of its longest loop.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 TENSOR_MEMORY_COLUMNS = 512
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
-REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; a warp gets them in units
+REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; allocated to a warp in units
 MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 LOCAL_MEMORY_OPCODES = ("LDL", "STL")
 POINTEES = {
@@ -40,7 +40,7 @@ NARROW_STORE = r"\bSTG\b(?!\S*\.(?:64|128)\b)"
 
 @dataclass
 class Row:
-    """What became of one configuration on one architecture; ``problems`` is empty when it passes."""
+    """Result of one configuration on one architecture; without ``problems`` it passes."""
 
     op: str
     kernel: str
@@ -60,18 +60,18 @@ class Row:
 
 
 def ops() -> list[str]:
-    """Modules of ``fastdeitlt.kernels`` that hold an op."""
+    """Return the modules of ``fastdeitlt.kernels`` that contain an op."""
     import fastdeitlt.kernels
 
     return [m.name for m in pkgutil.iter_modules(fastdeitlt.kernels.__path__) if not m.name.startswith("_")]
 
 
 def gate(names: list[str], architectures: list[int], sample: int = 0) -> list[Row]:
-    """Compile the configurations of the named ops, in a process of its own where Triton is not interpreted.
+    """Compile the configurations of ops in a new process, without Triton's interpreter.
 
     Args:
-        names: ops of ``fastdeitlt.kernels``, or importable modules (with a dot) that offer ``aot_configs``.
-        architectures: compute capabilities; a configuration that does not ship for one is skipped on it.
+        names: ops of ``fastdeitlt.kernels``, or importable modules (with a dot) that have ``aot_configs``.
+        architectures: compute capabilities; a configuration is skipped on those it does not ship for.
         sample: at most this many configurations of each kernel and architecture, from the first to the last; 0 = all.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -86,7 +86,7 @@ def gate(names: list[str], architectures: list[int], sample: int = 0) -> list[Ro
 
 
 def compile_op(name: str, architectures: list[int], sample: int = 0) -> Iterator[Row]:
-    """Rows of one op; a module without configurations is a failing row."""
+    """Yield the rows of one op; a module without configurations is a failing row."""
     module = importlib.import_module(name if "." in name else f"fastdeitlt.kernels.{name}")
     configs = module.aot_configs() if hasattr(module, "aot_configs") else []
     if not configs:
@@ -97,7 +97,7 @@ def compile_op(name: str, architectures: list[int], sample: int = 0) -> Iterator
 
 
 def _spread(pairs: list[tuple[Any, int]], sample: int) -> Iterator[tuple[Any, int]]:
-    """At most ``sample`` configurations of each kernel and architecture, evenly from the first to the last."""
+    """Yield at most ``sample`` configurations of each kernel and architecture, evenly spaced."""
     groups: dict[tuple[str, int], list[Any]] = {}
     for config, sm in pairs:
         groups.setdefault((config.kernel.__name__, sm), []).append(config)
@@ -107,7 +107,7 @@ def _spread(pairs: list[tuple[Any, int]], sample: int) -> Iterator[tuple[Any, in
 
 
 def compile_one(op: str, config: Any, sm: int) -> Row:
-    """Compile one ``AotConfig`` for one architecture and read the machine code."""
+    """Compile one ``AotConfig`` for one architecture and check its machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompilationError, compile
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -134,11 +134,11 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
 
 
 def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Blocks that a multiprocessor holds at once; source: CUDA C++ programming guide, compute capabilities.
+    """Return the blocks resident on a multiprocessor; source: CUDA C++ programming guide, compute capabilities.
 
     Args:
-        registers: of a thread.
-        shared: bytes of a block; the system takes 1 KiB more.
+        registers: registers of a thread.
+        shared: bytes of a block; the system uses 1 KiB more.
         tensor_memory: columns of a block.
     """
     of_a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
@@ -152,9 +152,9 @@ def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memo
 
 
 def instruction_counts(code: str) -> tuple[int, int]:
-    """Instructions of a disassembled kernel, and of its longest loop: from a label to a branch back to it.
+    """Count the instructions of a disassembled kernel and of its longest loop, from a label to a branch back to it.
 
-    The branch to itself that stands behind every kernel is no loop.
+    The branch to itself after every kernel is not a loop.
     """
     labels: dict[str, int] = {}
     total = longest = 0
@@ -170,27 +170,27 @@ def instruction_counts(code: str) -> tuple[int, int]:
 
 
 def _problems(row: Row, config: Any) -> list[str]:
-    found = []
+    problems = []
     if row.stack_bytes or row.spill_instructions:
-        found.append(f"{row.spill_instructions} local-memory instructions, {row.stack_bytes} bytes of stack")
+        problems.append(f"{row.spill_instructions} local-memory instructions, {row.stack_bytes} bytes of stack")
     if row.shared_bytes > SHARED_BYTES[row.sm]:
-        found.append(f"{row.shared_bytes} bytes of shared memory, at most {SHARED_BYTES[row.sm]}")
+        problems.append(f"{row.shared_bytes} bytes of shared memory, at most {SHARED_BYTES[row.sm]}")
     if row.tensor_memory > TENSOR_MEMORY_COLUMNS:
-        found.append(f"{row.tensor_memory} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
+        problems.append(f"{row.tensor_memory} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
     if config.mma and not row.mma_opcodes:
-        found.append("no tensor-core instruction")
+        problems.append("no tensor-core instruction")
     if config.narrow_stores is not None and row.narrow_stores > config.narrow_stores:
-        found.append(f"{row.narrow_stores} stores of less than 8 bytes, at most {config.narrow_stores}")
-    return found
+        problems.append(f"{row.narrow_stores} stores of less than 8 bytes, at most {config.narrow_stores}")
+    return problems
 
 
 def _source(config: Any) -> Any:
     from triton.compiler import ASTSource
 
     names = config.kernel.arg_names
-    known = set(config.signature) | set(config.constexprs)
-    if known != set(names) or set(config.signature) & set(config.constexprs):
-        raise ValueError(f"aot_configs of {config.kernel.__name__}: got arguments {sorted(known)}, expected {names}")
+    got = set(config.signature) | set(config.constexprs)
+    if got != set(names) or set(config.signature) & set(config.constexprs):
+        raise ValueError(f"aot_configs of {config.kernel.__name__}: got arguments {sorted(got)}, expected {names}")
     kinds = {name: "constexpr" if name in config.constexprs else config.signature[name] for name in names}
     anywhere = {param.name for param in config.kernel.params if param.do_not_specialize_on_alignment}
     aligned = [n for n in names if (kinds[n].startswith("*") and n not in anywhere) or n in config.divisible_by_16]
@@ -199,7 +199,7 @@ def _source(config: Any) -> Any:
 
 
 def _launch_problems(config: Any, target: Any) -> list[str]:
-    """Bind arguments as the launcher does, in code of its own that an argument of the wrong name breaks."""
+    """Bind arguments like the launcher, whose generated code fails for an argument of a wrong name."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import MockTensor, create_function_from_signature
 
@@ -214,7 +214,7 @@ def _launch_problems(config: Any, target: Any) -> list[str]:
 
 
 def _machine_code(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and disassembly, by the tools in Triton's wheel."""
+    """Return resource usage and disassembly, by the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -251,7 +251,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """A row as text, under ``HEADER``."""
+    """Format a row as text for ``HEADER``."""
     mma = " ".join(f"{opcode}:{count}" for opcode, count in row.mma_opcodes.items()) or "-"
     return (
         f"{row.op:14} {row.kernel:26} {row.sm:3} {row.registers:4} {row.stack_bytes:5} {row.spill_instructions:5} "

@@ -1,9 +1,9 @@
-"""How far augmentation is from timm's with the same draws: each operation at levels 0 to 10, then the whole chain.
+"""Difference from timm's augmentation with the same draws: each operation at levels 0 to 10, then the whole chain.
 
     python -m benchmarks.augment_parity
 
-Photos of tests/data at 224 x 224, in grey levels. The chain starts from the photos, with the exact crops of
-``data.resize`` (a GPU has them) and with the fast ones (of a host), without erasing, whose noise is another.
+Photos of tests/data at 224 x 224, in grey levels. The chain starts from the photos, with exact crops (as on a GPU) and
+with fast ones (as on a host), without erasing, whose noise differs.
 """
 
 import argparse
@@ -29,13 +29,13 @@ CFG = AugmentConfig(erase_prob=0)
 
 
 def photos(side: int = 0) -> list[np.ndarray]:
-    """The test photos, resized to ``side`` x ``side`` unless 0."""
+    """Return the test photos, resized to ``side`` x ``side`` unless 0."""
     images = [Image.open(path).convert("RGB") for path in PHOTOS]
     return [np.array(image.resize((side, side), Image.Resampling.BICUBIC) if side else image) for image in images]
 
 
 def operation(op: int) -> dict[str, Any]:
-    """Largest and mean absolute difference, and the share of values that differ."""
+    """Return the largest and mean absolute difference, and the share of values that differ."""
     source, differences = np.stack(photos(SIZE)), []
     for level in range(11):
         for sign in (1.0, -1.0):
@@ -48,7 +48,7 @@ def operation(op: int) -> dict[str, Any]:
 
 
 def chain(exact: bool) -> dict[str, Any]:
-    """Peak signal to noise ratio of crop, resize, flip and RandAugment; exactly equal images count as 100 dB."""
+    """Return the peak signal to noise ratio of crop, resize, flip and RandAugment; at most 100 dB an image."""
     sources = [photos()[i % len(PHOTOS)] for i in range(CHAINS)]
     draws = augment.draw(np.arange(CHAINS), np.zeros(CHAINS, int), seed=0, epoch=0, cfg=CFG, size=SIZE)
     boxes_B4 = draws.boxes(np.array([image.shape[:2] for image in sources]))

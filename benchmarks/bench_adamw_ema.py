@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_adamw_ema [--rounds 20]
 
-Useful bytes: weights, two moments and the average in and out, gradients in: 36 a weight (the clip coefficient is given;
-every candidate leaves the norm out). Buffers are far larger than L2.
+Useful bytes: weights, two moments and the average in and out, gradients in: 36 a weight (the clip coefficient is an
+input; no candidate computes the norm). Buffers are far larger than L2.
 """
 
 import sys
@@ -20,7 +20,7 @@ SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def parameters(device: torch.device, depth: int) -> list[nn.Parameter]:
-    """Shapes of a distilled ViT-B/16 with 1,000 classes, without gradients of autograd."""
+    """Create parameters with the shapes of a distilled ViT-B/16 with 1,000 classes, and random gradients."""
     block = [(3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,), (4 * WIDTH, WIDTH), (4 * WIDTH,)]
     block += [(WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,)]
     shapes = block * depth + [(WIDTH, 3, 16, 16), (1, 198, WIDTH), (1000, WIDTH), (1000, WIDTH)]
@@ -31,7 +31,7 @@ def parameters(device: torch.device, depth: int) -> list[nn.Parameter]:
 
 
 def torch_step(parameters: list[nn.Parameter], averages: list[Tensor], scale: Tensor, kind: str) -> harness.Call:
-    """Scale the gradients, AdamW, move the average: three multi-tensor passes."""
+    """Return a step of three multi-tensor passes: scale the gradients, AdamW, update the average."""
     options = {"capturable": scale.is_cuda, "foreach": kind == "foreach", "fused": kind == "fused"}
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, **options)  # type: ignore[arg-type]
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -45,7 +45,7 @@ def torch_step(parameters: list[nn.Parameter], averages: list[Tensor], scale: Te
 
 
 def cases(device: torch.device) -> Iterable[harness.Case]:
-    """DeiT-B on a GPU; two blocks on a CPU, where our side is the op's torch reference."""
+    """Yield one case: DeiT-B on a GPU; two blocks on a CPU, where ours is the op's torch reference."""
     gpu = device.type == "cuda"
     weights = parameters(device, DEPTH if gpu else 2)
     size = sum(p.numel() for p in weights)

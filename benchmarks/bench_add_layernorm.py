@@ -1,11 +1,11 @@
-"""Residual add and LayerNorm, forward and backward: the Triton kernel beside eager torch, inductor and Liger.
+"""Residual add and LayerNorm, forward and backward: Triton kernel beside eager torch, inductor and Liger.
 
     python -m benchmarks.bench_add_layernorm [--rounds 20]
 
 The stream is float32, branch and norm are bfloat16, as in training. Useful bytes an element forward: x 4, branch 2, sum
 4, norm 2. Backward: gradients of sum 4 and norm 2, sum 4, dx 4, gradient of the branch 2.
-Liger normalises only, so its row adds with torch first; it is left out where it is not installed. "count" leaves a
-tenth of the samples out of the branch and of the norm: in torch by index_add and index_select, in the kernel in place.
+Liger has no add, so its row adds with torch first; it is skipped if not installed. "count" leaves a tenth of the
+samples out of the branch and of the norm: in torch by index_add and index_select, in the kernel in place.
 """
 
 import sys
@@ -26,13 +26,13 @@ KEEP = 0.9
 
 
 def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tensor) -> tuple[Tensor, Tensor]:
-    """What a block does: scale, add, then LayerNorm."""
+    """Scale, add and normalise in eager torch, like a block."""
     residual = x + branch * scale_B.to(branch.dtype)[:, None, None]
     return residual, F.layer_norm(residual, residual.shape[-1:], weight, bias, 1e-6).to(branch.dtype)
 
 
 def liger(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger's LayerNorm behind torch's add."""
+    """Add in torch and normalise by Liger."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     residual = x + branch * scale_B.to(branch.dtype)[:, None, None]
@@ -40,26 +40,26 @@ def liger(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tens
 
 
 def triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours."""
+    """Run our kernel."""
     return module.add_layernorm(x, branch, weight, bias, scale_B, impl="triton")
 
 
 def count_eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """What a block does where drop path leaves samples out."""
+    """Add and normalise in eager torch, with drop path that skips samples."""
     residual = x.index_add(0, samples, (branch / KEEP).to(x.dtype))
     normed = F.layer_norm(residual.index_select(0, samples), x.shape[-1:], weight, bias, 1e-6)
     return residual, normed.to(branch.dtype)
 
 
 def count_triton(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours."""
+    """Run our kernel with drop path that skips samples."""
     scale_B = x.new_full((len(x),), 1 / KEEP, dtype=torch.float32)
     chosen = {"branch_samples_K": samples, "normed_samples_K": samples}
     return module.add_layernorm(x, branch, weight, bias, scale_B, impl="triton", **chosen)
 
 
 def problem(shape: tuple[int, int, int], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """x, branch, weight, bias; drop-path scales."""
+    """Create x, branch, weight, bias; and drop-path scales."""
     kinds = (torch.float32, torch.bfloat16)
     x, branch = (torch.randn(shape, device=device, dtype=kind).requires_grad_() for kind in kinds)
     weight, bias = (torch.randn(shape[-1], device=device).requires_grad_() for _ in range(2))
@@ -67,7 +67,7 @@ def problem(shape: tuple[int, int, int], device: torch.device) -> tuple[list[Ten
 
 
 def cases(device: torch.device, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterable[harness.Case]:
-    """Each width forward and backward, with drop path."""
+    """Yield each width forward and backward, with drop path."""
     implementations = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
     if harness.installed("liger_kernel"):
         implementations["liger"] = liger
@@ -85,7 +85,7 @@ def cases(device: torch.device, shapes: Sequence[tuple[int, int, int]] | None = 
 
 
 def count_cases(shape: tuple[int, int, int], device: torch.device) -> Iterable[harness.Case]:
-    """The sum and the norm where a tenth of the samples is left out."""
+    """Yield sum and norm with a tenth of the samples skipped, forward and backward."""
     (x, branch, weight, bias), _ = problem(shape, device)
     samples = torch.arange(shape[0], device=device)[torch.arange(shape[0], device=device) % 10 > 0]
     tensors = [x, branch[: len(samples)].detach().requires_grad_(), weight, bias]

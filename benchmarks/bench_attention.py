@@ -1,8 +1,8 @@
-"""Attention on the packed qkv, forward and backward: the Triton kernel beside torch's backends, FlashAttention 3 and 4.
+"""Attention on the packed qkv, forward and backward: Triton kernel beside torch's backends, FlashAttention 3 and 4.
 
     python -m benchmarks.bench_attention [--rounds 20]
 
-Useful FLOPs count the N x N products of the N tokens there are (two forward, five backward), not the tiles' padding.
+Useful FLOPs count the N x N products (two forward, five backward) without the tiles' padding.
 Useful bytes: qkv read and the output written; qkv, output and its gradient read and the gradient written.
 """
 
@@ -24,27 +24,27 @@ IMPLS = ("triton", "cudnn", "flash", "efficient", "fa3", "fa4", "sdpa")
 
 
 def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tensor]:
-    """The packed qkv, or the queries of two tokens beside keys and values."""
+    """Create the packed qkv, or queries of two tokens, and keys and values."""
     batch, tokens, heads, width = shape
     sizes = [(2, heads), (tokens, 2, heads)] if few else [(tokens, 3, heads)]
     return [torch.randn(batch, *s, width, device=device, dtype=torch.bfloat16).requires_grad_() for s in sizes]
 
 
 def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, dict[str, harness.Call]]:
-    """Calls of the implementations that this GPU and torch have and that are installed."""
-    found = {}
+    """Return the calls of the implementations available on this GPU, torch and installation."""
+    calls_by_impl = {}
     for impl in IMPLS:
         try:
             calls = passes(partial(implementation, *tensors, impl=impl), tensors)
             calls["backward"]()
-            found[impl] = calls
+            calls_by_impl[impl] = calls
         except (RuntimeError, UserError) as error:
             print(f"{impl}: left out, {' '.join(str(error).split())[:120]}")
-    return found
+    return calls_by_impl
 
 
 def with_bias(impl: str, tensors: list[Tensor]) -> harness.Call:
-    """Backward that also gives the projection's bias its gradient: the kernel by itself, torch's by another pass."""
+    """Return a backward with the gradient of the projection's bias: in our kernel, or by another pass in torch."""
     bias = torch.zeros(tensors[0].shape[2:].numel(), device=tensors[0].device).requires_grad_()
     kernel = impl == "triton"
     out = attention(*tensors, qkv_bias=bias if kernel else None, impl=impl)
@@ -60,7 +60,7 @@ def with_bias(impl: str, tensors: list[Tensor]) -> harness.Call:
 
 
 def cases(device: torch.device, shapes: Sequence[tuple[int, ...]] | None = None) -> Iterable[harness.Case]:
-    """Each shape forward and backward; of the first also two query rows, and backward with the bias's gradient."""
+    """Yield each shape, both passes; of the first also two query rows, and a backward with the bias's gradient."""
     shapes = shapes or SHAPES
     for shape, few in [(shape, False) for shape in shapes] + [(shapes[0], True)]:
         batch, tokens, heads, width = shape

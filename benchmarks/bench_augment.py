@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_augment [--rounds 20]
 
-The same laws for every candidate, on photos. On the CPU a case is a batch in one thread: timm on Pillow images against
-ours on the uint8 batch, each operation and then everything from crop to erased float batch. On a GPU, crop to mixed
-bfloat16 patches and images from the decoded set: the kernels against the same chain in torch operations.
+The same distributions for every candidate, on photos. On the CPU a case is a batch in one thread: timm on Pillow images
+against ours on the uint8 batch, each operation, then the chain from crop to erased float batch. On a GPU, the chain
+from crop to mixed bfloat16 images from the decoded set: the kernels against torch operations.
 """
 
 import sys
@@ -27,7 +27,7 @@ from fastdeitlt.data.pixels.resize import crop_resize
 
 PHOTOS = sorted((Path(__file__).resolve().parent.parent / "tests" / "data" / "photos").glob("*.jpg"))
 OP_SHAPES = ((224, 8), (32, 16))
-"""(side, images): an operation's usual share of a batch."""
+"""(side, images): the usual part of a batch with one operation."""
 CHAIN_SHAPES = ((224, 32, (375, 500)), (32, 128, (28, 28)))
 """(side, images, source size): ImageNet's and the embedded set's."""
 GPU_SHAPES = ((224, 256, (375, 500)), (224, 256, (32, 32)), (32, 1024, (32, 32)))
@@ -36,7 +36,7 @@ TIMM = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC, "translate_
 
 
 def photos(batch: int, height: int, width: int) -> np.ndarray:
-    """uint8 [B, H, W, 3]: the test photos, some noise added so that no two are alike."""
+    """Return uint8 [B, H, W, 3]: the test photos with noise, so that no two are equal."""
     rng = np.random.default_rng(0)
     sources = [np.asarray(Image.open(path).resize((width, height), Image.Resampling.BICUBIC)) for path in PHOTOS]
     images = [sources[i % len(sources)] + rng.normal(0, 4, (height, width, 3)) for i in range(batch)]
@@ -44,7 +44,7 @@ def photos(batch: int, height: int, width: int) -> np.ndarray:
 
 
 def operation_cases() -> Iterable[harness.Case]:
-    """Each operation at a usual level, on a copy of the batch."""
+    """Yield each operation at a usual level; ours runs on a copy of the batch."""
     theirs = auto_augment.rand_augment_transform("rand-m9-inc1-p1", dict(TIMM)).ops
     for side, batch in OP_SHAPES:
         images = photos(batch, side, side)
@@ -63,7 +63,7 @@ def operation_cases() -> Iterable[harness.Case]:
 
 
 def chain_cases() -> Iterable[harness.Case]:
-    """From decoded images to the float batch, before Mixup."""
+    """Yield the chain from decoded images to the float batch, before Mixup."""
     cfg = AugmentConfig()
     for side, batch, size in CHAIN_SHAPES:
         images = photos(batch, *size)
@@ -80,7 +80,7 @@ def chain_cases() -> Iterable[harness.Case]:
             return posterize(image, bits) if bits else image.point(lambda _: 0)
 
         def timm(pillow=pillow, transform=transform, posterize=black_without_bits) -> torch.Tensor:
-            # today's Pillow refuses the 0 bits that timm's posterize asks for at level 10
+            # current Pillow refuses the 0 bits of timm's posterize at level 10
             with mock.patch.object(auto_augment.ImageOps, "posterize", posterize):
                 return torch.stack([transform(image) for image in pillow])
 
@@ -94,7 +94,7 @@ def chain_cases() -> Iterable[harness.Case]:
 def gpu_cases(
     device: torch.device, shapes: Sequence[tuple[int, int, tuple[int, int]]] = GPU_SHAPES
 ) -> Iterable[harness.Case]:
-    """From the decoded set to the mixed batch, in bfloat16."""
+    """Yield the chain from the decoded set to the mixed batch, in bfloat16."""
     from fastdeitlt.kernels import augment as kernels
 
     cfg = AugmentConfig()
@@ -116,7 +116,7 @@ def gpu_cases(
 
 
 def cases(device: torch.device) -> Iterable[harness.Case]:
-    """The kernels where there is a GPU, else the operations and the chain on the CPU."""
+    """Yield the kernels on a GPU, else the operations and the chain on the CPU."""
     if device.type == "cuda":
         yield from gpu_cases(device)
         return

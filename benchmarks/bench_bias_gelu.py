@@ -1,10 +1,10 @@
-"""The MLP's bias and GELU, forward and backward with the bias gradient: the Triton kernel beside torch and inductor.
+"""The MLP's bias and GELU, forward and backward with the bias gradient: Triton kernel beside torch and inductor.
 
     python -m benchmarks.bench_bias_gelu [--rounds 20]
 
-Useful bytes: u read and h written; u and the gradient of h read and that of u written. The product before it is left
-out: torch adds the bias within it, so torch's side starts from the sum and its backward still sums the bias gradient.
-``whole`` is the linear map, bias and GELU, forward and backward: what decides, since the bias is free within a product.
+Useful bytes: u read and h written; u and the gradient of h read and that of u written. The product before it is not
+included. ``whole`` is the linear map, bias and GELU, forward and backward: the fair comparison, since in torch the bias
+is free within the product.
 """
 
 import sys
@@ -24,27 +24,27 @@ SHAPES = ((512 * 198, 768), (256 * 198, 1536), (256 * 198, 3072), (128 * 198, 40
 
 
 def eager(u: Tensor, bias: Tensor) -> Tensor:
-    """Bias, then GELU."""
+    """Add the bias and apply GELU in eager torch."""
     return F.gelu(u + bias.to(u.dtype))
 
 
 def triton(u: Tensor, bias: Tensor) -> Tensor:
-    """Ours."""
+    """Run our kernel."""
     return module.bias_gelu(u, bias, impl="triton")
 
 
 def linear_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The hidden layer as a block has it."""
+    """Run the hidden layer in eager torch, like a block."""
     return F.gelu(F.linear(x, weight, bias.to(x.dtype)))
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The hidden layer around ours."""
+    """Run the hidden layer with our kernel."""
     return module.bias_gelu(F.linear(x, weight), bias, impl="triton")
 
 
 def problem(rows: int, width: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """u and bias; x, weight and bias."""
+    """Create u and bias; x, weight and bias."""
     low = {"device": device, "dtype": torch.bfloat16}
     u, x, weight = (torch.randn(size, **low) for size in ((rows, width), (rows, width // 4), (width, width // 4)))
     bias = torch.randn(width, device=device)
@@ -52,7 +52,7 @@ def problem(rows: int, width: int, device: torch.device) -> tuple[list[Tensor], 
 
 
 def cases(device: torch.device, shapes: Sequence[tuple[int, int]] | None = None) -> Iterable[harness.Case]:
-    """Each width forward, backward, and with its linear map."""
+    """Yield each width forward, backward, and with its linear map."""
     for rows, width in shapes or SHAPES:
         alone, linear = problem(rows, width, device)
         peers = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
@@ -69,7 +69,7 @@ def cases(device: torch.device, shapes: Sequence[tuple[int, int]] | None = None)
 
 
 def whole_layer(linear: list[Tensor]) -> dict[str, harness.Call]:
-    """The hidden layer, forward and backward."""
+    """Return the calls of the hidden layer, forward and backward."""
     compiled = torch.compile(linear_eager, dynamic=False)
     peers = {"torch": linear_eager, "inductor": compiled, "triton": linear_triton}
     return {name: passes(partial(implementation, *linear), linear)["whole"] for name, implementation in peers.items()}

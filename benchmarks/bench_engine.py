@@ -1,10 +1,9 @@
-"""What DeepSpeed costs beside the plain loop, and what a background checkpoint costs the step, in one process.
+"""Overhead of DeepSpeed over the plain loop, and of a background checkpoint on the step, in one process.
 
     python -m benchmarks.bench_engine [--rounds 20]
 
-One rank, so no exchange over a network is in it: the rest is the engine's own work. A GPU takes DeiT-B at 224 px, 256
-images in bf16 with a ResNet-50 teacher; a CPU a small student at 32 px in fp32. Everything eager and without CUDA
-graphs, so that all engines run the same operators as in training.
+One rank, so without network communication. On a GPU DeiT-B at 224 px, 256 images in bf16 with a ResNet-50 teacher; on a
+CPU a small student at 32 px in fp32. Eager and without CUDA graphs, so that all engines run the same operators.
 """
 
 import argparse
@@ -28,12 +27,12 @@ from fastdeitlt.run.checkpoints import Checkpoints
 from fastdeitlt.tools.setup import step_of
 
 STEPS = 10
-"""Between checkpoints."""
+"""Steps between checkpoints."""
 KINDS = {"plain": ("plain", 0)} | {f"ZeRO-{stage}": ("deepspeed", stage) for stage in range(4)}
 
 
 def settings(gpu: bool, kind: str, stage: int) -> Config:
-    """The run of one candidate."""
+    """Return the configuration of one candidate."""
     flat = {"train.engine": kind, "train.zero_stage": stage, "train.compile": False, "optim.clip_norm": 1.0}
     flat |= {"train.precision": "bf16" if gpu else "fp32", "train.batch_size": 256 if gpu else 16}
     flat |= {"augment.repeats": 1, "optim.ema_decay": 0.0}
@@ -42,7 +41,7 @@ def settings(gpu: bool, kind: str, stage: int) -> Config:
 
 
 def step_with(cfg: Config, device: torch.device) -> tuple[Engine, harness.Call]:
-    """An engine and its whole step on one batch."""
+    """Build an engine and its whole step on one batch."""
     arch, classes = ("resnet50", 1000) if device.type == "cuda" else ("resnet20", 10)
     data = Data([5] * classes, plan_of(cfg, 10 * cfg.train.batch_size))
     teacher = Teacher(create_teacher(arch, classes, "fastdeitlt"), classes).to(device)
@@ -50,20 +49,20 @@ def step_with(cfg: Config, device: torch.device) -> tuple[Engine, harness.Call]:
     return parts.engine, step_of(parts, repeat(parts.noise_batch()))
 
 
-def saving(engine: Engine, step: harness.Call, found: Checkpoints, wait: bool) -> harness.Call:
-    """``STEPS`` steps and a checkpoint of weights and optimizer, written in the background or waited for."""
+def saving(engine: Engine, step: harness.Call, checkpoints: Checkpoints, wait: bool) -> harness.Call:
+    """Return a call of ``STEPS`` steps and a checkpoint of weights and optimizer, optionally waiting for the file."""
 
     def call() -> None:
         for _ in range(STEPS):
             step()
         parts = {"model": engine.weights(), "optimizer": engine.optimizer_tensors()}
-        found.save(1, parts, {"best": None}, wait=wait)
+        checkpoints.save(1, parts, {"best": None}, wait=wait)
 
     return call
 
 
 def main() -> int:
-    """Command line; the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
     arguments = parser.parse_args()
@@ -72,18 +71,18 @@ def main() -> int:
     eager = frozenset(KINDS)
     engines = {name: step_with(settings(gpu, *what), device) for name, what in KINDS.items()}
     case = harness.Case("step", {name: step for name, (_, step) in engines.items()}, "plain", eager=eager)
-    found = harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, eager), device)
+    rows = harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, eager), device)
     with tempfile.TemporaryDirectory() as folder:
         plain, step = engines["plain"]
         kept = {way: Checkpoints(Path(folder) / way) for way in ("background", "waited for")}
         calls = {way: saving(plain, step, checkpoints, way != "background") for way, checkpoints in kept.items()}
         calls["none"] = lambda: [step() for _ in range(STEPS)]
         case = harness.Case(f"{STEPS} steps and a checkpoint", calls, "none", eager=frozenset(calls))
-        found += harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, case.eager), device)
+        rows += harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, case.eager), device)
         kept["background"].finish()
-    for row in found:
+    for row in rows:
         print(harness.line(row))
-    print(f"rows appended to {harness.append('engine', found)}")
+    print(f"rows appended to {harness.append('engine', rows)}")
     return 0
 
 

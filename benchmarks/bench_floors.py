@@ -1,4 +1,4 @@
-"""What this machine can do at best: the matrix products of a DeiT-B step, and the copy.
+"""Floors of this machine: the matrix products of a DeiT-B step, and the copy.
 
     python -m benchmarks.bench_floors [--rounds 20] [--batch 256] [--dry]
 
@@ -20,7 +20,7 @@ LAYERS = {"qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * 
 
 
 def cases(device: torch.device, batch: int) -> Iterator[harness.Case]:
-    """One case a product (rows M, inner K, columns N), and the copy of 1 GiB (64 MiB on a CPU)."""
+    """Yield one case a product (rows M, inner K, columns N), and the copy of 1 GiB (64 MiB on a CPU)."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = batch * TOKENS
     for name, (inner, outer) in LAYERS.items():

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_joint_loss [--rounds 20]
 
 Forward and backward of a mixed, DRW-weighted batch in bfloat16 (float32 on a CPU). Useful bytes: three logits read, two
-gradients written. Small batches stay in L2, as they do in training, where the heads have just written them.
+gradients written. Small batches stay in L2, as in training after the heads' products.
 """
 
 import sys
@@ -23,7 +23,7 @@ SHAPES = ((256, 10), (256, 100), (256, 1000), (1024, 1000), (256, 8142), (1024, 
 def official(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, weights: Tensor, class_map: Tensor
 ) -> Tensor:
-    """What DeiT-LT's loop does: a dense mixed target, the class map looked up on the host, four losses' kernels."""
+    """Compute the loss like DeiT-LT's loop: with a dense mixed target, and the class map applied on the host."""
     num_classes = cls_logits.size(1)
     own, other = (F.one_hot(y, num_classes) * 0.9 + 0.1 / num_classes for y in (labels, labels.flip(0)))
     target = 0.3 * own + 0.7 * other
@@ -33,7 +33,7 @@ def official(
 
 
 def cases(device: torch.device, shapes: Sequence[tuple[int, int]] | None = None) -> Iterable[harness.Case]:
-    """One case a shape; on a CPU without the Triton candidate, and only the shapes up to 1,000 classes."""
+    """Yield one case a shape; on a CPU without the Triton candidate, and only three small shapes."""
     gpu = device.type == "cuda"
     compiled = torch.compile(joint_loss, dynamic=False)
     for batch, num_classes in shapes or (SHAPES if gpu else SHAPES[:3]):

@@ -4,8 +4,8 @@
     python -m benchmarks.bench_reader [--threads 1 2] [--rounds 7] [--images 512] [--device cpu]
 
 The photos are cropped, scaled to 500 x 375 and compressed to about ImageNet's file size. For each number of threads the
-process is bound to as many cores. timm has the same recipe as ours; torchvision v2 and DALI have their own RandAugment,
-which is another law. The stages are timed in one thread, 128 images a call.
+process is bound to as many cores. timm has the same recipe as ours; torchvision v2 and DALI have their own RandAugment
+with other distributions. The stages are timed in one thread, 128 images a call.
 """
 
 import argparse
@@ -51,7 +51,7 @@ TIMM_RECIPE: dict[str, Any] = {
 
 
 def make_photos(folder: Path, num_images: int) -> LongTailSet:
-    """Landscape and portrait JPEGs of crops of the sample photos, in class folders."""
+    """Write JPEGs of crops of the sample photos, or of noise without scikit-image, in class folders."""
     photos = sample_photos() if harness.installed("skimage") else [noise(seed) for seed in range(8)]
     random = np.random.default_rng(0)
     paths = []
@@ -70,7 +70,7 @@ def make_photos(folder: Path, num_images: int) -> LongTailSet:
 
 
 def sample_photos() -> list[Image.Image]:
-    """What scikit-image and scikit-learn ship."""
+    """Return the sample photos of scikit-image and scikit-learn."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -81,7 +81,7 @@ def sample_photos() -> list[Image.Image]:
 
 
 def noise(seed: int, side: int = 600) -> Image.Image:
-    """An image with about the spectrum of photos, so that its JPEG is about as large as theirs."""
+    """Return noise with about the spectrum, and so the JPEG size, of photos."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)) + 1 / side
     spectrum = np.fft.rfft2(np.random.default_rng(seed).standard_normal((3, side, side))) / frequency**1.3
     pixels = np.fft.irfft2(spectrum, (side, side)).transpose(1, 2, 0)
@@ -89,14 +89,14 @@ def noise(seed: int, side: int = 600) -> Image.Image:
 
 
 def one_pass(num_images: int, batch: int) -> list[MicroBatch]:
-    """Each image once, in a fixed random order."""
+    """Return micro-batches with each image once, in a fixed random order."""
     order = np.random.default_rng(0).permutation(num_images)
     parts = [order[start : start + batch] for start in range(0, num_images, batch)]
     return [MicroBatch(0, i, 0, part, np.zeros_like(part)) for i, part in enumerate(parts)]
 
 
 def ours(source: Source, images: LongTailSet, virtual_ranks: int = 0) -> None:
-    """Draw, crop, augment; each image once, or with virtual ranks the repeated augmentation of one real rank."""
+    """Draw, crop and augment each image once, or with virtual ranks one real rank's repeated augmentation."""
     if virtual_ranks:
         steps = Plan(len(images), BATCH, 1, 3, virtual_ranks).steps(0)
         micro_batches = [micro for step in steps for micro in step.micro_batches]
@@ -111,7 +111,7 @@ def ours(source: Source, images: LongTailSet, virtual_ranks: int = 0) -> None:
 
 
 def allow_posterize_to_black() -> None:
-    """timm asks Pillow for 0 bits at level 10, which Pillow 13 refuses; older ones gave black."""
+    """Replace timm's posterize, whose 0 bits at level 10 are refused by Pillow 13."""
     from timm.data import auto_augment
 
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: ImageOps.posterize(image, max(bits, 1))
@@ -120,7 +120,7 @@ def allow_posterize_to_black() -> None:
 def timm_loader(
     images: LongTailSet, threads: int, size: int = SIZE, batch: int = BATCH, device: torch.device = CPU
 ) -> Iterable[Any]:
-    """timm's create_loader with the recipe's arguments; for a GPU with its prefetcher and pinned memory."""
+    """Build timm's create_loader with the recipe's arguments; for a GPU with its prefetcher and pinned memory."""
     from timm.data import ImageDataset, create_loader
 
     gpu = device.type == "cuda"
@@ -130,7 +130,7 @@ def timm_loader(
 
 
 def torchvision_loader(images: LongTailSet, threads: int) -> Iterable[Any]:
-    """torchvision v2 on uint8 tensors."""
+    """Build a loader of torchvision v2 on uint8 tensors."""
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import InterpolationMode, v2
@@ -150,7 +150,7 @@ def torchvision_loader(images: LongTailSet, threads: int) -> Iterable[Any]:
 
 
 def dali_pipeline(images: LongTailSet, threads: int) -> Any:
-    """DALI's own reader, decoder and rand_augment."""
+    """Build a pipeline of DALI's reader, decoder and rand_augment."""
     from nvidia.dali import Pipeline, fn, types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
     from nvidia.dali.pipeline import pipeline_def
@@ -172,9 +172,9 @@ def dali_pipeline(images: LongTailSet, threads: int) -> Any:
 
 
 def loaders(images: LongTailSet, threads: int, device: torch.device, stack: ExitStack) -> harness.Case:
-    """One pass over the set by each contestant."""
+    """Return the case of one pass over the set by each candidate."""
     timm, torchvision = timm_loader(images, threads), torchvision_loader(images, threads)
-    for loader in (timm, torchvision):  # their workers are forked before there are other threads
+    for loader in (timm, torchvision):  # fork their workers before other threads start
         list(loader)
     data = config.DataConfig(num_threads=threads, residency="device")
     stream = stack.enter_context(closing(Stream(images, data, device)))
@@ -193,7 +193,7 @@ def loaders(images: LongTailSet, threads: int, device: torch.device, stack: Exit
 
 
 def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
-    """What each stage of ours takes, and timm's transform of the same files."""
+    """Return the case of each of our stages, and of timm's transform, on the same files."""
     from timm.data import create_transform
 
     sample_B = np.arange(128)
@@ -222,7 +222,7 @@ def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
 
 
 def stored_size_error(images: LongTailSet) -> dict[str, Any]:
-    """How far crops of a set stored at a short side of 256 pixels are from those at full size."""
+    """Return the difference of crops of a set stored at a short side of 256 pixels from those at full size."""
     order = np.arange(256)
     micro_batches = [MicroBatch(0, 0, 0, order, np.zeros_like(order))]
     unchanged = config.AugmentConfig(rand_ops=0, erase_prob=0, mean=(0, 0, 0), std=(1, 1, 1))

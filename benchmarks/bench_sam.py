@@ -1,10 +1,10 @@
-"""A teacher's training step with SAM beside plain SGD's, images on the device to new weights.
+"""Teacher's training step with SAM beside plain SGD, from images on the device to new weights.
 
     python -m benchmarks.bench_sam [--case NAME ...] [--rounds 20] [--check]
 
 One process, interleaved rounds, the same network, batch and precision. SAM runs the network forward and backward twice,
-so twice SGD's time is the floor; what is over is the perturbation. ``davda54`` is the two-pass loop of the usual
-implementation: a Python loop over the weights for the climb and another for the way back.
+so twice SGD's time is the floor; the rest is the perturbation. ``davda54`` is the two-pass step of the usual
+implementation, with a Python loop over the weights to perturb and another to restore them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CASES = {
 
 
 def ours(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int) -> harness.Call:
-    """The trainer's own step."""
+    """Return the trainer's step."""
     objective = build_objective(cfg.teacher_training, list(range(num_classes, 0, -1)), device)
     step = Step(objective, build_optimizer(objective.network, cfg.teacher_training), cfg, device)
     weights_K = torch.ones(num_classes, device=device)
@@ -38,7 +38,7 @@ def ours(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int) 
 
 
 def usual(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int) -> harness.Call:
-    """Two passes and two loops over the weights, as davda54/sam takes a step; batch-norm statistics move twice."""
+    """Return davda54/sam's step: two passes and two loops over the weights; both update batch-norm statistics."""
     t = cfg.teacher_training
     objective = build_objective(t, list(range(num_classes, 0, -1)), device)
     network: nn.Module = objective.network

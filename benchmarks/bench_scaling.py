@@ -1,9 +1,9 @@
-"""How cost grows: a step with batch, tokens and classes; sampler, lists, scoring and checkpoints with their sizes.
+"""Scaling of cost: a step with batch, tokens and classes; sampler, lists, scoring and checkpoints with their sizes.
 
     python -m benchmarks.bench_scaling [--only NAME ...] [--rounds 5] [--small]
 
 Each case is timed at several sizes and log(time) fitted to log(size) by least squares; the slope is the exponent.
-Ends with 1 if something that must be linear or better has an exponent above 1.15, or misses its own stated one.
+Exits with 1 if an exponent is above its limit, 1.15 unless stated otherwise.
 """
 
 import argparse
@@ -34,12 +34,12 @@ Prepared = Callable[[int, Path], harness.Call]
 
 @dataclass(frozen=True)
 class Growth:
-    """One thing that grows.
+    """A scaling case.
 
     Args:
-        sizes: what is tried, rising.
+        sizes: sizes to measure, rising.
         prepare: (size, empty folder) -> the call to time.
-        unit: of the sizes.
+        unit: unit of the sizes.
         limit: largest exponent that passes.
     """
 
@@ -50,7 +50,7 @@ class Growth:
 
 
 def step(size: int, folder: Path, field: str) -> harness.Call:
-    """Our eager step with one field of the workload changed."""
+    """Return our eager step with one field of the workload changed."""
     changed: dict[str, Any] = {field: size}
     if field == "img_size":
         changed["student"] = f"deit_tiny_distilled_patch8_{size}"
@@ -59,20 +59,20 @@ def step(size: int, folder: Path, field: str) -> harness.Call:
 
 
 def sampler(size: int, folder: Path) -> harness.Call:
-    """All micro-batches of an epoch of four virtual ranks."""
+    """Return a call that plans all micro-batches of an epoch of four virtual ranks."""
     plan = Plan(size, 128, 4, 3, 4)
     return lambda: sum(len(step.micro_batches) for step in plan.steps(0))
 
 
 def lists(size: int, folder: Path) -> harness.Call:
-    """A list file of as many images in 1,000 classes, read and checked."""
+    """Return a call that reads and checks a list file of ``size`` images in 1,000 classes."""
     path = folder / "train.txt"
     path.write_text("".join(f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG {i % 1000}\n" for i in range(size)))
     return lambda: read_list(path, folder)
 
 
 def scoring(images: int, num_classes: int) -> harness.Call:
-    """Every number of the evaluation from the logits of both heads."""
+    """Return a call that computes all scores from the logits of both heads."""
     generator = torch.Generator().manual_seed(0)
     cls_NK, dist_NK = (torch.randn(images, num_classes, generator=generator) for _ in range(2))
     labels_N = torch.arange(images) % num_classes
@@ -81,7 +81,7 @@ def scoring(images: int, num_classes: int) -> harness.Call:
 
 
 def checkpoint(size: int, folder: Path) -> harness.Call:
-    """A student of as many blocks, written with its hash and its manifest."""
+    """Return a call that saves a student of ``size`` blocks with its hash and its manifest."""
     name = "deit_tiny_distilled_patch8_32"
     student = create_student(name, 10, depth=size)
     model = {"name": name, "num_classes": 10, "img_size": 32, "depth": size}
@@ -92,10 +92,10 @@ def checkpoint(size: int, folder: Path) -> harness.Call:
 
 
 def growths(small: bool) -> dict[str, Growth]:
-    """Name -> what grows; ``small`` keeps the two smallest sizes."""
-    found = {
+    """Return name -> scaling case; ``small`` keeps the two smallest sizes."""
+    cases = {
         "step by batch": Growth((16, 32, 64, 128), functools.partial(step, field="batch_size"), "images"),
-        # attention's share is quadratic in tokens; side 32, 64, 96, 128 has 18, 66, 146, 258 tokens
+        # attention is quadratic in tokens; side 32, 64, 96, 128 has 18, 66, 146, 258 tokens
         "step by image side": Growth((32, 64, 96, 128), functools.partial(step, field="img_size"), "pixels", 2.3),
         "step by classes": Growth((10, 100, 1000, 8142), functools.partial(step, field="num_classes"), "classes"),
         "sampler by data set": Growth((12_406, 50_000, 115_846, 437_513, 2_686_843), sampler, "images"),
@@ -104,16 +104,16 @@ def growths(small: bool) -> dict[str, Growth]:
         "scoring by classes": Growth((10, 100, 1000, 8142), lambda k, _: scoring(4000, k), "classes"),
         "checkpoint by blocks": Growth((3, 6, 12, 24), checkpoint, "blocks"),
     }
-    return {name: replace(g, sizes=g.sizes[:2]) for name, g in found.items()} if small else found
+    return {name: replace(g, sizes=g.sizes[:2]) for name, g in cases.items()} if small else cases
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """Slope of log(time) over log(size)."""
+    """Return the slope of log(time) over log(size)."""
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
 
 
 def run(name: str, growth: Growth, rounds: int) -> Iterator[Mapping[str, Any]]:
-    """The rows of one case, each with the exponent."""
+    """Yield the rows of one case, each with the exponent."""
     with tempfile.TemporaryDirectory() as folder:
         calls = {}
         for size in growth.sizes:

@@ -1,16 +1,16 @@
-"""Balanced test accuracy on small real sets at equal processor time: what `plan` recommends, beside timm's models.
+"""Balanced test accuracy on small real sets at equal processor time: `plan`'s recommendation beside timm's models.
 
     pip install scikit-learn elpv-dataset
     python -m benchmarks.bench_small FOLDER [--sets fashion digits solar-cells] [--seeds 0 1 2] [--hours 0.05]
 
-For each set and seed ``plan`` writes two recipes, and teacher and student are trained as ``train --with-teacher``
-trains them; the model that the run recommends (best balanced validation accuracy) is scored on the test images. The
-others get the same images, augmentation, size and batch, and as much processor time: timm's ResNet-18 with
-cross-entropy and a plain timm ViT that of teacher and student together, timm's distilled DeiT through its
-TokenDistillationTask with the same teacher that of the student. All weights are chosen on the same validation images.
+For each set and seed ``plan`` writes two recipes, and teacher and student are trained as by ``train --with-teacher``;
+the model that the run recommends (best balanced validation accuracy) is scored on the test images. The others use the
+same images, augmentation, size and batch, and as much processor time: timm's ResNet-18 with cross-entropy and a plain
+timm ViT that of teacher and student together, timm's distilled DeiT with its TokenDistillationTask and the same teacher
+that of the student. All weights are selected on the same validation images.
 
-Processor time rather than wall time, in ``plan`` too, so that a machine with other work treats all alike. A row is
-appended as soon as it is there; rows that are there are not measured again.
+Processor time rather than wall time, in ``plan`` too, so that other work on the machine affects all equally. A row is
+appended as soon as it is measured; existing rows are not measured again.
 """
 
 import argparse
@@ -64,14 +64,14 @@ SETS = ("fashion", "digits", "solar-cells")
 OURS, PEERS = "plan", ("timm resnet18, cross-entropy", "timm DeiT, TokenDistillationTask", "timm ViT")
 CPU = torch.device("cpu")
 MANY = 20
-"""Times the hours that a busy machine may take for its measurements."""
+"""Factor on the hours passed to ``make_plan``, which leaves a busy machine time for its measurements."""
 CHECKS = 10
-"""Evaluations on validation images."""
+"""Number of evaluations on validation images."""
 Update = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_folder(name: str, folder: Path) -> Path:
-    """A set as class folders."""
+    """Write a set as class folders, unless it exists."""
     place = folder / name
     if place.exists():
         return place
@@ -90,13 +90,13 @@ def make_folder(name: str, folder: Path) -> Path:
 
 
 def ours(root: Path, folder: Path, seed: int, hours: float) -> dict[str, Any]:
-    """Plan for hours of processor time and train: what was recommended, its test accuracy, the processor seconds."""
+    """Plan for hours of processor time and train; return recommendation, test accuracy and processor seconds."""
     wall, cpu = time.monotonic(), time.process_time()
     planned = make_plan(root, MANY * hours, name=folder.name)
     busy = (time.process_time() - cpu) / (time.monotonic() - wall)
-    # images a second of processor time, whatever else the machine does
+    # images a second of processor time, independent of other work on the machine
     student_rates, teacher_rates = (
-        {rung: rate / busy for rung, rate in found.items()} for found in (planned.rates.student, planned.rates.teacher)
+        {rung: rate / busy for rung, rate in rates.items()} for rates in (planned.rates.student, planned.rates.teacher)
     )
     rates = Rates(student_rates, teacher_rates, 0.0)
     student, teacher = choose(planned.facts, rates, hours, folder.name).configs
@@ -107,11 +107,11 @@ def ours(root: Path, folder: Path, seed: int, hours: float) -> dict[str, Any]:
     run = train(config.build(config.flatten(student) | common | {"teacher.path": str(best)}))
     ended = time.process_time()
     results = read_json(run / "results.json")
-    found = Recommendation.from_json(results["recommendation"])
+    recommendation = Recommendation.from_json(results["recommendation"])
     heads = {**results["test"]["heads"], **results["teacher"]["heads"]}
     accuracies = {name: head["balanced_accuracy"] for name, head in heads.items()}
     return {
-        "balanced": accuracies[found.best.name], "recommended": found.best.name, "heads": accuracies,
+        "balanced": accuracies[recommendation.best.name], "recommended": recommendation.best.name, "heads": accuracies,
         "student": student.student.name, "epochs": [teacher.teacher_training.epochs, student.train.epochs],
         "cpu_s": ended - begun, "student_cpu_s": ended - middle, "run": str(run), "teacher": str(best),
         "teacher_run": str(best.parents[1]),
@@ -119,7 +119,7 @@ def ours(root: Path, folder: Path, seed: int, hours: float) -> dict[str, Any]:
 
 
 def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train one of timm's models on the images of our run for its processor time; its test accuracy."""
+    """Train one of timm's models on the images of our run for its processor time; return its test accuracy."""
     run = Path(mine["run"])
     cfg = config.load(str(run / "config.yaml"))
     teacher_cfg = config.load(str(Path(mine["teacher_run"]) / "config.yaml"))
@@ -156,9 +156,9 @@ def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
             if done >= (checked + 1) / CHECKS:
                 checked += 1
                 for model in (network, average.module):
-                    found = _balanced(model, sets.val, used, sets.train.counts)
-                    if found > best[0]:
-                        best = found, copy.deepcopy(model.state_dict())
+                    accuracy = _balanced(model, sets.val, used, sets.train.counts)
+                    if accuracy > best[0]:
+                        best = accuracy, copy.deepcopy(model.state_dict())
             if done >= 1:
                 break
             for group in optimizer.param_groups:
@@ -179,7 +179,7 @@ def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _batches(cfg: Config, source: Any, images: LongTailSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a recipe with dense targets, epoch after epoch: a teacher's or a student's."""
+    """Yield batches of a teacher's or student's recipe with dense targets, epoch after epoch."""
     num_classes = images.num_classes
     for epoch in count():
         if cfg.is_teachers:
@@ -196,7 +196,7 @@ def _batches(cfg: Config, source: Any, images: LongTailSet) -> Iterator[tuple[Te
 
 
 def create_size(cfg: Config) -> int:
-    """Side of the student's images in pixels."""
+    """Return the side of the student's images in pixels."""
     return cfg.student.img_size or int(cfg.student.name.rpartition("_")[2])
 
 
@@ -224,7 +224,7 @@ def _distilled(network: nn.Module, teacher: str) -> Update:
 
 
 def _balanced(model: nn.Module, images: LongTailSet, cfg: Config, counts: list[int]) -> float:
-    """Balanced accuracy in per cent, images prepared as those of our run."""
+    """Return the balanced accuracy in per cent, with our run's preprocessing."""
     size = cfg.teacher_training.img_size if cfg.is_teachers else create_size(cfg)
     with closing(open_source(images, cfg.data, CPU, scored=True)) as source:
         logits_NK, _, labels_N = collect_logits(
@@ -251,10 +251,10 @@ def main(arguments: list[str] | None = None) -> int:
         contestant, file = options.one
         name, seed = options.sets[0], options.seeds[0]
         if contestant == OURS:
-            found = ours(make_folder(name, folder), folder / f"{name}-{seed}", seed, options.hours)
+            result = ours(make_folder(name, folder), folder / f"{name}-{seed}", seed, options.hours)
         else:
-            found = peer(contestant, json.loads(Path(file).read_text(encoding="utf-8")), seed)
-        Path(f"{file}.out").write_text(json.dumps(found), encoding="utf-8")
+            result = peer(contestant, json.loads(Path(file).read_text(encoding="utf-8")), seed)
+        Path(f"{file}.out").write_text(json.dumps(result), encoding="utf-8")
         return 0
     if options.table:
         print(table([json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]))
@@ -264,21 +264,21 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.sets:
             mine_file = folder / f"{name}-{seed}.json"
             for contestant in (OURS, *PEERS):
-                found = _run(folder, name, seed, contestant, mine_file, options.hours, rows_file)
-                print(f"{name} seed {seed} {contestant}: {found['balanced']:.1f} %", flush=True)
+                result = _run(folder, name, seed, contestant, mine_file, options.hours, rows_file)
+                print(f"{name} seed {seed} {contestant}: {result['balanced']:.1f} %", flush=True)
     return 0
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a set, a column a contestant; mean and sample deviation over seeds, and what was recommended."""
+    """Format Markdown, a row a set, a column a contestant: mean and deviation over seeds, and the recommendations."""
     lines = [f"| set | seeds | recommended | {' | '.join((OURS, *PEERS))} |", "| --- | ---: | --- |" + " ---: |" * 4]
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name]
         cells = []
         for contestant in (OURS, *PEERS):
-            found = [row["balanced"] for row in mine if row["contestant"] == contestant]
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "-")
+            values = [row["balanced"] for row in mine if row["contestant"] == contestant]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
         named = ", ".join(row["recommended"] for row in mine if row["contestant"] == OURS)
         seeds = len({row["seed"] for row in mine})
         lines.append(f"| {name} | {seeds} | {named} | {' | '.join(cells)} |")
@@ -288,7 +288,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _run(
     folder: Path, name: str, seed: int, contestant: str, mine_file: Path, hours: float, rows_file: Path
 ) -> dict[str, Any]:
-    """One run in a process of its own, unless its row is there."""
+    """Run one contestant in a new process, unless its row exists; return the row."""
     key = {"set": name, "seed": seed, "contestant": contestant}
     lines = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.is_file() else []
     for row in map(json.loads, lines):
@@ -297,10 +297,10 @@ def _run(
     command = [sys.executable, "-m", "benchmarks.bench_small", str(folder), "--sets", name, "--seeds", str(seed)]
     command += ["--hours", str(hours), "--one", contestant, str(mine_file)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads(Path(f"{mine_file}.out").read_text(encoding="utf-8"))
+    result = json.loads(Path(f"{mine_file}.out").read_text(encoding="utf-8"))
     if contestant == OURS:
-        mine_file.write_text(json.dumps(found), encoding="utf-8")
-    row = key | found | {"hours": hours} | harness.machine()
+        mine_file.write_text(json.dumps(result), encoding="utf-8")
+    row = key | result | {"hours": hours} | harness.machine()
     with rows_file.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row

@@ -1,10 +1,10 @@
-"""The whole training step, images on the device to new weights: ours lever by lever, timm's task, the official loop.
+"""Whole training step, from images on the device to new weights: ours lever by lever, timm's task, the official loop.
 
     python -m benchmarks.bench_step [--case NAME ...] [--rounds 12] [--only NAME ...] [--check] [--profile FILE]
 
-One process, interleaved rounds, the same weights, batch, precision and work; losses of three steps are compared before
-any time is taken. The rate is images a second; the ratio is to the baseline. ``--profile`` appends a table of the
-longest operations of one step of each of our contestants to a file.
+One process, interleaved rounds, the same weights, batch, precision and work; the losses of three steps are compared
+before timing. The rate is images a second; the ratio is to the baseline. ``--profile`` appends a table of the longest
+operations of one step of each of our contestants to a file.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CASES = {
 
 
 def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peers.Step]:
-    """Those that can run on the workload's device with what is installed."""
+    """Build the contestants that can run on the workload's device and installation."""
     names = [name for name in KNOWN if name in (peers.LEVERS if only is None else only)]
     if work.device.type != "cuda":
         names = [name for name in names if name not in peers.GPU_ONLY]
@@ -51,7 +51,7 @@ def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peer
 
 
 def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) -> None:
-    """Append the table of one step of each contestant of ours, longest operations first."""
+    """Append a table of one step of each of our contestants to a file, longest operations first."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with file.open("a", encoding="utf-8") as out:
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""Images a second of training itself, JPEG files to new weights: timm's loader and task, ours streaming, ours resident.
+"""Training throughput from JPEG files to new weights: timm's loader and task, ours streaming, ours resident.
 
     pip install scikit-image scikit-learn        # for their sample photos; without them the images are 1/f noise
     python -m benchmarks.bench_train [--images 512] [--rounds 7] [--workers 1] [--arrays]
@@ -6,8 +6,8 @@
 Every round is one pass over the same photos (``bench_reader``) by each contestant in turn: RandAugment, crops, erasing,
 Mixup or CutMix of each batch, student, teacher, joint loss, AdamW, moving average. timm has its create_loader with as
 many worker processes as we have decoding threads, its Mixup, and its distillation task compiled; teacher, student and
-precision are the same. "No data" is our step alone on one batch in memory, the most that data can allow. Each image is
-seen once: repeated augmentation, which here costs one decode for three images, is left out. ``--arrays`` starts from
+precision are the same. "No data" is our step alone on one batch in memory, the upper bound. Each image is used once,
+without repeated augmentation, which here needs one decode for three images. ``--arrays`` starts from
 noise that is decoded already, without files, timm and DALI.
 """
 
@@ -43,11 +43,11 @@ SOURCE = (375, 500)
 
 
 def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Call:
-    """One pass of timm: loader, Mixup, compiled task."""
+    """Return one pass of timm: loader, Mixup, compiled task."""
     from timm.data import Mixup
 
     loader = timm_loader(images, workers, work.img_size, work.batch_size, work.device)
-    list(loader)  # the workers are forked before there are other threads
+    list(loader)  # fork the workers before other threads start
     mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=peers.SMOOTHING, num_classes=work.num_classes)
     update = peers.timm_update(work, compiled=True)
 
@@ -61,7 +61,7 @@ def timm_epoch(work: Workload, images: LongTailSet, workers: int) -> harness.Cal
 
 
 def our_epoch(step: Step, source: Source, work: Workload, images: LongTailSet) -> None:
-    """One pass of ours: draw, crop, augment, mix, step."""
+    """Run one pass of ours: draw, crop, augment, mix, step."""
     micro_batches = one_pass(len(images), work.batch_size)
     for batch in train_batches(micro_batches, source, images, config.Config(), mixing=True, size=work.img_size):
         loss = step(batch)
@@ -69,7 +69,7 @@ def our_epoch(step: Step, source: Source, work: Workload, images: LongTailSet) -
 
 
 def our_steps(step: Step, work: Workload, num_steps: int) -> None:
-    """As many steps on a batch that lies in memory."""
+    """Run ``num_steps`` steps on one batch in memory."""
     batch = work.batch(0)
     for _ in range(num_steps):
         loss = step(batch)
@@ -77,7 +77,7 @@ def our_steps(step: Step, work: Workload, num_steps: int) -> None:
 
 
 def contestants(work: Workload, images: LongTailSet, workers: int, stack: ExitStack) -> dict[str, harness.Call]:
-    """timm, and ours with each residency; all of ours train the same weights, which changes no time."""
+    """Return timm, and ours with each residency; ours share one step and its weights."""
     timm = timm_epoch(work, images, workers)
     step = peers.ours(work)
     settings: dict[str, Any] = {"num_threads": workers}

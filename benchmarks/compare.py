@@ -1,12 +1,12 @@
-"""The guard against slower code: two files of benchmark rows, and what became slower beyond the noise.
+"""Regression check: compare two files of benchmark rows and report what became slower beyond the noise.
 
     python -m benchmarks.compare BEFORE AFTER [--noise 0.05]
 
-Takes rows of ``benchmarks/results/*.jsonl`` or of ``fastdeitlt bench --json``. Rows are matched by op, case and
-candidate; of several in a file the last counts. A row is slower when its median rose by more than the bound: the
-larger of ``--noise`` and the sum of both rows' own spread, (p80 - p20) / (2 median). Where both rows name the same
-baseline, the ratio to it is compared instead, which is steadier across machines and days. Ends with 1 if anything
-became slower or vanished, with 2 if the files cannot be compared.
+Reads rows of ``benchmarks/results/*.jsonl`` or of ``fastdeitlt bench --json``. Rows are matched by op, case and
+candidate, the last of each in a file. A row is slower if its median rose by more than the bound: the larger of
+``--noise`` and the sum of both rows' spread, (p80 - p20) / (2 median). If both rows have the same baseline, the ratio
+to it is compared instead, which varies less across machines and days. Exits with 1 if a row became slower or is
+missing, with 2 if the files cannot be compared.
 """
 
 import argparse
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 NOISE = 0.05
-"""Least change that counts; a chosen bound, beside which the rows' own spread counts."""
+"""Smallest change that counts, if the rows' spread is not larger."""
 Key = tuple[str, str, str]
 
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
-    """The rows of a file with a time, the last of each (op, case, candidate).
+    """Read the timed rows of a file, the last of each (op, case, candidate).
 
     Raises:
-        ValueError: not such a file, or no row in it.
+        ValueError: not a file of rows, or no timed row.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(row) for row in text.splitlines()]
-        rows = {(row["op"], row["case"], row["candidate"]): row for row in found if "median_ms" in row}
+        parsed = json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(row) for row in text.splitlines()]
+        rows = {(row["op"], row["case"], row["candidate"]): row for row in parsed if "median_ms" in row}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: got {type(error).__name__} ({error}), expected benchmark rows (.jsonl or .json)"
@@ -41,12 +41,12 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
 
 
 def spread(row: Mapping[str, Any]) -> float:
-    """Half the distance from p20 to p80, as a share of the median."""
+    """Return half the distance from p20 to p80, relative to the median."""
     return (row["p80_ms"] - row["p20_ms"]) / (2 * row["median_ms"])
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, str]:
-    """How many times slower the second is, and what was compared: the time, or the ratio to the common baseline."""
+    """Return the factor by which the second is slower, and the quantity: time, or ratio to the common baseline."""
     compared = before.get("baseline"), after.get("baseline")
     if compared[0] and compared[0] == compared[1] and before["candidate"] != compared[0]:
         return before["speedup"] / after["speedup"], f"ratio to {compared[0]}"
@@ -54,7 +54,7 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, 
 
 
 def compare(before: Mapping[Key, Any], after: Mapping[Key, Any], noise: float = NOISE) -> tuple[list[str], int]:
-    """Lines to print, and how many rows became slower or vanished."""
+    """Return lines to print, and the number of rows that became slower or are missing."""
     lines, bad = [], 0
     for key, old in before.items():
         new, name = after.get(key), " ".join(key)

@@ -50,14 +50,14 @@ MINUTES = 9.0
 RESERVE_S = 5.0
 """Left of ``--minutes`` for the table."""
 IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, DeepSpeed")
-"""Contestants of ``bench_step`` that the budget needs, or that show what `auto` leaves."""
+"""Contestants of ``bench_step`` for the budget, and "+ kernels" to compare with `auto`."""
 ONE_OFF = (
     "as shipped, fused teacher",
     *(f"kernels, {op} by torch" for op in ("attention", "add_layernorm", "bias_gelu", "joint_loss")),
 )
 """Contestants of the second command."""
 ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
-"""Settings under which a step is one batch of 256 images."""
+"""Settings for a step of one batch of 256 images."""
 ABSENT = "is not installed"
 Command = list[str]
 

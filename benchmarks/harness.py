@@ -1,7 +1,7 @@
-"""What every benchmark file shares: cases, a named baseline, no numbers from a red op, and rows that say their origin.
+"""Harness of the benchmark files: cases with a baseline, a check of the op's tests, and rows with their machine.
 
 The timer is ``fastdeitlt.core.measure.timer``. Rows are appended to
-``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``, or to the file that the variable BENCHMARK_ROWS names.
+``benchmarks/results/<op>_<machine>_<yyyymm>.jsonl``, or to the file BENCHMARK_ROWS.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fastdeitlt.core.measure.timer import Call, Timing, bandwidth, capturing_str
 
 ROOT = Path(__file__).resolve().parent.parent
 RECOMPILES = 64
-"""Compilations of one function: one a shape, pass and contestant. After torch's own 8 it would run uncompiled."""
+"""Limit of compilations of a function, one a shape, pass and contestant; after torch's default of 8 it runs eagerly."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Case:
     """One shape of one op.
 
     Args:
-        name: what the row calls it.
+        name: name in the row.
         candidates: name -> call; a call does all its work on every invocation.
-        baseline: the candidate the others are compared with: the best alternative, not the slowest.
+        baseline: candidate to compare with: the best alternative, not the slowest.
         useful_bytes, useful_flops: least work of the op, for the share of the floor; 0 = not stated.
-        dtype: of the matrix products that the floor supposes; None: see ``timer.matmul_rate``.
-        eager: candidates that a CUDA graph cannot hold.
+        dtype: type of the floor's matrix products; None: see ``timer.matmul_rate``.
+        eager: candidates that cannot be captured in a CUDA graph.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
 
 
 def machine() -> dict[str, Any]:
-    """Where a row was measured: processor, versions, commit, date."""
+    """Return the origin of a row: processor, versions, commit, date."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "gpu": gpu,
@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checkout's commit; of a copy without its history, what the variable GIT_COMMIT says."""
+    """Return the checkout's commit, or GIT_COMMIT in a copy without history."""
     if not (shutil.which("git") and (ROOT / ".git").exists()):
         return os.environ.get("GIT_COMMIT", "unknown")
     return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
@@ -93,13 +93,13 @@ def installed(module: str) -> bool:
 
 
 def green(op: str) -> bool:
-    """Whether the op's own tests pass, on the GPU where there is one."""
+    """Return whether the op's tests pass, on the GPU if there is one."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/kernels/test_{op}.py"]
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def rows(op: str, case: Case, timings: Mapping[str, Timing], device: torch.device) -> list[dict[str, Any]]:
-    """One JSON row a candidate: times, ratio to the baseline (above 1 = faster), rates and share of the floor."""
+    """Return one row a candidate: times, ratio to the baseline (above 1 = faster), rates and share of the floor."""
     floor_s = case.useful_bytes / bandwidth(device) if case.useful_bytes else 0.0
     floor_s = max(floor_s, case.useful_flops / matmul_rate(device, case.dtype) if case.useful_flops else 0.0)
     result = []
@@ -125,9 +125,9 @@ def main(
     *,
     gpu_only: bool = False,
 ) -> int:
-    """Command line of a ``bench_<op>`` file: check, measure, print, append rows; the exit code.
+    """Run the command line of a ``bench_<op>`` file: check, measure, print, append rows; return the exit code.
 
-    ``gpu_only``: without a GPU there is nothing to compare, because a CPU runs torch's own implementation alone.
+    ``gpu_only``: measure nothing without a GPU, since a CPU only runs torch's implementation.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
@@ -144,21 +144,21 @@ def main(
     print(machine())
     with torch._dynamo.config.patch(recompile_limit=RECOMPILES), capturing_stream(device):
         for case in cases(device):
-            found = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
-            for row in found:
+            new_rows = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
+            for row in new_rows:
                 print(line(row))
-            file = append(op, found)
+            file = append(op, new_rows)
     print(f"rows appended to {file}")
     return 0
 
 
 def append(op: str, found: Iterable[Mapping[str, Any]]) -> Path:
-    """Append rows, each with the machine it was measured on, to the op's file of this machine and month."""
+    """Append rows with their machine to BENCHMARK_ROWS, or to the op's file of this machine and month."""
     where = machine()
-    given = os.environ.get("BENCHMARK_ROWS")
+    override = os.environ.get("BENCHMARK_ROWS")
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
     month = f"{op}_{name}_{datetime.date.today():%Y%m}.jsonl"
-    file = Path(given) if given else ROOT / "benchmarks" / "results" / month
+    file = Path(override) if override else ROOT / "benchmarks" / "results" / month
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps({**row, **where}) + "\n" for row in found)

@@ -1,8 +1,8 @@
-"""Whole training steps of the same work: timm's distillation task, the official loop re-stated, ours lever by lever.
+"""Whole training steps on the same workload: timm's distillation task, the official loop, ours lever by lever.
 
-A contestant is built from a ``Workload``; its ``step(batch)`` does everything from images on the device to new weights
-and a new moving average, and returns the loss. All start from the same weights; ``check_equal`` takes some steps with
-each and compares losses, so that forward, backward and optimizer are known to agree before any time is taken.
+A contestant is built from a ``Workload``; its ``step(batch)`` computes new weights and a new moving average from images
+on the device, and returns the loss. All start from the same weights; ``check_equal`` runs some steps of each and
+compares losses, to verify forward, backward and optimizer before timing.
 """
 
 # B images in a batch, C channels, H height, W width, K classes
@@ -33,16 +33,16 @@ Step = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contestant trains.
+    """Workload of all contestants.
 
     Args:
-        student: our name of it; timm's model has the same size, patch and heads.
+        student: our model name; timm's model has the same size, patch and heads.
         img_size: side in pixels.
         num_classes: K.
         batch_size: B.
         teacher: arch of ``create_teacher``.
         precision: bf16 (autocast) or fp32.
-        device: where.
+        device: device of the step.
     """
 
     student: str
@@ -55,13 +55,13 @@ class Workload:
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The student that all start from."""
+        """Initial weights of every student."""
         torch.manual_seed(0)
         return create_student(self.student, self.num_classes, self.img_size, drop_path=0.0).state_dict()
 
     @functools.cached_property
     def network(self) -> nn.Module:
-        """The teacher's CNN, with batch-norm statistics other than 0 and 1."""
+        """CNN of the teacher, with random batch-norm statistics."""
         torch.manual_seed(1)
         network = create_teacher(self.teacher, self.num_classes)
         for name, buffer in network.named_buffers():
@@ -72,7 +72,7 @@ class Workload:
         return network.eval().requires_grad_(False)
 
     def batch(self, seed: int) -> Batch:
-        """A mixed batch of noise."""
+        """Return a mixed batch of noise."""
         generator = torch.Generator().manual_seed(seed)
         size = (self.batch_size, 3, self.img_size, self.img_size)
         images_BCHW = torch.randn(size, generator=generator).to(self.device)
@@ -80,12 +80,12 @@ class Workload:
         return Batch(images_BCHW, labels_B, labels_B.flip(0), torch.tensor(0.3, device=self.device))
 
     def autocast(self) -> torch.autocast:
-        """The step's precision."""
+        """Return the autocast context of the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def best_attention(device: torch.device) -> AbstractContextManager[None]:
-    """cuDNN's or Flash attention on a GPU, where torch does not choose cuDNN's by itself; torch's only one on a CPU."""
+    """Force cuDNN's or Flash attention on a GPU, since torch does not choose cuDNN's itself."""
     if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -94,7 +94,7 @@ def best_attention(device: torch.device) -> AbstractContextManager[None]:
 
 
 def timm_student(work: Workload) -> nn.Module:
-    """timm's distilled DeiT with the shared weights."""
+    """Create timm's distilled DeiT with the workload's weights."""
     import timm
 
     size, patch = work.student.split("_")[1], int(work.student.split("_patch")[1].split("_")[0])
@@ -105,7 +105,7 @@ def timm_student(work: Workload) -> nn.Module:
 
 
 def dense_target(batch: Batch, num_classes: int) -> Tensor:
-    """timm's Mixup makes this of the labels in every step."""
+    """Return the dense target of a batch, as timm's Mixup builds it in every step."""
     from timm.data.mixup import one_hot
 
     off, on = SMOOTHING / num_classes, 1 - SMOOTHING + SMOOTHING / num_classes
@@ -115,16 +115,16 @@ def dense_target(batch: Batch, num_classes: int) -> Tensor:
 
 
 def timm_task(work: Workload, compiled: bool) -> Step:
-    """``timm_update`` of a batch whose dense target it makes first."""
+    """Return ``timm_update`` with the batch's dense target."""
     update = timm_update(work, compiled)
     return lambda batch: update(batch.images_BCHW, dense_target(batch, work.num_classes))
 
 
 def timm_update(work: Workload, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """timm 1.0's TokenDistillationTask with fused AdamW and its moving average, the best attention backend forced.
+    """Build timm 1.0's TokenDistillationTask with fused AdamW, its moving average and the best attention backend.
 
     Returns:
-        images_BCHW and dense target_BK to the loss.
+        Function of images_BCHW and dense target_BK that returns the loss.
     """
     from timm.loss import SoftTargetCrossEntropy
     from timm.task import TokenDistillationTask
@@ -158,10 +158,10 @@ def timm_update(work: Workload, compiled: bool) -> Callable[[Tensor, Tensor], Te
 
 
 def official_loop(work: Workload) -> Step:
-    """The published code's step as its notes describe it: eager, autocast, the teacher's decision mapped through numpy
-    on the host, a gradient norm nobody reads, four ``item()`` and a synchronize, and an average parameter by parameter.
+    """Build the published code's step, written anew (val-iisc/DeiT-LT engine.py, losses.py).
 
-    Written anew from facts (val-iisc/DeiT-LT engine.py, losses.py); torch's attention stands for xformers'.
+    Eager, autocast, the teacher's decision mapped through numpy on the host, an unused gradient norm, four ``item()``,
+    a synchronize, and an average parameter by parameter; torch's attention in place of xformers'.
     """
     student, teacher = timm_student(work), copy.deepcopy(work.network).to(work.device)
     student.set_distilled_training(True)  # type: ignore[operator]
@@ -200,10 +200,10 @@ def official_loop(work: Workload) -> Step:
 
 
 def ours(work: Workload, *, shortcut: bool = True, **settings: object) -> Step:
-    """fastdeitlt's step.
+    """Build fastdeitlt's step.
 
     Args:
-        shortcut: the last block computes only the CLS and DIST rows.
+        shortcut: whether the last block computes only the CLS and DIST rows.
         settings: config fields, section and name joined by two underscores (``train__compile=False``).
     """
     values = {name.replace("__", "."): value for name, value in settings.items()}
@@ -246,14 +246,14 @@ LEVERS: dict[str, Callable[[Workload], Step]] = {
     "as shipped, autotuned": lambda work: ours(work, train__autotune=True),
     "as shipped, DeepSpeed": lambda work: ours(work, train__engine="deepspeed", train__zero_stage=1),
 }
-"""Contestants in the order of the waterfall. Some need a GPU, or gain nothing without."""
+"""Contestants in the order of the waterfall; those in ``GPU_ONLY`` need a GPU or gain nothing without one."""
 ONE_OFF: dict[str, Callable[[Workload], Step]] = {
     f"kernels, {setting.partition('__')[2].replace('impl', 'joint_loss')} by torch": functools.partial(
         ours, optim__backend="fastdeitlt", **TRITON | {setting: TORCH[setting]}
     )
     for setting in TORCH
 }
-"""Contestants with all kernels but one, on request: which of them costs time in the whole step."""
+"""Contestants with all kernels but one, on request, to measure each kernel in the whole step."""
 GPU_ONLY = frozenset({"+ kernels", "as shipped, fused teacher", "as shipped, autotuned", *ONE_OFF})
 BASELINE = "timm, compiled"
 
@@ -261,13 +261,13 @@ BASELINE = "timm, compiled"
 def check_equal(
     steps: Mapping[str, Step], work: Workload, num_steps: int = 3, tolerance: float | None = None
 ) -> dict[str, list[float]]:
-    """Take the same steps with every contestant; their losses.
+    """Run the same steps with every contestant and compare their losses; return them.
 
     Args:
         tolerance: largest relative difference from the first contestant's loss; None: 1e-4 in fp32, 2e-2 in bf16.
 
     Raises:
-        AssertionError: a contestant's loss differs, so its time would mean nothing.
+        AssertionError: a contestant's loss differs.
     """
     allowed = tolerance if tolerance is not None else 1e-4 if work.precision == "fp32" else 2e-2
     losses = {name: [float(step(work.batch(i))) for i in range(num_steps)] for name, step in steps.items()}

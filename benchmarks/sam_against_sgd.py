@@ -1,9 +1,9 @@
-"""SAM against plain SGD on the embedded data: the quick start's teacher, otherwise equal, over seeds.
+"""SAM against plain SGD on the embedded data: the quick start's teacher with each, over seeds.
 
     python -m benchmarks.sam_against_sgd [--seeds 0 1 2] [--runs-dir runs/sam] [--table]
 
-Trains what is missing (an interrupted run continues), diagnoses each teacher on the quick start's images, and prints
-one table: mean and sample standard deviation over seeds. ``--table`` trains nothing.
+Trains missing runs (an interrupted one resumes), diagnoses each teacher on the quick start's images, and prints mean
+and sample standard deviation over seeds. ``--table`` trains nothing.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ARMS = {"SAM": "sam", "SGD": "none"}
 
 
 def numbers(folder: Path) -> dict[str, float]:
-    """What the table shows of a finished run; its diagnosis is made once and kept in the run's folder."""
+    """Return the table's numbers of a finished run; its diagnosis is cached in the run's folder."""
     kept = folder / "analysis" / "teacher.json"
     if not kept.is_file():
         kept.parent.mkdir(exist_ok=True)
@@ -34,22 +34,22 @@ def numbers(folder: Path) -> dict[str, float]:
         write_atomically(kept, json.dumps(facts, indent=1))
     facts, results = read_json(kept), read_json(folder / "results.json")
     top1 = results["test"]["heads"]["TEACHER"]["top1"]["official"]
-    found = {f"test accuracy, {group}, %": top1[group] for group in GROUPS}
-    found["clean training images right, %"] = facts["clean"]["accuracy"]
-    found["mixed, resized training images right, %"] = facts["mixed_resized"]["accuracy"]
-    found["entropy on them, nats"] = facts["mixed_resized"]["entropy"]
+    row = {f"test accuracy, {group}, %": top1[group] for group in GROUPS}
+    row["clean training images right, %"] = facts["clean"]["accuracy"]
+    row["mixed, resized training images right, %"] = facts["mixed_resized"]["accuracy"]
+    row["entropy on them, nats"] = facts["mixed_resized"]["entropy"]
     for radius, gap in facts["sharpness"]["gap"].items():
-        found[f"rise of the loss at radius {radius}"] = gap
-    found["largest eigenvalue of the Hessian"] = facts["sharpness"]["top_eigenvalue"]
+        row[f"rise of the loss at radius {radius}"] = gap
+    row["largest eigenvalue of the Hessian"] = facts["sharpness"]["top_eigenvalue"]
     for centring in ("sample", "feature"):
-        found[f"feature rank, centred by {centring}, of {facts['feature_rank']['width']}"] = facts["feature_rank"][
+        row[f"feature rank, centred by {centring}, of {facts['feature_rank']['width']}"] = facts["feature_rank"][
             centring
         ]
-    return found
+    return row
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Mean and sample standard deviation of each number."""
+    """Return mean and sample standard deviation of each number."""
     return {
         name: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
         for name in runs[0]
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="train nothing, show what is finished")
     options = parser.parse_args(arguments)
     run.set_up_logging()
-    found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in ARMS}
+    numbers_of: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in ARMS}
     for seed in options.seeds:
         for arm, sam in ARMS.items():
             folder = options.runs_dir / f"{sam}-{seed}"
@@ -72,15 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
                 settings = [f"name={sam}-{seed}", f"runs_dir={options.runs_dir}", f"train.seed={seed}"]
                 train_teacher(config.load("teacher/quickstart", [*settings, f"teacher_training.sam={sam}"]))
             if (folder / "results.json").is_file():
-                found[arm][seed] = numbers(folder)
-    arms = {arm: summary(list(runs.values())) for arm, runs in found.items() if runs}
-    seeds = {arm: sorted(found[arm]) for arm in arms}
+                numbers_of[arm][seed] = numbers(folder)
+    arms = {arm: summary(list(runs.values())) for arm, runs in numbers_of.items() if runs}
+    seeds = {arm: sorted(numbers_of[arm]) for arm in arms}
     print("| | " + " | ".join(f"{arm} ({len(seeds[arm])} seeds)" for arm in arms) + " |")
     print("| --- |" + " --- |" * len(arms))
     for name in next(iter(arms.values()), {}):
         print(f"| {name} | " + " | ".join(_shown(*arms[arm][name]) for arm in arms) + " |")
     rows: list[dict[str, Any]] = [
-        {"op": "sam_against_sgd", "arm": arm, "seed": seed, **found[arm][seed]} for arm in arms for seed in seeds[arm]
+        {"op": "sam_against_sgd", "arm": arm, "seed": seed, **numbers_of[arm][seed]}
+        for arm in arms
+        for seed in seeds[arm]
     ]
     if not options.table:
         print(f"rows appended to {harness.append('sam_against_sgd', rows).relative_to(harness.ROOT)}")

@@ -1,11 +1,11 @@
-"""A plan for 1 to 512 GPUs: epoch, communication, checkpoint and failures from a step time that you give.
+"""Model of a run on 1 to 512 GPUs: epoch, communication, checkpoint and failures from a measured step time.
 
     python -m benchmarks.simulate --step-ms MS --batch B [--images N] [--parameters P] [--gpus 1 2 4 ... 512] ...
     python -m benchmarks.simulate --check [--ranks 1 2 4]
 
-No speed is built in: the step of one GPU and every link are inputs (``fastdeitlt bench CONFIG`` gives the first). The
-model is in docs/scaling.md. ``--check`` takes its inputs from one and two gloo processes on this machine, predicts the
-step of more, and measures it.
+No speed is built in: the step of one GPU (from ``fastdeitlt bench CONFIG``) and every link are inputs. The model is in
+docs/scaling.md. ``--check`` measures one and two gloo processes on this machine, predicts the step of more, and
+measures it.
 """
 
 import argparse
@@ -28,14 +28,14 @@ FP32, MOMENTS = 4, 2
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the reader knows of the machines.
+    """Properties of the machines.
 
     Args:
-        gpus_per_node: GPUs behind the fast link.
-        intra_gb_s, inter_gb_s: GB/s that one GPU sends within a node and, its share of the node's network, out of it.
-        latency_us: of one message.
-        disk_gb_s: of the file system, for one writer.
-        mtbf_hours: mean time between failures of one GPU with its share of the machine.
+        gpus_per_node: GPUs on the fast link.
+        intra_gb_s, inter_gb_s: GB/s that one GPU sends within a node, and to other nodes (its part of the network).
+        latency_us: latency of one message.
+        disk_gb_s: GB/s of the file system for one writer.
+        mtbf_hours: mean time between failures of one GPU with its part of the machine.
         restart_s: from a failure to the first step of the restarted run.
     """
 
@@ -50,16 +50,16 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained.
+    """Properties of the training.
 
     Args:
-        images: of the training set; an epoch of repeated augmentation has as many.
-        parameters: of the student.
+        images: number of training images; an epoch of repeated augmentation has as many.
+        parameters: number of the student's parameters.
         step_ms: forward, backward and optimizer of one micro-batch on one GPU, without communication.
         batch: images in a micro-batch.
         accumulate: micro-batches between exchanges of gradients.
         zero: ZeRO stage.
-        overlap: share of the communication that hides behind the backward pass.
+        overlap: share of the communication that overlaps with the backward pass.
         ema: whether a moving average is kept.
     """
 
@@ -75,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds, unless the name says otherwise."""
+    """Prediction in seconds, except ``images_per_s``, and the ratios ``efficiency`` and ``lost``."""
 
     gpus: int
     exchange: float
@@ -89,7 +89,7 @@ class Prediction:
 
 
 def messages(zero: int, accumulate: int) -> int:
-    """Messages of the gradients' size that a rank sends in an optimizer step, each times (N - 1) / N.
+    """Return the messages of the gradients' size that a rank sends in an optimizer step, each times (N - 1) / N.
 
     A reduce-scatter of gradients and an all-gather of weights; stage 2 reduces after every micro-batch, stage 3 also
     gathers for every forward and again for every backward pass.
@@ -98,7 +98,7 @@ def messages(zero: int, accumulate: int) -> int:
 
 
 def exchange_s(job: Job, cluster: Cluster, gpus: int) -> float:
-    """A ring over all GPUs at the speed of its slowest link: volume / bandwidth + messages x latency."""
+    """Return the seconds of a ring over all GPUs at its slowest link: volume / bandwidth + messages x latency."""
     if gpus == 1:
         return 0.0
     link = cluster.intra_gb_s if gpus <= cluster.gpus_per_node else min(cluster.intra_gb_s, cluster.inter_gb_s)
@@ -107,12 +107,12 @@ def exchange_s(job: Job, cluster: Cluster, gpus: int) -> float:
 
 
 def checkpoint_s(job: Job, cluster: Cluster) -> float:
-    """Weights, two moments and the average in float32, written by one process."""
+    """Return the seconds to write weights, two moments and the average in float32 by one process."""
     return FP32 * job.parameters * (1 + MOMENTS + job.ema) / (cluster.disk_gb_s * 1e9) if cluster.disk_gb_s else 0.0
 
 
 def predict(job: Job, cluster: Cluster, gpus: int) -> Prediction:
-    """The model of docs/scaling.md at one number of GPUs."""
+    """Predict a run on a number of GPUs by the model of docs/scaling.md."""
     compute, exchange = job.step_ms / 1e3 * job.accumulate, exchange_s(job, cluster, gpus)
     step = compute + exchange * (1 - job.overlap)
     per_step = job.batch * job.accumulate * gpus
@@ -126,7 +126,7 @@ def predict(job: Job, cluster: Cluster, gpus: int) -> Prediction:
 
 
 def residency(image_bytes: float, images: int, device_gb: float, host_gb: float, ranks_per_host: int) -> str:
-    """Where ``data.residency=auto`` would put a set: half of what is free, every rank with a copy of its own."""
+    """Return the residency that ``data.residency=auto`` selects: at most half the memory, a copy on every rank."""
     needed = image_bytes * images / 1e9
     if needed <= device_gb / 2:
         return "device"
@@ -134,7 +134,7 @@ def residency(image_bytes: float, images: int, device_gb: float, host_gb: float,
 
 
 def show(job: Job, cluster: Cluster, gpus: Sequence[int]) -> None:
-    """The table of a plan."""
+    """Print the table of predictions."""
     print(f"{job}\n{cluster}")
     heads = ("GPUs", "images a step", "exchange ms", "step ms", "images/s", "efficiency", "epoch s", "checkpoint s",
              "every s", "lost")  # fmt: skip
@@ -149,7 +149,7 @@ def show(job: Job, cluster: Cluster, gpus: Sequence[int]) -> None:
 
 
 def rank(calls: int) -> None:
-    """One process of the check: times of a tiny and a whole exchange, of a step alone and of a step with exchange."""
+    """Time a tiny and a whole exchange, a step alone and a step with exchange in one process of the check."""
     from torch import distributed as collective
 
     from benchmarks.bench_step import CASES
@@ -192,7 +192,7 @@ def rank(calls: int) -> None:
 
 
 def check(ranks: Sequence[int], calls: int) -> list[dict[str, float]]:
-    """Measure 1, 2, ... processes; predict each from the compute of one and the link of two."""
+    """Measure 1, 2, ... processes, and predict each from the compute of one and the link of two."""
     cores, measured = len(os.sched_getaffinity(0)), {}
     for number in ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
@@ -208,11 +208,11 @@ def check(ranks: Sequence[int], calls: int) -> list[dict[str, float]]:
         crowd = max(1.0, number / cores)  # ranks that share a core share its time, and the link's
         job = Job(0, int(one["parameters"]), 1e3 * one["compute"] * crowd, int(one["batch"]), zero=0)
         cluster = Cluster(max(ranks), intra_gb_s=link / crowd, latency_us=1e6 * latency * crowd)
-        predicted, found = predict(job, cluster, number), measured[number]
-        rows.append({"ranks": number, "exchange_ms": 1e3 * found["exchange"], "step_ms": 1e3 * found["step"],
+        predicted, times = predict(job, cluster, number), measured[number]
+        rows.append({"ranks": number, "exchange_ms": 1e3 * times["exchange"], "step_ms": 1e3 * times["step"],
                      "predicted_exchange_ms": 1e3 * predicted.exchange, "predicted_step_ms": 1e3 * predicted.step,
                      "link_gb_s": link, "latency_us": 1e6 * latency, "cores": cores})  # fmt: skip
-        row, off = rows[-1], found["step"] / predicted.step - 1
+        row, off = rows[-1], times["step"] / predicted.step - 1
         print(f"{number} ranks on {cores} cores: exchange {row['exchange_ms']:.2f} ms, predicted "
               f"{row['predicted_exchange_ms']:.2f}; step {row['step_ms']:.1f} ms, predicted "
               f"{row['predicted_step_ms']:.1f} ({off:+.0%})")  # fmt: skip

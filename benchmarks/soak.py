@@ -1,14 +1,14 @@
-"""Soak: one run killed again and again beside one that nothing touches; both must end with the same bits.
+"""Soak test: a run that is killed repeatedly must end bit for bit like an uninterrupted one.
 
     python -m benchmarks.soak --minutes 30      # kills every 20 to 60 s
     python -m benchmarks.soak --minutes 1       # a quick look: kills every 3 to 8 s
 
-Two ranks train the embedded images with a checkpoint every few steps. In turn the launcher and all ranks die of
-SIGKILL, one rank does, the launcher gets SIGTERM (all ranks save and stop with exit code 75), or a kill is aimed at the
-moment a checkpoint is being written or an evaluation was logged; then the same command starts again. At the end
-weights, moving average, optimizer state, the best checkpoint, every logged loss and evaluation and the test results are
-compared bit for bit with the untouched run's. The seconds between kills count from a life's first new step; time in
-which the machine freezes this process does not count.
+Two ranks train the embedded images with a checkpoint every few steps. In turn, SIGKILL ends the launcher and all ranks
+or one rank, SIGTERM ends the launcher (all ranks save and stop with exit code 75), or SIGKILL is timed to a checkpoint
+being written or an evaluation just logged; then the same command is rerun. At the end weights, moving average,
+optimizer state, the best checkpoint, every logged loss and evaluation and the test results are compared bit for bit
+with the uninterrupted run. The seconds between kills count from the first new step after a restart; time in which this
+process is suspended does not count.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SETTINGS = {
     "student.drop_path": 0.2,
     "augment.crop_scale": [0.5, 1.0],
     "teacher.img_size": 28,
-    "teacher.check": False,  # it knows nothing
+    "teacher.check": False,  # its weights are random
     "train.batch_size": 16,
     "train.virtual_ranks": 2,
     "train.compile": False,
@@ -58,7 +58,7 @@ SETTINGS = {
 
 
 class AwakeClock:
-    """Seconds since the start without the gaps in which this process did not run."""
+    """Clock of the seconds in which this process ran."""
 
     def __init__(self) -> None:
         self.seconds, self._last = 0.0, time.monotonic()
@@ -73,7 +73,7 @@ class AwakeClock:
 
 
 def settings(folder: Path, steps: int) -> Path:
-    """A configuration of about ``steps`` optimizer steps, with a teacher, across the switch to re-weighting."""
+    """Write a configuration of about ``steps`` optimizer steps, with a teacher and a switch to re-weighting."""
     root = embedded.unpack()
     torch.manual_seed(1)
     manifest = {
@@ -97,7 +97,7 @@ def settings(folder: Path, steps: int) -> Path:
 
 
 def start(path: Path, name: str, log: Path) -> subprocess.Popen[bytes]:
-    """The command that a user types, with its output appended to ``log``."""
+    """Start the training command, with its output appended to ``log``."""
     command = [sys.executable, "-P", "-m", "fastdeitlt.cli", "train", str(path), f"name={name}", "--processes", "2"]
     return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, env=os.environ | THREADS)
 
@@ -106,7 +106,7 @@ THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 def children(pid: int) -> list[int]:
-    """The ranks that a launcher has started and that have not ended."""
+    """Return the running ranks of a launcher."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:  # the launcher has ended
@@ -114,18 +114,18 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Those that are still running (a zombie is not)."""
+    """Return the processes that are still running, without zombies."""
     return [p for p in pids if (stat := Path(f"/proc/{p}/stat")).exists() and stat.read_text().split(") ")[1][0] != "Z"]
 
 
 def steps_logged(run: Path) -> int:
-    """Lines of the run's log."""
+    """Count the lines of the run's log."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def evaluations_logged(run: Path) -> int:
-    """Evaluations in the run's log."""
+    """Count the evaluations in the run's log."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b'"kind": "eval"') if path.exists() else 0
 
@@ -151,7 +151,7 @@ def strike(kind: str, launcher: subprocess.Popen[bytes], ranks: list[int], run: 
 
 
 def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock) -> dict[str, Any]:
-    """Run to the end through kills; what happened."""
+    """Run to the end through kills; return counts, exit codes and times."""
     run, codes, kills, seconds = folder / "killed", [], dict.fromkeys(KINDS, 0), []
     while True:
         launcher, begun = start(path, "killed", folder / "killed.log"), steps_logged(run)
@@ -180,16 +180,16 @@ def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What is not the same bit for bit."""
-    found = []
+    """Return what differs between two runs, compared bit for bit."""
+    diffs = []
     for folder, parts in (("last", ("model", "ema", "optimizer")), ("before-drw", ("model",)), ("best", ("model",))):
         manifests = [read_manifest(run / "checkpoints" / folder) for run in (one, other)]
         if manifests[0] != manifests[1]:
-            found.append(f"{folder}: manifest ({', '.join(str(m.get('selected', m['step'])) for m in manifests)})")
+            diffs.append(f"{folder}: manifest ({', '.join(str(m.get('selected', m['step'])) for m in manifests)})")
         for part in parts:
             a, b = (load_tensors(run / "checkpoints" / folder, part) for run in (one, other))
             names = a.keys() | b.keys()
-            found += [f"{folder}: {part} {k}" for k in names if k not in a or k not in b or not torch.equal(a[k], b[k])]
+            diffs += [f"{folder}: {part} {k}" for k in names if k not in a or k not in b or not torch.equal(a[k], b[k])]
     logs = []
     for run in (one, other):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -197,17 +197,17 @@ def differences(one: Path, other: Path) -> list[str]:
     for kind in sorted({line["kind"] for log in logs for line in log}):
         ours, theirs = ([line for line in log if line["kind"] == kind] for log in logs)
         if ours != theirs:
-            found.append(f"log: {kind} records ({len(ours)} and {len(theirs)})")
+            diffs.append(f"log: {kind} records ({len(ours)} and {len(theirs)})")
     if logs[0] != logs[1]:
-        found.append("log: as a whole")
+        diffs.append("log: as a whole")
     for name in ("results.json", "summary.csv"):
         if len({(run / name).read_text() for run in (one, other)}) > 1:
-            found.append(name)
-    return found + [f"{run.name}: no report" for run in (one, other) if not (run / "report.html").is_file()]
+            diffs.append(name)
+    return diffs + [f"{run.name}: no report" for run in (one, other) if not (run / "report.html").is_file()]
 
 
 def main() -> int:
-    """Command line; exit code 1 when the runs differ or one failed."""
+    """Run the command line; return 1 if the runs differ or one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="about how long the killed run lasts")
     parser.add_argument("--steps-per-second", type=float, default=10.0, help="of this machine; chooses the length")
@@ -221,18 +221,18 @@ def main() -> int:
     path = settings(folder, round(arguments.minutes * 60 * arguments.steps_per_second))
     clock = AwakeClock()
     whole = start(path, "whole", folder / "whole.log")
-    found = soak(path, folder, gap_s, clock)
+    outcome = soak(path, folder, gap_s, clock)
     lasted = clock.seconds
     while whole.poll() is None:
         clock.tick()
-    if whole.returncode or found["exit_codes"][-1]:
-        print(f"exit codes: untouched {whole.returncode}, killed {found['exit_codes'][-1]}; see {folder}")
+    if whole.returncode or outcome["exit_codes"][-1]:
+        print(f"exit codes: untouched {whole.returncode}, killed {outcome['exit_codes'][-1]}; see {folder}")
         return 1
     wrong = differences(folder / "whole", folder / "killed")
     steps = read_manifest(folder / "whole" / "checkpoints" / "last")["step"]
     left = [p.name for p in (folder / "killed" / "checkpoints").glob(".*")]
     due = (folder / "killed.log").read_text(errors="replace").count("is due")
-    facts = {"steps": steps, "awake_minutes": round(lasted / 60, 1), **found, "evaluations_due": due}
+    facts = {"steps": steps, "awake_minutes": round(lasted / 60, 1), **outcome, "evaluations_due": due}
     print(json.dumps(facts | {"drafts_left": left}))
     print(f"{len(wrong)} differences{': ' + ', '.join(wrong[:5]) if wrong else ', bit for bit the same'}")
     return int(bool(wrong))

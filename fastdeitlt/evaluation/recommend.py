@@ -1,4 +1,4 @@
-"""Which of a run's models to use: the teacher, or one of the student's heads, by balanced validation accuracy.
+"""Recommendation of a run's best model: teacher or one of the student's heads, by balanced validation accuracy.
 
 K classes.
 """
@@ -16,7 +16,7 @@ METHOD = "Wilson intervals of the classes, combined for their mean (MOVER, 95 %)
 
 @dataclass(frozen=True)
 class Scored:
-    """Balanced validation accuracy of one way to predict, in per cent."""
+    """Balanced validation accuracy of one model or head, in per cent."""
 
     name: str
     """TEACHER, AVG, CLS or DIST."""
@@ -28,33 +28,33 @@ class Scored:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The best way to predict, and those beside it, best first."""
+    """Scores of all models and heads, best first."""
 
     scored: tuple[Scored, ...]
     num_images: int
-    """Validation images."""
+    """Number of validation images."""
 
     @property
     def best(self) -> Scored:
-        """The recommended one."""
+        """Recommended model or head."""
         return self.scored[0]
 
     @property
     def alike(self) -> tuple[str, ...]:
-        """Others whose accuracy lies within the best one's interval: these images do not tell them apart."""
+        """Others whose accuracy is within the best one's interval, so not distinguishable on these images."""
         return tuple(other.name for other in self.scored[1:] if other.accuracy >= self.best.low)
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it."""
+        """Return the entry of results.json."""
         return {**asdict(self), "by": "balanced validation accuracy", "interval": METHOD}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Recommendation":
-        """The inverse of ``to_json``."""
+        """Build a recommendation from ``to_json``'s tree."""
         return cls(tuple(Scored(**scored) for scored in tree["scored"]), tree["num_images"])
 
     def sentence(self) -> str:
-        """The recommendation for a reader."""
+        """Return the recommendation as a sentence."""
         best, others = self.best, self.scored[1:]
         text = (
             f"use {best.name}: balanced accuracy {best.accuracy:.1f} % ({best.low:.1f} to {best.high:.1f}) on "
@@ -70,27 +70,27 @@ class Recommendation:
 def recommend(student: Result | None, teacher: Result | None) -> Recommendation | None:
     """Rank the teacher and the student's heads by their scores on the same validation images; None without any.
 
-    Of equal ones AVG comes first, then CLS, DIST and the teacher.
+    Ties are in the order AVG, CLS, DIST, teacher.
     """
-    found: dict[str, tuple[HeadResult, Result]] = {}
+    heads: dict[str, tuple[HeadResult, Result]] = {}
     for result in (student, teacher):
         if result is not None:
-            found |= {name: (head, result) for name, head in result.heads.items()}
-    if not found:
+            heads |= {name: (head, result) for name, head in result.heads.items()}
+    if not heads:
         return None
     scored = [
         Scored(name, head.balanced_accuracy, *balanced_interval(head.correct_K, result.support_K))
-        for name, (head, result) in found.items()
+        for name, (head, result) in heads.items()
     ]
-    num_images = max(result.num_images for _, result in found.values())
+    num_images = max(result.num_images for _, result in heads.values())
     return Recommendation(tuple(sorted(scored, key=lambda s: -s.accuracy)), num_images)
 
 
 def balanced_interval(correct_K: list[int], support_K: list[int]) -> tuple[float, float]:
-    """95 % interval of the mean of class accuracies in per cent; classes without images are left out.
+    """Return the 95 % interval of the mean of class accuracies in per cent; classes without images are ignored.
 
-    The distance of each end from the mean is the root of the summed squares of the classes' distances, which Wilson's
-    interval gives also where all or none of a class's few images are right. A bootstrap has no spread there.
+    The distance of each end from the mean is the root of the summed squares of the classes' Wilson distances, over the
+    number of classes. Unlike a bootstrap, it has a spread even if all or none of a class's few images are right.
 
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures" (MOVER).
     """
