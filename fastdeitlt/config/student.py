@@ -189,8 +189,8 @@ class TeacherConfig(Section):
     """Compute bias, shortcut and ReLU inside the teacher's convolutions, by cuDNN on a GPU. Equal logits up to
     rounding; not measured on a GPU."""
     cudnn_benchmark: bool = False
-    """Let cuDNN time its algorithms for the teacher's convolutions in the first step. The fastest may change from run
-    to run, and with it the last bits; not measured on a GPU."""
+    """Let cuDNN time its algorithms for the teacher's convolutions in the first step. The choice, and with it the last
+    bits, may differ between runs; not measured on a GPU."""
 
 
 class LossConfig(Section):
@@ -265,9 +265,8 @@ class TrainConfig(Section):
     """Data-parallel ranks that the recipe is defined for; fewer real ranks process their batches in turn and give the
     same steps. 0 = the real number."""
     ranks_per_forward: int = Field(1, ge=1)
-    """Virtual ranks whose micro-batches go through one forward and backward pass, each with its own losses: the same
-    steps up to rounding, in fewer and larger launches and more memory; not measured on a GPU. Compiled, drop path draws
-    other random numbers."""
+    """Virtual ranks per forward and backward pass, each with its own losses: the same steps up to rounding, with fewer,
+    larger launches and more memory; not measured on a GPU. When compiled, drop path uses other random numbers."""
     seed: int = Field(0, ge=0)
     """Seed of weights, augmentation, mixing and drop path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -280,8 +279,8 @@ class TrainConfig(Section):
     """Let the compiler time alternatives for each matrix product and convolution at the start, which takes minutes; on
     a GPU also Triton's, with fused epilogues. A resumed run may select others, and differ in the last bits."""
     cuda_graphs: bool = False
-    """Replay forward and backward as CUDA graphs, for small students, whose step is bound by launches. Needs a GPU, the
-    plain engine and compile=true; not measured on a GPU."""
+    """Replay forward and backward as CUDA graphs, for small students with launch-bound steps. Needs a GPU, the plain
+    engine and compile=true; not measured on a GPU."""
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     """Backward, accumulation and step. auto: plain on one rank, DeepSpeed on more."""
     zero_stage: int = Field(1, ge=0, le=3)

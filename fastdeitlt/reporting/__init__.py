@@ -1,5 +1,4 @@
-"""The HTML report of a run or of several, its tables and figures, and the analyses that add sections to it.
+"""HTML reports of runs: tables, figures, and sections of analyses.
 
-Reads a finished run's files. Imports ``evaluation``, ``run`` and below; the spine, ``tools`` and the command line
-import it.
+Reads the files of finished runs. Imports ``evaluation``, ``run`` and below.
 """

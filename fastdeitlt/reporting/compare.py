@@ -1,4 +1,4 @@
-"""Several runs side by side on one HTML page."""
+"""HTML page that compares runs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,14 +16,14 @@ from fastdeitlt.run.run_files import Record, RunFiles, column, read_run
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write a page that sets the results, curves, speed and settings of runs side by side.
+    """Write a page that compares results, curves, speed and settings of runs.
 
     Args:
-        run_dirs: two or more run folders; runs without results show up in the curves and settings only.
-        out: the file to write; by default ``compare.html`` beside the first run.
+        run_dirs: two or more run folders; runs without results are in the curves and settings only.
+        out: the file to write; default: ``compare.html`` next to the first run.
 
     Raises:
-        UserError: fewer than two runs, one run twice, or a folder that cannot be read.
+        UserError: fewer than two runs, a duplicate run, or an unreadable folder.
     """
     if len(run_dirs) < 2:
         raise UserError(f"compare: got {len(run_dirs)} run folder, expected at least 2")
@@ -35,7 +35,7 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Pa
 
 
 def _told_apart(runs: list[RunFiles]) -> list[RunFiles]:
-    """The runs, each named by as much of the end of its path as no other has."""
+    """Name each run by its shortest unique path suffix."""
     paths = [run.folder.resolve().parts for run in runs]
     if len(set(paths)) < len(paths):
         raise UserError(f"compare: got one run twice ({', '.join(str(run.folder) for run in runs)}); give each once")
@@ -73,18 +73,18 @@ def _results(runs: list[RunFiles]) -> Section:
 
 
 def _split_name(scored: dict[str, Result], split: str = "official") -> str:
-    """What a split is called; runs on different data sets may have two names for it."""
+    """Return the title of a split; runs on different data sets may have different ones."""
     return " or ".join(dict.fromkeys(result.split_name(split) for result in scored.values()))
 
 
 def _measures(scored: dict[str, Result]) -> Table:
-    """What the head that predicts is worth beside accuracy on balanced classes."""
+    """Return a table of further measures of the predicting head."""
     rows = []
     for name, result in scored.items():
         head, shifted = result.heads[result.main], shift.accuracies(result)[result.main]
-        shown = [head.balanced_accuracy, head.macro_f1, shifted["forward 50"], shifted["backward 50"]]
+        accuracies = [head.balanced_accuracy, head.macro_f1, shifted["forward 50"], shifted["backward 50"]]
         calibration = [head.ece["official"]["all"], head.nll["official"]["all"]]
-        rows.append([name, *(cell(value) for value in shown), cell(calibration[0]), cell(calibration[1], 3)])
+        rows.append([name, *(cell(value) for value in accuracies), cell(calibration[0]), cell(calibration[1], 3)])
     header = ["", "balanced", "macro F1", "forward 50", "backward 50", "ECE", "NLL"]
     return Table("Other measures (forward, backward: shifted test)", header, rows, wide=True)
 
@@ -116,7 +116,7 @@ def _curves(runs: list[RunFiles]) -> Section:
 
 
 def _of_one_kind(points: list[Record]) -> list[Record]:
-    """The evaluations of the first one's weights: the model's own, or their average."""
+    """Return the evaluations of one kind of weights, that of the first: model or EMA."""
     return [e for e in points if e["weights"] == points[0]["weights"]]
 
 

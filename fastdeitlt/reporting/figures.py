@@ -1,4 +1,4 @@
-"""Figures of the report as inline SVG. Text stays text, names are drawn literally, no global matplotlib state."""
+"""Report figures as inline SVG with real text and no global matplotlib state."""
 
 # K classes
 
@@ -55,11 +55,11 @@ def curves(
     percent: bool = False,
     from_zero: bool = False,
 ) -> Markup:
-    """Lines over epochs with the start of re-weighting marked; long ones are thinned by local means.
+    """Draw lines over epochs, thinned by local means, with the start of re-weighting.
 
     Args:
-        lines: legend -> (epochs, values). A legend that ends in " tail" is dashed.
-        drw_epoch: first re-weighted epoch, -1 for none.
+        lines: legend -> (epochs, values). A legend ending in " tail" is dashed.
+        drw_epoch: first re-weighted epoch; -1 = none.
         percent: fix the axis to 0..100.
         from_zero: start the axis at 0.
 
@@ -97,10 +97,10 @@ def curves(
 
 
 def class_accuracy(result: Result) -> Markup:
-    """Accuracy of each class against its number of training images; AVG with 95 % Wilson intervals if classes are few.
+    """Draw the accuracy of each class over its number of training images.
 
-    Many classes become the mean of each of up to twelve equal groups of classes of similar size. A class without
-    training images stands on the log axis where one with half an image would.
+    Up to 40 classes have 95 % Wilson intervals of the main head; more are averaged in up to twelve groups of similar
+    size. A class without training images is drawn at half an image.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
@@ -129,10 +129,10 @@ def class_accuracy(result: Result) -> Markup:
 
 
 def reliability(result: Result, names: Mapping[str, str] | None = None) -> Markup:
-    """Accuracy against confidence in fifteen bins; on the diagonal, confidence means what it says.
+    """Draw accuracy over confidence in fifteen bins; perfect calibration is the diagonal.
 
     Args:
-        names: scores to draw -> their name in the figure; None: all heads.
+        names: scores to draw -> name in the figure; None: all heads.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
@@ -153,7 +153,7 @@ def reliability(result: Result, names: Mapping[str, str] | None = None) -> Marku
 
 
 def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
-    """Bars in per cent: one bundle of bars a group, one colour a name; a missing value (NaN) has no bar."""
+    """Draw bars in %, grouped by ``groups``, one colour per name; NaN has no bar."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         width = 0.8 / max(len(values), 1)
@@ -170,7 +170,7 @@ def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: 
 
 
 def shifts(names: Sequence[str], lines: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
-    """Accuracy in per cent over shifted test sets, in their order; a line a name, "AVG, told" dashed."""
+    """Draw accuracy in % over shifted test sets; "AVG, told" is dashed."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         for name, values in lines.items():
@@ -185,7 +185,7 @@ def shifts(names: Sequence[str], lines: Mapping[str, Sequence[float]], colours: 
 
 
 def over_blocks(lines: Mapping[str, Sequence[float]], ylabel: str) -> Markup:
-    """One line a name over the blocks of a model, numbered from 1."""
+    """Draw one line per name over a model's blocks, numbered from 1."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         for index, (name, values) in enumerate(lines.items()):
@@ -200,7 +200,7 @@ def over_blocks(lines: Mapping[str, Sequence[float]], ylabel: str) -> Markup:
 
 
 def distances(distance_LH: Sequence[Sequence[float]], uniform: float) -> Markup:
-    """Mean attention distance in pixels: a dot a head over the blocks; dotted, that of even attention."""
+    """Draw each head's mean attention distance by block; dotted: uniform attention."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         for block, heads in enumerate(distance_LH, 1):
@@ -238,7 +238,7 @@ def _by_size(counts_K: np.ndarray, accuracy_K: np.ndarray, few: bool) -> tuple[n
 
 
 def _shade_groups(axes: Axes, counts_K: np.ndarray) -> None:
-    """Grey the middle group of the threshold split (20 to 100 images) and name the three."""
+    """Shade the middle group of the threshold split (20 to 100 images) and label all three."""
     low, high = counts_K.min() / 1.3, counts_K.max() * 1.3
     axes.set_xlim(low, high)
     axes.axvspan(20, 100, color=GRID, alpha=0.5, linewidth=0)
@@ -252,7 +252,7 @@ def _shade_groups(axes: Axes, counts_K: np.ndarray) -> None:
 
 
 def _svg(figure: Figure) -> Markup:
-    """The <svg> element alone; matplotlib escapes the texts in it. Metadata would name outside addresses."""
+    """Return the <svg> element without metadata, which would have external URLs."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])

@@ -1,15 +1,15 @@
-"""Published accuracies to set beside a run: what is trained from scratch on the same long-tailed training set.
+"""Published accuracies of models trained from scratch on the same long-tailed set.
 
-Per cent, top-1, on the balanced test set. Source: the tables of DeiT-LT (arXiv 2404.02900) as on its project page and
+Top-1 in % on the balanced test set. Source: the tables of DeiT-LT (arXiv 2404.02900) as on its project page and
 in val-iisc/DeiT-LT, README.md; the page has its two CIFAR columns swapped, as that README and val-iisc/Saddle-LongTail
 show. Teachers are in brackets.
 
 LiVT (arXiv 2212.02015) pretrains a ViT-B by masked generation on the same long-tailed images and fine-tunes it; at 224
-px it is the highest number from scratch, above DeiT-LT's. All eight values were checked against the results table of
-XuZhengzhuo/LiVT, README.md, not against the paper itself. That table has 63.8 and 81.0 after fine-tuning at 384 px.
+px it is the highest number from scratch, above DeiT-LT's. All eight values are those of the results table of
+XuZhengzhuo/LiVT, README.md, not checked against the paper. That table has 63.8 and 81.0 after fine-tuning at 384 px.
 
-Head, mid and tail of ImageNet-LT rows follow two conventions in one table. ``split`` says which of them gives back the
-row's own overall accuracy; it is empty where neither does or there is nothing to check.
+Head, mid and tail of ImageNet-LT rows follow two conventions in one table. ``split`` is the one that reproduces the
+row's overall accuracy; empty if neither does or it cannot be checked.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Published:
     mid: float | None = None
     tail: float | None = None
     split: str = ""
-    """"official", "threshold", "both" (they are the same classes), or "" for not known."""
+    """"official", "threshold", "both" (the same classes), or "" for unknown."""
 
 
 _CIFAR = (
@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[Published, ...]] = {
         (79.3, 83.6, 85.5, 84.8, 88.6, 70.1, 74.5, 77.5, 68.2, 87.5),
         Published(_BEST, 89.8, 94.9, 87.0, 88.6, "official"),
     ),
-    # the published tail, 31.4, does not give back the overall accuracy under the split that the other two follow
+    # the published tail, 31.4, is left out: it does not reproduce the overall accuracy under the split of the others
     "CIFAR-100-LT, imbalance 100": _cifar(
         (38.3, 47.8, 48.7, 45.4, 52.8, 35.0, 38.9, 31.3, 38.1, 52.0), Published(_BEST, 55.6, 72.8, 55.4)
     ),
@@ -94,7 +94,7 @@ TABLES: dict[str, tuple[Published, ...]] = {
 
 
 def published_table(cfg: DataConfig) -> tuple[str, tuple[Published, ...]] | None:
-    """(what the table is of, its rows) for a run's training set; None if nothing is published for it."""
+    """Return (title, rows) of the published table for a run's training set, or None."""
     name = {"imagenet_lt": "ImageNet-LT", "inat18": "iNaturalist 2018"}.get(cfg.dataset, "")
     if cfg.dataset in ("cifar10_lt", "cifar100_lt") and cfg.imbalance_kind == "exp":
         classes = cfg.dataset.removeprefix("cifar").removesuffix("_lt")

@@ -1,4 +1,4 @@
-"""What to use of a finished run: the report's first section, and the lines at the end of training."""
+"""Recommendation of a finished run, for the report and the final log lines."""
 
 import shlex
 
@@ -9,24 +9,24 @@ from fastdeitlt.run.run_files import RunFiles
 
 
 def recommendation_section(run: RunFiles) -> Section:
-    """The teacher and the student's heads by balanced validation accuracy, and the command that uses the best."""
-    found = run.recommendation
-    if found is None:
+    """Return the section that ranks teacher and heads on validation images."""
+    advice = run.recommendation
+    if advice is None:
         return Section("Recommendation", "", [])
-    rows = [[s.name, cell(s.accuracy), f"{cell(s.low)} to {cell(s.high)}"] for s in found.scored]
-    note = f"{_capital(found.sentence())}. Balanced accuracy is the mean of the class accuracies. Interval: {METHOD}."
+    rows = [[s.name, cell(s.accuracy), f"{cell(s.low)} to {cell(s.high)}"] for s in advice.scored]
+    note = f"{_capital(advice.sentence())}. Balanced accuracy is the mean of the class accuracies. Interval: {METHOD}."
     table = Table("Balanced validation accuracy", ["", "accuracy", "interval"], rows, best=frozenset({(rows[0][0], 1)}))
-    return Section("Recommendation", note, [table, Code(command(run, found.best.name))])
+    return Section("Recommendation", note, [table, Code(command(run, advice.best.name))])
 
 
 def recommended_lines(run: RunFiles) -> list[str]:
-    """The recommendation and its command for a log; none without validation images."""
-    found = run.recommendation
-    return [found.sentence(), command(run, found.best.name)] if found else []
+    """Return the recommendation and its command; none without validation images."""
+    advice = run.recommendation
+    return [advice.sentence(), command(run, advice.best.name)] if advice else []
 
 
 def command(run: RunFiles, name: str) -> str:
-    """The command that classifies images with the teacher, or with a head of the student."""
+    """Return the `predict` command for the teacher or a head of the student."""
     place = run.cfg.teacher.path if run.cfg and name == "TEACHER" else str(run.folder)
     head = f" --head {name}" if name in ("CLS", "DIST") else ""
     return f"fastdeitlt predict {shlex.quote(place)} IMAGES{head}"

@@ -91,12 +91,12 @@ class Facts:
     @property
     def rungs(self) -> tuple[Rung, ...]:
         """Candidate students by ascending cost; at least one."""
-        if (given := self.architecture) is not None:
-            sides = sorted({max(p, side // p * p) for side in (64, 128, given.img_size) if (p := given.patch)})
+        if (base := self.architecture) is not None:
+            sides = sorted({max(p, side // p * p) for side in (64, 128, base.img_size) if (p := base.patch)})
             return tuple(
-                Rung(side, given.patch, given.width, given.depth, _teacher_for(side), need)
+                Rung(side, base.patch, base.width, base.depth, _teacher_for(side), need)
                 for side, need in zip(sides, (0, 100_000, 1_000_000), strict=False)
-                if side <= given.img_size
+                if side <= base.img_size
             )
         return SMALL_IMAGES if self.short_side <= 40 else tuple(r for r in PHOTOS if r.img_size < 1.5 * self.short_side)
 

@@ -1,4 +1,5 @@
 """Rules of `plan`: from facts, measured rates and hours to two recipes.
+
 N training images, K classes.
 """
 

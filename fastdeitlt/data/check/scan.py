@@ -127,18 +127,18 @@ def _faults(images: LongTailSet, split: str) -> dict[int, str]:
     parts = [range(start, min(start + 512, len(images))) for start in range(0, len(images), 512)]
 
     def faults_of(part: range) -> dict[int, str]:
-        found = {}
+        reasons = {}
         for index in part:
             try:
                 glance(images.place(index))
             except UnreadableError as error:
-                found[index] = str(error)
-        return found
+                reasons[index] = str(error)
+        return reasons
 
     hidden = not console.is_terminal or len(images) < MANY
     with ThreadPoolExecutor(NUM_GLANCES) as pool:
-        found = track(pool.map(faults_of, parts), f"{split} files", len(parts), console=console, disable=hidden)
-        return {index: reason for part in found for index, reason in part.items()}
+        reasons = track(pool.map(faults_of, parts), f"{split} files", len(parts), console=console, disable=hidden)
+        return {index: reason for part in reasons for index, reason in part.items()}
 
 
 def _look(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None]:

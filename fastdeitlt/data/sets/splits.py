@@ -93,8 +93,8 @@ def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
         places = _find_shards(cfg)
     else:
         root = _root(cfg)
-        found = {split: _find_list(cfg, root, split, split in required) for split in SPLITS}
-        files = {split: file for split, file in found.items() if file}
+        lists = {split: _find_list(cfg, root, split, split in required) for split in SPLITS}
+        files = {split: file for split, file in lists.items() if file}
         what = {split: f"list {file}" for split, file in files.items()}
         readers = {split: partial(read_list, file, root) for split, file in files.items()}
         places = Places(readers, what, names_file=Path(root) / "classes.txt")
@@ -115,7 +115,7 @@ def no_training_split(cfg: DataConfig) -> UserError:
     return UserError(f"data.train_list: {problem} data.train_list=FILE{_source(cfg)}")
 
 
-def number_alike(found: dict[str, LongTailSet], places: Places) -> dict[str, LongTailSet]:
+def number_alike(splits: dict[str, LongTailSet], places: Places) -> dict[str, LongTailSet]:
     """Renumber all splits by the training split's classes, if present.
 
     Lists without names get those of ``names_file``. Without any names, K is the largest label of all splits + 1.
@@ -123,17 +123,17 @@ def number_alike(found: dict[str, LongTailSet], places: Places) -> dict[str, Lon
     Raises:
         UserError: classes differ, or the file has the wrong number of names.
     """
-    train = found.get("train")
-    unnamed = {split: images for split, images in found.items() if images.class_names is None}
+    train = splits.get("train")
+    unnamed = {split: images for split, images in splits.items() if images.class_names is None}
     if unnamed and not (train and train.class_names):
         largest = max(images.num_classes for images in unnamed.values())
         names = _class_names(places.names_file, largest, exact="train" in unnamed)
         classes = Classes("", len(names) if names else largest, names)
-        found = found | {split: renumber(images, classes, "") for split, images in unnamed.items()}
-    if train := found.get("train"):
+        splits = splits | {split: renumber(images, classes, "") for split, images in unnamed.items()}
+    if train := splits.get("train"):
         classes = Classes("the training split", train.num_classes, train.class_names)
-        found = {split: renumber(images, classes, places.what[split]) for split, images in found.items()}
-    return found
+        splits = {split: renumber(images, classes, places.what[split]) for split, images in splits.items()}
+    return splits
 
 
 def renumber(images: LongTailSet, classes: Classes, what: str, exact: bool = False) -> LongTailSet:

@@ -1,7 +1,7 @@
-"""What a finished run can still tell: one module a question, `fastdeitlt analyze <module> RUN...`.
+"""Analyses of finished runs, one per module: `fastdeitlt analyze <module> RUN...`.
 
-A module has ``main``, what the verb does, and ``leave``, what the end of training does; both leave their numbers in the
-run folder as analysis/<module>.json, from which ``section`` makes the part of the report.
+A module has ``main`` for the verb and ``leave`` for the end of training, which both write analysis/<module>.json in the
+run folder, and ``section`` for its part of the report.
 """
 
 import logging
@@ -15,27 +15,27 @@ from fastdeitlt.store.files import read_json
 
 log = logging.getLogger("fastdeitlt")
 REPORTED = ("student", "teacher")
-"""Modules with a section in the report, in its order."""
+"""Modules with a section in the report, in order."""
 
 
 def look_into(run_dir: Path, num_images: int, names: Sequence[str] = REPORTED) -> None:
-    """Leave analyses of a finished student's run in its folder, each on up to ``num_images`` images; 0: none.
+    """Write analyses of a student's run, on up to ``num_images`` images each; 0: none.
 
-    One that fails is told in the log and spoils nothing: the report then names the command that tries it again.
+    A failed analysis is logged, and the report shows the command that repeats it.
     """
     for name in names if num_images else ():
         try:
             import_module(f"{__name__}.{name}").leave(run_dir, num_images)
-        except Exception as error:  # whatever it is, the run is trained and tested
+        except Exception as error:  # the run is complete without its analysis
             trace = not isinstance(error, UserError)
             log.warning("analyze %s: %s; going on without it", name, error, exc_info=trace)
 
 
 def sections(run_dir: Path) -> list[Section]:
-    """The report's sections of all analyses that were made of a run.
+    """Return the report sections of a run's existing analyses.
 
     Raises:
-        UserError: a file of an analysis cannot be read.
+        UserError: an analysis file cannot be read.
     """
-    found = {name: read_json(run_dir / "analysis" / f"{name}.json") for name in REPORTED}
-    return [import_module(f"{__name__}.{name}").section(facts) for name, facts in found.items() if facts]
+    all_facts = {name: read_json(run_dir / "analysis" / f"{name}.json") for name in REPORTED}
+    return [import_module(f"{__name__}.{name}").section(facts) for name, facts in all_facts.items() if facts]

@@ -1,7 +1,6 @@
-"""Where a student looks: attention weights, their mean distance, and rollout.
+"""Attention of a student: weights, mean distance and rollout.
 
-Training and evaluation never hold attention weights; here they are computed once more from the queries and keys that
-hooks catch on the way.
+Training and evaluation do not store attention weights; hooks recompute them here from queries and keys.
 """
 
 # B images, H heads, N tokens (CLS, DIST, then P patches row by row), L blocks, E width of a head
@@ -17,9 +16,9 @@ from fastdeitlt.models.vit import NUM_PREFIX, DistilledViT
 
 @contextmanager
 def attention_weights(student: DistilledViT) -> Iterator[list[Tensor]]:
-    """A list that each forward pass (eval mode) fills with every block's attention weights_BHNN, float32.
+    """Yield a list that each eval pass fills with weights_BHNN, float32, by block.
 
-    Rows are queries; a row sums to 1. The list is emptied when a pass begins.
+    Rows are queries; a row sums to 1.
     """
     caught: list[Tensor] = []
 
@@ -46,17 +45,17 @@ def attention_weights(student: DistilledViT) -> Iterator[list[Tensor]]:
 
 
 def patch_distances(side: int, patch: int) -> Tensor:
-    """Distance in pixels between the centres of the patches of a square image, float32 [P, P]; P = side squared."""
+    """Return distances in pixels between patch centres, float32 [P, P], P = side^2."""
     place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1)
     return patch * torch.cdist(place.float(), place.float(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def mean_distance(weights_BHNN: Tensor, patch: int) -> Tensor:
-    """Mean attention distance in pixels of each head and image, float32 [B, H].
+    """Return the mean attention distance in pixels of each head and image, float32 [B, H].
 
-    For each patch, the distance to every patch weighted by attention (CLS and DIST columns dropped, the rest scaled to
-    sum 1), averaged over patches. Attention that is the same everywhere has 116.5 px on 14 x 14 patches of 16 px.
-    Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), appendix D.7, which leaves open what is done with prefix tokens.
+    For each patch, the attention-weighted distance to every patch (CLS and DIST columns dropped, the rest normalised to
+    sum 1), averaged over patches. Uniform attention has 116.5 px on 14 x 14 patches of 16 px. Source: Dosovitskiy et
+    al. 2021 (arXiv 2010.11929), appendix D.7, which does not specify the treatment of prefix tokens.
     """
     to_patches_BHPP = weights_BHNN[:, :, NUM_PREFIX:, NUM_PREFIX:]
     side = round(to_patches_BHPP.shape[-1] ** 0.5)
@@ -66,9 +65,9 @@ def mean_distance(weights_BHNN: Tensor, patch: int) -> Tensor:
 
 
 def rollout(weights_LBHNN: list[Tensor]) -> Tensor:
-    """Attention rollout from CLS and DIST to the patches, [B, 2, P], each map scaled to sum 1.
+    """Return attention rollouts from CLS and DIST to the patches, [B, 2, P], sum 1.
 
-    The product over blocks of half the mean over heads plus half the identity, which stands for the residual stream.
+    The product over blocks of half the mean over heads plus half the identity, for the residual connection.
     Source: Abnar and Zuidema 2020 (arXiv 2005.00928), section 3.
     """
     flow_BMN: Tensor | None = None
@@ -81,12 +80,12 @@ def rollout(weights_LBHNN: list[Tensor]) -> Tensor:
 
 
 def last_maps(weights_LBHNN: list[Tensor]) -> Tensor:
-    """Attention of CLS and DIST to the patches in the last block, mean over heads, [B, 2, P], scaled to sum 1."""
+    """Return the last block's mean CLS and DIST attention to patches, [B, 2, P], sum 1."""
     return _scaled(weights_LBHNN[-1].mean(1)[:, :NUM_PREFIX, NUM_PREFIX:])
 
 
 def spread(maps_BMP: Tensor) -> Tensor:
-    """Entropy of each map over the largest possible, [B, M]: 1 where all patches are attended alike, 0 on one patch."""
+    """Return each map's normalised entropy, [B, M]: 1 if uniform, 0 on one patch."""
     entropy_BM = -(maps_BMP * maps_BMP.clamp_min(1e-12).log()).sum(-1)
     return entropy_BM / torch.log(torch.tensor(float(maps_BMP.shape[-1])))
 

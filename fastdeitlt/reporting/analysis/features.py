@@ -1,4 +1,4 @@
-"""What a student's tokens hold, block by block: feature rank, likeness of CLS and DIST, likeness of the patches."""
+"""Token features of a student by block: rank, CLS-DIST cosine, patch cosine."""
 
 # B images, N tokens, D width, L blocks, P patches
 
@@ -16,7 +16,7 @@ CENTRINGS = ("sample", "feature")
 
 
 class Tokens:
-    """CLS and DIST after each block, and how alike the patches are there; filled by ``watch_tokens``."""
+    """CLS, DIST and patch similarity after each block; filled by ``watch_tokens``."""
 
     def __init__(self, num_blocks: int) -> None:
         self.prefix: list[list[Tensor]] = [[] for _ in range(num_blocks)]
@@ -25,12 +25,12 @@ class Tokens:
         """Block -> [B] of each batch: mean cosine of two different patches of an image."""
 
     def add(self, block: int, x_BND: Tensor) -> None:
-        """Note the residual stream after a block."""
+        """Record the residual stream after a block."""
         self.prefix[block].append(x_BND[:, :NUM_PREFIX].float().cpu())
         self.patch_similarity[block].append(patch_similarity(x_BND[:, NUM_PREFIX:].float()).cpu())
 
     def ranks(self) -> dict[str, dict[str, list[int]]]:
-        """Token -> centring -> rank (99 % of the energy) after each block; see ``feature_rank``."""
+        """Return token -> centring -> rank by block; see ``feature_rank``."""
         whole = [torch.cat(parts) for parts in self.prefix]
         return {
             name: {centring: [feature_rank(x_B2D[:, token], centring) for x_B2D in whole] for centring in CENTRINGS}
@@ -38,25 +38,25 @@ class Tokens:
         }
 
     def cosines(self) -> list[float]:
-        """Mean cosine of CLS and DIST after each block, before any norm."""
+        """Return the mean cosine of CLS and DIST after each block, before any norm."""
         whole = [torch.cat(parts) for parts in self.prefix]
         return [float(F.cosine_similarity(x_B2D[:, 0], x_B2D[:, 1], dim=1).mean()) for x_B2D in whole]
 
     def patch_similarities(self) -> list[float]:
-        """Mean cosine of two patches of an image after each block; near 1, patches no longer differ."""
+        """Return the mean cosine of an image's patches by block; near 1: equal patches."""
         return [float(torch.cat(parts).mean()) for parts in self.patch_similarity]
 
 
 def patch_similarity(x_BPD: Tensor) -> Tensor:
-    """Mean cosine of two different patches of an image, [B]; NaN for one patch."""
+    """Return the mean cosine of two different patches of each image, [B]; NaN for one patch."""
     patches = x_BPD.shape[1]
-    total_B = F.normalize(x_BPD, dim=-1).sum(1).square().sum(-1)  # all pairs, each patch with itself among them
+    total_B = F.normalize(x_BPD, dim=-1).sum(1).square().sum(-1)  # all pairs, including each patch with itself
     return (total_B - patches) / (patches * (patches - 1)) if patches > 1 else torch.full_like(total_B, torch.nan)
 
 
 @contextmanager
 def watch_tokens(student: DistilledViT) -> Iterator[Tokens]:
-    """Tokens that every forward pass (eval mode) of the student adds to."""
+    """Yield ``Tokens`` to which every eval forward pass of the student adds."""
     tokens = Tokens(len(student.blocks))
 
     def catch(index: int) -> object:
