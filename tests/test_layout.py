@@ -16,6 +16,9 @@ ONLY = {
     "deepspeed": {"fastdeitlt.core.engine.sharded", "fastdeitlt.core.optim"},
     "apex": {"fastdeitlt.core.optim"},
     "nvidia.dali": {"fastdeitlt.data.pixels.decoder"},
+    "torch.utils.tensorboard": {"fastdeitlt.run.trackers"},
+    "wandb": {"fastdeitlt.run.trackers"},
+    "mlflow": {"fastdeitlt.run.trackers"},
 }
 """Who may import what."""
 LONG_SIGNATURES = {

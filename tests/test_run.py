@@ -5,11 +5,8 @@ import json
 import logging
 import os
 import resource
-import shutil
 import subprocess
 import sys
-import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +19,6 @@ from fastdeitlt.core import assemble
 from fastdeitlt.errors import CheckpointError, StorageError, UserError
 from fastdeitlt.run import folder as run_module
 from fastdeitlt.run import launch
-from fastdeitlt.run.board import Board
 from fastdeitlt.run.folder import Run, environment, set_up_logging
 from fastdeitlt.run.records import Records
 
@@ -237,20 +233,6 @@ def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
         )
         run.checkpoints.save(1, {"model": {"w": torch.ones(2)}}, {"best": None}, wait=True)
     assert flushed[0] == str(run.folder / "metrics.jsonl") and "model.safetensors" in flushed[1]
-
-
-def test_tensorboard_that_cannot_be_written_ends_no_run(tmp_path, caplog, capfd, monkeypatch):
-    """Its own thread meets the error."""
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
-    hook, board = threading.excepthook, Board(tmp_path / "tensorboard", 1)
-    board.add("step", {"loss": 0.5}, 1)
-    shutil.rmtree(tmp_path / "tensorboard")
-    for step in range(2, 40):
-        board.add("step", {f"loss{i}": 0.5 for i in range(50)}, step)
-        time.sleep(0.01)
-    board.close()
-    assert caplog.text.count("metrics.jsonl has the same numbers") == 1
-    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
 
 
 def test_a_table_of_evaluations_that_cannot_be_written_ends_no_run(tmp_path, caplog, monkeypatch):

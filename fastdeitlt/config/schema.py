@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from pydantic.fields import FieldInfo
 
-from fastdeitlt.config.section import Section
+from fastdeitlt.config.section import Section, TrackerNames
 from fastdeitlt.config.student import (
     AugmentConfig,
     DataConfig,
@@ -28,6 +28,9 @@ class Config(Section):
     """Name of the run's folder under runs_dir: letters, digits, dot, dash, underscore."""
     runs_dir: str = "runs"
     """Folder of the run folders."""
+    track: TrackerNames = ("tensorboard",)
+    """Trackers that get a copy of the numbers in metrics.jsonl: tensorboard, wandb, mlflow, one or several. [] = none.
+    One that fails is left out with a warning."""
     published: dict[str, float] = Field(default_factory=dict)
     """Published accuracies in % for comparison in the report (all, head, mid, tail)."""
     data: DataConfig = DataConfig()

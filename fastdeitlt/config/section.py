@@ -1,9 +1,9 @@
 """Base class and number types of configuration sections."""
 
 import reprlib
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 200
@@ -42,7 +42,12 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 Positive = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+TrackerNames = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_list)]
 PerChannel = tuple[Positive, Positive, Positive]

@@ -33,11 +33,11 @@ from fastdeitlt.errors import (
     printable,
     storage_failure,
 )
-from fastdeitlt.run.board import Board
 from fastdeitlt.run.checkpoints import Checkpoints, sweep
 from fastdeitlt.run.process import STOP, Stopped, stop_code
 from fastdeitlt.run.progress import console, start_bar
 from fastdeitlt.run.records import Records
+from fastdeitlt.run.trackers import Outcome, TrackedRun, Trackers
 from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
@@ -46,6 +46,7 @@ log = logging.getLogger("fastdeitlt")
 MAY_CHANGE = (
     "runs_dir",
     "published",
+    "track",
     "data.root",
     "data.test_list",
     "data.residency",
@@ -68,6 +69,8 @@ MAY_CHANGE = (
 )
 RESTARTS = 3
 """Failed starts from one step before the run refuses another."""
+STOP_TRACKERS_S = 5.0
+"""Seconds that a stop by a signal waits for the trackers."""
 PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy", "pillow")
 
 
@@ -154,7 +157,7 @@ class Run:
         self._first = 0
         self._begun = False
         self._progress: Progress | None = None
-        self._board: Board | None = None
+        self._trackers: Trackers | None = None
         self._restored = 0
         self.started = time.perf_counter()
 
@@ -206,8 +209,8 @@ class Run:
                 self._leave(STOP.first)
             if self._progress:
                 self._progress.stop()
-            if self._board:
-                self._board.close()
+            if self._trackers:
+                self._trackers.close(_outcome(error))
             self.checkpoints.finish(must=error is None)
             if self.is_main and error is None and self._begun:
                 self._records.flush()
@@ -259,6 +262,8 @@ class Run:
         if self._progress:
             self._progress.stop()
         self.checkpoints.finish()
+        if self._trackers:
+            self._trackers.close("stopped", STOP_TRACKERS_S)
         self._mark(number, max(self.checkpoints.step, self._first))
         if self.is_main:
             (self.folder / "starts.json").unlink(missing_ok=True)
@@ -292,13 +297,14 @@ class Run:
             self._progress = start_bar(total, step)
 
     def record(self, kind: str, step: int, **facts: Any) -> None:
-        """Append a line to metrics.jsonl and its numbers to TensorBoard."""
+        """Append a line to metrics.jsonl and pass its numbers to the trackers (``track``)."""
         if not self.is_main:
             return
         self._records.append({"kind": kind, "step": step, **facts})
-        if self._board is None:
-            self._board = Board(self.folder / "tensorboard", self._restored + 1)
-        self._board.add(kind, facts, step)
+        if self._trackers is None:  # not before ``rewind``
+            tracked = TrackedRun(self.folder, self.folder.name, self._restored + 1, config.flatten(self.cfg))
+            self._trackers = Trackers(self.cfg.track, tracked)
+        self._trackers.log(kind, step, facts)
 
     def show(self, step: int, text: str, where: str, facts: Mapping[str, float]) -> None:
         """Update the progress bar, or log a line without one.
@@ -352,6 +358,13 @@ def _storage_failure(error: BaseException | None) -> str | None:
     if type(error) is UserError and isinstance(error.__cause__, OSError) and error.__cause__.errno:
         return str(error)
     return storage_failure(error)
+
+
+def _outcome(error: BaseException | None) -> Outcome:
+    """How trackers show the end of a run."""
+    if error is None:
+        return "finished"
+    return "stopped" if isinstance(error, KeyboardInterrupt | StoppedError) else "failed"
 
 
 def _is_clean(error: BaseException | None) -> bool:

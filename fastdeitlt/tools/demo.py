@@ -23,7 +23,7 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
 
     Args:
         cfg: the student's run.
-        teacher_cfg: the teacher's recipe; its data, seed, device and runs_dir are the student's.
+        teacher_cfg: the teacher's recipe; its data, seed, device, runs_dir and trackers are the student's.
         resume: of the student; see ``train``. The teacher's is always auto.
 
     Returns:
@@ -34,6 +34,7 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
     """
     shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith("data.")}
     shared |= {"train.seed": cfg.train.seed, "train.device": cfg.train.device, "runs_dir": cfg.runs_dir}
+    shared |= {"track": list(cfg.track)}
     flat = config.flatten(teacher_cfg) | shared
     flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
     heading(f"part 1 of 2: teacher {flat['name']}")
