@@ -183,7 +183,7 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
         cfg = _config_of(data)
     cfg = config.merge(cfg, {"train.device": model.device.type, **settings})
     with distributed.group(cfg.train.device, cfg.train.timeout_s):
-        return evaluate_saved(model._saved, cfg, split)[0]
+        return evaluate_saved(model._saved, cfg, split).result
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,9 @@ def _eval(verbs: "Verbs") -> None:
     added.add_argument("--split", choices=("test", "val", "train"), default="test")
     added.add_argument("--json", type=Path, help="write all scores there")
     added.add_argument("--csv", type=Path, help="write a row a class there")
+    added.add_argument(
+        "--predictions", type=Path, metavar="FILE.csv", help="write a row an image there: each head's answer"
+    )
 
 
 def _predict(verbs: "Verbs") -> None:

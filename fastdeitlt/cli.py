@@ -116,7 +116,8 @@ def _eval(args: argparse.Namespace) -> int:
     from fastdeitlt.run import folder as run
 
     run.set_up_logging()
-    evaluate(args.model, args.overrides, split=args.split, json_path=args.json, csv_path=args.csv)
+    paths = {"json_path": args.json, "csv_path": args.csv, "predictions_path": args.predictions}
+    evaluate(args.model, args.overrides, split=args.split, **paths)
     return 0
 
 

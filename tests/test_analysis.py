@@ -19,6 +19,7 @@ from tiny_run import tiny_run
 
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
+from fastdeitlt.evaluation.per_image import data_uri
 from fastdeitlt.models import create_student
 from fastdeitlt.models.saved import open_saved
 from fastdeitlt.reporting.analysis import attention, look_into, overlay, sections
@@ -139,7 +140,7 @@ def test_a_picture_is_hot_where_the_map_is():
     assert even.std() == 0 or even.reshape(-1, 3).std(0).max() == 0
     strip = overlay.strip(image_HWC, [map_PP, map_PP])
     assert strip.size == (3 * overlay.TILE + 2 * overlay.GAP, overlay.TILE)
-    data = base64.b64decode(overlay.data_uri(strip).removeprefix("data:image/png;base64,"))
+    data = base64.b64decode(data_uri(strip, "PNG").removeprefix("data:image/png;base64,"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(strip))
 
 

@@ -387,10 +387,11 @@ def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
     settings = ["train.precision=fp32", "train.device=cpu", "data.residency=host", "data.dataset=list"]
     settings += [f"data.root={root}", "evaluate.batch_size=8", *lists]
     model = save_ten(tmp_path / "model")
-    evaluate(model, settings, json_path=tmp_path / "one.json", csv_path=tmp_path / "one.csv")
+    paths = {"json_path": tmp_path / "one.json", "csv_path": tmp_path / "one.csv"}
+    evaluate(model, settings, **paths, predictions_path=tmp_path / "one-images.csv")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     verb = ["-m", "fastdeitlt.cli", "eval", str(model), *settings, "--json", str(tmp_path / "two.json")]
-    verb += ["--csv", str(tmp_path / "two.csv")]
+    verb += ["--csv", str(tmp_path / "two.csv"), "--predictions", str(tmp_path / "two-images.csv")]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([*launch, *verb], capture_output=True, text=True, check=False, env=environment)
@@ -404,6 +405,11 @@ def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
         assert two["heads"][head]["nll"]["threshold"]["all"] == pytest.approx(
             scores["nll"]["threshold"]["all"], rel=1e-4
         )
+    first, second = (list(csv.reader((tmp_path / f"{name}-images.csv").open())) for name in ("one", "two"))
+    texts = [[[row[i] for i in (0, 1, 2, 3, 6, 9)] for row in table] for table in (first, second)]
+    assert (
+        len(first) == 62 and texts[0] == texts[1]
+    )  # paths, labels and answers; probabilities differ in their last bits
     rows = list(csv.reader((tmp_path / "two.csv").open()))
     assert rows == list(csv.reader((tmp_path / "one.csv").open()))
     assert (

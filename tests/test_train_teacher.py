@@ -105,6 +105,9 @@ def test_a_sam_teacher_learns_and_its_folder_says_how_well(trained: tuple[Config
     assert {"step", "eval"} == {record["kind"] for record in records}
     results = json.loads((folder.parents[1] / "results.json").read_text())
     assert results["selected"]["on"] == "val"
+    left = json.loads((folder.parents[1] / "analysis" / "images.json").read_text())
+    right = sum(number for label, predicted, number in left["confusion"] if label == predicted)
+    assert left["heads"] == ["TEACHER"] and right == sum(results["test"]["heads"]["TEACHER"]["correct_K"])
     assert train_teacher(cfg) == folder  # finished: nothing is trained again
     assert main(["train-teacher", str(folder.parents[1] / "config.yaml"), "name=t"]) == 0
 
@@ -151,6 +154,7 @@ def test_the_best_teacher_is_chosen_by_class_or_by_image(
 
     monkeypatch.setattr("fastdeitlt.train_teacher.open_training_sets", lambda _: replace(sets, val=val))
     monkeypatch.setattr("fastdeitlt.run.teacher_scorer.collect_logits", logits)
+    monkeypatch.setattr("fastdeitlt.run.teacher_scorer.image_facts", lambda *_: {})  # some images are not there
     run = train_teacher(cfg).parents[1]
     selected = json.loads((run / "results.json").read_text())["selected"]
     assert (selected["epoch"], selected["by"], selected["on"]) == (epoch, select_by, "val")

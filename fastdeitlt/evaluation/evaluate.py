@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.opening import open_splits
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError, csv_name
-from fastdeitlt.evaluation import shift
-from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, score, score_single
+from fastdeitlt.evaluation import per_image, shift
+from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, heads_of, score_heads
 from fastdeitlt.evaluation.posthoc import PostHoc, post_hoc
 from fastdeitlt.models.saved import Saved, open_saved, run_of
 from fastdeitlt.models.teacher import Teacher
@@ -151,6 +152,7 @@ def evaluate(
     split: str = "test",
     json_path: str | Path | None = None,
     csv_path: str | Path | None = None,
+    predictions_path: str | Path | None = None,
 ) -> Result:
     """Score a saved model, print the tables of both splits, and optionally write the scores.
 
@@ -164,6 +166,7 @@ def evaluate(
         split: train, val or test; with train also required if the model's file has no class counts.
         json_path: file for all scores.
         csv_path: file for a row a class: training images, images, accuracy of each head with its 95 % interval.
+        predictions_path: CSV file for a row an image: path, label, answer and probability of each head.
 
     Raises:
         UserError: no such model, no such split, classes that the model does not have, or a file that cannot be
@@ -172,21 +175,36 @@ def evaluate(
     saved = open_saved(path)
     run = run_of(Path(path))
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
-    for out in (json_path, csv_path):
+    for out in (json_path, csv_path, predictions_path):
         if out and not Path(out).absolute().parent.is_dir():
             raise UserError(f"eval: {out}: no such folder; make it first")
+    if predictions_path and Path(predictions_path).suffix != ".csv":
+        raise UserError(f"eval: got --predictions {predictions_path}, expected a .csv file")
     with distributed.group(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s):
-        result, fitted, images = evaluate_saved(saved, cfg, split)
+        found = evaluate_saved(saved, cfg, split)
         if distributed.rank() == 0:
-            _write(result, fitted, images.class_names, json_path, csv_path)
-    return result
+            _write(found, json_path, csv_path)
+            if predictions_path:
+                _write_predictions(found, saved, Path(predictions_path))
+    return found.result
 
 
-def evaluate_saved(saved: Saved, cfg: Config, split: str) -> tuple[Result, PostHoc | None, LongTailSet]:
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's scores on a set, and what they were computed from."""
+
+    result: Result
+    fitted: PostHoc | None
+    """Of a student on test images, what its validation images can fit, where there are some."""
+    images: LongTailSet
+    heads: dict[str, Tensor]
+    """logits_NK by head, in the data set's order of classes; the first head predicts."""
+    labels_N: Tensor
+    """LEFT_OUT for an image that could not be read."""
+
+
+def evaluate_saved(saved: Saved, cfg: Config, split: str) -> Evaluation:
     """Score an opened model on a split of ``cfg.data``.
-
-    Returns:
-        The scores; for a student on test images, post-hoc scores, if there are validation images; the images.
 
     Raises:
         UserError: no such split, or classes that the model does not have.
@@ -199,11 +217,10 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> tuple[Result, PostH
     _report_absent(images, f"data {cfg.data.title}, {split}")
     logits = _logits(saved, images, cfg)
     device = distributed.device_of(cfg.train.device)
-    if not student:
-        return score_single(*logits[1:], counts, dataset, device), None, images
-    if split == "test" and val:
+    heads = heads_of(*logits[:2]) if student else {"TEACHER": logits[1]}
+    if student and split == "test" and val:
         fitted = post_hoc(_logits(saved, val, cfg), logits, counts, dataset)
-    return score(*logits, counts, dataset, device), fitted, images
+    return Evaluation(score_heads(heads, logits[2], counts, dataset, device), fitted, images, heads, logits[2])
 
 
 def _report_absent(images: LongTailSet, where: str) -> None:
@@ -234,14 +251,8 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
     return saved.by_label(cls_logits_NK), saved.by_label(dist_logits_NK), labels_N
 
 
-def _write(
-    result: Result,
-    fitted: PostHoc | None,
-    class_names: Sequence[str] | None,
-    json_path: str | Path | None,
-    csv_path: str | Path | None,
-) -> None:
-    console = Console()
+def _write(found: Evaluation, json_path: str | Path | None, csv_path: str | Path | None) -> None:
+    console, result, fitted = Console(), found.result, found.fitted
     for name in result.num_classes:
         console.print(result.table(name))
     shifted = shift.accuracies(result)
@@ -252,7 +263,16 @@ def _write(
         whole = result.to_json() | {"shifted": shifted, "posthoc": fitted.to_json() if fitted else None}
         write_atomically(Path(json_path), json.dumps(whole, indent=1))
     if csv_path:
-        write_atomically(Path(csv_path), to_csv(result, class_names))
+        write_atomically(Path(csv_path), to_csv(result, found.images.class_names))
+
+
+def _write_predictions(found: Evaluation, saved: Saved, path: Path) -> None:
+    names = found.images.class_names or [f"class {label}" for label in range(len(found.result.counts_K))]
+    temperatures = saved.calibration.temperatures if saved.calibration else {}
+    write_atomically(path, per_image.to_csv(found.heads, found.labels_N, found.images, names, temperatures))
+    told = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
+    how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
+    log.info("%s: %d images; %s", path, len(found.labels_N), how)
 
 
 def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:

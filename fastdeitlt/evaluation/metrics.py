@@ -203,9 +203,13 @@ def score(
         NonFiniteError: a logit is NaN or infinite.
     """
     _check({"CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, len(counts))
+    return _score(heads_of(cls_logits_NK, dist_logits_NK), labels_N, counts, dataset, device)
+
+
+def heads_of(cls_logits_NK: Tensor, dist_logits_NK: Tensor) -> dict[str, Tensor]:
+    """Return a student's logits by head: AVG, the mean of both, which predicts; CLS; DIST."""
     average_NK = (cls_logits_NK.float() + dist_logits_NK.float()) / 2
-    heads = {"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}
-    return _score(heads, labels_N, counts, dataset, device)
+    return {"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}
 
 
 def score_single(

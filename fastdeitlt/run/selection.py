@@ -5,7 +5,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rich.table import Table
@@ -39,6 +39,8 @@ class Tested:
     """Further entries of results.json."""
     facts: dict[str, Any]
     """Manifest entries of the selected weights."""
+    images: dict[str, Any] = field(default_factory=dict)
+    """For analysis/images.json, see ``per_image.image_facts``."""
 
 
 class Scorer(Protocol):
@@ -156,6 +158,8 @@ class Selector:
         if self.run.is_main:
             if tested.table:
                 console.print(tested.table)
+            (self.run.folder / "analysis").mkdir(exist_ok=True)
+            write_atomically(self.run.folder / "analysis" / "images.json", json.dumps(tested.images))
             write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
 
     def manifest(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.core.optim import Ema
 from fastdeitlt.data.pixels.source import Source, open_source
@@ -16,7 +17,8 @@ from fastdeitlt.data.sets.counts import shot_groups
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
-from fastdeitlt.evaluation.metrics import Result, readable, score, score_single
+from fastdeitlt.evaluation.metrics import Result, heads_of, readable, score, score_single
+from fastdeitlt.evaluation.per_image import image_facts
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.evaluation.recommend import recommend
 from fastdeitlt.models.teacher import Teacher
@@ -80,7 +82,7 @@ class StudentScorer:
         result = self._score(logits)
         teacher = self._score_teacher(images, self.teacher) if self.teacher else None
         others: dict[str, Any] = {"teacher": teacher.to_json() if teacher else None}
-        facts = {}
+        facts: dict[str, Any] = {}
         if self.sets.val:
             val = logits if split == "val" else self._logits(self.sets.val, self.student)
             fitted = {"temperatures": temperatures(val, counts), "num_fitted": len(readable(*val)[2])}
@@ -88,8 +90,18 @@ class StudentScorer:
             others["recommendation"] = self._recommend(result if split == "val" else self._score(val), teacher)
             if split == "test":
                 others["posthoc"] = post_hoc(val, logits, counts, self.cfg.data.dataset).to_json()
+        left = distributed.on_main(
+            lambda: image_facts(
+                heads_of(*logits[:2]),
+                logits[2],
+                images,
+                self._source(images),
+                preprocess_of(self.cfg, self.student.img_size),
+                facts.get("calibration", {}).get("temperatures"),
+            )
+        )
         self.close()
-        return Tested({split: result}, result.table("official", teacher), others, facts)
+        return Tested({split: result}, result.table("official", teacher), others, facts, left)
 
     def _recommend(self, student: Result, tested_teacher: Result | None) -> dict[str, Any] | None:
         """Return the best of teacher, AVG, CLS and DIST on validation images."""

@@ -15,6 +15,7 @@ from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
 from fastdeitlt.evaluation.metrics import Result, score_single
+from fastdeitlt.evaluation.per_image import image_facts
 from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run.selection import Tested, data_facts
@@ -24,24 +25,17 @@ CLEAN_IMAGES = 10_000
 """Most training images for the clean accuracy, evenly spaced."""
 
 
-def score_teacher(
-    network: nn.Module,
-    source: Source,
-    images: LongTailSet,
-    counts: list[int],
-    cfg: Config,
-    device: torch.device,
-    limit: int = 0,
-) -> Result:
-    """Score a teacher on a set with its own preprocessing.
+def teacher_logits(
+    network: nn.Module, source: Source, images: LongTailSet, cfg: Config, device: torch.device, limit: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return (logits_NK, labels_N) of a teacher with its own preprocessing.
 
-    Centre crop, ``cfg.augment``'s mean and std. The images are split over ranks; each rank has the full result.
+    Centre crop, ``cfg.augment``'s mean and std. The images are split over ranks; each rank has all logits.
 
     Args:
         network: maps images_BCHW to logits_BK in the data set's class order.
         source: pixel source of ``images``.
         images: the set.
-        counts: training images of each class.
         cfg: the teacher's run.
         device: device of the network.
         limit: most images, evenly spaced in the list. 0 = all.
@@ -59,7 +53,7 @@ def score_teacher(
         sample_N=chosen_N[distributed.rank() :: distributed.get_world()],
     )
     logits_NK, labels_N = (distributed.gather_interleaved(part, total, device) for part in (logits_BK, labels_B))
-    return score_single(logits_NK, labels_N, counts, cfg.data.dataset, device)
+    return logits_NK, labels_N
 
 
 class TeacherScorer:
@@ -84,11 +78,16 @@ class TeacherScorer:
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
         """Score on a split; on up to 10,000 training images."""
+        return self._score(self._logits(split)), {}
+
+    def _logits(self, split: str) -> tuple[Tensor, Tensor]:
         images, limit = getattr(self.sets, split), CLEAN_IMAGES if split == "train" else 0
         if split not in self.sources:
             self.sources[split] = open_source(images, self.cfg.data, self.device, scored=True)
-        counts = self.sets.train.counts
-        return score_teacher(self.network, self.sources[split], images, counts, self.cfg, self.device, limit), {}
+        return teacher_logits(self.network, self.sources[split], images, self.cfg, self.device, limit)
+
+    def _score(self, logits: tuple[Tensor, Tensor]) -> Result:
+        return score_single(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Load the selected weights."""
@@ -96,13 +95,29 @@ class TeacherScorer:
 
     def test(self) -> Tested:
         """Score on clean images of every split; accuracies are added to the manifest."""
-        scores = {split: self.score("model", split)[0] for split, _ in self.sets}
+        logits = {split: self._logits(split) for split, _ in self.sets}
+        scores = {split: self._score(found) for split, found in logits.items()}
+        last = list(scores)[-1]
+        left = distributed.on_main(lambda: self._left(last, logits[last]))
         self.close()
         facts = {
             "accuracy": {split: result.accuracy("TEACHER") for split, result in scores.items()},
             "balanced_accuracy": {split: r.heads["TEACHER"].balanced_accuracy for split, r in scores.items()},
         }
-        return Tested(scores, list(scores.values())[-1].table("official"), {}, facts)
+        return Tested(scores, scores[last].table("official"), {}, facts, left)
+
+    def _left(self, split: str, logits: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """What the report shows of single images: of test images, else of validation images."""
+        if split == "train":
+            return {}
+        logits_NK, labels_N = logits
+        return image_facts(
+            {"TEACHER": logits_NK},
+            labels_N,
+            getattr(self.sets, split),
+            self.sources[split],
+            preprocess_of(self.cfg, self.cfg.teacher_training.img_size),
+        )
 
     def close(self) -> None:
         """Close the sources opened by this object."""

@@ -18,7 +18,10 @@ EXAMPLES = {
     "train-teacher": ("train-teacher teacher/imagenet_lt data.root=/images name=my-teacher",),
     "ablate": ("ablate ablation/embedded --seeds 0 1", "ablate my_grid.yaml --dry-run"),
     "demo": ("demo --seed 1",),
-    "eval": ("eval runs/my-student", "eval runs/my-student data.root=/new/images --split test --csv classes.csv"),
+    "eval": (
+        "eval runs/my-student --predictions predictions.csv",
+        "eval runs/my-student data.root=/new/images --split test --csv classes.csv",
+    ),
     "predict": ("predict runs/my-student photo.jpg more/photos --out answers.csv",),
     "export": ("export runs/my-student exported --format timm", "export runs/my-student model.onnx --format onnx"),
     "bench": ("bench quickstart --quick", "bench imagenet_lt --synthetic train.batch_size=256"),

@@ -2,9 +2,6 @@
 
 # H height, W width, C channels
 
-import base64
-import io
-
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -39,13 +36,6 @@ def strip(image_HWC: np.ndarray, maps: list[np.ndarray]) -> Image.Image:
     gap = np.full((TILE, GAP, 3), 255, dtype=np.uint8)
     parts = [part for tile in tiles for part in (tile, gap)][:-1]
     return Image.fromarray(np.concatenate(parts, axis=1))
-
-
-def data_uri(image: Image.Image) -> str:
-    """An image as the address that holds it, PNG."""
-    data = io.BytesIO()
-    image.save(data, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _tile(image_HWC: np.ndarray) -> Image.Image:

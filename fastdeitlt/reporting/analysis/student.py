@@ -25,6 +25,7 @@ from fastdeitlt.data.sets.opening import open_splits
 from fastdeitlt.data.sets.types import SPLITS, LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import cell
+from fastdeitlt.evaluation.per_image import data_uri
 from fastdeitlt.models.saved import Saved, open_saved, run_of
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.reporting import figures, page
@@ -199,7 +200,7 @@ def _gallery(
                     "class": names[label],
                     "training_images": int(counts[label]),
                     "predicted": {head: names[classes[b]] for head, classes in predicted.items()},
-                    "picture": overlay.data_uri(overlay.strip(crop_HWC, list(maps_4PP))),
+                    "picture": data_uri(overlay.strip(crop_HWC, list(maps_4PP)), "PNG", optimize=True),
                 }
             )
     return items

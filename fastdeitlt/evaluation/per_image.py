@@ -1,0 +1,154 @@
+"""What a test leaves image by image: confusions, the most confident mistakes, a row an image for a CSV file."""
+
+# N images in the set, K classes, C channels, H height, W width
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdeitlt.data.pixels.request import centre_crops
+from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.errors import csv_name
+from fastdeitlt.evaluation.metrics import CHUNK, LEFT_OUT, readable
+from fastdeitlt.store.manifest import Preprocess
+
+NUM_MISTAKES = 12
+PICTURE_SIDE = 160
+"""Pixels: larger crops are scaled down to it."""
+LOSSLESS_SIDE = 64
+"""Pixels up to which a picture is a PNG; larger ones are JPEGs."""
+
+
+def decisions(logits_NK: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return each image's most probable class, int64 [N], and its probability, float64 [N].
+
+    Args:
+        logits_NK: of one head.
+        temperature: by which the logits are divided.
+    """
+    parts = []
+    for chunk_NK in logits_NK.split(max(1, CHUNK // logits_NK.shape[1])):
+        scaled_NK = chunk_NK.double() / temperature
+        largest_N, predicted_N = scaled_NK.max(dim=1)
+        parts.append((predicted_N, (largest_N - scaled_NK.logsumexp(dim=1)).exp()))
+    predicted_N, probability_N = (torch.cat(column) for column in zip(*parts, strict=True))
+    return predicted_N, probability_N
+
+
+def confusion(heads: Mapping[str, Tensor], labels_N: Tensor) -> list[list[int]]:
+    """Count the images of each class by the class that each head takes them for.
+
+    Returns:
+        (label, predicted class, images for each head) of every pair that some head has images of, in order.
+    """
+    *parts, labels_N = readable(*heads.values(), labels_N)
+    num_classes = parts[0].shape[1]
+    found: dict[int, list[int]] = {}
+    for column, logits_NK in enumerate(parts):
+        pairs, numbers = (labels_N * num_classes + logits_NK.argmax(dim=1)).unique(return_counts=True)
+        for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
+            found.setdefault(pair, [0] * len(parts))[column] = number
+    return [[*divmod(pair, num_classes), *numbers] for pair, numbers in sorted(found.items())]
+
+
+def image_facts(
+    heads: Mapping[str, Tensor],
+    labels_N: Tensor,
+    images: LongTailSet,
+    source: Source,
+    preprocess: Preprocess,
+    temperatures: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Collect what the report shows of single images: analysis/images.json.
+
+    Args:
+        heads: logits_NK by name; the first head is the one that predicts.
+        labels_N: LEFT_OUT for an image that could not be read.
+        images: the set.
+        source: gives its images.
+        preprocess: the crop that was scored.
+        temperatures: of the heads, fitted on validation images.
+    """
+    main, logits_NK = next(iter(heads.items()))
+    temperature = (temperatures or {}).get(main)
+    predicted_N, probability_N = decisions(logits_NK, temperature or 1.0)
+    is_wrong_N = (predicted_N != labels_N) & (labels_N != LEFT_OUT)
+    order_N = torch.where(is_wrong_N, probability_N, -1.0).argsort(descending=True, stable=True)
+    worst = order_N[: min(NUM_MISTAKES, int(is_wrong_N.sum()))]
+    pictures = []
+    if len(worst):
+        ((_, crops_BHWC),) = source.crops(
+            centre_crops(worst.numpy(), len(worst), preprocess.img_size, preprocess.resize)
+        )
+        pictures = [picture(Image.fromarray(crop_HWC)) for crop_HWC in crops_BHWC.cpu().numpy()]
+    return {
+        "heads": list(heads),
+        "confusion": confusion(heads, labels_N),
+        "temperature": temperature,
+        "mistakes": [
+            {
+                "path": images.paths[index],
+                "label": int(labels_N[index]),
+                "predicted": int(predicted_N[index]),
+                "probability": float(probability_N[index]),
+                "picture": shown,
+            }
+            for index, shown in zip(worst.tolist(), pictures, strict=True)
+        ],
+    }
+
+
+def picture(image: Image.Image) -> str:
+    """Return a small picture as the address that holds it: PNG if tiny, else a JPEG of at most ``PICTURE_SIDE``."""
+    if max(image.size) <= LOSSLESS_SIDE:
+        return data_uri(image, "PNG", optimize=True)
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    return data_uri(image, "JPEG", quality=85)
+
+
+def data_uri(image: Image.Image, kind: str, **how: Any) -> str:
+    """Return an image as the address that holds it; ``how`` goes to Pillow's ``save``."""
+    data = io.BytesIO()
+    image.save(data, format=kind, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def to_csv(
+    heads: Mapping[str, Tensor],
+    labels_N: Tensor,
+    images: LongTailSet,
+    class_names: Sequence[str],
+    temperatures: Mapping[str, float] | None = None,
+) -> str:
+    """A row an image: path, label, and each head's answer and its probability; ``error`` where it cannot be read.
+
+    Args:
+        heads: logits_NK by name.
+        labels_N: LEFT_OUT for an image that could not be read.
+        images: the set.
+        class_names: name of each label [K].
+        temperatures: by which the logits of a head are divided; 1 for the others.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    answers = [f"{head.lower()}_{what}" for head in heads for what in ("label", "class", "probability")]
+    writer.writerow(["path", "label", "class", *answers, "error"])
+    names = [csv_name(name) for name in class_names]
+    found = [decisions(logits_NK, (temperatures or {}).get(head, 1.0)) for head, logits_NK in heads.items()]
+    columns = [(predicted_N.tolist(), probability_N.tolist()) for predicted_N, probability_N in found]
+    for index, (path, label) in enumerate(zip(images.paths, images.labels.tolist(), strict=True)):
+        cells: list[object] = [csv_name(path), label, names[label]]
+        if labels_N[index] == LEFT_OUT:
+            writer.writerow([*cells, *[""] * len(answers), "cannot be read"])
+            continue
+        for predicted, probability in columns:
+            cells += [predicted[index], names[predicted[index]], f"{probability[index]:.6f}"]
+        writer.writerow([*cells, ""])
+    return text.getvalue()
