@@ -15,6 +15,7 @@ from fastdeitlt import cli, config
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.reporting import report
 from fastdeitlt.reporting.analysis import teacher as analysis_of_teacher
 from fastdeitlt.tools import ablate, demo
 from fastdeitlt.tools import ablation_table as table
@@ -85,6 +86,7 @@ def trained(monkeypatch):
 
     class Calls(list):
         diverging = ()
+        reported = ()
 
     calls = Calls()
 
@@ -106,6 +108,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(ablate, "train", train)
     facts = {"mixed_resized": {"accuracy": 33.0}}
     monkeypatch.setattr(analysis_of_teacher, "diagnose_teacher", lambda path, cfg, n, **options: facts)
+    monkeypatch.setattr(report, "write_report", lambda run: setattr(calls, "reported", (*calls.reported, run.name)))
     return calls
 
 
@@ -197,9 +200,12 @@ def test_equal_teachers_are_shared_and_finished_runs_skipped(grid_file, trained,
     ablate.ablate(grid_file(), runs, arms=["base", "no-drw"])
     students = [cfg.name for cfg in trained if cfg.teacher_training.epochs != 2]
     assert students == ["no-drw-seed0", "base-seed1", "no-drw-seed1"]
+    # the reports of all finished runs, each beside all arms
+    finished = [*(f"{arm}-seed0" for arm in GRID["arms"]), "base-seed1", "no-drw-seed1"]
+    assert list(trained.reported[4:]) == finished
     trained.clear()
     ablate.ablate(grid_file(), runs, table_only=True)
-    assert trained == []
+    assert trained == [] and len(trained.reported) == 10
 
 
 def test_what_training_left_out_is_looked_into_once_and_missed_plainly(
@@ -371,3 +377,4 @@ def test_a_grid_cut_off_continues_and_ends_with_its_table(tmp_path, grid_file, m
     arms_and_heads = {(row["arm"], row["head"]) for row in rows}
     assert arms_and_heads == {*product(("base", "vit"), ("AVG", "CLS", "DIST")), ("base", "TEACHER")}
     assert [row["mean"] for row in rows if row["group"] == "OOD"] != []
+    assert "Arms of the grid grid: AVG" in (done.parent / "report.html").read_text()

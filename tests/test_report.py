@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 
 from fastdeitlt import cli, config
+from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.evaluation.metrics import heads_of, score, score_single
+from fastdeitlt.evaluation.per_image import data_uri, image_facts
 from fastdeitlt.evaluation.posthoc import METHODS, post_hoc
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.analysis import overlay
@@ -20,6 +23,7 @@ from fastdeitlt.reporting.analysis.student import write as write_analysis
 from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.published import TABLES, published_table
 from fastdeitlt.reporting.report import results_table, write_report
+from fastdeitlt.store.manifest import preprocess_of
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 EVIL = '<script>alert("x")</script> & $\\frac{'
@@ -79,9 +83,20 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
     (folder / "results.json").write_text(json.dumps(results))
     write_analysis(analysis_facts(names), folder)
     (folder / "analysis" / "teacher.json").write_text(json.dumps(teacher_facts(names)))
+    (folder / "analysis" / "images.json").write_text(json.dumps(facts_of_images(cls, dist, labels)))
     (folder / "checkpoints" / "best").mkdir(parents=True)
     (folder / "checkpoints" / "best" / "manifest.json").write_text(json.dumps({"class_names": names}))
     return folder
+
+
+def facts_of_images(cls, dist, labels, paths="images/deep/folder/{}.png"):
+    """What the test leaves of single images, which are made up."""
+    pixels_NHWC = np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+    names = [paths.format(index) for index in range(len(labels))]
+    images = LongTailSet(names, labels.numpy(), [1] * cls.shape[1], images_NHWC=pixels_NHWC)
+    source = open_source(images, config.DataConfig(), torch.device("cpu"))
+    preprocess = preprocess_of(config.Config(evaluate={"crop_pct": 1.0}), 32)
+    return image_facts(heads_of(cls, dist), labels, images, source, preprocess, {"AVG": 1.5})
 
 
 def teacher_facts(names):
@@ -104,7 +119,7 @@ def teacher_facts(names):
 
 def analysis_facts(names):
     """What ``analyze student`` finds, made up."""
-    picture = overlay.data_uri(overlay.strip(np.zeros((8, 8, 3), np.uint8), [np.eye(4, dtype=np.float32)] * 4))
+    picture = data_uri(overlay.strip(np.zeros((8, 8, 3), np.uint8), [np.eye(4, dtype=np.float32)] * 4), "PNG")
     groups = {"head": names[0], "mid": names[5], "tail": names[9]}
     return {
         "set": "test", "images": 400, "distance": [[10.0, 12.0, 15.0], [9.0, 14.0, 16.0]], "uniform_distance": 16.1,
@@ -151,7 +166,7 @@ class Reader(HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data):
-        if self.stack and self.stack[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.stack):
             self.tables[-1][-1][-1] += data
 
 
@@ -168,6 +183,7 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
         "Signs of failure",
         "Learning",
         "Classes",
+        "Mistakes",
         "Calibration",
         "Fitted on validation images",
         "Other class frequencies",
@@ -177,9 +193,10 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
         "Environment",
         "Configuration",
         "Run it again",
+        "What to do next",
     ):
         assert f"<h2>{title}</h2>" in html
-    assert path == folder / "report.html" and page.tags.count("svg") == 16
+    assert path == folder / "report.html" and page.tags.count("svg") == 17
     top1 = json.loads((folder / "results.json").read_text())["test"]["heads"]["DIST"]["top1"]
     for table, split in zip(page.tables, ("threshold", "official"), strict=False):
         rows = {row[0]: row[1:] for row in table}
@@ -194,7 +211,7 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
 def test_the_page_asks_the_network_for_nothing_and_runs_nothing(tmp_path):
     page = read(write_report(make_run(tmp_path / "quick")))
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert page.tags.count("img") == 3
+    assert page.tags.count("img") == 15
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     html = (tmp_path / "quick" / "report.html").read_text()
     outside = {a for a in re.findall(r"https?://[^\"'\s<)]+", html) if not a.startswith("http://www.w3.org/")}
@@ -205,7 +222,7 @@ def test_class_names_and_run_names_are_text_and_never_markup(tmp_path):
     folder = make_run(tmp_path / "<img src=x onerror=alert(1)>", names=[EVIL] * 10)
     html = write_report(folder).read_text(encoding="utf-8")
     page = Reader(html)  # fails on an event handler
-    assert "script" not in page.tags and page.tags.count("img") == 3
+    assert "script" not in page.tags and page.tags.count("img") == 15
     assert "&lt;script&gt;" in html and any(EVIL in row for table in page.tables for row in table)
 
 

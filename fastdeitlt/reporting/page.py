@@ -24,6 +24,8 @@ class Table:
     rows: list[list[str]]
     text: bool = False
     wide: bool = False
+    commands: bool = False
+    """The last column is for a shell."""
     quiet: frozenset[str] = frozenset()
     """First cells of the rows that are only there to compare with."""
     best: frozenset[tuple[str, int]] = frozenset()
@@ -32,11 +34,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An inline <svg> that this program drew."""
+    """An inline <svg> that this program drew; a ``wide`` one takes the page's width and scrolls on a phone."""
 
     kind: ClassVar[str] = "figure"
     caption: str
     svg: Markup
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Gallery:
     caption: str
     pictures: list[tuple[str, str]]
     """(address, caption); the address is a data: URI, which is all that the page may load."""
+    small: bool = False
+    """Single images rather than strips."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 # K classes
 
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,15 @@ from fastdeitlt import config
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
 from fastdeitlt.reporting import analysis, figures
+from fastdeitlt.reporting.baselines import arms_table
 from fastdeitlt.reporting.compare import compare
+from fastdeitlt.reporting.mistakes import write_confusion
+from fastdeitlt.reporting.next_steps import next_section, place_of
 from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
 from fastdeitlt.reporting.published import published_table
 from fastdeitlt.reporting.recommended import recommendation_section
 from fastdeitlt.reporting.scores import score_sections
 from fastdeitlt.run.run_files import RunFiles, column, read_run
-from fastdeitlt.store.files import read_json
 
 __all__ = ["compare", "results_table", "write_report"]
 
@@ -28,10 +29,19 @@ CAPTIONS = {
     "official split": "Official split: index ranges of the DeiT-LT code",
     "thirds by class size": "Thirds by class size",
 }
+SPLITS = {
+    "official split": "The threshold split goes by a class's training images. The official split is the one that the "
+    "DeiT-LT code reports for this number of classes: classes by size, cut at fixed places. Published tables mix both.",
+    "thirds by class size": "The threshold split goes by a class's training images. No split is published for this "
+    "data set, so the second one cuts the classes, by size, into thirds.",
+}
+"""What the two splits are."""
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run, by default ``report.html`` in its folder, from whatever parts are there.
+
+    The confusion matrix goes into a CSV file beside it.
 
     Raises:
         UserError: see ``read_run``.
@@ -49,7 +59,9 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         *_set_up(run),
     ]
     page = Page(run.name, _lead(run), [section for section in sections if section.blocks], _tiles(run))
-    return write(page, Path(out) if out else run.folder / "report.html")
+    path = write(page, Path(out) if out else run.folder / "report.html")
+    write_confusion(run, path)
+    return path
 
 
 def _lead(run: RunFiles) -> str:
@@ -78,26 +90,32 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     _, result = run.tested
     tiles = [
         (f"{cell(result.accuracy())} %", "accuracy" if run.is_teacher else "accuracy, mean of both heads"),
-        (f"{cell(result.accuracy(group='tail', split='official'))} %", f"on the tail ({result.split_name()})"),
+        (f"{cell(result.accuracy(group='tail', split='official'))} %", f"on {_tail_classes(result)}"),
     ]
     if run.teacher:
         gain = result.accuracy() - run.teacher.accuracy()
-        tiles.append((f"{gain:+.1f}", "points over the teacher"))
+        tiles.append((f"{abs(gain):.1f}", f"points {'over' if gain >= 0 else 'below'} the teacher"))
     if run.steps:
         tiles.append((f"{np.median(column(run.steps, 'images_per_s')):,.0f}", "training images a second"))
     return tiles
 
 
+def _tail_classes(result: Result) -> str:
+    number = result.num_classes["official"]["tail"]
+    return f"the {number:,} tail class{'' if number == 1 else 'es'} ({result.split_name()})"
+
+
 def _headline(run: RunFiles) -> Section:
+    if run.tested is None:
+        return Section("Result", "", [])
+    _, result = run.tested
     note = (
         "Top-1 accuracy in per cent. AVG is the mean of the two heads' logits. All is over images; head, mid and tail "
-        "are means of class accuracies. Published tables mix the two splits, so compare a tail only with its split."
+        f"are means of class accuracies. {SPLITS[result.split_name()]} Compare a tail only with one of the same split."
     )
-    if run.tested is None:
-        return Section("Result", note, [])
-    _, result = run.tested
     blocks: list[Block] = [_accuracy_table(run, result, split) for split in result.num_classes]
     blocks += _published(run, result)
+    blocks += arms_table(run, result)
     heads = {name: head.top1["official"] for name, head in result.heads.items()}
     if run.teacher:
         heads["TEACHER"] = run.teacher.heads[run.teacher.main].top1["official"]
@@ -247,28 +265,11 @@ def _set_up(run: RunFiles) -> list[Section]:
         commit = run.environment.get("commit")
         lines = [f"git checkout {commit}"] if commit else []
         verb = "train-teacher" if run.is_teacher else "train"
-        lines.append(f"fastdeitlt {verb} {_place(run)}/config.yaml name={run.name}-again")
-        lines += _not_looked_into(run)
+        lines.append(f"fastdeitlt {verb} {place_of(run)}/config.yaml name={run.name}-again")
         sections.append(Section("Configuration", "Every setting that is not the default, and what it means.", changed))
         note = "From the folder that the run was started in:"
         sections.append(Section("Run it again", note, [Code("\n".join(lines))]))
-    return sections
-
-
-def _not_looked_into(run: RunFiles) -> list[str]:
-    """Commands for the analyses that this page does not show yet."""
-    wanted = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
-    there = {name: read_json(run.folder / "analysis" / f"{name}.json") for name in wanted}
-    missing = [name for name, facts in there.items() if not facts or (name == "teacher" and "sharpness" not in facts)]
-    if not missing:
-        return []
-    lines = [f"fastdeitlt analyze {name} {_place(run)}" for name in missing]
-    return ["", "# what this page does not show yet", *lines, f"fastdeitlt report {_place(run)}"]
-
-
-def _place(run: RunFiles) -> str:
-    """The run folder as the run's own settings name it, quoted for a shell."""
-    return shlex.quote(f"{run.cfg.runs_dir if run.cfg else '.'}/{run.name}")
+    return [*sections, next_section(run)]
 
 
 def _changes(run: RunFiles) -> list[list[str]]:
@@ -289,7 +290,8 @@ def _plain(value: object) -> str:
 def _flat(tree: dict[str, object], prefix: str = "") -> list[list[str]]:
     rows: list[list[str]] = []
     for key, value in tree.items():
-        rows += _flat(value, f"{key} ") if isinstance(value, dict) else [[f"{prefix}{key}", str(value)]]
+        shown = ("not installed" if prefix == "packages " else "none") if value is None else str(value)
+        rows += _flat(value, f"{key} ") if isinstance(value, dict) else [[f"{prefix}{key}", shown]]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The report's sections made of scores alone: classes, calibration, what validation can fit, shifted classes."""
+"""The report's sections made of scores: classes, mistakes, calibration, what validation can fit, shifted classes."""
 
 # K classes
 
@@ -10,6 +10,7 @@ from fastdeitlt.evaluation import shift
 from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
 from fastdeitlt.evaluation.posthoc import HEADER, PostHoc
 from fastdeitlt.reporting import figures
+from fastdeitlt.reporting.mistakes import mistakes_section
 from fastdeitlt.reporting.page import Block, Figure, Fold, Section, Table, best_cells
 from fastdeitlt.run.run_files import RunFiles
 
@@ -17,18 +18,18 @@ MAX_CLASS_ROWS = 200
 
 
 def score_sections(run: RunFiles) -> list[Section]:
-    """Classes, calibration, what validation images can fit, other frequencies of classes; nothing without scores."""
+    """Classes, mistakes, calibration, what validation images can fit, other class frequencies; none without scores."""
     if run.tested is None:
         return []
     _, result = run.tested
     fitted = run.post_hoc
-    return [_classes(run, result), _calibration(result, fitted), *_fitted(fitted), _shifted(result, fitted)]
+    classes = [_classes(run, result), mistakes_section(run, result)]
+    return [*classes, _calibration(result, fitted), *_fitted(fitted), _shifted(result, fitted)]
 
 
 def _classes(run: RunFiles, result: Result) -> Section:
     blocks: list[Block] = [
         Figure("Accuracy of a class against its training images", figures.class_accuracy(result)),
-        _confusions(run, result),
         Fold("Every class", _class_table(run, result)),
     ]
     return Section(
@@ -94,21 +95,6 @@ def _shifted(result: Result, fitted: PostHoc | None) -> Section:
             Fold("The numbers", Table("Accuracy in %", ["test classes", *(lines | known)], rows)),
         ],
     )
-
-
-def _confusions(run: RunFiles, result: Result) -> Table:
-    name, head = result.main, result.heads[result.main]
-    rows = [
-        [
-            run.class_name(pair.label),
-            run.class_name(pair.predicted),
-            f"{pair.num_images} of {result.support_K[pair.label]}",
-            f"{result.counts_K[pair.label]:,} / {result.counts_K[pair.predicted]:,}",
-        ]
-        for pair in head.confusions
-    ]
-    header = ["class", "taken for", "test images", "training images"]
-    return Table(f"Most frequent confusions of {name}", header, rows, text=True)
 
 
 def _class_table(run: RunFiles, result: Result) -> Table:

@@ -19,7 +19,7 @@ from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.models import create_student
-from fastdeitlt.reporting import analysis
+from fastdeitlt.reporting import analysis, report
 from fastdeitlt.run.folder import refuse_changes
 from fastdeitlt.run.progress import console
 from fastdeitlt.store.checkpoint import step_folders
@@ -101,7 +101,7 @@ def ablate(
     dry_run: bool = False,
     table_only: bool = False,
 ) -> Path | None:
-    """Train every run of a grid that is not finished, then write the table of the finished ones.
+    """Train every run of a grid that is not finished, then write the table of the finished ones and their reports.
 
     Args:
         path: grid file, or a shipped one such as ``ablation/embedded``.
@@ -136,6 +136,9 @@ def ablate(
         diverged = [run.folder for run in wanted if not _finish(run)]
     finished = [(run.arm, run.seed, run.folder) for run in runs if is_finished(run.folder)]
     table.write(folder, list(grid.arms), finished)
+    if not table_only:
+        for _, _, student in finished:
+            report.write_report(student)  # each beside the other arms
     if not table_only and diverged:
         raise NonFiniteError(f"ablate: {len(diverged)} runs diverged: {', '.join(map(str, diverged))}")
     return folder

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import GROUPS, cell
+from fastdeitlt.reporting.baselines import HEADER
 from fastdeitlt.reporting.figures import COLOURS, STYLE
 from fastdeitlt.run.run_files import read_run
 from fastdeitlt.store.files import read_json, write_atomically
@@ -215,9 +216,7 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
     summaries = summarise(values)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(
-        ["arm", "head", "group", "split", "seeds", "mean", "deviation", "pairs", "difference", "p", "p_holm"]
-    )
+    table.writerow(HEADER)
     for arm, summary in summaries.items():
         for metric, s in summary.items():
             numbers = (s.mean, s.deviation, s.difference, s.p, s.corrected)

@@ -99,13 +99,14 @@ def section(facts: dict[str, Any]) -> Section:
     heights = {"all": [f["accuracy"] for f in conditions.values()]}
     heights |= {shot: [f["agreement"][shot] or math.nan for f in conditions.values()] for shot in SHOTS}
     colours = dict(zip(heights, (figures.COLOURS["AVG"], *figures.RUN_COLOURS), strict=False))
+    sharpness = "; sharpness is the rise of the loss that far along its gradient" if facts.get("sharpness") else ""
     return Section(
         "Teacher",
         f"Teacher {_name(facts['path'])} on {facts['images']:,} training images: clean, as in its own evaluation; "
         "augmented by the student's recipe; mixed besides; and resized from the student's size, which is what it "
         "teaches on. Right: the hard decision is the label of the larger share of the image (groups by the official "
         "split); either: the label of one of its two. Entropy is that of the softmax. Feature rank counts the singular "
-        "values that hold 99 % of the energy; sharpness is the rise of the loss that far along its gradient.",
+        f"values that hold 99 % of the energy{sharpness}.",
         [
             page.Figure(
                 "Decisions of the teacher that are right, in %",

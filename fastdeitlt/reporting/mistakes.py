@@ -1,0 +1,122 @@
+"""The report's section on wrong answers: confusion matrix, worst pairs, gallery; the matrix as a CSV file."""
+
+# K classes
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeitlt.errors import csv_name
+from fastdeitlt.evaluation.metrics import Result
+from fastdeitlt.reporting.heat_map import MAX_NUMBERED, heat_map
+from fastdeitlt.reporting.page import Block, Figure, Gallery, Section, Table
+from fastdeitlt.run.run_files import RunFiles
+from fastdeitlt.store.files import read_json, write_atomically
+
+MAX_DRAWN = 50
+"""Classes up to which the matrix is drawn; beyond, a longer table of the worst pairs takes its place."""
+NUM_PAIRS = 20
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Images of class ``label`` that were taken for class ``predicted``."""
+
+    label: int
+    predicted: int
+    num_images: int
+
+
+def read_images(run: RunFiles) -> dict[str, Any]:
+    """Return what the run's test left of single images (``per_image.image_facts``), or nothing."""
+    return read_json(run.folder / "analysis" / "images.json")
+
+
+def mistakes_section(run: RunFiles, result: Result) -> Section:
+    """Where the head that predicts is wrong; only its most frequent confusions if the run left no more."""
+    facts = read_images(run)
+    blocks: list[Block] = []
+    pairs = [Pair(c.label, c.predicted, c.num_images) for c in result.heads[result.main].confusions]
+    note = f"Wrong answers of {result.main} on {_set_name(run)} images."
+    if facts:
+        every = [Pair(label, predicted, numbers[0]) for label, predicted, *numbers in facts["confusion"]]
+        num_classes = len(result.counts_K)
+        if num_classes <= MAX_DRAWN:
+            blocks.append(_matrix(run, result, every))
+            note += " In the matrix a row is a class, largest first; a column is the class it was taken for."
+        else:
+            wrong = [pair for pair in every if pair.label != pair.predicted and pair.num_images]
+            pairs = sorted(wrong, key=lambda pair: (-pair.num_images, result.support_K[pair.label]))[:NUM_PAIRS]
+        note += f" The CSV file beside this page has every pair of classes, for {', '.join(facts['heads'])}."
+    blocks.append(_pair_table(run, result, pairs))
+    if facts.get("mistakes"):
+        blocks.append(_gallery(run, facts))
+    return Section("Mistakes", note, blocks)
+
+
+def _set_name(run: RunFiles) -> str:
+    return "test" if run.tested and run.tested[0] == "test" else "validation"
+
+
+def _matrix(run: RunFiles, result: Result, pairs: list[Pair]) -> Figure:
+    order_K = np.argsort(-np.array(result.counts_K), kind="stable")
+    place_K = np.argsort(order_K)
+    matrix_KK = np.zeros((len(order_K), len(order_K)), dtype=np.int64)
+    for pair in pairs:
+        matrix_KK[place_K[pair.label], place_K[pair.predicted]] += pair.num_images
+    names = [run.class_name(k) for k in order_K.tolist()]
+    wide = len(names) > MAX_NUMBERED
+    return Figure(f"Confusion matrix of {result.main}, in images", heat_map(matrix_KK, names), wide=wide)
+
+
+def _pair_table(run: RunFiles, result: Result, pairs: list[Pair]) -> Table:
+    rows = [
+        [
+            run.class_name(pair.label),
+            run.class_name(pair.predicted),
+            f"{pair.num_images} of {result.support_K[pair.label]}",
+            f"{result.counts_K[pair.label]:,} / {result.counts_K[pair.predicted]:,}",
+        ]
+        for pair in pairs
+    ]
+    header = ["class", "taken for", f"{_set_name(run)} images", "training images"]
+    return Table(f"Most frequent confusions of {result.main}", header, rows, text=True)
+
+
+def _gallery(run: RunFiles, facts: dict[str, Any]) -> Gallery:
+    pictures = [
+        (
+            item["picture"],
+            f"{run.class_name(item['label'])}, taken for {run.class_name(item['predicted'])}: "
+            f"{_percent(item['probability'])}. {item['path']}",
+        )
+        for item in facts["mistakes"]
+    ]
+    how = "temperature fitted on validation images" if facts["temperature"] else "as trained"
+    caption = f"Most confident mistakes, as the model sees them, with the probability of its answer ({how})"
+    return Gallery(caption, pictures, small=True)
+
+
+def _percent(probability: float) -> str:
+    """Return a probability in per cent that does not round up to certainty."""
+    return "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
+
+
+def write_confusion(run: RunFiles, report: Path) -> Path | None:
+    """Write the whole confusion matrix beside the report, a row a pair of classes with images; None without one."""
+    facts = read_images(run)
+    if not facts:
+        return None
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["label", "class", "predicted_label", "predicted_class", *facts["heads"]])
+    for label, predicted, *numbers in facts["confusion"]:
+        names = [csv_name(run.class_name(k)) for k in (label, predicted)]
+        writer.writerow([label, names[0], predicted, names[1], *numbers])
+    path = report.with_name(f"{report.stem}-confusion.csv")
+    write_atomically(path, text.getvalue())
+    return path

@@ -1,0 +1,110 @@
+"""The report's last section: what to do with a run, as commands."""
+
+import shlex
+
+from fastdeitlt.reporting.page import Section, Table
+from fastdeitlt.run.run_files import RunFiles
+from fastdeitlt.store.files import read_json
+
+Step = tuple[str, str]
+"""(why, commands)."""
+LEAST_GAP = 1.0
+"""Points by which the teacher is ahead before the report says so."""
+
+
+def place_of(run: RunFiles) -> str:
+    """The run folder as the run's own settings name it, quoted for a shell."""
+    return shlex.quote(f"{run.cfg.runs_dir if run.cfg else '.'}/{run.name}")
+
+
+def next_section(run: RunFiles) -> Section:
+    """What the run's results suggest first, then what can be done with any run."""
+    if run.tested is None:
+        verb = "train-teacher" if run.is_teacher else "train"
+        steps = [("Finish the run", f"fastdeitlt {verb} {place_of(run)}/config.yaml --resume {place_of(run)}")]
+        steps = steps if run.cfg else []
+    else:
+        steps = [*_suggested(run), *_analyses(run), *_uses(run)]
+    table = Table("", ["what", "command"], [list(step) for step in steps], text=True, wide=True, commands=True)
+    return Section("What to do next", "From the folder that the run was started in.", [table] if steps else [])
+
+
+def _suggested(run: RunFiles) -> list[Step]:
+    """What the results themselves call for."""
+    if run.cfg is None or run.tested is None:
+        return []
+    steps: list[Step] = []
+    selected, result = run.results.get("selected") or {}, run.tested[1]
+    if selected.get("on") in ("test", "last"):
+        why = "chosen on the test images, which makes them look better than they are"
+        why = why if selected["on"] == "test" else "not chosen: the last ones were kept"
+        steps.append(
+            (
+                f"The weights were {why}. Choose them on a tenth of the training images",
+                _again(run, "val", "evaluate.select_on=val data.val_holdout=0.1"),
+            )
+        )
+    gap = run.teacher.accuracy() - result.accuracy() if run.teacher else 0.0
+    epochs = run.cfg.teacher_training.epochs if run.is_teacher else run.cfg.train.epochs
+    rising = selected.get("on") == "val" and selected.get("epoch") == epochs - 1
+    if rising or gap >= LEAST_GAP:
+        reasons = ["the last epoch was the best"] if rising else []
+        reasons += [f"the teacher is {gap:.1f} points ahead"] if gap >= LEAST_GAP else []
+        why = " and ".join(reasons)
+        steps.append((f"{why[:1].upper()}{why[1:]}. Train twice as long", _again(run, "longer", _twice(run))))
+    seen = {sign["name"] for sign in run.signs[-1]["signs"] if sign["seen"]} if run.signs else set()
+    if "tail expert" in seen and run.cfg.teacher.path:
+        steps.append(
+            ("DIST is not ahead of CLS on the tail. See what the teacher teaches", _report_with(run, "teacher"))
+        )
+    if "overfitting" in seen:
+        why = "Accuracy on held-out tail images has fallen. Stop after three evaluations without a better one"
+        steps.append((why, _again(run, "patient", "train.patience=3")))
+    return steps
+
+
+def _twice(run: RunFiles) -> str:
+    """The settings of a training of twice the length."""
+    assert run.cfg
+    section, recipe = ("teacher_training", run.cfg.teacher_training) if run.is_teacher else ("loss", run.cfg.loss)
+    epochs = run.cfg.teacher_training.epochs if run.is_teacher else run.cfg.train.epochs
+    settings = f"{'teacher_training' if run.is_teacher else 'train'}.epochs={2 * epochs}"
+    return settings + (f" {section}.drw_epoch={2 * recipe.drw_epoch}" if recipe.drw_epoch >= 0 else "")
+
+
+def _again(run: RunFiles, suffix: str, settings: str) -> str:
+    """The command that trains the run's settings, some of them changed, under another name."""
+    verb = "train-teacher" if run.is_teacher else "train"
+    return f"fastdeitlt {verb} {place_of(run)}/config.yaml name={run.name}-{suffix} {settings}"
+
+
+def _report_with(run: RunFiles, *analyses: str) -> str:
+    lines = [f"fastdeitlt analyze {name} {place_of(run)}" for name in analyses]
+    return "\n".join([*lines, f"fastdeitlt report {place_of(run)}"])
+
+
+def _analyses(run: RunFiles) -> list[Step]:
+    """The analyses that the page does not show yet."""
+    wanted = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
+    there = {name: read_json(run.folder / "analysis" / f"{name}.json") for name in wanted}
+    absent = [name for name, facts in there.items() if not facts]
+    steps = [("Add to this page what it does not show yet", _report_with(run, *absent))] if absent else []
+    if there.get("teacher") and "sharpness" not in there["teacher"]:
+        steps.append(("Add the teacher's sharpness to this page", _report_with(run, "teacher")))
+    return steps
+
+
+def _uses(run: RunFiles) -> list[Step]:
+    """What can be done with any tested run."""
+    place, seed = place_of(run), run.cfg.train.seed + 1 if run.cfg else 1
+    steps: list[Step] = [
+        ("List every image with its answer and probability", f"fastdeitlt eval {place} --predictions predictions.csv"),
+        ("Score other images", f"fastdeitlt eval {place} data.dataset=folder data.root=/images"),
+        ("Classify your own images", f"fastdeitlt predict {place} IMAGES --out answers.csv"),
+        ("Use the model in another program", f"fastdeitlt export {place} model.onnx --format onnx"),
+    ]
+    if run.is_teacher:
+        steps.append(("Train a student on this teacher", f"fastdeitlt train RECIPE teacher.path={place}"))
+    if run.cfg:
+        steps.append(("See how much of a difference is chance", _again(run, f"seed{seed}", f"train.seed={seed}")))
+    return steps
