@@ -248,7 +248,7 @@ def test_what_is_absent_is_said_in_words_and_splits_are_explained(tmp_path):
         (folder / "results.json").write_text(json.dumps(results))
         html = write_report(folder).read_text()
         assert f"on the 3 tail classes ({split})" in html and said in html
-        assert ("official split" in html) == (split == "official split")
+        assert ("The official split" in html) == (split == "official split")
 
 
 def test_sharpness_is_explained_where_it_is_shown(tmp_path):
