@@ -105,9 +105,8 @@ def section(facts: dict[str, Any]) -> Section:
         f"Teacher {_name(facts['path'])} on {facts['images']:,} training images: clean, as in its own evaluation; "
         "augmented by the student's recipe; mixed besides; and resized from the student's size, which is what it "
         "teaches on. Right: the hard decision is the label of the larger share of the image (groups by the official "
-        "split, else thirds by class size); either: the label of one of its two. Entropy is that of the softmax. Feature "
-        "rank counts the singular "
-        f"values that hold 99 % of the energy{sharpness}.",
+        "split, else thirds by class size); either: the label of one of its two. Entropy is that of the softmax. "
+        f"Feature rank counts the singular values that hold 99 % of the energy{sharpness}.",
         [
             page.Figure(
                 "Decisions of the teacher that are right, in %",
