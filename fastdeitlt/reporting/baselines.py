@@ -1,4 +1,4 @@
-"""The other arms of an ablation grid, to set beside one of its runs."""
+"""Comparison of a run with the arms of its ablation grid."""
 
 import csv
 import re
@@ -10,24 +10,24 @@ from fastdeitlt.reporting.page import Table
 from fastdeitlt.run.run_files import RunFiles
 
 HEADER = ("arm", "head", "group", "split", "seeds", "mean", "deviation", "pairs", "difference", "p", "p_holm")
-"""Columns of a grid's results.csv, a row an arm, head, group and split; the base is the first arm."""
+"""Columns of a grid's results.csv, one row per arm, head, group and split; the baseline is the first arm."""
 NEEDED = 7
-"""Columns that are read here."""
+"""Number of columns read here."""
 SPLIT = "official"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Means over seeds of an arm's accuracies in per cent."""
+    """An arm's accuracies in %, means over seeds."""
 
     name: str
     seeds: int
     means: dict[tuple[str, str], str]
-    """(head, group) -> mean and deviation, as shown."""
+    """(head, group) -> formatted mean and deviation."""
 
 
 def arms_beside(run: RunFiles) -> list[Arm]:
-    """Return the arms of the grid that the run is part of, the base first; none if it is in no grid's folder.
+    """Return the arms of a run's grid, the baseline first; none outside a grid.
 
     Raises:
         UserError: the grid's results.csv cannot be read.
@@ -41,27 +41,27 @@ def arms_beside(run: RunFiles) -> list[Arm]:
             if tuple(reader.fieldnames or ())[:NEEDED] != HEADER[:NEEDED]:  # another program's table
                 return []
             rows = list(reader)
-        found: dict[str, dict[tuple[str, str], str]] = {}
+        means_by_arm: dict[str, dict[tuple[str, str], str]] = {}
         seeds: dict[str, int] = {}
         for row in rows:
             if row["split"] == SPLIT:
                 deviation = f" ± {float(row['deviation']):.1f}" if row["deviation"] else ""
                 shown = f"{float(row['mean']):.1f}{deviation}" if row["mean"] else "-"
-                found.setdefault(row["arm"], {})[row["head"], row["group"]] = shown
+                means_by_arm.setdefault(row["arm"], {})[row["head"], row["group"]] = shown
                 seeds[row["arm"]] = max(seeds.get(row["arm"], 0), int(row["seeds"]))
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); `fastdeitlt ablate GRID --table` writes it again") from None
-    arms = [Arm(name, seeds[name], means) for name, means in found.items()]
+    arms = [Arm(name, seeds[name], means) for name, means in means_by_arm.items()]
     return arms if any(arm.name == arm_of(run) for arm in arms) else []
 
 
 def arm_of(run: RunFiles) -> str:
-    """The arm that a run folder's name is of: ``<arm>-seed<number>``."""
+    """Return the arm in a run folder's name, ``<arm>-seed<number>``."""
     return re.sub(r"-seed\d+$", "", run.name)
 
 
 def arms_table(run: RunFiles, result: Result) -> list[Table]:
-    """The grid's arms under this run, AVG or TEACHER; nothing outside a grid."""
+    """Return a table of this run and its grid's arms; none outside a grid."""
     arms = arms_beside(run)
     if not arms:
         return []

@@ -129,7 +129,7 @@ def class_accuracy(result: Result) -> Markup:
 
 
 def reliability(result: Result, names: Mapping[str, str] | None = None) -> Markup:
-    """Draw accuracy over confidence in fifteen bins; perfect calibration is the diagonal.
+    """Draw accuracy over confidence in fifteen bins, with the diagonal.
 
     Args:
         names: scores to draw -> name in the figure; None: all heads.
@@ -238,7 +238,7 @@ def _by_size(counts_K: np.ndarray, accuracy_K: np.ndarray, few: bool) -> tuple[n
 
 
 def _shade_groups(axes: Axes, counts_K: np.ndarray) -> None:
-    """Shade the middle group of the threshold split (20 to 100 images) and label all three."""
+    """Shade the middle group of the threshold split (20 to 100 images), label all."""
     low, high = counts_K.min() / 1.3, counts_K.max() * 1.3
     axes.set_xlim(low, high)
     axes.axvspan(20, 100, color=GRID, alpha=0.5, linewidth=0)

@@ -1,4 +1,4 @@
-"""The confusion matrix as inline SVG: cells one can point at, and names, without a script."""
+"""Confusion matrix as inline SVG with names and tooltips, without a script."""
 
 # K classes
 
@@ -12,22 +12,22 @@ from fastdeitlt.reporting.figures import COLOURS, INK
 
 RIGHT, WRONG, EMPTY = COLOURS["CLS"], COLOURS["DIST"], "#f3f4f6"
 SIDE = 460
-"""Side of the matrix in the SVG's units, where its cells are not at their smallest or largest."""
+"""Side of the matrix in SVG units, unless cells are limited by ``CELL``."""
 CELL = (13.0, 44.0)
 FONT = 11.0
-"""Smallest size of the names, in the same units."""
+"""Smallest font size of the names, in SVG units."""
 NAME_LENGTH = 16
-"""Characters of a class name that are drawn; pointing at it shows all of it."""
+"""Characters drawn of a class name; the tooltip has all."""
 MAX_NUMBERED = 15
-"""Classes up to which each cell shows its number."""
+"""Most classes with a number in each cell."""
 
 
 def heat_map(matrix_KK: np.ndarray, names: Sequence[str]) -> Markup:
-    """Draw a confusion matrix: a row a class, a column a class it was taken for, darker for more of the row's images.
+    """Draw a confusion matrix: rows are labels, columns predictions.
 
     Args:
         matrix_KK: images, int64, in the order to draw.
-        names: of the classes [K].
+        names: class names [K].
 
     Returns:
         An <svg> element.
@@ -57,9 +57,9 @@ def heat_map(matrix_KK: np.ndarray, names: Sequence[str]) -> Markup:
     for row, column in np.argwhere(matrix_KK):
         number, total = int(matrix_KK[row, column]), int(support_K[row])
         left, top, strength = margin + column * cell, margin + row * cell, 0.12 + 0.88 * number / total
-        said = f"{names[row]}, taken for {names[column]}: {number:,} of {total:,} images"
+        tooltip = f"{names[row]}, taken for {names[column]}: {number:,} of {total:,} images"
         parts.append(
-            f'<g><title>{escape(said)}</title><rect x="{left:.1f}" y="{top:.1f}" width="{cell:.1f}" '
+            f'<g><title>{escape(tooltip)}</title><rect x="{left:.1f}" y="{top:.1f}" width="{cell:.1f}" '
             f'height="{cell:.1f}" fill="{RIGHT if row == column else WRONG}" fill-opacity="{strength:.2f}"/>'
         )
         if num_classes <= MAX_NUMBERED:

@@ -1,4 +1,4 @@
-"""The report's section on wrong answers: confusion matrix, worst pairs, gallery; the matrix as a CSV file."""
+"""Report section on mistakes: confusion matrix (also as CSV), pairs, gallery."""
 
 # K classes
 
@@ -18,13 +18,13 @@ from fastdeitlt.run.run_files import RunFiles
 from fastdeitlt.store.files import read_json, write_atomically
 
 MAX_DRAWN = 50
-"""Classes up to which the matrix is drawn; beyond, a longer table of the worst pairs takes its place."""
+"""Most classes with a drawn matrix; more have a longer table of the worst pairs instead."""
 NUM_PAIRS = 20
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Images of class ``label`` that were taken for class ``predicted``."""
+    """Number of images of class ``label`` predicted as ``predicted``."""
 
     label: int
     predicted: int
@@ -32,12 +32,12 @@ class Pair:
 
 
 def read_images(run: RunFiles) -> dict[str, Any]:
-    """Return what the run's test left of single images (``per_image.image_facts``), or nothing."""
+    """Return the run's per-image test results (``per_image.image_facts``), or {}."""
     return read_json(run.folder / "analysis" / "images.json")
 
 
 def mistakes_section(run: RunFiles, result: Result) -> Section:
-    """Where the head that predicts is wrong; only its most frequent confusions if the run left no more."""
+    """Return the section on the main head's mistakes."""
     facts = read_images(run)
     blocks: list[Block] = []
     pairs = [Pair(c.label, c.predicted, c.num_images) for c in result.heads[result.main].confusions]
@@ -102,12 +102,12 @@ def _gallery(run: RunFiles, facts: dict[str, Any]) -> Gallery:
 
 
 def _percent(probability: float) -> str:
-    """Return a probability in per cent that does not round up to certainty."""
+    """Format a probability in % without rounding up to 100."""
     return "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
 
 
 def write_confusion(run: RunFiles, report: Path) -> Path | None:
-    """Write the whole confusion matrix beside the report, a row a pair of classes with images; None without one."""
+    """Write the confusion matrix as CSV, one row per non-empty pair, if there is one."""
     facts = read_images(run)
     if not facts:
         return None

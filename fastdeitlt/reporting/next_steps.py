@@ -1,4 +1,4 @@
-"""The report's last section: what to do with a run, as commands."""
+"""Last section of the report: suggested commands for a run."""
 
 import shlex
 
@@ -7,18 +7,18 @@ from fastdeitlt.run.run_files import RunFiles
 from fastdeitlt.store.files import read_json
 
 Step = tuple[str, str]
-"""(why, commands)."""
+"""(reason, commands)."""
 LEAST_GAP = 1.0
-"""Points by which the teacher is ahead before the report says so."""
+"""Smallest reported lead of the teacher, in points."""
 
 
 def place_of(run: RunFiles) -> str:
-    """The run folder as the run's own settings name it, quoted for a shell."""
+    """Return the run folder by the run's own settings, quoted for a shell."""
     return shlex.quote(f"{run.cfg.runs_dir if run.cfg else '.'}/{run.name}")
 
 
 def next_section(run: RunFiles) -> Section:
-    """What the run's results suggest first, then what can be done with any run."""
+    """Return the section: steps suggested by the results, then general ones."""
     if run.tested is None:
         verb = "train-teacher" if run.is_teacher else "train"
         steps = [("Finish the run", f"fastdeitlt {verb} {place_of(run)}/config.yaml --resume {place_of(run)}")]
@@ -30,7 +30,7 @@ def next_section(run: RunFiles) -> Section:
 
 
 def _suggested(run: RunFiles) -> list[Step]:
-    """What the results themselves call for."""
+    """Return the steps suggested by the results."""
     if run.cfg is None or run.tested is None:
         return []
     steps: list[Step] = []
@@ -64,7 +64,7 @@ def _suggested(run: RunFiles) -> list[Step]:
 
 
 def _twice(run: RunFiles) -> str:
-    """The settings of a training of twice the length."""
+    """Return the settings for twice the epochs."""
     assert run.cfg
     section, recipe = ("teacher_training", run.cfg.teacher_training) if run.is_teacher else ("loss", run.cfg.loss)
     epochs = run.cfg.teacher_training.epochs if run.is_teacher else run.cfg.train.epochs
@@ -73,7 +73,7 @@ def _twice(run: RunFiles) -> str:
 
 
 def _again(run: RunFiles, suffix: str, settings: str) -> str:
-    """The command that trains the run's settings, some of them changed, under another name."""
+    """Return the command for a new run with changed settings."""
     verb = "train-teacher" if run.is_teacher else "train"
     return f"fastdeitlt {verb} {place_of(run)}/config.yaml name={run.name}-{suffix} {settings}"
 
@@ -84,9 +84,9 @@ def _report_with(run: RunFiles, *analyses: str) -> str:
 
 
 def _analyses(run: RunFiles) -> list[Step]:
-    """The analyses that the page does not show yet."""
-    wanted = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
-    there = {name: read_json(run.folder / "analysis" / f"{name}.json") for name in wanted}
+    """Return the steps for analyses missing from the page."""
+    names = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
+    there = {name: read_json(run.folder / "analysis" / f"{name}.json") for name in names}
     absent = [name for name, facts in there.items() if not facts]
     steps = [("Add to this page what it does not show yet", _report_with(run, *absent))] if absent else []
     if there.get("teacher") and "sharpness" not in there["teacher"]:
@@ -95,7 +95,7 @@ def _analyses(run: RunFiles) -> list[Step]:
 
 
 def _uses(run: RunFiles) -> list[Step]:
-    """What can be done with any tested run."""
+    """Return the steps for any tested run."""
     place, seed = place_of(run), run.cfg.train.seed + 1 if run.cfg else 1
     steps: list[Step] = [
         ("List every image with its answer and probability", f"fastdeitlt eval {place} --predictions predictions.csv"),

@@ -1,4 +1,4 @@
-"""The building blocks of an HTML page and its one template, report.html, which escapes every text it is given."""
+"""Building blocks of an HTML page, rendered by the template report.html."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastdeitlt.store.files import write_atomically
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts under a header; ``text`` tables are left-aligned and wrap, ``wide`` ones take the page's width."""
+    """A table; with ``text`` left-aligned and wrapped, with ``wide`` across the page."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -25,16 +25,16 @@ class Table:
     text: bool = False
     wide: bool = False
     commands: bool = False
-    """The last column is for a shell."""
+    """Format the last column as shell commands."""
     quiet: frozenset[str] = frozenset()
-    """First cells of the rows that are only there to compare with."""
+    """First cells of reference rows."""
     best: frozenset[tuple[str, int]] = frozenset()
-    """(first cell, column) of the cells in bold."""
+    """(first cell, column) of bold cells."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An inline <svg> that this program drew; a ``wide`` one takes the page's width and scrolls on a phone."""
+    """An inline <svg>; with ``wide`` across the page, scrolling on small screens."""
 
     kind: ClassVar[str] = "figure"
     caption: str
@@ -49,9 +49,9 @@ class Gallery:
     kind: ClassVar[str] = "gallery"
     caption: str
     pictures: list[tuple[str, str]]
-    """(address, caption); the address is a data: URI, which is all that the page may load."""
+    """(URL, caption); only data: URIs, because the page loads nothing else."""
     small: bool = False
-    """Single images rather than strips."""
+    """Single images, not strips."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Fold:
-    """A block that is shown on request."""
+    """A collapsible block."""
 
     kind: ClassVar[str] = "fold"
     summary: str
@@ -76,7 +76,7 @@ Block = Table | Figure | Gallery | Code | Fold
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and blocks."""
+    """A heading, a note and blocks."""
 
     title: str
     note: str
@@ -85,7 +85,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What report.html shows. ``tiles`` are (value, label) pairs under the title."""
+    """Content of report.html; ``tiles`` are (value, label) pairs under the title."""
 
     title: str
     lead: str
@@ -94,33 +94,33 @@ class Page:
 
 
 def best_cells(rows: list[list[str]]) -> frozenset[tuple[str, int]]:
-    """(first cell, column) of the largest number of each column as shown, ties included; '-' is no number."""
-    found = set()
+    """Return (first cell, column) of each column's largest displayed numbers."""
+    best = set()
     for column in range(1, len(rows[0]) if rows else 0):
         numbers = {row[0]: float(row[column]) for row in rows if row[column] != "-"}
-        found |= {(name, column) for name, number in numbers.items() if number == max(numbers.values())}
-    return frozenset(found)
+        best |= {(name, column) for name, number in numbers.items() if number == max(numbers.values())}
+    return frozenset(best)
 
 
 def for_terminal(table: Table) -> rich.table.Table:
-    """Return a table as the terminal shows it."""
-    shown = rich.table.Table(title=table.caption, title_justify="left")
+    """Convert a table for the terminal."""
+    rich_table = rich.table.Table(title=table.caption, title_justify="left")
     for number, name in enumerate(table.header):
-        shown.add_column(name, justify="right" if number else "left")
+        rich_table.add_column(name, justify="right" if number else "left")
     for row in table.rows:
-        shown.add_row(*(Text(printable(text)) for text in row))
-    return shown
+        rich_table.add_row(*(Text(printable(text)) for text in row))
+    return rich_table
 
 
 def _shown(value: object) -> object:
-    """What the template shows: names without control characters; markup and the lines of a block stay."""
+    """Escape control characters in template values, except line breaks and markup."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return "\n".join(map(printable, value.split("\n")))
 
 
 def write(page: Page, path: Path) -> Path:
-    """Render ``page`` to ``path`` as one self-contained HTML file: no script, no external request.
+    """Render ``page`` to one HTML file without scripts or external requests.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Stage 10: one HTML page of a run, from the run folder alone. compare.py sets several side by side."""
+"""HTML report of a run, from its folder alone; compare.py compares runs."""
 
 # K classes
 
@@ -35,26 +35,26 @@ SPLITS = {
     "thirds by class size": "The threshold split goes by a class's training images. No split is published for this "
     "data set, so the second one cuts the classes, by size, into thirds.",
 }
-"""What the two splits are."""
+"""Description of the two splits, by title of the second."""
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run, by default ``report.html`` in its folder, from whatever parts are there.
+    """Write a run's page, by default ``report.html`` in its folder.
 
-    The confusion matrix goes into a CSV file beside it.
+    The confusion matrix is written to a CSV file next to it.
 
     Raises:
         UserError: see ``read_run``.
     """
     run = read_run(run_dir)
-    looked = analysis.sections(run.folder)
+    analyses = analysis.sections(run.folder)
     sections = [
         recommendation_section(run),
         _headline(run),
         _signs(run),
         _learning(run),
         *score_sections(run),
-        *looked,
+        *analyses,
         _speed(run),
         *_set_up(run),
     ]
@@ -130,8 +130,8 @@ def _headline(run: RunFiles) -> Section:
     if {"CLS", "DIST"} <= heads.keys():
         gaps = [heads["CLS"][group] - heads["DIST"][group] for group in ("head", "tail")]
         if np.isfinite(gaps).all():
-            shown = f"{gaps[0]:+.1f} points on the head, {gaps[1]:+.1f} on the tail"
-            note += f" CLS minus DIST, {result.split_name()}: {shown}."
+            text = f"{gaps[0]:+.1f} points on the head, {gaps[1]:+.1f} on the tail"
+            note += f" CLS minus DIST, {result.split_name()}: {text}."
     return Section("Result", note, blocks)
 
 
@@ -146,11 +146,11 @@ def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
 
 
 def _published(run: RunFiles, result: Result) -> list[Block]:
-    """The published table for the run's training set, this run in front under both splits."""
-    found = published_table(run.cfg.data) if run.cfg else None
-    if found is None:
+    """Return the published table for the training set, with this run first."""
+    published_rows = published_table(run.cfg.data) if run.cfg else None
+    if published_rows is None:
         return []
-    name, published = found
+    name, published = published_rows
     splits = result.num_classes
     rows = [["this run", *(cell(result.accuracy(None, group, split)) for group in GROUPS), split] for split in splits]
     rows += [[p.method, *(cell(v) for v in (p.overall, p.head, p.mid, p.tail)), p.split or "-"] for p in published]
@@ -159,7 +159,7 @@ def _published(run: RunFiles, result: Result) -> list[Block]:
 
 
 def _signs(run: RunFiles) -> Section:
-    """What the run's own watch said (signs.py)."""
+    """Return the section of the run's signs of failure (signs.py)."""
     title = "Signs of failure"
     if not run.signs:
         return Section(title, "", [])
@@ -208,7 +208,7 @@ def _learning(run: RunFiles) -> Section:
 
 
 def _heads_over_time(run: RunFiles, weights: str, drw_epoch: int) -> list[Block]:
-    """How alike the heads' features are, and the tail on images seen and not seen in training."""
+    """Return figures of feature cosine and tail accuracy, training and held-out."""
     points = [e for e in run.evaluations if e["weights"] == weights and "cosine_all" in e]
     if not points:
         return []
@@ -296,7 +296,7 @@ def _flat(tree: dict[str, object], prefix: str = "") -> list[list[str]]:
 
 
 def results_table(run_dir: str | Path) -> rich.table.Table:
-    """The official-split table of a run (``shot_groups``) for a terminal, beside teacher, chance and published numbers.
+    """Return a run's official-split table for a terminal, with references.
 
     Raises:
         UserError: see ``read_run``; or the run has no results yet.

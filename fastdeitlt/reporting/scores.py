@@ -1,4 +1,4 @@
-"""The report's sections made of scores: classes, mistakes, calibration, what validation can fit, shifted classes."""
+"""Report sections from scores: classes, mistakes, calibration, post-hoc, shifts."""
 
 # K classes
 
@@ -18,7 +18,7 @@ MAX_CLASS_ROWS = 200
 
 
 def score_sections(run: RunFiles) -> list[Section]:
-    """Classes, mistakes, calibration, what validation images can fit, other class frequencies; none without scores."""
+    """Return sections on classes, calibration, post-hoc methods and shifts."""
     if run.tested is None:
         return []
     _, result = run.tested
@@ -78,21 +78,21 @@ def _fitted(fitted: PostHoc | None) -> list[Section]:
 
 def _shifted(result: Result, fitted: PostHoc | None) -> Section:
     lines = shift.accuracies(result)
-    known = {"AVG, told": fitted.prior_known} if fitted else {}
+    with_prior = {"AVG, told": fitted.prior_known} if fitted else {}
     colours = {**figures.COLOURS, "AVG, told": figures.RUN_COLOURS[2]}
     names = list(shift.SHIFTS)
-    series = {name: [values[shifted] for shifted in names] for name, values in (lines | known).items()}
-    rows = [[shifted, *(cell(values[shifted]) for values in (lines | known).values())] for shifted in names]
-    told = (
+    series = {name: [values[shifted] for shifted in names] for name, values in (lines | with_prior).items()}
+    rows = [[shifted, *(cell(values[shifted]) for values in (lines | with_prior).values())] for shifted in names]
+    explanation = (
         " Told: AVG with the class prior fitted on validation images and the test set's prior added." if fitted else ""
     )
     return Section(
         "Other class frequencies",
         "Expected accuracy where the test set has a long tail itself: forward, the classes frequent in training are "
-        f"frequent in the test too, by the ratio given; backward, the rare ones are.{told}",
+        f"frequent in the test too, by the ratio given; backward, the rare ones are.{explanation}",
         [
             Figure("Accuracy by shift of the test classes, in %", figures.shifts(names, series, colours)),
-            Fold("The numbers", Table("Accuracy in %", ["test classes", *(lines | known)], rows)),
+            Fold("The numbers", Table("Accuracy in %", ["test classes", *(lines | with_prior)], rows)),
         ],
     )
 

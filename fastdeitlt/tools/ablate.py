@@ -1,4 +1,4 @@
-"""`ablate`: a grid of arms x seeds over one recipe. Every run is a usual run folder, so a grid continues as runs do."""
+"""`ablate`: a resumable grid of arms x seeds over one recipe."""
 
 import json
 import logging
@@ -33,38 +33,38 @@ from fastdeitlt.train import train
 log = logging.getLogger("fastdeitlt")
 OOD_IMAGES = 1024
 OWN_SETTINGS = ("name", "runs_dir", "train.seed", "teacher.path")
-"""What the grid itself sets in every run."""
+"""Settings reserved for the grid."""
 
 
 class Arm(Section):
     """Settings by dotted name, over those of the grid."""
 
     student: dict[str, Any] = Field(default_factory=dict)
-    """Of the student's run."""
+    """Settings of the student's run."""
     teacher: dict[str, Any] | Literal["none"] = Field(default_factory=dict)
-    """Of the teacher's run; none: the student has no teacher and both heads learn the labels."""
+    """Settings of the teacher's run; none: no teacher, both heads learn the labels."""
 
 
 class Grid(Section):
     """A grid file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder under runs_dir that holds the runs and the table."""
+    """Folder under runs_dir for the runs and the table."""
     student: str
     """Recipe of the students: YAML file or shipped name."""
     teacher: str = ""
-    """Recipe of the teachers. Empty: none is trained; settings may give `teacher.path`."""
+    """Recipe of the teachers. Empty: no teacher is trained; settings may have `teacher.path`."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    """Each arm is trained once with each."""
+    """Seeds; each arm is trained once with each."""
     settings: Arm = Arm()
     """Settings of all arms."""
     arms: dict[str, Arm] = Field(min_length=1)
-    """Name -> what is different. The first is the base that the others are compared with."""
+    """Name -> differences. The first arm is the baseline of the comparisons."""
 
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One cell of the grid: the runs to train, the teacher's first."""
+    """One cell of the grid: the student's and teacher's runs."""
 
     arm: str
     seed: int
@@ -79,7 +79,7 @@ class ArmRun:
 
 @dataclass(frozen=True)
 class Work:
-    """A run folder's optimizer steps: all of them, and those already done."""
+    """Progress of a run folder in optimizer steps."""
 
     name: str
     steps: int
@@ -88,7 +88,7 @@ class Work:
 
     @property
     def state(self) -> str:
-        """In words."""
+        """The state as text."""
         return "finished" if self.finished else f"interrupted at step {self.done:,}" if self.done else "new"
 
 
@@ -101,14 +101,14 @@ def ablate(
     dry_run: bool = False,
     table_only: bool = False,
 ) -> Path | None:
-    """Train every run of a grid that is not finished, then write the table of the finished ones and their reports.
+    """Train the unfinished runs of a grid, then write table and reports of the finished.
 
     Args:
         path: grid file, or a shipped one such as ``ablation/embedded``.
-        overrides: ``section.field=value`` over the grid's settings; an arm's own win over them. Names of
-            ``teacher_training`` go to the teacher, all others to the student, whose data, seed and device the teacher
-            takes over.
-        arms, seeds: train these only. The table holds whatever is finished.
+        overrides: ``section.field=value`` over the grid's settings, with lower precedence than an arm's own. Names of
+            ``teacher_training`` apply to the teacher, all others to the student, whose data, seed and device the
+            teacher inherits.
+        arms, seeds: train these only. The table has all finished runs.
         dry_run: check everything, list the runs with their steps, and stop.
         table_only: train nothing.
 
@@ -116,24 +116,23 @@ def ablate(
         The folder with results.csv, results.md and results.svg; None after a dry run.
 
     Raises:
-        UserError: anything wrong with the grid, an arm's settings, the data, a teacher or a saved run; before the
-            first step.
+        UserError: an invalid grid, arm, data set, teacher or saved run; before the first step.
         NonFiniteError: a run diverged; raised after the other runs.
     """
     grid = read_grid(path)
     runs = plan(grid, overrides)
     if unknown := [arm for arm in arms if arm not in grid.arms]:
         raise UserError(f"ablate: no arm {unknown[0]!r} in {path}{config.near(unknown[0], list(grid.arms))}")
-    wanted = [run for run in runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
-    if not wanted:
+    selected = [run for run in runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
+    if not selected:
         raise UserError(f"ablate: seeds {', '.join(map(str, seeds))} are not in {path}; it has {grid.seeds}")
     folder = runs[0].folder.parent
     if not table_only:
-        works = check(wanted)
+        works = check(selected)
         if dry_run:
             console.print(_listing(grid.name, works))
             return None
-        diverged = [run.folder for run in wanted if not _finish(run)]
+        diverged = [run.folder for run in selected if not _finish(run)]
     finished = [(run.arm, run.seed, run.folder) for run in runs if is_finished(run.folder)]
     table.write(folder, list(grid.arms), finished)
     if not table_only:
@@ -145,10 +144,10 @@ def ablate(
 
 
 def read_grid(path: str) -> Grid:
-    """A grid from a YAML file or a shipped name.
+    """Read a grid from a YAML file or a shipped name.
 
     Raises:
-        UserError: no such file; not a grid (the nearest name is given).
+        UserError: no such file, or not a grid; the message has the nearest name.
     """
     file = config.find(path)
     tree = config.read_yaml(file)
@@ -162,14 +161,14 @@ def read_grid(path: str) -> Grid:
 
 
 def plan(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
-    """The grid's runs, all arms of the first seed first, so that a part of the grid compares whole rows.
+    """Return the grid's runs by seed, so that a partial grid has complete seeds.
 
     Raises:
-        UserError: settings that are not valid, that the grid sets itself, or that are those of another arm.
+        UserError: invalid settings, settings reserved for the grid, or two equal arms.
     """
-    given = config.parse_overrides(tuple(overrides))
-    of_teacher = {name: value for name, value in given.items() if name.startswith("teacher_training.")}
-    of_student = {name: value for name, value in given.items() if name not in of_teacher}
+    settings = config.parse_overrides(tuple(overrides))
+    of_teacher = {name: value for name, value in settings.items() if name.startswith("teacher_training.")}
+    of_student = {name: value for name, value in settings.items() if name not in of_teacher}
     recipe = config.flatten(config.load(grid.student))
     teacher_recipe = config.flatten(config.load(grid.teacher)) if grid.teacher else {}
     runs_dir = Path(str(of_student.get("runs_dir", recipe["runs_dir"]))) / grid.name
@@ -202,8 +201,8 @@ def plan(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
 
 
 def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taught: bool) -> None:
-    given = {**grid.settings.student, **arm.student}
-    wrong = [key for key in OWN_SETTINGS if key in given and (key != "teacher.path" or taught)]
+    own = {**grid.settings.student, **arm.student}
+    wrong = [key for key in OWN_SETTINGS if key in own and (key != "teacher.path" or taught)]
     wrong += [key for key in ("name", "train.seed") if key in of_student]
     if wrong:
         raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid; leave it out")
@@ -212,25 +211,25 @@ def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taug
 
 
 def _refuse_equal_arms(runs: list[ArmRun]) -> None:
-    """Two arms of one meaning would be two draws of the same thing under different names."""
-    seen: dict[str, str] = {}
+    """Raise UserError if two arms have equal settings."""
+    arms: dict[str, str] = {}
     for run in runs:
         parts = [config.flatten(cfg) | {"name": ""} if cfg else {} for cfg in (run.student, run.teacher)]
-        other = seen.setdefault(json.dumps(parts), run.arm)
+        other = arms.setdefault(json.dumps(parts), run.arm)
         if other != run.arm:
             raise UserError(f"arm {run.arm}: has the settings of arm {other}; remove one or correct it")
 
 
 def is_finished(folder: Path) -> bool:
-    """The run has its results."""
+    """Return whether a run has its results."""
     return (folder / "results.json").is_file()
 
 
 def check(runs: Sequence[ArmRun]) -> list[Work]:
-    """Open what every run needs, and find how far each is; a teacher is listed once, before its first student.
+    """Check every run and return its progress; each teacher is listed once.
 
     Raises:
-        UserError: data, model or teacher that a run could not be trained with, or a folder with another run in it.
+        UserError: an invalid data set, model or teacher, or a folder with another run.
     """
     train_sets: dict[str, LongTailSet] = {}
     works: dict[str, Work] = {}
@@ -257,14 +256,14 @@ def _student_work(run: ArmRun, images: LongTailSet) -> Work:
     cfg, saved = run.student, run.folder / "config.yaml"
     if saved.is_file():
         free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
-        found = [name for name, is_found in free.items() if is_found]  # only when it trains
+        free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
         cure = "remove it, or give the grid another name"
-        refuse_changes(config.load(str(saved)), cfg, run.folder, found, cure)
+        refuse_changes(config.load(str(saved)), cfg, run.folder, free_names, cure)
     return _work(run.folder, plan_of(cfg, len(images)).optimizer_steps * cfg.train.epochs)
 
 
 def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
-    """The teacher's run is looked for by its settings, since ``train_both`` names it by a hash of them."""
+    """Return a teacher's progress; its run is found by settings, not by hashed name."""
     assert run.teacher
     t = run.teacher.teacher_training
     with torch.device("meta"):
@@ -293,7 +292,7 @@ def _listing(name: str, works: Sequence[Work]) -> Table:
 
 
 def _finish(run: ArmRun) -> bool:
-    """Train what is missing of a run; whether it has its results."""
+    """Train a run if unfinished; return whether it has results."""
     if is_finished(run.folder):
         log.info("%s is finished", run.folder)
     else:

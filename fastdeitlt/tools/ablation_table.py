@@ -1,4 +1,4 @@
-"""The table of an ablation grid: each arm over seeds, and paired tests against the first arm, corrected by Holm."""
+"""Table of an ablation grid: arms over seeds, Holm-corrected paired tests."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
 TEACHER_FILE = Path("analysis", "teacher.json")
-"""In a run folder: ``diagnose_teacher`` of its teacher on its own images."""
+"""File in a run folder: ``diagnose_teacher`` of its teacher on its images."""
 SPLITS = ("official", "threshold")
 
 Metric = tuple[str, str, str]  # head, group, split
@@ -32,7 +32,7 @@ Values = dict[Metric, float]
 
 @dataclass(frozen=True)
 class Summary:
-    """One number of one arm over its seeds, and its difference from the base over the seeds that both have."""
+    """A metric of an arm over seeds, and its paired difference from the baseline."""
 
     num_seeds: int
     mean: float
@@ -47,9 +47,9 @@ class Summary:
 
 
 def paired_t_test(differences: Sequence[float]) -> tuple[float, float]:
-    """(t, two-sided p) of the mean of paired differences being zero; NaN for fewer than two.
+    """Return (t, two-sided p) of a paired t-test; NaN for fewer than two differences.
 
-    Equal differences other than zero give p = 0, differences that are all zero p = 1.
+    Equal non-zero differences give p = 0, all zero p = 1.
     Source: Student 1908; the distribution as finite sums, Abramowitz and Stegun 26.7.3 and 26.7.4.
     """
     pairs = len(differences)
@@ -63,7 +63,7 @@ def paired_t_test(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def _central_probability(t: float, degrees: int) -> float:
-    """P(-t < T < t) of Student's distribution with a whole number of degrees of freedom."""
+    """Return P(-t < T < t) of Student's distribution with integer degrees of freedom."""
     angle = math.atan(t / math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
@@ -75,10 +75,10 @@ def _central_probability(t: float, degrees: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number, in the order given; NaN stays NaN and does not count.
+    """Correct p values for multiple tests, in order; NaN stays NaN and does not count.
 
-    The smallest of m is multiplied by m, the next by m - 1 and so on; none falls below a smaller p's, none exceeds 1.
-    Valid whatever the dependence of the tests. Source: Holm 1979, the sequentially rejective test.
+    The smallest of m is multiplied by m, the next by m - 1 and so on, monotone and at most 1. Valid for any dependence
+    of the tests. Source: Holm 1979, the sequentially rejective test.
     """
     corrected, largest = [math.nan] * len(p_values), 0.0
     order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
@@ -89,7 +89,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def read_values(folder: Path) -> Values:
-    """The accuracies in % of a finished run: heads and TEACHER by group and split, and the teacher's on OOD images."""
+    """Return a finished run's accuracies in %: heads, TEACHER, TEACHER on OOD images."""
     run = read_run(folder)
     if run.tested is None:
         raise UserError(f"run folder {folder}: no test or validation scores; the data set needs one of the two")
@@ -104,40 +104,40 @@ def read_values(folder: Path) -> Values:
     if ood := read_json(folder / TEACHER_FILE):
         values["TEACHER", "OOD", "training"] = float(ood["mixed_resized"]["accuracy"])
     elif run.teacher:
-        told = "%s: no %s, so it is left out of *teacher, OOD*; `fastdeitlt analyze teacher %s` writes it"
-        log.warning(told, folder, TEACHER_FILE, folder)
+        message = "%s: no %s, so it is left out of *teacher, OOD*; `fastdeitlt analyze teacher %s` writes it"
+        log.warning(message, folder, TEACHER_FILE, folder)
     return values
 
 
 def summarise(values: Mapping[str, Mapping[int, Values]]) -> dict[str, dict[Metric, Summary]]:
-    """Arm -> metric -> summary, from arm -> seed -> values; the first arm is the base."""
+    """Return arm -> metric -> summary; the first arm is the baseline."""
     base = next(iter(values.values()), {})
-    found = {
+    summaries = {
         arm: {
             metric: _summary(metric, by_seed, base) for metric in dict.fromkeys(m for v in by_seed.values() for m in v)
         }
         for arm, by_seed in values.items()
     }
-    compared = _comparisons(found)
-    corrected = holm([found[arm][metric].p for arm, metric in compared])
+    compared = _comparisons(summaries)
+    corrected = holm([summaries[arm][metric].p for arm, metric in compared])
     for (arm, metric), p in zip(compared, corrected, strict=True):
-        found[arm][metric] = replace(found[arm][metric], corrected=p)
-    return found
+        summaries[arm][metric] = replace(summaries[arm][metric], corrected=p)
+    return summaries
 
 
 def _comparisons(summaries: Mapping[str, Mapping[Metric, Summary]]) -> list[tuple[str, Metric]]:
-    """The (arm, metric) of the table of differences that have a p value."""
-    found = ((arm, COLUMNS[name]) for arm in [*summaries][1:] for name in DIFFERENCES)
-    return [(arm, m) for arm, m in found if m in summaries[arm] and not math.isnan(summaries[arm][m].p)]
+    """Return the (arm, metric) pairs with a p value in the table of differences."""
+    candidates = ((arm, COLUMNS[name]) for arm in [*summaries][1:] for name in DIFFERENCES)
+    return [(arm, m) for arm, m in candidates if m in summaries[arm] and not math.isnan(summaries[arm][m].p)]
 
 
 def _summary(metric: Metric, arm: Mapping[int, Values], base: Mapping[int, Values]) -> Summary:
-    found = [values[metric] for values in arm.values() if metric in values]
+    accuracies = [values[metric] for values in arm.values() if metric in values]
     pairs = [arm[s][metric] - base[s][metric] for s in arm if s in base and metric in arm[s] and metric in base[s]]
     return Summary(
-        num_seeds=len(found),
-        mean=float(np.mean(found)),
-        deviation=float(np.std(found, ddof=1)) if len(found) > 1 else math.nan,
+        num_seeds=len(accuracies),
+        mean=float(np.mean(accuracies)),
+        deviation=float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan,
         num_pairs=len(pairs),
         difference=float(np.mean(pairs)) if pairs else math.nan,
         p=paired_t_test(pairs)[1],
@@ -154,16 +154,16 @@ DIFFERENCES = ("AVG all", "AVG head", "AVG tail", "CLS head", "DIST tail")
 
 
 def rows(summaries: Mapping[str, Mapping[Metric, Summary]]) -> tuple[list[list[str]], list[list[str]]]:
-    """(accuracies, differences), tables of text with their heading first."""
+    """Return (accuracies, differences), tables of text with a header row."""
     accuracies = [["arm", "seeds", *COLUMNS]]
     differences = [["arm", "pairs", *(name for column in DIFFERENCES for name in (column, "p", "Holm"))]]
     for index, (arm, summary) in enumerate(summaries.items()):
         seeds = max((s.num_seeds for s in summary.values()), default=0)
         accuracies.append([arm, str(seeds), *(_spread(summary.get(metric)) for metric in COLUMNS.values())])
         if index:
-            found = [summary.get(COLUMNS[column]) for column in DIFFERENCES]
+            compared = [summary.get(COLUMNS[column]) for column in DIFFERENCES]
             pairs = max((s.num_pairs for s in summary.values()), default=0)
-            cells = [text for s in found for text in (_signed(s), *(cell(p, 3) for p in _p_values(s)))]
+            cells = [text for s in compared for text in (_signed(s), *(cell(p, 3) for p in _p_values(s)))]
             differences.append([arm, str(pairs), *cells])
     return accuracies, differences
 
@@ -183,7 +183,7 @@ def _p_values(summary: Summary | None) -> tuple[float | None, float | None]:
 
 
 def markdown(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> str:
-    """Both tables with what they mean."""
+    """Return both tables as Markdown with explanations."""
     accuracies, differences = rows(summaries)
     return (
         "Top-1 accuracy in %, mean ± sample standard deviation over seeds; head, mid and tail as the runs' reports "
@@ -202,7 +202,7 @@ def _markdown(table: list[list[str]]) -> str:
 
 
 def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, Path]]) -> None:
-    """Write results.csv, results.md and results.svg of the finished runs (arm, seed, run folder), and print the table.
+    """Write results.csv, .md and .svg of the finished runs, and print the table.
 
     Raises:
         UserError: no run is finished, or results that cannot be read.
@@ -231,7 +231,7 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
 
 
 def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Table:
-    """What fits a terminal of 80 columns."""
+    """Return a table for 80 columns."""
     columns = {name: COLUMNS[name] for name in ("teacher", "AVG all", "CLS head", "DIST tail")}
     table = Table(
         "arm", "seeds", *columns, "AVG all", "p, Holm", title=f"accuracy in %, and AVG's difference from {base}"
@@ -248,7 +248,7 @@ def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Tabl
 
 
 def figure(values: Mapping[str, Mapping[int, Values]]) -> str:
-    """An <svg>: for each arm, AVG over all, CLS on head and DIST on tail classes; a dot a seed, a bar at their mean."""
+    """Draw AVG, CLS on head and DIST on tail by arm as <svg>; dots: seeds, bars: means."""
     panels: dict[str, Metric] = {name: COLUMNS[name] for name in ("AVG all", "CLS head", "DIST tail")}
     with matplotlib.rc_context(STYLE):
         drawing = Figure(figsize=(8.6, 0.9 + 0.32 * len(values)), layout="constrained")
@@ -257,10 +257,10 @@ def figure(values: Mapping[str, Mapping[int, Values]]) -> str:
         ):
             colour = COLOURS[metric[0]]
             for row, by_seed in enumerate(values.values()):
-                found = [v[metric] for v in by_seed.values() if metric in v]
-                axes.plot(found, [row] * len(found), "o", markersize=4, color=colour, alpha=0.45)
-                if found:
-                    axes.plot([np.mean(found)], [row], "|", markersize=13, markeredgewidth=2, color=colour)
+                accuracies = [v[metric] for v in by_seed.values() if metric in v]
+                axes.plot(accuracies, [row] * len(accuracies), "o", markersize=4, color=colour, alpha=0.45)
+                if accuracies:
+                    axes.plot([np.mean(accuracies)], [row], "|", markersize=13, markeredgewidth=2, color=colour)
             axes.set_title(f"{title}, %", fontsize=9)
             axes.set_yticks(range(len(values)), list(values))
             axes.set_ylim(len(values) - 0.5, -0.5)

@@ -1,4 +1,4 @@
-"""Teacher and student in one go: `train --with-teacher`, and `demo` on the embedded images."""
+"""Training of teacher and student in sequence: `train --with-teacher`, and `demo`."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ log = logging.getLogger("fastdeitlt")
 
 
 def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
-    """Train the teacher on the student's data, then the student. A teacher trained before is used again.
+    """Train the teacher on the student's data, then the student; reuse an equal teacher.
 
     Args:
         cfg: the student's run.
         teacher_cfg: the teacher's recipe; its data, seed, device, runs_dir and trackers are the student's.
-        resume: of the student; see ``train``. The teacher's is always auto.
+        resume: resume mode of the student, see ``train``; the teacher's is auto.
 
     Returns:
         The student's run folder.
@@ -45,22 +45,19 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
 
 
 def _teacher_key(flat: dict[str, Any], cfg: Config) -> str:
-    """A hash of all that shapes the teacher, settings and images, so that equal ones find it again and others do not.
-
-    Where the images lie and on what it trains does not count.
-    """
-    named = {name: value for name, value in flat.items() if name not in (*MAY_CHANGE, "name")}
+    """Return a hash of the teacher's settings and images, without ``MAY_CHANGE``."""
+    settings = {name: value for name, value in flat.items() if name not in (*MAY_CHANGE, "name")}
     sets = open_sets(cfg.data)
     content = [fingerprint(images) for images in (sets.train, sets.val) if images is not None]
-    return hashlib.sha256(json.dumps([named, content], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def demo(seed: int = 0, runs_dir: str = "runs") -> Path:
-    """Train the quick-start teacher (a small CNN with SAM) and student (DeiT-LT) on the embedded Fashion-MNIST-LT.
+    """Train the quick-start teacher and DeiT-LT student on Fashion-MNIST-LT.
 
     Args:
-        seed: of both trainings; each seed has its own run folders.
-        runs_dir: folder that holds them.
+        seed: seed of both trainings; each seed has its own run folders.
+        runs_dir: folder of the run folders.
 
     Returns:
         The student's run folder, with report.html.

@@ -1,4 +1,4 @@
-"""Examples that `--help` shows, by verb."""
+"""Examples in `--help`, by verb."""
 
 EXAMPLES = {
     "": (
@@ -40,6 +40,6 @@ EXAMPLES = {
 
 
 def epilog(verb: str) -> str | None:
-    """Return the examples of a verb for its help, one a line; those of the program for the empty verb."""
+    """Return the help examples of a verb ("": the program), one per line."""
     lines = EXAMPLES.get(verb, ())
     return "\n".join(("examples:", *(f"  fastdeitlt {line}" for line in lines))) if lines else None

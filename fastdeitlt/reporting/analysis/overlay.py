@@ -1,4 +1,4 @@
-"""Pictures of where CLS and DIST look: the image and its attention maps side by side."""
+"""Overlays of attention maps on images."""
 
 # H height, W width, C channels
 
@@ -11,11 +11,11 @@ TILE = 128
 GAP = 4
 COLOURS = "inferno"
 STRENGTH = 0.65
-"""Share of the heat map where it is hottest."""
+"""Opacity of the heat map at its maximum."""
 
 
 def overlay(image_HWC: np.ndarray, map_PP: np.ndarray) -> np.ndarray:
-    """A map over a greyed image, uint8 [TILE, TILE, 3]; the map is scaled to its own range.
+    """Overlay a map, scaled to its own range, on a grey image: uint8 [TILE, TILE, 3].
 
     Args:
         image_HWC: uint8.
@@ -31,7 +31,7 @@ def overlay(image_HWC: np.ndarray, map_PP: np.ndarray) -> np.ndarray:
 
 
 def strip(image_HWC: np.ndarray, maps: list[np.ndarray]) -> Image.Image:
-    """The image, then each map over it, from left to right."""
+    """Return the image and each of its overlays, from left to right."""
     tiles = [np.asarray(_tile(image_HWC)), *(overlay(image_HWC, map_PP) for map_PP in maps)]
     gap = np.full((TILE, GAP, 3), 255, dtype=np.uint8)
     parts = [part for tile in tiles for part in (tile, gap)][:-1]

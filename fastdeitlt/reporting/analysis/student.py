@@ -1,4 +1,4 @@
-"""`analyze student`: where CLS and DIST look, how far heads attend, how many dimensions the features use."""
+"""`analyze student`: attention maps and distance, feature rank of a student."""
 
 # B images, C channels, H height, W width, K classes, N images in all, P patches, L blocks
 
@@ -38,16 +38,16 @@ log = logging.getLogger("fastdeitlt")
 SPLIT = "official"
 NUM_IMAGES = 2048
 PER_GROUP = 4
-"""Pictures of each of head, mid and tail."""
+"""Pictures per group (head, mid, tail)."""
 WEIGHT_BYTES = 2**29
 """Memory for the attention weights of a batch."""
 
 
 def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Path | None) -> None:
-    """Look into each student on its test images, print the tables, write RUN/analysis/student.json and pictures.
+    """Analyse students on their test images; print tables, write results and pictures.
 
     Args:
-        json: file for the numbers of all students, by RUN.
+        json: file for the results of all students, by RUN.
 
     Raises:
         UserError: not a student, no images, or another data set than the student's.
@@ -64,7 +64,7 @@ def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Pa
 
 
 def leave(run_dir: Path, num_images: int) -> None:
-    """Look into the student of a run that has just been trained."""
+    """Analyse the student of a run at the end of training."""
     write(_open_and_look(str(run_dir), (), num_images), run_dir)
 
 
@@ -85,7 +85,7 @@ def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str
 
 
 def write(facts: dict[str, Any], run_dir: Path) -> Path:
-    """Write what ``look`` found into the run's folder, each picture as a file too. Returns analysis/student.json."""
+    """Write the results and pictures of ``look``; return RUN/analysis/student.json."""
     folder = run_dir / "analysis"
     (folder / "attention").mkdir(parents=True, exist_ok=True)
     for index, item in enumerate(facts["gallery"]):
@@ -99,19 +99,19 @@ def write(facts: dict[str, Any], run_dir: Path) -> Path:
 def look(
     saved: Saved, source: Source, images: LongTailSet, counts: Sequence[int], dataset: str, num_images: int = NUM_IMAGES
 ) -> dict[str, Any]:
-    """Run a student over images and measure attention and features. Float32, on the device where the model is.
+    """Measure attention and features of a student on images, in float32.
 
     Args:
         saved: the student.
-        source: gives the images of ``images``.
-        counts: training images of each class: what head, mid and tail mean (official split).
-        num_images: at most so many, evenly spaced in the list.
+        source: pixel source of ``images``.
+        counts: training images of each class, for head, mid and tail (official split).
+        num_images: most images, evenly spaced in the list.
 
     Returns:
-        ``distance`` mean attention distance in pixels [L][heads] and ``uniform_distance``, that of attention which is
-        the same everywhere; ``rank`` token -> centring -> [L]; ``cosine`` of CLS and DIST [L]; ``patch_similarity``
-        [L]; ``maps`` group -> likeness (cosine) and spread of the rollouts of CLS and DIST; ``gallery`` pictures of
-        the first image of some classes of each group: image, rollout of CLS and DIST, last block of CLS and DIST.
+        ``distance`` mean attention distance in pixels [L][heads] and ``uniform_distance``, that of uniform attention;
+        ``rank`` token -> centring -> [L]; ``cosine`` of CLS and DIST [L]; ``patch_similarity`` [L]; ``maps`` group ->
+        likeness (cosine) and spread of the rollouts of CLS and DIST; ``gallery`` pictures of the first image of some
+        classes of each group: image, rollout of CLS and DIST, last block of CLS and DIST.
     """
     student = saved.model
     assert isinstance(student, DistilledViT)
@@ -139,7 +139,7 @@ def look(
 
 
 def _batches(saved: Saved, source: Source, sample_N: np.ndarray) -> Any:
-    """(crops_BHWC on the CPU, attention weights of each block, (cls_logits_BK, dist_logits_BK)) of batches in order."""
+    """Yield crops_BHWC (CPU), attention weights by block, and both heads' logits."""
     student = saved.model
     assert isinstance(student, DistilledViT)
     tokens = student.pos_embed.shape[1]
@@ -155,26 +155,26 @@ def _batches(saved: Saved, source: Source, sample_N: np.ndarray) -> Any:
 def _compare_maps(
     maps_N2P: Tensor, labels_N: Tensor, counts: Sequence[int], dataset: str
 ) -> dict[str, dict[str, float]]:
-    found = {}
+    by_group = {}
     groups = {"all": torch.arange(len(counts))} | shot_groups(counts, SPLIT, dataset)
     likeness_N, spread_N2 = cosine_similarity(maps_N2P[:, 0], maps_N2P[:, 1], dim=1), attention.spread(maps_N2P)
     for group, ids in groups.items():
         inside_N = torch.isin(labels_N, ids)
         if inside_N.any():
             spread_2 = spread_N2[inside_N].mean(0).tolist()
-            found[group] = {
+            by_group[group] = {
                 "images": int(inside_N.sum()),
                 "likeness": float(likeness_N[inside_N].mean()),
                 "spread_cls": spread_2[0],
                 "spread_dist": spread_2[1],
             }
-    return found
+    return by_group
 
 
 def _gallery(
     saved: Saved, source: Source, images: LongTailSet, counts: Sequence[int], dataset: str
 ) -> list[dict[str, Any]]:
-    """The first image of up to ``PER_GROUP`` classes of each group, evenly spaced by class size: nothing is picked."""
+    """Return pictures of the first image of classes of each group, evenly by size."""
     first: dict[int, int] = {}
     for index, label in enumerate(images.labels.tolist()):
         first.setdefault(label, index)
@@ -207,7 +207,7 @@ def _gallery(
 
 
 def tables(facts: dict[str, Any]) -> list[Table]:
-    """The numbers for a terminal."""
+    """Return the results as tables for a terminal."""
     return [page.for_terminal(table) for table in (_block_table(facts), _map_table(facts))]
 
 
@@ -237,7 +237,7 @@ def _map_table(facts: dict[str, Any]) -> page.Table:
 
 
 def section(facts: dict[str, Any]) -> Section:
-    """The report's part, from analysis/student.json."""
+    """Return the report section of analysis/student.json."""
     blocks: list[Block] = [
         page.Gallery(
             "The image; rollout of CLS and of DIST; last block of CLS and of DIST",
@@ -270,6 +270,6 @@ def _rank_lines(facts: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _caption(item: dict[str, Any]) -> str:
-    """What the image shows, and what each head took it for."""
-    said = ", ".join(f"{head} {name}" for head, name in item["predicted"].items())
-    return f"{item['group']}: {item['class']} ({item['training_images']:,} training images). Taken for: {said}"
+    """Return a caption with the image's class and each head's prediction."""
+    predictions = ", ".join(f"{head} {name}" for head, name in item["predicted"].items())
+    return f"{item['group']}: {item['class']} ({item['training_images']:,} training images). Taken for: {predictions}"

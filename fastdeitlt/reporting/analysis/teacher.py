@@ -1,4 +1,4 @@
-"""`analyze teacher`: what a student is taught on its own images, how flat the teacher is, its feature rank."""
+"""`analyze teacher`: decisions, sharpness and feature rank of a teacher."""
 
 # K classes
 
@@ -29,34 +29,34 @@ MAX_CLASS_ROWS = 100
 
 
 def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, images: int, json: Path | None) -> None:
-    """Diagnose teachers, print the tables, write RUN/analysis/teacher.json (which the report of RUN shows).
+    """Diagnose teachers; print tables, write RUN/analysis/teacher.json for the report.
 
     Args:
-        runs: students' runs, whose teacher is meant; with ``recipe``, teachers (runs, model folders, checkpoints).
+        runs: runs of students with a teacher; with ``recipe``, teachers (runs, model folders, checkpoints).
         overrides: settings over the student's.
-        recipe: the student's recipe or configuration; its ``data`` are the teacher's run's where it has one.
-        images: training images to look at.
-        json: file for the numbers of all teachers, by RUN.
+        recipe: the student's recipe or configuration; its ``data`` are those of the teacher's run, if there is one.
+        images: number of training images.
+        json: file for the results of all teachers, by RUN.
 
     Raises:
-        UserError: a run without a teacher, a teacher without a recipe, or whatever is wrong with teacher or data.
+        UserError: a run without teacher, a teacher without recipe, or an invalid teacher or data set.
     """
     if images < 2:
         raise UserError(f"analyze teacher: --images is {images}, expected at least 2")
-    found = {}
+    all_facts = {}
     for run in runs:
         path, cfg = _student_of(run, recipe, overrides)
-        found[run] = facts = diagnose_teacher(path, cfg, images, run_dir=None if recipe else run_of(Path(run)))
+        all_facts[run] = facts = diagnose_teacher(path, cfg, images, run_dir=None if recipe else run_of(Path(run)))
         for table in tables(facts):
             Console().print(table)
         if folder := run_of(Path(run)):
             log.info("%s", _write(facts, folder))
     if json:
-        write_atomically(json, json_module.dumps(found, indent=1))
+        write_atomically(json, json_module.dumps(all_facts, indent=1))
 
 
 def leave(run_dir: Path, num_images: int) -> None:
-    """Look into the teacher of a student that has just been trained, if it had one; without its sharpness."""
+    """Analyse a student's teacher, if any, after training, without sharpness."""
     cfg = config.load(str(run_dir / "config.yaml"))
     if cfg.teacher.path:
         _write(diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False, run_dir=run_dir), run_dir)
@@ -70,7 +70,7 @@ def _write(facts: dict[str, Any], run_dir: Path) -> Path:
 
 
 def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Config]:
-    """(the teacher's path, the student's configuration)."""
+    """Return (path of the teacher, configuration of the student)."""
     folder = run_of(Path(run))
     own = folder / "config.yaml" if folder else None
     if recipe:
@@ -89,12 +89,12 @@ def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple
 
 
 def tables(facts: dict[str, Any]) -> list[Table]:
-    """The tables for a terminal."""
+    """Return the tables for a terminal."""
     return [page.for_terminal(block) for block in section(facts).blocks if isinstance(block, page.Table)]
 
 
 def section(facts: dict[str, Any]) -> Section:
-    """The part of the report."""
+    """Return the report section of analysis/teacher.json."""
     conditions = {name: facts[name] for name in CONDITIONS}
     heights = {"all": [f["accuracy"] for f in conditions.values()]}
     heights |= {shot: [f["agreement"][shot] or math.nan for f in conditions.values()] for shot in SHOTS}
@@ -120,7 +120,7 @@ def section(facts: dict[str, Any]) -> Section:
 
 
 def _name(path: str) -> str:
-    """Of the teacher's run or file."""
+    """Return the name of the teacher's run or file."""
     return next(part for part in reversed(Path(path).parts) if part not in ("checkpoints", "best", "last"))
 
 
@@ -137,7 +137,7 @@ def _condition_table(conditions: dict[str, Any]) -> page.Table:
 
 
 def _target_table(facts: dict[str, Any]) -> page.Table:
-    """Shares of hard targets beside those of labels: of each class if they are few, else of each group."""
+    """Return a table of label and hard-target shares, by class or group."""
     counts = facts["hard_targets"]
     totals = {kind: max(sum(counts[kind]), 1) for kind in counts}
     names = facts["class_names"] or [f"class {k}" for k in range(len(counts["labels"]))]
@@ -153,7 +153,7 @@ def _target_table(facts: dict[str, Any]) -> page.Table:
 
 
 def _flatness_table(facts: dict[str, Any]) -> page.Table:
-    """Sharpness, where it was taken, and feature rank."""
+    """Return a table of sharpness, if measured, and feature rank."""
     rank, rows = facts["feature_rank"], []
     if sharp := facts.get("sharpness"):
         rows = [["loss, clean images", f"{sharp['loss']:.4f}"]]
