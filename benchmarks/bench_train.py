@@ -95,7 +95,7 @@ def contestants(work: Workload, images: LongTailSet, workers: int, stack: ExitSt
 def from_arrays(
     work: Workload, num_images: int, options: argparse.Namespace, stack: ExitStack
 ) -> dict[str, harness.Call]:
-    """Ours with a resident set that is given as an array, and without data; the step is that of ``bench_step``."""
+    """Return ours with a resident set of noise arrays, and without data; the step is that of ``bench_step``."""
     random = np.random.default_rng(0)
     images_NHWC = random.integers(256, size=(num_images, *SOURCE, 3), dtype=np.uint8)
     labels = np.arange(num_images) % work.num_classes

@@ -1,4 +1,4 @@
-"""The goals of one H200, part by part, and what was measured beside them."""
+"""Performance goals of one H200 by part, and their comparison with measurements."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from benchmarks.harness import installed
 Key = tuple[str, str, str]
 STEP = ("step", "b16-224")
 ATTENTION, STREAM = "B=256 N=198 H=12 D=64", "B=256 N=198 D=768"
-# what, op, case (None: the op's last measured), candidate, column, goal on one H200, whether more is better; a column
+# title, op, case (None: the op's last measured), candidate, column, goal on one H200, whether more is better; a column
 # "over NAME" is the time of that candidate over this one's
 BUDGET: tuple[tuple[str, str, str | None, str, str, float, bool], ...] = (
     ("full step, images/s", *STEP, "as shipped (auto)", "images_per_s", 4300, True),
@@ -33,26 +33,26 @@ BUDGET: tuple[tuple[str, str, str | None, str, str, float, bool], ...] = (
     ("augmentation, ms a batch of 256", "augment", "375 x 500 to 224 px B=256", "triton", "median_ms", 0.512, False),
 )
 NEEDS = {"as shipped, DeepSpeed": "deepspeed", "ours, streamed": "nvidia.dali"}
-"""Candidate of the budget -> package without which it is left out."""
+"""Candidate of the budget -> package that it requires."""
 H200_COPY = 4300
-"""GB/s of a copy on the H200 of the goals."""
+"""GB/s of a copy on an H200, which the goals assume."""
 COPY_BOUND = {("attention", "tflop_per_s"), ("add_layernorm", "gb_per_s"), ("joint_loss", "gb_per_s"),
               ("adamw_ema", "median_ms")}  # fmt: skip
-"""(op, column) whose floor is the copy: on another GPU their goals move with what the copy reaches there."""
+"""(op, column) whose floor is the copy: on another GPU their goals scale with its copy rate."""
 
 
 def measured(folder: Path, gpu: str | None) -> dict[Key, Mapping[str, Any]]:
-    """Return the newest row of each (op, case, candidate) of a GPU in a folder's files; ``bench``'s file counts too."""
-    found: dict[Key, Mapping[str, Any]] = {}
+    """Return the newest row of each (op, case, candidate) of a GPU in a folder's files, including ``bench``'s."""
+    rows: dict[Key, Mapping[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             if row.get("gpu") == gpu and "candidate" in row:
-                found[row["op"], row["case"], row["candidate"]] = row
+                rows[row["op"], row["case"], row["candidate"]] = row
     for file in sorted(folder.glob("parts*.json")):
         written = json.loads(file.read_text(encoding="utf-8"))
         if written["environment"]["gpu"] == gpu:
-            found |= {(row["op"], row["case"], row["candidate"]): row for row in written["rows"]}
-    return found
+            rows |= {(row["op"], row["case"], row["candidate"]): row for row in written["rows"]}
+    return rows
 
 
 def budget(rows: dict[Key, Mapping[str, Any]]) -> bool:
@@ -64,14 +64,14 @@ def budget(rows: dict[Key, Mapping[str, Any]]) -> bool:
     copy = rows.get(("floors", "copy", "copy"), {}).get("gb_per_s", H200_COPY) / H200_COPY
     for what, op, case, candidate, column, goal, more in BUDGET:
         case = case or next((key[1] for key in reversed(rows) if key[0] == op), None)
-        found = {key[2]: row for key, row in rows.items() if key[:2] == (op, case)}
-        over, row = found.get(column.removeprefix("over ")), found.get(candidate, {})
+        of_case = {key[2]: row for key, row in rows.items() if key[:2] == (op, case)}
+        over, row = of_case.get(column.removeprefix("over ")), of_case.get(candidate, {})
         got = over["median_ms"] / row["median_ms"] if over and row else row.get(column)
         if got is None:
             absent = candidate in NEEDS and not installed(NEEDS[candidate])
             met &= absent
-            said = f"{NEEDS[candidate]} is not installed" if absent else "not measured"
-            print(f"{what:32} goal {goal:9,.4g}   {said}")
+            reason = f"{NEEDS[candidate]} is not installed" if absent else "not measured"
+            print(f"{what:32} goal {goal:9,.4g}   {reason}")
             continue
         if (op, column) in COPY_BOUND:
             goal = goal * copy if more else goal / copy

@@ -1,24 +1,25 @@
-"""What the first minutes on a GPU must answer, and then everything else, in one command that ends in time.
+"""All GPU measurements in one command within a time limit, the most important in the first minutes.
 
     python -m benchmarks.gpu [STAGE ...] [--minutes M] [--out DIR] [--wheels DIR] [--again] [--dry] [--list]
 
-The first stages are planned for nine minutes of an H200 and need torch, Triton, timm and pydantic alone:
+The first stages are planned for nine minutes on an H200 and need only torch, Triton, timm, pydantic, PyYAML and
+safetensors:
 
 - facts: versions, the rates of a copy and a product;
-- prepare: the kernels' tests, beside what fills the compilers' caches;
+- prepare: the kernels' tests, while other processes fill the compilers' caches;
 - step: ours beside timm's and the official loop, and a table of its operations;
 - ops: torch's attention beside float64, each kernel beside its peers;
 - arrays: training from images in memory.
 
-The later ones take longer: tune-ops, tune, parts, train (from JPEG files), tune-inat18, steps. With ``--minutes`` a
-stage ends at its share of them, and what does not fit is left out.
+The later ones need more time: tune-ops, tune, parts, train (from JPEG files), tune-inat18, steps. With ``--minutes``
+each stage is killed at its part of the limit, and those after the limit are skipped.
 
-The checkout need not be installed. ``--wheels`` is a folder of wheels that the machine lacks; a stage whose packages
-are missing is left out and does not count as failed. The folder DIR holds after each stage: rows.jsonl, kernels.jsonl
-(what `auto` would choose by), profile.txt, log.txt, stages.json and table.txt.
-``--again`` is the second command: what failed before, then the step with one kernel off at a time.
-``--dry`` runs everything at its smallest on a machine without a GPU. Ends with 1 if a stage failed; the stage budget,
-if it is named, ends with 1 where a goal is missed.
+The checkout need not be installed. ``--wheels`` is a folder of wheels that are not installed; a stage whose packages
+are missing is skipped and does not count as failed. The folder DIR contains after each stage: rows.jsonl, kernels.jsonl
+(the measurements that `auto` uses), profile.txt, log.txt and stages.json; table.txt at the end.
+``--again`` is the second command: it reruns what failed, then measures the step with one kernel off at a time.
+``--dry`` runs everything at its smallest on a machine without a GPU. Exits with 1 if a stage failed, or, if the stage
+budget is named, a goal is missed.
 """
 
 import argparse
@@ -46,16 +47,16 @@ from benchmarks.portable import ROOT
 
 MEASURED = ROOT / "kernels" / "measured"
 MINUTES = 9.0
-"""What the first stages' shares are of."""
+"""Planned minutes of the first stages."""
 RESERVE_S = 5.0
-"""Left of ``--minutes`` for the table."""
+"""Seconds of ``--minutes`` reserved for the table."""
 IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, DeepSpeed")
 """Contestants of ``bench_step`` for the budget, and "+ kernels" to compare with `auto`."""
 ONE_OFF = (
     "as shipped, fused teacher",
     *(f"kernels, {op} by torch" for op in ("attention", "add_layernorm", "bias_gelu", "joint_loss")),
 )
-"""Contestants of the second command."""
+"""Contestants of ``--again``."""
 ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
 """Settings for a step of one batch of 256 images."""
 ABSENT = "is not installed"
@@ -64,13 +65,13 @@ Command = list[str]
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run beside each other.
+    """Commands that run in parallel.
 
     Args:
         commands: name -> arguments of Python.
-        until: minute, of ``MINUTES``, by which the stage has ended; 0 = a later stage, which ends when it is done.
-        needs: distributions without which it is left out, beside ``BASE``.
-        again: part of the second command alone.
+        until: minute, of ``MINUTES``, at which the stage must end; 0 = a later stage, without its own limit.
+        needs: distributions that it requires, besides ``BASE``.
+        again: whether it only runs with ``--again``.
     """
 
     commands: Mapping[str, Command]
@@ -81,14 +82,14 @@ class Stage:
 
 @dataclass
 class Place:
-    """Where a run happens.
+    """Folders, environment and results of a run.
 
     Args:
         out: folder of the results.
-        scratch: folder that is deleted afterwards.
-        environment: of the workers.
+        scratch: temporary folder.
+        environment: environment of the workers.
         wheels: folder of wheels.
-        results: command -> how it ended, and its last line.
+        results: command -> its outcome and last line.
     """
 
     out: Path
@@ -99,12 +100,12 @@ class Place:
 
 
 WHOLE_TRAINER = ("matplotlib", "tensorboard", "jinja2", "filelock")
-"""What the trainer imports for its log and its report; the tests that train are left out without."""
+"""Packages of the trainer's log and report; without them the tests that train are skipped."""
 BASE = ("torch", "triton", "timm", "pydantic", "pyyaml", "safetensors")
 
 
 def stages(dry: bool, out: Path) -> dict[str, Stage]:
-    """Return name -> stage, most needed first."""
+    """Return name -> stage, most important first."""
     tune = ["-m", "fastdeitlt.cli", "tune"]
     config = ["quickstart", "student.depth=1", "train.batch_size=4"] if dry else ["imagenet_lt", *ONE_BATCH]
     parts = ["-m", "fastdeitlt.cli", "bench", *config, "name=gpu-budget", "--synthetic", "--json"]
@@ -119,7 +120,7 @@ def stages(dry: bool, out: Path) -> dict[str, Stage]:
     train = ["-m", "benchmarks.bench_train", *(["--help"] if dry else [*images, "--images", "8192"])]
     facts = ["-m", "benchmarks.gpu_ops", "facts"]
     tests = _tests(dry, out)
-    found = {
+    stages = {
         "facts": Stage({"facts": facts}, 0.5),
         "prepare": Stage(
             {"tests": tests, "check": [*step, *only, "--check"], "compile": [*ops, "--check"]}, 3.5, ("pytest",)
@@ -136,8 +137,8 @@ def stages(dry: bool, out: Path) -> dict[str, Stage]:
     }
     for name in ONE_OFF:
         less = only if dry else ["--only", name, "--baseline", "+ kernels"]
-        found[name] = Stage({name: [*step, *less, *rounds]}, again=True)
-    return found
+        stages[name] = Stage({name: [*step, *less, *rounds]}, again=True)
+    return stages
 
 
 def _tuned(dry: bool, recipe: str) -> Command:
@@ -145,21 +146,21 @@ def _tuned(dry: bool, recipe: str) -> Command:
 
 
 def _tests(dry: bool, out: Path) -> Command:
-    """The kernels' tests, without the gate ahead of time, which is no matter of this GPU."""
-    known = {name for name in ("xdist", "pytest_timeout", *WHOLE_TRAINER) if importlib.util.find_spec(name)}
-    found = ["-m", "pytest", "tests/kernels", "--ignore=tests/kernels/test_aot.py", "-o", "pythonpath=tests"]
-    found += ["--collect-only"] if dry else [f"--junitxml={out / 'tests.xml'}"]
-    if not known.issuperset(WHOLE_TRAINER):
-        found += ["--ignore=tests/kernels/test_training.py"]
-    if "xdist" in known and not dry:
-        found += ["-n", str(min(8, os.cpu_count() or 1))]
-    if "pytest_timeout" not in known:  # or its setting in pyproject.toml would be an unknown one
-        found += ["-o", "addopts=-q --import-mode=importlib -p no:cacheprovider"]
-    return found
+    """Return the command of the kernels' tests, without test_aot, which is independent of this GPU."""
+    modules = {name for name in ("xdist", "pytest_timeout", *WHOLE_TRAINER) if importlib.util.find_spec(name)}
+    command = ["-m", "pytest", "tests/kernels", "--ignore=tests/kernels/test_aot.py", "-o", "pythonpath=tests"]
+    command += ["--collect-only"] if dry else [f"--junitxml={out / 'tests.xml'}"]
+    if not modules.issuperset(WHOLE_TRAINER):
+        command += ["--ignore=tests/kernels/test_training.py"]
+    if "xdist" in modules and not dry:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    if "pytest_timeout" not in modules:  # else pytest rejects its option in pyproject.toml
+        command += ["-o", "addopts=-q --import-mode=importlib -p no:cacheprovider"]
+    return command
 
 
 def red_ops(junit: Path) -> list[str]:
-    """Return the ops whose tests failed, by the report of ``pytest --junitxml``; none where it was not written."""
+    """Return the ops whose tests failed in a report of ``pytest --junitxml``; none without the report."""
     if not junit.exists():
         return []
     cases = xml.etree.ElementTree.parse(junit).getroot().iter("testcase")
@@ -169,7 +170,7 @@ def red_ops(junit: Path) -> list[str]:
 
 
 def run(stage: Stage, place: Place, deadline: float) -> None:
-    """Run a stage's commands beside each other until the deadline (``time.monotonic``); note how each ended."""
+    """Run a stage's commands in parallel until the deadline (``time.monotonic``); record their outcomes."""
     absent = portable.missing((*BASE, *stage.needs), place.wheels)
     if absent or deadline <= time.monotonic():
         reason = f"{', '.join(absent)} {ABSENT}" if absent else "no time"
@@ -191,32 +192,32 @@ def run(stage: Stage, place: Place, deadline: float) -> None:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)  # its workers too
                     process.wait()
-    for name, said in ended.items():
+    for name, outcome in ended.items():
         lines = (place.scratch / name).read_text(encoding="utf-8", errors="replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        place.results[name] = f"{said} by {time.monotonic() - start:.0f} s: {last[:120]}"
+        place.results[name] = f"{outcome} by {time.monotonic() - start:.0f} s: {last[:120]}"
         with (place.out / "log.txt").open("a", encoding="utf-8") as log:
             command = " ".join(stage.commands[name])
-            log.write("\n".join([f"== {name}: python {command}", *lines, f"== {name}: {said}", ""]))
-        if said == "FAILED":
+            log.write("\n".join([f"== {name}: python {command}", *lines, f"== {name}: {outcome}", ""]))
+        if outcome == "FAILED":
             print("\n".join(lines[-15:]), flush=True)
 
 
 def chosen_stages(
     known: Mapping[str, Stage], named: Sequence[str], results: Mapping[str, str], again: bool
 ) -> list[Stage]:
-    """Return the stages to run: the named ones, or all; with ``again`` what is not good, then one kernel off."""
+    """Return the stages to run: the named ones, or all; with ``again`` unfinished commands, then ``ONE_OFF``."""
     if named:
         return [stage for name, stage in known.items() if name in named]
     if not again:
         return [stage for stage in known.values() if not stage.again]
     bad = {name for name, result in results.items() if not result.startswith("done") and ABSENT not in result}
-    found = []
+    stages_again = []
     for stage in known.values():
         commands = {name: command for name, command in stage.commands.items() if stage.again or name in bad}
         if commands:
-            found.append(replace(stage, commands=commands))
-    return found
+            stages_again.append(replace(stage, commands=commands))
+    return stages_again
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
@@ -228,17 +229,17 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def save(place: Place) -> None:
-    """Write how the commands ended, and what `auto` would choose by, beside the rows."""
+    """Write the outcomes of the commands, and the kernel measurements that `auto` uses, beside the rows."""
     (place.out / "stages.json").write_text(json.dumps(place.results, indent=1), encoding="utf-8")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "kernels"
-    found = [
+    texts = [
         file.read_text(encoding="utf-8") for folder in (MEASURED, cache) for file in sorted(folder.glob("*.jsonl"))
     ]
-    (place.out / "kernels.jsonl").write_text("".join(found), encoding="utf-8")
+    (place.out / "kernels.jsonl").write_text("".join(texts), encoding="utf-8")
 
 
 def table(place: Place, gpu: str | None) -> Iterator[str]:
-    """Yield the lines of the table: how each command ended, the steps, what is wrong."""
+    """Yield the lines of the table: each command's outcome, the steps, wrong results."""
     yield from (f"{name:28} {result}" for name, result in place.results.items())
     rows = measured(place.out, gpu)
     for (op, case, candidate), row in rows.items():
@@ -261,11 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     start = time.monotonic()
     deadline = start + 60 * options.minutes - RESERVE_S
-    known = stages(options.dry, out)
-    if unknown := set(options.stages) - {*known, "budget"}:
-        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(known)}, budget")
+    all_stages = stages(options.dry, out)
+    if unknown := set(options.stages) - {*all_stages, "budget"}:
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(all_stages)}, budget")
     if options.list:
-        listed = [(name, command) for stage in known.values() for name, command in stage.commands.items()]
+        listed = [(name, command) for stage in all_stages.values() for name, command in stage.commands.items()]
         print("\n".join(f"{name}: python {' '.join(command)}" for name, command in listed))
         return 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -281,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         environment |= {"BENCHMARK_ROWS": str(out / "rows.jsonl"), "PYTHONUNBUFFERED": "1"}
         place = Place(out, Path(folder), environment, options.wheels, dict(results))
-        chosen = chosen_stages(known, options.stages, results, options.again)
+        chosen = chosen_stages(all_stages, options.stages, results, options.again)
         shares = not (options.stages or options.again or options.dry)
         for stage in chosen:
             until = start + 60 * options.minutes * (stage.until or MINUTES) / MINUTES if shares else deadline
@@ -301,5 +302,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are killed too
     sys.exit(main())

@@ -1,12 +1,12 @@
-"""What a GPU does apart from the whole step, in one process: facts, torch's attention backends, floors, each op.
+"""GPU measurements other than the whole step, in one process: facts, torch's attention backends, floors, each op.
 
     python -m benchmarks.gpu_ops facts|ops [--rounds 10] [--check] [--red OP ...] [--small]
 
-``facts`` prints versions, the attention backend that torch would choose, and the rates of a copy and a product.
+``facts`` prints versions, torch's default attention backend, and the rates of a copy and a product.
 ``ops`` compares the gradients of torch's attention backends and of the kernel with float64, then times the matrix
 products of a DeiT-B step and every kernel beside its peers, at the shapes of that step. An op that fails is reported
 and the others are measured. With ``--check`` every candidate runs once, which fills the compilers' caches.
-On a CPU ``--small`` runs the same at shapes that take seconds, with torch's implementations.
+On a CPU ``--small`` runs the same at small shapes, with torch's implementations.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from fastdeitlt.core.measure.timer import bandwidth, capturing_stream, matmul_ra
 from fastdeitlt.errors import UserError
 
 TOLERANCE = 2e-2
-"""Largest error of a bfloat16 gradient, as a share of the largest value of the float64 one: several roundings."""
+"""Largest error of a bfloat16 gradient relative to the largest value of the float64 one: several roundings."""
 TOKENS, ROWS_OF_LAST_BLOCK = (66, 198), 2
 Cases = Callable[[torch.device, bool], Iterable[harness.Case]]
 
@@ -76,12 +76,12 @@ OPS: dict[str, Cases] = {
 
 
 def facts(device: torch.device) -> None:
-    """Print what the machine is and what it reaches; append a row of the copy."""
+    """Print the machine's properties and peak rates; append a row of the copy."""
     print(harness.machine())
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        print(f"{found.name}: compute capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB, "
-              f"{found.multi_processor_count} multiprocessors, cuDNN {torch.backends.cudnn.version()}")  # fmt: skip
+        gpu = torch.cuda.get_device_properties(device)
+        print(f"{gpu.name}: compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, "
+              f"{gpu.multi_processor_count} multiprocessors, cuDNN {torch.backends.cudnn.version()}")  # fmt: skip
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = (torch.randn(8, 12, 198, 64, device=device, dtype=dtype) for _ in range(3))
         default = SDPBackend(torch._fused_sdp_choice(q, k, v)).name
@@ -96,7 +96,7 @@ def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tu
     """Yield (implementation, largest error of output and gradient from float64); the error may be NaN.
 
     Args:
-        tokens: of an image.
+        tokens: tokens of an image.
         rows: query rows; fewer than ``tokens`` as in the last block.
     """
     generator = torch.Generator().manual_seed(0)
@@ -107,10 +107,10 @@ def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tu
     packed = _packed(*exact) if few else exact[0]
     expected = [out := reference(packed, rows), *torch.autograd.grad(out, exact, upstream.double())]
     for impl in bench_attention.IMPLS:
-        given = [x.detach().to(device, torch.bfloat16).requires_grad_() for x in exact]
+        inputs = [x.detach().to(device, torch.bfloat16).requires_grad_() for x in exact]
         try:
-            out = (attention_first if few else attention)(*given, impl=impl)
-            got = [out, *torch.autograd.grad(out, given, upstream.to(device))]
+            out = (attention_first if few else attention)(*inputs, impl=impl)
+            got = [out, *torch.autograd.grad(out, inputs, upstream.to(device))]
         except (RuntimeError, TritonError, UserError) as error:
             print(f"N={tokens} M={rows} {impl}: left out, {' '.join(str(error).split())[:120]}")
             continue
@@ -118,7 +118,7 @@ def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tu
 
 
 def _packed(q_BMHD: Tensor, kv_BN2HD: Tensor) -> Tensor:
-    """Queries of the first rows beside keys and values, as one [B, N, 3, H, D]."""
+    """Pack queries of the first rows, and keys and values, as one [B, N, 3, H, D]."""
     rest = kv_BN2HD.new_zeros(len(q_BMHD), kv_BN2HD.shape[1] - q_BMHD.shape[1], *q_BMHD.shape[2:])
     return torch.cat([torch.cat([q_BMHD, rest], 1)[:, :, None], kv_BN2HD], 2)
 
@@ -128,31 +128,31 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def backends(device: torch.device) -> bool:
-    """Append the errors of every attention; return whether those that ``auto`` may take are right."""
+    """Append the errors of every attention; return whether those that ``auto`` may select are correct."""
     right = True
     for tokens in TOKENS:
         for rows in (tokens, ROWS_OF_LAST_BLOCK):
-            found = []
+            errors = []
             for impl, error in gradient_errors(tokens, rows, device):
                 good = error <= TOLERANCE  # not so for NaN
-                found.append({"op": "backends", "case": f"N={tokens} M={rows}", "candidate": impl, "error": error})
+                errors.append({"op": "backends", "case": f"N={tokens} M={rows}", "candidate": impl, "error": error})
                 print(f"gradients N={tokens} M={rows} {impl}: error {error:.1e}{'' if good else '  <- WRONG'}")
                 right &= good or impl not in ("triton", torch_backend(torch.bfloat16, device))
-            harness.append("backends", found)
+            harness.append("backends", errors)
     return right
 
 
 def run(op: str, device: torch.device, rounds: int, small: bool) -> None:
-    """Measure an op's cases and append the rows; with no rounds call every candidate once."""
+    """Measure an op's cases and append the rows; with 0 rounds call every candidate once."""
     for case in OPS[op](device, small):
         if not rounds:
             for call in case.candidates.values():
                 call()
             continue
-        found = harness.rows(op, case, measure(case.candidates, device, rounds, case.eager), device)
-        for row in found:
+        rows = harness.rows(op, case, measure(case.candidates, device, rounds, case.eager), device)
+        for row in rows:
             print(harness.line(row), flush=True)
-        harness.append(op, found)
+        harness.append(op, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

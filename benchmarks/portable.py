@@ -1,6 +1,6 @@
-"""Run the checkout without installing it: wheels unpacked and the package laid out in a folder, for worker processes.
+"""Environment to run the checkout without installation: unpacked wheels and a linked package for worker processes.
 
-Only the standard library is needed here. ``pip`` is not used, because an image without network may have none.
+Only the standard library is required. ``pip`` is not used, because an image without network may not have it.
 """
 
 import importlib.metadata
@@ -11,27 +11,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ("kernels", "configs")
-"""Folders of the checkout that are packages inside ``fastdeitlt`` once it is installed."""
+"""Folders of the checkout that are packages inside ``fastdeitlt`` when installed."""
 
 
 def environment(scratch: Path, wheels: Path | None = None) -> dict[str, str]:
-    """Return the environment in which ``python -m benchmarks...`` imports this checkout and the wheels.
+    """Return an environment in which ``python -m benchmarks...`` imports this checkout and the wheels.
 
     Args:
         scratch: empty folder for links and unpacked wheels; it must outlive the workers.
-        wheels: folder of wheels, which win over installed packages of the same name. None = what is installed.
+        wheels: folder of wheels, which override installed packages of the same name. None = installed packages only.
 
     Raises:
         ValueError: no wheel in the folder, or one that is not for this Python.
     """
     paths = [_linked(scratch / "checkout"), *([_unpacked(wheels, scratch / "wheels")] if wheels else []), ROOT]
-    found = [str(path) for path in paths] + [p for p in [os.environ.get("PYTHONPATH", "")] if p]
+    entries = [str(path) for path in paths] + [p for p in [os.environ.get("PYTHONPATH", "")] if p]
     # without PYTHONSAFEPATH the working directory would come first, whose fastdeitlt has no kernels
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(found), "PYTHONSAFEPATH": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entries), "PYTHONSAFEPATH": "1"}
 
 
 def _linked(folder: Path) -> Path:
-    """Link the package's files and the folders beside it into one package."""
+    """Link the package's files and the folders ``BESIDE`` into one package."""
     package = folder / "fastdeitlt"
     package.mkdir(parents=True)
     for path in [*(ROOT / "fastdeitlt").iterdir(), *(ROOT / name for name in BESIDE)]:
@@ -41,7 +41,7 @@ def _linked(folder: Path) -> Path:
 
 
 def _unpacked(wheels: Path, folder: Path) -> Path:
-    """Unpack wheels: a compiled module cannot be imported from a zip file."""
+    """Unpack the wheels, since a compiled module cannot be imported from a zip file."""
     files = sorted(wheels.glob("*.whl"))
     if not files:
         raise ValueError(f"--wheels {wheels}: holds no *.whl file; see docs/gpu_first_run.md for the download")

@@ -83,11 +83,11 @@ def loops(size: int, block: int, tail: int) -> Loops:
 
 
 SETTINGS_OF = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
-"""Compute capability -> whose settings it takes. 86 stands for those with 99 KiB of shared memory a program."""
+"""Compute capability -> capability whose settings it uses; 86 for all with 99 KiB of shared memory a program."""
 
 
 def architecture(device: torch.device) -> int:
-    """Which settings a device takes, see ``SETTINGS_OF``; 90 in the interpreter."""
+    """Return the capability whose settings a device uses, see ``SETTINGS_OF``; 90 in the interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -115,7 +115,7 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
     if problem.rows <= FEW_ROWS:
         return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 32, "TAIL": 0}, 4, 2)
     is_short = problem.whole_row and problem.rows <= SHORT_ROW_TOKENS
-    if not problem.whole_row or (sm == 86 and not is_short):  # 86 has no registers for a whole head
+    if not problem.whole_row or (sm == 86 and not is_short):  # 86 has too few registers for a whole head
         wide = problem.width > 64
         block = 32 if wide and sm in (80, 86) else 64
         return LaunchConfig({"ROWS": 64, "BLOCK_N": block, "TAIL": 0}, 8 if wide else 4, 2)
@@ -126,7 +126,7 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def keys_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Default setting of the kernel that holds keys: free of spills on its architecture, not measured."""
+    """Return the default setting of ``attention_bwd_keys_kernel``: free of spills, not measured."""
     return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 32 if sm == 86 else 64}, 8 if problem.width > 64 else 4, 2)
 
 

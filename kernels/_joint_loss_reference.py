@@ -94,7 +94,7 @@ def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
 
 
 def divisor(weight_sum: Tensor) -> Tensor:
-    """Return what a weighted sum is divided by: infinity for weights that are all 0, so that the mean is 0, not NaN."""
+    """Return the divisor of a weighted mean: infinity for weights that are all 0, so that the mean is 0, not NaN."""
     return torch.where(weight_sum == 0, torch.inf, weight_sum)
 
 

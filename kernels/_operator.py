@@ -1,6 +1,6 @@
-"""Register an op with torch: schema, implementation for each device, fake and autograd.
+"""Registration of ops with torch: schema, implementation for each device, fake and autograd.
 
-Like ``torch.library.custom_op``, without what that adds to every call: a wrapper that hides the function from the
+Like ``torch.library.custom_op`` without its overhead in every call: a wrapper that hides the function from the
 compiler, and a search for outputs that share memory with inputs. A step has a hundred calls.
 """
 
@@ -14,10 +14,10 @@ _LIBRARY = torch.library.Library("fastdeitlt", "FRAGMENT")
 
 
 class Operator:
-    """``torch.ops.fastdeitlt.<name>``, which writes none of its arguments and returns none of their memory.
+    """The op ``torch.ops.fastdeitlt.<name>``, which mutates no argument and returns no alias of one.
 
     Args:
-        name: of the op.
+        name: name of the op.
         launch: implementation on CUDA; its annotations are the schema.
         schema: schema without the name. None = inferred from ``launch``.
     """
@@ -38,10 +38,10 @@ class Operator:
         return function
 
     def fake(self, function: F) -> F:
-        """Register what allocates the outputs, which is all that a compiler needs."""
+        """Register the function that allocates the outputs, for the compiler."""
         torch.library.register_fake(self.qualified, function, lib=_LIBRARY)
         return function
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """Register the backward pass and what it keeps, as for ``torch.autograd.Function``."""
+        """Register the backward pass and its ``setup_context``, as for ``torch.autograd.Function``."""
         torch.library.register_autograd(self.qualified, backward, setup_context=setup_context, lib=_LIBRARY)

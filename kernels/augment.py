@@ -56,7 +56,7 @@ def augment(
     boxes_B4: np.ndarray | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Augment and mix a batch as drawn.
+    """Augment and mix a batch by its draws.
 
     Args:
         pixels: uint8, decoded images [H, W, 3] one after the other (``DecodedSet.pixels``).

@@ -43,11 +43,11 @@ class Batch:
     lam: Tensor | None
     """Weight of the own image, a 0-d tensor; None when mixing is off."""
     place: MicroBatch | None = None
-    """Its place in the run; None for images that are not the run's."""
+    """Position in the run; None for images that are not the run's."""
     ranks: int = 1
-    """Micro-batches that are one behind the other in it, each with a loss of its own; then ``lam`` is [ranks]."""
+    """Number of concatenated micro-batches, each with its own loss; if more than one, ``lam`` is [ranks]."""
     kept: list[DropPath] | None = None
-    """Drop path of each block, drawn beforehand; None: the student draws it."""
+    """Drop path of each block; None: drawn by the student."""
 
 
 def train_batches(

@@ -83,10 +83,10 @@ class JointForward(nn.Module):
         ranks: int = 1,
         kept: list[DropPath] | None = None,
     ) -> JointLoss | LocalSums:
-        """(loss, cls_loss, dist_loss), 0-d float32 tensors on the device; sums where the mean is one over all ranks.
+        """Compute the losses, 0-d float32 tensors on the device; ``LocalSums`` for a mean over all ranks.
 
-        With several ``ranks`` the batch holds the micro-batches of so many, one behind the other: each tensor is then
-        [ranks], the losses of each on its own, ``lam`` too, and ``kept`` is the drop path.
+        With several ``ranks`` the batch is their concatenated micro-batches: each loss and ``lam`` is then [ranks], and
+        ``kept`` is the drop path.
         """
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             heads = self.student(images_BCHW) if kept is None else self.student(images_BCHW, kept)
@@ -103,7 +103,7 @@ class JointForward(nn.Module):
     def _losses(
         self, tensors: Sequence[Any], lam: Tensor | None, dist_weights_K: Tensor, cls_weights_K: Tensor | None
     ) -> JointLoss | LocalSums:
-        """The losses of one micro-batch, from (CLS logits, DIST logits, teacher's logits, labels, partners)."""
+        """Compute the losses of one micro-batch of (CLS logits, DIST logits, teacher's logits, labels, partners)."""
         cls_logits_BK, dist_logits_BK, teacher_logits_BK, labels_B, partner_B = tensors
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
@@ -156,9 +156,9 @@ def step_forward(joint: JointForward, is_compiled: bool) -> Callable[..., JointL
 
 
 def _benchmarked(forward: Callable[..., JointLoss | LocalSums]) -> Callable[..., JointLoss | LocalSums]:
-    """Let cuDNN time its algorithms for the convolutions of a forward pass.
+    """Enable cuDNN's benchmark mode for the convolutions of a forward pass.
 
-    In training these are the frozen teacher's alone: the student's patches are a matrix product.
+    In training only the frozen teacher has any: the student's patches are a matrix product.
     """
 
     def run(*inputs: Any) -> JointLoss | LocalSums:
@@ -180,5 +180,5 @@ def compiled(joint: JointForward) -> Callable[..., JointLoss | LocalSums]:
     """
     options = {"layout_optimization": False} | joint.cfg.train.compiler_options
     if joint.cfg.train.cuda_graphs:
-        options |= {"triton.cudagraphs": True}  # copies each batch into buffers of its own, and records both passes
+        options |= {"triton.cudagraphs": True}  # copies each batch into static buffers, and records both passes
     return torch.compile(joint, fullgraph=True, options=options)

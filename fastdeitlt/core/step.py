@@ -105,7 +105,7 @@ class TrainStep:
 
 
 def join(batches: Sequence[Batch], student: DistilledViT, seed: int) -> Batch:
-    """Put the micro-batches of several virtual ranks one behind the other, with the drop path that each would draw."""
+    """Concatenate the micro-batches of several virtual ranks, with the drop path that each would draw."""
     drawn: list[list[DropPath]] = []
     for batch in batches:
         if batch.place:

@@ -1,6 +1,6 @@
-"""Bias, shortcut and ReLU inside a frozen network's convolutions: each output is written once.
+"""Fusion of bias, shortcut and ReLU into a frozen network's convolutions, so that each output is written once.
 
-Otherwise the compiler adds a pass over the output of every convolution, which reads and writes all of it again.
+Otherwise the compiler adds a further pass over the output of every convolution.
 """
 
 # B batch, C channels, H W height and width
@@ -53,7 +53,7 @@ def _(images: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, *wi
 
 
 class ConvRelu(nn.Module):
-    """relu(convolution + bias + shortcut) of a frozen convolution; no gradient."""
+    """Layer relu(convolution + bias + shortcut) of a frozen convolution, without gradient."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ConvRelu(nn.Module):
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
 
     def forward(self, x_BCHW: Tensor, shortcut_BCHW: Tensor | None = None) -> Tensor:
-        """Convert the inputs to the weight's type, as autocast would: it does not see this op."""
+        """Apply the layer in the weight's type; autocast does not convert the inputs of this op."""
         conv, dtype = self.conv, self.conv.weight.dtype
         shortcut_BCHW = None if shortcut_BCHW is None else shortcut_BCHW.to(dtype)
         window = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -72,8 +72,8 @@ class ConvRelu(nn.Module):
 def fuse_epilogues(network: nn.Module) -> nn.Module:
     """Return a copy of an eval-mode network with ReLU, and the sum before it, inside the plain convolutions.
 
-    The function is the same. Batch norms must be folded before. A network that torch.fx cannot trace is copied as it
-    is, with a warning.
+    Outputs are equal. Batch norms must be folded before. A network that torch.fx cannot trace is copied unchanged, with
+    a warning.
     """
     network = copy.deepcopy(network)
     try:
@@ -102,7 +102,7 @@ def _is_relu(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
 
 
 def _fuse(traced: fx.GraphModule, relu: fx.Node, layers: dict[str, nn.Module]) -> None:
-    """Replace a ReLU, with the sum and the convolution before it, by one call; leave it where they do not fit."""
+    """Replace a ReLU, with the sum and the convolution before it, by one call if possible."""
     before = relu.args[0]
     assert isinstance(before, fx.Node)
     conv, shortcut = before, None
@@ -124,7 +124,7 @@ def _fuse(traced: fx.GraphModule, relu: fx.Node, layers: dict[str, nn.Module]) -
 
 
 def _is_plain(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
-    """Whether a node is a convolution whose output is read once, and that cuDNN's fused one can stand for."""
+    """Return whether a node is a convolution that can be fused: one call, one reader, zero padding."""
     layer = layers.get(str(node.target)) if node.op == "call_module" else None
     if type(layer) is not nn.Conv2d or len(node.users) != 1 or node.kwargs or len(node.args) != 1:
         return False

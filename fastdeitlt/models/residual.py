@@ -23,7 +23,7 @@ class Kept(NamedTuple):
 
 
 DropPath = tuple[Kept | None, Kept | None]
-"""Of the attention and of the MLP of a block; None = all samples run it, unscaled."""
+"""Drop path of a block's attention and MLP; None = all samples run it, unscaled."""
 
 
 def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
@@ -45,7 +45,7 @@ def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
 
 
 def join_kept(parts: Sequence[Kept | None], batch: int) -> Kept | None:
-    """Drop path of batches one behind the other, each of ``batch`` samples, from that of each."""
+    """Concatenate the drop path of batches of ``batch`` samples each."""
     drawn = [part for part in parts if part is not None]
     if not drawn:
         return None

@@ -91,10 +91,10 @@ def start_from(
 
 
 def shape_of(path: str | Path) -> tuple[str, int, int, int]:
-    """Return the size's name, patch, depth and image size in pixels of weights to start from.
+    """Return the size's name, patch, depth and image size in pixels of initial weights.
 
     Raises:
-        UserError: no such file, damaged, holds code, a width that no student has, or not a ViT under timm's names.
+        UserError: no such file, damaged, contains code, a width that no student has, or not a ViT under timm's names.
     """
     state, what = _read(Path(path)).state, f"student.init {path}"
     for key, ndim in _NEEDED.items():
@@ -106,7 +106,7 @@ def shape_of(path: str | Path) -> tuple[str, int, int, int]:
         known = ", ".join(str(known) for known, _, _ in SIZES.values())
         raise UserError(f"{what}: got width {width}, expected one of {known}")
     depth = len({found[1] for key in state if (found := _BLOCK.fullmatch(key))})
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)  # one or two tokens come before the square of patches
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)  # one or two tokens precede the square of patches
     return size, patch, depth, side * patch
 
 

@@ -218,7 +218,7 @@ class Teacher(nn.Module):
         return teacher
 
     def with_fused_epilogues(self) -> "Teacher":
-        """Return a copy whose convolutions take in bias, shortcut and ReLU; equal logits."""
+        """Return a copy with bias, shortcut and ReLU fused into its convolutions; equal logits."""
         teacher = copy.deepcopy(self)
         teacher.network = fuse_epilogues(teacher.network)
         return teacher

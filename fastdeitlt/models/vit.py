@@ -140,7 +140,7 @@ class DistilledViT(nn.Module):
         return torch.cat((prefix_B2D, self.patch_embed(images_BCHW)), 1) + self.pos_embed
 
     def draw_drop_path(self, batch: int) -> list[DropPath]:
-        """Draw drop path of every block for so many samples."""
+        """Draw the drop path of every block for a batch."""
         x_B11, law = self.pos_embed.expand(batch, -1, -1)[:, :1, :1], self.drop_path_law
         rates = [block.drop_path if self.training else 0.0 for block in cast(list[Block], list(self.blocks))]
         return [(draw_kept(x_B11, rate, law), draw_kept(x_B11, rate, law)) for rate in rates]
@@ -172,7 +172,7 @@ class DistilledViT(nn.Module):
         return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
 
     def forward(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """In train mode (cls_logits_BK, dist_logits_BK), with drop path ``kept`` if given; in eval mode their mean."""
+        """Return (cls_logits_BK, dist_logits_BK) in train mode, with drop path ``kept``; in eval mode their mean."""
         cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW, kept)
         if self.training:
             return cls_logits_BK, dist_logits_BK

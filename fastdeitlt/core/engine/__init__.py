@@ -25,7 +25,7 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
-        """The losses of a micro-batch, or of each of ``batch.ranks``; their graph is kept until ``backward``."""
+        """Compute the losses of a micro-batch, or of each of ``batch.ranks``; their graph is kept for ``backward``."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of loss / micro_batches_per_step."""

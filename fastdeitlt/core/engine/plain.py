@@ -15,9 +15,9 @@ from fastdeitlt.core.loss import JointLoss
 
 
 class PlainEngine:
-    """One rank, no sharding.
+    """Engine of one rank, without sharding.
 
-    With ``train.cuda_graphs`` the gradients stay where they are: each micro-batch adds to them, and a step zeroes them.
+    With ``train.cuda_graphs`` the gradients have fixed memory: each micro-batch adds to them, and a step zeroes them.
     """
 
     def __init__(self, joint: JointForward, cfg: Config, micro_batches_per_step: int) -> None:
@@ -28,7 +28,7 @@ class PlainEngine:
         self.clip_norm = cfg.optim.clip_norm
         self.micro_batches_per_step = micro_batches_per_step
         self.replays = cfg.train.cuda_graphs
-        if self.replays:  # a gradient that a graph returned would be overwritten by the next micro-batch's replay
+        if self.replays:  # a graph's own gradient would be overwritten by the next replay
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         self.guard = FiniteGuard(self.optimizer, cfg.train.nonfinite_skips, self.parameters[0].device)
