@@ -1,11 +1,15 @@
 """Settings of the whole suite."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton, which reads it once
 
 # examples are the same on every machine, and a slow machine is no failure
 hypothesis.settings.register_profile(

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.store.checkpoint import save_model_folder
@@ -52,4 +53,16 @@ def save_teacher(folder, arch="resnet8", *, loss="ldam"):
     model = {"arch": arch, "num_classes": len(CLASS_NAMES), "img_size": SIZE}
     facts = {"kind": "teacher", "model": model, "recipe": {"loss": loss, "ldam_scale": 30.0}}
     save_model_folder(folder, network.state_dict(), MANIFEST | facts)
+    return network.eval()
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Batch norms with statistics and weights that a wrong fold would not survive."""
+    torch.manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(std=0.2)
     return network.eval()

@@ -25,7 +25,7 @@ from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.models.vit import num_parameters
 from fastdeitlt.store.checkpoint import save_model_folder
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "teachers.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "teachers.json").read_text())
 TEACHERS = list(GOLDEN["teachers"])
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

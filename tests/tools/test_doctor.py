@@ -37,7 +37,7 @@ def test_the_doctor_starts_where_torch_does_not():
 
 
 def test_the_doctor_accepts_the_python_versions_of_the_package(monkeypatch):
-    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
     requires = tomllib.loads(pyproject.read_text())["project"]["requires-python"]
     version = namedtuple("version", "major minor micro")
     accepted = []

@@ -17,7 +17,7 @@ from fastdeitlt.data.pixels.resize import centre_crop, columns_first, crop_resiz
 from fastdeitlt.store.manifest import Preprocess
 
 PILLOW = int(PIL.__version__.split(".")[0])
-PHOTO = np.array(Image.open(Path(__file__).parent / "data" / "photos" / "astronaut.jpg"))
+PHOTO = np.array(Image.open(Path(__file__).parents[1] / "data" / "photos" / "astronaut.jpg"))
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

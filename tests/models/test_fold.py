@@ -4,22 +4,11 @@ import logging
 
 import pytest
 import torch
+from small_model import lively
 from torch import Tensor, nn
 
 from fastdeitlt.models import create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
-
-
-def lively(network: nn.Module) -> nn.Module:
-    """Batch norms with statistics and weights that a wrong fold would not survive."""
-    torch.manual_seed(3)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.uniform_(0.5, 1.5)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.normal_(std=0.2)
-    return network.eval()
 
 
 class Branches(nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastdeitlt.data.sets.lists import read_list
 from fastdeitlt.errors import UserError
 
-LISTS = Path(__file__).parent / "data" / "lists"
+LISTS = Path(__file__).parents[1] / "data" / "lists"
 
 
 def write(path: Path, content: str | bytes) -> Path:

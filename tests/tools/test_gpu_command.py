@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import bench_add_layernorm, bench_attention, budget, gpu, gpu_ops, peers, portable
 from fastdeitlt.models import create_student
 from fastdeitlt.models.vit import num_parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ from fastdeitlt.teachers import (
 )
 from fastdeitlt.teachers.losses import build_loss, ldam_margins
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 COUNTS = [500, 120, 33, 12, 7, 2, 1]
 EQUAL = [9] * 7
 

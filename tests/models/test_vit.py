@@ -16,7 +16,7 @@ from fastdeitlt.models import create_student
 from fastdeitlt.models.residual import Kept, draw_kept
 from fastdeitlt.models.vit import DistilledViT, flops_per_image, num_parameters
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "student_forward.json").read_text())
 TINY32 = "deit_tiny_distilled_patch8_32"
 

@@ -22,7 +22,7 @@ from fastdeitlt.data.pixels.resize import crop_resize
 NUM = 50_000
 SIZE = 224
 DEIT = AugmentConfig()
-PHOTOS = Path(__file__).parent / "data" / "photos"
+PHOTOS = Path(__file__).parents[1] / "data" / "photos"
 
 
 def drawn(cfg: AugmentConfig = DEIT, num: int = NUM, size: int = SIZE, **key: int) -> Draws:

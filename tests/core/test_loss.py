@@ -17,7 +17,7 @@ from fastdeitlt.core.loss import decision_weight, joint_loss
 from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.errors import UserError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "joint_loss.json").read_text())
 B, K = 6, 11
 

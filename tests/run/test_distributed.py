@@ -49,7 +49,7 @@ def _launch(cfg, *jobs, nodes=1):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         environment.pop(name, None)
     launchers = []
@@ -210,7 +210,7 @@ def test_slurm_is_left_alone_when_it_did_not_start_the_ranks(already):
     assert env == before
 
 
-REQUEUE = Path(__file__).parent.parent / "docs" / "slurm.sbatch"
+REQUEUE = Path(__file__).parents[2] / "docs" / "slurm.sbatch"
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_faulty_list_stops_the_check_with_its_line(tmp_path):
         check(config)
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml")))
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml")))
 def test_a_recipe_is_a_teachers_or_a_students(recipe):
     if recipe.parent.name != "ablation":
         assert load(str(recipe)).is_teachers == (recipe.parent.name == "teacher")

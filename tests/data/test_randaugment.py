@@ -11,7 +11,7 @@ from PIL import Image
 from fastdeitlt.data.augment import randaugment, warps
 from fastdeitlt.data.augment.randaugment import FUNCTIONS, OPS, rand_augment
 
-PHOTOS = Path(__file__).parent / "data" / "photos"
+PHOTOS = Path(__file__).parents[1] / "data" / "photos"
 SLIDES = ("shear_x", "shear_y", "translate_x", "translate_y")
 DRAWN_LEVELS = (8.1234567, 8.77, 9.3131, 9.9713)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import CUDA, fake_cuda
-from test_fold import lively
+from small_model import lively
 from torch import Tensor, nn
 
 from fastdeitlt import config

@@ -1,7 +1,7 @@
 """Every fault ends in seconds with its exit code, leaves no process, and the run goes on bit for bit afterwards.
 
 One run on two ranks meets them in turn, each start continuing what the last one left; at the end it is compared with a
-run that nothing touched. ``pytest tests/test_faults.py -s -k seconds`` prints how long each took to end.
+run that nothing touched. ``pytest tests/run/test_faults.py -s -k seconds`` prints how long each took to end.
 """
 
 import json

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastdeitlt.teachers import SAM
 from fastdeitlt.teachers.sam import frozen_batch_stats
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "sam.json").read_text())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pynvml import NVMLError
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import bench_scaling, bench_step, peers, simulate
 from fastdeitlt import config
@@ -22,7 +22,7 @@ from fastdeitlt.run.meter import peak_flops
 from fastdeitlt.tools.bench import _at_ranks, _take_steps, bench
 from fastdeitlt.tools.setup import set_up
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ["student.depth=1", "train.batch_size=8", "train.precision=fp32", "train.device=cpu", "augment.repeats=1"]
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 from fastdeitlt.data.sampler import Plan, RepeatedAugmentationSampler
 from fastdeitlt.errors import UserError
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "repeated_augmentation.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "repeated_augmentation.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"n{c['n']}-world{c['replicas']}-rank{c['rank']}")

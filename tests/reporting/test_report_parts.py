@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from test_report import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, read, teacher_facts
+from made_up_run import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, read, teacher_facts
 
 from fastdeitlt import arguments, config
 from fastdeitlt.errors import UserError

@@ -16,7 +16,7 @@ from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "cifar_lt_counts.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "cifar_lt_counts.json").read_text())
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{g['classes']}-{g['imb_factor']}-{g['kind']}")

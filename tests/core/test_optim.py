@@ -19,7 +19,7 @@ from fastdeitlt.core.joint import JointForward
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize("case", json.loads((DATA / "lr_schedule.json").read_text()), ids=lambda c: f"{c['epochs']}ep")
