@@ -429,5 +429,7 @@ def test_scores_interrupted_while_they_are_written_leave_the_old_file(tmp_path, 
     monkeypatch.setattr(Path, "write_text", interrupted)
     result = score(*logits_and_labels(), COUNTS, "other", torch.device("cpu"))
     with pytest.raises(KeyboardInterrupt):
-        evaluation._write(result, None, None, **({"json_path": None, "csv_path": None} | {kind: path}))
+        images = LongTailSet([], np.zeros(0, np.int64), COUNTS)
+        found = evaluation.Evaluation(result, None, images, {}, torch.zeros(0))
+        evaluation._write(found, **({"json_path": None, "csv_path": None} | {kind: path}))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
