@@ -29,8 +29,8 @@ class Config(Section):
     runs_dir: str = "runs"
     """Folder of the run folders."""
     track: TrackerNames = ("tensorboard",)
-    """Trackers that get a copy of the numbers in metrics.jsonl: tensorboard, wandb, mlflow, one or several. [] = none.
-    One that fails is left out with a warning."""
+    """Trackers for the numbers of metrics.jsonl: tensorboard, wandb, mlflow, one or several. [] = none. A failing
+    tracker is dropped with a warning."""
     published: dict[str, float] = Field(default_factory=dict)
     """Published accuracies in % for comparison in the report (all, head, mid, tail)."""
     data: DataConfig = DataConfig()

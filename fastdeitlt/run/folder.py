@@ -229,7 +229,7 @@ class Run:
                 self._lock.release()
 
     def count_start(self, step: int, epoch: int) -> None:
-        """On rank 0: count a start in starts.json, which a clean end removes.
+        """Count a start in starts.json, which a clean end removes (rank 0).
 
         Args:
             step, epoch: completed optimizer steps and epochs of the restored state.
@@ -361,7 +361,7 @@ def _storage_failure(error: BaseException | None) -> str | None:
 
 
 def _outcome(error: BaseException | None) -> Outcome:
-    """How trackers show the end of a run."""
+    """Return the outcome of a run for its trackers."""
     if error is None:
         return "finished"
     return "stopped" if isinstance(error, KeyboardInterrupt | StoppedError) else "failed"

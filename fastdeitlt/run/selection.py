@@ -40,7 +40,7 @@ class Tested:
     facts: dict[str, Any]
     """Manifest entries of the selected weights."""
     images: dict[str, Any] = field(default_factory=dict)
-    """For analysis/images.json, see ``per_image.image_facts``."""
+    """Content of analysis/images.json, see ``per_image.image_facts``."""
 
 
 class Scorer(Protocol):

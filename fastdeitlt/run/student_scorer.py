@@ -90,7 +90,7 @@ class StudentScorer:
             others["recommendation"] = self._recommend(result if split == "val" else self._score(val), teacher)
             if split == "test":
                 others["posthoc"] = post_hoc(val, logits, counts, self.cfg.data.dataset).to_json()
-        left = distributed.on_main(
+        image_results = distributed.on_main(
             lambda: image_facts(
                 heads_of(*logits[:2]),
                 logits[2],
@@ -101,7 +101,7 @@ class StudentScorer:
             )
         )
         self.close()
-        return Tested({split: result}, result.table("official", teacher), others, facts, left)
+        return Tested({split: result}, result.table("official", teacher), others, facts, image_results)
 
     def _recommend(self, student: Result, tested_teacher: Result | None) -> dict[str, Any] | None:
         """Return the best of teacher, AVG, CLS and DIST on validation images."""

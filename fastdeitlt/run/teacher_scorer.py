@@ -96,18 +96,18 @@ class TeacherScorer:
     def test(self) -> Tested:
         """Score on clean images of every split; accuracies are added to the manifest."""
         logits = {split: self._logits(split) for split, _ in self.sets}
-        scores = {split: self._score(found) for split, found in logits.items()}
+        scores = {split: self._score(outputs) for split, outputs in logits.items()}
         last = list(scores)[-1]
-        left = distributed.on_main(lambda: self._left(last, logits[last]))
+        image_results = distributed.on_main(lambda: self._image_results(last, logits[last]))
         self.close()
         facts = {
             "accuracy": {split: result.accuracy("TEACHER") for split, result in scores.items()},
             "balanced_accuracy": {split: r.heads["TEACHER"].balanced_accuracy for split, r in scores.items()},
         }
-        return Tested(scores, scores[last].table("official"), {}, facts, left)
+        return Tested(scores, scores[last].table("official"), {}, facts, image_results)
 
-    def _left(self, split: str, logits: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """What the report shows of single images: of test images, else of validation images."""
+    def _image_results(self, split: str, logits: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """Return the report's per-image results, of test (else validation) images."""
         if split == "train":
             return {}
         logits_NK, labels_N = logits

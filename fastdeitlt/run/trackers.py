@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases and MLflow get a copy of the numbers in metrics.jsonl."""
+"""Experiment trackers for the numbers of metrics.jsonl: TensorBoard, W&B, MLflow."""
 
 import logging
 import os
@@ -17,20 +17,20 @@ log = logging.getLogger("fastdeitlt")
 Outcome = Literal["finished", "stopped", "failed"]
 
 PROJECT = "fastdeitlt"
-"""Project of W&B and experiment of MLflow, unless their own environment variables name another."""
+"""Default W&B project and MLflow experiment; their environment variables take precedence."""
 QUEUE_LENGTH = 10_000
-"""Records that wait for a tracker before the run gives it up."""
+"""Most queued records of a tracker before the run drops it."""
 CLOSE_S = 60.0
-"""Seconds that the end of a run waits for its trackers."""
+"""Timeout in seconds for trackers at the end of a run."""
 MLFLOW_VALUE_LENGTH = 500
-"""Characters of a parameter that every version of MLflow stores."""
+"""Length of a parameter value supported by all MLflow versions, in characters."""
 MLFLOW_BATCH = 100
-"""Parameters that MLflow accepts in one request."""
+"""Most parameters per MLflow request."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run."""
+    """Description of a run for its trackers."""
 
     folder: Path
     name: str
@@ -40,8 +40,8 @@ class TrackedRun:
     """Dotted name -> value."""
 
     def identity(self, tracker: str, create: Callable[[], str]) -> tuple[str, bool]:
-        """Return the tracker's name for this run, created at the first start, and whether it existed."""
-        path = self.folder / f".tracker-{tracker}"  # W&B itself uses a folder .wandb if there is one
+        """Return the tracker's id of this run, created at the first start, and whether it existed."""
+        path = self.folder / f".tracker-{tracker}"  # not .wandb, which W&B itself would use
         if path.is_file():
             return path.read_text(encoding="utf-8"), True
         name = create()
@@ -50,13 +50,13 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """A service or format that stores numbers by name and step. Any method may raise."""
+    """A service or format for numbers by name and step. Any method may raise."""
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Store numbers of an optimizer step."""
 
     def close(self, outcome: Outcome) -> None:
-        """Write what is pending and state how the run ended."""
+        """Write pending numbers and the outcome of the run."""
 
 
 class TensorBoard:
@@ -80,15 +80,15 @@ class TensorBoard:
             threading.excepthook = self._hook
 
     def _report(self, failure: threading.ExceptHookArgs) -> None:
-        """Leave out the traceback of TensorBoard's own thread: its next call raises the same error."""
+        """Suppress tracebacks of TensorBoard's thread: its next call raises the error."""
         if type(failure.thread).__name__ != "_AsyncWriterThread":
             self._hook(failure)
 
 
 class WeightsAndBiases:
-    """A W&B run, which a resumed run continues; ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` apply.
+    """A W&B run, resumed with its run; arguments, code and git state are not sent.
 
-    The command's arguments, the code and git's state are not sent.
+    ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` apply.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -126,19 +126,20 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """An MLflow run, which a resumed run continues; ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` apply.
+    """An MLflow run, resumed with its run.
 
-    Without a tracking URI, files in ``mlruns`` beside the run folder.
+    ``MLFLOW_TRACKING_URI`` (default: the folder ``mlruns`` next to the run folder) and ``MLFLOW_EXPERIMENT_NAME``
+    apply.
     """
 
     STATUS: Mapping[Outcome, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
     def __init__(self, run: TrackedRun) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its defaults wait for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the defaults wait for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # in maintenance, but needs no database
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # in maintenance mode, but needs no database
             uri = (run.folder.resolve().parent / "mlruns").as_uri()
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
@@ -154,8 +155,8 @@ class MLflow:
 
     def _create(self, name: str) -> str:
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self._client.get_experiment_by_name(title)
-        experiment = found.experiment_id if found else self._client.create_experiment(title)
+        existing = self._client.get_experiment_by_name(title)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(title)
         return self._client.create_run(experiment, run_name=name).info.run_id
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -175,9 +176,9 @@ KINDS: dict[str, Callable[[TrackedRun], Tracker]] = {
 
 
 class _Feed:
-    """Passes records to one tracker in a thread of its own, so that the run never waits for it.
+    """Queue and thread of one tracker, so that the run does not wait for it.
 
-    After the first failure the run continues without the tracker and has logged one warning.
+    After the first failure, logged as one warning, the run continues without the tracker.
     """
 
     def __init__(self, name: str, run: TrackedRun) -> None:
@@ -196,7 +197,7 @@ class _Feed:
             self._give_up(f"{QUEUE_LENGTH:,} records are waiting for it")
 
     def end(self, outcome: Outcome) -> None:
-        """Ask the tracker to close, which ``wait`` waits for."""
+        """Request the close for which ``wait`` waits."""
         try:
             self._records.put_nowait(outcome)
         except queue.Full:
@@ -245,14 +246,14 @@ class Trackers:
 
     Args:
         names: keys of ``KINDS``.
-        run: what they are told of it.
+        run: description of the run.
     """
 
     def __init__(self, names: Iterable[str], run: TrackedRun) -> None:
         self._feeds = [_Feed(name, run) for name in dict.fromkeys(names)]
 
     def log(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        """Pass on the numbers among ``facts``, named by kind and, of an evaluation, by set and weights."""
+        """Queue the numeric values of ``facts``, named by kind and, if present, set and weights."""
         prefix = "/".join([kind, *(str(facts[key]) for key in ("set", "weights") if key in facts)])
         numbers = {
             f"{prefix}/{name}": float(value)
@@ -264,7 +265,7 @@ class Trackers:
                 feed.put(numbers, step)
 
     def close(self, outcome: Outcome, timeout_s: float = CLOSE_S) -> None:
-        """Close every tracker, waiting up to ``timeout_s`` for all of them; the second call does nothing."""
+        """Close all trackers within ``timeout_s``; a second call does nothing."""
         feeds, self._feeds = self._feeds, []
         for feed in feeds:
             feed.end(outcome)

@@ -137,7 +137,7 @@ def ablate(
     table.write(folder, list(grid.arms), finished)
     if not table_only:
         for _, _, student in finished:
-            report.write_report(student)  # each beside the other arms
+            report.write_report(student)  # each with the other arms
     if not table_only and diverged:
         raise NonFiniteError(f"ablate: {len(diverged)} runs diverged: {', '.join(map(str, diverged))}")
     return folder

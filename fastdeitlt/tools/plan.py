@@ -107,7 +107,7 @@ def layout(root: str | Path) -> dict[str, str]:
     """Return the data settings of a folder or list file: dataset, root and lists.
 
     Lists in the folder take precedence over class folders, the published ones over ``train.txt``, ``train.csv`` and
-    ``train.json``; shards are used where they lie in the folder itself or in one of a split.
+    ``train.json``; shards are found in the folder itself or in a split's.
 
     Raises:
         UserError: no such folder or file.
