@@ -232,7 +232,7 @@ def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
         (attention_bwd_keys_kernel, problem.constexprs | keys.blocks, keys),
     ]
     architectures = tuple(compiled for compiled, takes in SETTINGS_OF.items() if takes == sm)
-    found = []
+    configs = []
     for kernel, constexprs, config in launches[: 2 if one_program(problem, backward) else 3]:
         pointers = [name for name in kernel.arg_names if name not in constexprs]
         signature = {name: "*fp32" if name in ("p_lse", "p_delta", "p_sums") else f"*{kind}" for name in pointers}
@@ -242,5 +242,5 @@ def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
         note += "" if sums or kernel is not attention_bwd_kernel else " without p_sums"
         narrow = 0 if kernel is attention_bwd_keys_kernel else 4  # log-sum-exp or delta of a row
         options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": architectures, "note": note}
-        found.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
-    return found
+        configs.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
+    return configs

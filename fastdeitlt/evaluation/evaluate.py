@@ -181,21 +181,21 @@ def evaluate(
     if predictions_path and Path(predictions_path).suffix != ".csv":
         raise UserError(f"eval: got --predictions {predictions_path}, expected a .csv file")
     with distributed.group(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s):
-        found = evaluate_saved(saved, cfg, split)
+        evaluation = evaluate_saved(saved, cfg, split)
         if distributed.rank() == 0:
-            _write(found, json_path, csv_path)
+            _write(evaluation, json_path, csv_path)
             if predictions_path:
-                _write_predictions(found, saved, Path(predictions_path))
-    return found.result
+                _write_predictions(evaluation, saved, Path(predictions_path))
+    return evaluation.result
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's scores on a set, and what they were computed from."""
+    """Scores of a model on a set, with its logits and labels."""
 
     result: Result
     fitted: PostHoc | None
-    """Of a student on test images, what its validation images can fit, where there are some."""
+    """Post-hoc scores of a student on test images, if there are validation images."""
     images: LongTailSet
     heads: dict[str, Tensor]
     """logits_NK by head, in the data set's order of classes; the first head predicts."""
@@ -251,8 +251,8 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
     return saved.by_label(cls_logits_NK), saved.by_label(dist_logits_NK), labels_N
 
 
-def _write(found: Evaluation, json_path: str | Path | None, csv_path: str | Path | None) -> None:
-    console, result, fitted = Console(), found.result, found.fitted
+def _write(evaluation: Evaluation, json_path: str | Path | None, csv_path: str | Path | None) -> None:
+    console, result, fitted = Console(), evaluation.result, evaluation.fitted
     for name in result.num_classes:
         console.print(result.table(name))
     shifted = shift.accuracies(result)
@@ -263,16 +263,18 @@ def _write(found: Evaluation, json_path: str | Path | None, csv_path: str | Path
         whole = result.to_json() | {"shifted": shifted, "posthoc": fitted.to_json() if fitted else None}
         write_atomically(Path(json_path), json.dumps(whole, indent=1))
     if csv_path:
-        write_atomically(Path(csv_path), to_csv(result, found.images.class_names))
+        write_atomically(Path(csv_path), to_csv(result, evaluation.images.class_names))
 
 
-def _write_predictions(found: Evaluation, saved: Saved, path: Path) -> None:
-    names = found.images.class_names or [f"class {label}" for label in range(len(found.result.counts_K))]
+def _write_predictions(evaluation: Evaluation, saved: Saved, path: Path) -> None:
+    names = evaluation.images.class_names or [f"class {label}" for label in range(len(evaluation.result.counts_K))]
     temperatures = saved.calibration.temperatures if saved.calibration else {}
-    write_atomically(path, per_image.to_csv(found.heads, found.labels_N, found.images, names, temperatures))
+    write_atomically(
+        path, per_image.to_csv(evaluation.heads, evaluation.labels_N, evaluation.images, names, temperatures)
+    )
     told = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
     how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
-    log.info("%s: %d images; %s", path, len(found.labels_N), how)
+    log.info("%s: %d images; %s", path, len(evaluation.labels_N), how)
 
 
 def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What a test leaves image by image: confusions, the most confident mistakes, a row an image for a CSV file."""
+"""Results of single images: confusions, the most confident mistakes, and CSV with a row an image."""
 
 # N images in the set, K classes, C channels, H height, W width
 
@@ -21,17 +21,17 @@ from fastdeitlt.store.manifest import Preprocess
 
 NUM_MISTAKES = 12
 PICTURE_SIDE = 160
-"""Pixels: larger crops are scaled down to it."""
+"""Largest side of a picture in pixels; larger crops are scaled down."""
 LOSSLESS_SIDE = 64
-"""Pixels up to which a picture is a PNG; larger ones are JPEGs."""
+"""Largest side of a PNG in pixels; larger pictures are JPEGs."""
 
 
 def decisions(logits_NK: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return each image's most probable class, int64 [N], and its probability, float64 [N].
 
     Args:
-        logits_NK: of one head.
-        temperature: by which the logits are divided.
+        logits_NK: logits of one head.
+        temperature: divisor of the logits.
     """
     parts = []
     for chunk_NK in logits_NK.split(max(1, CHUNK // logits_NK.shape[1])):
@@ -43,19 +43,19 @@ def decisions(logits_NK: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tens
 
 
 def confusion(heads: Mapping[str, Tensor], labels_N: Tensor) -> list[list[int]]:
-    """Count the images of each class by the class that each head takes them for.
+    """Count the images of each class by each head's predicted class.
 
     Returns:
-        (label, predicted class, images for each head) of every pair that some head has images of, in order.
+        (label, predicted class, images for each head) of every pair with images for some head, in order.
     """
     *parts, labels_N = readable(*heads.values(), labels_N)
     num_classes = parts[0].shape[1]
-    found: dict[int, list[int]] = {}
+    counts: dict[int, list[int]] = {}
     for column, logits_NK in enumerate(parts):
         pairs, numbers = (labels_N * num_classes + logits_NK.argmax(dim=1)).unique(return_counts=True)
         for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True):
-            found.setdefault(pair, [0] * len(parts))[column] = number
-    return [[*divmod(pair, num_classes), *numbers] for pair, numbers in sorted(found.items())]
+            counts.setdefault(pair, [0] * len(parts))[column] = number
+    return [[*divmod(pair, num_classes), *numbers] for pair, numbers in sorted(counts.items())]
 
 
 def image_facts(
@@ -66,15 +66,15 @@ def image_facts(
     preprocess: Preprocess,
     temperatures: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Collect what the report shows of single images: analysis/images.json.
+    """Collect the report's facts of single images, the content of analysis/images.json.
 
     Args:
-        heads: logits_NK by name; the first head is the one that predicts.
+        heads: logits_NK by name; the first head predicts.
         labels_N: LEFT_OUT for an image that could not be read.
         images: the set.
-        source: gives its images.
-        preprocess: the crop that was scored.
-        temperatures: of the heads, fitted on validation images.
+        source: pixels of the set.
+        preprocess: preprocessing of the scored crops.
+        temperatures: temperatures of the heads, fitted on validation images.
     """
     main, logits_NK = next(iter(heads.items()))
     temperature = (temperatures or {}).get(main)
@@ -106,7 +106,7 @@ def image_facts(
 
 
 def picture(image: Image.Image) -> str:
-    """Return a small picture as the address that holds it: PNG if tiny, else a JPEG of at most ``PICTURE_SIDE``."""
+    """Return a small picture as a data URI: a PNG if tiny, else a JPEG of at most ``PICTURE_SIDE``."""
     if max(image.size) <= LOSSLESS_SIDE:
         return data_uri(image, "PNG", optimize=True)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
@@ -114,7 +114,7 @@ def picture(image: Image.Image) -> str:
 
 
 def data_uri(image: Image.Image, kind: str, **how: Any) -> str:
-    """Return an image as the address that holds it; ``how`` goes to Pillow's ``save``."""
+    """Return an image as a data URI; ``how`` are options of Pillow's ``save``."""
     data = io.BytesIO()
     image.save(data, format=kind, **how)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -127,14 +127,14 @@ def to_csv(
     class_names: Sequence[str],
     temperatures: Mapping[str, float] | None = None,
 ) -> str:
-    """A row an image: path, label, and each head's answer and its probability; ``error`` where it cannot be read.
+    """Return CSV, a row an image: path, label, each head's prediction and probability; ``error`` if unreadable.
 
     Args:
         heads: logits_NK by name.
         labels_N: LEFT_OUT for an image that could not be read.
         images: the set.
         class_names: name of each label [K].
-        temperatures: by which the logits of a head are divided; 1 for the others.
+        temperatures: divisors of the heads' logits; 1 for the others.
     """
     text = io.StringIO()
     writer = csv.writer(text)
