@@ -370,9 +370,7 @@ def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and return its result on every rank.
-
-    The other ranks wait up to ``train.main_timeout_s``.
+    """Run ``work`` on rank 0, within ``train.main_timeout_s``; return its result everywhere.
 
     Raises:
         UserError: raised by ``work``, on every rank.

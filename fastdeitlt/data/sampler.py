@@ -84,11 +84,7 @@ class RepeatedAugmentationSampler:
         return {"epoch": self.epoch, "cursor": self.cursor, "n": self.n, "world_size": self.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore a position in the epoch.
-
-        Raises:
-            UserError: the state has another set size or number of ranks.
-        """
+        """Restore a position; raise UserError for another set size or number of ranks."""
         if (state["n"], state["world_size"]) != (self.n, self.world_size):
             raise UserError(
                 f"sampler state: got n={state['n']}, world_size={state['world_size']}, expected n={self.n}, "

@@ -182,9 +182,7 @@ class Checkpoints:
             )  # fmt: skip
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest intact checkpoint and its manifest; rename damaged ones.
-
-        A damaged one becomes ``*.damaged-*``.
+        """Return the newest intact checkpoint and manifest; rename others ``*.damaged-*``.
 
         Returns:
             None: there are no checkpoints yet.

@@ -128,8 +128,7 @@ class WeightsAndBiases:
 class MLflow:
     """An MLflow run, resumed with its run.
 
-    ``MLFLOW_TRACKING_URI`` (default: the folder ``mlruns`` next to the run folder) and ``MLFLOW_EXPERIMENT_NAME``
-    apply.
+    ``MLFLOW_TRACKING_URI`` (default: ``mlruns`` next to the run folder) and ``MLFLOW_EXPERIMENT_NAME`` apply.
     """
 
     STATUS: Mapping[Outcome, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}

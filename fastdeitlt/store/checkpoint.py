@@ -1,6 +1,4 @@
-"""Model folders, written atomically and verified when read.
-
-Safetensors and JSON only; nothing is unpickled.
+"""Model folders of safetensors and JSON (no pickle), atomic writes, verified reads.
 
 A *model folder* has ``model.safetensors`` (a checkpoint of a run also ``ema`` and ``optimizer``) and ``manifest.json``,
 which lists every file with its size and sha256. It is written under a temporary name, flushed, and renamed, so readers

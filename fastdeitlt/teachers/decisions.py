@@ -106,8 +106,7 @@ class Decisions:
         """Return label_K: matched labels of clearly exchanged classes, else the decision.
 
         A cycle of classes is exchanged if the matched labels are right on ``CYCLE_IMAGES`` more images in all, and on
-        average on ``CYCLE_SHARE`` more of a class's images, than the classes' own labels. Confused classes do not
-        count.
+        average on ``CYCLE_SHARE`` more of a class's images, than the classes' own labels.
         """
         matched_K, _ = self.matched()
         images_K, label_K = self._images(), np.arange(self.num_classes)

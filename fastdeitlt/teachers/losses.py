@@ -114,9 +114,7 @@ def paco_loss(
     temperature: float,
     queue_size: int,
 ) -> Tensor:
-    """Compute PaCo's loss of queries against class centres and other features.
-
-    The centres are the prior-adjusted logits.
+    """Compute PaCo's loss of queries against centres (adjusted logits) and features.
 
     Args:
         features: [2 B + Q, D] unit queries, unit keys, queue, in that order.

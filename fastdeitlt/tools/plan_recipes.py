@@ -88,10 +88,7 @@ def _student(facts: Facts, s: Schedule) -> dict[str, Setting]:
 
 
 def _augmentation(s: Schedule) -> dict[str, Setting]:
-    """Return augmentation settings, milder for short schedules.
-
-    The paper's augmentation costs 16 points after 150,000 images, 5.5 after 590,000.
-    """
+    """Return settings by length: the paper's cost 16 points at 150,000 images, 5.5 at 590,000."""
     seen = f"{s.images_seen:,} images seen"
     if s.images_seen < FEW_CHANGES:
         levels = 0, [0.7, 1.0], 0.0, 0.0

@@ -60,8 +60,7 @@ class Draws:
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
         """Return RandomResizedCrop boxes (top, left, height, width), int32 [B, 4].
 
-        ``sizes_B2`` is (height, width). Uses the first attempt that fits, else the largest central box within the ratio
-        range.
+        For (height, width): the first attempt that fits, else the largest central box within the ratio range.
         Source: timm ``RandomResizedCropAndInterpolation.get_params``.
         """
         sizes_B2 = np.broadcast_to(np.asarray(sizes_B2, np.int64), (len(self), 2))
@@ -204,10 +203,7 @@ def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
 def normalise(
     crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return (crop / 255 - mean) / std as images_BCHW of ``dtype``.
-
-    Computed in float32; channels last in memory.
-    """
+    """Return (crop / 255 - mean) / std as images_BCHW, channels last, from float32."""
     images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
     step = chunk_size(crops_BHWC)
     for start in range(0, len(crops_BHWC), step):

@@ -35,10 +35,7 @@ def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: boo
 
 
 def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[bytes]]) -> list[Finding]:
-    """Return findings about images in two splits, twice in one, or with two labels.
-
-    An image in two splits is an error, but a warning for published sets, which stay comparable.
-    """
+    """Return findings on duplicates; in published sets only warnings, to stay comparable."""
     places: dict[bytes, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for split, keys in digests.items():
         for index, key in enumerate(keys):

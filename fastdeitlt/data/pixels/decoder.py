@@ -125,11 +125,7 @@ class Decoder:
             return [alone[i] if i in alone else next(pixels) for i in range(len(files))]
 
     def faults(self, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError) -> dict[int, str]:
-        """Return why files of a failed batch do not decode, by index.
-
-        Raises:
-            RuntimeError: ``error`` itself, if every file decodes alone.
-        """
+        """Return why files of a failed batch do not decode; raise ``error`` if none fails."""
         alone = {}
         for i, file in enumerate(files):
             try:

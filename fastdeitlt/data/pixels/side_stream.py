@@ -10,10 +10,7 @@ from torch import Tensor
 
 @functools.cache
 def side_stream(device: torch.device, user: str) -> torch.cuda.Stream | None:
-    """Return a user's stream of the device, always the same one; None for a CPU.
-
-    Torch caches freed memory per stream.
-    """
+    """Return a user's stream, always the same: torch caches memory by stream. CPU: None."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 

@@ -1,6 +1,4 @@
-"""Long-tailed subsets of CIFAR-10, CIFAR-100 and Fashion-MNIST.
-
-Names and checksums are torchvision's.
+"""Long-tailed subsets of CIFAR and Fashion-MNIST, with torchvision's checksums.
 
 N images, H height, W width, C channels.
 """

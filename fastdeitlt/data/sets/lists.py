@@ -173,12 +173,7 @@ def _read_json(path: Path, text: str) -> _Rows:
 
 
 def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
-    """Return the record's value of the first key present.
-
-    Raises:
-        KeyError: no key is present.
-        TypeError: the value has another type.
-    """
+    """Return the first present key's value; raise KeyError, or TypeError for its type."""
     for key in keys:
         if key in record:
             if not isinstance(record[key], kind):

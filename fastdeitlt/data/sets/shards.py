@@ -50,10 +50,9 @@ class Entry:
 
 
 def split_shards(root: str | Path) -> dict[str, list[str]]:
-    """Return the shards of each split, relative to ``root``; unnamed ones are train.
+    """Return the shards of each split, relative to ``root``; without splits all are train.
 
-    If no shard names a split, all are training shards. The start of a shard's file name (``train-0001.tar``) or a
-    folder name gives its split.
+    The start of a shard's file name (``train-0001.tar``) or a folder name gives its split.
 
     Raises:
         UserError: no shards, or only some shards name a split.
