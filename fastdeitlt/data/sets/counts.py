@@ -52,7 +52,7 @@ CIFAR-10-LT, CIFAR-100-LT, ImageNet-LT and iNaturalist-2018 at any imbalance (De
 def cifar_lt_counts(n_total: int, classes: int, imb_factor: float, kind: str = "exp") -> list[int]:
     """Return class sizes [K] of a long-tailed subset of ``n_total`` balanced images.
 
-    exp: ``int(n_max * imb_factor^(i / (K - 1)))``; step: ``int(n_max)`` for half of the classes, ``int(n_max *
+    exp: ``int(n_max * imb_factor^(i / (K - 1)))``; step: ``int(n_max)`` for the first half, ``int(n_max *
     imb_factor)`` for the others; ``n_max = n_total / K``. Source: LDAM-DRW imbalance_cifar.py (Cao et al. 2019).
 
     Raises:
