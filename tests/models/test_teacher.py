@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from small_model import lively
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -43,18 +44,6 @@ def golden_teacher(name: str) -> tuple[nn.Module, Tensor, Tensor]:
             tensor.copy_(torch.from_numpy(np.abs(values) + 1 if key.endswith("running_var") else values))
     images = np.random.default_rng([seed, 999]).standard_normal(case["input_shape"]).astype(np.float32)
     return network, torch.from_numpy(images), logits
-
-
-def lively(network: nn.Module) -> nn.Module:
-    """Batch norms with statistics and weights that a wrong fold would not survive."""
-    torch.manual_seed(3)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.uniform_(0.5, 1.5)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.normal_(std=0.2)
-    return network.eval()
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["linear", "cosine"])
