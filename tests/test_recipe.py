@@ -144,10 +144,10 @@ def _record(run, patch):
         now.scored = None
         return found
 
-    def spied_prefix(self, images_BCHW):
+    def spied_prefix(self, images_BCHW, *rest):
         if now.scored:
             now.scored.modes.add(self.training)
-        return prefix(self, images_BCHW)
+        return prefix(self, images_BCHW, *rest)
 
     def scripted(self, by):
         number = sum(seen.split == "val" for seen in run.scored)
@@ -313,7 +313,8 @@ def test_weights_and_average_are_scored_and_the_first_best_are_kept_and_tested(r
     kept = read_manifest(recorded.folder / "checkpoints" / "best")["selected"]
     assert (kept["step"], kept["weights"]) == (recorded.evaluations[chosen // 2][0], ("model", "ema")[chosen % 2])
     _assert_close(load_tensors(recorded.folder / "checkpoints" / "best"), candidates[chosen])
-    assert sorted(seen.split for seen in after) == ["teacher", "test", "val"], "the test set is scored once"
+    expected = ["teacher", "teacher", "test", "val"]  # the teacher on test images, and on validation images
+    assert sorted(seen.split for seen in after) == expected, "the test set is scored once"
     for seen in after:
         _assert_close(seen.weights, candidates[chosen])
     assert all(seen.modes <= {False} for seen in recorded.scored)
@@ -359,7 +360,7 @@ def recorded_teacher(request, tmp_path_factory):
     }  # fmt: skip
     cfg = config.build(flat | recipe | {f"teacher_training.{name}": value for name, value in training.items()})
     run = SimpleNamespace(cfg=cfg, steps=[], evaluations=[], scored=[])
-    take_step, evaluate, score = Step.__call__, Selector.evaluate, TeacherScorer.score
+    take_step, evaluate, logits = Step.__call__, Selector.evaluate, TeacherScorer._logits
 
     def spied_step(self, batch, weights_K, seed):
         group, network = self.optimizer.param_groups[0], self.objective.network
@@ -377,13 +378,13 @@ def recorded_teacher(request, tmp_path_factory):
         run.evaluations.append(place)
         return evaluate(self, *place)
 
-    def spied_score(self, candidate, name):
+    def spied_logits(self, split):
         weights = {key: value.clone() for key, value in self.network.state_dict().items()}
-        run.scored.append((name, weights))
-        return score(self, candidate, name)
+        run.scored.append((split, weights))
+        return logits(self, split)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TeacherScorer, "score", spied_score)
+        patch.setattr(TeacherScorer, "_logits", spied_logits)
         patch.setattr(Result, "selection_accuracy", lambda self, by: TEACHER_SCORES[min(len(run.scored), 3) - 1])
         patch.setattr(Step, "__call__", spied_step)
         patch.setattr(Selector, "evaluate", spied_evaluate)
