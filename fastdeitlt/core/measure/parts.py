@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -291,8 +290,9 @@ def _optimizer(shapes: Shapes, backend: str) -> Call:
         parameter.data.zero_()
     sections = {"optim": cfg.optim.model_copy(update={"backend": backend})}
     sections["train"] = cfg.train.model_copy(update={"compile": False})  # type: ignore[assignment]
-    joint = cast(JointForward, SimpleNamespace(student=student))
-    engine = PlainEngine(joint, cfg.model_copy(update=sections), 1)
+    cfg = cfg.model_copy(update=sections)
+    joint = JointForward(student, None, [1] * shapes.num_classes, cfg, shapes.device)
+    engine = PlainEngine(joint, cfg, 1)
     ema = Ema(student, cfg.optim.ema_decay, engine.optimizer) if cfg.optim.ema_decay else None
     generator, rate = torch.Generator(shapes.device).manual_seed(0), peak_learning_rate(cfg)
     gradients = [torch.randn(p.shape, device=p.device, generator=generator) for p in engine.parameters]
