@@ -148,7 +148,7 @@ class DistilledViT(nn.Module):
     def _run(self, images_BCHW: Tensor, num_queries: int | None, kept: list[DropPath] | None = None) -> Tensor:
         """Return tokens after the final norm, [B, N, D], or the first ``num_queries`` of the last block."""
         x_BND, blocks = self._embed(images_BCHW), cast(list[Block], list(self.blocks))
-        kept = kept or self.draw_drop_path(len(x_BND))
+        kept = kept or self.draw_drop_path(x_BND.shape[0])  # len would fix the batch of an exported graph
         nexts = [(block.norm1, attn) for block, (attn, _) in zip(blocks, kept, strict=True)] + [(self.norm, None)]
         normed_SND = blocks[0].norm1(select(x_BND, kept[0][0]))
         for i, block in enumerate(blocks):

@@ -152,6 +152,9 @@ def test_an_empty_folder_of_wheels_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("rows", [20, gpu_ops.ROWS_OF_LAST_BLOCK])
 def test_a_wrong_gradient_is_seen(rows, monkeypatch):
     """The kernel's reference agrees with float64; one whose values are 5 % too large does not."""
+    monkeypatch.setattr(
+        "fastdeitlt.kernels.attention.interpreted", lambda: False
+    )  # the interpreter's bfloat16 is wrong
     errors = dict(gpu_ops.gradient_errors(20, rows, CPU))
     assert {"triton", "sdpa"} <= set(errors) and all(error <= gpu_ops.TOLERANCE for error in errors.values())
     name = "attention" if rows == 20 else "attention_first"
