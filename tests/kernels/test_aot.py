@@ -74,10 +74,10 @@ def planted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("op", ops())
 def test_shipped_configurations_compile_without_spills(op):
-    """The first and the last of each kernel on every architecture; ``python -m benchmarks.aot`` compiles all."""
-    rows = gate([op], [80, 90, 100], sample=2) + gate([op], [86, 89, 120], sample=1)
+    """The first and the last of each kernel; ``python -m benchmarks.aot`` compiles all, on sm_86 and sm_89 too."""
+    rows = gate([op], [80, 90, 100], sample=2) + gate([op], [120], sample=1)
     assert {f"{row.kernel} sm_{row.sm} {row.configuration}": row.problems for row in rows if row.problems} == {}
-    assert {row.sm for row in rows} == set(ARCHITECTURES) and all(row.registers > 0 for row in rows)
+    assert {row.sm for row in rows} == {80, 90, 100, 120} and all(row.registers > 0 for row in rows)
 
 
 def test_every_compiled_architecture_has_settings_and_a_limit_of_shared_memory():
