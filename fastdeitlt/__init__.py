@@ -5,7 +5,7 @@ The Python API is imported at its first use: ``load``, ``evaluate``, ``fit``, ``
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Answer", "Model", "Run", "evaluate", "fit", "fit_teacher", "load", "plan"]
 
 

@@ -1,12 +1,13 @@
-"""Every command that the README, docs/ and the recipes show is one that the program takes."""
+"""Documents agree with the program: commands, links, versions, length of lines."""
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from fastdeitlt import cli, config
+from fastdeitlt import __version__, cli, config
 from fastdeitlt.data.sets.counts import CUT_SETS
 
 ROOT = Path(__file__).parent.parent
@@ -40,3 +41,25 @@ def test_shown_commands_are_taken(page, monkeypatch):
 
 def test_the_pages_show_commands():
     assert sum(len(commands(page)) for page in PAGES) > 50
+
+
+DOCUMENTS = [page for page in PAGES if page.suffix == ".md"]
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Return the relative links of a page whose file does not exist."""
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
+    return [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    assert broken_links(page, text) == []
+    assert broken_links(page, f"{text} [gone](no/such/file.md#part)") == ["no/such/file.md"]
+
+
+def test_the_newest_release_has_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    releases = re.findall(r"^## (\S+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert {project["version"], releases[0]} == {__version__}
