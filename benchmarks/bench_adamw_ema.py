@@ -7,7 +7,7 @@ input; no candidate computes the norm). Buffers are far larger than L2.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from fastdeitlt.kernels.adamw_ema import adamw_ema
@@ -44,10 +44,14 @@ def torch_step(parameters: list[nn.Parameter], averages: list[Tensor], scale: Te
     return step
 
 
-def cases(device: torch.device) -> Iterable[harness.Case]:
-    """Yield one case: DeiT-B on a GPU; two blocks on a CPU, where ours is the op's torch reference."""
-    gpu = device.type == "cuda"
-    weights = parameters(device, DEPTH if gpu else 2)
+def cases(device: torch.device, depths: Sequence[int] | None = None) -> Iterable[harness.Case]:
+    """Yield a case a depth: DeiT-B on a GPU; two blocks on a CPU, where ours is the op's torch reference."""
+    for depth in ((DEPTH if device.type == "cuda" else 2),) if depths is None else depths:
+        yield _case(device, depth)
+
+
+def _case(device: torch.device, depth: int) -> harness.Case:
+    weights = parameters(device, depth)
     size = sum(p.numel() for p in weights)
     one = torch.ones((), device=device)
     averages = [p.detach().clone() for p in weights]
@@ -66,7 +70,7 @@ def cases(device: torch.device) -> Iterable[harness.Case]:
 
         apex = FusedAdam(weights, lr=1e-3, weight_decay=0.05, adam_w_mode=True, capturable=True)
         candidates["apex, no EMA"] = apex.step
-    yield harness.Case(f"{size / 1e6:.1f} M weights float32", candidates, baseline="fused", useful_bytes=36 * size)
+    return harness.Case(f"{size / 1e6:.1f} M weights float32", candidates, baseline="fused", useful_bytes=36 * size)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.core.assemble import Data, assemble
 from fastdeitlt.core.engine import Engine
-from fastdeitlt.core.measure.timer import measure
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.models import create_teacher
 from fastdeitlt.models.teacher import Teacher
@@ -68,21 +67,17 @@ def main() -> int:
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     gpu = device.type == "cuda"
-    eager = frozenset(KINDS)
     engines = {name: step_with(settings(gpu, *what), device) for name, what in KINDS.items()}
-    case = harness.Case("step", {name: step for name, (_, step) in engines.items()}, "plain", eager=eager)
-    rows = harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, eager), device)
+    steps = {name: step for name, (_, step) in engines.items()}
+    harness.run("engine", harness.Case("step", steps, "plain", eager=frozenset(KINDS)), device, arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
         plain, step = engines["plain"]
         kept = {way: Checkpoints(Path(folder) / way) for way in ("background", "waited for")}
         calls = {way: saving(plain, step, checkpoints, way != "background") for way, checkpoints in kept.items()}
         calls["none"] = lambda: [step() for _ in range(STEPS)]
         case = harness.Case(f"{STEPS} steps and a checkpoint", calls, "none", eager=frozenset(calls))
-        rows += harness.rows("engine", case, measure(case.candidates, device, arguments.rounds, case.eager), device)
+        print(f"rows appended to {harness.run('engine', case, device, arguments.rounds)}")
         kept["background"].finish()
-    for row in rows:
-        print(harness.line(row))
-    print(f"rows appended to {harness.append('engine', rows)}")
     return 0
 
 

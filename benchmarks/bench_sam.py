@@ -97,13 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
             for call in calls.values():
                 call()
             continue
-        case = harness.Case(f"{name}, batch {count}", calls, "SGD", eager=frozenset(calls))
-        rows = harness.rows("sam", case, harness.measure(calls, device, options.rounds, case.eager), device)
-        for row in rows:
-            row |= {"images_per_s": count / row["median_ms"] * 1e3, "precision": cfg.train.precision}
-            row["times_sgd"] = 1 / row["speedup"]
-            print(f"{harness.line(row)}  {row['times_sgd']:.2f} times SGD  {row['images_per_s']:.0f} img/s")
-        print(f"rows appended to {harness.append('sam', rows).relative_to(harness.ROOT)}")
+        title, facts = f"{name}, batch {count}", {"precision": cfg.train.precision}
+        case = harness.Case(title, calls, "SGD", eager=frozenset(calls), images=count, facts=facts)
+        print(f"rows appended to {harness.run('sam', case, device, options.rounds)}")
     return 0
 
 

@@ -90,13 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         case = harness.Case(
             name, calls, options.baseline, useful_flops=int(3 * flops_per_image(student) * work.batch_size),
             dtype=torch.bfloat16 if work.precision == "bf16" else torch.float32, eager=frozenset(calls),
+            images=work.batch_size, facts=work.facts,
         )  # fmt: skip
-        rows = harness.rows("step", case, harness.measure(calls, device, options.rounds, case.eager), device)
-        for row in rows:
-            row |= {"images_per_s": work.batch_size / row["median_ms"] * 1e3, "precision": work.precision}
-            row |= {"student": work.student, "teacher": work.teacher, "batch": work.batch_size}
-            print(f"{harness.line(row)}  {row['images_per_s']:.1f} img/s")
-        print(f"rows appended to {harness.append('step', rows)}")
+        print(f"rows appended to {harness.run('step', case, device, options.rounds)}")
         if options.profile:
             profile(calls, device, options.profile)
     return 0

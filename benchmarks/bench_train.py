@@ -140,14 +140,10 @@ def measured(
     work: Workload, calls: dict[str, harness.Call], what: str, baseline: str, options: argparse.Namespace
 ) -> int:
     """Time passes over the images, print and append the rows."""
-    case = harness.Case(f"{work.student}, {what}, {options.workers} workers", calls, baseline, eager=frozenset(calls))
-    rows = harness.rows("train", case, harness.measure(calls, work.device, options.rounds, case.eager), work.device)
     num_images = options.images // work.batch_size * work.batch_size
-    for row in rows:
-        row |= {"images_per_s": num_images / row["median_ms"] * 1e3, "precision": work.precision}
-        row |= {"student": work.student, "teacher": work.teacher, "batch": work.batch_size}
-        print(f"{harness.line(row)}  {row['images_per_s']:.1f} img/s")
-    print(f"rows appended to {harness.append('train', rows)}")
+    title, eager = f"{work.student}, {what}, {options.workers} workers", frozenset(calls)
+    case = harness.Case(title, calls, baseline, eager=eager, images=num_images, facts=work.facts)
+    print(f"rows appended to {harness.run('train', case, work.device, options.rounds)}")
     return 0
 
 

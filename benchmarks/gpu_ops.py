@@ -10,9 +10,12 @@ On a CPU ``--small`` runs the same at small shapes, with torch's implementations
 """
 
 import argparse
+import functools
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from fastdeitlt.kernels._pick import torch_backend
@@ -27,52 +30,47 @@ from benchmarks import (
     bench_attention,
     bench_augment,
     bench_bias_gelu,
-    bench_floors,
     bench_joint_loss,
     harness,
 )
-from fastdeitlt.core.measure.timer import bandwidth, capturing_stream, matmul_rate, measure
+from fastdeitlt.core.measure.timer import bandwidth, capturing_stream, matmul_rate
 from fastdeitlt.errors import UserError
 
 TOLERANCE = 2e-2
 """Largest error of a bfloat16 gradient relative to the largest value of the float64 one: several roundings."""
 TOKENS, ROWS_OF_LAST_BLOCK = (66, 198), 2
-Cases = Callable[[torch.device, bool], Iterable[harness.Case]]
+LAYERS = {"qkv": (768, 3 * 768), "proj": (768, 768), "fc1": (768, 4 * 768), "fc2": (4 * 768, 768)}
+"""Inputs and outputs of the products in a block of DeiT-B."""
 
 
-def _joint_loss(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return bench_joint_loss.cases(device, ((16, 10),) if small else ((256, 1000), (1024, 1000), (1024, 8142)))
+def floors(device: torch.device, batches: Sequence[int]) -> Iterator[harness.Case]:
+    """Yield the products of a step (rows M, inner K, columns N), forward and for both gradients, and a copy."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for batch, (name, (inner, outer)) in itertools.product(batches, LAYERS.items()):
+        rows = batch * 198
+        x, upstream = (torch.randn(rows, size, device=device, dtype=dtype) for size in (inner, outer))
+        weight = torch.randn(outer, inner, device=device, dtype=dtype)
+        products = {"forward": (x, weight.T), "input gradient": (upstream, weight), "weight gradient": (upstream.T, x)}
+        for kind, (a, b) in products.items():
+            shape = f"{a.shape[0]}x{a.shape[1]}x{b.shape[1]}"
+            call = {"matmul": functools.partial(torch.mm, a, b)}
+            yield harness.Case(f"{name} {kind} {shape}", call, "matmul", useful_flops=2 * rows * inner * outer)
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
+    copy = {"copy": functools.partial(torch.empty_like(source).copy_, source)}
+    yield harness.Case("copy", copy, "copy", useful_bytes=2 * source.numel() * 4)
 
 
-def _adamw_ema(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return () if small else bench_adamw_ema.cases(device)
-
-
-def _bias_gelu(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return bench_bias_gelu.cases(device, ((12, 512),) if small else bench_bias_gelu.SHAPES[2:3])
-
-
-def _add_layernorm(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return bench_add_layernorm.cases(device, ((10, 3, 64),) if small else bench_add_layernorm.SHAPES[2:3])
-
-
-def _attention(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return bench_attention.cases(device, ((2, 20, 2, 32),) if small else bench_attention.SHAPES[:1])
-
-
-def _augment(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return () if small else bench_augment.gpu_cases(device, bench_augment.GPU_SHAPES[:1])
-
-
-def _floors(device: torch.device, small: bool) -> Iterable[harness.Case]:
-    return bench_floors.cases(device, 1 if small else 256)
-
-
-OPS: dict[str, Cases] = {
-    "floors": _floors, "joint_loss": _joint_loss, "adamw_ema": _adamw_ema, "bias_gelu": _bias_gelu,
-    "add_layernorm": _add_layernorm, "attention": _attention, "augment": _augment,
-}  # fmt: skip
-"""Op -> its cases at the shapes of a DeiT-B step of 256 images, the least risky first."""
+Cases = Callable[[torch.device, Any], Iterable[harness.Case]]
+OPS: dict[str, tuple[Cases, Any, Any]] = {
+    "floors": (floors, (1,), (256,)),
+    "joint_loss": (bench_joint_loss.cases, ((16, 10),), ((256, 1000), (1024, 1000), (1024, 8142))),
+    "adamw_ema": (bench_adamw_ema.cases, (), (bench_adamw_ema.DEPTH,)),
+    "bias_gelu": (bench_bias_gelu.cases, ((12, 512),), bench_bias_gelu.SHAPES[2:3]),
+    "add_layernorm": (bench_add_layernorm.cases, ((10, 3, 64),), bench_add_layernorm.SHAPES[2:3]),
+    "attention": (bench_attention.cases, ((2, 20, 2, 32),), bench_attention.SHAPES[:1]),
+    "augment": (bench_augment.gpu_cases, (), bench_augment.GPU_SHAPES[:1]),
+}
+"""Op -> its cases, small shapes, and the shapes of a DeiT-B step of 256 images; the least risky op first."""
 
 
 def facts(device: torch.device) -> None:
@@ -144,15 +142,13 @@ def backends(device: torch.device) -> bool:
 
 def run(op: str, device: torch.device, rounds: int, small: bool) -> None:
     """Measure an op's cases and append the rows; with 0 rounds call every candidate once."""
-    for case in OPS[op](device, small):
-        if not rounds:
-            for call in case.candidates.values():
-                call()
+    cases, small_shapes, shapes = OPS[op]
+    for case in cases(device, small_shapes if small else shapes):
+        if rounds:
+            harness.run(op, case, device, rounds)
             continue
-        rows = harness.rows(op, case, measure(case.candidates, device, rounds, case.eager), device)
-        for row in rows:
-            print(harness.line(row), flush=True)
-        harness.append(op, rows)
+        for call in case.candidates.values():
+            call()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,6 +40,8 @@ class Case:
         useful_bytes, useful_flops: least work of the op, for the share of the floor; 0 = not stated.
         dtype: type of the floor's matrix products; None: see ``timer.matmul_rate``.
         eager: candidates that cannot be captured in a CUDA graph.
+        images: images of a call, for their rate; 0 = not stated.
+        facts: further entries of the rows.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Case:
     useful_flops: int = 0
     dtype: torch.dtype | None = None
     eager: frozenset[str] = field(default_factory=frozenset)
+    images: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def machine() -> dict[str, Any]:
@@ -114,8 +118,18 @@ def rows(op: str, case: Case, timings: Mapping[str, Timing], device: torch.devic
             row["tflop_per_s"] = case.useful_flops / seconds / 1e12
         if floor_s:
             row |= {"floor_ms": floor_s * 1e3, "share_of_floor": floor_s / seconds}
-        result.append(row)
+        if case.images:
+            row["images_per_s"] = case.images / seconds
+        result.append(row | case.facts)
     return result
+
+
+def run(op: str, case: Case, device: torch.device, rounds: int) -> Path:
+    """Measure a case, print its rows and append them; return the file."""
+    new_rows = rows(op, case, measure(case.candidates, device, rounds, case.eager), device)
+    for row in new_rows:
+        print(line(row), flush=True)
+    return append(op, new_rows)
 
 
 def main(
@@ -144,10 +158,7 @@ def main(
     print(machine())
     with torch._dynamo.config.patch(recompile_limit=RECOMPILES), capturing_stream(device):
         for case in cases(device):
-            new_rows = rows(op, case, measure(case.candidates, device, arguments.rounds, case.eager), device)
-            for row in new_rows:
-                print(line(row))
-            file = append(op, new_rows)
+            file = run(op, case, device, arguments.rounds)
     print(f"rows appended to {file}")
     return 0
 
@@ -166,7 +177,8 @@ def append(op: str, found: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    extra = [f"{row[key]:.0f} {unit}" for key, unit in (("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s")) if key in row]
+    units = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "images_per_s": "images/s"}
+    extra = [f"{row[key]:.0f} {unit}" for key, unit in units.items() if key in row]
     if "share_of_floor" in row:
         extra.append(f"{100 * row['share_of_floor']:.0f} % of the floor")
     times = f"{row['median_ms']:9.4f} ms ({row['p20_ms']:.4f} .. {row['p80_ms']:.4f})"

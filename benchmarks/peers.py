@@ -53,6 +53,12 @@ class Workload:
     precision: str
     device: torch.device
 
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """Entries of the rows of a measurement."""
+        facts = {"student": self.student, "teacher": self.teacher, "precision": self.precision}
+        return facts | {"batch": self.batch_size}
+
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
         """Initial weights of every student."""
