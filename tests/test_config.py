@@ -68,7 +68,7 @@ def test_dumped_config_reads_back_equal(tmp_path):
         ("loss.drw_epoch=100000", ["loss.drw_epoch", "train.epochs"]),
         ("train.cuda_graphs=true", ["train.cuda_graphs", "train.compile=false"]),
         ("train.autotune=true", ["train.autotune", "train.compile=false"]),  # as the quick start has it
-        ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16' or 'fp32'"]),
+        ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16', 'fp32' or 'fp8'"]),
         ("nothing", ["section.field=value"]),
         ("optim.lr=.nan", ["optim.lr"]),
     ],

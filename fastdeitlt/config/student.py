@@ -271,8 +271,10 @@ class TrainConfig(Section):
     """Seed of weights, augmentation, mixing and drop path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the training step."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of the step. fp32: convolutions on a GPU use TF32, torch's default."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Autocast type of the step. fp32: convolutions on a GPU use TF32, torch's default. fp8: bf16 with float8 products
+    in the student's blocks, except for weight gradients; changes results, needs a GPU of compute capability 8.9 or
+    newer, not measured on one."""
     compile: bool = True
     """Compile student, teacher and loss as one graph."""
     autotune: bool = False

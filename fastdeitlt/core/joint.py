@@ -20,6 +20,8 @@ from fastdeitlt.core.loss import (
     label_loss,
     log_prior_of,
 )
+from fastdeitlt.models.fp8 import check_fp8
+from fastdeitlt.models.layers import Linear
 from fastdeitlt.models.residual import DropPath
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
@@ -67,6 +69,11 @@ class JointForward(nn.Module):
         if teacher is not None and cfg.teacher.fuse_epilogues:
             teacher = teacher.with_fused_epilogues()
         object.__setattr__(self, "teacher", teacher)
+        if cfg.train.precision == "fp8":
+            check_fp8(device)
+            for module in student.modules():
+                if isinstance(module, Linear):
+                    module.fp8 = True
         # soft distillation divides by the number of images, which is the same on all ranks
         self.is_global = cfg.loss.normalise == "global" and cfg.loss.distillation == "hard"
         self.one = torch.ones((), device=device)

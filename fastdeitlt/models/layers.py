@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt.kernels._pick import pick, pick_attention
+from fastdeitlt.models import fp8
 
 MLP_RATIO = 4
 
@@ -18,11 +19,21 @@ class Linear(nn.Linear):
     separately, so that it fuses with the product's reader; for GPUs the compiler does this itself.
     """
 
+    fp8 = False
+    """Whether products are computed in float8 in training."""
+
+    def product(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Apply the map without its bias."""
+        weight = self.weight[rows]
+        return fp8.linear(x, weight) if self.fp8 and self.training else F.linear(x, weight)
+
     def forward(self, x: Tensor, rows: slice = slice(None), *, train_bias: bool = True) -> Tensor:
-        weight, bias = self.weight[rows], (self.bias if train_bias else self.bias.detach())[rows]
-        if x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-            return F.linear(x, weight) + bias
-        return F.linear(x, weight, bias)
+        bias = (self.bias if train_bias else self.bias.detach())[rows]
+        by_reader = x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        if by_reader or (self.fp8 and self.training):
+            product = self.product(x, rows)
+            return product + bias.to(product.dtype)
+        return F.linear(x, self.weight[rows], bias)
 
 
 def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str = "sdpa") -> Tensor:
@@ -82,13 +93,13 @@ def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor
     return F.scaled_dot_product_attention(q_BHME, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
 
 
-def linear_gelu(x_BND: Tensor, linear: nn.Linear, impl: str = "torch") -> Tensor:
+def linear_gelu(x_BND: Tensor, linear: Linear, impl: str = "torch") -> Tensor:
     """Apply a linear map with bias, then exact GELU; the kernel adds the bias and applies GELU in one pass."""
     if pick("bias_gelu", impl, (linear.out_features,), x_BND.device) == "torch":
         return F.gelu(linear(x_BND))
     from fastdeitlt.kernels.bias_gelu import bias_gelu
 
-    return bias_gelu(F.linear(x_BND, linear.weight), linear.bias, impl="triton")
+    return bias_gelu(linear.product(x_BND), linear.bias, impl="triton")
 
 
 class PatchProjection(nn.Conv2d):

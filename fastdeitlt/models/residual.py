@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt.kernels._pick import pick
+from fastdeitlt.models.layers import Linear
 
 DROP_PATH_LAWS = ("bernoulli", "count")
 
@@ -57,7 +57,7 @@ def join_kept(parts: Sequence[Kept | None], batch: int) -> Kept | None:
 def add_norm(
     x_BND: Tensor,
     inner_SNE: Tensor,
-    linear: nn.Linear,
+    linear: Linear,
     kept: Kept | None,
     norm: nn.LayerNorm,
     next_kept: Kept | None,
@@ -91,7 +91,7 @@ def add_norm(
 
 
 def _add_norm_kernel(
-    x_BND: Tensor, inner_SNE: Tensor, linear: nn.Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+    x_BND: Tensor, inner_SNE: Tensor, linear: Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
 ) -> tuple[Tensor, Tensor]:
     """Compute ``add_norm`` by kernels/add_layernorm.py in one pass over the stream, without gather or scatter.
 
@@ -100,7 +100,7 @@ def _add_norm_kernel(
     from fastdeitlt.kernels.add_layernorm import add_layernorm
 
     return add_layernorm(
-        x_BND.contiguous(), F.linear(inner_SNE, linear.weight), norm.weight, norm.bias,
+        x_BND.contiguous(), linear.product(inner_SNE), norm.weight, norm.bias,
         None if kept is None else kept.scale_B11.flatten().float(), norm.eps, branch_bias=linear.bias,
         branch_samples_K=None if kept is None else kept.samples_S,
         normed_samples_K=None if next_kept is None else next_kept.samples_S, impl="triton",

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdeitlt import distributed
 from fastdeitlt.config import Config, TeacherTrainingConfig
 from fastdeitlt.core.optim import load_optimizer, optimizer_tensors
+from fastdeitlt.errors import UserError
 from fastdeitlt.models.teacher import Paco, create_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers.losses import Loss, build_loss
@@ -114,11 +115,18 @@ class Step:
         optimizer: SAM or any other.
         cfg: precision, compilation, clipping, SAM's scope, batch-norm statistics in its second pass.
         device: device of the network.
+
+    Raises:
+        UserError: train.precision=fp8.
     """
 
     def __init__(
         self, objective: Objective, optimizer: torch.optim.Optimizer, cfg: Config, device: torch.device
     ) -> None:
+        if cfg.train.precision == "fp8":
+            raise UserError(
+                "train.precision=fp8: supports a student's training only, got a CNN teacher's; use train.precision=bf16"
+            )
         self.objective, self.optimizer = objective, optimizer
         # the last batch of an epoch may be smaller: one static graph per size instead of a dynamic one
         compiled = partial(torch.compile, dynamic=False, fullgraph=True, options=cfg.train.compiler_options)

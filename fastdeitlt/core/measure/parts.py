@@ -31,7 +31,7 @@ from fastdeitlt.kernels._measured import Key, trying
 from fastdeitlt.kernels._pick import FLASH_MODULES, MAX_TOKENS, torch_backend
 from fastdeitlt.kernels.add_layernorm import add_layernorm
 from fastdeitlt.kernels.bias_gelu import bias_gelu
-from fastdeitlt.models.layers import MLP_RATIO, linear_gelu
+from fastdeitlt.models.layers import MLP_RATIO, Linear, linear_gelu
 from fastdeitlt.models.residual import Kept, add_norm
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import NUM_PREFIX, Block, DistilledViT
@@ -209,7 +209,7 @@ def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
     linear, norm = (
-        nn.Linear(width, width).to(shapes.device, shapes.dtype),
+        Linear(width, width).to(shapes.device, shapes.dtype),
         nn.LayerNorm(width, eps=1e-6).to(shapes.device),
     )
     kept = Kept(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
@@ -233,7 +233,7 @@ def _bias_gelu(shapes: Shapes) -> Iterator[Part]:
     """Yield bias and GELU of the hidden layer with its product, in which torch adds the bias at no cost."""
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     hidden = MLP_RATIO * width
-    x, linear = shapes.random(batch, tokens, width), nn.Linear(width, hidden).to(shapes.device, shapes.dtype)
+    x, linear = shapes.random(batch, tokens, width), Linear(width, hidden).to(shapes.device, shapes.dtype)
     u, bias = shapes.random(batch, tokens, hidden), shapes.random(hidden, dtype=torch.float32)
     tensors = [x, linear.weight, linear.bias]
     alone = passes(partial(bias_gelu, u, bias, impl="triton"), [u, bias])
