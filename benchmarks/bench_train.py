@@ -103,7 +103,7 @@ def from_arrays(
     images = LongTailSet([str(i) for i in range(num_images)], labels, counts, images_NHWC=images_NHWC)
     cfg = config.DataConfig(num_threads=options.workers, residency="device")
     resident = stack.enter_context(closing(open_source(images, cfg, work.device)))
-    step = peers.ours(work, train__compile=not options.eager)
+    step = peers.ours(work, train__compile=not options.small)
     return {
         "ours, resident": partial(our_epoch, step, resident, work, images),
         "ours, no data": partial(our_steps, step, work, num_images // work.batch_size),
@@ -116,12 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=1, help="timm's worker processes, our decoding threads")
     parser.add_argument("--arrays", action="store_true", help="ours alone, from decoded images")
-    parser.add_argument("--eager", action="store_true", help="with --arrays: compile nothing")
+    parser.add_argument("--small", action="store_true", help="with --arrays: a tiny step, nothing compiled")
     options = parser.parse_args(arguments)
     work = CASES["gpu" if torch.cuda.is_available() else "cpu"]
+    if options.arrays and work.device.type == "cuda":
+        work = bench_step.CASES["b16-224"]
+    if options.small:
+        work = bench_step.CASES["dry"]
     num_images = options.images // work.batch_size * work.batch_size
     if options.arrays:
-        work = bench_step.CASES["b16-224"] if torch.cuda.is_available() else work
         with ExitStack() as stack:
             calls = from_arrays(work, num_images, options, stack)
             return measured(work, calls, f"{num_images} arrays", "ours, no data", options)

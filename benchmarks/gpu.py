@@ -55,6 +55,7 @@ IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, Dee
 ONE_OFF = (
     "as shipped, fused teacher",
     *(f"kernels, {op} by torch" for op in ("attention", "add_layernorm", "bias_gelu", "joint_loss")),
+    "as shipped, fp8",
 )
 """Contestants of ``--again``."""
 ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
@@ -114,8 +115,8 @@ def stages(dry: bool, out: Path) -> dict[str, Stage]:
     only = ["--only", "+ last-block shortcut", "--baseline", "official loop"] if dry else ["--only", *IN_BUDGET]
     rounds = ["--rounds", "1" if dry else "6"]
     ops = ["-m", "benchmarks.gpu_ops", "ops", *(["--small", "--rounds", "1"] if dry else [])]
-    images = ["--images", "32", "--rounds", "1"] if dry else ["--images", "4096", "--rounds", "3", "--workers", "12"]
-    arrays = ["-m", "benchmarks.bench_train", "--arrays", *images, *(["--eager"] if dry else [])]
+    images = ["--images", "8", "--rounds", "1"] if dry else ["--images", "4096", "--rounds", "3", "--workers", "12"]
+    arrays = ["-m", "benchmarks.bench_train", "--arrays", *images, *(["--small"] if dry else [])]
     every = ["--case", "dry", "--check", *only] if dry else []
     train = ["-m", "benchmarks.bench_train", *(["--help"] if dry else [*images, "--images", "8192"])]
     facts = ["-m", "benchmarks.gpu_ops", "facts"]

@@ -249,6 +249,7 @@ LEVERS: dict[str, Callable[[Workload], Step]] = {
     "+ kernels": lambda work: ours(work, optim__backend="fastdeitlt", **TRITON),
     "as shipped (auto)": lambda work: ours(work),
     "as shipped, fused teacher": lambda work: ours(work, teacher__fuse_epilogues=True, teacher__cudnn_benchmark=True),
+    "as shipped, fp8": lambda work: ours(work, train__precision="fp8"),
     "as shipped, autotuned": lambda work: ours(work, train__autotune=True),
     "as shipped, DeepSpeed": lambda work: ours(work, train__engine="deepspeed", train__zero_stage=1),
 }
@@ -260,7 +261,7 @@ ONE_OFF: dict[str, Callable[[Workload], Step]] = {
     for setting in TORCH
 }
 """Contestants with all kernels but one, on request, to measure each kernel in the whole step."""
-GPU_ONLY = frozenset({"+ kernels", "as shipped, fused teacher", "as shipped, autotuned", *ONE_OFF})
+GPU_ONLY = frozenset({"+ kernels", "as shipped, fused teacher", "as shipped, fp8", "as shipped, autotuned", *ONE_OFF})
 BASELINE = "timm, compiled"
 
 

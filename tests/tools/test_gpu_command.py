@@ -87,7 +87,7 @@ def test_the_second_command_takes_what_failed_and_one_kernel_off_at_a_time():
     results |= {"ops": "left out, no time", "train": "left out, nvidia-dali-cuda130 is not installed"}
     chosen = [name for stage in gpu.chosen_stages(known, (), results, True) for name in stage.commands]
     assert chosen == ["tests", "step", "ops", *gpu.ONE_OFF]
-    assert set(gpu.ONE_OFF) == {"as shipped, fused teacher", *peers.ONE_OFF}
+    assert set(gpu.ONE_OFF) == {"as shipped, fused teacher", "as shipped, fp8", *peers.ONE_OFF}
     first = [name for stage in gpu.chosen_stages(known, (), {}, False) for name in stage.commands]
     assert not set(first) & set(gpu.ONE_OFF) and first[0] == "facts"
 
