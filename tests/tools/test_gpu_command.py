@@ -1,5 +1,8 @@
 """`python -m benchmarks.gpu`: stages in time, on a bare machine too, results in one folder, goals that are matched."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -7,9 +10,11 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 sys.path.append(str(Path(__file__).parents[2]))
 
@@ -19,6 +24,8 @@ from fastdeitlt.models.vit import num_parameters
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+IN_PROCESSES = ("prepare", "parts")
+"""Stages that run pytest, or what tests/tools/test_bench.py tests."""
 
 
 @pytest.fixture
@@ -40,17 +47,43 @@ def test_it_needs_a_gpu_and_lists_its_stages(monkeypatch, capsys):
     assert [stage.until for stage in first] == sorted(stage.until for stage in first) and first[-1].until == gpu.MINUTES
 
 
-def test_a_dry_run_leaves_rows_log_and_table(tmp_path, capsys):
-    """Two stages, as they run on a machine without a GPU, from a checkout that need not be installed."""
+class InProcess:
+    """A worker process's stand-in that runs the command in this process, which has imported everything already."""
+
+    def __init__(self, command, *, stdout, **_):
+        python, m, module, *arguments = command
+        assert (python, m) == (sys.executable, "-m")
+        log = io.TextIOWrapper(stdout, write_through=True)
+        with contextlib.redirect_stdout(log):
+            try:
+                self.code = importlib.import_module(module).main(arguments)
+            except SystemExit as end:  # --help
+                self.code = end.code
+        log.detach()
+
+    def wait(self, timeout=None):
+        return self.code
+
+    def poll(self):
+        return self.code
+
+
+def test_a_dry_run_leaves_rows_log_and_table(tmp_path, capsys, monkeypatch):
+    """Every stage but the collection of the kernels' tests and `fastdeitlt bench`."""
     out = tmp_path / "out"
-    assert gpu.main(["ops", "arrays", "--dry", "--out", str(out), "--minutes", "5"]) == 0
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": InProcess}))
+    monkeypatch.setenv("BENCHMARK_ROWS", str(out / "rows.jsonl"))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # the interpreter's bfloat16 is wrong
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    stages = [name for name, stage in gpu.stages(True, out).items() if not stage.again and name not in IN_PROCESSES]
+    assert gpu.main([*stages, "--dry", "--out", str(out), "--minutes", "5"]) == 0
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert {row["op"] for row in rows} >= {"backends", "floors", "attention", "add_layernorm", "train"}
+    assert {row["op"] for row in rows} >= {"backends", "floors", "attention", "add_layernorm", "step", "train"}
     kernel = [row for row in rows if row["op"] == "backends" and row["candidate"] == "triton"]
     assert len(kernel) == 4 and all(row["error"] <= gpu_ops.TOLERANCE for row in kernel)
     assert {row["candidate"] for row in rows if row["op"] == "train"} == {"ours, resident", "ours, no data"}
     results = json.loads((out / "stages.json").read_text())
-    assert set(results) == {"ops", "arrays"} and all(result.startswith("done") for result in results.values())
+    assert list(results) == stages and all(result.startswith("done") for result in results.values())
     assert "== ops: python -m benchmarks.gpu_ops" in (out / "log.txt").read_text()
     table = (out / "table.txt").read_text()
     assert table in capsys.readouterr().out and "full step, images/s" in table and "WRONG" not in table
