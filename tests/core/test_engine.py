@@ -358,49 +358,6 @@ def test_student_teacher_and_loss_compile_to_one_graph_inside_deepspeed(monkeypa
     assert compiled[0] == pytest.approx(eager[0], abs=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "fastdeitlt"])
-def test_gradients_that_stay_in_place_take_the_same_steps(backend):
-    """The part of train.cuda_graphs that a CPU has: fixed gradients, losses of their own, equal weights."""
-    runs = []
-    for replays in (False, True):
-        cfg = _config(compile=True, cuda_graphs=replays)
-        cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"backend": backend})})
-        eager = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
-        engine = PlainEngine(_engine(_config()).joint, eager, VIRTUAL_RANKS * ACCUMULATE)
-        before = [p.grad for p in engine.parameters]
-        assert all((gradient is not None) == replays for gradient in before)
-        runs.append((*_run(engine), [p.detach() for p in engine.parameters]))
-        if replays:
-            after = [p.grad for p in engine.parameters]
-            assert all(a is b and not a.any() for a, b in zip(after, before, strict=True))
-    (losses, norms, weights), (other_losses, other_norms, other_weights) = runs
-    assert losses == other_losses and norms == other_norms
-    assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
-
-
-def test_graphs_are_asked_of_the_compiler_and_each_micro_batch_begins_one(monkeypatch):
-    given, begun = [], []
-    monkeypatch.setattr(torch, "compile", lambda joint, *, options, **_: given.append(options) or joint)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
-    engine = PlainEngine(_engine(_config()).joint, _config(compile=True), VIRTUAL_RANKS * ACCUMULATE)
-    assert "triton.cudagraphs" not in given.pop()
-    joint = engine.joint
-    joint.cfg = _config(compile=True, cuda_graphs=True)
-    engine = PlainEngine(joint, joint.cfg, VIRTUAL_RANKS * ACCUMULATE)
-    assert given.pop()["triton.cudagraphs"] is True
-    losses = engine.forward(_batch(0, 0, 0), WEIGHTS_K, None)
-    engine.backward(losses.loss)
-    held = [part.clone() for part in losses]
-    engine.forward(_batch(0, 0, 1), WEIGHTS_K, None)
-    assert len(begun) == 2 and all(torch.equal(a, b) for a, b in zip(held, losses, strict=True))
-
-
-@pytest.mark.parametrize(("engine", "where"), [("plain", "a student on cpu"), ("deepspeed", "the DeepSpeed engine")])
-def test_graphs_are_refused_where_there_are_none(engine, where):
-    with pytest.raises(UserError, match=rf"train.cuda_graphs: got true with {where}"):
-        _engine(_config(compile=True, cuda_graphs=True, engine=engine))
-
-
 @pytest.mark.parametrize("autotune", [False, True])
 def test_autotune_reaches_the_compiler_with_the_layout_kept(autotune, monkeypatch):
     given = []
