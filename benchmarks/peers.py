@@ -263,6 +263,8 @@ ONE_OFF: dict[str, Callable[[Workload], Step]] = {
 """Contestants with all kernels but one, on request, to measure each kernel in the whole step."""
 GPU_ONLY = frozenset({"+ kernels", "as shipped, fused teacher", "as shipped, fp8", "as shipped, autotuned", *ONE_OFF})
 BASELINE = "timm, compiled"
+FP8_TOLERANCE = 1e-1
+"""A CPU's float8 products moved the losses of three steps by up to 2.3 % (16 images, 12 blocks)."""
 
 
 def check_equal(
@@ -272,6 +274,7 @@ def check_equal(
 
     Args:
         tolerance: largest relative difference from the first contestant's loss; None: 1e-4 in fp32, 2e-2 in bf16.
+            Float8 products are allowed ``FP8_TOLERANCE``.
 
     Raises:
         AssertionError: a contestant's loss differs.
@@ -280,6 +283,6 @@ def check_equal(
     losses = {name: [float(step(work.batch(i))) for i in range(num_steps)] for name, step in steps.items()}
     first, expected = next(iter(losses.items()))
     for name, got in losses.items():
-        if not np.allclose(got, expected, rtol=allowed, atol=0):
+        if not np.allclose(got, expected, rtol=FP8_TOLERANCE if "fp8" in name else allowed, atol=0):
             raise AssertionError(f"{name}: losses {got}, but {first} has {expected}; nothing is timed")
     return losses
