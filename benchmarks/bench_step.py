@@ -63,6 +63,7 @@ def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) ->
             longest = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
             table = recorded.key_averages().table(sort_by=longest, row_limit=SHOWN, max_name_column_width=90)
             out.write(f"== {name}\n{table}\n")
+    print(f"profile appended to {file}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -195,7 +195,7 @@ def run(stage: Stage, place: Place, deadline: float) -> None:
                     process.wait()
     for name, outcome in ended.items():
         lines = (place.scratch / name).read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last = next((line.strip() for line in reversed(lines) if re.search(r"\w", line)), "")
         place.results[name] = f"{outcome} by {time.monotonic() - start:.0f} s: {last[:120]}"
         with (place.out / "log.txt").open("a", encoding="utf-8") as log:
             command = " ".join(stage.commands[name])
@@ -282,6 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         environment |= {"BENCHMARK_ROWS": str(out / "rows.jsonl"), "PYTHONUNBUFFERED": "1"}
+        if options.dry:
+            environment |= {"OMP_NUM_THREADS": "1"}  # tiny shapes, in which threads mostly wait
         place = Place(out, Path(folder), environment, options.wheels, dict(results))
         chosen = chosen_stages(all_stages, options.stages, results, options.again)
         shares = not (options.stages or options.again or options.dry)
