@@ -1,5 +1,6 @@
 """Documents agree with the program: commands, links, versions, length of lines."""
 
+import importlib
 import re
 import shlex
 import tomllib
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fastdeitlt
 from fastdeitlt import __version__, cli, config
 from fastdeitlt.data.sets.counts import CUT_SETS
 
@@ -63,3 +65,39 @@ def test_the_newest_release_has_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     releases = re.findall(r"^## (\S+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert {project["version"], releases[0]} == {__version__}
+
+
+def false_entries(text: str) -> list[str]:
+    """Return the names of a "file | name | change" table that their file lacks, and files that do not exist."""
+    missing = []
+    for files, names in re.findall(r"^\| (`\S+/\S+`[^|]*|`\w+\.md`) \| ([^|]+) \|", text, re.MULTILINE):
+        for file in re.findall(r"`([^`]+)`", files):
+            held = (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).is_file() else ""
+            missing += [f"{file}: {name}" for name in re.findall(r"`([^`]+)`", names) if name not in held]
+    return missing
+
+
+def test_recipes_for_contributors_name_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert false_entries(text) == []
+    for changed, missing in (("splits.py", "splits.py: SOURCES"), ("`VERBS`", "cli.py: VERBZ")):
+        other = text.replace(changed, changed.replace("splits", "no_splits").replace("VERBS", "VERBZ"))
+        assert any(entry.endswith(missing) for entry in false_entries(other))
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_documents_exist(page):
+    named = re.findall(
+        r"`((?:fastdeitlt|kernels|benchmarks|configs|tests|docs|examples)/[\w./-]+\.\w+)`", page.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_api_page_is_complete_and_names_what_is_there():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in fastdeitlt.__all__ if not re.search(rf"^\|.*`{name}\b", text, re.MULTILINE)] == []
+    parts = re.findall(r"^\| `(fastdeitlt\.\w[\w.]*)`[^|]*\| (`.+) \|$", text, re.MULTILINE)
+    assert len(parts) == 9
+    for module, names in parts:
+        loaded = importlib.import_module(module)
+        assert [name for name in re.findall(r"`(\w+)", names) if not hasattr(loaded, name)] == []
