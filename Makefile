@@ -38,6 +38,7 @@ check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: setup-dev
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from fastdeitlt.errors import counted
+
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -67,7 +69,9 @@ def ops() -> list[str]:
 
 
 def gate(names: list[str], architectures: list[int], sample: int = 0) -> list[Row]:
-    """Compile the configurations of ops in a new process, without Triton's interpreter.
+    """Compile the configurations of ops in a new process.
+
+    Without Triton's interpreter.
 
     Args:
         names: ops of ``fastdeitlt.kernels``, or importable modules (with a dot) that have ``aot_configs``.
@@ -81,7 +85,7 @@ def gate(names: list[str], architectures: list[int], sample: int = 0) -> list[Ro
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if done.returncode not in (0, 1) or not done.stdout:
-        raise RuntimeError(f"benchmarks.aot ended with code {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"benchmarks.aot: exit code {done.returncode}: {done.stderr[-2000:]}")
     return [Row(**row) for row in json.loads(done.stdout)]
 
 
@@ -90,14 +94,17 @@ def compile_op(name: str, architectures: list[int], sample: int = 0) -> Iterator
     module = importlib.import_module(name if "." in name else f"fastdeitlt.kernels.{name}")
     configs = module.aot_configs() if hasattr(module, "aot_configs") else []
     if not configs:
-        yield Row(name, "-", 0, "-", problems=[f"{module.__name__} offers no aot_configs()"])
+        yield Row(name, "-", 0, "-", problems=[f"{module.__name__} has no aot_configs()"])
     pairs = [(config, sm) for config in configs for sm in architectures if sm in config.architectures]
     for config, sm in _spread(pairs, sample) if sample else pairs:
         yield compile_one(name, config, sm)
 
 
 def _spread(pairs: list[tuple[Any, int]], sample: int) -> Iterator[tuple[Any, int]]:
-    """Yield at most ``sample`` configurations of each kernel and architecture, evenly spaced."""
+    """Yield at most ``sample`` configurations per kernel and architecture.
+
+    Evenly spaced.
+    """
     groups: dict[tuple[str, int], list[Any]] = {}
     for config, sm in pairs:
         groups.setdefault((config.kernel.__name__, sm), []).append(config)
@@ -134,7 +141,9 @@ def compile_one(op: str, config: Any, sm: int) -> Row:
 
 
 def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Return the blocks resident on a multiprocessor; source: CUDA C++ programming guide, compute capabilities.
+    """Return the blocks resident on a multiprocessor.
+
+    Source: CUDA C++ programming guide, compute capabilities.
 
     Args:
         registers: registers of a thread.
@@ -152,7 +161,9 @@ def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memo
 
 
 def instruction_counts(code: str) -> tuple[int, int]:
-    """Count the instructions of a disassembled kernel and of its longest loop, from a label to a branch back to it.
+    """Count the instructions of a disassembled kernel and its longest loop.
+
+    A loop is from a label to a branch back to it.
 
     The branch to itself after every kernel is not a loop.
     """
@@ -172,15 +183,19 @@ def instruction_counts(code: str) -> tuple[int, int]:
 def _problems(row: Row, config: Any) -> list[str]:
     problems = []
     if row.stack_bytes or row.spill_instructions:
-        problems.append(f"{row.spill_instructions} local-memory instructions, {row.stack_bytes} bytes of stack")
+        problems.append(
+            f"{counted(row.spill_instructions, 'local-memory instruction')}, {row.stack_bytes} bytes of stack"
+        )
     if row.shared_bytes > SHARED_BYTES[row.sm]:
-        problems.append(f"{row.shared_bytes} bytes of shared memory, at most {SHARED_BYTES[row.sm]}")
+        problems.append(f"{row.shared_bytes} bytes of shared memory, expected at most {SHARED_BYTES[row.sm]}")
     if row.tensor_memory > TENSOR_MEMORY_COLUMNS:
-        problems.append(f"{row.tensor_memory} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
+        problems.append(f"{row.tensor_memory} columns of tensor memory, expected at most {TENSOR_MEMORY_COLUMNS}")
     if config.mma and not row.mma_opcodes:
         problems.append("no tensor-core instruction")
     if config.narrow_stores is not None and row.narrow_stores > config.narrow_stores:
-        problems.append(f"{row.narrow_stores} stores of less than 8 bytes, at most {config.narrow_stores}")
+        problems.append(
+            f"{counted(row.narrow_stores, 'store')} of less than 8 bytes, expected at most {config.narrow_stores}"
+        )
     return problems
 
 
@@ -199,7 +214,10 @@ def _source(config: Any) -> Any:
 
 
 def _launch_problems(config: Any, target: Any) -> list[str]:
-    """Bind arguments like the launcher, whose generated code fails for an argument of a wrong name."""
+    """Bind arguments like the launcher.
+
+    Its generated code fails for an argument of a wrong name.
+    """
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import MockTensor, create_function_from_signature
 
@@ -262,15 +280,17 @@ def line(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", help="ops of fastdeitlt.kernels, or dotted modules; default all")
+    parser.add_argument("ops", nargs="*", help="ops of fastdeitlt.kernels, or dotted modules; default: all")
     parser.add_argument("--sm", type=int, nargs="+", default=sorted(SHARED_BYTES), choices=sorted(SHARED_BYTES))
     parser.add_argument(
-        "--sample", type=int, default=0, help="configurations of each kernel and architecture; default all"
+        "--sample", type=int, default=0, help="configurations per kernel and architecture; default: all"
     )
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set; unset it, interpreted kernels cannot be compiled")
+        parser.error(
+            "TRITON_INTERPRET: got 1, expected unset, because interpreted kernels cannot be compiled; unset it"
+        )
     rows: list[Row] = []
     for name in arguments.ops or ops():
         for row in compile_op(name, arguments.sm, arguments.sample):

@@ -35,7 +35,10 @@ def photos(side: int = 0) -> list[np.ndarray]:
 
 
 def operation(op: int) -> dict[str, Any]:
-    """Return the largest and mean absolute difference, and the share of values that differ."""
+    """Return the largest and mean absolute difference.
+
+    And the fraction of values that differ.
+    """
     source, differences = np.stack(photos(SIZE)), []
     for level in range(11):
         for sign in (1.0, -1.0):
@@ -48,7 +51,10 @@ def operation(op: int) -> dict[str, Any]:
 
 
 def chain(exact: bool) -> dict[str, Any]:
-    """Return the peak signal to noise ratio of crop, resize, flip and RandAugment; at most 100 dB an image."""
+    """Return the peak signal-to-noise ratio of crop, resize, flip and ops.
+
+    At most 100 dB per image. The ops are RandAugment's.
+    """
     sources = [photos()[i % len(PHOTOS)] for i in range(CHAINS)]
     draws = augment.draw(np.arange(CHAINS), np.zeros(CHAINS, int), seed=0, epoch=0, cfg=CFG, size=SIZE)
     boxes_B4 = draws.boxes(np.array([image.shape[:2] for image in sources]))

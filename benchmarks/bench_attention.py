@@ -31,7 +31,10 @@ def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tens
 
 
 def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, dict[str, harness.Call]]:
-    """Return the calls of the implementations available on this GPU, torch and installation."""
+    """Return the calls of the implementations available here.
+
+    They depend on GPU, torch and installation.
+    """
     calls_by_impl = {}
     for impl in IMPLS:
         try:
@@ -39,12 +42,15 @@ def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> di
             calls["backward"]()
             calls_by_impl[impl] = calls
         except (RuntimeError, UserError) as error:
-            print(f"{impl}: left out, {' '.join(str(error).split())[:120]}")
+            print(f"{impl}: not measured, {' '.join(str(error).split())[:120]}")
     return calls_by_impl
 
 
 def with_bias(impl: str, tensors: list[Tensor]) -> harness.Call:
-    """Return a backward with the gradient of the projection's bias: in our kernel, or by another pass in torch."""
+    """Return a backward with the gradient of the projection's bias.
+
+    In our kernel, or by another pass in torch.
+    """
     bias = torch.zeros(tensors[0].shape[2:].numel(), device=tensors[0].device).requires_grad_()
     kernel = impl == "triton"
     out = attention(*tensors, qkv_bias=bias if kernel else None, impl=impl)
@@ -60,7 +66,10 @@ def with_bias(impl: str, tensors: list[Tensor]) -> harness.Call:
 
 
 def cases(device: torch.device, shapes: Sequence[tuple[int, ...]] | None = None) -> Iterable[harness.Case]:
-    """Yield each shape, both passes; of the first also two query rows, and a backward with the bias's gradient."""
+    """Yield the cases of each shape, both passes.
+
+    The first also with two query rows, and a backward with the bias's gradient.
+    """
     shapes = shapes or SHAPES
     for shape, few in [(shape, False) for shape in shapes] + [(shapes[0], True)]:
         batch, tokens, heads, width = shape

@@ -54,9 +54,9 @@ def problem(rows: int, width: int, device: torch.device) -> tuple[list[Tensor], 
 def cases(device: torch.device, shapes: Sequence[tuple[int, int]] | None = None) -> Iterable[harness.Case]:
     """Yield each width forward, backward, and with its linear map."""
     for rows, width in shapes or SHAPES:
-        alone, linear = problem(rows, width, device)
+        tensors, linear = problem(rows, width, device)
         peers = {"torch": eager, "inductor": torch.compile(eager, dynamic=False), "triton": triton}
-        calls = {name: passes(partial(implementation, *alone), alone) for name, implementation in peers.items()}
+        calls = {name: passes(partial(implementation, *tensors), tensors) for name, implementation in peers.items()}
         for direction, streams in (("forward", 2), ("backward", 3)):
             yield harness.Case(
                 f"{direction} M={rows} F={width}",

@@ -49,7 +49,10 @@ def step_with(cfg: Config, device: torch.device) -> tuple[Engine, harness.Call]:
 
 
 def saving(engine: Engine, step: harness.Call, checkpoints: Checkpoints, wait: bool) -> harness.Call:
-    """Return a call of ``STEPS`` steps and a checkpoint of weights and optimizer, optionally waiting for the file."""
+    """Return a call of ``STEPS`` steps and a checkpoint.
+
+    It has weights and optimizer; the call optionally waits for the file.
+    """
 
     def call() -> None:
         for _ in range(STEPS):
@@ -63,7 +66,7 @@ def saving(engine: Engine, step: harness.Call, checkpoints: Checkpoints, wait: b
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
+    parser.add_argument("--rounds", type=int, default=20, help="samples per candidate")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     gpu = device.type == "cuda"

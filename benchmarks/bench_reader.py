@@ -1,11 +1,11 @@
-"""Images a second from JPEG files to augmented batches: ours beside timm, torchvision v2 and a plain DALI pipeline.
+"""Images per second from JPEG files to augmented batches: ours beside timm, torchvision v2 and a plain DALI pipeline.
 
     pip install scikit-image scikit-learn        # for their sample photos
     python -m benchmarks.bench_reader [--threads 1 2] [--rounds 7] [--images 512] [--device cpu]
 
 The photos are cropped, scaled to 500 x 375 and compressed to about ImageNet's file size. For each number of threads the
 process is bound to as many cores. timm has the same recipe as ours; torchvision v2 and DALI have their own RandAugment
-with other distributions. The stages are timed in one thread, 128 images a call.
+with other distributions. The stages are timed in one thread, 128 images per call.
 """
 
 import argparse
@@ -51,7 +51,10 @@ TIMM_RECIPE: dict[str, Any] = {
 
 
 def make_photos(folder: Path, num_images: int) -> LongTailSet:
-    """Write JPEGs of crops of the sample photos, or of noise without scikit-image, in class folders."""
+    """Write JPEGs of crops of the sample photos in class folders.
+
+    Noise without scikit-image.
+    """
     photos = sample_photos() if harness.installed("skimage") else [noise(seed) for seed in range(8)]
     random = np.random.default_rng(0)
     paths = []
@@ -96,7 +99,10 @@ def one_pass(num_images: int, batch: int) -> list[MicroBatch]:
 
 
 def ours(source: Source, images: LongTailSet, virtual_ranks: int = 0) -> None:
-    """Draw, crop and augment each image once, or with virtual ranks one real rank's repeated augmentation."""
+    """Draw, crop and augment each image once.
+
+    With virtual ranks, one real rank's repeated augmentation.
+    """
     if virtual_ranks:
         steps = Plan(len(images), BATCH, 1, 3, virtual_ranks).steps(0)
         micro_batches = [micro for step in steps for micro in step.micro_batches]
@@ -120,7 +126,10 @@ def allow_posterize_to_black() -> None:
 def timm_loader(
     images: LongTailSet, threads: int, size: int = SIZE, batch: int = BATCH, device: torch.device = CPU
 ) -> Iterable[Any]:
-    """Build timm's create_loader with the recipe's arguments; for a GPU with its prefetcher and pinned memory."""
+    """Build timm's create_loader with the recipe's arguments.
+
+    For a GPU with its prefetcher and pinned memory.
+    """
     from timm.data import ImageDataset, create_loader
 
     gpu = device.type == "cuda"
@@ -193,7 +202,7 @@ def loaders(images: LongTailSet, threads: int, device: torch.device, stack: Exit
 
 
 def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
-    """Return the case of each of our stages, and of timm's transform, on the same files."""
+    """Return the case of our stages and timm's transform on the same files."""
     from timm.data import create_transform
 
     sample_B = np.arange(128)
@@ -222,7 +231,10 @@ def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
 
 
 def stored_size_error(images: LongTailSet) -> dict[str, Any]:
-    """Return the difference of crops of a set stored at a short side of 256 pixels from those at full size."""
+    """Return the difference of crops of a set stored at a lower resolution.
+
+    Short side of 256 pixels, compared with full size.
+    """
     order = np.arange(256)
     micro_batches = [MicroBatch(0, 0, 0, order, np.zeros_like(order))]
     unchanged = config.AugmentConfig(rand_ops=0, erase_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
@@ -244,7 +256,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=512, help="a multiple of 256")
-    parser.add_argument("--device", default="cpu", help="where our sources put their crops")
+    parser.add_argument("--device", default="cpu", help="device of the crops of our sources")
     args = parser.parse_args()
     torch.set_num_threads(1)
     allow_posterize_to_black()

@@ -37,8 +37,11 @@ def ours(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int) 
     return lambda: step(batch, weights_K, 0)
 
 
-def usual(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int) -> harness.Call:
-    """Return davda54/sam's step: two passes and two loops over the weights; both update batch-norm statistics."""
+def davda54_step(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int) -> harness.Call:
+    """Return davda54/sam's step: two passes and two loops over the weights.
+
+    Both passes update batch-norm statistics.
+    """
     t = cfg.teacher_training
     objective = build_objective(t, list(range(num_classes, 0, -1)), device)
     network: nn.Module = objective.network
@@ -73,9 +76,9 @@ def usual(cfg: Config, device: torch.device, batch: StepBatch, num_classes: int)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=sorted(CASES), help="default: this device's")
+    parser.add_argument("--case", nargs="+", choices=sorted(CASES), help="default: the case of this device")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--check", action="store_true", help="take each step once, no time, write nothing")
+    parser.add_argument("--check", action="store_true", help="run each step once, without timing or output")
     options = parser.parse_args(arguments)
     device = GPU if torch.cuda.is_available() else CPU
     for name in options.case or [name for name, (where, *_) in CASES.items() if where.type == device.type]:
@@ -92,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             {"none": "SGD", "sam": "SAM", "asam": "adaptive SAM"}[kind]: ours(kinds[kind], device, batch, num_classes)
             for kind in kinds
         }
-        calls["davda54"] = usual(kinds["sam"], device, batch, num_classes)
+        calls["davda54"] = davda54_step(kinds["sam"], device, batch, num_classes)
         if options.check:
             for call in calls.values():
                 call()

@@ -65,7 +65,10 @@ def sampler(size: int, folder: Path) -> harness.Call:
 
 
 def lists(size: int, folder: Path) -> harness.Call:
-    """Return a call that reads and checks a list file of ``size`` images in 1,000 classes."""
+    """Return a call that reads and checks a list file.
+
+    It has ``size`` images in 1,000 classes.
+    """
     path = folder / "train.txt"
     path.write_text("".join(f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG {i % 1000}\n" for i in range(size)))
     return lambda: read_list(path, folder)
@@ -81,7 +84,10 @@ def scoring(images: int, num_classes: int) -> harness.Call:
 
 
 def checkpoint(size: int, folder: Path) -> harness.Call:
-    """Return a call that saves a student of ``size`` blocks with its hash and its manifest."""
+    """Return a call that saves a student of ``size`` blocks.
+
+    With its hash and its manifest.
+    """
     name = "deit_tiny_distilled_patch8_32"
     student = create_student(name, 10, depth=size)
     model = {"name": name, "num_classes": 10, "img_size": 32, "depth": size}
@@ -131,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sorted(growths(False)))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="two sizes each, no verdict, nothing written")
+    parser.add_argument("--small", action="store_true", help="two sizes each, without a verdict or output")
     options = parser.parse_args(arguments)
     bad = 0
     for name, growth in growths(options.small).items():

@@ -90,11 +90,14 @@ def make_folder(name: str, folder: Path) -> Path:
 
 
 def ours(root: Path, folder: Path, seed: int, hours: float) -> dict[str, Any]:
-    """Plan for hours of processor time and train; return recommendation, test accuracy and processor seconds."""
+    """Plan for hours of processor time and train.
+
+    Returns recommendation, test accuracy and processor seconds.
+    """
     wall, cpu = time.monotonic(), time.process_time()
     planned = make_plan(root, MANY * hours, name=folder.name)
     busy = (time.process_time() - cpu) / (time.monotonic() - wall)
-    # images a second of processor time, independent of other work on the machine
+    # images per second of processor time, independent of other work on the machine
     student_rates, teacher_rates = (
         {rung: rate / busy for rung, rate in rates.items()} for rates in (planned.rates.student, planned.rates.teacher)
     )
@@ -119,7 +122,10 @@ def ours(root: Path, folder: Path, seed: int, hours: float) -> dict[str, Any]:
 
 
 def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train one of timm's models on the images of our run for its processor time; return its test accuracy."""
+    """Train one of timm's models and return its test accuracy.
+
+    On the images of our run, for its processor time.
+    """
     run = Path(mine["run"])
     cfg = config.load(str(run / "config.yaml"))
     teacher_cfg = config.load(str(Path(mine["teacher_run"]) / "config.yaml"))
@@ -179,7 +185,10 @@ def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _batches(cfg: Config, source: Any, images: LongTailSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of a teacher's or student's recipe with dense targets, epoch after epoch."""
+    """Yield batches of a teacher's or student's recipe, epoch after epoch.
+
+    With dense targets.
+    """
     num_classes = images.num_classes
     for epoch in count():
         if cfg.is_teachers:
@@ -238,11 +247,11 @@ def _balanced(model: nn.Module, images: LongTailSet, cfg: Config, counts: list[i
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="images and runs")
+    parser.add_argument("folder", type=Path, help="folder of images and runs")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--hours", type=float, default=0.05, help="processor time that plan is given")
-    parser.add_argument("--table", action="store_true", help="run nothing, print what is there as a table")
+    parser.add_argument("--hours", type=float, default=0.05, help="processor time for plan")
+    parser.add_argument("--table", action="store_true", help="only print the existing results as a table")
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "JSON"), help="internal: one run in this process")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
@@ -270,7 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Format Markdown, a row a set, a column a contestant: mean and deviation over seeds, and the recommendations."""
+    """Format Markdown, one row per set, one column per contestant.
+
+    Mean and deviation over seeds, and the recommendations.
+    """
     lines = [f"| set | seeds | recommended | {' | '.join((OURS, *PEERS))} |", "| --- | ---: | --- |" + " ---: |" * 4]
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name]

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_step [--case NAME ...] [--rounds 12] [--only NAME ...] [--check] [--profile FILE]
 
 One process, interleaved rounds, the same weights, batch, precision and work; the losses of three steps are compared
-before timing. The rate is images a second; the ratio is to the baseline. ``--profile`` appends a table of the longest
+before timing. The rate is images per second; the ratio is to the baseline. ``--profile`` appends a table of the longest
 operations of one step of each of our contestants to a file.
 """
 
@@ -45,13 +45,16 @@ def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peer
     if work.device.type != "cuda":
         names = [name for name in names if name not in peers.GPU_ONLY]
     if not harness.installed("deepspeed"):
-        print("deepspeed is not installed: left out")
+        print("deepspeed: not installed, not measured")
         names = [name for name in names if "DeepSpeed" not in name]
     return {name: KNOWN[name](work) for name in names}
 
 
 def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) -> None:
-    """Append a table of one step of each of our contestants to a file, longest operations first."""
+    """Append a table of one step of each of our contestants to a file.
+
+    Longest operations first.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with file.open("a", encoding="utf-8") as out:
         for name, call in calls.items():
@@ -68,11 +71,15 @@ def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) ->
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=sorted(CASES), help="default: this device's, without dry")
-    parser.add_argument("--only", nargs="+", choices=list(KNOWN), help="these contestants and the baseline")
+    parser.add_argument(
+        "--case", nargs="+", choices=sorted(CASES), help="default: the cases of this device, without dry"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(KNOWN), help="measure only these contestants and the baseline"
+    )
     parser.add_argument("--baseline", choices=list(KNOWN), default=peers.BASELINE)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--check", action="store_true", help="compare losses, take no time, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare losses, without timing or output")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="append a table of operations to this file")
     options = parser.parse_args(arguments)
     torch._dynamo.config.recompile_limit = harness.RECOMPILES
@@ -82,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = CASES[name]
         steps = contestants(work, only)
         losses = peers.check_equal(steps, work)
-        print(f"{name}: losses agree: " + ", ".join(f"{loss:.5f}" for loss in next(iter(losses.values()))))
+        print(f"{name}: equal losses: " + ", ".join(f"{loss:.5f}" for loss in next(iter(losses.values()))))
         if options.check:
             continue
         batch = work.batch(0)

@@ -95,7 +95,10 @@ def contestants(work: Workload, images: LongTailSet, workers: int, stack: ExitSt
 def from_arrays(
     work: Workload, num_images: int, options: argparse.Namespace, stack: ExitStack
 ) -> dict[str, harness.Call]:
-    """Return ours with a resident set of noise arrays, and without data; the step is that of ``bench_step``."""
+    """Return ours with a resident set of noise arrays, and without data.
+
+    The step is that of ``bench_step``.
+    """
     random = np.random.default_rng(0)
     images_NHWC = random.integers(256, size=(num_images, *SOURCE, 3), dtype=np.uint8)
     labels = np.arange(num_images) % work.num_classes
@@ -112,11 +115,11 @@ def from_arrays(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512, help="a multiple of the batch")
+    parser.add_argument("--images", type=int, default=512, help="number of images, a multiple of the batch")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workers", type=int, default=1, help="timm's worker processes, our decoding threads")
-    parser.add_argument("--arrays", action="store_true", help="ours alone, from decoded images")
-    parser.add_argument("--small", action="store_true", help="with --arrays: a tiny step, nothing compiled")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of timm, decoding threads of ours")
+    parser.add_argument("--arrays", action="store_true", help="measure only ours, on decoded images")
+    parser.add_argument("--small", action="store_true", help="with --arrays: a tiny step, without compiling")
     options = parser.parse_args(arguments)
     work = CASES["gpu" if torch.cuda.is_available() else "cpu"]
     if options.arrays and work.device.type == "cuda":

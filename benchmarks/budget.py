@@ -30,7 +30,7 @@ BUDGET: tuple[tuple[str, str, str | None, str, str, float, bool], ...] = (
     ("AdamW and average, ms", "adamw_ema", "87.3 M weights float32", "fastdeitlt", "median_ms", 0.90, False),
     ("end to end / no data, resident", "train", None, "ours, resident", "over ours, no data", 0.97, True),
     ("end to end / no data, JPEG files", "train", None, "ours, streamed", "over ours, no data", 0.90, True),
-    ("augmentation, ms a batch of 256", "augment", "375 x 500 to 224 px B=256", "triton", "median_ms", 0.512, False),
+    ("augmentation, ms per batch of 256", "augment", "375 x 500 to 224 px B=256", "triton", "median_ms", 0.512, False),
 )
 NEEDS = {"as shipped, DeepSpeed": "deepspeed", "ours, streamed": "nvidia.dali"}
 """Candidate of the budget -> package that it requires."""
@@ -42,7 +42,10 @@ COPY_BOUND = {("attention", "tflop_per_s"), ("add_layernorm", "gb_per_s"), ("joi
 
 
 def measured(folder: Path, gpu: str | None) -> dict[Key, Mapping[str, Any]]:
-    """Return the newest row of each (op, case, candidate) of a GPU in a folder's files, including ``bench``'s."""
+    """Return the newest row of each (op, case, candidate) of a GPU.
+
+    From a folder's files, including ``bench``'s.
+    """
     rows: dict[Key, Mapping[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
@@ -56,7 +59,9 @@ def measured(folder: Path, gpu: str | None) -> dict[Key, Mapping[str, Any]]:
 
 
 def budget(rows: dict[Key, Mapping[str, Any]]) -> bool:
-    """Print each part's goal, the measurement and their ratio (above 1 = better); return whether all are met.
+    """Print each part's goal, measurement and ratio; return if all are met.
+
+    A ratio above 1 is better.
 
     A part whose package is not installed counts as met.
     """

@@ -36,7 +36,7 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
             f"{path}: got {type(error).__name__} ({error}), expected benchmark rows (.jsonl or .json)"
         ) from None
     if not rows:
-        raise ValueError(f"{path}: holds no row with a time")
+        raise ValueError(f"{path}: no row with a time, expected benchmark rows")
     return rows
 
 
@@ -46,7 +46,10 @@ def spread(row: Mapping[str, Any]) -> float:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, str]:
-    """Return the factor by which the second is slower, and the quantity: time, or ratio to the common baseline."""
+    """Return the factor by which the second is slower, and the quantity.
+
+    Time, or ratio to the common baseline.
+    """
     compared = before.get("baseline"), after.get("baseline")
     if compared[0] and compared[0] == compared[1] and before["candidate"] != compared[0]:
         return before["speedup"] / after["speedup"], f"ratio to {compared[0]}"
@@ -54,7 +57,7 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, 
 
 
 def compare(before: Mapping[Key, Any], after: Mapping[Key, Any], noise: float = NOISE) -> tuple[list[str], int]:
-    """Return lines to print, and the number of rows that became slower or are missing."""
+    """Return lines to print, and the number of slower or missing rows."""
     lines, bad = [], 0
     for key, old in before.items():
         new, name = after.get(key), " ".join(key)
@@ -74,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--noise", type=float, default=NOISE, help=f"least share that counts as a change ({NOISE})")
+    parser.add_argument(
+        "--noise", type=float, default=NOISE, help=f"smallest fraction that counts as a change ({NOISE})"
+    )
     options = parser.parse_args(arguments)
     try:
         before, after = read(options.before), read(options.after)

@@ -147,7 +147,10 @@ def _tuned(dry: bool, recipe: str) -> Command:
 
 
 def _tests(dry: bool, out: Path) -> Command:
-    """Return the command of the kernels' tests, without test_aot, which is independent of this GPU."""
+    """Return the command of the kernels' tests.
+
+    Without test_aot, which is independent of this GPU.
+    """
     modules = {name for name in ("xdist", "pytest_timeout", *WHOLE_TRAINER) if importlib.util.find_spec(name)}
     command = ["-m", "pytest", "tests/kernels", "--ignore=tests/kernels/test_aot.py", "-o", "pythonpath=tests"]
     command += ["--collect-only"] if dry else [f"--junitxml={out / 'tests.xml'}"]
@@ -161,7 +164,10 @@ def _tests(dry: bool, out: Path) -> Command:
 
 
 def red_ops(junit: Path) -> list[str]:
-    """Return the ops whose tests failed in a report of ``pytest --junitxml``; none without the report."""
+    """Return the ops whose tests failed in a report of ``pytest --junitxml``.
+
+    None without the report.
+    """
     if not junit.exists():
         return []
     cases = xml.etree.ElementTree.parse(junit).getroot().iter("testcase")
@@ -171,11 +177,14 @@ def red_ops(junit: Path) -> list[str]:
 
 
 def run(stage: Stage, place: Place, deadline: float) -> None:
-    """Run a stage's commands in parallel until the deadline (``time.monotonic``); record their outcomes."""
+    """Run a stage's commands in parallel until the deadline.
+
+    The deadline is of ``time.monotonic``. Records their outcomes.
+    """
     absent = portable.missing((*BASE, *stage.needs), place.wheels)
     if absent or deadline <= time.monotonic():
         reason = f"{', '.join(absent)} {ABSENT}" if absent else "no time"
-        place.results.update(dict.fromkeys(stage.commands, f"left out, {reason}"))
+        place.results.update(dict.fromkeys(stage.commands, f"skipped, {reason}"))
         return
     started: dict[str, subprocess.Popen[bytes]] = {}
     start = time.monotonic()
@@ -205,16 +214,19 @@ def run(stage: Stage, place: Place, deadline: float) -> None:
 
 
 def chosen_stages(
-    known: Mapping[str, Stage], named: Sequence[str], results: Mapping[str, str], again: bool
+    all_stages: Mapping[str, Stage], named: Sequence[str], results: Mapping[str, str], again: bool
 ) -> list[Stage]:
-    """Return the stages to run: the named ones, or all; with ``again`` unfinished commands, then ``ONE_OFF``."""
+    """Return the stages to run: the named ones, or all.
+
+    With ``again`` unfinished commands, then ``ONE_OFF``.
+    """
     if named:
-        return [stage for name, stage in known.items() if name in named]
+        return [stage for name, stage in all_stages.items() if name in named]
     if not again:
-        return [stage for stage in known.values() if not stage.again]
+        return [stage for stage in all_stages.values() if not stage.again]
     bad = {name for name, result in results.items() if not result.startswith("done") and ABSENT not in result}
     stages_again = []
-    for stage in known.values():
+    for stage in all_stages.values():
         commands = {name: command for name, command in stage.commands.items() if stage.again or name in bad}
         if commands:
             stages_again.append(replace(stage, commands=commands))
@@ -225,12 +237,15 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
     try:
         code = process.wait(None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
-        return "ended, no time"
+        return "stopped, no time"
     return "done" if code == 0 else "FAILED"
 
 
 def save(place: Place) -> None:
-    """Write the outcomes of the commands, and the kernel measurements that `auto` uses, beside the rows."""
+    """Write the outcomes of the commands beside the rows.
+
+    And the kernel measurements that `auto` uses.
+    """
     (place.out / "stages.json").write_text(json.dumps(place.results, indent=1), encoding="utf-8")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "kernels"
     texts = [
@@ -253,26 +268,28 @@ def table(place: Place, gpu: str | None) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; default: when done")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit; default: none")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that are not installed")
-    parser.add_argument("--again", action="store_true", help="what failed in --out, then one kernel off at a time")
-    parser.add_argument("--dry", action="store_true", help="every stage at its smallest; works without a GPU")
-    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to use without installing them")
+    parser.add_argument(
+        "--again", action="store_true", help="rerun what failed in --out, then with one kernel off at a time"
+    )
+    parser.add_argument("--dry", action="store_true", help="run every stage at its smallest size, also without a GPU")
+    parser.add_argument("--list", action="store_true", help="only print the commands")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     start = time.monotonic()
     deadline = start + 60 * options.minutes - RESERVE_S
     all_stages = stages(options.dry, out)
     if unknown := set(options.stages) - {*all_stages, "budget"}:
-        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(all_stages)}, budget")
+        parser.error(f"got stage {', '.join(sorted(unknown))}, expected {', '.join(all_stages)} or budget")
     if options.list:
         listed = [(name, command) for stage in all_stages.values() for name, command in stage.commands.items()]
         print("\n".join(f"{name}: python {' '.join(command)}" for name, command in listed))
         return 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu is None and not options.dry:
-        parser.error("no GPU is visible; --dry runs what can run without one, pytest tests/kernels checks the kernels")
+        parser.error("no visible GPU; use --dry for what runs without one, and pytest tests/kernels for the kernels")
     out.mkdir(parents=True, exist_ok=True)
     before = out / "stages.json"
     results = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}

@@ -44,7 +44,10 @@ LAYERS = {"qkv": (768, 3 * 768), "proj": (768, 768), "fc1": (768, 4 * 768), "fc2
 
 
 def floors(device: torch.device, batches: Sequence[int]) -> Iterator[harness.Case]:
-    """Yield the products of a step (rows M, inner K, columns N), forward and for both gradients, and a copy."""
+    """Yield the matrix products of a step, in all passes, and a copy.
+
+    Rows M, inner K, columns N.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for batch, (name, (inner, outer)) in itertools.product(batches, LAYERS.items()):
         rows = batch * 198
@@ -83,7 +86,7 @@ def facts(device: torch.device) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = (torch.randn(8, 12, 198, 64, device=device, dtype=dtype) for _ in range(3))
         default = SDPBackend(torch._fused_sdp_choice(q, k, v)).name
-        print(f"attention in {dtype}: torch would choose {default}, auto chooses {torch_backend(dtype, device)}")
+        print(f"attention in {dtype}: torch's default is {default}, auto is {torch_backend(dtype, device)}")
     copy, product = bandwidth(device), matmul_rate(device)
     print(f"copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.2f} TFLOP/s")
     row = {"op": "floors", "case": "copy", "candidate": "copy", "gb_per_s": copy / 1e9, "tflop_per_s": product / 1e12}
@@ -91,7 +94,9 @@ def facts(device: torch.device) -> None:
 
 
 def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
-    """Yield (implementation, largest error of output and gradient from float64); the error may be NaN.
+    """Yield (implementation, largest error of output and gradient).
+
+    From float64; the error may be NaN.
 
     Args:
         tokens: tokens of an image.
@@ -110,7 +115,7 @@ def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tu
             out = (attention_first if few else attention)(*inputs, impl=impl)
             got = [out, *torch.autograd.grad(out, inputs, upstream.to(device))]
         except (RuntimeError, TritonError, UserError) as error:
-            print(f"N={tokens} M={rows} {impl}: left out, {' '.join(str(error).split())[:120]}")
+            print(f"N={tokens} M={rows} {impl}: not measured, {' '.join(str(error).split())[:120]}")
             continue
         yield impl, max(_error(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -126,7 +131,10 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def backends(device: torch.device) -> bool:
-    """Append the errors of every attention; return whether those that ``auto`` may select are correct."""
+    """Append the errors of every attention.
+
+    Returns whether those that ``auto`` may select are correct.
+    """
     right = True
     for tokens in TOKENS:
         for rows in (tokens, ROWS_OF_LAST_BLOCK):
@@ -141,7 +149,10 @@ def backends(device: torch.device) -> bool:
 
 
 def run(op: str, device: torch.device, rounds: int, small: bool) -> None:
-    """Measure an op's cases and append the rows; with 0 rounds call every candidate once."""
+    """Measure an op's cases and append the rows.
+
+    With 0 rounds call every candidate once.
+    """
     cases, small_shapes, shapes = OPS[op]
     for case in cases(device, small_shapes if small else shapes):
         if rounds:
@@ -155,9 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("facts", "ops"))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--check", action="store_true", help="call every candidate once, measure nothing")
-    parser.add_argument("--red", nargs="*", default=[], metavar="OP", help="ops that fail their tests: not measured")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, nothing compiled")
+    parser.add_argument("--check", action="store_true", help="call every candidate once, without timing")
+    parser.add_argument("--red", nargs="*", default=[], metavar="OP", help="ops that failed their tests, not measured")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, without compiling")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if options.what == "facts":
@@ -169,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     with stance, limit, capturing_stream(device):
         for op in OPS:
             if op in options.red:
-                print(f"{op}: not measured, its tests fail")
+                print(f"{op}: not measured, its tests failed")
                 continue
             try:
                 run(op, device, 0 if options.check else options.rounds, options.small)

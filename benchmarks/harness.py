@@ -26,7 +26,7 @@ from fastdeitlt.core.measure.timer import Call, Timing, bandwidth, capturing_str
 
 ROOT = Path(__file__).resolve().parent.parent
 RECOMPILES = 64
-"""Limit of compilations of a function, one a shape, pass and contestant; after torch's default of 8 it runs eagerly."""
+"""Limit of compilations per function, one per shape, pass and contestant; beyond torch's default of 8 it is eager."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def green(op: str) -> bool:
 
 
 def rows(op: str, case: Case, timings: Mapping[str, Timing], device: torch.device) -> list[dict[str, Any]]:
-    """Return one row a candidate: times, ratio to the baseline (above 1 = faster), rates and share of the floor."""
+    """Return one row per candidate.
+
+    Times, ratio to the baseline (above 1 = faster), rates and fraction of the floor.
+    """
     floor_s = case.useful_bytes / bandwidth(device) if case.useful_bytes else 0.0
     floor_s = max(floor_s, case.useful_flops / matmul_rate(device, case.dtype) if case.useful_flops else 0.0)
     result = []
@@ -139,22 +142,24 @@ def main(
     *,
     gpu_only: bool = False,
 ) -> int:
-    """Run the command line of a ``bench_<op>`` file: check, measure, print, append rows; return the exit code.
+    """Run the command line of a ``bench_<op>`` file; return the exit code.
+
+    Check, measure, print, append rows.
 
     ``gpu_only``: measure nothing without a GPU, since a CPU only runs torch's implementation.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="samples of each candidate")
+    parser.add_argument("--rounds", type=int, default=20, help="samples per candidate")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if gpu_only and device.type != "cuda":
-        print(f"no GPU: nothing is measured; the kernel needs one, and on a CPU {op} is torch's own")
+        print(f"no GPU: not measured; on a CPU {op} uses torch")
         return 0
     if not green(op):
-        print(f"tests/kernels/test_{op}.py fails: a wrong kernel has no speed; nothing measured", file=sys.stderr)
+        print(f"tests/kernels/test_{op}.py failed: not measured", file=sys.stderr)
         return 1
     if device.type != "cuda":
-        print("no GPU: the Triton kernels' times cannot be measured here; only the torch implementations are compared")
+        print("no GPU: comparing only the torch implementations")
     print(machine())
     with torch._dynamo.config.patch(recompile_limit=RECOMPILES), capturing_stream(device):
         for case in cases(device):
@@ -163,8 +168,11 @@ def main(
     return 0
 
 
-def append(op: str, found: Iterable[Mapping[str, Any]]) -> Path:
-    """Append rows with their machine to BENCHMARK_ROWS, or to the op's file of this machine and month."""
+def append(op: str, new_rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Append rows with their machine to BENCHMARK_ROWS.
+
+    Without it, to the op's file of this machine and month.
+    """
     where = machine()
     override = os.environ.get("BENCHMARK_ROWS")
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")
@@ -172,7 +180,7 @@ def append(op: str, found: Iterable[Mapping[str, Any]]) -> Path:
     file = Path(override) if override else ROOT / "benchmarks" / "results" / month
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
-        out.writelines(json.dumps({**row, **where}) + "\n" for row in found)
+        out.writelines(json.dumps({**row, **where}) + "\n" for row in new_rows)
     return file
 
 

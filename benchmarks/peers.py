@@ -91,7 +91,10 @@ class Workload:
 
 
 def best_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Force cuDNN's or Flash attention on a GPU, since torch does not choose cuDNN's itself."""
+    """Force cuDNN's or Flash attention on a GPU.
+
+    Torch does not choose cuDNN's itself.
+    """
     if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -127,7 +130,9 @@ def timm_task(work: Workload, compiled: bool) -> Step:
 
 
 def timm_update(work: Workload, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build timm 1.0's TokenDistillationTask with fused AdamW, its moving average and the best attention backend.
+    """Build timm 1.0's TokenDistillationTask.
+
+    With fused AdamW, its moving average and the best attention backend.
 
     Returns:
         Function of images_BCHW and dense target_BK that returns the loss.
@@ -164,7 +169,9 @@ def timm_update(work: Workload, compiled: bool) -> Callable[[Tensor, Tensor], Te
 
 
 def official_loop(work: Workload) -> Step:
-    """Build the published code's step, written anew (val-iisc/DeiT-LT engine.py, losses.py).
+    """Build the published code's step, rewritten.
+
+    Source: val-iisc/DeiT-LT engine.py, losses.py.
 
     Eager, autocast, the teacher's decision mapped through numpy on the host, an unused gradient norm, four ``item()``,
     a synchronize, and an average parameter by parameter; torch's attention in place of xformers'.
@@ -284,5 +291,5 @@ def check_equal(
     first, expected = next(iter(losses.items()))
     for name, got in losses.items():
         if not np.allclose(got, expected, rtol=FP8_TOLERANCE if "fp8" in name else allowed, atol=0):
-            raise AssertionError(f"{name}: losses {got}, but {first} has {expected}; nothing is timed")
+            raise AssertionError(f"{name}: got losses {got}, expected {expected} as {first}; not timed")
     return losses

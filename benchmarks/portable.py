@@ -15,7 +15,9 @@ BESIDE = ("kernels", "configs")
 
 
 def environment(scratch: Path, wheels: Path | None = None) -> dict[str, str]:
-    """Return an environment in which ``python -m benchmarks...`` imports this checkout and the wheels.
+    """Return an environment for ``python -m benchmarks...``.
+
+    It imports this checkout and the wheels.
 
     Args:
         scratch: empty folder for links and unpacked wheels; it must outlive the workers.
@@ -45,11 +47,11 @@ def _unpacked(wheels: Path, folder: Path) -> Path:
     """Unpack the wheels, since a compiled module cannot be imported from a zip file."""
     files = sorted(wheels.glob("*.whl"))
     if not files:
-        raise ValueError(f"--wheels {wheels}: holds no *.whl file; see docs/gpu_first_run.md for the download")
+        raise ValueError(f"--wheels {wheels}: no *.whl file; see docs/gpu_first_run.md for the download")
     for file in files:
         if not fits(file.name):
             raise ValueError(
-                f"--wheels {file}: is not for Python {sys.version_info.major}.{sys.version_info.minor}; download it "
+                f"--wheels {file}: not for Python {sys.version_info.major}.{sys.version_info.minor}; download it "
                 f"with pip download --python-version {sys.version_info.major}.{sys.version_info.minor}"
             )
         with zipfile.ZipFile(file) as archive:
@@ -58,14 +60,17 @@ def _unpacked(wheels: Path, folder: Path) -> Path:
 
 
 def fits(wheel: str) -> bool:
-    """Return whether a wheel's file name has a tag of this Python (PEP 427); the platform is not checked."""
+    """Return whether a wheel's file name has a tag of this Python (PEP 427).
+
+    The platform is not checked.
+    """
     python, abi = wheel.removesuffix(".whl").split("-")[-3:-1]
     own = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return own in python.split(".") or "py3" in python.split(".") or "abi3" in abi.split(".")
 
 
 def missing(packages: tuple[str, ...], wheels: Path | None = None) -> list[str]:
-    """Return the distributions that are neither installed nor in the folder of wheels."""
+    """Return the distributions neither installed nor among the wheels."""
     carried = {file.name.split("-")[0].replace("_", "-").lower() for file in wheels.glob("*.whl")} if wheels else set()
     return [name for name in packages if name not in carried and not _installed(name)]
 

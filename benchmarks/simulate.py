@@ -89,7 +89,9 @@ class Prediction:
 
 
 def messages(zero: int, accumulate: int) -> int:
-    """Return the messages of the gradients' size that a rank sends in an optimizer step, each times (N - 1) / N.
+    """Return a rank's messages per optimizer step.
+
+    Of the gradients' size, each times (N - 1) / N.
 
     A reduce-scatter of gradients and an all-gather of weights; stage 2 reduces after every micro-batch, stage 3 also
     gathers for every forward and again for every backward pass.
@@ -98,7 +100,10 @@ def messages(zero: int, accumulate: int) -> int:
 
 
 def exchange_s(job: Job, cluster: Cluster, gpus: int) -> float:
-    """Return the seconds of a ring over all GPUs at its slowest link: volume / bandwidth + messages x latency."""
+    """Return the seconds of a ring over all GPUs at its slowest link.
+
+    Volume / bandwidth + messages x latency.
+    """
     if gpus == 1:
         return 0.0
     link = cluster.intra_gb_s if gpus <= cluster.gpus_per_node else min(cluster.intra_gb_s, cluster.inter_gb_s)
@@ -107,7 +112,10 @@ def exchange_s(job: Job, cluster: Cluster, gpus: int) -> float:
 
 
 def checkpoint_s(job: Job, cluster: Cluster) -> float:
-    """Return the seconds to write weights, two moments and the average in float32 by one process."""
+    """Return the seconds to write a checkpoint by one process.
+
+    Weights, two moments and the average in float32.
+    """
     return FP32 * job.parameters * (1 + MOMENTS + job.ema) / (cluster.disk_gb_s * 1e9) if cluster.disk_gb_s else 0.0
 
 
@@ -126,7 +134,10 @@ def predict(job: Job, cluster: Cluster, gpus: int) -> Prediction:
 
 
 def residency(image_bytes: float, images: int, device_gb: float, host_gb: float, ranks_per_host: int) -> str:
-    """Return the residency that ``data.residency=auto`` selects: at most half the memory, a copy on every rank."""
+    """Return the residency that ``data.residency=auto`` selects.
+
+    At most half the memory, a copy on every rank.
+    """
     needed = image_bytes * images / 1e9
     if needed <= device_gb / 2:
         return "device"
@@ -136,7 +147,7 @@ def residency(image_bytes: float, images: int, device_gb: float, host_gb: float,
 def show(job: Job, cluster: Cluster, gpus: Sequence[int]) -> None:
     """Print the table of predictions."""
     print(f"{job}\n{cluster}")
-    heads = ("GPUs", "images a step", "exchange ms", "step ms", "images/s", "efficiency", "epoch s", "checkpoint s",
+    heads = ("GPUs", "images/step", "exchange ms", "step ms", "images/s", "efficiency", "epoch s", "checkpoint s",
              "every s", "lost")  # fmt: skip
     print("  ".join(heads))
     for number in gpus:
@@ -149,7 +160,10 @@ def show(job: Job, cluster: Cluster, gpus: Sequence[int]) -> None:
 
 
 def rank(calls: int) -> None:
-    """Time a tiny and a whole exchange, a step alone and a step with exchange in one process of the check."""
+    """Time exchanges and steps in one process of the check.
+
+    A tiny and a whole exchange, a step alone and a step with exchange.
+    """
     from torch import distributed as collective
 
     from benchmarks.bench_step import CASES
@@ -192,7 +206,10 @@ def rank(calls: int) -> None:
 
 
 def check(ranks: Sequence[int], calls: int) -> list[dict[str, float]]:
-    """Measure 1, 2, ... processes, and predict each from the compute of one and the link of two."""
+    """Measure 1, 2, ... processes and predict each.
+
+    From the compute of one and the link of two.
+    """
     cores, measured = len(os.sched_getaffinity(0)), {}
     for number in ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
@@ -221,7 +238,7 @@ def check(ranks: Sequence[int], calls: int) -> list[dict[str, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step-ms", type=float, help="one micro-batch on one GPU, measured; there is no default")
+    parser.add_argument("--step-ms", type=float, help="measured time of one micro-batch on one GPU; required")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--images", type=int, default=115_846, help="ImageNet-LT; iNaturalist-2021 has 2686843")
@@ -232,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=8)
     for name in ("intra-gb-s", "inter-gb-s", "latency-us", "disk-gb-s", "mtbf-hours", "restart-s"):
         parser.add_argument(f"--{name}", type=float, default=0.0)
-    parser.add_argument("--check", action="store_true", help="hold the model against gloo processes here")
+    parser.add_argument("--check", action="store_true", help="compare the model with gloo processes on this machine")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--calls", type=int, default=15)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -242,15 +259,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if o.check:
         if o.ranks[:2] != [1, 2]:
-            parser.error(f"--ranks: got {o.ranks}, expected 1 2 ...: the model's inputs come from them")
+            parser.error(f"--ranks: got {o.ranks}, expected 1 2 ..., which are inputs of the model")
         check(o.ranks, o.calls)
         return 0
     if not o.step_ms:
-        parser.error("--step-ms: give the measured time of one micro-batch on one GPU (fastdeitlt bench CONFIG)")
+        parser.error(
+            "--step-ms: missing, expected the measured time of one micro-batch on one GPU (fastdeitlt bench CONFIG)"
+        )
     if max(o.gpus) > 1 and not o.intra_gb_s:
-        parser.error("--intra-gb-s: give the GB/s that one GPU sends within a node")
+        parser.error("--intra-gb-s: missing, expected the GB/s that one GPU sends within a node")
     if max(o.gpus) > o.gpus_per_node and not o.inter_gb_s:
-        parser.error("--inter-gb-s: give the GB/s that one GPU sends to other nodes, or fewer --gpus")
+        parser.error("--inter-gb-s: missing, expected the GB/s that one GPU sends to other nodes; or use fewer --gpus")
     job = Job(o.images, o.parameters, o.step_ms, o.batch, o.accumulate, o.zero, o.overlap)
     link = (o.gpus_per_node, o.intra_gb_s, o.inter_gb_s, o.latency_us, o.disk_gb_s, o.mtbf_hours, o.restart_s)
     show(job, Cluster(*link), o.gpus)

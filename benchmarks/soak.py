@@ -29,6 +29,7 @@ import torch
 
 from fastdeitlt import config
 from fastdeitlt.data.sets import embedded
+from fastdeitlt.errors import counted
 from fastdeitlt.models import create_teacher
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 
@@ -73,7 +74,10 @@ class AwakeClock:
 
 
 def settings(folder: Path, steps: int) -> Path:
-    """Write a configuration of about ``steps`` optimizer steps, with a teacher and a switch to re-weighting."""
+    """Write a configuration of about ``steps`` optimizer steps.
+
+    With a teacher and a switch to re-weighting.
+    """
     root = embedded.unpack()
     torch.manual_seed(1)
     manifest = {
@@ -209,10 +213,12 @@ def differences(one: Path, other: Path) -> list[str]:
 def main() -> int:
     """Run the command line; return 1 if the runs differ or one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="about how long the killed run lasts")
-    parser.add_argument("--steps-per-second", type=float, default=10.0, help="of this machine; chooses the length")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--folder", type=Path, help="where the runs go; default: a new temporary folder")
+    parser.add_argument("--minutes", type=float, default=30.0, help="approximate length of the killed run")
+    parser.add_argument(
+        "--steps-per-second", type=float, default=10.0, help="steps per second of this machine, to set the length"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
+    parser.add_argument("--folder", type=Path, help="folder of the runs; default: a new temporary folder")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     gap_s = (20.0, 60.0) if arguments.minutes >= 5 else (3.0, 8.0)
@@ -231,10 +237,10 @@ def main() -> int:
     wrong = differences(folder / "whole", folder / "killed")
     steps = read_manifest(folder / "whole" / "checkpoints" / "last")["step"]
     left = [p.name for p in (folder / "killed" / "checkpoints").glob(".*")]
-    due = (folder / "killed.log").read_text(errors="replace").count("is due")
+    due = (folder / "killed.log").read_text(errors="replace").count("next: end of epoch")
     facts = {"steps": steps, "awake_minutes": round(lasted / 60, 1), **outcome, "evaluations_due": due}
     print(json.dumps(facts | {"drafts_left": left}))
-    print(f"{len(wrong)} differences{': ' + ', '.join(wrong[:5]) if wrong else ', bit for bit the same'}")
+    print(f"{counted(len(wrong), 'difference')}{': ' + ', '.join(wrong[:5]) if wrong else ', bit-identical'}")
     return int(bool(wrong))
 
 

@@ -24,7 +24,10 @@ SEED = 0
 
 
 def digits() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
-    """(images, labels_N, class names, counts): 8 x 8 pixels; 110 to 5 training images a class, 20 val, 40 test."""
+    """Return handwritten digits: (images, labels_N, class names, counts).
+
+    8 x 8 pixels; 110 to 5 training images per class, 20 val, 40 test.
+    """
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -34,7 +37,10 @@ def digits() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
 
 
 def solar_cells() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
-    """(images, labels_N, class names, counts): kind of cell by rated defect, 8 classes; a tenth val, a quarter test."""
+    """Return solar cells: (images, labels_N, class names, counts).
+
+    Kind of cell by rated defect, 8 classes; a tenth val, a quarter test.
+    """
     from elpv_dataset.utils import load_dataset
 
     images, defect_N, kind_N = load_dataset()
@@ -47,9 +53,11 @@ def solar_cells() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
 
 
 def photo_patches() -> tuple[list[np.ndarray], np.ndarray, list[str], Split]:
-    """(images, labels_N, class names, counts): which of 8 photos; 200 to 5 training patches, 10 val, 20 test.
+    """Return photo patches: (images, labels_N, class names, counts).
 
-    Patches of 40 to 160 pixels lie in cells of a grid that do not touch, so that no two share a pixel.
+    Which of 8 photos; 200 to 5 training patches, 10 val, 20 test.
+
+    Patches of 40 to 160 pixels are in separate cells of a grid, so that no two share a pixel.
     """
     from skimage import data
 
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.folder.exists():
-        parser.error(f"{args.folder} exists; give a new folder")
+        parser.error(f"{args.folder}: exists, expected a new folder")
     images, labels_N, names, counts = SETS[args.set]()
     for split, label, index in choose(labels_N, counts):
         suffix = "jpg" if args.set == "photo-patches" and index % 3 else "png"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.pixels.resize import centre_crop
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.evaluation.evaluate import OneHead, evaluate_saved
 from fastdeitlt.evaluation.metrics import Result
 from fastdeitlt.models.saved import Saved, open_released_teacher, open_saved, run_of
@@ -32,31 +32,31 @@ Recipe = str | Path | Config
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a model says of one image. Classes are the labels of the data set."""
+    """Prediction for one image. Classes are the labels of the data set."""
 
     label: int
     name: str
     probability: float
-    """Of ``label``, by the mean of both heads' logits and the temperature fitted on validation images."""
+    """Probability of ``label``, by the mean of both heads' logits and the temperature fitted on validation images."""
     probabilities_K: Tensor
     logits_K: Tensor
-    """Mean of both heads'; of a teacher, its own."""
+    """Mean of the logits of both heads; for a teacher, its logits."""
     cls_logits_K: Tensor | None
-    """None of a teacher, as ``dist_logits_K``."""
+    """None for a teacher, as ``dist_logits_K``."""
     dist_logits_K: Tensor | None
 
 
 class Model:
     """A student or teacher for inference; ``load`` opens one.
 
-    Images are read, turned, cropped and normalised as in evaluation, on the CPU.
+    Images are read, rotated by EXIF, cropped and normalised as in evaluation, on the CPU.
 
     Attributes:
         kind: "student" or "teacher".
         classes: name of each label [K].
-        img_size: side in pixels of the images that ``module`` takes.
-        module: the network in eval mode: images_BCHW to logits_BK of *its* classes (``class_map``), a student's the
-            mean of its heads; its ``forward_heads`` returns both.
+        img_size: height and width in pixels of the input of ``module``.
+        module: the network in eval mode: images_BCHW to logits_BK of *its* classes (``class_map``), for a student the
+            mean of both heads; ``forward_heads`` returns both.
         class_map: the network's class of each label, int64 [K].
     """
 
@@ -79,34 +79,37 @@ class Model:
         """Classify images.
 
         Args:
-            images: one or many of path, Pillow image, or uint8 array [H, W] or [H, W, C]; an array [B, H, W, C] is
-                many.
-            batch_size: images at a time.
-            raw: probabilities without the temperature that was fitted on validation images.
+            images: one image or a list: path, Pillow image, or uint8 array [H, W] or [H, W, C]; or an array
+                [B, H, W, C].
+            batch_size: images per forward pass.
+            raw: return uncalibrated probabilities, without the temperature fitted on validation images.
 
         Returns:
-            An ``Answer`` for one image, a list of them for many.
+            An ``Answer`` for one image, a list of answers for several.
 
         Raises:
-            UserError: an image that cannot be read; names up to three.
+            UserError: an unreadable image; the message has up to three names.
         """
         pictures, is_one = _as_pictures(images)
         if batch_size < 1:
-            raise UserError(f"predict: batch_size is {batch_size}, expected at least 1")
+            raise UserError(f"batch_size: got {batch_size}, expected at least 1")
         answers: list[Answer] = []
         for start in range(0, len(pictures), batch_size):
             answers += self._answers(self._crops(pictures[start : start + batch_size]), raw)
         return answers[0] if is_one else answers
 
     def transform(self, image: Picture | Tensor) -> Tensor:
-        """Return an image as ``module`` takes it: float32 [3, img_size, img_size] on the CPU, normalised."""
+        """Return an image as input of ``module``, normalised, on the CPU.
+
+        Shape: float32 [3, img_size, img_size].
+        """
         pictures, is_one = _as_pictures(image)
         if not is_one:
-            raise UserError(f"transform: got {len(pictures)} images, expected one")
+            raise UserError(f"transform: got {counted(len(pictures), 'image')}, expected one")
         return self._saved.normalise(self._crops(pictures))[0]
 
     def close(self) -> None:
-        """End the threads that read images; the next call starts them again."""
+        """Stop the threads that read images; the next call starts them again."""
         if self._opened:
             self._opened.close()
         self._opened = None
@@ -116,10 +119,10 @@ class Model:
         pixels = self._opened(pictures)
         if failed := [(number, why) for number, why in enumerate(pixels) if isinstance(why, str)]:
             named = [(pictures[number], why) for number, why in failed[:3]]
-            told = [f"{p if isinstance(p, str | Path) else f'image {n}'}: {why}" for n, (p, why) in enumerate(named)]
-            raise UserError("; ".join(told))
-        whole = [image for image in pixels if isinstance(image, Tensor)]
-        return centre_crop(whole, self._saved.preprocess.resize, self.img_size)
+            lines = [f"{p if isinstance(p, str | Path) else f'image {n}'}: {why}" for n, (p, why) in enumerate(named)]
+            raise UserError("; ".join(lines))
+        images = [image for image in pixels if isinstance(image, Tensor)]
+        return centre_crop(images, self._saved.preprocess.resize, self.img_size)
 
     def _answers(self, crops_BHWC: Tensor, raw: bool) -> list[Answer]:
         saved, calibration = self._saved, self._saved.calibration
@@ -161,7 +164,9 @@ def load(path: str | Path, *, device: str = "auto", arch: str = "", num_classes:
 
 
 def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", **settings: Any) -> Result:
-    """Score a model on a split and return the scores: AVG, CLS and DIST (or TEACHER) by class and group.
+    """Score a model on a split by class and group.
+
+    The heads are AVG, CLS and DIST, or TEACHER.
 
     Args:
         model: from ``load``, or a path for it.
@@ -175,7 +180,7 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     model = model if isinstance(model, Model) else load(model)
     if data is None:
         if not (run := run_of(model.path)):
-            raise UserError(f"evaluate: {model.path} is of no run; give data: a folder of images, a recipe or a Config")
+            raise UserError(f"data: {model.path} is not in a run folder, expected a folder of images, recipe or Config")
         cfg = config.load(str(run / "config.yaml"))
     elif not isinstance(data, Config) and os.path.isdir(data):
         cfg = config.build({"data.dataset": "folder", "data.root": str(data)})
@@ -204,7 +209,10 @@ class Run:
 
     @property
     def result(self) -> Result | None:
-        """Scores of the chosen weights on test images, else on validation images; None where there are neither."""
+        """Scores of the selected weights on test, else validation images.
+
+        None without either.
+        """
         return self.files.tested[1] if self.files.tested else None
 
     @property
@@ -219,7 +227,9 @@ class Run:
 
 
 def fit(recipe: Recipe, *, with_teacher: Recipe | None = None, resume: str = "auto", **settings: Any) -> Run:
-    """Train a student as ``fastdeitlt train`` does; a call with the same arguments continues an interrupted run.
+    """Train a student as ``fastdeitlt train`` does.
+
+    A call with the same arguments resumes an interrupted run.
 
     Args:
         recipe: a shipped recipe, a YAML file, or a Config.
@@ -242,8 +252,9 @@ def fit(recipe: Recipe, *, with_teacher: Recipe | None = None, resume: str = "au
 
 
 def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run:
-    """Train a teacher as ``fastdeitlt train-teacher`` does; arguments as ``fit``. The student's ``teacher.path`` is
-    its folder.
+    """Train a teacher as ``fastdeitlt train-teacher`` does.
+
+    Arguments as ``fit``. The student's ``teacher.path`` is its folder.
 
     Raises:
         UserError: see ``train_teacher``.
@@ -255,7 +266,10 @@ def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run
 
 
 def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[Config, Config]:
-    """Choose the recipes of a student and its teacher for a folder of images; see ``tools.plan.plan``."""
+    """Choose recipes of a student and its teacher for a folder of images.
+
+    See ``tools.plan.plan``.
+    """
     from fastdeitlt.tools.plan import plan
 
     return plan(root, hours, **options)

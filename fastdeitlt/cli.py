@@ -1,4 +1,4 @@
-"""The command line: verbs only. Each verb imports what it needs, so ``--help`` stays instant."""
+"""The command line. Each verb imports what it needs, which keeps ``--help`` fast."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fastdeitlt.arguments import parse
-from fastdeitlt.errors import MemoryFullError, UserError, is_memory_full, printable, storage_failure
+from fastdeitlt.errors import MemoryFullError, UserError, counted, is_memory_full, printable, storage_failure
 from fastdeitlt.run import process
 
 if TYPE_CHECKING:
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 
 Verb = Callable[[argparse.Namespace], int]
 PRINTS = ("plan", "eval", "predict", "export", "bench", "analyze", "report", "data", "config", "doctor")
-"""Verbs whose result is, at least in part, what they print: losing it is an error."""
+"""Verbs that print their result: failing to print is an error."""
 
 
 def _train(args: argparse.Namespace) -> int:
     from fastdeitlt import config
     from fastdeitlt.run import folder as run
 
-    # shared out as `ablate` does
-    of_teacher = [word for word in args.overrides if word.startswith("teacher_training.")]
-    cfg = config.load(args.config, [word for word in args.overrides if word not in of_teacher])
-    if of_teacher and not args.with_teacher:
-        raise UserError(f"{of_teacher[0]}: is of a teacher's training, which this is not; give --with-teacher RECIPE")
+    # as in `ablate`: settings of the teacher's training go to the teacher, all others to the student
+    teacher_settings = [word for word in args.overrides if word.startswith("teacher_training.")]
+    cfg = config.load(args.config, [word for word in args.overrides if word not in teacher_settings])
+    if teacher_settings and not args.with_teacher:
+        raise UserError(f"{teacher_settings[0]}: no effect on a student, expected with --with-teacher RECIPE")
     if cfg.teacher.path and args.with_teacher:
-        raise UserError(f"teacher.path: got {cfg.teacher.path!r}, but --with-teacher trains one; give one of them")
-    teacher = config.load(args.with_teacher, of_teacher) if args.with_teacher else None
+        raise UserError(
+            f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher; use one of the two"
+        )
+    teacher = config.load(args.with_teacher, teacher_settings) if args.with_teacher else None
     run.set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
@@ -75,7 +77,10 @@ def _train_teacher(args: argparse.Namespace) -> int:
 
 
 def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
-    """Run the same command as ranks of a launcher, for several of them or for restarts; their exit code."""
+    """Launch the command as several ranks and return their exit code.
+
+    None if it runs in this process.
+    """
     from fastdeitlt.run import launch
 
     count = launch.processes(cfg, args.processes, os.environ)
@@ -88,7 +93,7 @@ def _ablate(args: argparse.Namespace) -> int:
     from fastdeitlt.tools.ablate import ablate
 
     run.set_up_logging()
-    settings = [word for word in args.arms if "=" in word]  # those that follow --arms
+    settings = [word for word in args.arms if "=" in word]  # settings after --arms
     folder = ablate(
         args.grid,
         [*args.overrides, *settings],
@@ -141,7 +146,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _timed_settings(args: argparse.Namespace) -> list[str]:
-    """The settings of ``bench`` or ``profile``, with the architecture of the teacher's recipe."""
+    """Return the overrides of ``bench`` or ``profile``.
+
+    They include the architecture of the teacher's recipe.
+    """
     from fastdeitlt import config
 
     teacher = [f"teacher.arch={config.load(args.with_teacher).teacher_training.arch}"] if args.with_teacher else []
@@ -153,8 +161,8 @@ def _bench(args: argparse.Namespace) -> int:
     from fastdeitlt.tools.bench import bench
 
     run.set_up_logging()
-    given = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
-    bench(args.config, _timed_settings(args), quick=args.quick, synthetic=args.synthetic, **given)
+    options = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
+    bench(args.config, _timed_settings(args), quick=args.quick, synthetic=args.synthetic, **options)
     return 0
 
 
@@ -195,7 +203,7 @@ def _report(args: argparse.Namespace) -> int:
 
     runs = [*args.runs, *args.compare]
     if not runs:
-        raise UserError("report: got no run folder, expected runs/<name>")
+        raise UserError("report: no run folder, expected runs/<name>")
     several = args.compare or len(runs) > 1
     print(report.compare(runs, args.out) if several else report.write_report(runs[0], args.out))
     return 0
@@ -207,12 +215,12 @@ def _data(args: argparse.Namespace) -> int:
     if args.action == "cache":
         return _data_cache(args)
     if args.config is None:
-        raise UserError(f"data {args.action}: got no data set, expected a recipe such as quickstart, or a YAML file")
+        raise UserError(f"data {args.action}: no data set, expected a recipe such as quickstart, or a YAML file")
     if args.action == "prepare":
         from fastdeitlt.data.sets.cut import prepare
 
         if args.root is None:
-            raise UserError("data prepare: got no folder for the archive, expected --root FOLDER")
+            raise UserError("data prepare: no folder for the archive, expected --root FOLDER")
         print(prepare(args.config, args.root, download=args.download))
         return 0
     from fastdeitlt.data.check import doctor
@@ -230,19 +238,20 @@ def _data_cache(args: argparse.Namespace) -> int:
 
     before = cache.cached_sets()
     if args.clear:
-        staying = cache.clear()
-        freed = sum(cached.num_bytes for cached in before) - sum(cached.num_bytes for cached in staying)
-        print(f"removed {len(before) - len(staying)} decoded sets, {freed / 1e6:,.1f} MB; {len(staying)} in use")
+        in_use = cache.clear()
+        freed = sum(cached.num_bytes for cached in before) - sum(cached.num_bytes for cached in in_use)
+        removed = counted(len(before) - len(in_use), "decoded set")
+        print(f"removed {removed}, {freed / 1e6:,.1f} MB; {len(in_use)} in use")
         return 0
     for cached in before:
         date = datetime.fromtimestamp(cached.modified).isoformat(" ", "minutes")
         what = (
-            f"{cached.num_images:,} images of {cached.root}"
+            f"{counted(cached.num_images, 'image')} of {cached.root}"
             if cached.root
-            else "unfinished, damaged or of another version"
+            else "incomplete, damaged or of another version"
         )
         print(f"{cached.num_bytes / 1e6:,.1f} MB  {date}  {cached.path.name}  {what}")
-    print(f"{len(before)} decoded sets under {cache.user_cache('decoded')}")
+    print(f"{counted(len(before), 'decoded set')} in {cache.user_cache('decoded')}")
     return 0
 
 
@@ -272,11 +281,14 @@ VERBS: dict[str, Verb] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb: of the command line with the process set up for it, or of ``arguments`` inside another program.
+    """Run one verb and return its exit code.
 
-    Exit code 0 done; 1 a bug (with its traceback); in one line 1 files that failed in mid-run, 2 bad input, 4 no whole
-    checkpoint or none can be written, 5 loss not finite, 6 memory full, 7 another rank lost, 8 crash loop, 75 stopped
-    by SIGTERM or SIGUSR1 (start it again), 130 Ctrl-C, 141 nobody reads what it prints.
+    Exit codes: 0 success; 1 a bug (with its traceback) or a file error during a run; 2 invalid input; 4 no intact
+    checkpoint, or none can be written; 5 non-finite loss; 6 out of memory; 7 another rank lost; 8 crash loop; 75
+    stopped by SIGTERM or SIGUSR1 (rerun to resume); 130 Ctrl-C; 141 broken pipe. All but a bug print one line.
+
+    Args:
+        arguments: for use inside another program; None: the process's own, with signal handlers and streams set up.
     """
     if arguments is not None:
         return _run(parse(arguments))
@@ -286,22 +298,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """The exit code of the verb; what is the user's to know is one line."""
+    """Run the verb, print an expected error in one line, and return the exit code."""
     try:
         return VERBS[args.verb](args)
     except UserError as error:
-        if not getattr(error, "told", False):  # by another rank
-            _say(f"error: {error}")
+        if not getattr(error, "reported", False):  # not reported by another rank
+            _report_line(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         process.say_stopped(process.STOP.first or signal.SIGINT)
         return process.stop_code(process.STOP.first or signal.SIGINT)
     except Exception as error:
-        if said := storage_failure(error):
-            _say(f"error: {said}")
+        if message := storage_failure(error):
+            _report_line(f"error: {message}")
             return UserError.exit_code
         if is_memory_full(error):
-            _say(f"error: out of memory ({' '.join(str(error).split())[:160]}); raise the limit or use smaller batches")
+            reason = " ".join(str(error).split())[:160]
+            _report_line(f"error: out of memory ({reason}); raise the limit or use smaller batches")
             return MemoryFullError.exit_code
         if "FASTDEITLT_LAUNCHER" not in os.environ:
             raise
@@ -309,7 +322,7 @@ def _run(args: argparse.Namespace) -> int:
         return 1
 
 
-def _say(text: str) -> None:
+def _report_line(text: str) -> None:
     print(f"fastdeitlt: {printable(text)}", file=sys.stderr)
 
 

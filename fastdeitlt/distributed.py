@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch import distributed as collective
 
-from fastdeitlt.errors import RankLostError, StoppedError, UserError
+from fastdeitlt.errors import RankLostError, StoppedError, UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
@@ -91,13 +91,15 @@ def _meet() -> tuple[collective.Store, int, int]:
         RankLostError: not all ranks join in time.
     """
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"{missing[0]}: not set in the environment, but WORLD_SIZE is; use a launcher, or unset it")
+        raise UserError(
+            f"{missing[0]}: not set, expected with WORLD_SIZE in the environment; use a launcher, or unset WORLD_SIZE"
+        )
     place, world = _launcher_int("RANK", 0), _launcher_int("WORLD_SIZE", 1)
     host, port = os.environ["MASTER_ADDR"], _launcher_int("MASTER_PORT", 0)
     if place >= world or not 0 < port < 2**16:
         raise UserError(
             f"RANK={place} WORLD_SIZE={world} MASTER_PORT={port}: expected a rank below the world size and a port from "
-            "1 to 65535; use a launcher, or unset them"
+            "1 to 65535; use a launcher, or unset all three"
         )
     patience = timedelta(seconds=MEETING_S)
     try:
@@ -113,11 +115,11 @@ def _meet() -> tuple[collective.Store, int, int]:
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, OSError) or "EADDRINUSE" in str(error):
             raise UserError(
-                f"MASTER_PORT: rank 0 cannot listen at {host}:{port} ({reason}); choose a free port of this machine"
+                f"MASTER_PORT: rank 0 cannot listen on {host}:{port} ({reason}); set a free port of this machine"
             ) from error
         raise RankLostError(
-            f"the ranks did not find each other in {MEETING_S} s at {host}:{port} ({reason}); is each of them started, "
-            "and the address reachable?"
+            f"rank {place} of {world}: not all ranks joined at {host}:{port} within {MEETING_S} s ({reason}); check "
+            "that every rank was started and that the address is reachable"
         ) from error
 
 
@@ -129,7 +131,7 @@ def _end_with_launcher() -> None:
     """Make Linux kill this rank when its launcher dies, so that no rank is orphaned."""
     launcher = os.environ.get("FASTDEITLT_LAUNCHER")
     if launcher and os.getppid() != int(launcher):
-        raise RankLostError("the launcher of this rank has ended before it began")
+        raise RankLostError("the launcher of this rank exited before the rank started; start the command again")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -156,15 +158,15 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
         if isinstance(error, UserError):
             # all ranks stop together and rank 0 reports it; its store may be gone, so the others do not query it
             is_reported = ranks[0] > 0 if isinstance(error, StoppedError) else _already_reported(str(error))
-            error.told = is_reported  # type: ignore[attr-defined]
+            error.reported = is_reported  # type: ignore[attr-defined]
             raise
         if not _lost_contact(error):
-            log.error("rank %d of %d stops: %s: %s", *ranks, type(error).__name__, error)
+            log.error("rank %d of %d stopped: %s: %s", *ranks, type(error).__name__, error)
             raise
         reason = " ".join(str(error).split())[:160]
         raise RankLostError(
-            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({reason}); its own message says why; the "
-            "same command continues from the last checkpoint"
+            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({reason}); see the log of that rank, and "
+            "rerun the same command to resume from the last checkpoint"
         ) from error
 
 
@@ -173,7 +175,7 @@ def _already_reported(message: str) -> bool:
     try:
         assert _store is not None
         _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
-        return _store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
+        return _store.add(f"reported/{hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
     except (RuntimeError, collective.DistError):
         return False
 
@@ -192,12 +194,15 @@ def _absent() -> str:
         time.sleep(ROLL_CALL_S)
         missing = [str(r) for r in range(get_world()) if not _store.check([f"failed/{r}"])]
     except (RuntimeError, collective.DistError):
-        return "rank 0, which holds the meeting point"
-    return f"rank {', '.join(missing)}" if missing else "the network: every rank is there"
+        return "rank 0, which hosts the store"
+    return f"rank {', '.join(missing)}" if missing else "the network (all ranks are running)"
 
 
 def all_ranks(backend: str | None = None) -> Any:
-    """Create another group of all ranks with the run's timeout, not torch's 30 minutes."""
+    """Create another group of all ranks with the run's timeout.
+
+    Torch's default is 30 minutes.
+    """
     return collective.new_group(backend=backend, timeout=_timeout)
 
 
@@ -209,7 +214,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self._group = all_ranks("gloo") if get_world() > 1 else None
-        self._said = torch.tensor(0)
+        self._value = torch.tensor(0)
         self._pending: Any = None
 
     def highest(self, number: int, at_once: bool = False) -> int:
@@ -217,8 +222,8 @@ class Agreement:
         if self._group is None:
             return number
         previous = self._collect()
-        self._said = torch.tensor(number)
-        self._pending = collective.all_reduce(self._said, collective.ReduceOp.MAX, group=self._group, async_op=True)
+        self._value = torch.tensor(number)
+        self._pending = collective.all_reduce(self._value, collective.ReduceOp.MAX, group=self._group, async_op=True)
         return max(previous, self._collect()) if at_once else previous
 
     def _collect(self) -> int:
@@ -226,11 +231,14 @@ class Agreement:
             return 0
         self._pending.wait()
         self._pending = None
-        return int(self._said)
+        return int(self._value)
 
 
 def start_alone(device: torch.device) -> None:
-    """Create a one-process group for engines that need a group, unless a group exists."""
+    """Create a one-process group, unless a group exists.
+
+    Some engines need a group.
+    """
     os.environ.setdefault("LOCAL_RANK", "0")
     if not collective.is_initialized():
         collective.init_process_group(_backend(device), store=collective.HashStore(), rank=0, world_size=1)
@@ -250,7 +258,7 @@ def adopt_slurm(env: Any) -> None:
         return
     missing = [name for name in ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID") if f"SLURM_{name}" not in env]
     if missing:
-        raise UserError(f"SLURM_{missing[0]}: is not set, but SLURM_STEP_NUM_TASKS is; start the ranks by srun")
+        raise UserError(f"SLURM_{missing[0]}: not set, expected with SLURM_STEP_NUM_TASKS; start the ranks with srun")
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
     # a task with its own GPU (--gpus-per-task=1) has index 0, whatever its local rank
@@ -269,16 +277,16 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
-def _launcher_int(name: str, alone: int) -> int:
+def _launcher_int(name: str, default: int) -> int:
     """Read an integer set by the launcher, or return the default."""
     adopt_slurm(os.environ)
-    return _number(os.environ, name, alone)
+    return _number(os.environ, name, default)
 
 
-def _number(env: Any, name: str, alone: int) -> int:
-    text = env.get(name, str(alone))
+def _number(env: Any, name: str, default: int) -> int:
+    text = env.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected a whole number; unset it")
+        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected an integer; unset it")
     return int(text)
 
 
@@ -336,7 +344,10 @@ def sum_together(tensors: Sequence[Tensor]) -> None:
 
 
 def average_together(tensors: Sequence[Tensor]) -> None:
-    """Average each tensor over ranks in place, in one all-reduce, without a host sync."""
+    """Average each tensor over ranks in place, in one all-reduce.
+
+    Without a host sync.
+    """
     if get_world() > 1 and tensors:
         sum_together(tensors)
         torch._foreach_div_(list(tensors), get_world())
@@ -370,7 +381,9 @@ def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0, within ``train.main_timeout_s``; return its result everywhere.
+    """Run ``work`` on rank 0 and return its result on all ranks.
+
+    Limited to ``train.main_timeout_s``.
 
     Raises:
         UserError: raised by ``work``, on every rank.
@@ -397,23 +410,23 @@ def device_of(kind: str) -> torch.device:
     """
     usable = kind != "cpu" and torch.cuda.is_available()
     if kind == "cuda" and not usable:
-        raise UserError("device cuda: torch finds no GPU that it can use; 'fastdeitlt doctor' says why, or use cpu")
+        raise UserError("train.device: got cuda, but torch has no usable GPU; run 'fastdeitlt doctor', or use cpu")
     if not usable:
         if kind == "auto" and DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-            _say_unused()
+            _warn_unused_gpu()
         return torch.device("cpu")
     index, count = local_rank(), torch.cuda.device_count()
     if index >= count:
         raise UserError(
-            f"device cuda: this is rank {index} of this machine, counted from 0, and {count} of its GPUs can be seen; "
-            f"start at most {count} ranks here"
+            f"train.device: got cuda for local rank {index}, but torch sees {counted(count, 'GPU')}; start at most "
+            f"{counted(count, 'rank')} on this machine"
         )
     return torch.device("cuda", index)
 
 
 @functools.cache
-def _say_unused() -> None:
-    log.warning("this machine has an NVIDIA GPU that torch cannot use, so the CPU computes; see 'fastdeitlt doctor'")
+def _warn_unused_gpu() -> None:
+    log.warning("train.device=auto: torch cannot use this machine's NVIDIA GPU, using the CPU; run 'fastdeitlt doctor'")
 
 
 def stop() -> None:

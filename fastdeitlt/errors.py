@@ -13,15 +13,15 @@ _NO_ROOM = (
 host and DALI allocators, cuBLAS, cuDNN, library loading, threads."""
 
 
-_CURES = {
+_REMEDIES = {
     **dict.fromkeys(
         (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-        "free space or choose another place",
+        "free space, or write to another folder",
     ),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "put it back if it was moved, and start again"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "restore it if it was moved, and start again"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
-    errno.EISDIR: "give the name of a file",
-    errno.EIO: "see the system's log, and start again",
+    errno.EISDIR: "use the name of a file",
+    errno.EIO: "check the system log, and start again",
 }
 """Remedies of system errors that are not bugs, by errno."""
 
@@ -54,10 +54,10 @@ def is_memory_full(error: BaseException) -> bool:
 
 def storage_failure(error: BaseException | None) -> str | None:
     """Return the message and remedy of a file error that is not a bug, else None."""
-    if not isinstance(error, OSError) or error.errno not in _CURES:
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES:
         return None
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}; {_CURES[error.errno]}"
+    return f"{where}{error.strerror}; {_REMEDIES[error.errno]}"
 
 
 class UserError(ValueError):

@@ -49,7 +49,7 @@ def train(cfg: Config, resume: str = "auto") -> Path:
         cfg = run.cfg
         stack.enter_context(memory_hint(cfg, run.folder))
         if run.finished:
-            log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
+            log.info("%s is finished; use '--resume never' to train again in a new folder", run.folder)
             report_once(run)
             return run.folder
         torch.compiler.reset()  # graphs of earlier runs in this process count towards the compiler's limit
@@ -82,11 +82,11 @@ def train(cfg: Config, resume: str = "auto") -> Path:
             batches = parts.batches(steps, phase)  # augment, mix
             for step in steps:
                 rate = learning_rate(step.clock, cfg, data.plan.virtual_ranks)
-                taken = take_step(batches, len(step.micro_batches), phase, rate)
+                result = take_step(batches, len(step.micro_batches), phase, rate)
                 state.step += 1
                 meter.step(
-                    taken.losses,
-                    taken.norm,
+                    result.losses,
+                    result.norm,
                     data.plan.batch_size * len(step.micro_batches) * world,
                     done=state.step,
                     epoch=epoch,

@@ -51,7 +51,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         cfg, t = run.cfg, run.cfg.teacher_training
         best = run.folder / "checkpoints" / "best"
         if run.finished:
-            log.info("%s is finished; '--resume never' trains again in a new folder", run.folder)
+            log.info("%s is finished; use '--resume never' to train again in a new folder", run.folder)
             return best
         torch.compiler.reset()  # graphs of earlier runs in this process count towards the compiler's limit
         device = distributed.device_of(cfg.train.device)

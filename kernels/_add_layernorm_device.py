@@ -9,7 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def _place(p_rows, o_m, o_d, m_block, M, TOKENS: tl.constexpr, D: tl.constexpr):
-    """Return offsets and mask of rows of x in a tensor of K samples; ``p_rows`` None = all samples."""
+    """Return offsets and mask of rows of x in a tensor of K samples.
+
+    ``p_rows`` None = all samples.
+    """
     o_row = o_m.to(tl.int64)
     if p_rows is not None:
         i_k = tl.load(p_rows + o_m // TOKENS, mask=o_m < M, other=-1)
@@ -85,7 +88,10 @@ def add_layernorm_bwd_kernel(
     M, TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx, dbranch and partial sums; program i: blocks i, i + P, i + 2 P .. of ROWS rows."""
+    """Compute dx, dbranch and partial sums.
+
+    Program i: blocks i, i + P, i + 2 P .. of ROWS rows.
+    """
     i_p = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D

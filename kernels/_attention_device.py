@@ -16,7 +16,10 @@ def _load(
     p_rows, start, limit, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """Load rows [BLOCK, BLOCK_D] from ``start``; zero from ``limit`` on (if MASK) and past the width D."""
+    """Load rows [BLOCK, BLOCK_D] from ``start``.
+
+    Zero from ``limit`` on (if MASK) and past the width D.
+    """
     o_n = start + tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     p_block = p_rows + o_n[:, None] * STRIDE + o_d[None, :]
@@ -32,7 +35,10 @@ def _load(
 
 @triton.jit
 def _store(p_rows, b_x, start, first, limit, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Store the rows of ``b_x`` that are in [first, limit); its first row is ``start``."""
+    """Store the rows of ``b_x`` that are in [first, limit).
+
+    Its first row is ``start``.
+    """
     o_n = start + tl.arange(0, b_x.shape[0])
     o_d = tl.arange(0, b_x.shape[1])
     m_block = ((o_n >= first) & (o_n < limit))[:, None] & (o_d < D)[None, :]
@@ -44,7 +50,9 @@ def _attend(
     b_q, ks, vs, row_max, row_sum, b_out, N: tl.constexpr, CHUNKS: tl.constexpr, SCALE: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks' keys to the running softmax, or start it if FIRST; ``row_max`` is of unscaled scores.
+    """Add the chunks' keys to the running softmax, or start it if FIRST.
+
+    ``row_max`` is of unscaled scores.
 
     The scale is applied in the exponent's multiply-add, where it is free.
     """
@@ -134,7 +142,10 @@ def attention_bwd_kernel(
     Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, RESIDENT: tl.constexpr, KEYS: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ of ROWS query rows of a head over all keys; if these are all rows, dK and dV too (WRITE_DKV)."""
+    """Compute dQ of ROWS query rows of a head over all keys.
+
+    If these are all rows, dK and dV too (WRITE_DKV).
+    """
     PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
     SCALE: tl.constexpr = D**-0.5
     i_head = tl.program_id(0) // PARTS

@@ -1,8 +1,8 @@
 """Launch settings and launches of ``attention``; the device code is in ``_attention_device``.
 
 N = 198 is no power of two, so tiles are unequal: keys 128 + 64 + 16 stay on chip, queries are loaded in three blocks
-of 64, then one of 16. With whole rows on chip the softmax needs no running rescale, and one program a head computes dQ,
-dK and dV. Longer sequences and wider heads stream the keys, and dQ and dK/dV are two launches.
+of 64, then one of 16. With whole rows on chip the softmax needs no running rescale, and one program per head computes
+dQ, dK and dV. Longer sequences and wider heads stream the keys, and dQ and dK/dV are two launches.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,10 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, kv: Tensor | None, query_rows: int) -> "Problem":
-        """Return the problem of a packed [B, N, 3, H, D], or of queries [B, R, H, D] and [B, N, 2, H, D]."""
+        """Return the problem of a packed or separate input.
+
+        Packed [B, N, 3, H, D], or queries [B, R, H, D] and [B, N, 2, H, D].
+        """
         tokens = q.shape[1] if kv is None else kv.shape[1]
         return cls(tokens, query_rows, q.shape[-2], q.shape[-1], kv is None)
 
@@ -55,7 +58,10 @@ class Problem(NamedTuple):
         return self.tokens <= WHOLE_ROW_TOKENS and self.width <= WHOLE_ROW_WIDTH
 
     def key(self, name: str) -> tuple[str, int, int, int]:
-        """Return the key of a pass's measured setting: pass, tokens, query rows, head width."""
+        """Return the key of a pass's measured setting.
+
+        Pass, tokens, query rows, head width.
+        """
         return name, self.tokens, self.rows, self.width
 
 
@@ -64,7 +70,10 @@ Loops = tuple[tuple[int, int, int, bool], ...]
 
 
 def chunks(size: int, start: int, waste: float) -> Chunks:
-    """Cover ``size`` by powers of two from 16 on: (start, width, masked); each may idle ``waste * size`` rows."""
+    """Cover ``size`` by powers of two from 16 on: (start, width, masked).
+
+    Each may idle ``waste * size`` rows.
+    """
     covered: Chunks = ()
     while (left := size - sum(chunk[1] for chunk in covered)) > 0:
         width = max(16, triton.next_power_of_2(left))
@@ -75,7 +84,10 @@ def chunks(size: int, start: int, waste: float) -> Chunks:
 
 
 def loops(size: int, block: int, tail: int) -> Loops:
-    """Return (start, stop, block, masked): one loop, or one of whole blocks and a last block of ``tail``."""
+    """Return the loops over rows: (start, stop, block, masked).
+
+    One loop, or one of whole blocks and a last block of ``tail``.
+    """
     whole = size // block * block
     if not 0 < size - whole <= tail:
         return ((0, size, block, size > whole),)
@@ -87,7 +99,10 @@ SETTINGS_OF = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
 
 
 def architecture(device: torch.device) -> int:
-    """Return the capability whose settings a device uses, see ``SETTINGS_OF``; 90 in the interpreter."""
+    """Return the capability whose settings a device uses.
+
+    See ``SETTINGS_OF``; 90 in the interpreter.
+    """
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -95,7 +110,9 @@ def architecture(device: torch.device) -> int:
 
 
 def forward_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Return the forward's default setting: free of spills on its architecture, not measured.
+    """Return the forward's default setting.
+
+    Free of spills on its architecture, not measured.
 
     A tail of 16 saves work. At 198 tokens sm_80 has too few registers for it, and sm_100 would run fewer programs at
     once; so would loads in two stages there, which need up to four times the tensor memory.
@@ -111,7 +128,10 @@ def forward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def backward_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Return the default setting of ``attention_bwd_kernel``: free of spills, not measured."""
+    """Return the default setting of ``attention_bwd_kernel``.
+
+    Free of spills, not measured.
+    """
     if problem.rows <= FEW_ROWS:
         return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 32, "TAIL": 0}, 4, 2)
     is_short = problem.whole_row and problem.rows <= SHORT_ROW_TOKENS
@@ -126,7 +146,10 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def keys_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Return the default setting of ``attention_bwd_keys_kernel``: free of spills, not measured."""
+    """Return the default setting of ``attention_bwd_keys_kernel``.
+
+    Free of spills, not measured.
+    """
     return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 32 if sm == 86 else 64}, 8 if problem.width > 64 else 4, 2)
 
 
@@ -146,7 +169,10 @@ def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]
 
 
 def one_program(problem: Problem, config: LaunchConfig) -> bool:
-    """Return whether one backward program has all queries of a head, and so computes dK and dV too."""
+    """Return whether one backward program has all queries of a head.
+
+    It then computes dK and dV too.
+    """
     return problem.rows <= config.blocks["ROWS"]
 
 
@@ -179,7 +205,9 @@ def launch_forward(q: Tensor, kv: Tensor | None, query_rows: int, out: Tensor, l
 def launch_backward(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, dq: Tensor, dkv: Tensor, sums: bool
 ) -> Tensor:
-    """Fill ``dq`` and ``dkv``; a packed gradient is all in ``dq``, with zero dQ for rows that are not queries.
+    """Fill ``dq`` and ``dkv``.
+
+    A packed gradient is all in ``dq``, with zero dQ for rows that are not queries.
 
     Returns:
         [2, H, D] float32 sums over all rows of dQ and of ``grad_out``, if ``sums``; else empty.
@@ -210,7 +238,9 @@ def launch_backward(
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels: the students' token counts, every head width, the two first rows.
+    """Return the shipped kernels.
+
+    The students' token counts, every head width, the two first rows.
 
     In bfloat16, once in float16; the backward with the sums for the projection's bias, as in the student, and once
     without.

@@ -2,10 +2,10 @@
 
 Each image of a batch is described by one row of float64, exact for every integer and matrix (columns below). Work is
 split by pixel p = y * S + x, whose three values use the same addresses and weights; between the passes a pixel is one
-int32, red in the lowest byte. A program computes BLOCK pixels, STEP at a time, one a thread: adjacent threads then read
-adjacent pixels, and layouts need no conversion inside a loop. Launched without fused multiply-adds, as Pillow has none
-(``FP_FUSION``). Arguments whose alignment or value changes between batches are not specialised: each variant would be
-compiled while the step waits for data.
+int32, red in the lowest byte. A program computes BLOCK pixels, STEP at a time, one per thread: adjacent threads then
+read adjacent pixels, and layouts need no conversion inside a loop. Launched without fused multiply-adds, as Pillow has
+none (``FP_FUSION``). Arguments whose alignment or value changes between batches are not specialised: each variant would
+be compiled while the step waits for data.
 Shapes: B batch, S output side, K taps, J images that need statistics.
 """
 
@@ -17,7 +17,7 @@ START, STRIDE, HEIGHT, WIDTH, COLUMNS_FIRST, FLIP = (tl.constexpr(i) for i in ra
 FIRST, SECOND, OP_COLUMNS = tl.constexpr(6), tl.constexpr(15), tl.constexpr(9)
 """Two operations of nine columns: kind, argument, matrix (6), index of the lookup table."""
 SEPARATE, TOP, LEFT, ERASE_HEIGHT, ERASE_WIDTH, KEY = (tl.constexpr(i) for i in range(24, 30))
-"""Whether the first operation is a pass of its own; the erased box and the key of its noise."""
+"""Whether the first operation is a separate pass; the erased box and the key of its noise."""
 COLUMNS = tl.constexpr(30)
 LAM, REST, BOX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Columns of the last row, which describes the batch: lambda, 1 - lambda, box (y0, y1, x0, x1)."""
@@ -37,7 +37,10 @@ TWO_52_BITS, FILL = tl.constexpr(0x433 << 52), tl.constexpr(124 | 116 << 8 | 104
 
 @triton.jit
 def coefficients_kernel(rows, weights, first, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute Pillow's antialiased bicubic coefficients (a = -0.5) in 1/2^22, and first taps, of one axis."""
+    """Compute Pillow's antialiased bicubic coefficients of one axis.
+
+    With a = -0.5, in 1/2^22, and first taps.
+    """
     image, axis = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     i = tl.minimum(place, S - 1)
@@ -65,7 +68,9 @@ def convolve_kernel(
     rows, weights, first, source, target, source_size, target_size,
     PASS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Resize along rows or columns, in the image's order of passes; the second pass also mirrors.
+    """Resize along rows or columns, in the image's order of passes.
+
+    The second pass also mirrors.
 
     The first pass reads bytes of the set, the second the first's pixels; the sizes are of an image, in pixels.
     """
@@ -137,7 +142,10 @@ def _luma(red, green, blue):
 
 @triton.jit(do_not_specialize_on_alignment=["jobs"])
 def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Add a block's values (bin 256 c + v) and luma to the statistics of a job's image."""
+    """Add a block's values and luma to the statistics of a job's image.
+
+    A value is in bin 256 c + v.
+    """
     job = tl.program_id(0)
     image = images + tl.load(jobs + job * 2).to(tl.int64) * (S * S)
     p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -151,7 +159,10 @@ def histogram_kernel(jobs, images, counts, lumas, S: tl.constexpr, BLOCK: tl.con
 
 @triton.jit(do_not_specialize=["slot"], do_not_specialize_on_alignment=["jobs"])
 def table_kernel(jobs, rows, counts, lumas, tables, slot, FIELD: tl.constexpr, S: tl.constexpr):
-    """Compute one channel's lookup table of a job's first or second operation (FIELD) from its statistics."""
+    """Compute one channel's lookup table of a job's operation (FIELD).
+
+    FIELD is the first or second; from its statistics.
+    """
     job, c = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, 256)
     count = tl.load(counts + (job * 3 + c) * 256 + v)
@@ -183,7 +194,10 @@ def _blend(degenerate, value, factor):
 
 @triton.jit
 def _coefficients(v1, v2, v3, v4):
-    """Return the cubic's coefficients by powers of t from four neighbours; integers from integers."""
+    """Return the cubic's coefficients by powers of t from four neighbours.
+
+    Integers from integers.
+    """
     return v2, v3 - v1, 2 * (v1 - v2) + v3 - v4, -v1 + v2 - v3 + v4
 
 
@@ -194,14 +208,20 @@ def _cubic(c0, c1, c2, c3, t):
 
 @triton.jit
 def _exact(value):
-    """Convert integers from -BIAS to 2^31 - BIAS to float64 by bits of 2^52, as the conversion is slow."""
+    """Convert integers to float64 by bits of 2^52.
+
+    From -BIAS to 2^31 - BIAS; the usual conversion is slow.
+    """
     bits = (value + BIAS).to(tl.uint32).to(tl.uint64) | TWO_52_BITS
     return bits.to(tl.float64, bitcast=True) - (TWO_52 + BIAS)
 
 
 @triton.jit
 def _warp(image, p, mask, matrix, S: tl.constexpr):
-    """Compute Pillow's bicubic affine transform (a = -1) in float64; outside the image (124, 116, 104)."""
+    """Compute Pillow's bicubic affine transform (a = -1) in float64.
+
+    Outside the image: (124, 116, 104).
+    """
     x_out, y_out = (p % S).to(tl.float64) + 0.5, (p // S).to(tl.float64) + 0.5
     x_in = tl.load(matrix) * x_out + tl.load(matrix + 1) * y_out + tl.load(matrix + 2)
     y_in = tl.load(matrix + 3) * x_out + tl.load(matrix + 4) * y_out + tl.load(matrix + 5)
@@ -253,7 +273,10 @@ def _points(red, green, blue, kind, argument):
 
 @triton.jit
 def _operate(image, p, mask, op, tables, S: tl.constexpr):
-    """Apply the operation described by nine columns at ``op``; return red, green and blue (int32)."""
+    """Apply the operation described by nine columns at ``op``.
+
+    Returns red, green and blue (int32).
+    """
     kind, argument = tl.load(op).to(tl.int32), tl.load(op + 1)
     pixel = tl.load(image + p, mask=mask, other=0)
     red, green, blue = _unpack(pixel)
@@ -288,7 +311,10 @@ def _operate(image, p, mask, op, tables, S: tl.constexpr):
 
 @triton.jit
 def _sharpen(value, total, middle, factor):
-    """Sharpen a value from the sum of its 3 x 3 neighbourhood, centre five times; the border is kept."""
+    """Sharpen a value from the sum of its 3 x 3 neighbourhood.
+
+    The centre counts five times; the border is kept.
+    """
     smooth = tl.where(middle, (2 * total + 13) // 26, value)
     return _blend(smooth.to(tl.float32), value.to(tl.float32), factor)
 
@@ -297,7 +323,10 @@ def _sharpen(value, total, middle, factor):
 def operate_kernel(
     jobs, rows, crops, operated, tables, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Apply the first operation alone, for images whose second one needs more than the value."""
+    """Apply the first operation alone.
+
+    For images whose second operation needs more than the value.
+    """
     image = tl.load(jobs + tl.program_id(0)).to(tl.int64)
     for start in range(0, BLOCK, STEP):
         p = tl.program_id(1) * BLOCK + start + tl.arange(0, STEP)
@@ -308,7 +337,10 @@ def operate_kernel(
 
 @triton.jit
 def _finished(image, p, mask, rows, crops, operated, tables, quantiles, scale, offset, S: tl.constexpr):
-    """Return an image's normalised, erased pixels before mixing: red, green and blue (float32)."""
+    """Return an image's normalised, erased pixels before mixing.
+
+    Red, green and blue (float32).
+    """
     row = rows + image * COLUMNS
     base = image.to(tl.int64) * (S * S)
     if tl.load(row + SEPARATE) != 0.0:
@@ -334,7 +366,10 @@ def _finished(image, p, mask, rows, crops, operated, tables, quantiles, scale, o
 
 @triton.jit
 def _noise(value, e, key, erased, quantiles):
-    """Replace erased values by normal quantiles drawn by a hash of the element's index."""
+    """Replace erased values by normal quantiles.
+
+    Drawn by a hash of the element's index.
+    """
     bits = (e.to(tl.uint32) * 0x9E3779B1) ^ key
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -346,7 +381,10 @@ def finish_kernel(
     rows, crops, operated, tables, quantiles, scale, offset, images, B,
     MIX: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Operate on, normalise, erase and mix image b and its partner B - 1 - b; fill ``images`` [B, S, S, 3]."""
+    """Operate on, normalise, erase and mix image b and partner B - 1 - b.
+
+    Fills ``images`` [B, S, S, 3].
+    """
     own = tl.program_id(0)
     other = B - 1 - own
     mix = rows + B * COLUMNS

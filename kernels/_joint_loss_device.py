@@ -1,4 +1,4 @@
-"""Device code of ``joint_loss`` (formulas and bytes there): one program a row, float32 arithmetic.
+"""Device code of ``joint_loss`` (formulas and bytes there): one program per row, float32 arithmetic.
 
 Shapes: B batch, K classes, J the teacher's classes, S statistics of a row.
 Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of a row in registers.
@@ -32,7 +32,10 @@ def _load_logits(p_row, p_shift, scale, o_k, o_column, m_k):
 
 @triton.jit
 def _value_at(p_row, p_shift, i, K: tl.constexpr):
-    """Load row[i] + shift[i]; NaN if i is no class, so that a bad label shows in the loss."""
+    """Load row[i] + shift[i].
+
+    NaN if i is no class, so that a bad label shows in the loss.
+    """
     m_class = (i >= 0) & (i < K)
     value = tl.load(p_row + i, mask=m_class, other=float("nan")).to(tl.float32)
     if p_shift is not None:
@@ -42,7 +45,10 @@ def _value_at(p_row, p_shift, i, K: tl.constexpr):
 
 @triton.jit
 def _log_sum_exp(p_row, p_shift, scale, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Return maximum and log sum exp(x - maximum) of a row; their sum would lose digits of large logits."""
+    """Return maximum and log sum exp(x - maximum) of a row.
+
+    Their sum would lose digits of large logits.
+    """
     row_max = -float("inf")
     row_sum = 0.0
     for i_k in range(0, K, BLOCK):
@@ -95,7 +101,10 @@ def _soft_divergence(
     dist_max, dist_log_sum, teacher_max, teacher_log_sum,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute KL(teacher || DIST) of a row at the temperature; classes in the teacher's order."""
+    """Compute KL(teacher || DIST) of a row at the temperature.
+
+    Classes in the teacher's order.
+    """
     divergence = 0.0
     for i_k in range(0, K, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)
@@ -118,7 +127,10 @@ def _mapped(p_class_map, o_k, K: tl.constexpr):
 
 @triton.jit
 def _upstream(p_grad_loss, p_grad_term, share):
-    """Return a term's upstream gradient: its share of the loss's, plus its own; None = not used."""
+    """Return a term's upstream gradient.
+
+    Its part of the loss's, plus its own; None = not used.
+    """
     gradient = 0.0
     if p_grad_loss is not None:
         gradient += share * tl.load(p_grad_loss)

@@ -54,7 +54,10 @@ def gathered(labels: Tensor, options: dict[str, Any]) -> tuple[Target, LossSpec]
 def reference_losses(
     cls_logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor, target: Target, spec: LossSpec
 ) -> JointLoss:
-    """Compute the joint loss in float32 (float64 of float64), without a dense target; nothing is checked."""
+    """Compute the joint loss in float32, without a dense target.
+
+    In float64 for float64. Nothing is checked.
+    """
     cls_loss, dist_logits_BK = label_loss(cls_logits, target, spec), _full(dist_logits)
     if spec.soft:
         dist_loss = _soft_distillation(dist_logits_BK, _full(teacher_logits), spec)
@@ -67,7 +70,10 @@ def reference_losses(
 
 
 def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
-    """Compute the CLS head's loss from ``cls_weights``, ``log_prior`` and ``bce``: 0-d float32."""
+    """Compute the CLS head's loss, 0-d float32.
+
+    From ``cls_weights``, ``log_prior`` and ``bce``.
+    """
     (labels, partner, lam, smoothing), cls_weights, logits_BK = target, spec.cls_weights, _full(logits)
     if spec.log_prior is not None:
         logits_BK = logits_BK + spec.log_prior
@@ -76,7 +82,10 @@ def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
         return values_BK if cls_weights is None else values_BK * cls_weights
 
     def mixed(values_BK: Tensor) -> Tensor:
-        """Return [B] values at the label, or the mean at the two mixed labels weighted by ``lam``."""
+        """Return [B] values at the label.
+
+        For a mixed batch, the mean at the two labels weighted by ``lam``.
+        """
         own_B = values_BK.gather(1, labels[:, None])[:, 0]
         if partner is None or lam is None:
             return own_B
@@ -94,12 +103,17 @@ def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
 
 
 def divisor(weight_sum: Tensor) -> Tensor:
-    """Return the divisor of a weighted mean: infinity for weights that are all 0, so that the mean is 0, not NaN."""
+    """Return the divisor of a weighted mean.
+
+    Infinity for weights that are all 0, so that the mean is 0, not NaN.
+    """
     return torch.where(weight_sum == 0, torch.inf, weight_sum)
 
 
 def decision_weight(teacher_logits: Tensor, weights: Tensor | None, class_map: Tensor | None = None) -> Tensor:
-    """Sum the DRW weights of the teacher's decisions over the batch: divisor of the DIST loss, 0-d float32.
+    """Sum the DRW weights of the teacher's decisions over the batch.
+
+    It is the divisor of the DIST loss, 0-d float32.
 
     Its mean over ranks, passed as ``normaliser``, makes the weighted mean one over the global batch.
     """

@@ -21,7 +21,10 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def interpreted() -> bool:
-    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    """Return whether kernels run in Triton's interpreter.
+
+    TRITON_INTERPRET=1 when triton was imported.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -34,7 +37,9 @@ _SCHEMA_TYPES = {
 
 
 def schema(inputs: type, mutated: tuple[str, ...] = ()) -> str:
-    """Return an operator's arguments in torch's schema syntax: the fields of a NamedTuple and of those in it.
+    """Return an operator's arguments in torch's schema syntax.
+
+    The fields of a NamedTuple and of those in it.
 
     Args:
         inputs: NamedTuple whose fields have types that an operator accepts.
@@ -99,7 +104,9 @@ def _compile(
 
 @contextmanager
 def compiling(workers: int) -> Iterator[list[Future[None]]]:
-    """Make ``launch`` compile in ``workers`` threads instead of running; Triton caches the results.
+    """Make ``launch`` compile in ``workers`` threads instead of running.
+
+    Triton caches the results.
 
     Yields the compilations: a failed one has its exception, and the real launch raises it again.
     """
@@ -119,7 +126,10 @@ def compiling(workers: int) -> Iterator[list[Future[None]]]:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU, for persistent grids; 4 in the interpreter."""
+    """Return the number of multiprocessors of a GPU.
+
+    For persistent grids; 4 in the interpreter.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -132,7 +142,9 @@ def check(
     device: torch.device | None = None,
     contiguous: bool | None = True,
 ) -> None:
-    """Refuse an argument that a kernel does not support, before anything is allocated or launched.
+    """Refuse an argument that a kernel does not support.
+
+    Before anything is allocated or launched.
 
     Args:
         op, name: for the message.
@@ -146,18 +158,18 @@ def check(
     """
     if tensor.dim() != len(shape) or any(e is not None and g != e for g, e in zip(tensor.shape, shape, strict=True)):
         expected = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
-        raise UserError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+        raise UserError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected {expected}")
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(f"{op}: {name} has dtype {got}, expected {names}; convert it with .to()")
+        raise UserError(f"{op}: {name}: got dtype {got}, expected {names}; convert it with .to()")
     if device is not None and tensor.device != device:
-        raise UserError(f"{op}: {name} is on {tensor.device}, expected {device}; move it with .to()")
+        raise UserError(f"{op}: {name}: got device {tensor.device}, expected {device}; move it with .to()")
     if contiguous and not tensor.is_contiguous():
-        raise UserError(f"{op}: {name} has strides {tensor.stride()}, expected contiguous; call .contiguous()")
+        raise UserError(f"{op}: {name}: got strides {tensor.stride()}, expected contiguous; call .contiguous()")
     if contiguous is False and tensor.size(-1) > 1 and tensor.stride(-1) != 1:
         raise UserError(
-            f"{op}: {name} has strides {tensor.stride()}, expected 1 in the last dimension; call .contiguous()"
+            f"{op}: {name}: got strides {tensor.stride()}, expected 1 in the last dimension; call .contiguous()"
         )
 
 
@@ -169,8 +181,8 @@ def check_launchable(op: str, tensor: Tensor) -> None:
     """
     if tensor.device.type != "cuda" and not interpreted():
         raise UserError(
-            f"{op}: got a tensor on {tensor.device}, but the Triton kernel runs on CUDA; use the torch implementation, "
-            "or set TRITON_INTERPRET=1 before Python starts to run it slowly on the CPU"
+            f"{op}: got a tensor on {tensor.device}, expected CUDA for the Triton kernel; use the torch "
+            "implementation, or set TRITON_INTERPRET=1 before Python starts to interpret it slowly on the CPU"
         )
 
 
@@ -187,7 +199,7 @@ class AotConfig:
         divisible_by_16: integer arguments that are multiples of 16 in a real launch (pointers are assumed aligned).
         fp_fusion: whether fused multiply-adds are allowed, as in the launch.
         mma: whether the kernel must contain tensor-core instructions.
-        narrow_stores: maximum number of stores to global memory of less than 8 bytes a thread; None = any. A mask or
+        narrow_stores: maximum number of stores to global memory of less than 8 bytes per thread; None = any. A mask or
             an offset that Triton cannot analyse makes every store narrow.
         architectures: compute capabilities to compile for.
         note: its text in the table; empty = all constexprs.

@@ -53,9 +53,9 @@ class Row(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> "Row":
         if self.kind == "setting" and not (self.blocks and self.num_warps > 0 and self.num_stages > 0):
-            raise ValueError("a setting needs blocks, num_warps and num_stages")
+            raise ValueError("setting: expected blocks, num_warps and num_stages")
         if self.kind == "fastest" and not self.impl:
-            raise ValueError("the fastest needs an impl")
+            raise ValueError("fastest: expected an impl")
         return self
 
     @property
@@ -90,7 +90,10 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Add rows to a file; a row replaces an earlier one of the same kind, op, key and GPU."""
+    """Add rows to a file.
+
+    A row replaces an earlier one of the same kind, op, key and GPU.
+    """
     newest = {(row.kind, row.op, row.key, row.gpu): row for row in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in newest.values()))
@@ -99,7 +102,9 @@ def write(path: Path, rows: list[Row]) -> None:
 
 @functools.cache
 def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
-    """Return (kind, op, key) -> the row in effect for a GPU with the installed Triton.
+    """Return (kind, op, key) -> the row in effect for a GPU.
+
+    With the installed Triton.
 
     By rising precedence: another GPU, another Triton, this GPU and Triton, rows set by ``share``; at the same level a
     user's row replaces a shipped one.
@@ -117,7 +122,10 @@ def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, Key], Row]:
 
 
 def is_current(row: Row, gpu: str) -> bool:
-    """Return whether a row was measured on this GPU with the installed torch and Triton."""
+    """Return whether a row was measured on this GPU.
+
+    With the installed torch and Triton.
+    """
     return row.gpu == gpu and all(getattr(row, name) == metadata.version(name) for name in ("torch", "triton"))
 
 
@@ -125,7 +133,10 @@ _shared: dict[tuple[str, str, Key], Row] = {}
 
 
 def share(rows: Iterable[Row]) -> None:
-    """Give these rows precedence in this process: those of rank 0, so that all ranks run the same implementations."""
+    """Give these rows precedence in this process.
+
+    They are those of rank 0, so that all ranks run the same implementations.
+    """
     _shared.clear()
     _shared.update(by_key(rows))
     rows_of.cache_clear()
@@ -175,6 +186,9 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 def fingerprint(index: int | None = None) -> str:
-    """Return a hash of the rows in effect: if it changes, a resumed run may compute in another order."""
+    """Return a hash of the rows in effect.
+
+    If it changes, a resumed run may compute in another order.
+    """
     rows = "\n".join(sorted(row.model_dump_json() for row in rows_of(index).values()))
     return hashlib.sha256(rows.encode()).hexdigest()[:8]

@@ -35,12 +35,14 @@ _refused: set[str] = set()
 
 @functools.cache
 def say_once(message: str, level: int = logging.WARNING) -> None:
-    """Log a message once a process."""
+    """Log a message once per process."""
     log.log(level, message)
 
 
 def check_impl(op: str, impl: str) -> None:
-    """Refuse an unknown implementation of an op, or one whose package is not installed.
+    """Refuse an unknown implementation of an op.
+
+    Or one whose package is not installed.
 
     Raises:
         UserError: see above.
@@ -50,9 +52,7 @@ def check_impl(op: str, impl: str) -> None:
         raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(impls)}{near(impl, impls)}")
     if not installed(impl):
         package = FLASH_MODULES.get(impl, "triton")
-        raise UserError(
-            f"{op}: got impl {impl!r}, but {package} is not installed for this torch; install it or use auto"
-        )
+        raise UserError(f"{op}: got impl {impl!r} without {package} for this torch; install it or use auto")
 
 
 def installed(impl: str) -> bool:
@@ -64,9 +64,12 @@ def installed(impl: str) -> bool:
 
 
 def refuse(op: str, reason: str) -> None:
-    """Make "auto" use torch's implementation of an op in this process, and log the reason."""
+    """Make "auto" use torch's implementation of an op in this process.
+
+    Logs the reason.
+    """
     _refused.add(op)
-    say_once(f"{op}: the kernel is not used, {reason}; please report it")
+    say_once(f"{op}: kernel not used, {reason}; please report this")
 
 
 @torch.compiler.assume_constant_result
@@ -99,9 +102,9 @@ def pick(
     if device.type != "cuda":
         return torchs
     if not (fits and HAS_TRITON) or op in _refused:
-        chosen, reason = torchs, "no kernel for it"
+        chosen, reason = torchs, "no kernel for this case"
     elif on_gpu:
-        chosen, reason = on_gpu, "the default on a GPU"
+        chosen, reason = on_gpu, "default on a GPU"
     else:
         from fastdeitlt.kernels._measured import gpu_name, rows_of
 
@@ -123,7 +126,7 @@ def pick_attention(impl: str, tokens: int, width: int, dtype: torch.dtype, devic
     """
     torchs = torch_backend(dtype, device)
     if impl == "triton" and tokens > MAX_TOKENS:
-        say_once(f"attention: the kernel supports up to {MAX_TOKENS} tokens, got {tokens}; torch's {torchs} runs")
+        say_once(f"attention: the kernel supports up to {MAX_TOKENS} tokens, got {tokens}; using torch ({torchs})")
         return torchs
     fits = tokens <= MAX_TOKENS and dtype != torch.float32
     chosen = pick("attention", impl, (tokens, width), device, fits, torchs)
@@ -133,7 +136,10 @@ def pick_attention(impl: str, tokens: int, width: int, dtype: torch.dtype, devic
 
 
 def torch_backend(dtype: torch.dtype, device: torch.device) -> str:
-    """Return torch's implementation of attention: one backend on a GPU, "sdpa" on a CPU."""
+    """Return torch's implementation of attention.
+
+    One backend on a GPU, "sdpa" on a CPU.
+    """
     if device.type != "cuda":
         return "sdpa"
     half, modern = dtype in (torch.bfloat16, torch.float16), torch.cuda.get_device_capability(device.index)[0] >= 8
@@ -157,4 +163,4 @@ def _activate(impl: str) -> None:
     try:
         torch_attention.activate_flash_attention_impl(expected)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"attention: impl {impl!r} does not start ({error}); use auto") from None
+        raise UserError(f"attention: got impl {impl!r}, which cannot run here ({error}); use auto") from None

@@ -49,7 +49,10 @@ def attention(problem: attending.Problem, device: torch.device) -> Settings:
 
 
 def add_layer_norm(width: int, stream: torch.dtype) -> Settings:
-    """Return settings of rows a tile and warps; backward also stages and programs a multiprocessor."""
+    """Return settings of rows per tile and warps.
+
+    The backward also has stages and programs per multiprocessor.
+    """
     forward_key, backward_key = (add_layernorm.key(forward, width, stream) for forward in (True, False))
     defaults = [add_layernorm.launch_config(forward, width, stream, CPU) for forward in (True, False)]
     block = forward_key[1]
@@ -63,7 +66,10 @@ def add_layer_norm(width: int, stream: torch.dtype) -> Settings:
 
 
 def bias_gelus(width: int) -> Settings:
-    """Return settings of tiles and warps; backward also stages and programs a multiprocessor."""
+    """Return settings of tiles and warps.
+
+    The backward also has stages and programs per multiprocessor.
+    """
     tiles = [(r, b) for r in (1, 2, 4, 8, 16) for b in (128, 256, 512, 1024) if 1024 <= r * b <= 4096 and b <= width]
     forward = [LaunchConfig({"ROWS": r, "BLOCK": b}, w) for r, b in tiles for w in (2, 4, 8)]
     backward = [

@@ -61,7 +61,10 @@ def reference(
 
 @triton.jit
 def _one_minus_power(log_beta, step):
-    """Compute 1 - beta^t; for beta^t near 1 by a series exact to float32, without cancellation."""
+    """Compute 1 - beta^t.
+
+    For beta^t near 1 by a series exact to float32, without cancellation.
+    """
     x = log_beta * step
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
     return tl.where(x > -0.25, series, 1 - tl.exp(x))
@@ -195,12 +198,12 @@ def adamw_ema(
     shape, device, full = tuple(weights.shape), weights.device, (torch.float32,)
     if weights.dim() != 1 or not weights.numel() or not 0 <= num_decayed <= weights.numel():
         raise UserError(
-            f"adamw_ema: weights has shape {shape} of which {num_decayed} decay; expected a flat buffer, not empty, "
-            "and 0 <= num_decayed <= its length"
+            f"adamw_ema: got weights of shape {shape} and num_decayed={num_decayed}, expected a flat buffer, not "
+            "empty, and 0 <= num_decayed <= its length"
         )
     if not (all(0 < beta < 1 for beta in betas) and 0 <= ema_decay < 1 and eps > 0):
         raise UserError(
-            f"adamw_ema: betas {betas}, ema_decay {ema_decay}, eps {eps}; expected decays < 1, betas and eps > 0"
+            f"adamw_ema: got betas {betas}, ema_decay {ema_decay}, eps {eps}, expected decays < 1, betas and eps > 0"
         )
     for name, tensor, size, dtypes in (
         ("weights", weights, shape, full),
@@ -219,7 +222,10 @@ def adamw_ema(
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels: all options, none, and bfloat16 gradients. FlatAdamW's sizes are multiples of 64."""
+    """Return the shipped kernels.
+
+    All options, none, and bfloat16 gradients. FlatAdamW's sizes are multiples of 64.
+    """
     integers = {"P": "i32", "num_decayed": "i32"}
     configs = []
     for note, grads, absent in (

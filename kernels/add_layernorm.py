@@ -31,7 +31,10 @@ MAX_WIDTH = 4096
 
 
 def key(forward: bool, width: int, stream: torch.dtype) -> tuple[str, int, int]:
-    """Return the key of a pass's measured setting: pass, width's next power of two, bytes of the stream's type."""
+    """Return the key of a pass's measured setting.
+
+    Pass, width's next power of two, bytes of the stream's type.
+    """
     return "forward" if forward else "backward", max(16, triton.next_power_of_2(width)), stream.itemsize
 
 
@@ -94,7 +97,10 @@ class _Forward(NamedTuple):
     branch_bias: Tensor | None
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Allocate the residual (empty without a branch), the normalised rows, means and 1 / deviations."""
+        """Allocate residual, normalised rows, means and 1 / deviations.
+
+        The residual is empty without a branch.
+        """
         x = self.x
         mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
         residual = x.new_empty(0) if self.branch is None else torch.empty_like(x)
@@ -119,7 +125,10 @@ class _Backward(NamedTuple):
     has_branch_bias: bool
 
     def outputs(self, programs: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Allocate dx, dbranch, and each program's sums: dweight, dbias and the gradient of the branch's bias."""
+        """Allocate dx, dbranch and each program's partial sums.
+
+        Of dweight, dbias and the gradient of the branch's bias.
+        """
         residual, dbranch = self.residual, self.residual.new_empty(0)
         if self.branch_dtype is not None:
             dbranch = residual.new_empty((self.num_branch, *residual.shape[1:]), dtype=self.branch_dtype)
@@ -200,14 +209,14 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     scale, rstd, residual = inputs.scale, inputs.rstd[..., None], inputs.grad_residual
     h, dn = (inputs.residual.float() - inputs.mean[..., None]) * rstd, inputs.grad_normed.float()
     normed = _samples(inputs.normed_rows, len(inputs.grad_normed))
-    kept = _samples(inputs.branch_rows, inputs.num_branch)
+    branch_rows = _samples(inputs.branch_rows, inputs.num_branch)
     if normed is not None:
         dn = torch.zeros_like(h).index_copy(0, normed, dn)
     g = dn * inputs.weight.float()
     dx = (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True)) * rstd
     dx = dx if residual is None else dx + residual.float()
     dbranch = dx if scale is None else dx * scale.view(-1, *[1] * (dx.dim() - 1))
-    dbranch = dbranch if kept is None else dbranch.index_select(0, kept)
+    dbranch = dbranch if branch_rows is None else dbranch.index_select(0, branch_rows)
     summed = (dn * h, dn, dbranch) if inputs.has_branch_bias else (dn * h, dn)
     sums = torch.stack([rows.flatten(0, -2).sum(0) for rows in summed])
     gradients = inputs.outputs()
@@ -288,7 +297,7 @@ def add_layernorm(
     """
     op, shape = "add_layernorm", tuple(x.shape)
     if x.dim() < 2 or not x.numel():
-        raise UserError(f"{op}: x has shape {shape}, expected (samples, ..., width), not empty")
+        raise UserError(f"{op}: x: got shape {shape}, expected (samples, ..., width), not empty")
     check(op, "x", x, shape, FLOATS)
     check(op, "weight", weight, shape[-1:], FLOATS, x.device)
     check(op, "bias", bias, shape[-1:], (weight.dtype,), x.device)
@@ -303,7 +312,9 @@ def add_layernorm(
         if branch_bias is not None:
             check(op, "branch_bias", branch_bias, shape[-1:], FLOATS, x.device)
     if impl == "triton" and shape[-1] > MAX_WIDTH:
-        raise UserError(f"{op}: the Triton kernel takes widths up to {MAX_WIDTH}, got {shape[-1]}; use impl='torch'")
+        raise UserError(
+            f"{op}: got width {shape[-1]}, expected at most {MAX_WIDTH} for the Triton kernel; use impl='torch'"
+        )
     dtype = dtype or (x.dtype if branch is None else branch.dtype)
     if pick(op, impl, (shape[-1],), x.device, shape[-1] <= MAX_WIDTH) == "torch":
         return reference(
@@ -329,7 +340,10 @@ def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels: the published students' widths in bfloat16, the widest, variants at 768."""
+    """Return the shipped kernels.
+
+    The published students' widths in bfloat16, the widest, variants at 768.
+    """
     cases: list[tuple[int, dict[str, str], tuple[str, ...]]] = [
         (width, {}, ()) for width in (192, 384, 768, 1024, 4096)
     ]

@@ -37,7 +37,10 @@ BACKENDS = {**FLASH, **GPU_BACKENDS, "math": SDPBackend.MATH}
 
 
 def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
-    """Compute ``attention`` in plain torch, in float32 (float64 for float64); the result has the input's type."""
+    """Compute ``attention`` in plain torch.
+
+    In float32 (float64 for float64); the result has the input's type.
+    """
     q, k, v = qkv_BN3HD.to(torch.promote_types(qkv_BN3HD.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
     scores_BHMN = q[:, :, :query_rows] @ k.mT * q.shape[-1] ** -0.5
     return (scores_BHMN.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv_BN3HD.dtype)
@@ -168,7 +171,9 @@ def attention(
 
 
 def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """Compute softmax attention of the first M tokens to all N, from a projection of only these queries.
+    """Compute softmax attention of the first M tokens to all N.
+
+    From a projection of only these queries.
 
     Args:
         q_BMHD: [B, M, H, D], at most 16 rows for the kernel; otherwise as ``attention``.
@@ -201,7 +206,7 @@ def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, im
         zeros_3HD = (qkv_bias - qkv_bias.detach()).to(q.dtype).view(3, heads, width)
         q, kv = (q + zeros_3HD, None) if kv is None else (q + zeros_3HD[0], kv + zeros_3HD[1:])
     if chosen in GPU_BACKENDS and q.device.type != "cuda":
-        raise UserError(f"attention: impl {chosen!r} needs a CUDA tensor, got one on {q.device}; use 'auto' or 'sdpa'")
+        raise UserError(f"attention: impl {chosen!r}: got a tensor on {q.device}, expected CUDA; use 'auto' or 'sdpa'")
     queries, keys, values = _split(q, kv, rows)
     if chosen == "sdpa":
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
@@ -211,10 +216,14 @@ def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, im
 
 def _check_kernel(q: Tensor, rows: int | None) -> None:
     if q.shape[-1] not in WIDTHS:
-        raise UserError(f"attention: the Triton kernel takes heads of {WIDTHS}, got {q.shape[-1]}; use impl='sdpa'")
+        raise UserError(
+            f"attention: got head width {q.shape[-1]}, expected one of {WIDTHS} for the Triton kernel; use impl='sdpa'"
+        )
     if rows is not None and rows > FEW_ROWS:
         raise UserError(
-            f"attention: the Triton kernel takes up to {FEW_ROWS} query rows or all, got {rows}; use 'sdpa'"
+            f"attention: got {rows} query rows, expected all or at most {FEW_ROWS} for the Triton kernel; use 'sdpa'"
         )
     if q.device.type == "cuda" and q.dtype == torch.float32:
-        raise UserError("attention: the Triton kernel takes bfloat16 or float16 on a GPU, got float32; use impl='sdpa'")
+        raise UserError(
+            "attention: got float32 on a GPU, expected bfloat16 or float16 for the Triton kernel; use impl='sdpa'"
+        )

@@ -103,7 +103,9 @@ _agrees: bool | None = None
 
 
 def augment_checked(*arguments: Any, **options: Any) -> Tensor:
-    """Run ``augment`` if its kernels are correct on this device, else ``reference``; same arguments.
+    """Run ``augment`` if its kernels are correct here, else ``reference``.
+
+    Both have the same arguments.
 
     Only the first batch of a process is checked: computed by both, unmixed and, if even, mixed by Mixup and CutMix. If
     a kernel fails or differs, ``_pick`` refuses the op with one warning.
@@ -113,7 +115,7 @@ def augment_checked(*arguments: Any, **options: Any) -> Tensor:
         reason = _difference(*arguments, **options)
         _agrees = not reason
         if reason:
-            refuse("augment", f"{reason}, so torch operations augment")
+            refuse("augment", f"{reason}, using torch operations")
     return (augment if _agrees else reference)(*arguments, **options)
 
 
@@ -130,11 +132,11 @@ def _difference(
         except torch.OutOfMemoryError:
             raise
         except (TritonError, RuntimeError) as error:
-            return f"it fails on the first batch ({' '.join(str(error).split())[:200]})"
+            return f"it failed on the first batch ({' '.join(str(error).split())[:200]})"
         difference = (got.float() - reference(*arguments, **options).float()).abs()
         share_B = (~(difference <= TWO_LEVELS / min(cfg.std))).flatten(1).float().mean(1)
         if share_B.max().item() > 0.01:
-            return f"its first batch differs from torch's in {share_B.max().item():.0%} of an image's values"
+            return f"its first batch differs from torch in {share_B.max().item():.0%} of an image's values"
     return ""
 
 
@@ -166,17 +168,21 @@ def _check(
     check("augment", "pixels", pixels, (None,), (torch.uint8,))
     batch, ends_B = len(draws), starts_B + 3 * sizes_B2.astype(np.int64).prod(axis=1)
     if starts_B.shape != (batch,) or sizes_B2.shape != (batch, 2):
-        raise UserError(f"augment: {batch} draws, but starts {starts_B.shape} and sizes {sizes_B2.shape}")
-    if batch and (starts_B.min() < 0 or ends_B.max() > len(pixels)):
-        raise UserError(f"augment: images end at byte {ends_B.max()}, but pixels has {len(pixels)}; give their own set")
-    if boxes_B4.shape != (batch, 4) or (boxes_B4[:, :2] + boxes_B4[:, 2:] > sizes_B2).any() or (boxes_B4 < 0).any():
         raise UserError(
-            f"augment: {batch} crops, but boxes {boxes_B4.shape} reach outside the images; crop inside them"
+            f"augment: got starts {starts_B.shape} and sizes {sizes_B2.shape}, expected {batch} of each, as draws"
         )
+    if batch and (starts_B.min() < 0 or ends_B.max() > len(pixels)):
+        raise UserError(
+            f"augment: images: got an end at byte {ends_B.max()}, expected at most {len(pixels)}, the size of pixels"
+        )
+    if boxes_B4.shape != (batch, 4) or (boxes_B4[:, :2] + boxes_B4[:, 2:] > sizes_B2).any() or (boxes_B4 < 0).any():
+        raise UserError(f"augment: boxes: got {boxes_B4.shape}, some outside the images, expected {batch} boxes inside")
     if dtype not in DTYPES:
         raise UserError(f"augment: got dtype {dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
     if draws.shift_B2.any() or draws.op_B2.shape[1] > 2:
-        raise UserError("augment: padded crops and more than two operations are not fused; use data.augment.apply")
+        raise UserError(
+            "augment: got padded crops or more than two operations, expected neither; use data.augment.apply"
+        )
     if batch % 2 and mix.lam != 1.0:
         raise UserError(f"augment: got a batch of {batch} images to mix, expected an even number")
 
@@ -192,7 +198,10 @@ def default_config(kernel: str) -> LaunchConfig:
 
 
 def _steps(config: LaunchConfig) -> dict[str, int]:
-    """Return launch options with STEP, one pixel a thread; half a block in the interpreter."""
+    """Return launch options with STEP, one pixel per thread.
+
+    Half a block in the interpreter.
+    """
     return config.options | {"STEP": config.blocks["BLOCK"] // 2 if interpreted() else 32 * config.num_warps}
 
 
@@ -201,7 +210,10 @@ def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
 
 
 def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
-    """Return the plan's crops [B, S, S], mirrored as drawn; a pixel is an int32, red in the lowest byte."""
+    """Return the plan's crops [B, S, S], mirrored as drawn.
+
+    A pixel is an int32, red in the lowest byte.
+    """
     batch, device = len(rows) - 1, pixels.device
     weights = torch.empty(batch, 2, plan.taps, size, dtype=torch.int32, device=device)
     first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)
@@ -255,7 +267,10 @@ def _finish(
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels: side 224, bfloat16, for crops of up to 392 and up to 840 pixels a side."""
+    """Return the shipped kernels.
+
+    Side 224, bfloat16, for crops of up to 392 and up to 840 pixels per side.
+    """
     types = {"rows": "*fp64", "tables": "*u8"}
     pixels = ("crops", "operated", "source", "target", "images")
     types |= dict.fromkeys((*pixels, "weights", "first", "jobs", "counts", "lumas"), "*i32")

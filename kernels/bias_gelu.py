@@ -76,7 +76,10 @@ def bias_gelu_fwd_kernel(
     p_h,  # [M, WIDTH] out
     M, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute h of rows i ROWS .. (i + 1) ROWS, columns j BLOCK .. (j + 1) BLOCK in program (i, j)."""
+    """Compute a block of h in program (i, j).
+
+    Rows i ROWS .. (i + 1) ROWS, columns j BLOCK .. (j + 1) BLOCK.
+    """
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(p_bias + o_f, mask=o_f < WIDTH, other=0.0).to(tl.float32)
@@ -96,7 +99,10 @@ def bias_gelu_bwd_kernel(
     p_sums,  # [P, WIDTH] float32 out: this program's partial dbias
     M, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute du and partial dbias; program (i, j): blocks i, i + P .. of ROWS rows, columns of block j."""
+    """Compute du and partial dbias.
+
+    Program (i, j): blocks i, i + P .. of ROWS rows, columns of block j.
+    """
     i_p = tl.program_id(0)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.load(p_bias + o_f, mask=o_f < WIDTH, other=0.0).to(tl.float32)
@@ -192,7 +198,7 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
         UserError: a shape, type, device or layout does not fit.
     """
     if u.dim() < 2 or not u.numel():
-        raise UserError(f"bias_gelu: u has shape {tuple(u.shape)}, expected (rows, ..., width), not empty")
+        raise UserError(f"bias_gelu: u: got shape {tuple(u.shape)}, expected (rows, ..., width), not empty")
     check("bias_gelu", "u", u, tuple(u.shape), FLOATS)
     check("bias_gelu", "bias", bias, tuple(u.shape[-1:]), FLOATS, u.device)
     chosen = pick("bias_gelu", impl, tuple(u.shape[-1:]), u.device)
@@ -200,7 +206,10 @@ def bias_gelu(u: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels: the students' widths in bfloat16, the base one also in float16 and float32."""
+    """Return the shipped kernels.
+
+    The students' widths in bfloat16, the base one also in float16 and float32.
+    """
     cases = [("bf16", width) for width in (768, 1536, 3072, 4096)] + [("fp16", 3072), ("fp32", 3072)]
     return [_aot(kernel, *case) for kernel in (bias_gelu_fwd_kernel, bias_gelu_bwd_kernel) for case in cases]
 

@@ -9,7 +9,7 @@ v are class weights of the CLS loss, n_b = lam v[y_b] + (1 - lam) v[y'_b] (1 by 
 is 0. Soft distillation and binary
 cross-entropy replace one term each. Source: val-iisc/DeiT-LT losses.py, DistillationLoss; ``fastdeitlt.core.loss``.
 
-One program a row reads the three logit rows and stores eleven statistics; one program sums the rows in a fixed order;
+One program per row reads the three logit rows and stores eleven statistics; one program sums the rows in a fixed order;
 the backward writes each gradient once, scaled by the upstream gradient, which stays on the device. Moves 3 logits in,
 then 2 logits in (from L2 when they fit: the backward follows at once) and 2 gradients out. Floor, each counted once:
 5 B K elements, 2.4 us at B = 1024, K = 1000, bfloat16 and 4.3 TB/s.
@@ -43,7 +43,10 @@ REDUCE_BLOCK = 1024
 
 
 def key(forward: bool, num_classes: int, element_size: int) -> tuple[str, int, int]:
-    """Return the key of a pass's measured setting: pass, next power of two of the classes, bytes of a logit."""
+    """Return the key of a pass's measured setting.
+
+    Pass, next power of two of the classes, bytes of a logit.
+    """
     return "forward" if forward else "backward", triton.next_power_of_2(num_classes), element_size
 
 
@@ -67,7 +70,10 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
 def reference(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
 ) -> JointLoss:
-    """Compute ``reference_losses`` with the fields of ``Target`` and ``LossSpec`` as keywords."""
+    """Compute ``reference_losses`` from keyword arguments.
+
+    They are the fields of ``Target`` and ``LossSpec``.
+    """
     return reference_losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
 
 
@@ -91,14 +97,20 @@ class _Inputs(NamedTuple):
         return *self[:3], *self.target, *self.spec
 
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """Return the kernels' leading arguments; with soft distillation the weights are logs, in teacher order."""
+        """Return the kernels' leading arguments.
+
+        With soft distillation the weights are logs, in teacher order.
+        """
         weights, class_map = self.spec.weights, self.spec.class_map
         if self.spec.soft and weights is not None:
             weights = (weights if class_map is None else weights[class_map]).log()
         return (*self[:3], *self.target[:3], weights, self.spec.cls_weights, self.spec.log_prior, class_map)
 
     def constants(self) -> dict[str, int]:
-        """Return the constexprs of both kernels; with constant row strides Triton can vectorise."""
+        """Return the constexprs of both kernels.
+
+        With constant row strides Triton can vectorise.
+        """
         strides = (logits.stride(0) for logits in self[:3])
         names = ("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE")
         return {
@@ -265,7 +277,10 @@ def _check(inputs: _Inputs) -> None:
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels: each data set's class count in bfloat16; variants, float16, float32 at 1,000."""
+    """Return the shipped kernels.
+
+    Each data set's class count in bfloat16; variants, float16, float32 at 1,000.
+    """
     cases: list[tuple[str, int, dict[str, bool]]] = [("bf16", k, {}) for k in (10, 100, 365, 1000)]
     cases += [("fp32", 1000, {}), ("fp16", 1000, {}), ("bf16", 1000, {"BCE": True}), ("bf16", 1000, {"SOFT": True})]
     cases += [("bf16", 8142, {}), ("bf16", 21841, {})]

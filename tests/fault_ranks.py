@@ -16,14 +16,14 @@ from fastdeitlt.run import launch
 
 FAULTS = {
     # fault: (step at whose start rank 1 meets it, exit code, what is said)
-    "sigterm": (2, 75, "stopped by SIGTERM, saved after step"),
-    "sigint": (5, 130, "stopped by SIGINT, saved after step"),
-    "raise": (7, 1, "rank 1 of 2 stops: RuntimeError: a bug"),
+    "sigterm": (2, 75, "stopped by SIGTERM, saved at step"),
+    "sigint": (5, 130, "stopped by SIGINT, saved at step"),
+    "raise": (7, 1, "rank 1 of 2 stopped: RuntimeError: a bug"),
     "hang": (7, 7, "lost contact with rank 1"),
     "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
-    "nan": (9, 5, "the loss is not finite from step 9 (rank 1); training stopped before that update"),
-    "gone": (10, 1, "/gone.png: No such file or directory; put it back"),
-    "kill": (10, 0, "rank 1 of 2 died of SIGKILL"),  # and started again
+    "nan": (9, 5, "non-finite loss from step 9 (rank 1); training stopped before that update"),
+    "gone": (10, 1, "/gone.png: No such file or directory; restore it"),
+    "kill": (10, 0, "rank 1 of 2 killed by SIGKILL"),  # and started again
 }
 SLOW_STEPS = (11, 12)
 """At which rank 1 waits half a second longer for each micro-batch, with the fault ``none``."""

@@ -57,7 +57,7 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
         if epoch >= 9:
             signs = [
                 {"name": "tail expert", "seen": epoch == 9, "text": f"DIST and CLS {EVIL}"},
-                {"name": "head", "seen": False, "text": "AVG holds the head classes: 90.0 %"},
+                {"name": "head", "seen": False, "text": "AVG keeps the head accuracy: 90.0 %"},
             ]
             records.append({"kind": "signs", "step": step, "epoch": epoch, "weights": "ema", "signs": signs})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

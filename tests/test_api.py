@@ -172,7 +172,7 @@ def test_data_of_a_model_without_a_run_must_be_given(saved, tmp_path):
     names = ["cat", "dog", "eel", "fish"]
     save_student(tmp_path / "model", class_names=names)
     model = fastdeitlt.load(tmp_path / "model", device="cpu")
-    with pytest.raises(UserError, match="is of no run; give data"):
+    with pytest.raises(UserError, match=r"data: .* is not in a run folder, expected"):
         fastdeitlt.evaluate(model)
     for split in ("train", "test"):
         for number, path in enumerate(saved[1]):

@@ -42,7 +42,7 @@ def test_help_imports_nothing_heavy():
         (["export", "/nowhere", "@/out"], "/nowhere"),
         (["predict", "/nowhere", "x.png"], "/nowhere"),
         (["train", "quickstart", "runs_dir=@", "student.name=deit_tiny_distilled_patch5_32"], "patch5"),
-        (["train", "quickstart", "runs_dir=@", "--resume", "must"], "holds no run"),
+        (["train", "quickstart", "runs_dir=@", "--resume", "must"], "no run in"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -58,12 +58,12 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
-        (errno.ENOSPC, "free space or choose another place"),
-        (errno.EACCES, "free space or choose another place"),
-        (errno.EFBIG, "free space or choose another place"),
+        (errno.ENOSPC, "free space, or write to another folder"),
+        (errno.EACCES, "free space, or write to another folder"),
+        (errno.EFBIG, "free space, or write to another folder"),
         (errno.EMFILE, "raise the limit on open files (ulimit -n)"),
-        (errno.EIO, "see the system's log, and start again"),
-        (errno.ENOENT, "put it back if it was moved, and start again"),
+        (errno.EIO, "check the system log, and start again"),
+        (errno.ENOENT, "restore it if it was moved, and start again"),
         (errno.EBADF, None),
     ],
 )
@@ -86,7 +86,7 @@ def test_ctrl_c_is_code_130(monkeypatch, capfd):
 
     monkeypatch.setitem(cli.VERBS, "doctor", interrupted)
     assert cli.main(["doctor"]) == 130
-    assert "continues from the last checkpoint" in capfd.readouterr().err
+    assert "rerun the same command to resume from the last checkpoint" in capfd.readouterr().err
 
 
 def test_config_show_names_value_origin_and_meaning(capsys, monkeypatch):

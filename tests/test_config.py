@@ -94,9 +94,9 @@ def test_broken_files_are_refused_in_one_line(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: a\ntrain:\n  epochs: 3\nname: b\n", r"c\.yaml: name is given twice \(line 4\)"),
-        ("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n", r"c\.yaml: epochs is given twice \(line 4\)"),
-        ("train: {epochs: 3}\ntrain: {seed: 1}\n", "train is given twice"),
+        ("name: a\ntrain:\n  epochs: 3\nname: b\n", r"c\.yaml: name is set twice \(line 4\)"),
+        ("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n", r"c\.yaml: epochs is set twice \(line 4\)"),
+        ("train: {epochs: 3}\ntrain: {seed: 1}\n", "train is set twice"),
     ],
 )
 def test_a_name_given_twice_is_refused(tmp_path, text, words):

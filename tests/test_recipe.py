@@ -193,7 +193,7 @@ def test_every_micro_batch_has_the_images_of_its_epoch(recorded, plan):
     orders = {tuple(sample) for _, sample in plan.micro_batches}
     assert len(orders) == len(plan.micro_batches), "epochs and ranks differ"
     n, seen = len(plan.images), {index for epoch, sample in plan.micro_batches if epoch == 0 for index in sample}
-    assert any(line.startswith(f"an epoch has {len(seen)} of the {n} images") for line in recorded.log)
+    assert any(line.startswith(f"{len(seen)} of {n} images per epoch") for line in recorded.log)
     assert recorded.cfg.augment.repeats > 1 or n - len(seen) < BATCH * RANKS
 
 

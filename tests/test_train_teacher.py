@@ -217,7 +217,7 @@ def test_a_recipe_that_cannot_work_is_refused_before_work(
 
 
 def test_a_batch_larger_than_the_set_is_refused_for_paco(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="got 32, the set has 27 images"):
+    with pytest.raises(UserError, match="got 32, expected at most 27, the images of the set"):
         train_teacher(recipe(data, tmp_path, *PACO, "batch_size=32", "paco_queue=64"))
 
 
@@ -315,7 +315,9 @@ def test_a_network_that_ends_in_one_pixel_trains_whatever_the_last_batch(
     cfg = recipe(data, tmp_path, *changes, "arch=resnet18", "sam=none", "epochs=1", "drw_epoch=-1", "warmup_epochs=0")
     train_teacher(cfg)
     words = (
-        "3 of 27 images" if changes is PACO else f"the last batch of an epoch has {15 - ('=13' in changes[0])} images"
+        "skips 3 of 27 images"
+        if changes is PACO
+        else f"the last batch of an epoch has {15 - ('=13' in changes[0])} images"
     )
     assert words in caplog.text
 
@@ -367,7 +369,7 @@ def test_a_plain_cnn_can_be_wrapped_for_pacos_loader_but_a_cosine_head_cannot(
     plain = train_teacher(recipe(data, tmp_path, "loss=ce", "normed_head=false", "epochs=1", "drw_epoch=-1"))
     released = tmp_path / "wrapped.pth"
     assert main(["export", str(plain), str(released), "--format", "official_paco"]) == 0
-    with pytest.raises(UserError, match="exists; give a new name"):
+    with pytest.raises(UserError, match="exists, expected a new name"):
         export_official(plain, "official_paco", released)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(
@@ -418,10 +420,10 @@ def test_analyze_prints_writes_and_reports_a_teacher(
     recipe_file.write_text(config.dump(student(cfg, folder)))
     command = ["analyze", "teacher", str(run), "--images", "20", "--json", str(numbers)]
     assert main(command) == 2
-    assert "name the recipe whose images it will teach on" in capsys.readouterr().err
+    assert "add the student's recipe, such as --recipe" in capsys.readouterr().err
     assert main([*command, "mixup.prob=0", "--recipe", str(recipe_file)]) == 0
     shown = capsys.readouterr().out
-    for text in ("resized", "taught, %", "largest Hessian eigenvalue", "feature rank, by sample"):
+    for text in ("resized", "target, %", "largest Hessian eigenvalue", "feature rank, by sample"):
         assert text in shown
     facts = json.loads(numbers.read_text())[str(run)]
     assert facts["images"] == 20
@@ -450,7 +452,7 @@ def test_a_wrong_class_order_stops_the_run_before_its_first_step(trained: tuple[
     cfg, folder = trained
     wrong = in_another_order(folder, tmp_path / "wrong")
     with pytest.raises(
-        UserError, match=r"on 27 clean training images, expected .* as its folder states; 100.*another order"
+        UserError, match=r"on 27 clean training images, expected .* as stated in its folder; 100.*another order"
     ):
         train(small_student(cfg, wrong, tmp_path / "runs"))
     assert not (tmp_path / "runs" / "s" / "metrics.jsonl").exists()

@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
             name = getattr(key, "value", None)
             if isinstance(name, str) and name != "<<":  # "<<" merges another mapping, with lower precedence
                 if name in seen:
-                    raise UserError(f"{name} is given twice (line {key.start_mark.line + 1}); remove one")
+                    raise UserError(f"{name} is set twice (line {key.start_mark.line + 1}); remove one")
                 seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -58,11 +58,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path}: cannot be read ({error}); give a YAML file") from None
+        raise UserError(f"config file {path}: cannot be read ({error}), expected a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file {path}: not valid YAML ({_yaml_fault(error)})") from None
     except RecursionError:
-        raise UserError(f"config file {path}: nested too deeply; a config has two levels") from None
+        raise UserError(f"config file {path}: nested too deeply, expected two levels") from None
     except UserError as error:
         raise UserError(f"config file {path}: {error}") from None
     except (ValueError, ArithmeticError) as error:  # an integer of thousands of digits, the 99th of a month
@@ -105,7 +105,9 @@ def find(path: str) -> Path:
 
 
 def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Load a YAML file or recipe, and apply ``section.field=value`` overrides in order.
+    """Load a YAML file or recipe and apply overrides in order.
+
+    An override is ``section.field=value``.
 
     Raises:
         UserError: no such file; not YAML; an unknown name (with the nearest one); a value of the wrong type or range.
@@ -127,7 +129,7 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"override {override!r}: expected section.field=value")
+            raise UserError(f"override {override!r}: no equals sign, expected section.field=value")
         if name in TEXTS and text.strip()[:1] not in ("'", '"'):
             values[name] = text.strip()  # text fields verbatim: a run may be called nan or 2026
             continue
@@ -136,7 +138,9 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
         except RecursionError:
-            raise UserError(f"override {override[:40]!r}...: nested too deeply") from None
+            raise UserError(
+                f"override {override[:40]!r}...: nested too deeply, expected a number, text or list"
+            ) from None
         except UserError:
             raise
         except (ValueError, ArithmeticError) as error:
@@ -191,7 +195,9 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def merge(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return a configuration with changed settings, by dotted name or section mapping.
+    """Return a configuration with changed settings.
+
+    The changes are by dotted name or section mapping.
 
     Raises:
         UserError: see ``load``.

@@ -60,24 +60,25 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.mixup.on and self.train.batch_size % 2:
             raise ValueError(
-                f"train.batch_size: got {self.train.batch_size}, expected an even number because a mixed batch pairs "
-                f"images; use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0"
+                f"train.batch_size: got {self.train.batch_size}, expected an even number because mixing pairs images; "
+                f"use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0"
             )
         if self.train.autotune and not self.train.compile:
-            raise ValueError("train.autotune: got true with train.compile=false, expected false: nothing is compiled")
+            raise ValueError("train.autotune: got true with train.compile=false, expected false or train.compile=true")
         if self.train.ranks_per_forward > 1 and self.loss.normalise == "global":
             raise ValueError(
-                f"train.ranks_per_forward: got {self.train.ranks_per_forward} with loss.normalise=global, expected 1: "
-                "that mean is formed over real ranks"
+                f"train.ranks_per_forward: got {self.train.ranks_per_forward} with loss.normalise=global, expected 1 "
+                "because the global mean is taken over real ranks"
             )
         if self.train.cuda_graphs and not self.train.compile:
             raise ValueError(
-                "train.cuda_graphs: got true with train.compile=false, expected false: the compiler makes the graphs"
+                "train.cuda_graphs: got true with train.compile=false, expected train.compile=true because the "
+                "compiler records the graphs"
             )
         if self.loss.drw_epoch >= self.train.epochs:
             raise ValueError(
-                f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}; "
-                "re-weighting would never start (use -1 to turn it off)"
+                f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}, or "
+                "-1 for no re-weighting"
             )
         return self
 
@@ -105,10 +106,10 @@ SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." 
 TEXTS = frozenset(name for name in FIELDS if field_info(name).annotation is str)
 
 
-def near(name: str, known: list[str] | tuple[str, ...]) -> str:
+def near(name: str, names: list[str] | tuple[str, ...]) -> str:
     """Return the "did you mean" part of an error message, or ""."""
-    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    matches = difflib.get_close_matches(name, known, 2, 0.6)
+    leaf = {k.rsplit(".", 1)[-1]: k for k in names}
+    matches = difflib.get_close_matches(name, names, 2, 0.6)
     matches = matches or [leaf[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 2, 0.6)]
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 

@@ -89,19 +89,15 @@ class TeacherTrainingConfig(Section):
     def _check(self) -> "TeacherTrainingConfig":
         if self.drw_epoch >= self.epochs:
             raise ValueError(
-                f"drw_epoch: got {self.drw_epoch}, expected less than epochs={self.epochs}; re-weighting "
-                "would never start (use -1 to turn it off)"
+                f"drw_epoch: got {self.drw_epoch}, expected less than epochs={self.epochs}, or -1 for no re-weighting"
             )
         if self.normed_head and self.loss != "ldam":
             raise ValueError(
-                f"normed_head: got true with loss={self.loss}, expected false because cosines lie in -1..1 and ldam "
-                "alone scales them; add teacher_training.normed_head=false"
+                f"normed_head: got true with loss={self.loss}, expected false because only ldam scales the cosine "
+                "logits; set teacher_training.normed_head=false"
             )
         if self.sam_schedule == "step" and not self.sam_rho_steps:
-            raise ValueError("sam_rho_steps: got none, expected (first epoch, rho) pairs with sam_schedule=step")
+            raise ValueError("sam_rho_steps: got [], expected (first epoch, rho) pairs with sam_schedule=step")
         if self.loss == "paco" and self.paco_queue % self.batch_size:
-            raise ValueError(
-                f"paco_queue: got {self.paco_queue}, expected a multiple of batch_size={self.batch_size}, because a "
-                "batch replaces a whole part of the queue"
-            )
+            raise ValueError(f"paco_queue: got {self.paco_queue}, expected a multiple of batch_size={self.batch_size}")
         return self

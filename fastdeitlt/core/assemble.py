@@ -94,7 +94,10 @@ class Parts:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs an image: the student's forward three times (backward costs two), the teacher's once."""
+        """Model FLOPs per image.
+
+        The student's forward counts three times (the backward costs two), the teacher's once.
+        """
         teacher = forward_flops(self.teacher, self.size, self.device) if self.teacher else 0.0
         return 3 * flops_per_image(self.student) + teacher
 
@@ -137,7 +140,7 @@ def assemble(
     student: DistilledViT | None = None,
     init: str = "",
 ) -> Parts:
-    """Build the student, its teacher, the joint loss, the engine and the moving average.
+    """Build student, teacher, joint loss, engine and moving average.
 
     Args:
         cfg: the run.

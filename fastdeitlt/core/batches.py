@@ -1,4 +1,4 @@
-"""Stages 2 to 3': augmented and mixed batches on the device from micro-batches of indices."""
+"""Augmented and mixed batches on the device from micro-batches of indices."""
 
 # B images in a micro-batch, C channels, H height, W width
 
@@ -46,7 +46,7 @@ class Batch:
     """Position in the run; None for images that are not the run's."""
     ranks: int = 1
     """Number of concatenated micro-batches, each with its own loss; if more than one, ``lam`` is [ranks]."""
-    kept: list[DropPath] | None = None
+    drop_paths: list[DropPath] | None = None
     """Drop path of each block; None: drawn by the student."""
 
 
@@ -105,7 +105,7 @@ def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
     fits = cfg.recipe in ("deit", "none")
     if cfg.impl == "triton" and not fits:
         raise UserError(
-            f"augment.impl=triton: the kernel knows the recipes deit and none, got {cfg.recipe}; use augment.impl=auto"
+            f"augment.impl=triton: got augment.recipe={cfg.recipe}, expected deit or none; use augment.impl=auto"
         )
     return pick("augment", cfg.impl, (), device, fits, on_gpu="triton") == "triton"
 

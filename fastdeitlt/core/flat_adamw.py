@@ -137,13 +137,15 @@ class FlatAdamW(torch.optim.Optimizer):
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if len(grads) < len(self._parameters):
             missing = next(tuple(p.shape) for p in self._parameters if p.grad is None)
-            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze it or use it")
+            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze or use it")
         torch._foreach_copy_(self._grad_views, grads)
         self._gathered = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update weights and average, one launch a learning-rate scale; gather the gradients if not yet done.
+        """Update weights and average, one launch per learning-rate scale.
+
+        Gathers the gradients if not yet done.
 
         Raises:
             UserError: see ``gather``.

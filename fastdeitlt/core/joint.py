@@ -1,4 +1,4 @@
-"""Stages 4 to 6 as one module: student, teacher and joint loss."""
+"""Student, teacher and joint loss as one module, so that one graph has all three."""
 
 # B images in a micro-batch, C channels, H height, W width, K classes
 
@@ -36,7 +36,10 @@ class LocalSums(NamedTuple):
     dist_sum: Tensor
 
     def joined(self, alpha: float) -> JointLoss:
-        """Return losses whose mean over ranks divides by all ranks' weights: one all-reduce, no host sync."""
+        """Return losses whose mean over ranks divides by all ranks' weights.
+
+        One all-reduce, no host sync.
+        """
         mean_weight = distributed.sum_over_ranks(self.weight_sum.detach().clone()) / distributed.get_world()
         dist_loss = self.dist_sum / divisor(mean_weight)
         return JointLoss((1 - alpha) * self.cls_loss + alpha * dist_loss, self.cls_loss, dist_loss)
@@ -88,15 +91,17 @@ class JointForward(nn.Module):
         dist_weights_K: Tensor,
         cls_weights_K: Tensor | None,
         ranks: int = 1,
-        kept: list[DropPath] | None = None,
+        drop_paths: list[DropPath] | None = None,
     ) -> JointLoss | LocalSums:
-        """Compute the losses, 0-d float32 tensors on the device; ``LocalSums`` for a mean over all ranks.
+        """Compute the losses, 0-d float32 tensors on the device.
+
+        Returns ``LocalSums`` for a mean over all ranks.
 
         With several ``ranks`` the batch is their concatenated micro-batches: each loss and ``lam`` is then [ranks], and
-        ``kept`` is the drop path.
+        ``drop_paths`` is the drop path.
         """
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            heads = self.student(images_BCHW) if kept is None else self.student(images_BCHW, kept)
+            heads = self.student(images_BCHW) if drop_paths is None else self.student(images_BCHW, drop_paths)
             teacher_logits_BK = None if self.teacher is None else self.teacher(images_BCHW)
         tensors: list[Any] = [*heads, teacher_logits_BK, labels_B, partner_B]
         if ranks == 1:
@@ -110,7 +115,10 @@ class JointForward(nn.Module):
     def _losses(
         self, tensors: Sequence[Any], lam: Tensor | None, dist_weights_K: Tensor, cls_weights_K: Tensor | None
     ) -> JointLoss | LocalSums:
-        """Compute the losses of one micro-batch of (CLS logits, DIST logits, teacher's logits, labels, partners)."""
+        """Compute the losses of one micro-batch.
+
+        ``parts`` are CLS logits, DIST logits, teacher's logits, labels, partners.
+        """
         cls_logits_BK, dist_logits_BK, teacher_logits_BK, labels_B, partner_B = tensors
         c = self.cfg.loss
         smoothing = self.cfg.mixup.smoothing if partner_B is not None else 0.0
@@ -146,7 +154,10 @@ class JointForward(nn.Module):
     def _label_losses(
         self, heads: tuple[Tensor, Tensor], weights: tuple[Tensor | None, Tensor], target: Target
     ) -> JointLoss:
-        """Compute both heads' losses on the labels, DIST re-weighted (official losses.py, distillation 'none')."""
+        """Compute both heads' losses on the labels, DIST re-weighted.
+
+        Source: official losses.py, distillation 'none'.
+        """
         alpha, bce = self.cfg.loss.alpha, self.cfg.loss.base == "bce"
         prior = None if self.counts is None else log_prior_of(self.counts)
         cls_loss, dist_loss = (
@@ -157,7 +168,10 @@ class JointForward(nn.Module):
 
 
 def step_forward(joint: JointForward, is_compiled: bool) -> Callable[..., JointLoss | LocalSums]:
-    """Return the forward pass of a step, compiled or not, under ``teacher.cudnn_benchmark``."""
+    """Return the forward pass of a step, compiled or not.
+
+    It runs under ``teacher.cudnn_benchmark``.
+    """
     forward = compiled(joint) if is_compiled else joint
     return _benchmarked(forward) if joint.cfg.teacher.cudnn_benchmark else forward
 

@@ -1,4 +1,4 @@
-"""Stage 6: joint loss of DeiT-LT, the CLS head on the (mixed) labels, the DIST head on the teacher's decisions.
+"""Joint loss of DeiT-LT: the CLS head on the (mixed) labels, the DIST head on the teacher's decisions.
 
     loss     = (1 - alpha) cls_loss + alpha dist_loss
     cls_loss = mean_b CE(cls_logits_b, lam y_b + (1 - lam) y'_b, smoothed)
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.kernels._joint_loss_reference import (
     JointLoss,
     LossSpec,
@@ -55,7 +55,9 @@ def joint_loss(
     normaliser: Tensor | None = None,
     impl: Impl = "auto",
 ) -> JointLoss:
-    """Compute the joint loss of both heads in float32; deterministic, without a host sync.
+    """Compute the joint loss of both heads in float32.
+
+    Deterministic, without a host sync.
 
     Args:
         cls_logits, dist_logits: [B, K], float32, float16 or bfloat16.
@@ -132,18 +134,18 @@ def _check_options(
         ("base", base, get_args(Base)),
     ):
         if got not in choices:
-            raise UserError(f"joint_loss: {name} is {got!r}, expected one of {', '.join(choices)}")
+            raise UserError(f"joint_loss: {name}: got {got!r}, expected one of {', '.join(choices)}")
     if not 0 <= smoothing < 1:
-        raise UserError(f"joint_loss: smoothing is {smoothing}, expected 0 <= smoothing < 1")
+        raise UserError(f"joint_loss: smoothing: got {smoothing}, expected 0 <= smoothing < 1")
     if not 0 <= alpha <= 1:
-        raise UserError(f"joint_loss: alpha is {alpha}, expected 0 <= alpha <= 1")
+        raise UserError(f"joint_loss: alpha: got {alpha}, expected 0 <= alpha <= 1")
     if not tau > 0:
-        raise UserError(f"joint_loss: tau is {tau}, expected a temperature > 0")
+        raise UserError(f"joint_loss: tau: got {tau}, expected a temperature > 0")
     if (counts is not None) != (base in ("balanced_softmax", "logit_adjustment")):
-        state = "missing" if counts is None else "given"
+        state = "None" if counts is None else "a tensor"
         raise UserError(
-            f"joint_loss: counts is {state} with base={base}; balanced_softmax and logit_adjustment need the training "
-            "images per class, the other bases take none"
+            f"joint_loss: counts: got {state} with base={base}, expected the training images per class for "
+            "balanced_softmax and logit_adjustment, else None"
         )
 
 
@@ -152,33 +154,35 @@ def _check_logits(
 ) -> None:
     for name, logits in (("cls_logits", cls_logits), ("dist_logits", dist_logits), ("teacher_logits", teacher_logits)):
         if logits.dim() != 2 or not logits.numel() or not logits.is_floating_point():
-            raise UserError(f"joint_loss: {name} is {_say(logits)}, expected floating (batch, classes), not empty")
+            raise UserError(
+                f"joint_loss: {name}: got {_describe(logits)}, expected floating (batch, classes), not empty"
+            )
         if logits.device != cls_logits.device or logits.size(0) != cls_logits.size(0):
             raise UserError(
-                f"joint_loss: {name} is {_say(logits)}, expected {cls_logits.size(0)} rows on {cls_logits.device} as "
-                "cls_logits has"
+                f"joint_loss: {name}: got {_describe(logits)}, expected {counted(cls_logits.size(0), 'row')} on "
+                f"{cls_logits.device}, as cls_logits"
             )
     if cls_logits.shape != dist_logits.shape or cls_logits.dtype != dist_logits.dtype:
         raise UserError(
-            f"joint_loss: cls_logits is {_say(cls_logits)} but dist_logits is {_say(dist_logits)}; the heads must agree"
+            f"joint_loss: dist_logits: got {_describe(dist_logits)}, expected {_describe(cls_logits)}, as cls_logits"
         )
     if teacher_logits.size(1) != cls_logits.size(1) and (class_map is None or distillation == "soft"):
         raise UserError(
-            f"joint_loss: the teacher has {teacher_logits.size(1)} classes and the student {cls_logits.size(1)}; "
-            "hard distillation with a class_map (teacher class -> student class) can bridge that"
+            f"joint_loss: teacher_logits: got {teacher_logits.size(1)} classes, expected {cls_logits.size(1)}; use "
+            "hard distillation with a class_map (teacher class -> student class)"
         )
 
 
 def _check_mixing(partner: Tensor | None, lam: float | Tensor | None, device: torch.device) -> None:
     if (partner is None) != (lam is None):
         name, other = ("lam", "partner") if partner is None else ("partner", "lam")
-        raise UserError(f"joint_loss: {name} is given without {other}; a mixed batch needs both, a plain one neither")
+        raise UserError(f"joint_loss: {name}: got a value with {other}=None, expected both or neither")
     if isinstance(lam, Tensor) and (lam.dim() or not lam.is_floating_point() or lam.device != device):
         raise UserError(
-            f"joint_loss: lam is {_say(lam)}, expected a floating 0-d tensor on {device} (a copy would stall)"
+            f"joint_loss: lam: got {_describe(lam)}, expected a floating 0-d tensor on {device} (a copy would stall)"
         )
     if isinstance(lam, float | int) and not 0 <= lam <= 1:
-        raise UserError(f"joint_loss: lam is {lam}, expected 0 <= lam <= 1")
+        raise UserError(f"joint_loss: lam: got {lam}, expected 0 <= lam <= 1")
 
 
 def _check_tensor(
@@ -188,8 +192,8 @@ def _check_tensor(
         return
     dtype = dtype or tensor.dtype
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-        raise UserError(f"joint_loss: {name} is {_say(tensor)}, expected {dtype} {shape} on {device}")
+        raise UserError(f"joint_loss: {name}: got {_describe(tensor)}, expected {dtype} {shape} on {device}")
 
 
-def _say(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

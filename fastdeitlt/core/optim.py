@@ -1,4 +1,4 @@
-"""Stage 7a: parameter groups, optimizers and their state, learning-rate schedule, and moving average."""
+"""Parameter groups, optimizers and their state, learning-rate schedule, and moving average."""
 
 import logging
 import math
@@ -57,9 +57,11 @@ def learning_rate(epoch_float: float, cfg: Config, ranks: int | None = None) -> 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Return two AdamW groups: vectors, biases, tokens and position embeddings without decay, and the rest.
+    """Return two AdamW groups, without and with weight decay.
 
-    With ``layer_decay`` below 1 there are two groups a layer instead, each with an ``lr_scale`` of
+    Vectors, biases, tokens and position embeddings have no decay.
+
+    With ``layer_decay`` below 1 there are two groups per layer instead, each with an ``lr_scale`` of
     layer_decay ** (number of layers above it): embeddings lowest, heads 1.
 
     Source: timm create_optimizer with the model's ``no_weight_decay``; ``param_groups_layer_decay``.
@@ -80,7 +82,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """Build AdamW or LAMB over ``parameter_groups`` with the implementation ``optim.backend``.
+    """Build AdamW or LAMB over ``parameter_groups``.
+
+    The implementation is ``optim.backend``.
 
     The learning rate is a tensor on the parameters' device if the implementation supports it, so that changing it
     neither syncs nor recompiles. `auto` is the AdamW measured fastest on this GPU, else torch's fused one
@@ -96,7 +100,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     backend = pick("adamw_ema", backend, ("step",), device)
     if o.algorithm == "lamb" and backend != "apex":
         raise UserError(
-            f"optim.algorithm=lamb: only NVIDIA apex has it, got optim.backend={backend}; use optim.backend=apex"
+            f"optim.backend: got {backend} with optim.algorithm=lamb, expected apex; use optim.backend=apex"
         )
     arguments: dict[str, Any] = {"betas": o.betas, "eps": o.eps}
     lr = learning_rate(0.0, cfg)
@@ -121,18 +125,21 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
         case "deepspeed":
             _needs_gpu("deepspeed", device)
             optimizer = _deepspeed_adam(groups, lr=lr, adam_w_mode=True, **arguments)
-    log.info("optimizer: %s by %s", {"adamw": "AdamW", "lamb": "LAMB"}[o.algorithm], backend)
+    log.info("optimizer: %s (%s)", {"adamw": "AdamW", "lamb": "LAMB"}[o.algorithm], backend)
     return optimizer
 
 
 def _apex() -> tuple[type, type]:
-    """Import NVIDIA's FusedAdam and FusedLAMB, probing their extension since PyPI's `apex` is another project."""
+    """Import NVIDIA's FusedAdam and FusedLAMB.
+
+    Probes their extension, because PyPI's `apex` is another project.
+    """
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam, FusedLAMB
     except ImportError as error:
         raise UserError(
-            f"optim.backend=apex: NVIDIA apex with its CUDA extensions is not installed ({error}); build it from "
+            f"optim.backend=apex: NVIDIA apex with CUDA extensions is not installed ({error}); build it from "
             "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch"
         ) from None
     return FusedAdam, FusedLAMB
@@ -144,24 +151,29 @@ def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimiz
         from deepspeed.ops.adam import FusedAdam
         from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
     except ImportError as error:
-        raise UserError(f"optim.backend=deepspeed: it cannot be imported ({error}); use optim.backend=torch") from None
+        raise UserError(
+            f"optim.backend=deepspeed: DeepSpeed cannot be imported ({error}); use optim.backend=torch"
+        ) from None
     try:
         return FusedAdam(groups, **arguments)
     except (ImportError, RuntimeError, OSError, CUDAMismatchException, MissingCUDAException) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"optim.backend=deepspeed: its FusedAdam does not compile here ({reason}); it needs nvcc of torch's CUDA "
-            f"{torch.version.cuda} and ninja; use optim.backend=torch"
+            f"optim.backend=deepspeed: FusedAdam does not compile ({reason}), expected ninja and nvcc of CUDA "
+            f"{torch.version.cuda}; install them, or use optim.backend=torch"
         ) from None
 
 
 def _needs_gpu(backend: str, device: torch.device) -> None:
     if device.type != "cuda":
-        raise UserError(f"optim.backend={backend}: needs a GPU, got {device}; use optim.backend=torch")
+        raise UserError(f"optim.backend={backend}: got {device}, expected a GPU; use optim.backend=torch")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's rate to ``lr`` times its scale; a tensor is filled in place, without a sync."""
+    """Set every group's rate to ``lr`` times its scale.
+
+    A tensor is filled in place, without a sync.
+    """
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -171,12 +183,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
-    """Return the 0-d factor that clips a 0-d norm to ``clip_norm``, as torch.nn.utils.clip_grad_norm_."""
+    """Return the 0-d factor that clips a 0-d norm to ``clip_norm``.
+
+    As torch.nn.utils.clip_grad_norm_.
+    """
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named ``<parameter>/<state>``, the same for every implementation."""
+    """Return the optimizer's state as tensors ``<parameter>/<state>``.
+
+    The names are the same for every implementation.
+    """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
         f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
@@ -190,16 +208,21 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether steps are counted by group, as in apex and DeepSpeed, and not by parameter."""
+    """Return whether steps are counted by group, not by parameter.
+
+    As in apex and DeepSpeed.
+    """
     return hasattr(optimizer, "adam_w_mode")
 
 
 def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Refuse ``optimizer_tensors`` of other parameters than the model's with a UserError."""
+    """Raise UserError for ``optimizer_tensors`` of other parameters."""
     parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = {key.rpartition("/")[0] for key in tensors}
     if names and names != parameters:
-        raise UserError(f"optimizer state: of other parameters (e.g. {sorted(names ^ parameters)[0]}); start anew")
+        raise UserError(
+            f"optimizer state: belongs to other parameters (e.g. {sorted(names ^ parameters)[0]}); start a new run"
+        )
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -225,7 +248,10 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 
 def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    """Return the device of AdamW's step counter: the parameter's only if fused or capturable."""
+    """Return the device of AdamW's step counter.
+
+    It is the parameter's only if fused or capturable.
+    """
     fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     return parameter.device if fused else torch.device("cpu")
 
@@ -253,7 +279,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the average with the model's current weights, in one fused pass over all tensors."""
+        """Update the average with the model's current weights.
+
+        One fused pass over all tensors.
+        """
         if self._averages:
             torch._foreach_lerp_(self._averages, self._followed, 1 - self.decay)
 
@@ -274,7 +303,9 @@ class Ema:
         for name, tensor in self.state.items():
             if name not in state or state[name].shape != tensor.shape:
                 got = tuple(state[name].shape) if name in state else "nothing"
-                raise UserError(f"ema state: {name} has {got}, expected {tuple(tensor.shape)}; is it of another model?")
+                raise UserError(
+                    f"ema state: {name} has {got}, expected {tuple(tensor.shape)}; use the state of this model"
+                )
             tensor.copy_(state[name])
 
 

@@ -17,7 +17,7 @@ from fastdeitlt.core.engine import Engine
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.core.optim import Ema
 from fastdeitlt.data.sampler import MicroBatch
-from fastdeitlt.models.residual import DropPath, join_kept
+from fastdeitlt.models.residual import DropPath, join_samples
 from fastdeitlt.models.vit import DistilledViT
 
 Stage = Callable[[str], AbstractContextManager[object]]
@@ -54,7 +54,7 @@ def phase_of(cfg: Config, drw_weights_K: Tensor, epoch: int) -> Phase:
     )
 
 
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
     """Results of a step, on the device."""
 
     losses: list[JointLoss]
@@ -80,7 +80,7 @@ class TrainStep:
         self.engine, self.ema, self.stage = engine, ema, stage
         self.cfg, self.student = cfg, student
 
-    def __call__(self, batches: Iterator[Batch], micro_batches: int, phase: Phase, learning_rate: float) -> Taken:
+    def __call__(self, batches: Iterator[Batch], micro_batches: int, phase: Phase, learning_rate: float) -> StepResult:
         """Run one step on the next ``micro_batches`` batches."""
         losses = []
         ranks = self.cfg.ranks_per_forward
@@ -101,18 +101,21 @@ class TrainStep:
         if self.ema:
             with self.stage("average"):
                 self.ema.update()
-        return Taken(losses, norm)
+        return StepResult(losses, norm)
 
 
 def join(batches: Sequence[Batch], student: DistilledViT, seed: int) -> Batch:
-    """Concatenate the micro-batches of several virtual ranks, with the drop path that each would draw."""
-    drawn: list[list[DropPath]] = []
+    """Concatenate the micro-batches of several virtual ranks.
+
+    Each keeps the drop path that it would draw.
+    """
+    draws: list[list[DropPath]] = []
     for batch in batches:
         if batch.place:
             seed_drop_path(seed, batch.place)
-        drawn.append(student.draw_drop_path(len(batch.labels_B)))
-    size, blocks = len(batches[0].labels_B), zip(*drawn, strict=True)
-    kept = [tuple(join_kept(parts, size) for parts in zip(*block, strict=True)) for block in blocks]
+        draws.append(student.draw_drop_path(len(batch.labels_B)))
+    size, blocks = len(batches[0].labels_B), zip(*draws, strict=True)
+    drop_paths = [tuple(join_samples(parts, size) for parts in zip(*block, strict=True)) for block in blocks]
     partners = [batch.partner_B for batch in batches if batch.partner_B is not None]
     lams = [batch.lam for batch in batches if batch.lam is not None]
     return Batch(
@@ -121,11 +124,14 @@ def join(batches: Sequence[Batch], student: DistilledViT, seed: int) -> Batch:
         torch.cat(partners) if partners else None,
         torch.stack(lams) if lams else None,
         ranks=len(batches),
-        kept=cast(list[DropPath], kept),
+        drop_paths=cast(list[DropPath], drop_paths),
     )
 
 
 def seed_drop_path(seed: int, micro_batch: MicroBatch) -> None:
-    """Seed drop path by the micro-batch's position, so that no generator state is saved or shared by ranks."""
+    """Seed drop path by the micro-batch's position.
+
+    So no generator state is saved or shared by ranks.
+    """
     key = (seed, micro_batch.epoch, micro_batch.index, micro_batch.virtual_rank)
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fastdeitlt.config import MixupConfig
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def apply(images_BCHW: Tensor, mix: MixDraw) -> Tensor:
     if mix.lam == 1.0:
         return images_BCHW
     if len(images_BCHW) % 2:
-        raise UserError(f"mixup: got a batch of {len(images_BCHW)} images, expected an even number; drop or add one")
+        raise UserError(f"mixup: got a batch of {counted(len(images_BCHW), 'image')}, expected an even number")
     y0, y1, x0, x1 = mix.box or (0, None, 0, None)
     window_BCHW = images_BCHW[:, :, y0:y1, x0:x1]
     half = len(window_BCHW) // 2

@@ -14,7 +14,7 @@ import torch
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.sampling import Sampling, sampling_of
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 
 class RepeatedAugmentationSampler:
@@ -137,13 +137,12 @@ class Plan:
     def __post_init__(self) -> None:
         if self.virtual_ranks % self.world:
             raise UserError(
-                f"train.virtual_ranks: got {self.virtual_ranks} for {self.world} ranks; "
-                f"expected a multiple of {self.world}"
+                f"train.virtual_ranks: got {self.virtual_ranks} for {counted(self.world, 'rank')}, expected a multiple"
             )
         if self.micro_steps == 0:
             raise UserError(
-                f"train.batch_size: got {self.batch_size}, expected at most {len(self._sampler(0))}, the images of an "
-                f"epoch ({self.n} in the set) for each of train.virtual_ranks={self.virtual_ranks}. Use a smaller batch"
+                f"train.batch_size: got {self.batch_size}, expected at most {len(self._sampler(0))}, the images per "
+                f"epoch ({self.n} in the set) and rank of train.virtual_ranks={self.virtual_ranks}. Use a smaller batch"
                 + (" or fewer train.virtual_ranks" if self.virtual_ranks > self.world else "")
             )
 
@@ -193,16 +192,16 @@ class Plan:
     def describe_epoch(self) -> str:
         """Summarize an epoch in one line, with remedies if it is partial."""
         if self.sampling:
-            return f"an epoch shows {self.images_per_epoch:,} images, drawn by data.sampling={self.sampling.kind}"
-        text = f"an epoch has {self.distinct_images:,} of the {self.n:,} images"
+            return f"{self.images_per_epoch:,} images per epoch, sampled with data.sampling={self.sampling.kind}"
+        text = f"{self.distinct_images:,} of {self.n:,} images per epoch"
         if self.repeats > 1:
-            text += f", {self.images_per_epoch:,} with their copies (augment.repeats={self.repeats})"
+            text += f", {self.images_per_epoch:,} with copies (augment.repeats={self.repeats})"
         if not self.is_partial:
             return text
         remedies = ["augment.repeats=1"] if self.repeats > 1 else []
         if self.images_per_epoch < 0.9 * self.virtual_ranks * len(self._sampler(0)):
             remedies.append(f"a train.batch_size below {self.batch_size}")
-        return f"{text}; the others follow in later epochs. For more in each, use {' or '.join(remedies)}"
+        return f"{text}; the others are in later epochs. For more per epoch, use {' or '.join(remedies)}"
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
         """Yield the optimizer steps of an epoch from number ``start`` on.

@@ -50,15 +50,16 @@ class TeacherPlan:
         if left <= 0:
             return ""
         if self.drop_last:
-            return f"{left} of {self.n} images, others in each epoch, are left out, because PaCo takes whole batches"
-        return f"the last batch of an epoch has {self.batch_size + left} images: {left} would be too few for batch norm"
+            return f"PaCo uses full batches: each epoch skips {left} of {self.n} images, others in each"
+        images = f"{self.batch_size + left} images"
+        return f"the last batch of an epoch has {images}: {left} alone would be too few for batch norm"
 
     def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield the image indices of each batch from number ``start`` on, int64 [B]."""
-        for sample_B, _ in self.shown(epoch, start):
+        for sample_B, _ in self.batches(epoch, start):
             yield sample_B
 
-    def shown(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield each batch's image indices and their occurrence so far, two int64 [B]."""
         if self.sampling:
             order_N, before_N = self.sampling.draw(epoch)
@@ -102,5 +103,7 @@ def teacher_plan_of(
             "batch or fewer of them."
         )
     if plan.steps == 0:
-        raise UserError(f"teacher_training.batch_size: got {plan.batch_size}, the set has {plan.n} images; lower it")
+        raise UserError(
+            f"teacher_training.batch_size: got {plan.batch_size}, expected at most {plan.n}, the images of the set"
+        )
     return plan

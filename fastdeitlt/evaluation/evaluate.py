@@ -1,4 +1,4 @@
-"""Stage 9, evaluation: logits of a model on every image of a set, scored by metrics.py."""
+"""Evaluation: logits of a model on every image of a set, scored by metrics.py."""
 
 # B batch, C channels, H height, W width, K classes, N images in the set
 
@@ -78,7 +78,10 @@ class WithCosine(nn.Module):
         return self.student.head(x_B2D[:, 0]), self.student.head_dist(x_B2D[:, 1])
 
     def cosine_N(self, total: int, device: torch.device) -> Tensor:
-        """Gather the cosines [N] of ``gather_logits``'s ``total`` images from all ranks, on every rank."""
+        """Gather the cosines [N] of all images on every rank.
+
+        ``total`` and the order as in ``gather_logits``.
+        """
         seen_B = torch.cat(self._cosines).cpu() if self._cosines else torch.zeros(0)
         return distributed.gather_interleaved(seen_B, total, device)
 
@@ -94,7 +97,9 @@ def collect_logits(
     autocast_dtype: torch.dtype | None = None,
     sample_N: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the logits of both heads on each image exactly once, in order; the last batch may be smaller.
+    """Compute the logits of both heads on each image exactly once, in order.
+
+    The last batch may be smaller.
 
     Args:
         model: has ``forward_heads``, as a student or ``OneHead``; in eval mode during the call, then restored.
@@ -138,7 +143,10 @@ def gather_logits(
     device: torch.device,
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Collect the logits of all images on every rank, each of which computes a part; ``how``: ``collect_logits``."""
+    """Collect the logits of all images on every rank.
+
+    Each rank computes a part. ``how``: see ``collect_logits``.
+    """
     sample_N = np.arange(distributed.rank(), len(images), distributed.get_world())
     mine = collect_logits(model, source, images, preprocess, device=device, sample_N=sample_N, **how)
     cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(p, len(images), device) for p in mine)
@@ -154,7 +162,9 @@ def evaluate(
     csv_path: str | Path | None = None,
     predictions_path: str | Path | None = None,
 ) -> Result:
-    """Score a saved model, print the tables of both splits, and optionally write the scores.
+    """Score a saved model and print the tables of both splits.
+
+    Optionally writes the scores.
 
     A student on test images is also scored with post-hoc corrections fitted on its validation images (posthoc.py), if
     it has any. Ranks started by torchrun divide the images; each returns the whole result, rank 0 prints.
@@ -165,8 +175,8 @@ def evaluate(
             the quick start's, whose images are the embedded set.
         split: train, val or test; with train also required if the model's file has no class counts.
         json_path: file for all scores.
-        csv_path: file for a row a class: training images, images, accuracy of each head with its 95 % interval.
-        predictions_path: CSV file for a row an image: path, label, answer and probability of each head.
+        csv_path: file with one row per class: training images, images, accuracy of each head with its 95 % interval.
+        predictions_path: CSV file with one row per image: path, label, prediction and probability of each head.
 
     Raises:
         UserError: no such model, no such split, classes that the model does not have, or a file that cannot be
@@ -177,9 +187,9 @@ def evaluate(
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
     for out in (json_path, csv_path, predictions_path):
         if out and not Path(out).absolute().parent.is_dir():
-            raise UserError(f"eval: {out}: no such folder; make it first")
+            raise UserError(f"eval {out}: no such folder; create it first")
     if predictions_path and Path(predictions_path).suffix != ".csv":
-        raise UserError(f"eval: got --predictions {predictions_path}, expected a .csv file")
+        raise UserError(f"--predictions: got {predictions_path}, expected a .csv file")
     with distributed.group(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s):
         evaluation = evaluate_saved(saved, cfg, split)
         if distributed.rank() == 0:
@@ -224,15 +234,21 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> Evaluation:
 
 
 def _report_absent(images: LongTailSet, where: str) -> None:
-    """Log the model's classes without images in a split: means over classes ignore them."""
+    """Log the model's classes without images in a split.
+
+    Means over classes ignore them.
+    """
     if absent := [label for label, count in enumerate(images.counts) if count == 0]:
         names = images.class_names or [f"class {label}" for label in range(images.num_classes)]
         named = listed(names[label] for label in absent)
-        log.warning("%s: no images of %d of %d classes (%s)", where, len(absent), images.num_classes, named)
+        log.warning("%s: no images for %d of %d classes (%s)", where, len(absent), images.num_classes, named)
 
 
 def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (cls_logits_NK, dist_logits_NK, labels_N) of a saved model, in the data set's class order."""
+    """Return the logits and labels of a saved model.
+
+    (cls_logits_NK, dist_logits_NK, labels_N), in the data set's class order.
+    """
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
     source = open_source(images, cfg.data.model_copy(update={"exif": saved.preprocess.exif}), device, scored=True)
@@ -272,13 +288,16 @@ def _write_predictions(evaluation: Evaluation, saved: Saved, path: Path) -> None
     write_atomically(
         path, per_image.to_csv(evaluation.heads, evaluation.labels_N, evaluation.images, names, temperatures)
     )
-    told = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
-    how = f"temperatures fitted on validation images: {told}" if told else "probabilities as the network gives them"
+    fitted = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
+    how = f"temperatures fitted on validation images: {fitted}" if fitted else "uncalibrated probabilities"
     log.info("%s: %d images; %s", path, len(evaluation.labels_N), how)
 
 
 def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:
-    """Return CSV, a row a class: number, name, training images, images; each head's accuracy and Wilson interval."""
+    """Return CSV with one row per class.
+
+    Columns: number, name, training images, images; each head's accuracy and Wilson interval.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
     measures = [f"{head}{part}" for head in result.heads for part in ("", " low", " high")]

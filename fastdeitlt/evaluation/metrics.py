@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdeitlt.data.sets.counts import has_official_split, shot_groups
-from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.errors import NonFiniteError, UserError, counted
 
 SELECT_BY = {"balanced": "mean class accuracy", "micro": "accuracy over images"}
 """Value of ``evaluate.select_by`` -> its description."""
@@ -92,8 +92,11 @@ class Result:
         return sum(self.support_K)
 
     def size(self, what: str) -> str:
-        """Return the number of images scored, and of those left out, if any: ``1,000 images``."""
-        left_out = f" ({self.left_out:,} unreadable ones are left out)" if self.left_out else ""
+        """Return the number of images scored, such as ``1,000 images``.
+
+        Mentions unreadable images, if any.
+        """
+        left_out = f" (without {self.left_out:,} unreadable)" if self.left_out else ""
         return f"{self.num_images:,} {what}{left_out}"
 
     @property
@@ -106,21 +109,33 @@ class Result:
         return "thirds by class size" if self.thirds and split == "official" else f"{split} split"
 
     def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
-        """Return a head's top-1 accuracy in per cent, by default ``main``'s; NaN for a group without images."""
+        """Return a head's top-1 accuracy in per cent, by default ``main``'s.
+
+        NaN for a group without images.
+        """
         return self.heads[head or self.main].top1[split][group]
 
     def selection_accuracy(self, select_by: str) -> float:
-        """Return the main head's accuracy in per cent that selects weights: ``balanced`` or ``micro``."""
+        """Return the main head's accuracy in per cent that selects weights.
+
+        ``by`` is ``balanced`` or ``micro``.
+        """
         head = self.heads[self.main]
         return head.balanced_accuracy if select_by == "balanced" else head.top1["threshold"]["all"]
 
     def class_accuracy(self, head: str) -> np.ndarray:
-        """Return the accuracy of each class in per cent, float64 [K], NaN for a class without images."""
+        """Return the accuracy of each class in per cent, float64 [K].
+
+        NaN for a class without images.
+        """
         with np.errstate(invalid="ignore"):
             return 100 * np.array(self.heads[head].correct_K) / np.array(self.support_K)
 
     def class_interval(self, head: str) -> np.ndarray:
-        """Return the Wilson 95 % interval of each class's accuracy in per cent, float64 [K, 2]."""
+        """Return the Wilson 95 % interval of each class's accuracy.
+
+        In per cent, float64 [K, 2].
+        """
         return wilson_interval(np.array(self.heads[head].correct_K), np.array(self.support_K))
 
     def to_json(self) -> dict[str, Any]:
@@ -139,12 +154,15 @@ class Result:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"result: {where}: {first['msg']}; expected what `fastdeitlt eval` writes") from None
+            raise UserError(f"result: {where}: {first['msg']}; rerun `fastdeitlt eval`") from None
 
     def table(
         self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> Table:
-        """Return a table of rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail."""
+        """Return the table of accuracies for a terminal.
+
+        Rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail.
+        """
         table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.size('images')}")
         table.add_column("")
         for group in GROUPS:
@@ -159,7 +177,10 @@ class Result:
     def beside(
         self, split: str, teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> dict[str, dict[str, float]]:
-        """Return rows to compare with, group -> per cent: teacher, uniform guess, published result."""
+        """Return the rows to compare with, group -> per cent.
+
+        Teacher, uniform guess, published result.
+        """
         rows = {"teacher": teacher.heads[teacher.main].top1[split]} if teacher else {}
         rows["chance"] = dict.fromkeys(GROUPS, 100 / len(self.counts_K))
         return rows | ({"published": published} if published else {})
@@ -174,7 +195,9 @@ def cell(value: float | None, digits: int = 1) -> str:
 
 
 def wilson_interval(correct: np.ndarray, total: np.ndarray, z: float = WILSON_Z) -> np.ndarray:
-    """Return the Wilson score interval of a proportion in per cent, [..., 2]; NaN where total is 0.
+    """Return the Wilson score interval of a proportion in per cent.
+
+    Shape [..., 2]; NaN where total is 0.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -193,7 +216,9 @@ def score(
     dataset: str | None = None,
     device: torch.device = CPU,
 ) -> Result:
-    """Score a student: the CLS head, the DIST head and AVG, the mean of their logits (official ``engine.evaluate``).
+    """Score a student's CLS head, DIST head and AVG.
+
+    AVG is the mean of their logits (official ``engine.evaluate``).
 
     The order of the images does not matter. ``counts`` are the training images of each class, ``dataset`` the name
     whose official split is reported too. The arithmetic runs on ``device``, in chunks.
@@ -207,7 +232,10 @@ def score(
 
 
 def heads_of(cls_logits_NK: Tensor, dist_logits_NK: Tensor) -> dict[str, Tensor]:
-    """Return a student's logits by head: AVG, the mean of both, which predicts; CLS; DIST."""
+    """Return a student's logits by head: AVG, CLS, DIST.
+
+    AVG is the mean of both and the prediction.
+    """
     average_NK = (cls_logits_NK.float() + dist_logits_NK.float()) / 2
     return {"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}
 
@@ -231,7 +259,10 @@ def score_heads(
     dataset: str | None = None,
     device: torch.device = CPU,
 ) -> Result:
-    """Score any logits [N, K] by name; the first name is ``Result.main``. See ``score``."""
+    """Score any logits [N, K] by name.
+
+    The first name is ``Result.main``. See ``score``.
+    """
     _check(logits, labels_N, len(counts))
     return _score(logits, labels_N, counts, dataset, device)
 
@@ -271,14 +302,14 @@ def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> Non
         bad = int((~head.isfinite().all(dim=1)).sum())
         if bad:
             raise NonFiniteError(
-                f"{name} logits: {bad} of {len(head)} images are not finite; the weights have diverged"
+                f"{name} logits: non-finite for {bad} of {counted(len(head), 'image')}; the weights have diverged"
             )
     (read_N,) = readable(labels_N)
     if len(read_N) == 0:
-        raise UserError("evaluation: the set has no images; give a list with at least one")
+        raise UserError("evaluation: no images, expected at least one")
     low, high = int(read_N.min()), int(read_N.max())
     if low < 0 or high >= num_classes:
-        raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}; is this the model's data set?")
+        raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}; use the data set of the model")
 
 
 def _score_head(
@@ -331,7 +362,10 @@ def _score_head(
 
 
 def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-    """Return (predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score) of each image, in float64."""
+    """Return prediction, confidence and scores of each image, in float64.
+
+    (predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score).
+    """
     largest_N1, predicted_N1 = logits_NK.max(dim=1, keepdim=True)
     predicted_N, own_N1 = predicted_N1.squeeze(1), labels_N[:, None]
     shifted_NK = logits_NK.double() - largest_N1
@@ -345,7 +379,10 @@ def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
 
 
 def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Bin images by confidence in equal bins of 0..1, without empty ones (Guo et al. 2017, section 2)."""
+    """Bin images by confidence in equal bins of 0..1, without empty ones.
+
+    Source: Guo et al. 2017, section 2.
+    """
     index_N = (confidence_N * num_bins).long().clamp(max=num_bins - 1)
     num_images = torch.bincount(index_N, minlength=num_bins)
     confidence = torch.bincount(index_N, weights=confidence_N.double(), minlength=num_bins) / num_images
@@ -355,7 +392,10 @@ def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BI
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Return the expected calibration error in per cent (mean |confidence - accuracy|); NaN without images."""
+    """Return the expected calibration error in per cent.
+
+    Mean |confidence - accuracy|; NaN without images.
+    """
     total = sum(b.num_images for b in bins)
     return 100 * sum(b.num_images * abs(b.confidence - b.accuracy) for b in bins) / total if total else math.nan
 

@@ -1,4 +1,4 @@
-"""Results of single images: confusions, the most confident mistakes, and CSV with a row an image."""
+"""Results of single images: confusions, the most confident mistakes, and CSV with one row per image."""
 
 # N images in the set, K classes, C channels, H height, W width
 
@@ -27,7 +27,9 @@ LOSSLESS_SIDE = 64
 
 
 def decisions(logits_NK: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return each image's most probable class, int64 [N], and its probability, float64 [N].
+    """Return each image's most probable class and its probability.
+
+    int64 [N] and float64 [N].
 
     Args:
         logits_NK: logits of one head.
@@ -66,7 +68,9 @@ def image_facts(
     preprocess: Preprocess,
     temperatures: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Collect the report's facts of single images, the content of analysis/images.json.
+    """Collect the report's facts of single images.
+
+    They are the content of analysis/images.json.
 
     Args:
         heads: logits_NK by name; the first head predicts.
@@ -106,7 +110,10 @@ def image_facts(
 
 
 def picture(image: Image.Image) -> str:
-    """Return a small picture as a data URI: a PNG if tiny, else a JPEG of at most ``PICTURE_SIDE``."""
+    """Return a small picture as a data URI.
+
+    A PNG if tiny, else a JPEG of at most ``PICTURE_SIDE``.
+    """
     if max(image.size) <= LOSSLESS_SIDE:
         return data_uri(image, "PNG", optimize=True)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
@@ -127,7 +134,9 @@ def to_csv(
     class_names: Sequence[str],
     temperatures: Mapping[str, float] | None = None,
 ) -> str:
-    """Return CSV, a row an image: path, label, each head's prediction and probability; ``error`` if unreadable.
+    """Return CSV with one row per image.
+
+    Columns: path, label, each head's prediction and probability; ``error`` if unreadable.
 
     Args:
         heads: logits_NK by name.
@@ -146,7 +155,7 @@ def to_csv(
     for index, (path, label) in enumerate(zip(images.paths, images.labels.tolist(), strict=True)):
         cells: list[object] = [csv_name(path), label, names[label]]
         if labels_N[index] == LEFT_OUT:
-            writer.writerow([*cells, *[""] * len(answers), "cannot be read"])
+            writer.writerow([*cells, *[""] * len(answers), "unreadable"])
             continue
         for predicted, probability in columns:
             cells += [predicted[index], names[predicted[index]], f"{probability[index]:.6f}"]

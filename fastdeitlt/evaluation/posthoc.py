@@ -44,13 +44,19 @@ def _heads(cls_NK: Tensor, dist_NK: Tensor, *, towards_dist: Tensor | None = Non
 
 
 def _size(log_prior_K: Tensor) -> Tensor:
-    """Return the standardised log of the class sizes [K]; all 0 if the sizes are equal."""
+    """Return the standardised log of the class sizes [K].
+
+    All 0 if the sizes are equal.
+    """
     centred_K = log_prior_K - log_prior_K.mean()
     return centred_K / centred_K.square().mean().sqrt().clamp_min(1e-6)
 
 
 def _doubt(cls_NK: Tensor, dist_NK: Tensor) -> Tensor:
-    """Return the difference of the entropies of CLS and DIST over log K, -1..1 [N, 1]."""
+    """Return the difference of the entropies of CLS and DIST, [N, 1].
+
+    Divided by log K, so in -1..1.
+    """
     entropies = [-(p.exp() * p).sum(1, keepdim=True) for p in _heads(cls_NK, dist_NK)]
     return (entropies[0] - entropies[1]) / math.log(max(cls_NK.shape[1], 2))
 
@@ -87,7 +93,10 @@ class PostHoc:
     """Shifted prior -> accuracy in per cent of "AVG, class prior" adjusted to that prior; see shift.py."""
 
     def rows(self, split: str = "official") -> list[list[str]]:
-        """Return a row a method: name, accuracy of all, head, mid, tail, ECE and NLL of all, fitted weights."""
+        """Return one row per method.
+
+        Name, accuracy of all, head, mid, tail, ECE and NLL of all, fitted weights.
+        """
         return [
             [
                 name,
@@ -129,9 +138,7 @@ class PostHoc:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UserError(
-                f"post-hoc scores: {where}: {first['msg']}; expected what `fastdeitlt eval` writes"
-            ) from None
+            raise UserError(f"post-hoc scores: {where}: {first['msg']}; rerun `fastdeitlt eval`") from None
         return replace(scores, result=Result.from_json(tree["result"]))
 
 
@@ -139,7 +146,10 @@ _POST_HOC = TypeAdapter(PostHoc)
 
 
 def log_prior(counts: Sequence[int]) -> Tensor:
-    """Return the log of the class frequencies in training, float64 [K]; an empty class counts as one image."""
+    """Return the log of the class frequencies in training, float64 [K].
+
+    An empty class counts as one image.
+    """
     counts_K = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
     return (counts_K / counts_K.sum()).log()
 
@@ -155,7 +165,9 @@ def apply(method: str, weights: Sequence[float], cls_NK: Tensor, dist_NK: Tensor
 
 
 def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prior_K: Tensor) -> list[float]:
-    """Fit weights [F] that minimise the NLL of the labels, averaged over the images of a class, then over classes.
+    """Fit weights [F] that minimise the class-balanced NLL of the labels.
+
+    It is averaged over the images of a class, then over classes.
 
     A Gaussian prior of deviation 1 around "no change", weighted like one image, keeps the weights finite if every image
     is classified correctly.
@@ -202,10 +214,13 @@ def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prio
 
 
 def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
-    """Format a method's weights as temperature T, strength tau of the prior and weight alpha of DIST."""
+    """Format a method's weights as T, tau and alpha.
+
+    Temperature, strength of the prior and weight of DIST.
+    """
     total = weights[0] if len(weights) == 1 or method == "AVG, class prior" else weights[0] + weights[1]
     if not total > 0:
-        return "no sense to make of it: the heads' order of classes is worse than chance"
+        return "no fit: the heads rank the classes worse than chance"
     temperature = f"T = {1 / total:.2f}"
     if len(weights) == 1:
         return temperature
@@ -220,7 +235,8 @@ def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
         largest, smallest = (alpha + slope * float(size) for size in (size_K.max(), size_K.min()))
         return f"{temperature}, alpha = {largest:.2f} (largest class) to {smallest:.2f} (smallest)"
     return (
-        f"{temperature}, alpha = {alpha:.2f} {'+' if slope >= 0 else '-'} {abs(slope):.2f} x (doubt of CLS - of DIST)"
+        f"{temperature}, alpha = {alpha:.2f} {'+' if slope >= 0 else '-'} {abs(slope):.2f} x (entropy of CLS - entropy "
+        "of DIST)"
     )
 
 
@@ -241,7 +257,9 @@ def post_hoc(
     counts: Sequence[int],
     dataset: str | None = None,
 ) -> PostHoc:
-    """Fit every method on ``val`` and score it on ``test``; each is (cls_logits_NK, dist_logits_NK, labels_N).
+    """Fit every method on ``val`` and score it on ``test``.
+
+    Each is (cls_logits_NK, dist_logits_NK, labels_N).
 
     Raises:
         UserError, NonFiniteError: see ``score``.

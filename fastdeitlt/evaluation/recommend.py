@@ -41,7 +41,10 @@ class Recommendation:
 
     @property
     def alike(self) -> tuple[str, ...]:
-        """Others whose accuracy is within the best one's interval, so not distinguishable on these images."""
+        """Others whose accuracy is within the best one's interval.
+
+        They are not distinguishable on these images.
+        """
         return tuple(other.name for other in self.scored[1:] if other.accuracy >= self.best.low)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,12 +66,14 @@ class Recommendation:
         if others:
             text += "; " + ", ".join(f"{other.name} {other.accuracy:.1f}" for other in others)
         if self.alike:
-            text += f". So few images do not tell it apart from {', '.join(self.alike)}"
+            text += f". Not distinguishable on these images: {', '.join(self.alike)}"
         return text
 
 
 def recommend(student: Result | None, teacher: Result | None) -> Recommendation | None:
-    """Rank the teacher and the student's heads by their scores on the same validation images; None without any.
+    """Rank the teacher and the student's heads by validation scores.
+
+    The scores are on the same images; None without any.
 
     Ties are in the order AVG, CLS, DIST, teacher.
     """
@@ -87,7 +92,9 @@ def recommend(student: Result | None, teacher: Result | None) -> Recommendation 
 
 
 def balanced_interval(correct_K: list[int], support_K: list[int]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of class accuracies in per cent; classes without images are ignored.
+    """Return the 95 % interval of the mean class accuracy in per cent.
+
+    Classes without images are ignored.
 
     The distance of each end from the mean is the root of the summed squares of the classes' Wilson distances, over the
     number of classes. Unlike a bootstrap, it has a spread even if all or none of a class's few images are right.

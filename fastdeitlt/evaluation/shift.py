@@ -24,14 +24,20 @@ SHIFTS: dict[str, float] = {
 
 
 def shifted_prior(counts: Sequence[int], rho: float) -> np.ndarray:
-    """Return the prior [K] that falls exponentially, by ``rho`` in total, in the order of training sizes."""
+    """Return the prior [K] that falls exponentially with training size rank.
+
+    By ``rho`` in total.
+    """
     rank_K = np.argsort(class_order(counts), kind="stable")
     share_K = rho ** -(rank_K / max(len(counts) - 1, 1))
     return share_K / share_K.sum()
 
 
 def accuracy_under(prior_K: np.ndarray, correct_K: np.ndarray, support_K: np.ndarray) -> float:
-    """Return the accuracy in per cent under a prior over classes with test images; NaN if none has any."""
+    """Return the accuracy in per cent under a class prior.
+
+    The prior is over classes with test images; NaN if none has any.
+    """
     present_K = support_K > 0
     if not present_K.any():
         return float("nan")
@@ -50,9 +56,12 @@ def accuracies(result: Result) -> dict[str, dict[str, float]]:
 
 
 def table(shifted: Mapping[str, Mapping[str, float]], prior_known: Mapping[str, float] | None = None) -> Table:
-    """Return a table for a terminal, rows of shifts, columns of heads; ``prior_known`` as in ``PostHoc``."""
-    columns = dict(shifted) | ({"AVG, told the prior": prior_known} if prior_known else {})
-    table = Table(title="accuracy in % where classes are not equally frequent (ratio of first to last class)")
+    """Return a table for a terminal: rows of shifts, columns of heads.
+
+    ``prior_known`` as in ``PostHoc``.
+    """
+    columns = dict(shifted) | ({"AVG, known prior": prior_known} if prior_known else {})
+    table = Table(title="accuracy in % on shifted test class frequencies (ratio of first to last class)")
     table.add_column("test classes")
     for name in columns:
         table.add_column(name, justify="right")

@@ -52,7 +52,10 @@ class Sign:
 
 
 def tail_images(images: LongTailSet, dataset: str) -> LongTailSet:
-    """Return training images of the tail classes (official split), evenly spaced if more than the maximum."""
+    """Return training images of the tail classes (official split).
+
+    Evenly spaced if more than the maximum.
+    """
     tail_N = np.flatnonzero(np.isin(images.labels, shot_groups(images.counts, SPLIT, dataset)["tail"].numpy()))
     return images.take(tail_N[np.linspace(0, len(tail_N) - 1, min(NUM_TAIL_IMAGES, len(tail_N))).astype(np.int64)])
 
@@ -80,12 +83,12 @@ def _tail_expert(now: Reading) -> Sign | None:
     if np.isnan(cls):
         return None
     if dist > cls:
-        return Sign("tail expert", False, f"DIST leads CLS on the tail: {dist:.1f} against {cls:.1f} %")
+        return Sign("tail expert", False, f"DIST leads CLS on the tail: {dist:.1f} to {cls:.1f} %")
     return Sign(
         "tail expert",
         True,
-        f"DIST is no better than CLS on the tail: {dist:.1f} against {cls:.1f} %; no tail expert has formed. Look at "
-        "the teacher's accuracy on the tail (analyze teacher) and at the strength of the augmentation",
+        f"DIST does not lead CLS on the tail: {dist:.1f} to {cls:.1f} %. Check the teacher's accuracy on the tail "
+        "(analyze teacher) and the strength of the augmentation",
     )
 
 
@@ -95,45 +98,47 @@ def _head(now: Reading, before: Sequence[Reading], baseline_head: float) -> Sign
     if np.isnan(value) or not (own or baseline_head):
         return None
     baseline = baseline_head or max(own)
-    what = "the baseline's (evaluate.baseline_head)" if baseline_head else "the best before re-weighting"
-    figures = f"{value:.1f} %, {what} {baseline:.1f} %"
+    what = "evaluate.baseline_head" if baseline_head else "best before re-weighting"
+    figures = f"{value:.1f} %, {what}: {baseline:.1f} %"
     if baseline - value <= HEAD_DROP:
-        return Sign("head", False, f"AVG holds the head classes: {figures}")
+        return Sign("head", False, f"AVG keeps the head accuracy: {figures}")
     return Sign(
         "head",
         True,
-        f"AVG has lost {baseline - value:.1f} points on the head classes: {figures}. Re-weighting takes more than it "
-        "should: a later loss.drw_epoch, a smaller loss.drw_beta or a smaller loss.alpha weighs the tail less",
+        f"AVG lost {baseline - value:.1f} points on the head classes: {figures}. Re-weighting is too strong: use a "
+        "later loss.drw_epoch, a smaller loss.drw_beta or a smaller loss.alpha",
     )
 
 
 def _overfitting(readings: Sequence[Reading]) -> Sign | None:
-    """Check whether held-out tail accuracy falls from its best while that on training images does not.
+    """Check whether only the held-out tail accuracy falls from its best.
+
+    That on training images does not fall.
 
     The first reading is the last before re-weighting, if any.
     """
     now = readings[-1]
-    held, seen = _on_tail(now)
-    if np.isnan(held) or np.isnan(seen):
+    held_out, on_training = _on_tail(now)
+    if np.isnan(held_out) or np.isnan(on_training):
         return None
     best = max(readings, key=lambda reading: _on_tail(reading)[0])
-    held_best, seen_best = _on_tail(best)
-    figures = f"on held-out images {held:.1f} %, on its training images {seen:.1f} %"
+    best_held_out, best_on_training = _on_tail(best)
+    figures = f"{held_out:.1f} % on held-out images, {on_training:.1f} % on training images"
     if best.epoch != now.epoch:
-        figures += f" (epoch {best.epoch + 1}: {held_best:.1f} and {seen_best:.1f} %)"
+        figures += f" (epoch {best.epoch + 1}: {best_held_out:.1f} and {best_on_training:.1f} %)"
     tail_classes = class_order(now.scores.counts_K)[-now.scores.num_classes[SPLIT]["tail"] :]
     num_images = int(np.array(now.scores.support_K)[tail_classes].sum())
-    margin = max(TAIL_FALL, 2 * (held_best * (100 - held_best) / num_images) ** 0.5)
-    if held_best - held <= margin or seen < seen_best:
-        return Sign("overfitting", False, f"the tail is not overfitted: {figures}")
+    margin = max(TAIL_FALL, 2 * (best_held_out * (100 - best_held_out) / num_images) ** 0.5)
+    if best_held_out - held_out <= margin or on_training < best_on_training:
+        return Sign("overfitting", False, f"tail classes are not overfitted: {figures}")
     return Sign(
         "overfitting",
         True,
-        f"tail classes are overfitted: {figures}. Stronger augmentation, a later loss.drw_epoch or a smaller "
-        "loss.drw_beta helps; the best epoch is kept as checkpoints/best",
+        f"tail classes are overfitted: {figures}. Use stronger augmentation, a later loss.drw_epoch or a smaller "
+        "loss.drw_beta; the best epoch is in checkpoints/best",
     )
 
 
 def _on_tail(reading: Reading) -> tuple[float, float]:
-    """Return AVG's accuracy on the tail in per cent: held-out images, training images."""
+    """Return AVG's tail accuracy in per cent: held-out, training images."""
     return reading.scores.accuracy("AVG", "tail", SPLIT), reading.tail_seen.accuracy("AVG", "tail", SPLIT)

@@ -15,7 +15,10 @@ from fastdeitlt.store.checkpoint import read_folder
 
 
 def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:
-    """Resample position embeddings to a square grid of another size by timm; the prefix is kept."""
+    """Resample position embeddings to a square grid of another size by timm.
+
+    The prefix is kept.
+    """
     if pos_embed_1ND.shape[1] == num_tokens:
         return pos_embed_1ND
     from timm.layers import resample_abs_pos_embed  # timm is slow to import
@@ -43,24 +46,28 @@ def _check_distilled(state: State, what: str) -> None:
         "head.weight": 2,
     }.items():
         if key not in state or state[key].ndim != ndim:
-            raise UserError(f"{what}: has no {key} of {ndim} dimensions; expected a distilled ViT under timm's keys")
+            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a distilled ViT with timm's keys")
 
 
 def load_student_state(model: DistilledViT, state: State, what: str = "student checkpoint") -> None:
-    """Load weights under timm's keys; position embeddings of another image size are interpolated.
+    """Load weights with timm's keys.
+
+    Position embeddings of another image size are interpolated.
 
     Raises:
         UserError: not a distilled ViT, another class count, or keys and shapes that do not fit.
     """
     _check_distilled(state, what)
     if len(state["head.weight"]) != model.num_classes:
-        raise UserError(f"{what}: has {len(state['head.weight'])} classes, expected {model.num_classes}")
+        raise UserError(f"{what}: got {len(state['head.weight'])} classes, expected {model.num_classes}")
     pos_embed = resample_pos_embed(state["pos_embed"], model.pos_embed.shape[1])
     load_exact(model, state | {"pos_embed": pos_embed}, what)
 
 
 def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[DistilledViT, dict[str, Any]]:
-    """Load a student in eval mode from a model folder, an official checkpoint or timm's weights.
+    """Load a student in eval mode.
+
+    From a model folder, an official checkpoint or timm's weights.
 
     Args:
         path: a folder with manifest.json, a .pth of {"model", "model_ema", "args", ...}, or .safetensors.
@@ -76,13 +83,13 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
     """
     path = Path(path)
     if weights not in ("model", "ema"):
-        raise UserError(f"weights {weights!r}: unknown, expected model or ema")
+        raise UserError(f"weights: got {weights!r}, expected model or ema")
     info: dict[str, Any] = {}
     if path.is_dir():
         state, manifest = read_folder(path, "student", weights)
         info = manifest.model_dump()
     elif not path.is_file():
-        raise UserError(f"student {path}: no such file or folder; give a model folder or a checkpoint")
+        raise UserError(f"student {path}: no such file or folder, expected a model folder or a checkpoint")
     elif path.suffix == ".safetensors":
         state = tensors(read_safetensors(path), path)
     else:

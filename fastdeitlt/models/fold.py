@@ -19,7 +19,9 @@ class _LayerTracer(fx.Tracer):
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:
-    """Copy a network in eval mode, with each batch norm folded into the plain convolution before it.
+    """Copy a network in eval mode with folded batch norms.
+
+    Each is folded into the plain convolution before it.
 
     Only if nothing else reads the convolution. Outputs are equal up to rounding. A network that torch.fx cannot trace
     is copied unchanged, and this is logged.
@@ -28,7 +30,7 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     try:
         graph = _LayerTracer().trace(network)
     except (fx.proxy.TraceError, TypeError, ValueError, AttributeError) as error:
-        _log.info("%s: batch norms are not folded, torch.fx cannot trace it (%s)", type(network).__name__, error)
+        _log.info("%s: torch.fx cannot trace it, batch norms not folded (%s)", type(network).__name__, error)
         return network
     layers = dict(network.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt.kernels._pick import pick, pick_attention
-from fastdeitlt.models import fp8
+from fastdeitlt.models.fp8 import linear as linear_fp8
 
 MLP_RATIO = 4
 
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Apply the map without its bias."""
         weight = self.weight[rows]
-        return fp8.linear(x, weight) if self.fp8 and self.training else F.linear(x, weight)
+        return linear_fp8(x, weight) if self.fp8 and self.training else F.linear(x, weight)
 
     def forward(self, x: Tensor, rows: slice = slice(None), *, train_bias: bool = True) -> Tensor:
         bias = (self.bias if train_bias else self.bias.detach())[rows]
@@ -37,7 +37,9 @@ class Linear(nn.Linear):
 
 
 def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str = "sdpa") -> Tensor:
-    """Compute softmax attention of every token, or of the first ``num_queries``, to every token.
+    """Compute softmax attention of every token to every token.
+
+    Or only of the first ``num_queries``.
 
     Args:
         impl: see ``kernels._pick``. The kernel also computes the gradient of the projection's bias, otherwise another
@@ -94,7 +96,10 @@ def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor
 
 
 def linear_gelu(x_BND: Tensor, linear: Linear, impl: str = "torch") -> Tensor:
-    """Apply a linear map with bias, then exact GELU; the kernel adds the bias and applies GELU in one pass."""
+    """Apply a linear map with bias, then exact GELU.
+
+    The kernel adds the bias and applies GELU in one pass.
+    """
     if pick("bias_gelu", impl, (linear.out_features,), x_BND.device) == "torch":
         return F.gelu(linear(x_BND))
     from fastdeitlt.kernels.bias_gelu import bias_gelu
@@ -141,7 +146,10 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
-        """Compute attention of all tokens, or of the first ``num_queries``, to all tokens."""
+        """Compute attention of all tokens to all tokens.
+
+        Or only of the first ``num_queries``.
+        """
         return attend(x_BND, self.qkv, self.heads, num_queries, self.impl)
 
 

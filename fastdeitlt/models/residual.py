@@ -13,7 +13,7 @@ from fastdeitlt.models.layers import Linear
 DROP_PATH_LAWS = ("bernoulli", "count")
 
 
-class Kept(NamedTuple):
+class BranchSamples(NamedTuple):
     """Samples of a batch that run a residual branch (drop path)."""
 
     scale_B11: Tensor
@@ -22,12 +22,14 @@ class Kept(NamedTuple):
     """Indices of the samples that are computed; None = all, and those dropped are multiplied by 0."""
 
 
-DropPath = tuple[Kept | None, Kept | None]
+DropPath = tuple[BranchSamples | None, BranchSamples | None]
 """Drop path of a block's attention and MLP; None = all samples run it, unscaled."""
 
 
-def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
-    """Draw drop path of one branch with probability ``drop``; None if nothing is dropped.
+def draw_samples(x_BND: Tensor, drop: float, law: str) -> BranchSamples | None:
+    """Draw drop path of one branch with probability ``drop``.
+
+    None if nothing is dropped.
 
     Law "bernoulli" (timm's): each sample is kept independently with probability 1 - drop and scaled by 1 / (1 - drop).
     Law "count": S = B - round(drop B) samples, at least one, are drawn without replacement and scaled by B / S; the
@@ -36,64 +38,73 @@ def draw_kept(x_BND: Tensor, drop: float, law: str) -> Kept | None:
     """
     batch = x_BND.shape[0]
     if law == "bernoulli" and drop:
-        return Kept(x_BND.new_empty(batch, 1, 1).bernoulli_(1 - drop) / (1 - drop))
-    num_kept = max(batch - round(drop * batch), 1)
-    if num_kept == batch:
+        return BranchSamples(x_BND.new_empty(batch, 1, 1).bernoulli_(1 - drop) / (1 - drop))
+    num_samples = max(batch - round(drop * batch), 1)
+    if num_samples == batch:
         return None
-    samples_S = torch.rand(batch, device=x_BND.device).argsort()[:num_kept].sort().values
-    return Kept(x_BND.new_full((batch, 1, 1), batch / num_kept), samples_S)
+    samples_S = torch.rand(batch, device=x_BND.device).argsort()[:num_samples].sort().values
+    return BranchSamples(x_BND.new_full((batch, 1, 1), batch / num_samples), samples_S)
 
 
-def join_kept(parts: Sequence[Kept | None], batch: int) -> Kept | None:
+def join_samples(parts: Sequence[BranchSamples | None], batch: int) -> BranchSamples | None:
     """Concatenate the drop path of batches of ``batch`` samples each."""
     drawn = [part for part in parts if part is not None]
     if not drawn:
         return None
     scale_B11 = torch.cat([part.scale_B11 for part in drawn])
-    samples = [part.samples_S + i * batch for i, part in enumerate(drawn) if part.samples_S is not None]
-    return Kept(scale_B11, torch.cat(samples) if samples else None)
+    indices = [part.samples_S + i * batch for i, part in enumerate(drawn) if part.samples_S is not None]
+    return BranchSamples(scale_B11, torch.cat(indices) if indices else None)
 
 
 def add_norm(
     x_BND: Tensor,
     inner_SNE: Tensor,
     linear: Linear,
-    kept: Kept | None,
+    samples: BranchSamples | None,
     norm: nn.LayerNorm,
-    next_kept: Kept | None,
+    next_samples: BranchSamples | None,
     impl: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Add a residual branch to the stream x, then normalise the samples of the next branch.
+    """Add a residual branch to the stream x and normalise the next samples.
+
+    Those of the next branch.
 
     Args:
         x_BND: the stream.
         inner_SNE: the branch up to its last linear map.
         linear: that map.
-        kept: samples of this branch.
+        samples: samples of this branch.
         norm: applied to the sum.
-        next_kept: samples of the next branch.
+        next_samples: samples of the next branch.
         impl: see ``kernels._pick``.
 
     Returns:
         (sum, its norm).
     """
     if pick("add_layernorm", impl, (x_BND.shape[-1],), x_BND.device) == "triton":
-        return _add_norm_kernel(x_BND, inner_SNE, linear, kept, norm, next_kept)
+        return _add_norm_kernel(x_BND, inner_SNE, linear, samples, norm, next_samples)
     branch_SND = linear(inner_SNE)
-    if kept is None:
+    if samples is None:
         x_BND = x_BND + branch_SND
-    elif kept.samples_S is None:
-        x_BND = x_BND + branch_SND * kept.scale_B11
+    elif samples.samples_S is None:
+        x_BND = x_BND + branch_SND * samples.scale_B11
     else:
-        scaled_SND = branch_SND * kept.scale_B11[: len(branch_SND)]
-        x_BND = x_BND.index_add(0, kept.samples_S, scaled_SND.to(x_BND.dtype))
-    return x_BND, norm(select(x_BND, next_kept))
+        scaled_SND = branch_SND * samples.scale_B11[: len(branch_SND)]
+        x_BND = x_BND.index_add(0, samples.samples_S, scaled_SND.to(x_BND.dtype))
+    return x_BND, norm(select(x_BND, next_samples))
 
 
 def _add_norm_kernel(
-    x_BND: Tensor, inner_SNE: Tensor, linear: Linear, kept: Kept | None, norm: nn.LayerNorm, next_kept: Kept | None
+    x_BND: Tensor,
+    inner_SNE: Tensor,
+    linear: Linear,
+    samples: BranchSamples | None,
+    norm: nn.LayerNorm,
+    next_samples: BranchSamples | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``add_norm`` by kernels/add_layernorm.py in one pass over the stream, without gather or scatter.
+    """Compute ``add_norm`` in one pass by kernels/add_layernorm.py.
+
+    Without gather or scatter.
 
     The kernel also adds the linear map's bias and sums its gradient, otherwise another pass.
     """
@@ -101,12 +112,12 @@ def _add_norm_kernel(
 
     return add_layernorm(
         x_BND.contiguous(), linear.product(inner_SNE), norm.weight, norm.bias,
-        None if kept is None else kept.scale_B11.flatten().float(), norm.eps, branch_bias=linear.bias,
-        branch_samples_K=None if kept is None else kept.samples_S,
-        normed_samples_K=None if next_kept is None else next_kept.samples_S, impl="triton",
+        None if samples is None else samples.scale_B11.flatten().float(), norm.eps, branch_bias=linear.bias,
+        branch_samples_K=None if samples is None else samples.samples_S,
+        normed_samples_K=None if next_samples is None else next_samples.samples_S, impl="triton",
     )  # fmt: skip
 
 
-def select(x_BND: Tensor, kept: Kept | None) -> Tensor:
+def select(x_BND: Tensor, samples: BranchSamples | None) -> Tensor:
     """Return the samples of a branch."""
-    return x_BND if kept is None or kept.samples_S is None else x_BND.index_select(0, kept.samples_S)
+    return x_BND if samples is None or samples.samples_S is None else x_BND.index_select(0, samples.samples_S)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment.transform import normalise
 from fastdeitlt.data.sets.splits import Classes
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models import load_teacher
 from fastdeitlt.models.convert import load_student_checkpoint
 from fastdeitlt.models.teacher import check_class_map
@@ -80,7 +80,8 @@ def open_saved(path: str | Path) -> Saved:
     path = Path(path)
     if (path.suffix in EXPORTED and path.is_file()) or (path / "config.json").is_file():
         raise UserError(
-            f"model {path}: was exported for other programs, which read it; give the run folder it was exported from"
+            f"model {path}: exported for other programs, expected a run or model folder; use the run it was exported "
+            "from"
         )
     model: nn.Module
     if path.is_dir() and (info := read_manifest(find_model_folder(path))).get("kind") == "teacher":
@@ -91,10 +92,14 @@ def open_saved(path: str | Path) -> Saved:
     map_K = check_class_map(info.get("class_map") or range(num_classes), num_classes)
     names = info.get("class_names") or [f"class {label}" for label in range(num_classes)]
     if len(names) != num_classes:
-        raise UserError(f"model {path}: has {len(names)} class names for {num_classes} classes; repair its manifest")
+        raise UserError(
+            f"model {path}: got {counted(len(names), 'class name')}, expected {num_classes}; repair its manifest"
+        )
     if len(info.get("class_counts") or names) != num_classes:
         number = len(info["class_counts"])
-        raise UserError(f"model {path}: has {number} class counts for {num_classes} classes; repair its manifest")
+        raise UserError(
+            f"model {path}: got {counted(number, 'class count')}, expected {num_classes}; repair its manifest"
+        )
     return Saved(
         model=model,
         kind=info.get("kind", "student"),
@@ -109,7 +114,9 @@ def open_saved(path: str | Path) -> Saved:
 
 
 def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int) -> Saved:
-    """Open a teacher's released checkpoint, which contains neither architecture nor preprocessing.
+    """Open a teacher's released checkpoint.
+
+    It contains neither architecture nor preprocessing.
 
     Args:
         arch: see ``load_teacher``.
@@ -130,7 +137,10 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
 
 
 def run_of(path: Path) -> Path | None:
-    """Return the run folder that contains a model folder (as checkpoints/<name>), if any."""
+    """Return the run folder that contains a model folder, if any.
+
+    A model folder is checkpoints/<name>.
+    """
     if not path.is_dir():
         return None
     folder = find_model_folder(path)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models.convert import official_info, resample_pos_embed
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.models.teacher import check_class_map
@@ -51,7 +51,9 @@ def start_from(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    """Load weights of a plain or distilled ViT into a student, and log in one line what was adapted.
+    """Load weights of a plain or distilled ViT into a student.
+
+    Logs in one line what was adapted.
 
     A plain ViT's CLS token and head initialise the DIST token and head too. Position embeddings and patches are
     resampled as in timm. A shallower student gets the first blocks; in a deeper one further blocks are identities. Head
@@ -71,7 +73,7 @@ def start_from(
     _check(start.state, student, what)
     state, is_plain = _with_dist(_without_layer_scale(start.state))
     if is_plain:
-        notes.append("DIST token from CLS")
+        notes.append("DIST token copied from CLS")
     patch = state["patch_embed.proj.weight"]
     if patch.shape[-1] != student.patch:
         notes.append(f"patches resampled from {patch.shape[-1]} to {student.patch} pixels")
@@ -87,11 +89,13 @@ def start_from(
     notes += _fit_depth(state, student)
     notes.append(_fit_heads(state, student, start, class_names))
     load_exact(student, state, what)
-    log.info("student: starts from %s (%s)", path, ", ".join(notes))
+    log.info("student: initial weights from %s (%s)", path, ", ".join(notes))
 
 
 def shape_of(path: str | Path) -> tuple[str, int, int, int]:
-    """Return the size's name, patch, depth and image size in pixels of initial weights.
+    """Return width name, patch, depth and image size of initial weights.
+
+    The size is in pixels.
 
     Raises:
         UserError: no such file, damaged, contains code, a width that no student has, or not a ViT under timm's names.
@@ -99,7 +103,7 @@ def shape_of(path: str | Path) -> tuple[str, int, int, int]:
     state, what = _read(Path(path)).state, f"student.init {path}"
     for key, ndim in _NEEDED.items():
         if key not in state or state[key].ndim != ndim:
-            raise UserError(f"{what}: has no {key} of {ndim} dimensions, expected a ViT under timm's names")
+            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a ViT with timm's names")
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
     if size is None:
@@ -121,7 +125,7 @@ def _read(path: Path) -> Start:
         )
     if not path.is_file():
         raise UserError(
-            f"student.init {path}: no such file or folder; give a run folder, a .pth or a .safetensors file"
+            f"student.init {path}: no such file or folder, expected a run folder, a .pth or a .safetensors file"
         )
     if path.suffix == ".safetensors":
         return Start(tensors(read_safetensors(path), path))
@@ -130,14 +134,17 @@ def _read(path: Path) -> Start:
 
 
 def _read_timm(folder: Path) -> Start:
-    """Read a folder in the layout of timm's ``local-dir:`` and of the Hugging Face hub."""
+    """Read a folder in the layout of timm's ``local-dir:``.
+
+    It is also that of the Hugging Face hub.
+    """
     try:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"student.init {folder}: config.json cannot be read ({error}); export it again") from None
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise UserError(f"student.init {folder}: has no model.safetensors beside config.json; copy it again")
+        raise UserError(f"student.init {folder}: no model.safetensors beside config.json; copy the folder again")
     info = info if isinstance(info, dict) else {}
     inner = info.get("pretrained_cfg")
     facts = (inner if isinstance(inner, dict) else {}) | info
@@ -158,16 +165,14 @@ def _three(value: Any) -> tuple[float, ...] | None:
 def _check(state: State, student: DistilledViT, what: str) -> None:
     for key, ndim in _NEEDED.items():
         if key not in state or state[key].ndim != ndim:
-            raise UserError(
-                f"{what}: has no {key} of {ndim} dimensions, expected a ViT with a CLS token under timm's keys"
-            )
+            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a ViT with a CLS token and timm's keys")
     if alien := sorted({key.split(".")[0] for key in state} - {*_PARTS, *_UNUSED}):
-        raise UserError(f"{what}: has {alien[0]}, expected a plain or distilled ViT under timm's keys")
+        raise UserError(f"{what}: got key {alien[0]}, expected a plain or distilled ViT with timm's keys")
     width = state["cls_token"].shape[-1]
     if width != student.width:
         size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
-        cure = f"use student.name=deit_{size}_distilled_patch..." if size else "use other weights"
-        raise UserError(f"{what}: got width {width}, expected {student.width}; {cure}")
+        remedy = f"use student.name=deit_{size}_distilled_patch..." if size else "use other weights"
+        raise UserError(f"{what}: got width {width}, expected {student.width}; {remedy}")
     num_rows = len(state["head.weight"]) if "head.weight" in state else 0
     expected = dict(zip(_HEADS, [(num_rows, width), (num_rows,)] * 2, strict=True)) | {"pos_embed": (1, -1, width)}
     for key in state.keys() & expected.keys():
@@ -177,7 +182,10 @@ def _check(state: State, student: DistilledViT, what: str) -> None:
 
 
 def _without_layer_scale(state: State) -> State:
-    """Fold layer scale, a factor by channel on a branch's output, into the branch's last linear layer."""
+    """Fold layer scale into the branch's last linear layer.
+
+    Layer scale is a factor by channel on a branch's output.
+    """
     folded = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
     for key, gamma_D in state.items():
         found = _BLOCK.fullmatch(key)
@@ -190,7 +198,10 @@ def _without_layer_scale(state: State) -> State:
 
 
 def _with_dist(state: State) -> tuple[State, bool]:
-    """Add a DIST token to a plain ViT: copies of the CLS token, its position embedding and its head."""
+    """Add a DIST token to a plain ViT.
+
+    It copies the CLS token, its position embedding and its head.
+    """
     if "dist_token" in state:
         return state, False
     pos_embed_1ND, cls_token = state["pos_embed"], state["cls_token"]
@@ -215,7 +226,10 @@ def _renormalise(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    """Adapt the patch embedding to input of a new mean and std, so that its output is unchanged."""
+    """Adapt the patch embedding to another input mean and std.
+
+    Its output is unchanged.
+    """
     weight_DChw = state["patch_embed.proj.weight"]
     old_mean_C, mean_C, old_std_C, std_C = (torch.tensor(value) for value in (old_mean, mean, old_std, std))
     shift_C = (mean_C - old_mean_C) / old_std_C
@@ -225,7 +239,10 @@ def _renormalise(
 
 
 def _fit_depth(state: State, student: DistilledViT) -> list[str]:
-    """Drop the blocks beyond a shallower student's depth, or add identities for a deeper one; return notes."""
+    """Fit the number of blocks to the student's depth; return notes.
+
+    Drops the last blocks or adds identities.
+    """
     depth, own = 1 + max((int(m[1]) for key in state if (m := _BLOCK.fullmatch(key))), default=-1), len(student.blocks)
     if depth > own:
         for key in [key for key in state if (m := _BLOCK.fullmatch(key)) and int(m[1]) >= own]:
@@ -235,7 +252,7 @@ def _fit_depth(state: State, student: DistilledViT) -> list[str]:
         if (found := _BLOCK.fullmatch(key)) and int(found[1]) >= depth:
             ends = found[2].startswith(("attn.proj", "mlp.fc2"))
             state[key] = torch.zeros_like(value) if ends else value
-    return [f"blocks {depth + 1} to {own} start as identities"] if depth < own else []
+    return [f"blocks {depth + 1} to {own} initialised as identities"] if depth < own else []
 
 
 def _fit_heads(state: State, student: DistilledViT, start: Start, new: list[str] | None) -> str:
@@ -256,5 +273,5 @@ def _fit_heads(state: State, student: DistilledViT, start: Start, new: list[str]
             value[labels] = state[key][rows].to(value.dtype)
         state[key] = value
     if not pairs:
-        return f"new heads for {number} classes"
-    return f"heads of {len(pairs)} of {number} classes kept" + (" by name" if by_name else "")
+        return f"new heads for {counted(number, 'class')}"
+    return f"heads of {len(pairs)} of {counted(number, 'class')} kept" + (" by name" if by_name else "")

@@ -38,7 +38,9 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 def read_torch(path: Path) -> Any:
-    """Read a torch.save file of tensors, containers, argparse.Namespace and numpy scalars.
+    """Read a torch.save file without executing code.
+
+    It may have tensors, containers, argparse.Namespace and numpy scalars.
 
     Raises:
         UserError: the file contains any other Python object (nothing of it is executed), or is damaged.
@@ -50,16 +52,19 @@ def read_torch(path: Path) -> Any:
     except (pickle.UnpicklingError, *_DAMAGE) as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"checkpoint {path}: refused, it holds {found[1]} beside tensors (nothing was executed); where you "
-                "trust the file, save its state_dict alone or as safetensors"
+                f"checkpoint {path}: contains {found[1]}, expected only tensors (nothing was executed); if you trust "
+                "the file, save its state_dict alone or as safetensors"
             ) from None
         alien = isinstance(error, (pickle.UnpicklingError, LookupError))  # a missing key explains nothing
         reason = "not torch's pickle" if alien else _first_line(error)
-        raise UserError(f"checkpoint {path}: damaged, or not of torch.save ({reason}); copy it again") from None
+        raise UserError(f"checkpoint {path}: damaged, or not written by torch.save ({reason}); copy it again") from None
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Refuse a zip file with a larger unpacked size, since torch.save does not compress."""
+    """Refuse a zip file with a larger unpacked size.
+
+    torch.save does not compress.
+    """
     try:
         with zipfile.ZipFile(path) as records:
             unpacked = sum(record.file_size for record in records.infolist())
@@ -67,7 +72,7 @@ def _refuse_bomb(path: Path) -> None:
         return  # not a zip file, as of old versions of torch, or damaged
     if unpacked > (size := path.stat().st_size):
         raise UserError(
-            f"checkpoint {path}: refused, {size:,} bytes that unpack to {unpacked:,}, expected no compression, as "
+            f"checkpoint {path}: got {size:,} bytes that unpack to {unpacked:,}, expected an uncompressed file as "
             "torch.save writes; save it again"
         )
 
@@ -85,7 +90,9 @@ def read_safetensors(path: Path) -> State:
 
 
 def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "model")) -> State:
-    """Return the state dict of a checkpoint: under the first of ``names`` it has, or the content itself.
+    """Return the state dict of a checkpoint.
+
+    It is under the first of ``names`` it has, or the content itself.
 
     Prefixes that DataParallel, DDP and torch.compile add to every key are stripped.
 
@@ -95,7 +102,7 @@ def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "mod
     if isinstance(content, Mapping):
         content = next((content[name] for name in names if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"checkpoint {path}: holds no state_dict; expected a mapping of names to tensors")
+        raise UserError(f"checkpoint {path}: no state_dict, expected a mapping of names to tensors")
     state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import TeacherConfig, near
 from fastdeitlt.data.sets.class_names import match_names
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models.epilogue import fuse_epilogues
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
@@ -66,7 +66,7 @@ class Paco(nn.Module):
 def _paco_encoder(arch: str, dim: int) -> Any:
     encoder = _network(arch, 1)
     if head_name(encoder) not in ("linear", "fc"):
-        raise UserError(f"teacher {arch}: style official_paco expects a ResNet such as resnet32 or resnet50")
+        raise UserError(f"teacher {arch}: got style official_paco, expected a ResNet such as resnet32 or resnet50")
     delattr(encoder, head_name(encoder))
     width = encoder.num_features
     encoder.fc = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
@@ -74,7 +74,10 @@ def _paco_encoder(arch: str, dim: int) -> Any:
 
 
 def _network(arch: str, num_classes: int) -> Any:
-    """Build the bare CNN: timm's if it has ``arch``, else our CIFAR ResNet for resnet<6n+2>."""
+    """Build the bare CNN.
+
+    timm's if it has ``arch``, else our CIFAR ResNet for resnet<6n+2>.
+    """
     match = re.fullmatch(r"resnet(\d{1,4})", arch)
     if timm.is_model(arch):
         options: Any = {"zero_init_last": False} if match else {}  # as in torchvision, which the references train
@@ -86,7 +89,10 @@ def _network(arch: str, num_classes: int) -> Any:
 
 
 def head_name(network: Any) -> str:
-    """Return the state-dict prefix of a bare CNN's classifier: ``linear``, or mostly ``fc`` or ``head.fc`` in timm."""
+    """Return the state-dict prefix of a bare CNN's classifier.
+
+    ``linear``, or mostly ``fc`` or ``head.fc`` in timm.
+    """
     return "linear" if isinstance(network, ResNetCifar) else network.default_cfg["classifier"]
 
 
@@ -100,7 +106,9 @@ def _norm_head(network: Any, num_classes: int) -> None:
 def create_teacher(
     arch: str, num_classes: int, style: str = "fastdeitlt", normed_head: bool | None = None
 ) -> nn.Module:
-    """Create a CNN with new weights that maps images_BCHW to logits_BK, under the keys of ``style``.
+    """Create a CNN with new weights, with the keys of ``style``.
+
+    It maps images_BCHW to logits_BK.
 
     Args:
         arch: resnet<6n+2> (CIFAR, option A), resnet50, or any CNN name of timm.
@@ -178,7 +186,10 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def fed(self, own: TeacherInput, student_mean: Sequence[float], student_std: Sequence[float]) -> "Teacher":
-        """Return the same network with its input ``own`` computed from the student's normalised images."""
+        """Return the same network with another input ``own``.
+
+        Computed from the student's normalised images.
+        """
         scale_C = shift_C = None
         if (tuple(own.mean), tuple(own.std)) != (tuple(student_mean), tuple(student_std)):
             mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
@@ -210,7 +221,10 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
     def for_autocast(self, dtype: torch.dtype) -> "Teacher":
-        """Return a copy with the weights that autocast would convert in each call in ``dtype``: equal logits."""
+        """Return a copy with the weights in ``dtype``, with equal logits.
+
+        These are the weights that autocast would convert in each call.
+        """
         teacher = copy.deepcopy(self)
         for module in teacher.modules():
             if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may use its weights in float32 first
@@ -218,7 +232,10 @@ class Teacher(nn.Module):
         return teacher
 
     def with_fused_epilogues(self) -> "Teacher":
-        """Return a copy with bias, shortcut and ReLU fused into its convolutions; equal logits."""
+        """Return a copy with fused epilogues and equal logits.
+
+        Bias, shortcut and ReLU are fused into its convolutions.
+        """
         teacher = copy.deepcopy(self)
         teacher.network = fuse_epilogues(teacher.network)
         return teacher
@@ -241,7 +258,9 @@ def load_teacher(
     style: str = "auto",
     class_map: Sequence[int] | Tensor | None = None,
 ) -> Teacher:
-    """Load a frozen teacher from a released checkpoint or a model folder; maps images_BCHW to logits_BK.
+    """Load a frozen teacher from a released checkpoint or a model folder.
+
+    It maps images_BCHW to logits_BK.
 
     Args:
         path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model or run folder, which overrides ``arch``.
@@ -261,7 +280,9 @@ def load_teacher(
 
 
 def logit_scale(network: nn.Module, recipe: dict[str, Any] | None) -> float:
-    """Return the factor on the logits in the teacher's training loss: LDAM's s, else 1.
+    """Return the factor on the logits in the teacher's training loss.
+
+    LDAM's s, else 1.
 
     Without a recipe a cosine head is assumed to be LDAM's: its logits are in -1..1.
     """
@@ -274,21 +295,26 @@ def _read(path: Path) -> tuple[State, Manifest | None]:
     if path.is_dir():
         return read_folder(path, "teacher")
     if not path.is_file():
-        raise UserError(f"teacher {path}: no such file or folder; give a checkpoint, a model folder or a run")
+        raise UserError(f"teacher {path}: no such file or folder, expected a checkpoint, a model folder or a run")
     if path.suffix == ".safetensors":
         return tensors(read_safetensors(path), path), None
     return tensors(read_torch(path), path, ("model", "state_dict")), None
 
 
 def _network_with(state: State, arch: str, num_classes: int, style: str, what: str) -> nn.Module:
-    """Build the bare network with its weights from ``state``, which may be of PaCo's whole wrapper."""
+    """Build the bare network with its weights from ``state``.
+
+    ``state`` may be that of PaCo's wrapper.
+    """
     if style not in ("auto", *STYLES):
         raise UserError(f"teacher style {style!r}: unknown, expected auto, {', '.join(STYLES)}{near(style, STYLES)}")
     network = _network(arch, num_classes)
     head = head_name(network)
     is_paco = any(key.startswith("encoder_q.") for key in state)
     if style != "auto" and is_paco != (style == "official_paco"):
-        raise UserError(f"{what}: its keys are {'' if is_paco else 'not '}official_paco's, got style {style}; use auto")
+        raise UserError(
+            f"{what}: got style {style}, but its keys are {'' if is_paco else 'not '}those of official_paco; use auto"
+        )
     if is_paco:
         encoder = {
             key.removeprefix("encoder_q."): value for key, value in state.items() if key.startswith("encoder_q.")
@@ -297,13 +323,13 @@ def _network_with(state: State, arch: str, num_classes: int, style: str, what: s
         state = {key: value for key, value in encoder.items() if not key.startswith("fc.")} | linear
     weight = state.get(f"{head}.weight")
     if weight is None:
-        raise UserError(f"{what}: has no {head}.weight; expected the keys of {arch}")
+        raise UserError(f"{what}: no {head}.weight, expected the keys of {arch}")
     normed = f"{head}.bias" not in state
     if normed:
         _norm_head(network, num_classes)
     got = weight.shape[-1 if normed else 0] if weight.ndim else 0
     if got != num_classes:
-        raise UserError(f"{what}: has {got} classes, expected {num_classes}; give the teacher of this data set")
+        raise UserError(f"{what}: got {counted(got, 'class')}, expected {num_classes}; use a teacher of this data set")
     load_exact(network, state, what)
     return network
 
@@ -317,7 +343,9 @@ def open_teacher(
     class_map: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Teacher:
-    """Open a configuration's teacher, folded for inference, for the student's normalised images.
+    """Open a configuration's teacher, folded for inference.
+
+    Its input is the student's normalised images.
 
     A model folder's architecture and class order override ``cfg``; its classes are matched with the student's by name
     if both have names. Its preprocessing is ``teacher_input``.
@@ -334,7 +362,9 @@ def open_teacher(
     arch = manifest.model.arch if manifest else cfg.arch
     network = _network_with(state, arch, num_classes, cfg.style, f"teacher {cfg.path}")
     if cfg.map_classes and class_map is None:
-        raise UserError("teacher.map_classes: got true, but no class map is known for this data set; use false")
+        raise UserError(
+            "teacher.map_classes: got true, expected false because this data set has no class map; use false"
+        )
     order: Sequence[int] | Tensor | None = class_map if cfg.map_classes else None
     if manifest:
         order = _order_of(manifest, class_names, f"teacher {cfg.path}")
@@ -372,7 +402,9 @@ def teacher_input(
 
 
 def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what: str = "teacher") -> Tensor | None:
-    """Return the data set's label of each class of a model folder's teacher; None = the same.
+    """Return the data set's label of each class of a model folder's teacher.
+
+    None = the same.
 
     Args:
         class_names: names of the data set's classes; equal names are then the same class.
@@ -384,7 +416,7 @@ def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what
     if class_names and manifest.class_names and len(manifest.class_names) == len(labels_K):
         by_name = match_names(class_names, manifest.class_names, "training images", what)
         if by_name != list(range(len(by_name))):
-            log.info("%s: its classes are in another order than the data's; matched by name", what)
+            log.info("%s: classes are in another order than in the data, matched by name", what)
             labels_K = torch.tensor(by_name).argsort()[labels_K]
     return None if torch.equal(labels_K, torch.arange(len(labels_K))) else labels_K
 
@@ -398,7 +430,7 @@ def check_class_map(class_map: Sequence[int] | Tensor, num_classes: int) -> Tens
     map_K = torch.as_tensor(class_map, dtype=torch.long).flatten()
     if not torch.equal(map_K.sort().values, torch.arange(num_classes, device=map_K.device)):
         raise UserError(
-            f"class map: got {len(map_K)} entries, {len(map_K.unique())} of them distinct, expected every class of "
+            f"class map: got {counted(len(map_K), 'class')}, {len(map_K.unique())} of them distinct, expected each of "
             f"0..{num_classes - 1} once"
         )
     return map_K

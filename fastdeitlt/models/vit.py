@@ -16,7 +16,7 @@ from fastdeitlt.config import near
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import check_impl
 from fastdeitlt.models.layers import MLP_RATIO, Mlp, PatchEmbed, SelfAttention
-from fastdeitlt.models.residual import DROP_PATH_LAWS, DropPath, Kept, add_norm, draw_kept, select
+from fastdeitlt.models.residual import DROP_PATH_LAWS, BranchSamples, DropPath, add_norm, draw_samples, select
 
 NUM_PREFIX = 2  # CLS and DIST precede the patch tokens
 # width, heads, depth
@@ -44,9 +44,9 @@ class Block(nn.Module):
         self,
         x_BND: Tensor,
         normed_SND: Tensor,
-        kept: tuple[Kept | None, Kept | None],
+        drop_path: tuple[BranchSamples | None, BranchSamples | None],
         next_norm: nn.LayerNorm,
-        next_kept: Kept | None,
+        next_samples: BranchSamples | None,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the stream after the block and its ``next_norm``.
@@ -56,14 +56,16 @@ class Block(nn.Module):
         Args:
             x_BND: the stream.
             normed_SND: ``norm1`` of the attention's samples.
-            kept: samples of the attention and of the MLP.
-            next_norm, next_kept: norm and samples of the next layer.
+            drop_path: samples of the attention and of the MLP.
+            next_norm, next_samples: norm and samples of the next layer.
             num_queries: number of leading tokens to compute: exact if no later layer reads the others.
         """
-        kept_attn, kept_mlp = kept
+        attn_samples, mlp_samples = drop_path
         heads_SMD, proj, impl = self.attn(normed_SND, num_queries), self.attn.proj, self.add_layernorm
-        x_BMD, normed_SMD = add_norm(x_BND[:, :num_queries], heads_SMD, proj, kept_attn, self.norm2, kept_mlp, impl)
-        return add_norm(x_BMD, self.mlp(normed_SMD), self.mlp.fc2, kept_mlp, next_norm, next_kept, impl)
+        x_BMD, normed_SMD = add_norm(
+            x_BND[:, :num_queries], heads_SMD, proj, attn_samples, self.norm2, mlp_samples, impl
+        )
+        return add_norm(x_BMD, self.mlp(normed_SMD), self.mlp.fc2, mlp_samples, next_norm, next_samples, impl)
 
 
 class Shape(NamedTuple):
@@ -83,7 +85,7 @@ class DistilledViT(nn.Module):
     Args:
         shape: sizes of the network.
         drop_path: drop probability of the last block; block i has linspace(0, drop_path, depth)[i].
-        drop_path_law: "bernoulli" or "count", see ``draw_kept``.
+        drop_path_law: "bernoulli" or "count", see ``draw_samples``.
         last_block_shortcut: in training, compute only the CLS and DIST rows in the last block (about 7 % less work).
         impls: implementations of attention, add_layernorm and bias_gelu, see ``kernels._pick``.
     """
@@ -127,7 +129,10 @@ class DistilledViT(nn.Module):
         return {"pos_embed", "cls_token", "dist_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's patterns of layers for layer-wise learning rates: embeddings, each block, heads."""
+        """Return timm's patterns of layers for layer-wise learning rates.
+
+        Embeddings, each block, heads.
+        """
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]  # the final norm belongs to the last block
         return {"stem": r"^cls_token|pos_embed|patch_embed|dist_token", "blocks": blocks}
 
@@ -143,37 +148,49 @@ class DistilledViT(nn.Module):
         """Draw the drop path of every block for a batch."""
         x_B11, law = self.pos_embed.expand(batch, -1, -1)[:, :1, :1], self.drop_path_law
         rates = [block.drop_path if self.training else 0.0 for block in cast(list[Block], list(self.blocks))]
-        return [(draw_kept(x_B11, rate, law), draw_kept(x_B11, rate, law)) for rate in rates]
+        return [(draw_samples(x_B11, rate, law), draw_samples(x_B11, rate, law)) for rate in rates]
 
-    def _run(self, images_BCHW: Tensor, num_queries: int | None, kept: list[DropPath] | None = None) -> Tensor:
-        """Return tokens after the final norm, [B, N, D], or the first ``num_queries`` of the last block."""
+    def _run(self, images_BCHW: Tensor, num_queries: int | None, drop_paths: list[DropPath] | None = None) -> Tensor:
+        """Return tokens after the final norm, [B, N, D].
+
+        Or only the first ``num_queries`` of the last block.
+        """
         x_BND, blocks = self._embed(images_BCHW), cast(list[Block], list(self.blocks))
-        kept = kept or self.draw_drop_path(x_BND.shape[0])  # len would fix the batch of an exported graph
-        nexts = [(block.norm1, attn) for block, (attn, _) in zip(blocks, kept, strict=True)] + [(self.norm, None)]
-        normed_SND = blocks[0].norm1(select(x_BND, kept[0][0]))
+        drop_paths = drop_paths or self.draw_drop_path(x_BND.shape[0])  # len would fix the batch of an exported graph
+        nexts = [(block.norm1, attn) for block, (attn, _) in zip(blocks, drop_paths, strict=True)] + [(self.norm, None)]
+        normed_SND = blocks[0].norm1(select(x_BND, drop_paths[0][0]))
         for i, block in enumerate(blocks):
             queries = num_queries if i == len(blocks) - 1 else None
-            x_BND, normed_SND = block(x_BND, normed_SND, kept[i], *nexts[i + 1], queries)
+            x_BND, normed_SND = block(x_BND, normed_SND, drop_paths[i], *nexts[i + 1], queries)
         return normed_SND
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
-        """Return all tokens after the final norm, [B, N, D] (CLS, DIST, then patches row by row)."""
+        """Return all tokens after the final norm, [B, N, D].
+
+        CLS, DIST, then patches row by row.
+        """
         return self._run(images_BCHW, None)
 
-    def forward_prefix(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> Tensor:
+    def forward_prefix(self, images_BCHW: Tensor, drop_paths: list[DropPath] | None = None) -> Tensor:
         """Return CLS and DIST after the final norm, [B, 2, D]."""
         # in eval mode the whole block, in timm's order of sums: equal bit for bit
         num_queries = NUM_PREFIX if self.last_block_shortcut and self.training else None
-        return self._run(images_BCHW, num_queries, kept)[:, :NUM_PREFIX]
+        return self._run(images_BCHW, num_queries, drop_paths)[:, :NUM_PREFIX]
 
-    def forward_heads(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits of the CLS and of the DIST head, [B, K] each, in train and eval mode."""
-        x_B2D = self.forward_prefix(images_BCHW, kept)
+    def forward_heads(self, images_BCHW: Tensor, drop_paths: list[DropPath] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits of the CLS and DIST head, [B, K] each.
+
+        In train and eval mode.
+        """
+        x_B2D = self.forward_prefix(images_BCHW, drop_paths)
         return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
 
-    def forward(self, images_BCHW: Tensor, kept: list[DropPath] | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return (cls_logits_BK, dist_logits_BK) in train mode, with drop path ``kept``; in eval mode their mean."""
-        cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW, kept)
+    def forward(self, images_BCHW: Tensor, drop_paths: list[DropPath] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (cls_logits_BK, dist_logits_BK) in train mode, else their mean.
+
+        ``drop_paths`` is the drop path of train mode.
+        """
+        cls_logits_BK, dist_logits_BK = self.forward_heads(images_BCHW, drop_paths)
         if self.training:
             return cls_logits_BK, dist_logits_BK
         return (cls_logits_BK + dist_logits_BK) / 2
@@ -200,7 +217,7 @@ def create_student(
         drop_path: stochastic depth of the last block.
         depth: number of blocks. 0 or None = 12 (large: 24).
         attention, add_layernorm, bias_gelu: implementations, see ``kernels._pick``.
-        drop_path_law: bernoulli or count; see ``draw_kept``.
+        drop_path_law: bernoulli or count; see ``draw_samples``.
 
     Raises:
         UserError: an unknown name, an image size that the patch does not divide, a value out of range.
@@ -229,7 +246,9 @@ def create_student(
     if not 0 <= drop_path < 1:
         raise UserError(f"student {name}: got drop_path {drop_path}, expected 0 <= drop_path < 1")
     if drop_path_law not in DROP_PATH_LAWS:
-        raise UserError(f"student {name}: drop_path_law {drop_path_law!r}, expected one of {', '.join(DROP_PATH_LAWS)}")
+        raise UserError(
+            f"student {name}: got drop_path_law {drop_path_law!r}, expected one of {', '.join(DROP_PATH_LAWS)}"
+        )
     if depth and depth < 0:
         raise UserError(f"student {name}: got depth {depth}, expected at least 1 block (0 = {blocks})")
     shape = Shape(side, patch, num_classes, width, heads, depth or blocks)
@@ -242,7 +261,9 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def flops_per_image(model: DistilledViT, executed: bool = False) -> float:
-    """Return the FLOPs of one image's forward pass: matrix products only, 2 a multiply-add; training is three times.
+    """Return the FLOPs of one image's forward pass.
+
+    Matrix products only, 2 per multiply-add; training is three times.
 
     Args:
         executed: whether to subtract the last-block shortcut. Off by default, so that MFU compares across programs.

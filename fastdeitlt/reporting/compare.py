@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdeitlt import config
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.evaluation import shift
 from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
 from fastdeitlt.reporting import figures
@@ -26,7 +26,7 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Pa
         UserError: fewer than two runs, a duplicate run, or an unreadable folder.
     """
     if len(run_dirs) < 2:
-        raise UserError(f"compare: got {len(run_dirs)} run folder, expected at least 2")
+        raise UserError(f"compare: got {counted(len(run_dirs), 'run folder')}, expected at least 2")
     runs = _told_apart([read_run(folder) for folder in run_dirs])
     sections = [_results(runs), _curves(runs), _speed(runs), _settings(runs)]
     lead = f"{len(runs)} runs: {', '.join(run.name for run in runs)}."
@@ -38,7 +38,9 @@ def _told_apart(runs: list[RunFiles]) -> list[RunFiles]:
     """Name each run by its shortest unique path suffix."""
     paths = [run.folder.resolve().parts for run in runs]
     if len(set(paths)) < len(paths):
-        raise UserError(f"compare: got one run twice ({', '.join(str(run.folder) for run in runs)}); give each once")
+        raise UserError(
+            f"compare: got one run twice ({', '.join(str(run.folder) for run in runs)}), expected different runs"
+        )
     depth = 1
     while len({path[-depth:] for path in paths}) < len(paths):
         depth += 1
@@ -73,7 +75,10 @@ def _results(runs: list[RunFiles]) -> Section:
 
 
 def _split_name(scored: dict[str, Result], split: str = "official") -> str:
-    """Return the title of a split; runs on different data sets may have different ones."""
+    """Return the title of a split.
+
+    Runs on different data sets may have different ones.
+    """
     return " or ".join(dict.fromkeys(result.split_name(split) for result in scored.values()))
 
 
@@ -112,7 +117,7 @@ def _curves(runs: list[RunFiles]) -> Section:
     losses = {run.name: (column(run.steps, "time"), column(run.steps, "loss")) for run in runs if run.steps}
     if losses:
         blocks.append(Figure("Training loss", figures.curves(losses, "loss", _colours(runs))))
-    return Section("Learning", "Accuracies are those that chose the weights.", blocks)
+    return Section("Learning", "Accuracy on the selection set.", blocks)
 
 
 def _of_one_kind(points: list[Record]) -> list[Record]:
@@ -133,7 +138,7 @@ def _speed(runs: list[RunFiles]) -> Section:
     ]
     blocks: list[Block] = [Table("", ["", "img/s", "data wait, %", "device"], rows)] if rows else []
     return Section(
-        "Speed", "Medians over log lines; data wait is the share of time that the loop waited for images.", blocks
+        "Speed", "Medians over log lines; data wait is the fraction of time spent waiting for images.", blocks
     )
 
 
@@ -146,4 +151,4 @@ def _settings(runs: list[RunFiles]) -> Section:
         if len({str(settings.get(name, "-")) for settings in flat.values()}) > 1
     ]
     blocks: list[Block] = [Table("", ["setting", *flat], rows, text=True, wide=True)] if rows else []
-    return Section("Settings that differ", "Every other setting is the same.", blocks)
+    return Section("Settings that differ", "All other settings are equal.", blocks)

@@ -170,11 +170,11 @@ def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: 
 
 
 def shifts(names: Sequence[str], lines: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
-    """Draw accuracy in % over shifted test sets; "AVG, told" is dashed."""
+    """Draw accuracy in % over shifted test sets; "AVG, known prior" is dashed."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _new()
         for name, values in lines.items():
-            style = "--" if name.endswith("told") else "-"
+            style = "--" if name.endswith("prior") else "-"
             axes.plot(range(len(names)), values, f"o{style}", markersize=3, label=name, color=colours[name])
         axes.set_xticks(range(len(names)), [name.rpartition(" ")[2].replace("uniform", "1") for name in names])
         axes.set_ylim(*PERCENT)

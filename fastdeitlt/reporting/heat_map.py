@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from fastdeitlt.errors import printable
+from fastdeitlt.errors import counted, printable
 from fastdeitlt.reporting.figures import COLOURS, INK
 
 RIGHT, WRONG, EMPTY = COLOURS["CLS"], COLOURS["DIST"], "#f3f4f6"
@@ -57,7 +57,7 @@ def heat_map(matrix_KK: np.ndarray, names: Sequence[str]) -> Markup:
     for row, column in np.argwhere(matrix_KK):
         number, total = int(matrix_KK[row, column]), int(support_K[row])
         left, top, strength = margin + column * cell, margin + row * cell, 0.12 + 0.88 * number / total
-        tooltip = f"{names[row]}, taken for {names[column]}: {number:,} of {total:,} images"
+        tooltip = f"{names[row]}, predicted {names[column]}: {number:,} of {counted(total, 'image')}"
         parts.append(
             f'<g><title>{escape(tooltip)}</title><rect x="{left:.1f}" y="{top:.1f}" width="{cell:.1f}" '
             f'height="{cell:.1f}" fill="{RIGHT if row == column else WRONG}" fill-opacity="{strength:.2f}"/>'

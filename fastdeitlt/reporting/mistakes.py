@@ -41,17 +41,17 @@ def mistakes_section(run: RunFiles, result: Result) -> Section:
     facts = read_images(run)
     blocks: list[Block] = []
     pairs = [Pair(c.label, c.predicted, c.num_images) for c in result.heads[result.main].confusions]
-    note = f"Wrong answers of {result.main} on {_set_name(run)} images."
+    note = f"Errors of {result.main} on {_set_name(run)} images."
     if facts:
         every = [Pair(label, predicted, numbers[0]) for label, predicted, *numbers in facts["confusion"]]
         num_classes = len(result.counts_K)
         if num_classes <= MAX_DRAWN:
             blocks.append(_matrix(run, result, every))
-            note += " In the matrix a row is a class, largest first; a column is the class it was taken for."
+            note += " Rows of the matrix are classes, largest first; columns are predictions."
         else:
             wrong = [pair for pair in every if pair.label != pair.predicted and pair.num_images]
             pairs = sorted(wrong, key=lambda pair: (-pair.num_images, result.support_K[pair.label]))[:NUM_PAIRS]
-        note += f" The CSV file beside this page has every pair of classes, for {', '.join(facts['heads'])}."
+        note += f" The CSV file beside this page has all pairs of classes, for {', '.join(facts['heads'])}."
     blocks.append(_pair_table(run, result, pairs))
     if facts.get("mistakes"):
         blocks.append(_gallery(run, facts))
@@ -83,7 +83,7 @@ def _pair_table(run: RunFiles, result: Result, pairs: list[Pair]) -> Table:
         ]
         for pair in pairs
     ]
-    header = ["class", "taken for", f"{_set_name(run)} images", "training images"]
+    header = ["class", "predicted", f"{_set_name(run)} images", "training images"]
     return Table(f"Most frequent confusions of {result.main}", header, rows, text=True)
 
 
@@ -91,13 +91,13 @@ def _gallery(run: RunFiles, facts: dict[str, Any]) -> Gallery:
     pictures = [
         (
             item["picture"],
-            f"{run.class_name(item['label'])}, taken for {run.class_name(item['predicted'])}: "
+            f"{run.class_name(item['label'])}, predicted {run.class_name(item['predicted'])}: "
             f"{_percent(item['probability'])}. {item['path']}",
         )
         for item in facts["mistakes"]
     ]
-    how = "temperature fitted on validation images" if facts["temperature"] else "as trained"
-    caption = f"Most confident mistakes, as the model sees them, with the probability of its answer ({how})"
+    how = "temperature fitted on validation images" if facts["temperature"] else "uncalibrated"
+    caption = f"Most confident errors: model input and probability of the prediction ({how})"
     return Gallery(caption, pictures, small=True)
 
 

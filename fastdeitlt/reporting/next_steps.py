@@ -26,7 +26,9 @@ def next_section(run: RunFiles) -> Section:
     else:
         steps = [*_suggested(run), *_analyses(run), *_uses(run)]
     table = Table("", ["what", "command"], [list(step) for step in steps], text=True, wide=True, commands=True)
-    return Section("What to do next", "From the folder that the run was started in.", [table] if steps else [])
+    return Section(
+        "Next steps", "Run these commands in the folder that the run was started in.", [table] if steps else []
+    )
 
 
 def _suggested(run: RunFiles) -> list[Step]:
@@ -36,11 +38,11 @@ def _suggested(run: RunFiles) -> list[Step]:
     steps: list[Step] = []
     selected, result = run.results.get("selected") or {}, run.tested[1]
     if selected.get("on") in ("test", "last"):
-        why = "chosen on the test images, which makes them look better than they are"
-        why = why if selected["on"] == "test" else "not chosen: the last ones were kept"
+        why = "The weights were selected on the test images, which overestimates their accuracy"
+        why = why if selected["on"] == "test" else "The final weights were kept without selection"
         steps.append(
             (
-                f"The weights were {why}. Choose them on a tenth of the training images",
+                f"{why}. Select on a tenth of the training images",
                 _again(run, "val", "evaluate.select_on=val data.val_holdout=0.1"),
             )
         )
@@ -49,16 +51,16 @@ def _suggested(run: RunFiles) -> list[Step]:
     rising = selected.get("on") == "val" and selected.get("epoch") == epochs - 1
     if rising or gap >= LEAST_GAP:
         reasons = ["the last epoch was the best"] if rising else []
-        reasons += [f"the teacher is {gap:.1f} points ahead"] if gap >= LEAST_GAP else []
+        reasons += [f"the teacher leads by {gap:.1f} points"] if gap >= LEAST_GAP else []
         why = " and ".join(reasons)
         steps.append((f"{why[:1].upper()}{why[1:]}. Train twice as long", _again(run, "longer", _twice(run))))
     seen = {sign["name"] for sign in run.signs[-1]["signs"] if sign["seen"]} if run.signs else set()
     if "tail expert" in seen and run.cfg.teacher.path:
         steps.append(
-            ("DIST is not ahead of CLS on the tail. See what the teacher teaches", _report_with(run, "teacher"))
+            ("DIST does not lead CLS on the tail. Analyze the teacher's decisions", _report_with(run, "teacher"))
         )
     if "overfitting" in seen:
-        why = "Accuracy on held-out tail images has fallen. Stop after three evaluations without a better one"
+        why = "Accuracy on held-out tail images fell. Stop after three evaluations without improvement"
         steps.append((why, _again(run, "patient", "train.patience=3")))
     return steps
 
@@ -88,7 +90,7 @@ def _analyses(run: RunFiles) -> list[Step]:
     names = [] if run.is_teacher else ["student", *(["teacher"] if run.cfg and run.cfg.teacher.path else [])]
     there = {name: read_json(run.folder / "analysis" / f"{name}.json") for name in names}
     absent = [name for name, facts in there.items() if not facts]
-    steps = [("Add to this page what it does not show yet", _report_with(run, *absent))] if absent else []
+    steps = [("Add the missing analyses to this page", _report_with(run, *absent))] if absent else []
     if there.get("teacher") and "sharpness" not in there["teacher"]:
         steps.append(("Add the teacher's sharpness to this page", _report_with(run, "teacher")))
     return steps
@@ -98,13 +100,16 @@ def _uses(run: RunFiles) -> list[Step]:
     """Return the steps for any tested run."""
     place, seed = place_of(run), run.cfg.train.seed + 1 if run.cfg else 1
     steps: list[Step] = [
-        ("List every image with its answer and probability", f"fastdeitlt eval {place} --predictions predictions.csv"),
+        (
+            "List the prediction and probability of every image",
+            f"fastdeitlt eval {place} --predictions predictions.csv",
+        ),
         ("Score other images", f"fastdeitlt eval {place} data.dataset=folder data.root=/images"),
         ("Classify your own images", f"fastdeitlt predict {place} IMAGES --out answers.csv"),
         ("Use the model in another program", f"fastdeitlt export {place} model.onnx --format onnx"),
     ]
     if run.is_teacher:
-        steps.append(("Train a student on this teacher", f"fastdeitlt train RECIPE teacher.path={place}"))
+        steps.append(("Train a student with this teacher", f"fastdeitlt train RECIPE teacher.path={place}"))
     if run.cfg:
-        steps.append(("See how much of a difference is chance", _again(run, f"seed{seed}", f"train.seed={seed}")))
+        steps.append(("Measure the variance over seeds", _again(run, f"seed{seed}", f"train.seed={seed}")))
     return steps

@@ -112,7 +112,7 @@ def for_terminal(table: Table) -> rich.table.Table:
     return rich_table
 
 
-def _shown(value: object) -> object:
+def _escaped(value: object) -> object:
     """Escape control characters in template values, except line breaks and markup."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
@@ -128,7 +128,7 @@ def write(page: Page, path: Path) -> Path:
     environment = Environment(
         loader=PackageLoader("fastdeitlt.reporting", ""),
         autoescape=True,
-        finalize=_shown,
+        finalize=_escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -137,5 +137,5 @@ def write(page: Page, path: Path) -> Path:
     try:
         write_atomically(path, html)
     except OSError as error:
-        raise UserError(f"page {path}: cannot be written ({error.strerror}); choose another place with --out") from None
+        raise UserError(f"page {path}: cannot be written ({error.strerror}); set another file with --out") from None
     return path

@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[Published, ...]] = {
         (79.3, 83.6, 85.5, 84.8, 88.6, 70.1, 74.5, 77.5, 68.2, 87.5),
         Published(_BEST, 89.8, 94.9, 87.0, 88.6, "official"),
     ),
-    # the published tail, 31.4, is left out: it does not reproduce the overall accuracy under the split of the others
+    # the published tail, 31.4, is omitted: it does not reproduce the overall accuracy under the split of the others
     "CIFAR-100-LT, imbalance 100": _cifar(
         (38.3, 47.8, 48.7, 45.4, 52.8, 35.0, 38.9, 31.3, 38.1, 52.0), Published(_BEST, 55.6, 72.8, 55.4)
     ),

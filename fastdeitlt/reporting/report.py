@@ -9,7 +9,7 @@ import numpy as np
 import rich.table
 
 from fastdeitlt import config
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
 from fastdeitlt.reporting import analysis, figures
 from fastdeitlt.reporting.baselines import arms_table
@@ -30,10 +30,11 @@ CAPTIONS = {
     "thirds by class size": "Thirds by class size",
 }
 SPLITS = {
-    "official split": "The threshold split goes by a class's training images. The official split is the one that the "
-    "DeiT-LT code reports for this number of classes: classes by size, cut at fixed places. Published tables mix both.",
-    "thirds by class size": "The threshold split goes by a class's training images. No split is published for this "
-    "data set, so the second one cuts the classes, by size, into thirds.",
+    "official split": "The threshold split groups classes by their number of training images. The official split is "
+    "that of the DeiT-LT code for this number of classes: fixed index ranges of the classes sorted by size. Published "
+    "tables mix both.",
+    "thirds by class size": "The threshold split groups classes by their number of training images. No split is "
+    "published for this data set; the second split divides the classes, sorted by size, into thirds.",
 }
 """Description of the two splits, by title of the second."""
 
@@ -71,12 +72,12 @@ def _lead(run: RunFiles) -> str:
         model = f"teacher {run.cfg.teacher_training.arch}" if run.is_teacher else run.cfg.student.name
     what = f"{model} on {dataset}"
     if run.tested is None:
-        return f"{what}. No results yet: the run has not been tested."
+        return f"{what}. No test results yet."
     name, result = run.tested
     chosen = run.results.get("selected") or {}
     weights = {"model": "weights", "ema": "averaged weights"}.get(chosen.get("weights", ""), "weights")
     epoch = f" of epoch {chosen['epoch'] + 1}" if "epoch" in chosen else ""
-    on = {"val": "chosen on validation images", "test": "chosen on the test images", "last": "the last ones"}
+    on = {"val": "selected on validation images", "test": "selected on the test images", "last": "not selected"}
     how = on.get(chosen.get("on", ""), "")
     if how and chosen["on"] != "last" and "by" in chosen:
         how += f" by {SELECT_BY[chosen['by']]}"
@@ -94,15 +95,15 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     ]
     if run.teacher:
         gain = result.accuracy() - run.teacher.accuracy()
-        tiles.append((f"{abs(gain):.1f}", f"points {'over' if gain >= 0 else 'below'} the teacher"))
+        tiles.append((f"{abs(gain):.1f}", f"points {'above' if gain >= 0 else 'below'} the teacher"))
     if run.steps:
-        tiles.append((f"{np.median(column(run.steps, 'images_per_s')):,.0f}", "training images a second"))
+        tiles.append((f"{np.median(column(run.steps, 'images_per_s')):,.0f}", "training images per second"))
     return tiles
 
 
 def _tail_classes(result: Result) -> str:
     number = result.num_classes["official"]["tail"]
-    return f"the {number:,} tail class{'' if number == 1 else 'es'} ({result.split_name()})"
+    return f"the {counted(number, 'tail class')} ({result.split_name()})"
 
 
 def _headline(run: RunFiles) -> Section:
@@ -111,7 +112,7 @@ def _headline(run: RunFiles) -> Section:
     _, result = run.tested
     note = (
         "Top-1 accuracy in per cent. AVG is the mean of the two heads' logits. All is over images; head, mid and tail "
-        f"are means of class accuracies. {SPLITS[result.split_name()]} Compare a tail only with one of the same split."
+        f"are means of class accuracies. {SPLITS[result.split_name()]} Compare only figures of the same split."
     )
     blocks: list[Block] = [_accuracy_table(run, result, split) for split in result.num_classes]
     blocks += _published(run, result)
@@ -171,8 +172,8 @@ def _signs(run: RunFiles) -> Section:
         when = f"{len(epochs)} of {checks}" + (f", last after epoch {epochs[-1]}" if epochs else "")
         rows.append([name, "yes" if sign["seen"] else "no", when, sign["text"]])
     note = (
-        f"Checked at each evaluation since re-weighting began, {checks} so far, on the images that choose the "
-        f"weights; the text is that of epoch {last['epoch'] + 1}, {last['weights']} weights."
+        f"Checked on the selection set in {counted(checks, 'evaluation')} since the start of re-weighting; the figures "
+        f"are of epoch {last['epoch'] + 1}, {last['weights']} weights."
     )
     return Section(title, note, [Table("", ["sign", "seen", "evaluations", "figures"], rows, text=True, wide=True)])
 
@@ -200,7 +201,7 @@ def _learning(run: RunFiles) -> Section:
             title = "all classes" if group == "all" else f"tail classes ({evaluations[0][1].split_name()})"
             blocks.append(Figure(f"Accuracy on {split}, {title}, {weights} weights", svg))
     blocks += _heads_over_time(run, weights, drw_epoch)
-    note = "Losses are averages between log lines."
+    note = "Losses are means between log lines."
     if drw_epoch >= 0:
         loss = "loss" if run.is_teacher else "DIST loss"
         note += f" The dotted line marks epoch {drw_epoch}, from which the {loss} is re-weighted (DRW)."
@@ -231,23 +232,23 @@ def _heads_over_time(run: RunFiles, weights: str, drw_epoch: int) -> list[Block]
 
 
 def _speed(run: RunFiles) -> Section:
-    note = "Whole loop, evaluation and checkpoints left out; medians over log lines."
+    note = "Training loop without evaluation and checkpoints; medians over log lines."
     if not run.steps:
         return Section("Speed", note, [])
     rows = [
-        ["images a second", *(f"{v:,.0f}" for v in np.nanpercentile(column(run.steps, "images_per_s"), (50, 10, 90)))]
+        ["images per second", *(f"{v:,.0f}" for v in np.nanpercentile(column(run.steps, "images_per_s"), (50, 10, 90)))]
     ]
     for key, name in (("data_wait", "waiting for data, %"), ("mfu", "MFU, %")):
         if any(key in record for record in run.steps):
             rows.append([name, *(f"{100 * v:.1f}" for v in np.nanpercentile(column(run.steps, key), (50, 10, 90)))])
     table = Table("Training speed", ["", "median", "10th pct.", "90th pct."], rows)
     lines = {"images/s": (column(run.steps, "time"), column(run.steps, "images_per_s"))}
-    svg = figures.curves(lines, "images a second", {"images/s": figures.INK}, from_zero=True)
-    return Section("Speed", note, [Figure("Training images a second", svg), table])
+    svg = figures.curves(lines, "images per second", {"images/s": figures.INK}, from_zero=True)
+    return Section("Speed", note, [Figure("Training images per second", svg), table])
 
 
 def _set_up(run: RunFiles) -> list[Section]:
-    environment = Section("Environment", "What the run ran on.", [])
+    environment = Section("Environment", "Hardware and software of the run.", [])
     if run.environment:
         environment.blocks.append(Table("", [], _flat(run.environment), text=True))
     sections = [environment]
@@ -260,15 +261,17 @@ def _set_up(run: RunFiles) -> list[Section]:
                 text=True,
                 wide=True,
             ),
-            Fold("Whole configuration", Code(config.dump(run.cfg))),
+            Fold("Full configuration", Code(config.dump(run.cfg))),
         ]
         commit = run.environment.get("commit")
         lines = [f"git checkout {commit}"] if commit else []
         verb = "train-teacher" if run.is_teacher else "train"
         lines.append(f"fastdeitlt {verb} {place_of(run)}/config.yaml name={run.name}-again")
-        sections.append(Section("Configuration", "Every setting that is not the default, and what it means.", changed))
-        note = "From the folder that the run was started in:"
-        sections.append(Section("Run it again", note, [Code("\n".join(lines))]))
+        sections.append(
+            Section("Configuration", "Settings that differ from the defaults, with their meaning.", changed)
+        )
+        note = "Run these commands in the folder that the run was started in:"
+        sections.append(Section("Reproduce this run", note, [Code("\n".join(lines))]))
     return [*sections, next_section(run)]
 
 
@@ -303,5 +306,5 @@ def results_table(run_dir: str | Path) -> rich.table.Table:
     """
     run = read_run(run_dir)
     if run.tested is None:
-        raise UserError(f"run folder {run.folder}: no results.json; the run has not been tested yet")
+        raise UserError(f"run folder {run.folder}: no results.json; finish the run first")
     return run.tested[1].table("official", run.teacher, run.published)

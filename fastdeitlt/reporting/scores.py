@@ -30,22 +30,24 @@ def score_sections(run: RunFiles) -> list[Section]:
 def _classes(run: RunFiles, result: Result) -> Section:
     blocks: list[Block] = [
         Figure("Accuracy of a class against its training images", figures.class_accuracy(result)),
-        Fold("Every class", _class_table(run, result)),
+        Fold("All classes", _class_table(run, result)),
     ]
     return Section(
         "Classes",
-        "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head: with few "
-        "test images a class they are wide, and single classes should not be compared.",
+        "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head. With few test images "
+        "per class they are wide: do not compare single classes.",
         blocks,
     )
 
 
 def _calibration(result: Result, fitted: PostHoc | None) -> Section:
-    blocks: list[Block] = [Figure("Accuracy against confidence, as trained", figures.reliability(result))]
+    blocks: list[Block] = [Figure("Accuracy against confidence, uncalibrated", figures.reliability(result))]
     if fitted:
         names = {"AVG, temperature": "AVG", "CLS, temperature": "CLS", "DIST, temperature": "DIST"}
         svg = figures.reliability(fitted.result, names)
-        blocks.append(Figure("The same with a temperature for each head, fitted on validation images", svg))
+        blocks.append(
+            Figure("Accuracy against confidence, with a temperature per head fitted on validation images", svg)
+        )
     blocks.append(_calibration_table(result))
     return Section(
         "Calibration",
@@ -64,13 +66,12 @@ def _fitted(fitted: PostHoc | None) -> list[Section]:
     return [
         Section(
             "Fitted on validation images",
-            f"What can still be changed without training, fitted on {fitted.num_fitted:,} validation images with every "
-            f"class counting the same, scored on the test images ({fitted.result.split_name()}). T divides the logits; "
-            "tau is the strength with which the log of the training frequencies is subtracted; alpha is the weight of "
-            "the DIST head, 0.5 as trained.",
+            f"Post-hoc methods, fitted on {fitted.num_fitted:,} validation images with equal class weights and scored "
+            f"on the test images ({fitted.result.split_name()}). T divides the logits; tau is the factor of the log "
+            "training frequencies, which are subtracted; alpha is the weight of the DIST head, 0.5 in AVG.",
             [
                 Table("Accuracy, ECE in %, NLL in nats", HEADER[:-1], rows, best=accuracies, wide=True),
-                Table("What was fitted", ["method", "values"], meaning, text=True, wide=True),
+                Table("Fitted values", ["method", "values"], meaning, text=True, wide=True),
             ],
         )
     ]
@@ -78,21 +79,23 @@ def _fitted(fitted: PostHoc | None) -> list[Section]:
 
 def _shifted(result: Result, fitted: PostHoc | None) -> Section:
     lines = shift.accuracies(result)
-    with_prior = {"AVG, told": fitted.prior_known} if fitted else {}
-    colours = {**figures.COLOURS, "AVG, told": figures.RUN_COLOURS[2]}
+    with_prior = {"AVG, known prior": fitted.prior_known} if fitted else {}
+    colours = {**figures.COLOURS, "AVG, known prior": figures.RUN_COLOURS[2]}
     names = list(shift.SHIFTS)
     series = {name: [values[shifted] for shifted in names] for name, values in (lines | with_prior).items()}
     rows = [[shifted, *(cell(values[shifted]) for values in (lines | with_prior).values())] for shifted in names]
     explanation = (
-        " Told: AVG with the class prior fitted on validation images and the test set's prior added." if fitted else ""
+        " Known prior: AVG with the class prior fitted on validation images and the test set's prior added."
+        if fitted
+        else ""
     )
     return Section(
         "Other class frequencies",
-        "Expected accuracy where the test set has a long tail itself: forward, the classes frequent in training are "
-        f"frequent in the test too, by the ratio given; backward, the rare ones are.{explanation}",
+        "Expected accuracy on a long-tailed test set. Forward: classes that are frequent in training are frequent in "
+        f"the test too, by the stated ratio; backward: classes that are rare in training are.{explanation}",
         [
             Figure("Accuracy by shift of the test classes, in %", figures.shifts(names, series, colours)),
-            Fold("The numbers", Table("Accuracy in %", ["test classes", *(lines | with_prior)], rows)),
+            Fold("Figures as a table", Table("Accuracy in %", ["test classes", *(lines | with_prior)], rows)),
         ],
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeitlt.errors import CheckpointError, DamagedError, UserError
+from fastdeitlt.errors import CheckpointError, DamagedError, UserError, counted
 from fastdeitlt.store.checkpoint import (
     MANIFEST,
     list_names,
@@ -139,8 +139,8 @@ class Checkpoints:
         if not isinstance(error, UserError):
             what = f"checkpoint: could not be written ({type(error).__name__}: {error})"
         if must or self._failures >= self.FAILURES:
-            raise CheckpointError(f"{what} ({self._failures} failed saves in a row)") from error
-        log.warning("%s; training goes on (%d of %d failed saves)", what, self._failures, self.FAILURES)
+            raise CheckpointError(f"{what} ({counted(self._failures, 'consecutive failed save')})") from error
+        log.warning("%s; training continues (failed save %d of %d)", what, self._failures, self.FAILURES)
 
     def _write(self, step: int, parts: dict[str, dict[str, Tensor]], manifest: dict[str, Any], milestone: str) -> None:
         if self.before:
@@ -166,7 +166,10 @@ class Checkpoints:
         self._best = manifest["best"]
 
     def _link_last(self, path: Path) -> None:
-        """Link ``last`` to the newest checkpoint, for users; the program does not read it."""
+        """Link ``last`` to the newest checkpoint, for users.
+
+        The program does not read the link.
+        """
         if not self._links:
             return
         draft, last = self.folder / f".last-{uuid.uuid4().hex[:8]}", self.folder / "last"
@@ -177,12 +180,14 @@ class Checkpoints:
             draft.unlink(missing_ok=True)
             self._links = False
             log.warning(
-                "%s: cannot link to %s (%s); every checkpoint is saved, the newest is the one of the highest step",
+                "%s: cannot link to %s (%s); checkpoints are still saved, the newest has the highest step",
                 last, path.name, error,
             )  # fmt: skip
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest intact checkpoint and manifest; rename others ``*.damaged-*``.
+        """Return the newest intact checkpoint and its manifest.
+
+        Renames damaged ones to ``*.damaged-*``.
 
         Returns:
             None: there are no checkpoints yet.
@@ -194,22 +199,22 @@ class Checkpoints:
             try:
                 manifest = read_manifest(path)
                 if manifest.get("step") != int(path.name.removeprefix("step-")) or "best" not in manifest:
-                    raise DamagedError(f"model folder {path}: {MANIFEST} is not that of a checkpoint of this step")
+                    raise DamagedError(f"model folder {path}: {MANIFEST} is not of a checkpoint of this step")
             except DamagedError as error:
-                log.warning("%s; trying the one before", error)
+                log.warning("%s; trying the previous checkpoint", error)
                 path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
                 continue
             if not manifest.keys() >= set(self.STATE):
                 raise CheckpointError(
-                    f"checkpoint {path}: was written by version {manifest.get('version')}, which this one cannot "
-                    "resume; finish the run with that version, or use --resume never for a new folder"
+                    f"checkpoint {path}: written by version {manifest.get('version')}, which this version cannot "
+                    "resume; use that version, or --resume never for a new folder"
                 )
             return path, manifest
         damaged = [name for name in list_names(self.folder) if ".damaged-" in name]
         if damaged:
             raise CheckpointError(
-                f"resume: none of the checkpoints in {self.folder} is whole (e.g. {damaged[-1]}); bring one back "
-                "from a copy, or use --resume never to train from the first step in a new folder"
+                f"resume: no intact checkpoint in {self.folder} (e.g. {damaged[-1]}); restore one from a backup, or "
+                "use --resume never to train from the first step in a new folder"
             )
         return None
 
@@ -231,18 +236,18 @@ class Checkpoints:
             selected = read_manifest(folder).get("selected")
             if selected == best:
                 return True
-            wrong = f"{folder}: holds other weights than {description}"
+            problem = f"{folder}: does not contain {description}"
         except DamagedError as error:
-            wrong = f"{folder}: not whole ({error})" if folder.exists() else f"{folder}: is missing"
+            problem = f"{folder}: damaged ({error})" if folder.exists() else f"{folder}: missing"
         source = self.folder / f"step-{best['step']:08d}"
         try:
             facts = read_manifest(source)
             self._write_best(load_tensors(source, best["weights"]), {**facts, "best": best})
         except DamagedError:
-            log.warning("%s; %s are lost, and the next evaluation chooses again", wrong, description)
+            log.warning("%s; %s are lost, the next evaluation selects new ones", problem, description)
             self._best = None
             return False
-        log.warning("%s; made again from %s", wrong, source.name)
+        log.warning("%s; restored from %s", problem, source.name)
         return True
 
     @property

@@ -170,18 +170,18 @@ class Run:
             folder = _unused(folder)
         saved = folder / "config.yaml"
         if resume not in ("auto", "never") and not saved.is_file():
-            raise UserError(f"resume: {folder} holds no run; use --resume auto to start one")
+            raise UserError(f"resume: no run in {folder}; use --resume auto to start one")
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run folder {folder}: cannot be made ({error}); choose another runs_dir") from None
+            raise UserError(f"run folder {folder}: cannot be created ({error}); set another runs_dir") from None
         self._lock = FileLock(folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             owner = folder / ".owner"
             by = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
-            raise UserError(f"run folder {folder}: another process is using it{by}; wait, or set name=...") from None
+            raise UserError(f"run folder {folder}: in use by another process{by}; wait, or set name=...") from None
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         sweep(folder / "checkpoints")
         if saved.exists() and _has_begun(folder):
@@ -216,9 +216,9 @@ class Run:
                 self._records.flush()
             if self._begun and (message := _storage_failure(error)):
                 if not self.folder.is_dir():
-                    gone = f"run folder {self.folder}: was moved or removed; put it back, and start again"
+                    gone = f"run folder {self.folder}: moved or deleted; restore it, and start again"
                     raise UserError(gone) from error
-                raise StorageError(f"{message} (the same command continues from the last checkpoint)") from error
+                raise StorageError(f"{message} (rerun the same command to resume from the last checkpoint)") from error
         finally:
             STOP.cleanup = None
             if self.is_main:
@@ -243,8 +243,8 @@ class Run:
         died = before.get("died", 0) + 1 if before.items() >= state.items() else 0
         if died > RESTARTS:
             raise CrashLoopError(
-                f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint; find out "
-                f"why (its messages, the system's log), then remove {path} to try again"
+                f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint; find the "
+                f"cause in the run's messages or the system log, then delete {path} to try again"
             )
         write_atomically(path, json.dumps({**state, "died": died}))
         (self.folder / "PREEMPTED").unlink(missing_ok=True)
@@ -254,7 +254,8 @@ class Run:
         self._mark(number, step)
         name = signal.Signals(number).name
         return StoppedError(
-            f"{self.folder}: stopped by {name}, saved after step {step}; the same command goes on", stop_code(number)
+            f"{self.folder}: stopped by {name}, saved at step {step}; rerun the same command to resume",
+            stop_code(number),
         )
 
     def _leave(self, number: int) -> None:
@@ -279,7 +280,9 @@ class Run:
         return (self.folder / "results.json").exists()
 
     def rewind(self, step: int, ended: bool) -> None:
-        """Drop records logged after the restored state, so that the log has no duplicates.
+        """Drop records logged after the restored state.
+
+        So the log has no duplicates.
 
         Args:
             step: completed optimizer steps.
@@ -297,7 +300,7 @@ class Run:
             self._progress = start_bar(total, step)
 
     def record(self, kind: str, step: int, **facts: Any) -> None:
-        """Append a line to metrics.jsonl and pass its numbers to the trackers (``track``)."""
+        """Append a line to metrics.jsonl and pass its numbers to the trackers."""
         if not self.is_main:
             return
         self._records.append({"kind": kind, "step": step, **facts})
@@ -332,9 +335,7 @@ class Run:
             try:
                 write_atomically(self.folder / "summary.csv", "\n".join(table) + "\n")
             except OSError as error:
-                log.warning(
-                    "%s: summary.csv cannot be written (%s); the next evaluation tries again", self.folder, error
-                )
+                log.warning("%s: summary.csv cannot be written (%s); the next evaluation retries", self.folder, error)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl so far."""
@@ -385,11 +386,14 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [name for name in flat[0] if name in flat[1] and flat[0][name] != flat[1][name] and name != "packages"]
     if changed:
         listed = ", ".join(f"{name} {flat[0][name]} -> {flat[1][name]}" for name in changed)
-        log.warning("resumed on another machine or code (%s): the last bits may differ", listed)
+        log.warning("resumed with other hardware or software (%s): results may differ in the last bits", listed)
 
 
 def _with_ranks(cfg: Config) -> Config:
-    """Set ``train.virtual_ranks``, so that a resume on other ranks is equal or refused."""
+    """Set ``train.virtual_ranks`` to the actual value.
+
+    So a resume on other ranks is equal or refused.
+    """
     ranks = cfg.train.virtual_ranks or distributed.get_world()
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 
@@ -413,7 +417,7 @@ def refuse_changes(
     now: Config,
     folder: Path,
     free: Collection[str] = (),
-    cure: str = "use --resume never for a new folder, or the saved settings",
+    remedy: str = "use --resume never for a new folder, or the saved settings",
 ) -> None:
     """Raise UserError if settings changed, except MAY_CHANGE and ``free``."""
     before, after = config.flatten(saved), config.flatten(now)
@@ -421,5 +425,5 @@ def refuse_changes(
     if changed:
         listed = ", ".join(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed[:4])
         if "train.epochs" in changed:
-            cure += f"; to train longer, start a new run from its weights: name=NEW student.init={folder}"
-        raise UserError(f"run folder {folder}: holds a run with other settings ({listed}); {cure}")
+            remedy += f"; to train longer, start a new run from its weights: name=NEW student.init={folder}"
+        raise UserError(f"run folder {folder}: contains a run with other settings ({listed}); {remedy}")

@@ -17,7 +17,7 @@ import torch
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
-from fastdeitlt.errors import RankLostError, UserError
+from fastdeitlt.errors import RankLostError, UserError, counted
 from fastdeitlt.run.process import SIGNALS, STOP, stop_code
 
 log = logging.getLogger("fastdeitlt")
@@ -35,8 +35,10 @@ def is_launched(env: Mapping[str, str]) -> bool:
     return "FASTDEITLT_LAUNCHER" in env or "RANK" in env or distributed.tasks_of_slurm(env) > 1
 
 
-def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
-    """Return the number of processes to start: ``asked``, else one per visible GPU.
+def processes(cfg: Config, requested: int, env: Mapping[str, str]) -> int:
+    """Return the number of processes to start.
+
+    ``requested``, else one per visible GPU.
 
     1 within a launcher, on a CPU and with ``train.engine=plain``; at most the largest divisor of
     ``train.virtual_ranks``.
@@ -50,17 +52,17 @@ def processes(cfg: Config, asked: int, env: Mapping[str, str]) -> int:
         UserError: --processes within another launcher, or train.device=cuda without a GPU.
     """
     if is_launched(env):
-        if asked and "FASTDEITLT_LAUNCHER" not in env:
-            raise UserError("--processes: another launcher has started this process; let one of the two do it")
+        if requested and "FASTDEITLT_LAUNCHER" not in env:
+            raise UserError("--processes: got a value under another launcher, expected none; use one of the two")
         return 1
-    if asked:
-        return asked
+    if requested:
+        return requested
     if cfg.train.engine == "plain" or distributed.device_of(cfg.train.device).type == "cpu":
         return 1
     gpus, ranks = torch.cuda.device_count(), cfg.train.virtual_ranks
     count = next((n for n in range(gpus, 0, -1) if not ranks or ranks % n == 0), 1)
     if count < gpus:
-        log.info("using %d of %d GPUs: train.virtual_ranks=%d is a multiple of that", count, gpus, ranks)
+        log.info("using %d of %d GPUs, which divides train.virtual_ranks=%d", count, gpus, ranks)
     return count
 
 
@@ -81,9 +83,9 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
         try:
             for left in range(restarts, -1, -1):
                 code = ranks.run()
-                if code not in RESTARTABLE or not left or ranks.asked_to_stop:
+                if code not in RESTARTABLE or not left or ranks.stop_signal:
                     break
-                log.warning("starting all ranks again (%d more restarts)", left - 1)
+                log.warning("restarting all ranks (%s left)", counted(left - 1, "restart"))
         finally:
             STOP.cleanup = None
             ranks.kill()
@@ -93,12 +95,12 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
 class _Ranks:
     def __init__(self, count: int, arguments: Sequence[str]) -> None:
         self.count, self.arguments = count, arguments
-        self.asked_to_stop = 0
+        self.stop_signal = 0
         self.alive: list[subprocess.Popen[bytes]] = []
 
     def forward(self, number: int) -> None:
         """Forward a signal to the ranks, which save and exit while the launcher waits."""
-        self.asked_to_stop = self.asked_to_stop or number
+        self.stop_signal = self.stop_signal or number
         for rank in self.alive:
             if rank.poll() is None:
                 rank.send_signal(number)
@@ -120,8 +122,8 @@ class _Ranks:
                 env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 descriptors = [meeting.fileno()] if rank == 0 else []
                 self.alive.append(subprocess.Popen(command, env=env, pass_fds=descriptors))
-        if self.asked_to_stop:  # a signal arrived during the start
-            self.forward(self.asked_to_stop)
+        if self.stop_signal:  # a signal arrived during the start
+            self.forward(self.stop_signal)
         while not (failed := self._failed()) and any(rank.poll() is None for rank in self.alive):
             time.sleep(0.05)
         deadline = time.monotonic() + GRACE_S
@@ -138,9 +140,9 @@ class _Ranks:
             ((r, c) for r, c in failed.items() if c != RankLostError.exit_code), next(iter(failed.items()))
         )
         if code < 0:
-            if self.asked_to_stop and -code in SIGNALS:  # before the rank installed its handlers
-                return stop_code(self.asked_to_stop)
-            log.error("rank %d of %d died of %s", rank, self.count, signal.Signals(-code).name)
+            if self.stop_signal and -code in SIGNALS:  # before the rank installed its handlers
+                return stop_code(self.stop_signal)
+            log.error("rank %d of %d killed by %s", rank, self.count, signal.Signals(-code).name)
             return RankLostError.exit_code
         return code
 

@@ -45,7 +45,7 @@ class EpochLoop:
         every = self.cfg.train.save_every_steps
         if every and self.state.step % every == 0:
             self.state.save(self.meter)
-        self._stop_if_asked()
+        self._stop_if_requested()
 
     def end_epoch(self, milestone: str = "") -> None:
         """Evaluate and save as configured; save and stop after a stop signal.
@@ -66,14 +66,14 @@ class EpochLoop:
             self.state.epoch += 1
             if evaluates or milestone or (every and (epoch + 1) % every == 0):
                 self.state.save(self.meter, wait=last or self.selector.is_stale, milestone=milestone)
-        self._stop_if_asked(at_once=True)
+        self._stop_if_requested(at_once=True)
 
     def finish(self) -> None:
         """Test the selected weights once."""
         self.stop.close()  # everything is saved
         self.selector.finish(self.state.step, epoch=self.state.epoch - 1)
 
-    def _stop_if_asked(self, at_once: bool = False) -> None:
+    def _stop_if_requested(self, at_once: bool = False) -> None:
         if number := self.stop.agreed(at_once=at_once):
             self.state.save(self.meter, wait=True)
             raise self.run.stopped(number, self.state.step)

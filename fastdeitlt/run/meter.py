@@ -183,12 +183,12 @@ class Meter:
             micro_batches = [micro for _, micro in self._micro_batches]
             at = [(number, loss) for (number, _), loss in zip(self._micro_batches, losses, strict=True)]
             watch.dump(run.folder, step, at, micro_batches, **self.facts, grad_norms=[repr(norm) for norm in norms])
-            dumps = f"{run.folder}/nonfinite.rank*.json name the images; "
+            dumps = f"{run.folder}/nonfinite.rank*.json list the images; "
         since = "" if step is None else f" from step {step}"
         bad = [str(rank) for rank, good in enumerate(good_R) if good < len(losses)]
         where = f" (rank {', '.join(bad)})" if bad and loop.world > 1 else ""
         raise NonFiniteError(
-            f"steps {self.window_done + 1} to {self.done}: the {'loss' if bad else 'gradient'} is not finite"
+            f"steps {self.window_done + 1} to {self.done}: non-finite {'loss' if bad else 'gradient'}"
             f"{since}{where}; training stopped{' before that update' if since else ''}; {dumps}"
             + watch.nonfinite_remedy(run.checkpoints, loop.section, loop.clip_norm)
         )

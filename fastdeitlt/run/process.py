@@ -36,7 +36,7 @@ def say_stopped(number: int) -> None:
     """Report a stop without a save, from rank 0."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         name = signal.Signals(number).name
-        line = f"fastdeitlt: stopped by {name}; the same command continues from the last checkpoint, if there is one\n"
+        line = f"fastdeitlt: stopped by {name}; rerun the same command to resume from the last checkpoint, if any\n"
         with suppress(OSError):
             os.write(2, SHOW_CURSOR * os.isatty(2) + line.encode())
 
@@ -179,7 +179,10 @@ def _replace_streams() -> _Stream:
 
 
 def start() -> _Stream:
-    """Set up the process of a command before slow imports; return its standard output."""
+    """Set up the process of a command before slow imports.
+
+    Returns its standard output.
+    """
     stdout = _replace_streams()  # before any file is opened
     STOP.install()
     STOP.watch()
@@ -201,7 +204,7 @@ def end(code: int, result: _Stream | None) -> int:
         if lost.errno == errno.EPIPE:
             code = CLOSED_PIPE
         else:
-            print(f"fastdeitlt: error: standard output: {lost.strerror}; write it elsewhere", file=sys.stderr)
+            print(f"fastdeitlt: error: standard output: {lost.strerror}; redirect it to another place", file=sys.stderr)
             code = UserError.exit_code
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the exit code is final

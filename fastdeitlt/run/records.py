@@ -41,7 +41,7 @@ class Records:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR):
                     raise
                 if not self._warned:
-                    log.warning("%s: cannot be written (%s); its lines are kept for the next try", self.path, error)
+                    log.warning("%s: cannot be written (%s); its lines are kept for the next attempt", self.path, error)
                 self._warned = True
 
     def flush(self) -> None:

@@ -92,12 +92,12 @@ def read_run(folder: str | Path) -> RunFiles:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"run folder {folder}: no such folder; give runs/<name>")
+        raise UserError(f"run folder {folder}: no such folder, expected runs/<name>")
     config_file = folder / "config.yaml"
     records = _read_records(folder / "metrics.jsonl")
     results = read_json(folder / "results.json")
     if not (config_file.is_file() or records or results):
-        raise UserError(f"run folder {folder}: no config.yaml, metrics.jsonl or results.json; give runs/<name>")
+        raise UserError(f"run folder {folder}: no config.yaml, metrics.jsonl or results.json, expected runs/<name>")
     models = [folder / "checkpoints" / "best", *step_folders(folder / "checkpoints")]
     manifests = [read_json(model / "manifest.json") for model in models]
     return RunFiles(
@@ -126,7 +126,7 @@ def _read_records(path: Path) -> list[Record]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number}: not JSON ({error}); remove the line") from None
         if isinstance(record, dict) and record.get("kind") == "step" and not isinstance(record.get("epoch"), int):
-            raise UserError(f"{path} line {number}: a step without its epoch; remove the line")
+            raise UserError(f"{path} line {number}: a step without an epoch; remove the line")
         if not isinstance(record, dict):
             raise UserError(f"{path} line {number}: got {line.strip()[:40]!r}, expected an object; remove the line")
         records.append(record)

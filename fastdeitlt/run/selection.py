@@ -15,7 +15,7 @@ from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.types import LongTailSet, Sets
-from fastdeitlt.errors import CheckpointError, DamagedError, UserError
+from fastdeitlt.errors import CheckpointError, DamagedError, UserError, counted
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result
 from fastdeitlt.run.folder import Run
@@ -99,12 +99,12 @@ class Selector:
         self.on = select_on if getattr(sets, select_on, None) is not None else "last"
         if self.on == "last" and cfg.train.patience:
             raise UserError(
-                f"train.patience: got {cfg.train.patience}, but no set to select on (evaluate.select_on={select_on}), "
+                f"train.patience: got {cfg.train.patience} without a selection set (evaluate.select_on={select_on}), "
                 "expected a validation set; set data.val_holdout=0.1, or train.patience=0"
             )
         if self.on == "last":
-            why = "" if select_on == "last" else f": there is no {select_on} set"
-            log.info("selection: the last weights%s", why)
+            reason = "" if select_on == "last" else f" (no {select_on} set)"
+            log.info("selection: final weights%s", reason)
         else:
             log.info("selection: highest %s on the %s set", SELECT_BY[self.by], self.on)
         self.fingerprint: dict[str, str | None] = distributed.on_main(self._fingerprint)
@@ -144,9 +144,11 @@ class Selector:
         try:
             selected = distributed.on_main(lambda: checkpoint.read_manifest(folder)).get("selected")
         except DamagedError as error:
-            raise CheckpointError(f"{error}; run the same command again: it makes the folder again") from None
+            raise CheckpointError(f"{error}; rerun the same command to restore the folder") from None
         if selected != self.best:
-            raise CheckpointError(f"{folder}: got {selected}, expected {self.best}; run the same command again")
+            raise CheckpointError(
+                f"{folder}: got {selected}, expected {self.best}; rerun the same command to restore the folder"
+            )
         self.scorer.load(checkpoint.load_tensors(folder))
         tested = self.scorer.test()
         for split, result in tested.scores.items():
@@ -163,7 +165,10 @@ class Selector:
             write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest entries of the weights, with the training set's fingerprint."""
+        """Return the manifest entries of the weights.
+
+        They include the training set's fingerprint.
+        """
         return self.scorer.manifest() | {"data_sha256": self.fingerprint["train"]}
 
     def check_fingerprint(self, saved: Mapping[str, str | None], folder: str) -> None:
@@ -180,8 +185,8 @@ class Selector:
                 for name in changed
             )
             raise UserError(
-                f"run folder {folder}: {listed} changed since the checkpoint; bring back the old files, or use "
-                "--resume never for a new folder"
+                f"run folder {folder}: {listed} changed since the checkpoint; restore the old files, or use --resume "
+                "never for a new folder"
             )
 
     def _fingerprint(self) -> dict[str, str | None]:
@@ -198,9 +203,9 @@ class Selector:
             self.recent = {**self.recent, "without": self.recent["without"] + 1}
         if self.is_stale:
             log.info(
-                "train.patience: %d evaluations without more than %.1f %%, training ends here",
-                self.cfg.train.patience,
+                "train.patience: no accuracy above %.1f %% in %s, training stops early",
                 self.recent["accuracy"],
+                counted(self.cfg.train.patience, "evaluation"),
             )
 
     def _choose(self, step: int, epoch: int, weights: str, accuracy: float | None) -> None:
@@ -220,9 +225,7 @@ class Selector:
         if len(columns) == 1:
             columns = {group: scores[f"{result.main.lower()}_{group}"] for group in GROUPS}
         table = "  ".join(f"{name} {value:.1f}" for name, value in columns.items())
-        log.info(
-            "epoch %d: %s accuracy of %s: %s %%, mean of classes %.1f %%", epoch + 1, split, weights, table, balanced
-        )
+        log.info("epoch %d: %s accuracy of %s: %s %%, balanced %.1f %%", epoch + 1, split, weights, table, balanced)
 
     def _watch(self, step: int, epoch: int) -> None:
         """Warn of signs of failure in this evaluation's better weights (signs.py)."""

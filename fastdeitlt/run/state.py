@@ -106,5 +106,5 @@ class State:
         run.rewind(self.step, ended=self.begun == 0)
         if folder:
             self.parts.load(lambda name: checkpoint.load_tensors(folder, name))
-            due = f"; the end of epoch {self.epoch + 1} is due" if self.begun == self.steps else ""
-            log.info("resumed %s after step %d%s", run.folder, self.step, due)
+            due = f"; next: end of epoch {self.epoch + 1}" if self.begun == self.steps else ""
+            log.info("resumed %s at step %d%s", run.folder, self.step, due)

@@ -40,7 +40,10 @@ class TrackedRun:
     """Dotted name -> value."""
 
     def identity(self, tracker: str, create: Callable[[], str]) -> tuple[str, bool]:
-        """Return the tracker's id of this run, created at the first start, and whether it existed."""
+        """Return the tracker's id of this run, and whether it existed.
+
+        It is created at the first start.
+        """
         path = self.folder / f".tracker-{tracker}"  # not .wandb, which W&B itself would use
         if path.is_file():
             return path.read_text(encoding="utf-8"), True
@@ -183,36 +186,36 @@ class _Feed:
     def __init__(self, name: str, run: TrackedRun) -> None:
         self.name = name
         self._records: queue.Queue[tuple[Mapping[str, float], int] | Outcome] = queue.Queue(QUEUE_LENGTH)
-        self._gone = threading.Event()
+        self._disabled = threading.Event()
         self._thread = threading.Thread(target=self._pass_on, args=(run,), name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     def put(self, numbers: Mapping[str, float], step: int) -> None:
-        if self._gone.is_set():
+        if self._disabled.is_set():
             return
         try:
             self._records.put_nowait((numbers, step))
         except queue.Full:
-            self._give_up(f"{QUEUE_LENGTH:,} records are waiting for it")
+            self._give_up(f"too slow, {QUEUE_LENGTH:,} records queued")
 
     def end(self, outcome: Outcome) -> None:
         """Request the close for which ``wait`` waits."""
         try:
             self._records.put_nowait(outcome)
         except queue.Full:
-            self._give_up(f"{QUEUE_LENGTH:,} records are waiting for it")
+            self._give_up(f"too slow, {QUEUE_LENGTH:,} records queued")
 
     def wait(self, until: float) -> None:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._give_up("it has not finished in time")
+            self._give_up("not finished in time")
 
     def _pass_on(self, run: TrackedRun) -> None:
         tracker: Tracker | None = None
         outcome: Outcome = "failed"
         try:
             tracker = KINDS[self.name](run)
-            while not self._gone.is_set():
+            while not self._disabled.is_set():
                 record = self._records.get()
                 if isinstance(record, str):
                     outcome = record
@@ -231,9 +234,9 @@ class _Feed:
             self._give_up(_brief(error))
 
     def _give_up(self, why: str) -> None:
-        if not self._gone.is_set():
-            self._gone.set()
-            log.warning("track: %s: %s; the run continues without it (metrics.jsonl is complete)", self.name, why)
+        if not self._disabled.is_set():
+            self._disabled.set()
+            log.warning("track: %s: %s; continuing without this tracker (metrics.jsonl is complete)", self.name, why)
 
 
 def _brief(error: Exception) -> str:
@@ -252,7 +255,10 @@ class Trackers:
         self._feeds = [_Feed(name, run) for name in dict.fromkeys(names)]
 
     def log(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
-        """Queue the numeric values of ``facts``, named by kind and, if present, set and weights."""
+        """Queue the numeric values of ``facts``.
+
+        Their names have the kind and, if present, set and weights.
+        """
         prefix = "/".join([kind, *(str(facts[key]) for key in ("set", "weights") if key in facts)])
         numbers = {
             f"{prefix}/{name}": float(value)

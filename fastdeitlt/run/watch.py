@@ -54,20 +54,20 @@ class Stragglers:
         self._seconds += seconds
         if self._seconds < PERIOD_S:
             return
-        usual, slowest = statistics.median_low(self._wait_R), max(range(len(wait_R)), key=self._wait_R.__getitem__)
-        slow = slowest if self._wait_R[slowest] - usual > STRAGGLER * self._seconds else -1
+        median, slowest = statistics.median_low(self._wait_R), max(range(len(wait_R)), key=self._wait_R.__getitem__)
+        slow = slowest if self._wait_R[slowest] - median > STRAGGLER * self._seconds else -1
         self._periods = self._periods + 1 if slow == self._slow else 1
         self._slow = slow
         if slow >= 0 and self._periods > 1 and self._periods.bit_count() == 1:
             log.warning(
-                "steps %d to %d: rank %d holds the others up: it waited for data %.1f s of %.1f s, the usual rank "
-                "%.1f s (so for %d periods of %.0f s)",
+                "steps %d to %d: rank %d is a straggler: it waited for data %.1f s of %.1f s, the median rank %.1f s "
+                "(%d periods of %.0f s so far)",
                 self._first,
                 step,
                 slow,
                 self._wait_R[slow],
                 self._seconds,
-                usual,
+                median,
                 self._periods,
                 PERIOD_S,
             )
@@ -80,7 +80,7 @@ class Norms:
     def __init__(self, skips: int) -> None:
         self.skips = skips
         self.in_a_row = 0
-        self.usual: float | None = None
+        self.average: float | None = None
 
     def failure(self, norms: Sequence[float], first_step: int) -> int | None:
         """Return the first of more than ``skips`` consecutive non-finite steps, or None."""
@@ -89,19 +89,20 @@ class Norms:
                 self.in_a_row += 1
                 if self.in_a_row > self.skips:
                     return step - self.skips
-                log.warning("step %d: the gradient is not finite; the update was left out", step)
+                log.warning("step %d: non-finite gradient, update skipped", step)
                 continue
             self.in_a_row = 0
-            if self.usual and norm > SPIKE * self.usual:
-                log.warning("step %d: gradient norm %.3g, usually %.3g", step, norm, self.usual)
-            self.usual = norm if self.usual is None else self.usual + 0.1 * (min(norm, SPIKE * self.usual) - self.usual)
+            if self.average and norm > SPIKE * self.average:
+                log.warning("step %d: gradient norm %.3g, moving average %.3g", step, norm, self.average)
+            before = norm if self.average is None else self.average
+            self.average = before + 0.1 * (min(norm, SPIKE * before) - before)
         return None
 
 
 def dump(
     folder: Path, step: int, losses: Sequence[tuple[int, float]], micro_batches: Sequence[MicroBatch], **facts: Any
 ) -> Path:
-    """Write this rank's micro-batches of a failed step to a file, and return its path.
+    """Write this rank's micro-batches of a failed step; return the path.
 
     Args:
         folder: the run folder.
@@ -139,7 +140,7 @@ def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -
     with suppress(CheckpointError):  # the loss is the error to report
         checkpoints.finish()
     saved = checkpoints.latest
-    state = f"checkpoint {saved} is sound" if saved else "no checkpoint was saved before"
+    state = f"checkpoint {saved} is intact" if saved else "no checkpoint was saved before"
     clip = "" if 0 < clip_norm <= 1 else f" or set {section}.clip_norm=1"
     return f"{state}; lower {section}.lr{clip} (another run: --resume never)"
 
@@ -160,11 +161,11 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
         if torch.cuda.is_initialized():
             path = folder / f"memory.rank{distributed.rank()}.txt"
             path.write_text(torch.cuda.memory_summary(), encoding="utf-8")
-            note = f"; {path} says what held it"
+            note = f"; {path} has the memory summary"
         half = t.batch_size // 2
         less = (
-            f"train.batch_size={half} train.virtual_ranks={2 * t.virtual_ranks} has the same learning rate and images "
-            "a step in half the memory"
+            f"use train.batch_size={half} train.virtual_ranks={2 * t.virtual_ranks}, which halves the memory with the "
+            "same learning rate and images per step"
             if half >= 2 and half % 2 == 0
             else "use a smaller student, or train.zero_stage=3"
         )

@@ -51,8 +51,8 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         except OSError as error:
             if not left:
                 raise CheckpointError(
-                    f"{path}: cannot be read ({error}), tried {READ_TRIES} times; nothing was changed, run the same "
-                    "command again once the file system answers"
+                    f"{path}: cannot be read after {READ_TRIES} tries ({error}); nothing was changed, rerun the same "
+                    "command when the file system works"
                 ) from error
             time.sleep(RETRY_S)
     raise AssertionError
@@ -89,7 +89,7 @@ def save_model_folder(
         room = shutil.disk_usage(path.parent).free
         if room < 2 * need:
             raise CheckpointError(
-                f"checkpoint {path}: {room / 2**20:.0f} MiB free, {2 * need / 2**20:.0f} MiB needed; free space"
+                f"checkpoint {path}: {room / 2**20:.0f} MiB free, expected {2 * need / 2**20:.0f} MiB; free space"
             )
         draft.mkdir()
         files = {}
@@ -105,7 +105,9 @@ def save_model_folder(
         flush(draft)
         replace_folder(draft, path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path}: could not be written ({error}); the previous one is kept") from error
+        raise CheckpointError(
+            f"checkpoint {path}: could not be written ({error}); the previous checkpoint is kept"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return path
@@ -151,11 +153,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise
     except (*ABSENT, ValueError, RecursionError) as error:
         raise DamagedError(
-            f"model folder {path}: no readable {MANIFEST} ({error}); give a folder written by train"
+            f"model folder {path}: no readable {MANIFEST} ({error}), expected a folder written by train"
         ) from None
     if not isinstance(manifest, dict) or "model.safetensors" not in (manifest.get("files") or ()):
         raise DamagedError(
-            f"model folder {path}: {MANIFEST} is not a fastdeitlt manifest; give a folder written by train"
+            f"model folder {path}: {MANIFEST} is not a fastdeitlt manifest, expected a folder written by train"
         )
     try:
         checked = Manifest.model_validate(manifest)
@@ -163,7 +165,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DamagedError(
-            f"model folder {path}: {MANIFEST}, {where}: {first['msg']}; give a folder written by train"
+            f"model folder {path}: {MANIFEST}, {where}: {first['msg']}; use a folder written by train"
         ) from None
     for name, facts in checked.files.items():
         file = path / Path(name).name
@@ -174,9 +176,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
                 f"model folder {path}: {name} is missing; copy the folder again or use an older checkpoint"
             ) from None
         if digest != facts.sha256:
-            raise DamagedError(
-                f"model folder {path}: {name} does not match its sha256; it is damaged, use an older checkpoint"
-            )
+            raise DamagedError(f"model folder {path}: {name} is damaged (wrong sha256); use an older checkpoint")
     return manifest
 
 
@@ -204,7 +204,7 @@ def find_model_folder(path: str | Path) -> Path:
     for folder in (path, path / "checkpoints" / "best", *step_folders(path / "checkpoints")):
         if (folder / MANIFEST).is_file():
             return folder
-    raise UserError(f"model {path}: no {MANIFEST} there; give a run folder or a folder written by train")
+    raise UserError(f"model {path}: no {MANIFEST}, expected a run folder or a folder written by train")
 
 
 def list_names(folder: Path) -> list[str]:
@@ -240,5 +240,7 @@ def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[di
     if manifest.kind != kind:
         raise UserError(f"model folder {folder}: got a {manifest.kind}, expected a {kind}")
     if not manifest.model.num_classes:
-        raise UserError(f"model folder {folder}: {MANIFEST} has no model.num_classes; give a folder written by train")
+        raise UserError(
+            f"model folder {folder}: {MANIFEST} has no model.num_classes, expected a folder written by train"
+        )
     return load_tensors(folder, weights), manifest

@@ -24,7 +24,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces ``path`` after the block, unless it raises."""
+    """Yield a temporary path that replaces ``path`` after the block.
+
+    Unless the block raises.
+    """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield draft
@@ -51,7 +54,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``path`` after the block, unless it raises.
+    """Yield a temporary folder that replaces ``path`` after the block.
+
+    Unless the block raises.
 
     Requires a lock on ``path``: drafts left by a killed process are removed, and ``path`` does not exist between the
     two renames.

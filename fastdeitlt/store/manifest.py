@@ -43,7 +43,10 @@ class Preprocess(_Facts):
 
     @property
     def resize(self) -> int:
-        """Pixels of the shorter side before the centre crop. Source: timm's ``transforms_imagenet_eval``."""
+        """Pixels of the shorter side before the centre crop.
+
+        Source: timm's ``transforms_imagenet_eval``.
+        """
         return math.floor(self.img_size / self.crop_pct)
 
 

@@ -38,7 +38,7 @@ STATISTICS = {
 
 
 def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: Config, size: int) -> float:
-    """Return the teacher's balanced accuracy on clean images, in %; refuse a wrong one.
+    """Check a teacher on clean images; return its balanced accuracy in %.
 
     Balanced accuracy is the mean over classes, on up to 64 images of each. It must exceed chance by half of chance, at
     most by 10 points, and reach three quarters of the balanced accuracy stated in the teacher's folder. If the folder
@@ -70,15 +70,15 @@ def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: 
     is_as_stated = is_balanced and stated is not None and measured >= stated - NEAR
     if is_low or (not is_as_stated and (decisions.exchanged() != np.arange(images.num_classes)).any()):
         is_chance = stated is None or stated <= limit
-        expected = f"at least {limit:.1f} %" if is_chance else f"{stated:.1f} %{over} as its folder states"
+        expected = f"at least {limit:.1f} %" if is_chance else f"{stated:.1f} %{over} as stated in its folder"
         raise UserError(
             f"teacher {cfg.teacher.path}: got {got} on {len(sample_N):,} clean training images, expected {expected}; "
-            f"{check.cause(sample_N, decisions, limit)}; teacher.check=false trains all the same"
+            f"{check.cause(sample_N, decisions, limit)}; teacher.check=false skips this check"
         )
     log.info("teacher: %s on %d clean training images", got, len(sample_N))
     if stated is not None and measured < stated - NEAR:
         log.warning(
-            "teacher %s: %s on clean training images as the student prepares them, %.1f %%%s as its folder states",
+            "teacher %s: %s on clean training images with the student's preprocessing, %.1f %%%s stated in its folder",
             cfg.teacher.path,
             got,
             stated,
@@ -108,10 +108,10 @@ class _Trial:
     accuracy: float
     """Balanced accuracy in %."""
     how: str
-    cure: str
+    remedy: str
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.1f} % would be right with {self.how}: {self.cure}"
+        return f"{self.accuracy:.1f} % are right with {self.how}: {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ class _Check:
         tried_N = sample_N[np.linspace(0, len(sample_N) - 1, min(TRIED_IMAGES, len(sample_N))).astype(np.int64)]
         batches, labels_N = list(self._batches(tried_N)), self.images.labels[tried_N]
         trials, pairs = [order], []
-        for own, how, cure in self._other_inputs():
+        for own, how, remedy in self._other_inputs():
             fed = decide(self.teacher.fed(own, self.cfg.augment.mean, self.cfg.augment.std), batches, labels_N)
-            trials.append(_Trial(fed.balanced(), how, cure))
+            trials.append(_Trial(fed.balanced(), how, remedy))
             other = self._another_order(fed)
-            pairs.append(_Trial(other.accuracy, f"{how} and {other.how}", f"{cure}; {other.cure}"))
+            pairs.append(_Trial(other.accuracy, f"{how} and {other.how}", f"{remedy}; {other.remedy}"))
         lowest = max(
             limit, _without_statement(decisions.num_classes)
         )  # an untrained network's best order is above chance
@@ -149,13 +149,10 @@ class _Check:
         label, share = decisions.commonest()
         if share >= 90:
             name = label_name(self.images, label)
-            return f"its answer is {name!r} for {share:.0f} % of the images: it is untrained, or its training collapsed"
+            return f"it predicts {name!r} for {share:.0f} % of the images: untrained, or collapsed in training"
         if decisions.balanced() < max(2 * 100 / decisions.num_classes, 5):
-            return "that is near chance, in any order of its classes and with any input tried: it is untrained"
-        return (
-            "no order of its classes and no other input tried explains it: it is poorly trained, or was trained on "
-            "other images"
-        )
+            return "near chance in any class order and with any input tried: untrained"
+        return "no class order and no input tried is better: poorly trained, or trained on other images"
 
     def _batches(self, sample_N: np.ndarray) -> Iterator[Tensor]:
         stated = self.teacher.manifest.preprocess if self.teacher.manifest else None
@@ -167,9 +164,11 @@ class _Check:
     def _another_order(self, decisions: Decisions) -> _Trial:
         label_K = decisions.exchanged()
         moved = [label_name(self.images, k) for k, label in enumerate(label_K.tolist()) if k != label]
-        cure = "correct class_map or class_names of its folder" if self.teacher.manifest else "see teacher.map_classes"
+        remedy = (
+            "correct class_map or class_names of its folder" if self.teacher.manifest else "see teacher.map_classes"
+        )
         accuracy = decisions.relabelled(label_K).balanced()
-        return _Trial(accuracy, f"another order of its classes ({listed(moved)})", cure)
+        return _Trial(accuracy, f"another order of its classes ({listed(moved)})", remedy)
 
     def _other_inputs(self) -> Iterator[tuple[TeacherInput, str, str]]:
         """Yield inputs that differ in one property, the difference, and the setting.
@@ -182,8 +181,8 @@ class _Check:
         stated = manifest.preprocess if manifest else None
         own = teacher_input(cfg.model_copy(update={"normalise": "auto", "img_size": 0}), manifest, *student)
         if stated and own.img_size != fed.img_size and (own.mean, own.std) != (fed.mean, fed.std):
-            cure = "set teacher.normalise=auto and teacher.img_size=0"
-            yield own, "the size, mean and std that its folder states", cure
+            remedy = "set teacher.normalise=auto and teacher.img_size=0"
+            yield own, "the size, mean and std stated in its folder", remedy
         settings = "correct mean and std of its folder" if stated else "set teacher.normalise=teacher, .mean and .std"
         norms = {"the student's mean and std": (*student[:2], "set teacher.normalise=student")}
         if stated:
@@ -191,14 +190,14 @@ class _Check:
         norms["the configured mean and std"] = cfg.mean, cfg.std, settings
         norms |= {how: (*values, settings) for how, values in STATISTICS.items()}
         inputs = {(fed.mean, fed.std)}
-        for how, (mean, std, cure) in norms.items():
+        for how, (mean, std, remedy) in norms.items():
             if (mean, std) not in inputs:
                 inputs.add((mean, std))
-                yield replace(fed, mean=mean, std=std), how, cure
+                yield replace(fed, mean=mean, std=std), how, remedy
         usual = 32 if isinstance(self.teacher.network, ResNetCifar) else 224
         for img_size in sorted({self.size, own.img_size, usual} - {fed.img_size}):
             yield replace(fed, img_size=img_size), f"images of {img_size} pixels", f"set teacher.img_size={img_size}"
         if fed.img_size != self.size:
             how = "a resize without antialiasing" if fed.antialias else "an antialiased resize"
-            cure = f"set teacher.resize_antialias={str(not fed.antialias).lower()}"
-            yield replace(fed, antialias=not fed.antialias), how, cure
+            remedy = f"set teacher.resize_antialias={str(not fed.antialias).lower()}"
+            yield replace(fed, antialias=not fed.antialias), how, remedy

@@ -29,13 +29,13 @@ def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
             official_paco.
     """
     if Path(path).exists():
-        raise UserError(f"export {path}: exists; give a new name or remove it")
+        raise UserError(f"export {path}: exists, expected a new name; remove it or use another name")
     state, manifest = read_folder(Path(folder), "teacher")
     is_paco = any(key.startswith("encoder_q.") for key in state)
     if style not in STYLES:
         raise UserError(f"style: got {style!r}, expected one of {', '.join(STYLES)}")
     if is_paco and style != "official_paco":
-        raise UserError(f"teacher {folder}: was trained with PaCo; export it with style official_paco")
+        raise UserError(f"teacher {folder}: got style {style!r} for a PaCo teacher, expected official_paco")
     if style == "official_paco" and not is_paco:
         state = _wrap(state, manifest.model.arch, manifest.model.num_classes, str(folder))
     content = {f"module.{key}": value for key, value in state.items()}
@@ -49,7 +49,7 @@ def _wrap(state: dict[str, torch.Tensor], arch: str, num_classes: int, what: str
     """Wrap a plain CNN's state dict as PaCo's."""
     head = "linear" if "linear.weight" in state else "fc"
     if f"{head}.bias" not in state:
-        raise UserError(f"teacher {what}: has a cosine head, which PaCo's wrapper cannot hold; use official_ldam")
+        raise UserError(f"teacher {what}: got style official_paco for a cosine head, expected official_ldam")
     body = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     paco = create_teacher(arch, num_classes, "official_paco")
     wrapped = paco.state_dict()

@@ -36,18 +36,18 @@ def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device
         UserError: see ``open_teacher``.
     """
     if not cfg.teacher.path:
-        log.info("no teacher.path: both heads learn the labels")
+        log.info("teacher: none (teacher.path is empty), both heads learn the labels")
         return None
     order = class_order(images.counts).tolist() if cfg.teacher.map_classes else None
     mean, std = cfg.augment.mean, cfg.augment.std
     teacher = open_teacher(cfg.teacher, mean, std, size, images.num_classes, order, images.class_names).to(device)
     own = "its own" if teacher.scale_1C11 is not None else "the student's"
-    log.info("teacher %s: input of %d pixels, normalised by %s mean and std", cfg.teacher.path, teacher.img_size, own)
+    log.info("teacher %s: input of %d pixels, normalised with %s mean and std", cfg.teacher.path, teacher.img_size, own)
     stated = teacher.manifest.preprocess if teacher.manifest else None
     if stated and stated.exif != cfg.data.exif:
         log.warning(
-            "data.exif: got %s, but teacher %s was trained with %s and sees the student's images. Use data.exif=%s, "
-            "unless no image states an orientation.",
+            "data.exif: got %s, but teacher %s was trained with %s; use data.exif=%s, unless no image has an EXIF "
+            "orientation",
             cfg.data.exif,
             cfg.teacher.path,
             stated.exif,
@@ -116,7 +116,7 @@ def _by_decisions(
     )  # one is left by elimination
     if doubtful := [label_name(images, k) for k in label_K[is_open_K].tolist()]:
         log.warning(
-            "teacher.map_classes: %d of %d classes of equal size are not told apart by the teacher's decisions (%s); "
+            "teacher.map_classes: the decisions of the teacher do not distinguish %d of %d classes of equal size (%s); "
             "their order is a guess",
             len(doubtful),
             num_tied,

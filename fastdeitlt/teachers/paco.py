@@ -18,7 +18,7 @@ from fastdeitlt.teachers.losses import paco_loss
 class PacoObjective(nn.Module):
     """Queries of one view against keys of the other, the queue and class centres.
 
-    A query is compared with the queries and keys of its own part of the batch and with the queue, which stores the keys
+    A query is compared with the queries and keys of its part of the batch and with the queue, which stores the keys
     of all parts and ranks. The reference's shuffle of keys between GPUs is not implemented. With SAM both passes use
     the same keys and queue; the momentum encoder and the queue are updated once per step.
 

@@ -50,22 +50,22 @@ class SAM(Optimizer):
             raise ValueError(f"rho: got {rho}, expected a number >= 0")
         if isinstance(base_optimizer, Optimizer):
             if kwargs:
-                raise ValueError(f"got {', '.join(kwargs)} beside a ready base optimizer; set them there")
+                raise ValueError(
+                    f"{', '.join(kwargs)}: got an optimizer instance, expected a class; set them in the instance"
+                )
             own = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
             base = [p for group in base_optimizer.param_groups for p in group["params"]]
             if {id(p) for p in own} != {id(p) for p in base}:
-                raise ValueError(
-                    f"params: got {len(own)} tensors, expected the {len(base)} of the base optimizer; pass the same"
-                )
+                raise ValueError(f"params: got {len(own)} tensors, expected the {len(base)} of the base optimizer")
             self.base_optimizer = base_optimizer
         else:
             self.base_optimizer = base_optimizer(params, **kwargs)
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._perturbed = False
         super().__init__(self.base_optimizer.param_groups, {"rho": rho, "adaptive": adaptive})
-        self._share()
+        self._link_state()
 
-    def _share(self) -> None:
+    def _link_state(self) -> None:
         """Share groups and state with the base optimizer, for schedulers and checkpoints."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
@@ -86,11 +86,11 @@ class SAM(Optimizer):
             RuntimeError: no gradients, or the weights are already at w + e.
         """
         if self._perturbed:
-            raise RuntimeError("first_step was called twice; call second_step between")
+            raise RuntimeError("first_step: called twice; call second_step in between")
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         weights = [p for _, members in groups for p in members]
         if not weights:
-            raise RuntimeError("first_step found no gradients; run backward first")
+            raise RuntimeError("first_step: no gradients; run backward first")
         steps = []
         norms: list[Tensor] = []
         for group, members in groups:
@@ -103,7 +103,7 @@ class SAM(Optimizer):
             steps.append((group, members, grads))
         device = weights[0].device
         norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
-        self._keep(weights)
+        self._copy_weights(weights)
         for group, members, grads in steps:
             ascent = torch._foreach_mul(grads, (group["rho"] / (norm + 1e-12)).to(grads[0].device))
             if group["adaptive"]:
@@ -113,16 +113,16 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def _keep(self, weights: list[Tensor]) -> None:
-        if [id(p) for p, _ in self._kept] != [id(p) for p in weights]:
-            self._kept = [(p, torch.empty_like(p)) for p in weights]
-        torch._foreach_copy_([copy for _, copy in self._kept], weights)
+    def _copy_weights(self, weights: list[Tensor]) -> None:
+        if [id(p) for p, _ in self._copies] != [id(p) for p in weights]:
+            self._copies = [(p, torch.empty_like(p)) for p in weights]
+        torch._foreach_copy_([copy for _, copy in self._copies], weights)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the weights from w + e to exactly w, without a step."""
         if self._perturbed:
-            torch._foreach_copy_([p for p, _ in self._kept], [kept for _, kept in self._kept])
+            torch._foreach_copy_([p for p, _ in self._copies], [copy for _, copy in self._copies])
             self._perturbed = False
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class SAM(Optimizer):
             RuntimeError: the weights are not at w + e.
         """
         if not self._perturbed:
-            raise RuntimeError("second_step came before first_step")
+            raise RuntimeError("second_step: called before first_step")
         self.restore()
         self.base_optimizer.step()
         if zero_grad:
@@ -149,7 +149,7 @@ class SAM(Optimizer):
             The loss at w, or at w + e if the caller ran the first pass.
         """
         if closure is None:
-            raise ValueError("SAM needs two passes: step(closure), or first_step and second_step")
+            raise ValueError("closure: got None, expected a function; or call first_step and second_step")
         loss: Tensor | float | None = None
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             with torch.enable_grad():
@@ -167,18 +167,20 @@ class SAM(Optimizer):
             RuntimeError: called between the two steps, with the weights at w + e.
         """
         if self._perturbed:
-            raise RuntimeError("the weights are at w + e; save after second_step")
+            raise RuntimeError("state_dict: called between first_step and second_step; save after second_step")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; a base optimizer's own state is accepted too."""
         self.base_optimizer.load_state_dict(state_dict)
-        self._share()
+        self._link_state()
 
 
 @contextmanager
 def frozen_batch_stats(model: nn.Module, frozen: bool = True) -> Iterator[None]:
-    """Keep batch-norm running statistics unchanged within the block, in training mode.
+    """Keep batch-norm running statistics unchanged within the block.
+
+    In training mode.
 
     SAM's second pass is at weights that are never used. ``frozen=False`` updates the statistics there too, as
     val-iisc/Saddle-LongTail.

@@ -35,6 +35,9 @@ def radius(epoch: int, cfg: TeacherTrainingConfig) -> float:
 
 
 def stage(epoch: int, steps: Sequence[tuple[int, float]], before: float) -> float:
-    """Return the value of the latest (first epoch, value) pair reached, or ``before``."""
+    """Return the value of the latest (first epoch, value) pair reached.
+
+    ``before`` if none is reached.
+    """
     values = [(first, value) for first, value in steps if first <= epoch]
     return max(values)[1] if values else before

@@ -148,7 +148,7 @@ class Step:
         with self._autocast():
             shared = [self.objective.prepare(part.views) for part in batch.parts]
         is_sam = isinstance(self.optimizer, SAM)
-        loss = self._pass(batch, weights_K, shared, seed, alone=is_sam and self._own_climb)
+        loss = self._pass(batch, weights_K, shared, seed, is_local=is_sam and self._own_climb)
         if isinstance(self.optimizer, SAM):
             self.optimizer.first_step()
             with frozen_batch_stats(self.objective.network, self._freeze_second):
@@ -170,9 +170,12 @@ class Step:
         weights_K: Tensor | None,
         shared: Sequence[tuple[Tensor, ...]],
         seed: int,
-        alone: bool = False,
+        is_local: bool = False,
     ) -> Tensor:
-        """Run forward and backward of all parts; sum gradients over ranks, or ``alone``."""
+        """Run forward and backward of all parts.
+
+        Gradients are summed over ranks, unless ``is_local``.
+        """
         torch.manual_seed(seed)
         total = torch.zeros((), device=batch.labels_B.device)
         for part, extra in zip(batch.parts, shared, strict=True):
@@ -182,12 +185,15 @@ class Step:
                 loss = loss * self.objective.share(part.labels_B, batch.labels_B, weights_K)
             loss.backward()
             total += loss.detach()
-        if not alone:
+        if not is_local:
             distributed.sum_together([p.grad for p in self._parameters if p.grad is not None])
         return total
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return a checkpoint's tensors: weights (PaCo: also keys and queue) and momentum."""
+        """Return a checkpoint's tensors: weights and momentum.
+
+        PaCo: also keys and queue.
+        """
         network = self.objective.network
         return {"model": network.state_dict(), "optimizer": optimizer_tensors(network, self.optimizer)}
 

@@ -76,8 +76,8 @@ def teacher_batches(
 
     def prepare() -> Iterator[Part]:
         def requests() -> Iterator[_Request]:
-            for shown in plan.shown(epoch, start):
-                for sample_B, before_B in zip(*map(plan.parts, shown), strict=True):
+            for batch in plan.batches(epoch, start):
+                for sample_B, before_B in zip(*map(plan.parts, batch), strict=True):
                     for number, view in enumerate(recipes):
                         copy_B = before_B * len(recipes) + number
                         draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)

@@ -17,7 +17,7 @@ from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import teacher_plan_of
-from fastdeitlt.errors import NonFiniteError, UserError
+from fastdeitlt.errors import NonFiniteError, UserError, counted
 from fastdeitlt.models import create_student
 from fastdeitlt.reporting import analysis, report
 from fastdeitlt.run.folder import refuse_changes
@@ -101,7 +101,9 @@ def ablate(
     dry_run: bool = False,
     table_only: bool = False,
 ) -> Path | None:
-    """Train the unfinished runs of a grid, then write table and reports of the finished.
+    """Train the unfinished runs of a grid, then write table and reports.
+
+    Table and reports have the finished runs.
 
     Args:
         path: grid file, or a shipped one such as ``ablation/embedded``.
@@ -122,10 +124,10 @@ def ablate(
     grid = read_grid(path)
     runs = plan(grid, overrides)
     if unknown := [arm for arm in arms if arm not in grid.arms]:
-        raise UserError(f"ablate: no arm {unknown[0]!r} in {path}{config.near(unknown[0], list(grid.arms))}")
+        raise UserError(f"--arms: no arm {unknown[0]!r} in {path}{config.near(unknown[0], list(grid.arms))}")
     selected = [run for run in runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
     if not selected:
-        raise UserError(f"ablate: seeds {', '.join(map(str, seeds))} are not in {path}; it has {grid.seeds}")
+        raise UserError(f"--seeds: got {', '.join(map(str, seeds))}, expected some of {grid.seeds} in {path}")
     folder = runs[0].folder.parent
     if not table_only:
         works = check(selected)
@@ -139,7 +141,7 @@ def ablate(
         for _, _, student in finished:
             report.write_report(student)  # each with the other arms
     if not table_only and diverged:
-        raise NonFiniteError(f"ablate: {len(diverged)} runs diverged: {', '.join(map(str, diverged))}")
+        raise NonFiniteError(f"ablate: {counted(len(diverged), 'run')} diverged: {', '.join(map(str, diverged))}")
     return folder
 
 
@@ -174,7 +176,7 @@ def plan(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     runs_dir = Path(str(of_student.get("runs_dir", recipe["runs_dir"]))) / grid.name
     common_teacher = grid.settings.teacher
     if common_teacher == "none":
-        raise UserError("grid settings.teacher: got none, expected settings; leave the grid's teacher recipe out")
+        raise UserError("grid settings.teacher: got none, expected settings; remove the grid's teacher recipe")
 
     def built(what: str, seed: int, flat: dict[str, Any], name: str) -> Config:
         own = {"name": name, "runs_dir": str(runs_dir), "train.seed": seed}
@@ -205,9 +207,9 @@ def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taug
     wrong = [key for key in OWN_SETTINGS if key in own and (key != "teacher.path" or taught)]
     wrong += [key for key in ("name", "train.seed") if key in of_student]
     if wrong:
-        raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid; leave it out")
+        raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid; remove it")
     if arm.teacher and arm.teacher != "none" and not grid.teacher:
-        raise UserError(f"grid {grid.name}, arm {name}: has settings of a teacher, but the grid has no teacher recipe")
+        raise UserError(f"grid {grid.name}, arm {name}: got teacher settings, expected a teacher recipe in the grid")
 
 
 def _refuse_equal_arms(runs: list[ArmRun]) -> None:
@@ -217,7 +219,9 @@ def _refuse_equal_arms(runs: list[ArmRun]) -> None:
         parts = [config.flatten(cfg) | {"name": ""} if cfg else {} for cfg in (run.student, run.teacher)]
         other = arms.setdefault(json.dumps(parts), run.arm)
         if other != run.arm:
-            raise UserError(f"arm {run.arm}: has the settings of arm {other}; remove one or correct it")
+            raise UserError(
+                f"arm {run.arm}: got the settings of arm {other}, expected different ones; change or remove one"
+            )
 
 
 def is_finished(folder: Path) -> bool:
@@ -257,8 +261,8 @@ def _student_work(run: ArmRun, images: LongTailSet) -> Work:
     if saved.is_file():
         free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
         free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
-        cure = "remove it, or give the grid another name"
-        refuse_changes(config.load(str(saved)), cfg, run.folder, free_names, cure)
+        remedy = "remove it, or rename the grid"
+        refuse_changes(config.load(str(saved)), cfg, run.folder, free_names, remedy)
     return _work(run.folder, plan_of(cfg, len(images)).optimizer_steps * cfg.train.epochs)
 
 
@@ -299,7 +303,7 @@ def _finish(run: ArmRun) -> bool:
         try:
             train_both(run.student, run.teacher) if run.teacher else train(run.student)
         except NonFiniteError as error:
-            log.error("%s: %s; going on with the next", run.folder, error)
+            log.error("%s: %s; continuing with the next run", run.folder, error)
             return False
     if not (run.folder / table.TEACHER_FILE).is_file():  # trained with evaluate.analyze_images=0
         analysis.look_into(run.folder, OOD_IMAGES, ["teacher"])

@@ -75,7 +75,9 @@ def _central_probability(t: float, degrees: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for multiple tests, in order; NaN stays NaN and does not count.
+    """Correct p values for multiple tests, in order.
+
+    NaN stays NaN and does not count.
 
     The smallest of m is multiplied by m, the next by m - 1 and so on, monotone and at most 1. Valid for any dependence
     of the tests. Source: Holm 1979, the sequentially rejective test.
@@ -92,7 +94,7 @@ def read_values(folder: Path) -> Values:
     """Return a finished run's accuracies in %: heads, TEACHER, TEACHER on OOD images."""
     run = read_run(folder)
     if run.tested is None:
-        raise UserError(f"run folder {folder}: no test or validation scores; the data set needs one of the two")
+        raise UserError(f"run folder {folder}: no test or validation scores; add a test or validation set")
     results = [run.tested[1], *([run.teacher] if run.teacher else [])]
     values = {
         (head, group, split): result.accuracy(head, group, split)
@@ -104,7 +106,7 @@ def read_values(folder: Path) -> Values:
     if ood := read_json(folder / TEACHER_FILE):
         values["TEACHER", "OOD", "training"] = float(ood["mixed_resized"]["accuracy"])
     elif run.teacher:
-        message = "%s: no %s, so it is left out of *teacher, OOD*; `fastdeitlt analyze teacher %s` writes it"
+        message = "%s: no %s, not in *teacher, OOD*; run `fastdeitlt analyze teacher %s`"
         log.warning(message, folder, TEACHER_FILE, folder)
     return values
 
@@ -186,12 +188,11 @@ def markdown(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> st
     """Return both tables as Markdown with explanations."""
     accuracies, differences = rows(summaries)
     return (
-        "Top-1 accuracy in %, mean ± sample standard deviation over seeds; head, mid and tail as the runs' reports "
-        "have them. *teacher, OOD*: the teacher on training images as the student sees them (augmented, mixed, "
-        "resized).\n\n"
+        "Top-1 accuracy in %, mean ± sample standard deviation over seeds; head, mid and tail as in the runs' "
+        "reports. *teacher, OOD*: the teacher on the student's training images (augmented, mixed, resized).\n\n"
         f"{_markdown(accuracies)}\n"
-        f"Difference from `{base}` in points, with the two-sided p of a paired t-test over seeds. *Holm*: that p "
-        f"corrected for the {len(_comparisons(summaries))} comparisons of the table (Holm's step-down method).\n\n"
+        f"Difference from `{base}` in points, with the two-sided p of a paired t-test over seeds. *Holm*: p corrected "
+        f"for the {len(_comparisons(summaries))} comparisons of the table (Holm's step-down method).\n\n"
         f"{_markdown(differences)}"
     )
 
@@ -208,7 +209,7 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
         UserError: no run is finished, or results that cannot be read.
     """
     if not finished:
-        raise UserError(f"ablate: no finished run under {folder}; run the grid first")
+        raise UserError(f"ablate: no finished run in {folder}; run the grid first")
     ran = {arm for arm, _, _ in finished} | {arms[0]}
     values: dict[str, dict[int, Values]] = {arm: {} for arm in arms if arm in ran}
     for arm, seed, run in finished:
@@ -224,7 +225,7 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
             table.writerow([arm, *metric, s.num_seeds, mean, deviation, s.num_pairs, *tested])
     write_atomically(folder / "results.csv", text.getvalue())
     absent = [f"`{arm}`" for arm in arms if arm not in ran]
-    note = f"\nNo run of {', '.join(absent)} is finished.\n" if absent else ""
+    note = f"\nNo finished run of {', '.join(absent)}.\n" if absent else ""
     write_atomically(folder / "results.md", markdown(arms[0], summaries) + note)
     write_atomically(folder / "results.svg", figure(values))
     Console().print(_brief(arms[0], summaries))
@@ -233,9 +234,7 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
 def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Table:
     """Return a table for 80 columns."""
     columns = {name: COLUMNS[name] for name in ("teacher", "AVG all", "CLS head", "DIST tail")}
-    table = Table(
-        "arm", "seeds", *columns, "AVG all", "p, Holm", title=f"accuracy in %, and AVG's difference from {base}"
-    )
+    table = Table("arm", "seeds", *columns, "AVG all", "p, Holm", title=f"accuracy in %, difference of AVG from {base}")
     for arm, summary in summaries.items():
         average = summary.get(COLUMNS["AVG all"])
         table.add_row(
@@ -248,7 +247,10 @@ def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Tabl
 
 
 def figure(values: Mapping[str, Mapping[int, Values]]) -> str:
-    """Draw AVG, CLS on head and DIST on tail by arm as <svg>; dots: seeds, bars: means."""
+    """Draw AVG, CLS on head and DIST on tail by arm as <svg>.
+
+    Dots are seeds, bars are means.
+    """
     panels: dict[str, Metric] = {name: COLUMNS[name] for name in ("AVG all", "CLS head", "DIST tail")}
     with matplotlib.rc_context(STYLE):
         drawing = Figure(figsize=(8.6, 0.9 + 0.32 * len(values)), layout="constrained")

@@ -96,7 +96,7 @@ def bench(
     rows = [_row(cfg, name, data_rows, images) for name, data_rows in measured.items()]
     result["facts"] = _facts(setup, parts, rows[0]["images_per_s"], watts)
     if synthetic:
-        result["left_out"] |= dict.fromkeys(("data only", "end to end"), "--synthetic opens no data set")
+        result["left_out"] |= dict.fromkeys(("data only", "end to end"), "not measured with --synthetic")
     elif world == 1:
         data_rows, share = _with_data(setup, QUICK_DATA_BATCHES if quick else DATA_BATCHES)
         rows += data_rows
@@ -108,7 +108,9 @@ def bench(
         rank_counts = ranks if ranks is not None else [] if quick else _powers_of_two(torch.cuda.device_count())
         rows += [_at_ranks(config_name, overrides, number, synthetic) for number in rank_counts]
         if not rank_counts:
-            result["left_out"]["scaling over ranks"] = "one GPU or none, or --quick; ask with --ranks 1 2"
+            result["left_out"]["scaling over ranks"] = (
+                "needs several GPUs and no --quick; add --ranks 1 2 to measure it here"
+            )
     else:
         rows[0] |= {"candidate": counted(world, "rank"), "images_per_s": rows[0]["images_per_s"] * world}
     result["rows"] = rows
@@ -126,7 +128,7 @@ def _row(cfg: Config, name: str, timing_of: Timing, images: int) -> Row:
 
 def _calls(setup: Setup, parts: Parts) -> dict[str, Callable[[], object]]:
     """Return calls of full step, student and teacher on ``images_per_call`` images."""
-    alone = setup.assemble(teacher=False)
+    student_parts = setup.assemble(teacher=False)
     batch, teacher, dtype = parts.noise_batch(), parts.joint.teacher, parts.joint.dtype
     assert teacher is not None
     t = setup.cfg.train
@@ -139,7 +141,7 @@ def _calls(setup: Setup, parts: Parts) -> dict[str, Callable[[], object]]:
 
     return {
         "full step": step_of(parts, repeat(batch)),
-        "student only": step_of(alone, repeat(batch)),
+        "student only": step_of(student_parts, repeat(batch)),
         "teacher only": teacher_only,
     }
 
@@ -200,7 +202,7 @@ def _at_batch(like: Setup, size: int, rounds: int) -> Row:
         step = step_of(parts, repeat(parts.noise_batch()))
         timing_of = measure({name: step}, device, rounds, eager=frozenset((name,)))[name]
     except torch.OutOfMemoryError:
-        return {"op": "bench", "case": cfg.name, "candidate": name, "failed": "does not fit in the device's memory"}
+        return {"op": "bench", "case": cfg.name, "candidate": name, "failed": "out of device memory"}
     return _row(cfg, name, timing_of, setup.images_per_call)
 
 
@@ -285,7 +287,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the results as tables."""
     console, where = Console(), result["environment"]
     table = Table(title=f"{result['config']} on {where['gpu'] or where['cpu']}, {where['cpus']} cores, {where['date']}")
-    for column, justify in (("", "left"), ("images/s", "right"), ("ms a call", "right"), ("p20 .. p80", "right")):
+    for column, justify in (("", "left"), ("images/s", "right"), ("ms per call", "right"), ("p20 .. p80", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in result["rows"]:
         if "failed" in row:
@@ -298,5 +300,5 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     facts = Table(show_header=False)
     for name, value in result["facts"].items():
-        facts.add_row(name, "cannot be measured here" if value is None else f"{value:,.4g}")
+        facts.add_row(name, "not available" if value is None else f"{value:,.4g}")
     console.print(facts)

@@ -19,7 +19,9 @@ log = logging.getLogger("fastdeitlt")
 
 
 def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
-    """Train the teacher on the student's data, then the student; reuse an equal teacher.
+    """Train the teacher on the student's data, then the student.
+
+    An equal teacher is reused.
 
     Args:
         cfg: the student's run.

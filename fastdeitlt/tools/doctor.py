@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastdeitlt.errors import counted
+
 GIB = 2**30
 PROBE_TIMEOUT_S = 120
 STYLES = {"ok": "green", "warn": "yellow", "missing": "dim", "broken": "bold red"}
@@ -56,7 +58,7 @@ class Report:
         if as_json:
             print(self.to_json())
             return
-        table = Table("", "status", "found", "how to fix or get it")
+        table = Table("", "status", "found", "remedy")
         for row in self.rows:
             table.add_row(Text(row.name), Text(row.status, STYLES[row.status]), Text(row.detail), Text(row.fix))
         Console().print(table)
@@ -78,7 +80,7 @@ def probe(code: str) -> tuple[bool, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return False, f"no answer in {PROBE_TIMEOUT_S} s"
+        return False, f"timed out after {PROBE_TIMEOUT_S} s"
     output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, output[-1] if output else f"exit code {done.returncode}"
 
@@ -99,7 +101,7 @@ def packages() -> Row:
     absent = [name for name in required if version_of(name) is None]
     if absent:
         return Row("packages", "broken", f"missing: {', '.join(absent)}", f"pip install {' '.join(absent)}")
-    return Row("packages", "ok", f"all {len(required)} required ones are installed")
+    return Row("packages", "ok", f"all {len(required)} required packages are installed")
 
 
 def version_of(name: str) -> str | None:
@@ -118,13 +120,17 @@ def torch() -> Row:
     if not works:
         return Row("torch", "broken", output, "pip install torch==2.14.1 torchvision==0.29.1")
     version, cuda = output.split()
-    return Row("torch", "ok", f"{version}, {'for the CPU alone' if cuda == 'None' else f'built for CUDA {cuda}'}")
+    return Row("torch", "ok", f"{version}, {'CPU build' if cuda == 'None' else f'built for CUDA {cuda}'}")
 
 
 def torchvision() -> Row:
     """Check that torchvision's operators match torch, as timm requires."""
     works, output = probe("import torchvision, torch; torch.ops.torchvision.nms; print(torchvision.__version__)")
-    fix = "" if works else "install the torchvision of this torch: 2.11 with 0.26, up to 2.14 with 0.29, from one index"
+    fix = (
+        ""
+        if works
+        else "install the torchvision for this torch from the same index: 0.26 for 2.11, up to 0.29 for 2.14"
+    )
     return Row("torchvision", "ok" if works else "broken", output, fix)
 
 
@@ -132,18 +138,16 @@ def gpu() -> Row:
     """Check for a GPU that torch can use."""
     code = (  # also compute: this torch may have no code for the GPU
         "import torch; p = torch.cuda.get_device_properties(0); (torch.ones(9, device='cuda') + 1).tolist(); "
-        "print(p.name, 'with', p.total_memory >> 30, 'GiB', '' if p.major > 7 else 'and no bfloat16')"
+        "print(p.name, 'with', p.total_memory >> 30, 'GiB', '' if p.major > 7 else 'without bfloat16')"
     )
     works, output = probe(code)
     smi = shutil.which("nvidia-smi")
     if not smi and not works:
-        return Row(
-            "gpu", "missing", "none; training runs on the CPU", "small sets only: use an NVIDIA GPU for the rest"
-        )
+        return Row("gpu", "missing", "none, training runs on the CPU", "use an NVIDIA GPU except for small data sets")
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"] if smi else ["true"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
     detail = f"{output}, driver {driver[0] if driver else 'unknown'}"
-    fix = "" if works else "a driver for CUDA 13 (580 or newer), or a torch built for CUDA rather than the CPU"
+    fix = "" if works else "install a driver for CUDA 13 (580 or newer), or a CUDA build of torch"
     return Row("gpu", "ok" if works else "warn", detail, fix)
 
 
@@ -157,15 +161,15 @@ path = sorted(embedded.unpack().rglob("*.png"))[0]
 file = read_encoded(str(path))
 (pixels,) = Decoder(1, torch.device("{device}"))([file], numpy.array([[0, 0, file.height, file.width]], numpy.int32))
 expected = numpy.array(Image.open(path).convert("RGB"))
-assert (pixels.cpu().numpy() == expected).all(), "decodes other pixels than Pillow"
-print(decoder_version(), "decodes an image as Pillow does")
+assert (pixels.cpu().numpy() == expected).all(), "pixels differ from Pillow's"
+print(decoder_version(), "decodes the same pixels as Pillow")
 """
 
 
 def dali_on_cpu() -> Row:
     """Check that DALI decodes a real image on the CPU."""
     works, output = probe(DECODE.format(device="cpu"))
-    fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (also for machines without a GPU)"
+    fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (also without a GPU)"
     return Row("dali on cpu", "ok" if works else "broken", output, fix)
 
 
@@ -187,25 +191,23 @@ def triton() -> Row:
     """Check that Triton has a GPU to compile for, or its interpreter."""
     code = (
         "import triton, torch; d = triton.runtime.driver.active.get_current_target() if torch.cuda.is_available() "
-        "else None; print(triton.__version__, 'compiles for ' + f'{d.backend} {d.arch}' if d else 'without a GPU: only "
-        "its interpreter (TRITON_INTERPRET=1) runs kernels, for tests')"
+        "else None; print(triton.__version__, 'compiles for ' + f'{d.backend} {d.arch}' if d else 'without a GPU: "
+        "kernels run only in its interpreter (TRITON_INTERPRET=1), for tests')"
     )
     works, output = probe(code)
-    return Row(
-        "triton", "ok" if works else "warn", output, "" if works else "pip install triton; without it impl=torch"
-    )
+    return Row("triton", "ok" if works else "warn", output, "" if works else "pip install triton, or set impl=torch")
 
 
 def kernel_choice() -> Row:
     """Count the measurements from which `auto` selects kernels on this GPU."""
     if not _has_gpu():
-        return Row("kernel choice", "missing", "no GPU: auto is torch's")
+        return Row("kernel choice", "missing", "no GPU: auto uses torch")
     works, output = probe(
         "import torch; from fastdeitlt.kernels._measured import gpu_name, rows_of; gpu = gpu_name(0); "
-        "print(sum(row.gpu == gpu for row in rows_of(0).values()), 'measurements of', gpu)"
+        "print('measurements on', gpu + ':', sum(row.gpu == gpu for row in rows_of(0).values()))"
     )
     is_measured = works and not output.startswith("0 ")
-    fix = "" if is_measured else "the first start of train measures them, 'fastdeitlt tune RECIPE' measures more"
+    fix = "" if is_measured else "measured at the first start of train; 'fastdeitlt tune RECIPE' measures more"
     return Row("kernel choice", "ok" if is_measured else "warn", output, fix)
 
 
@@ -213,7 +215,7 @@ def deepspeed() -> Row:
     """Check that DeepSpeed imports; only training on several GPUs needs it."""
     install = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8 (no compiler or CUDA toolkit needed)"
     if version_of("deepspeed") is None:
-        return Row("deepspeed", "missing", "not installed; needed for several GPUs", install)
+        return Row("deepspeed", "missing", "not installed, needed for several GPUs", install)
     works, output = probe("import deepspeed; print(deepspeed.__version__)")
     return Row("deepspeed", "ok" if works else "warn", output, "" if works else install)
 
@@ -226,7 +228,7 @@ def onnx() -> Row:
         return Row(
             "onnx",
             "missing",
-            f"{', '.join(absent)} not installed; needed to export ONNX",
+            f"{', '.join(absent)} not installed, needed to export ONNX",
             "pip install 'fastdeitlt[onnx]'",
         )
     works, output = probe("import onnx, onnxruntime, onnxscript; print(onnx.__version__, onnxruntime.__version__)")
@@ -235,11 +237,11 @@ def onnx() -> Row:
 
 def apex() -> Row:
     """Check for NVIDIA's apex, an optional backend; PyPI's apex is unrelated."""
-    source = "optional; build it from the source of NVIDIA/apex with its CUDA extensions"
+    source = "optional: build NVIDIA/apex from source with CUDA extensions"
     if find_spec("amp_C"):
-        return Row("apex", "ok", "NVIDIA's, with CUDA extensions")
+        return Row("apex", "ok", "NVIDIA apex with CUDA extensions")
     if find_spec("apex"):
-        detail = "a package named apex without amp_C: PyPI's unrelated one, or NVIDIA's without CUDA extensions"
+        detail = "a package apex without amp_C: PyPI's unrelated apex, or NVIDIA apex without CUDA extensions"
         return Row("apex", "warn", detail, f"pip uninstall apex; {source}")
     return Row("apex", "missing", "not installed", f"{source} (`pip install apex` is an unrelated package)")
 
@@ -251,7 +253,7 @@ def kernels_name() -> Row:
         return Row("kernels name", "broken", "fastdeitlt.kernels is not importable", "reinstall fastdeitlt")
     is_ours = spec is not None and bool(spec.origin) and Path(str(spec.origin)).samefile(ours.origin)
     if version and is_ours:
-        fix = "start Python in another folder than the repository's root"
+        fix = "start Python outside the repository root"
         return Row("kernels name", "warn", f"./kernels hides PyPI's kernels {version} in this folder", fix)
     beside = f" beside PyPI's kernels {version}" if version else ""
     return Row("kernels name", "ok", f"fastdeitlt.kernels{beside}")
@@ -263,7 +265,7 @@ def cores() -> Row:
     if len(quota := _numbers("/sys/fs/cgroup/cpu.max")) == 2:
         usable = min(usable, quota[0] / quota[1])
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    detail = f"{usable:g} usable, {threads} threads a process"
+    detail = f"{usable:g} usable, {counted(threads, 'thread')} per process"
     if threads > max(usable, 1):
         return Row("cores", "warn", detail, f"export OMP_NUM_THREADS={max(int(usable), 1)}")
     return Row("cores", "ok", detail)
@@ -275,7 +277,7 @@ def memory() -> Row:
     room = free["MemAvailable"]
     if limit := _numbers("/sys/fs/cgroup/memory.max"):
         room = min(room, int(limit[0] - _numbers("/sys/fs/cgroup/memory.current")[0]))
-    fix = "" if room > 4 * GIB else "4 GiB are needed for the demo; close programs or take a larger machine"
+    fix = "" if room > 4 * GIB else "the demo needs 4 GiB: close programs or use a larger machine"
     return Row("memory", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free", fix)
 
 
@@ -288,9 +290,9 @@ def _numbers(path: str) -> list[float]:
 def shared_memory() -> Row:
     """Check /dev/shm, which NCCL uses between ranks."""
     if not Path("/dev/shm").is_dir():
-        return Row("shared memory", "warn", "no /dev/shm", "needed for several GPUs; docker run --shm-size=8g")
+        return Row("shared memory", "warn", "no /dev/shm", "needed for several GPUs: docker run --shm-size=8g")
     size = shutil.disk_usage("/dev/shm").total
-    fix = "" if size >= GIB else "several GPUs need more; docker run --shm-size=8g"
+    fix = "" if size >= GIB else "several GPUs need more: docker run --shm-size=8g"
     return Row("shared memory", "warn" if fix else "ok", f"/dev/shm of {size / GIB:.1f} GiB", fix)
 
 
@@ -304,5 +306,5 @@ def open_files() -> Row:
 def disk() -> Row:
     """Check the disk space for run folders; a ViT-B checkpoint has about 1.4 GB."""
     room = shutil.disk_usage(".").free
-    fix = "" if room > 5 * GIB else "a ViT-B run keeps about 5 GB of checkpoints; set runs_dir=... to another disk"
+    fix = "" if room > 5 * GIB else "a ViT-B run needs about 5 GB for checkpoints: set runs_dir=... to another disk"
     return Row("disk", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free in {Path.cwd()}", fix)

@@ -49,13 +49,15 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
     activations = batch_size * tokens * len(student.blocks) * 17 * student.width * bytes_per_value
     return {
         "weights, gradients, AdamW": 16 * parameters / MIB,
-        "average of the weights": 4 * parameters * with_ema / MIB,
+        "averaged weights (EMA)": 4 * parameters * with_ema / MIB,
         "activations of a micro-batch": activations / MIB,
     }
 
 
 def dry_run(cfg: Config, recipe: Config | None = None) -> int:
-    """Check a student's run, print sizes and steps, and run one step on random images.
+    """Check a student's run and run one step on random images.
+
+    Prints sizes and steps.
 
     Args:
         cfg: the student's run.
@@ -84,7 +86,7 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     else:
         rows["teacher"] = "none"
     rows |= {
-        "effective batch": f"{plan.images_per_step:,} images",
+        "effective batch": counted(plan.images_per_step, "image"),
         "optimizer steps": _steps(plan.optimizer_steps, cfg.train.epochs),
         "peak learning rate": f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}",
     }
@@ -95,14 +97,16 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
 
     parts = assemble(cfg, Data(images.counts, plan), device, lambda size: teacher, student)
     rate = peak_learning_rate(cfg, plan.virtual_ranks)
-    taken = parts.step()(iter([parts.noise_batch()]), 1, parts.phase(0), rate)
-    loss = taken.losses[0].loss.item()
-    _show(f"one step on random images: loss {loss:.3f}, gradient norm {taken.norm.item():.3f}. Ready.")
+    result = parts.step()(iter([parts.noise_batch()]), 1, parts.phase(0), rate)
+    loss = result.losses[0].loss.item()
+    _show(f"one step on random images: loss {loss:.3f}, gradient norm {result.norm.item():.3f}. Ready.")
     return 0
 
 
 def dry_run_teacher(cfg: Config) -> int:
-    """Check a teacher's run, print sizes and steps, and run one step on random images.
+    """Check a teacher's run and run one step on random images.
+
+    Prints sizes and steps.
 
     Raises:
         UserError: as in training.
@@ -131,7 +135,7 @@ def _open(cfg: Config) -> _Opened:
     sets = open_training_sets(cfg.data)
     summary = distributed.on_main(lambda: check_files(sets, cfg.data))
     distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
-    rows = {"training images": f"{len(sets.train):,} in {counted(sets.num_classes, 'class')}", "looked at": summary}
+    rows = {"training images": f"{len(sets.train):,} in {counted(sets.num_classes, 'class')}", "checked": summary}
     return _Opened(sets, distributed.device_of(cfg.train.device), world, rows)
 
 
@@ -151,14 +155,14 @@ def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, st
     copies = 3 + (t.sam != "none")
     facts = {
         "teacher": f"{t.arch}, {parameters:,} parameters, {t.loss}, images of {t.img_size} pixels",
-        "teacher's batch": f"{t.batch_size:,} images, {len(parts[0].labels_B):,} at a time",
+        "teacher's batch": f"{counted(t.batch_size, 'image')}, {len(parts[0].labels_B):,} at a time",
         "teacher's optimizer steps": _steps(plan.steps, t.epochs),
-        "teacher's last batch": plan.last_batch or "like the others, or smaller",
+        "teacher's last batch": plan.last_batch or "full, or smaller",
         "teacher's peak learning rate": f"{t.lr:.3g}",
         "memory: teacher's weights, gradients, momentum (estimate)": f"{4 * copies * parameters / MIB:,.1f} MiB",
     }
     if device.type == "cuda":
-        facts["memory: most in the teacher's step"] = f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB"
+        facts["memory: peak in the teacher's step"] = f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB"
     return objective.network, facts | {"one step": f"loss {distributed.sum_over_ranks(loss).item():.3f}"}
 
 
@@ -173,7 +177,7 @@ def _check_teacher(teacher: Teacher, images: LongTailSet, cfg: Config, size: int
 
 
 def _steps(in_epoch: int, epochs: int) -> str:
-    return f"{in_epoch:,} an epoch, {in_epoch * epochs:,} in all"
+    return f"{in_epoch:,} per epoch, {in_epoch * epochs:,} in total"
 
 
 def _show_table(cfg: Config, device: torch.device, rows: dict[str, str]) -> None:
@@ -199,4 +203,4 @@ def _check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(2**12))
     except OSError as error:
-        raise UserError(f"run folder {folder}: cannot be written ({error.strerror}); choose another runs_dir") from None
+        raise UserError(f"run folder {folder}: cannot be written ({error.strerror}); set another runs_dir") from None

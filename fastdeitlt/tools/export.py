@@ -101,7 +101,7 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
     if format not in writers:
         raise UserError(f"export: got format {format!r}, expected one of {', '.join(writers)}")
     if out.exists():
-        raise UserError(f"export {out}: exists; give a new name or remove it")
+        raise UserError(f"export {out}: exists, expected a new name; remove it or use another name")
     saved = open_saved(model_folder)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(out, saved.model)
@@ -111,11 +111,13 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
         allowed = 0 if format == "timm" else MAX_DIFFERENCE
         if not difference <= allowed:
             raise UserError(
-                f"export {out}: logits of real images differ from the model's by {difference:.1e} of the largest, "
+                f"export {out}: logits of real images got a relative difference of {difference:.1e} from the model's, "
                 f"expected at most {allowed}; nothing was written"
             )
         draft.rename(out)
-    log.info("%s: logits of %d real images equal the model's (largest difference %.1e)", out, NUM_CHECKED, difference)
+    log.info(
+        "%s: logits of %d real images agree with the model's (largest difference %.1e)", out, NUM_CHECKED, difference
+    )
     return out
 
 
@@ -124,7 +126,7 @@ def _refuse_full_disk(out: Path, model: nn.Module) -> None:
     needed = int(1.2 * sum(tensor.nbytes for tensor in model.state_dict().values())) + 2**20  # the graph, the card
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
-        raise UserError(f"export {out}: {free // 2**20} MiB free, {needed // 2**20} MiB needed; free space")
+        raise UserError(f"export {out}: {free // 2**20} MiB free, expected {needed // 2**20} MiB; free space")
 
 
 def facts(saved: Saved) -> dict[str, Any]:
@@ -192,23 +194,23 @@ def timm_teacher(teacher: Teacher, saved: Saved) -> tuple[str, dict[str, Any]]:
     has_cosine = any(isinstance(module, NormedLinear) for module in teacher.modules())
     if has_cosine or not timm.is_model(arch):
         what = f"{arch} with LDAM's cosine classifier" if has_cosine else arch
-        raise UserError(f"export --format: got timm, which has no {what}, expected onnx or pt2 for this teacher")
+        raise UserError(f"--format: got timm, which has no {what}, expected onnx or pt2")
     return arch, {}
 
 
 def timm_architecture(student: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Return timm's name of a student and the arguments that differ from its defaults."""
+    """Return timm's name of a student and its non-default arguments."""
     assert isinstance(student, DistilledViT)
     name, width, heads = {192: ("tiny", 192, 3), 384: ("small", 384, 6)}.get(student.width, ("base", 768, 12))
-    usual = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
-    own = {
+    defaults = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
+    values = {
         "img_size": student.img_size,
         "patch_size": student.patch,
         "embed_dim": student.width,
         "depth": len(student.blocks),
         "num_heads": student.get_submodule("blocks.0.attn").heads,
     }
-    return f"deit_{name}_distilled_patch16_224", {key: own[key] for key in own if own[key] != usual[key]}
+    return f"deit_{name}_distilled_patch16_224", {key: values[key] for key in values if values[key] != defaults[key]}
 
 
 def _trace(model: nn.Module, saved: Saved) -> torch.export.ExportedProgram:
@@ -222,7 +224,7 @@ def _to_onnx(model: nn.Module, saved: Saved, out: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
-        raise UserError(f"export: {error.name} is missing; pip install 'fastdeitlt[onnx]'") from None
+        raise UserError(f"export: {error.name} is missing; run pip install 'fastdeitlt[onnx]'") from None
     whole, names = _outputs(model)
     program = torch.onnx.export(
         _trace(model, saved),

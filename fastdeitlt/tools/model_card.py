@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastdeitlt.errors import counted
 from fastdeitlt.evaluation.metrics import GROUPS, Result, cell
 from fastdeitlt.evaluation.posthoc import PostHoc
 from fastdeitlt.models.saved import Saved
@@ -23,7 +24,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 {exif}
 
-Class names are `label_names` in `config.json`. `class_map` there is the output of each label of the data set.
+Class names are in `config.json` as `label_names`; `class_map` has the output index of each label of the data set.
 
 ## Training data
 
@@ -39,13 +40,12 @@ Class names are `label_names` in `config.json`. `class_map` there is the output 
 
 ## Licence
 
-Not stated. The licence of these weights is for whoever publishes them to state here, in keeping with the licence of the
-training images, which this program does not know.
+Not stated. State the licence of these weights here before you publish them, in accordance with the licence of the
+training images.
 
-## Not known
+## Limitations
 
-Behaviour on other images than those of the data set, fairness across groups of people, and robustness were not
-measured.
+Behaviour on images of other sources, fairness across groups of people, and robustness were not measured.
 """
 
 
@@ -55,8 +55,8 @@ mean of two heads: CLS, trained on the labels, and DIST, trained on the decision
 TEACHER = """A convolutional network (`{architecture}`), trained from scratch on long-tailed images (loss {loss}), as a
 teacher for DeiT-LT (Rangwani et al., CVPR 2024, arXiv:2404.02900)."""
 EXIF = {
-    "ignore": "Images were used as they are stored: their EXIF orientation was ignored in training.",
-    "apply": "Turn images upright first, as in training: `image = PIL.ImageOps.exif_transpose(image)`.",
+    "ignore": "The EXIF orientation of images was ignored in training.",
+    "apply": "Apply the EXIF orientation first, as in training: `image = PIL.ImageOps.exif_transpose(image)`.",
 }
 
 
@@ -81,7 +81,7 @@ def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> s
 def _data(saved: Saved) -> str:
     counts = saved.info.get("class_counts")
     if not counts:
-        return f"{saved.num_classes} classes; the model folder does not say how many images."
+        return f"{counted(saved.num_classes, 'class')}; the number of images is not in the model folder."
     smallest = min(count for count in counts if count)
     return (
         f"{saved.info.get('dataset') or 'Unnamed'}: {sum(counts):,} images of {len(counts):,} classes, "
@@ -92,10 +92,10 @@ def _data(saved: Saved) -> str:
 def _results(results: dict[str, Any]) -> str:
     name = next((name for name in ("test", "val") if results.get(name)), None)
     if name is None:
-        return "Not known: the model was not tested, or the run's results.json is not beside it."
+        return "Not available: the model was not tested, or the run has no results.json."
     result = Result.from_json(results[name])
     lines = [
-        f"Top-1 accuracy in per cent on {result.size(f'{name} images')}; classes by size, two conventions.",
+        f"Top-1 accuracy in per cent on {result.size(f'{name} images')}; two splits of the classes by size.",
         "",
     ]
     lines += ["| split | head | all | head | mid | tail |", "| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -108,21 +108,21 @@ def _results(results: dict[str, Any]) -> str:
 
 def _calibration(saved: Saved) -> str:
     """Return text on temperatures and the calibration error without and with them."""
-    lines = ["The model gives logits as trained."]
+    lines = ["The model returns uncalibrated logits."]
     if fitted := saved.calibration:
         shown = ", ".join(f"{head} {value:.3f}" for head, value in fitted.temperatures.items())
         lines.append(
             f"Divide them by their temperature before the softmax: {shown} (`temperatures` in `config.json`), fitted "
-            f"on {fitted.num_fitted:,} validation images with every class counting the same. They leave the order of "
-            "the classes as it is, and are not part of the weights."
+            f"on {fitted.num_fitted:,} validation images with equal class weights. They do not change the predicted "
+            "class and are not part of the weights."
         )
     else:
-        lines.append("No temperature comes with them: none was fitted on validation images.")
+        lines.append("No temperature was fitted on validation images.")
     name = next((name for name in ("test", "val") if saved.results.get(name)), None)
     if name is None:
         return " ".join(lines)
     result = Result.from_json(saved.results[name])
-    errors = [f"as trained {cell(result.heads[result.main].ece['threshold']['all'])} %"]
+    errors = [f"uncalibrated {cell(result.heads[result.main].ece['threshold']['all'])} %"]
     if saved.results.get("posthoc"):
         after = PostHoc.from_json(saved.results["posthoc"]).result.heads["AVG, temperature"]
         errors.append(f"with a fitted temperature {cell(after.ece['threshold']['all'])} %")

@@ -17,7 +17,7 @@ from fastdeitlt.data.sets.shards import SUFFIXES as SHARD_SUFFIXES
 from fastdeitlt.data.sets.shards import names_split
 from fastdeitlt.data.sets.splits import DEFAULT_LISTS
 from fastdeitlt.data.sets.types import SPLITS, Sets
-from fastdeitlt.errors import UserError, printable
+from fastdeitlt.errors import UserError, counted, printable
 from fastdeitlt.models.start import shape_of
 from fastdeitlt.models.vit import PATCHES
 from fastdeitlt.tools.plan_facts import Choice, Facts, Rates, Rung, Setting
@@ -70,11 +70,11 @@ def make_plan(
         UserError: no images, unreadable images, fewer than two classes, or too few hours.
     """
     if hours is not None and not hours > 0:
-        raise UserError(f"plan --hours: got {hours:g}, expected hours above 0, such as 0.5")
+        raise UserError(f"--hours: got {hours:g}, expected a number above 0, such as 0.5")
     settings = layout(root)
     sets = open_sets(DataConfig(**settings, val_holdout=0, test_holdout=0))
     if sum(count > 0 for count in sets.train.counts) < 2:
-        raise UserError(f"data {root}: got images of one class, expected at least 2. Add images of another class.")
+        raise UserError(f"data {root}: got images of 1 class, expected at least 2. Add images of another class.")
     holdouts = holdout_shares(sets.train.counts, sets.val is not None, sets.test is not None)
     none_held = {f"{split}_holdout": 0.0 for split in ("val", "test")}
     cfg = DataConfig(**settings, **none_held | {f"{split}_holdout": share for split, share in holdouts.items()})
@@ -158,13 +158,13 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
     files = folder / f"{name}.yaml", folder / f"{name}-teacher.yaml"
     for file in files:
         if file.exists():
-            raise UserError(f"plan {file}: exists. Choose another name with --out NAME, or remove it.")
+            raise UserError(f"plan {file}: exists, expected a new name. Remove it, or use --out NAME.")
     if not folder.is_dir():
-        raise UserError(f"plan --out {out}: no such folder {folder}; make it first")
+        raise UserError(f"--out {out}: no such folder {folder}; create it first")
     planned = make_plan(root, hours, weights, name)
     titles = (
-        f"Student of the images in {planned.facts.root}; the teacher's file is {files[1].name}.",
-        f"Teacher of {files[0].name}; its data settings must stay those of that file.",
+        f"Student for the images in {planned.facts.root}; teacher: {files[1].name}.",
+        f"Teacher of {files[0].name}; keep the data settings of both files equal.",
     )
     for file, title, settings in zip(files, titles, (planned.choice.student, planned.choice.teacher), strict=True):
         file.write_text(to_yaml(title, settings), encoding="utf-8")
@@ -178,7 +178,7 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
 def to_yaml(title: str, settings: dict[str, Setting]) -> str:
     """Format a recipe as YAML with the reason of each setting in a comment."""
     lines, section = (
-        [f"# {' '.join(printable(title).split())}", "# Written by `fastdeitlt plan`; edit what you like."],
+        [f"# {' '.join(printable(title).split())}", "# Written by `fastdeitlt plan`; edit as needed."],
         "",
     )
     for dotted, (value, reason) in sorted(settings.items(), key=lambda item: _rank(item[0])):
@@ -204,13 +204,13 @@ def describe(planned: Planned) -> list[str]:
     sizes = ", ".join(
         f"{split} {len(images):,}{f' ({held[split]})' if split in held else ''}" for split, images in sets
     )
-    lines = [f"data       {facts.root}: {sets.num_classes:,} classes, {sizes}", *_smallest(sets)]
+    lines = [f"data       {facts.root}: {counted(sets.num_classes, 'class')}, {sizes}", *_smallest(sets)]
     lines.append(
         f"pixels     mean {list(facts.mean)}, deviation {list(facts.std)}, median short side {facts.short_side:,} px"
         + (f", {facts.gray:.0%} gray" if facts.gray else "")
     )
     for rung, rate in rates.student.items():
-        mark = "chosen" if rung == choice.rung else ""
+        mark = "selected" if rung == choice.rung else ""
         what = f"{rung.student}, {rung.depth} blocks: {rate:,.0f} images/s"
         lines.append(f"measured   {what}; teacher {rung.teacher}: {rates.teacher[rung]:,.0f} images/s  {mark}".rstrip())
     t = teacher.teacher_training
@@ -221,7 +221,7 @@ def describe(planned: Planned) -> list[str]:
     )
     times = ", ".join(f"{part} {seconds / 60:,.1f} min" for part, seconds in choice.seconds.items())
     total = sum(choice.seconds.values()) / 60
-    lines.append(f"time       {times}; together {total:,.1f} min of {planned.hours * 60:,.1f}")
+    lines.append(f"time       {times}; together {total:,.1f} of {planned.hours * 60:,.1f} min")
     return lines + [f"note       {remark}" for remark in choice.remarks]
 
 

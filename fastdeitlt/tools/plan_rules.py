@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from fastdeitlt.config import Config
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.tools.plan_facts import Choice, Facts, Rates, Rung, Schedule, build_settings
 from fastdeitlt.tools.plan_recipes import FEW_CHANGES, PAPER_CHANGES, recipes
 
@@ -69,8 +69,8 @@ def choose(facts: Facts, rates: Rates, hours: float, name: str) -> Choice:
         cost_s = 2 * epoch / rates.student[rung] / (1 - TEACHER_SHARE) + 2 * epoch / rates.teacher[rung] / TEACHER_SHARE
         least = (cost_s + rates.start_s) / USABLE / 3600
         raise UserError(
-            f"plan --hours: got {hours:g}, expected at least {math.ceil(least * 100) / 100:g} for two epochs of "
-            f"{facts.num_images:,} images with teacher and student on this machine. Give more hours."
+            f"--hours: got {hours:g}, expected at least {math.ceil(least * 100) / 100:g} for two epochs of "
+            f"{counted(facts.num_images, 'image')} with teacher and student on this machine."
         )
     return recipes(facts, chosen, hours, name)
 

@@ -68,7 +68,9 @@ def predict(
     raw: bool = False,
     head: str = "AVG",
 ) -> list[Prediction]:
-    """Classify images, files and folders of files, in order (within a folder by name).
+    """Classify images, files and folders of files, in order.
+
+    Files of a folder are sorted by name.
 
     Preprocessing is that of evaluation.
 
@@ -88,18 +90,16 @@ def predict(
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
-            raise UserError(f"predict: {name} is {value}, expected at least 1")
+            raise UserError(f"predict: got {name} {value}, expected at least 1")
     inputs = [inputs] if isinstance(inputs, Input) else list(inputs)
     pictures = list(_images(inputs))
     if not pictures:
-        raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or 'nothing'}; give files or folders")
+        raise UserError(f"predict: no images in {', '.join(map(str, inputs)) or '[]'}, expected files or folders")
     if head not in HEADS:
-        raise UserError(f"predict --head: got {head!r}, expected one of {', '.join(HEADS)}")
+        raise UserError(f"--head: got {head!r}, expected one of {', '.join(HEADS)}")
     saved = open_saved(model_folder)
     if saved.kind == "teacher" and head != "AVG":
-        raise UserError(
-            f"predict --head: got {head}, but {model_folder} is a teacher, which has one head. Leave it out."
-        )
+        raise UserError(f"--head: got {head} for the teacher {model_folder}, which has one head. Remove the option.")
     where = distributed.device_of(device)
     saved.model.to(where)
     temperatures = saved.calibration.temperatures if saved.calibration and not raw else None
@@ -179,13 +179,15 @@ def main(
     raw: bool = False,
     head: str = "AVG",
 ) -> int:
-    """Run `predict`: print a table, or write .csv or .json; 2 if files were unreadable.
+    """Run `predict`: print a table, or write .csv or .json.
+
+    Returns 2 if files were unreadable.
 
     Raises:
         UserError: see ``predict``; or ``out`` is neither .csv nor .json.
     """
     if out is not None and (out.suffix not in (".csv", ".json") or not out.absolute().parent.is_dir()):
-        raise UserError(f"predict: got --out {out}, expected a .csv or .json file in a folder that exists")
+        raise UserError(f"--out: got {out}, expected a .csv or .json file in an existing folder")
     rows = predict(model, inputs, top_k, strict=strict, raw=raw, head=head)
     failed = [row for row in rows if row.error]
     if out is None:
@@ -206,11 +208,7 @@ def table(rows: Sequence[Prediction]) -> Table:
     """Return a terminal table of the best classes and the decisions of CLS and DIST."""
     fitted = next((row.temperatures for row in rows if row.temperatures), None)
     temperatures = ", ".join(f"{head} {value:.2f}" for head, value in (fitted or {}).items())
-    how = (
-        f"temperatures fitted on validation images: {temperatures}"
-        if temperatures
-        else "probabilities as the network gives them"
-    )
+    how = f"temperatures fitted on validation images: {temperatures}" if temperatures else "uncalibrated probabilities"
     main = rows[0].head
     others = () if main == "TEACHER" else ("CLS", "DIST")
     table = Table(Column("image", overflow="fold"), main, *others, caption=how, caption_justify="left")

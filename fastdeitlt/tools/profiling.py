@@ -32,6 +32,7 @@ from fastdeitlt import config, distributed
 from fastdeitlt.core.assemble import Parts
 from fastdeitlt.core.measure.timer import bandwidth, matmul_rate, synchronise
 from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.errors import counted
 from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
@@ -262,14 +263,16 @@ def _ms(event: Any, gpu: bool, total: bool = False) -> float:
 
 def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_steps: int, folder: Path) -> None:
     console, gpu = Console(), setup.device.type == "cuda"
-    by_stage = Table(title=f"{setup.cfg.name}: ms a step by stage ({'device' if gpu else 'CPU'} time)")
+    by_stage = Table(title=f"{setup.cfg.name}: ms per step by stage ({'device' if gpu else 'CPU'} time)")
     by_stage.add_column("stage")
     by_stage.add_column("ms", justify="right")
     for name in STAGES:
         if name in stages:
             by_stage.add_row(f"  {name}" if name in ("student", "teacher") else name, f"{stages[name] / num_steps:.2f}")
     console.print(by_stage)
-    by_operation = Table(title=f"the {SHOWN} longest of {len(rows)} operations, sums over {num_steps} steps")
+    by_operation = Table(
+        title=f"the {SHOWN} longest of {counted(len(rows), 'operation')}, sums over {counted(num_steps, 'step')}"
+    )
     for column in ("operation", "calls", "ms", "share", "MB", "GFLOP", "of the roofline"):
         by_operation.add_column(column, justify="left" if column == "operation" else "right", overflow="fold")
     whole = sum(row.time_ms for row in rows)
@@ -281,6 +284,8 @@ def _show(rows: list[Operation], stages: dict[str, float], setup: Setup, num_ste
     console.print(by_operation)
     console.print(f"trace: {folder / 'trace.json'} (open it at ui.perfetto.dev)", markup=False)
     if setup.cfg.train.compile:
-        console.print("bytes, FLOPs and roofline: not counted inside a compiled graph; train.compile=false counts them")
+        console.print(
+            "bytes, FLOPs and roofline: not available in a compiled graph; set train.compile=false to count them"
+        )
     if not gpu:
-        console.print("no GPU: kernel times, NVTX ranges, Proton and the memory snapshot cannot be had here")
+        console.print("no GPU: kernel times, NVTX ranges, Proton and the memory snapshot are not available")

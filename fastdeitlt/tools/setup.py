@@ -55,8 +55,8 @@ class Setup:
         if self.cfg.teacher.path and self.sets:
             return self.cfg.teacher.path
         return (
-            f"{self.cfg.teacher.arch} with random weights, as fast as a trained one; "
-            "--with-teacher RECIPE, teacher.arch or teacher.path chooses another"
+            f"{self.cfg.teacher.arch} with random weights, as fast as a trained one (--with-teacher RECIPE, "
+            "teacher.arch or teacher.path selects another)"
         )
 
     def assemble(self, source: Source | None = None, *, teacher: bool = True) -> Parts:
@@ -113,8 +113,8 @@ def set_up(
     elif counts is None:
         if cfg.data.dataset not in KNOWN_CLASSES:
             raise UserError(
-                f"--synthetic: the classes of data.dataset={cfg.data.dataset} are only known from its images; leave "
-                f"--synthetic out, or set data.dataset to one of {', '.join(KNOWN_CLASSES)}"
+                f"--synthetic: got data.dataset={cfg.data.dataset}, expected a set with a fixed number of classes "
+                f"({', '.join(KNOWN_CLASSES)}); remove --synthetic, or set data.dataset"
             )
         counts = [100] * KNOWN_CLASSES[cfg.data.dataset]
     t = cfg.train
@@ -127,7 +127,7 @@ def _open(cfg: Config) -> Sets:
     try:
         return open_sets(cfg.data)
     except UserError as error:
-        hint = "; --synthetic measures without the data set" if cfg.data.dataset in KNOWN_CLASSES else ""
+        hint = "; use --synthetic to measure without the data set" if cfg.data.dataset in KNOWN_CLASSES else ""
         raise UserError(f"{error}{hint}") from None
 
 

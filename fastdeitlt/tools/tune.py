@@ -56,7 +56,7 @@ def tune(
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"measure_kernels": False})})
     device = distributed.device_of(cfg.train.device)
     if device.type != "cuda":
-        raise UserError("tune: got no GPU, and the kernels run on one; on a CPU auto takes torch's everywhere")
+        raise UserError("tune: no GPU; on a CPU auto always uses torch")
     path = file_of(gpu_name(device.index), Path(out) if out else None)
     with capturing_stream(device):
         setup = set_up(cfg, device, synthetic=cfg.data.dataset in KNOWN_CLASSES)
@@ -75,21 +75,23 @@ def shapes_of(setup: Setup) -> Shapes:
     return Shapes(setup.cfg, parts.student, parts.teacher, len(setup.data.counts), setup.device)
 
 
-def tune_ops(shapes: Shapes, path: Path, known: Mapping[tuple[str, str, Key], Row]) -> tuple[list[Row], dict[str, Row]]:
+def tune_ops(
+    shapes: Shapes, path: Path, saved_rows: Mapping[tuple[str, str, Key], Row]
+) -> tuple[list[Row], dict[str, Row]]:
     """Return rows of launch settings, and op -> row of its fastest implementation.
 
-    Each row is written at once. An op's kernel is compared with its best settings. Rows in ``known`` are not measured
-    again, so an interrupted `tune` resumes.
+    Each row is written at once. An op's kernel is compared with its best settings. Rows in ``saved_rows`` are not
+    measured again, so an interrupted `tune` resumes.
     """
     rows, won = [], {}
     for part in parts(shapes):
         for key, launch in part.passes.items():
-            row = known.get(("setting", part.op, key)) or search(shapes, part.op, key, launch)
+            row = saved_rows.get(("setting", part.op, key)) or search(shapes, part.op, key, launch)
             use(part.op, key, row.config)
             write(path, [row])
             rows.append(row)
         if part.whole:
-            row = known.get(("fastest", part.op, part.key))
+            row = saved_rows.get(("fastest", part.op, part.key))
             if row is None:
                 row = fastest(shapes, part, ROUNDS)
                 write(path, [row.model_copy(update={"impl": shapes.torchs(part.op)})])  # until the caller decides
@@ -112,11 +114,11 @@ def search(shapes: Shapes, op: str, key: Key, launch: Pass) -> Row:
         with trying(op, key, setting):
             try:
                 got = launch.result()
-            except (TritonError, RuntimeError) as error:  # too much shared memory, or ptxas gives up
-                log.debug("%s %s: %s left out, %s", op, key, setting, error)
+            except (TritonError, RuntimeError) as error:  # too much shared memory, or ptxas fails
+                log.debug("%s %s: %s not measured, %s", op, key, setting, error)
                 continue
             if not same(got, expected):
-                log.warning("%s %s: %s computes something else and is left out; please report it", op, key, setting)
+                log.warning("%s %s: %s disagrees with torch, not used; please report this", op, key, setting)
                 continue
             times[number] = measure({op: launch.call}, shapes.device, SEARCH_ROUNDS)[op].median
     log.info("%s %s: %d of %d settings run", op, key, len(times) + 1, len(others) + 1)
@@ -166,13 +168,13 @@ def _step(setup: Setup, choice: Mapping[str, str]) -> Call:
 def show(rows: Sequence[Row], path: Path) -> None:
     """Print the rows and the path of their file."""
     console = Console()
-    table = Table("op", "shape", "taken", "alone, us", "step, ms", title=f"{rows[0].gpu}: what auto takes")
+    table = Table("op", "shape", "selected", "alone, us", "step, ms", title=f"{rows[0].gpu}: selected by auto")
     for row in rows:
-        taken = row.impl or " ".join(f"{name}={value}" for name, value in row.blocks.items())
-        taken += "" if row.impl else f" warps={row.num_warps} stages={row.num_stages}"
+        selected = row.impl or " ".join(f"{name}={value}" for name, value in row.blocks.items())
+        selected += "" if row.impl else f" warps={row.num_warps} stages={row.num_stages}"
         alone, step = (
             "  ".join(f"{name} {value:.4g}" for name, value in times.items()) for times in (row.us, row.step_ms)
         )
-        table.add_row(row.op, " ".join(map(str, row.key)), taken, alone, step)
+        table.add_row(row.op, " ".join(map(str, row.key)), selected, alone, step)
     console.print(table)
     console.print(f"written to {path}", markup=False)

@@ -315,7 +315,7 @@ def test_the_backward_pass_in_python_is_torchs():
 def test_the_kernel_for_attention_refuses_float32_on_a_gpu():
     cfg = config.build(SMALL | KERNELS | {"train.precision": "fp32"})
     student, teacher = small_student(cfg), small_teacher()
-    with fake_cuda() as cuda, pytest.raises(UserError, match="bfloat16 or float16 on a GPU"):
+    with fake_cuda() as cuda, pytest.raises(UserError, match="got float32 on a GPU, expected bfloat16 or float16"):
         take_steps(cuda, cfg, student, teacher)
 
 

@@ -76,11 +76,11 @@ def test_losses_norm_and_weights_are_those_of_one_rank_at_a_time(changes):
 def test_each_rank_keeps_its_own_drop_path(law):
     _, student, step = build(4, student__drop_path_law=law)
     joined = join([*batches()][:RANKS], student, step.cfg.seed)
-    last = joined.kept[-1][0]
+    last = joined.drop_paths[-1][0]
     assert (len(last.scale_B11) == RANKS * SIZE and last.scale_B11.min() < last.scale_B11.max()) or law == "count"
     if law == "count":
         assert [int(((last.samples_S // SIZE) == rank).sum()) for rank in range(RANKS)] == [SIZE // 2] * RANKS
-    again = join([*batches()][:RANKS], student, step.cfg.seed).kept[-1][0]
+    again = join([*batches()][:RANKS], student, step.cfg.seed).drop_paths[-1][0]
     assert torch.equal(last.scale_B11, again.scale_B11)
 
 
@@ -89,7 +89,16 @@ def test_several_ranks_are_one_graph():
     joint, batch = step.engine.joint, join([*batches()][:2], student, 0)
     compiled = torch.compile(joint, backend="eager", fullgraph=True)
     ones_K = torch.ones(CLASSES)
-    inputs = (batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, ones_K, None, batch.ranks, batch.kept)
+    inputs = (
+        batch.images_BCHW,
+        batch.labels_B,
+        batch.partner_B,
+        batch.lam,
+        ones_K,
+        None,
+        batch.ranks,
+        batch.drop_paths,
+    )
     for got, expected in zip(compiled(*inputs), joint(*inputs), strict=True):
         assert got.shape == (2,)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

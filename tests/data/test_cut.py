@@ -226,7 +226,7 @@ def test_the_checksum_is_of_the_content_so_that_files_compressed_anew_are_taken(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"?"), "md5 of what train-images-idx3-ubyte.gz holds"),
+        (lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"?"), "train-images-idx3-ubyte.gz: got md5"),
         (lambda data: data[:-40], "in .*: .*; expected train-images-idx3-ubyte.gz"),
         (lambda data: data[:20] + b"????" + data[24:], "in .*: .*; expected train-images-idx3-ubyte.gz"),
         (lambda data: b"not gzip", "Not a gzipped file"),

@@ -141,7 +141,7 @@ def test_link_out_of_the_root_is_noted(tmp_path):
     inside, outside = tmp_path / "root" / "test_0_0.png", tmp_path / "outside.png"
     inside.rename(outside)
     inside.symlink_to(outside)
-    finding = only(found(config), "link that leaves the root")
+    finding = only(found(config), "linked to a file outside the root")
     assert (finding.split, finding.examples) == ("test", ("test_0_0.png",))
     outside.unlink()
     assert only(found(config), "No such file").level == "error"
@@ -164,7 +164,7 @@ def test_images_twice_in_a_split_and_with_two_labels_are_reported(tmp_path):
     with (tmp_path / "train.txt").open("a") as file:
         file.write("train_0_0.png 0\ntrain_0_1.png 1\n")
     findings = found(config)
-    assert only(findings, "2 images more than once").level == "note"
+    assert only(findings, "2 images within the split").level == "note"
     conflict = only(findings, "1 image with several labels")
     assert (conflict.level, conflict.examples) == ("warning", ("train_0_1.png = train_0_1.png",))
     assert len(found(config, decode=False)) == 2
@@ -176,7 +176,7 @@ def test_label_gaps_small_classes_and_classes_without_test_images_are_reported(t
     assert only(findings, "label gap: 1 of 4 classes without training images").examples == ("class 1",)
     assert only(findings, "1 class with fewer than 5 training images").examples == ("class 3",)
     assert only(findings, "1 class without test images").examples == ("class 2",)
-    assert only(findings, "test set is not balanced").level == "note"
+    assert only(findings, "test set is unbalanced").level == "note"
 
 
 def test_missing_splits_are_warnings(tmp_path):
@@ -271,11 +271,11 @@ def test_an_epoch_that_leaves_out_many_images_is_a_finding(tmp_path):
     config = make_set(tmp_path, COUNTS)
     config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 8})})
     report = check(config)
-    finding = only(report.findings, "an epoch has 3 of the 13 images, 8 with their copies (augment.repeats=3)")
+    finding = only(report.findings, "3 of 13 images per epoch, 8 with copies (augment.repeats=3)")
     assert (finding.level, finding.split) == ("warning", "train")
     assert report.schedule["distinct_images_an_epoch"] == 3
     plain = config.model_copy(update={"augment": config.augment.model_copy(update={"repeats": 1})})
-    assert "use a train.batch_size below 8" in only(check(plain).findings, "an epoch has 8 of the 13").message
+    assert "use a train.batch_size below 8" in only(check(plain).findings, "8 of 13 images per epoch").message
 
 
 def test_statistics_of_the_embedded_set(embedded_cache):

@@ -114,10 +114,10 @@ def test_label_beyond_the_given_classes_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.txt", "", "names no images"),
-        ("l.txt", "\n \n\r\n", "names no images"),
-        ("l.csv", "path,label\n", "names no images"),
-        ("l.json", "[]", "names no images"),
+        ("l.txt", "", "empty, expected one image per line"),
+        ("l.txt", "\n \n\r\n", "empty, expected one image per line"),
+        ("l.csv", "path,label\n", "empty, expected one image per line"),
+        ("l.json", "[]", "empty, expected one image per line"),
         ("l.txt", "a.jpg 0\nb.jpg\n", "line 2: got 'b.jpg', expected 'relpath label'"),
         ("l.txt", b"a.jpg 0\nb\xff.jpg 1\n", "line 2: byte 0xff is not UTF-8"),
         ("l.txt", "a.jpg 0\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),

@@ -254,7 +254,7 @@ def test_folder_without_images_or_training_split_says_so(tmp_path):
     with pytest.raises(UserError, match=r"no images .* expected train/<class>/<image> or <class>/<image>"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
     (tmp_path / "test").mkdir()
-    with pytest.raises(UserError, match="got no training split, expected train/<class>/<image>"):
+    with pytest.raises(UserError, match="no training split, expected train/<class>/<image>"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images"):
@@ -264,11 +264,11 @@ def test_folder_without_images_or_training_split_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"dataset": "imagenet_lt"}, r"data\.root: got nothing"),
+        ({"dataset": "imagenet_lt"}, r"data\.root: empty"),
         ({"dataset": "imagenet_lt", "root": "/no/such"}, r"data\.root: no such folder '/no/such'"),
-        ({"dataset": "cifar10_lt"}, r"data\.root: got nothing, expected the folder of cifar-10-python\.tar\.gz"),
+        ({"dataset": "cifar10_lt"}, r"data\.root: empty, expected the folder of cifar-10-python\.tar\.gz"),
         ({"dataset": "imagenet_lt", "root": "."}, r"data\.train_list: no ImageNet_LT_train\.txt"),
-        ({"dataset": "list", "root": "."}, r"data\.train_list: got nothing"),
+        ({"dataset": "list", "root": "."}, r"data\.train_list: empty"),
         ({"dataset": "list", "root": ".", "train_list": "nope.txt"}, r"data\.train_list: no such file 'nope\.txt'"),
     ],
 )
@@ -417,7 +417,7 @@ def test_a_split_alone_is_opened_in_the_order_of_a_models_classes(tmp_path):
     config = DataConfig(**make_folders(tmp_path, {"test/c": 1, "test/b": 2}))
     images = open_splits(config, ("test",), ("val",), MODEL)["test"]
     assert images.counts == [0, 2, 1] and images.class_names == MODEL.names
-    with pytest.raises(UserError, match=r"'val': .* has only test; use --split test"):
+    with pytest.raises(UserError, match=r"split: got 'val', expected a split of .* \(test\); use --split test"):
         open_splits(config, ("val",), (), MODEL)
     with pytest.raises(UserError, match="got 2 classes, expected the 3 of model n"):
         open_splits(config, ("test",), (), Classes("model n", 3))
@@ -430,7 +430,7 @@ def test_a_list_without_names_follows_its_training_list_and_else_the_model(tmp_p
     write_lists(tmp_path, te="x.png 0\n")
     lists = DataConfig(dataset="list", root=str(tmp_path), train_list="tr.csv", test_list="te.txt")
     assert open_splits(lists, ("test",), (), MODEL)["test"].counts == [1, 0, 0]
-    assert "classes are those of model m by position" in caplog.text
+    assert "classes matched to model m by position" in caplog.text
     (tmp_path / "tr.csv").write_text("path,label\na.png,b\nb.png,c\n")
     assert open_splits(lists, ("test",), (), MODEL)["test"].counts == [0, 1, 0]
     (tmp_path / "tr.csv").write_text("path,label\na.png,0\nb.png,1\n")

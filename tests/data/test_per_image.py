@@ -200,4 +200,4 @@ def test_a_run_leaves_what_its_report_shows_of_single_images(tmp_path):
     shutil.rmtree(run / "checkpoints")
     (run / "report.html").unlink()
     write_report(run)  # needs no model
-    assert "Most confident mistakes" in (run / "report.html").read_text()
+    assert "Most confident errors" in (run / "report.html").read_text()

@@ -78,7 +78,7 @@ def test_a_read_that_the_system_refuses_is_no_images_fault(tmp_path, monkeypatch
     monkeypatch.setattr(files, "open", stale, raising=False)
     monkeypatch.setattr(reader, "RETRY_S", 0.0)
     if failures == 3:
-        with pytest.raises(UserError, match=r"cannot be read \(Stale file handle\), tried 3 times") as caught:
+        with pytest.raises(UserError, match=r"cannot be read after 3 tries \(Stale file handle\)") as caught:
             deliver(images, [request(range(11))], on_error="skip")
         assert caught.value.__cause__.errno == errno.ESTALE
     else:
@@ -152,7 +152,7 @@ def test_an_error_of_the_sampler_reaches_the_consumer(tmp_path):
         deliver(make_set(tmp_path), requests())
 
 
-UNPARSEABLE = """
+UNPARSABLE = """
 import sys, numpy as np, torch
 from fastdeitlt.data.pixels.files import Encoded
 from fastdeitlt.data.pixels.decoder import Decoder
@@ -173,7 +173,7 @@ def test_dali_does_not_end_the_process_on_a_file_it_cannot_parse(tmp_path):
     """DALI 2.4 without the peek at the header: segmentation fault when such a file is early in the batch."""
     (tmp_path / "good.jpg").write_bytes(GOOD)
     done = subprocess.run(
-        [sys.executable, "-c", UNPARSEABLE, str(tmp_path / "good.jpg")], capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", UNPARSABLE, str(tmp_path / "good.jpg")], capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.split() == ["caught", "0", "caught", "1", "caught", "2", "caught", "5"]

@@ -369,8 +369,8 @@ def test_decoded_sets_are_listed_and_cleared_but_for_those_being_decoded(tmp_pat
     (cache_folder / "draft.x.tmp").mkdir()
     assert cli.main(["data", "cache"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count(f"{len(sets[0]):,} images of {tmp_path}") == 2 and "unfinished" in shown
-    assert f"3 decoded sets under {cache_folder}" in shown
+    assert shown.count(f"{len(sets[0]):,} images of {tmp_path}") == 2 and "incomplete" in shown
+    assert f"3 decoded sets in {cache_folder}" in shown
     busy = next(cached.path for cached in cache.cached_sets() if cached.root.endswith("b"))
     with FileLock(busy.with_suffix(".lock")):
         assert cli.main(["data", "cache", "--clear"]) == 0
@@ -383,4 +383,4 @@ def test_decoded_sets_are_listed_and_cleared_but_for_those_being_decoded(tmp_pat
 
 def test_other_data_verbs_need_a_data_set(capsys):
     assert cli.main(["data", "check"]) == 2
-    assert "data check: got no data set" in capsys.readouterr().err
+    assert "data check: no data set" in capsys.readouterr().err

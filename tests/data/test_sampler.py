@@ -75,19 +75,19 @@ def test_without_repeated_augmentation_an_epoch_is_rounded_only_to_batches(n, ba
 @pytest.mark.parametrize(
     ("plan", "text"),
     [
-        (Plan(511, 32, 1, 1, 1), "an epoch has 480 of the 511 images"),
+        (Plan(511, 32, 1, 1, 1), "480 of 511 images per epoch"),
         (
             Plan(12406, 128, 4, 3, 2),
-            "an epoch has 4,096 of the 12,406 images, 12,288 with their copies (augment.repeats=3)",
+            "4,096 of 12,406 images per epoch, 12,288 with copies (augment.repeats=3)",
         ),
         (
             Plan(486, 32, 1, 3, 1),
-            "an epoch has 86 of the 486 images, 256 with their copies (augment.repeats=3); the others follow in later "
-            "epochs. For more in each, use augment.repeats=1",
+            "86 of 486 images per epoch, 256 with copies (augment.repeats=3); the others are in later epochs. "
+            "For more per epoch, use augment.repeats=1",
         ),
         (
             Plan(244, 128, 1, 1, 1),
-            "an epoch has 128 of the 244 images; the others follow in later epochs. For more in each, use a "
+            "128 of 244 images per epoch; the others are in later epochs. For more per epoch, use a "
             "train.batch_size below 128",
         ),
     ],

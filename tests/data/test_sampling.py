@@ -91,8 +91,8 @@ def test_instance_is_the_order_of_before():
     cfg = cfg_with("instance", **{"augment.repeats": 1})
     plan = plan_of(cfg, N, labels_N=LABELS)
     assert plan == Plan(N, 8, 1, 1, 1) and plan.sampling is None
-    shown = next(teacher_plan_of(cfg, N, labels_N=LABELS).shown(0))
-    assert not shown[1].any() and len(set(shown[0].tolist())) == len(shown[0])
+    batches = next(teacher_plan_of(cfg, N, labels_N=LABELS).batches(0))
+    assert not batches[1].any() and len(set(batches[0].tolist())) == len(batches[0])
 
 
 def test_a_teacher_draws_by_its_own_epochs():
@@ -100,5 +100,5 @@ def test_a_teacher_draws_by_its_own_epochs():
     plan = teacher_plan_of(cfg, N, labels_N=LABELS)
     first, last = (np.concatenate(list(plan.samples(epoch))) for epoch in (0, 19))
     assert np.bincount(LABELS[first])[0] > 380 and np.bincount(LABELS[last])[0] < 150
-    again = list(plan.shown(19, start=3))
-    assert all((a[1] == b[1]).all() for a, b in zip(list(plan.shown(19))[3:], again, strict=True))
+    again = list(plan.batches(19, start=3))
+    assert all((a[1] == b[1]).all() for a, b in zip(list(plan.batches(19))[3:], again, strict=True))

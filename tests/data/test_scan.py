@@ -41,7 +41,7 @@ def rotated() -> bytes:
         (encode(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"), ["CMYK"]),
         (encode(Image.fromarray(PIXELS).convert("RGBA")), ["an alpha channel (dropped)"]),
         (encode(Image.fromarray(PIXELS).convert("LA")), ["gray", "an alpha channel (dropped)"]),
-        (encode(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11))), ["16 or 32 bits a channel"]),
+        (encode(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11))), ["16 or 32 bits per channel"]),
         (rotated(), ["an EXIF orientation (ignored; data.exif=apply"]),
         (encode(Image.fromarray(PIXELS).convert("P")), []),
         (encode(Image.fromarray(PIXELS), "WEBP"), []),
@@ -91,11 +91,11 @@ def test_a_look_at_all_files_finds_what_is_not_there_or_not_whole(tmp_path, capl
     names = [*kinds, "pipe.jpg", "folder.jpg", "gone.jpg"]
     images = LongTailSet(names, np.zeros(len(names), np.int64), [len(names)], str(tmp_path))
     good = images.take(np.arange(4))
-    assert "all 8 files" in check_files(Sets(good, test=good), DataConfig())
+    assert "of 8 files" in check_files(Sets(good, test=good), DataConfig())
     with pytest.raises(UserError, match=r"7 of 11 test images .*cut\.jpg: truncated JPEG; cut\.png: truncated PNG"):
         check_files(Sets(good, test=images), DataConfig())
     with caplog.at_level(logging.WARNING, "fastdeitlt"):
         looked = check_files(Sets(good, images, images), DataConfig(on_error="skip"))
     assert looked.count("7 of 11") == 2
-    assert [message.rpartition("; ")[2] for message in caplog.messages] == ["left out of the scores"] * 2
+    assert [message.rpartition("; ")[2] for message in caplog.messages] == ["not scored"] * 2
     assert [bool(scan_file(tmp_path, name).problem) for name in names] == [index >= 4 for index in range(len(names))]

@@ -168,7 +168,7 @@ def test_shards_that_name_no_split_are_split_by_class(tmp_path):
     write_zip(tmp_path / "photos.zip", members)
     sets = open_sets(cfg_of(tmp_path).data)
     assert (sets.train.counts, sets.val.counts, sets.test.counts) == ([7] * 3, [1] * 3, [2] * 3)
-    assert "names a split" in sets.remarks[0].message
+    assert "named as a split" in sets.remarks[0].message
 
 
 def spoil(root, what):
@@ -215,12 +215,12 @@ def spoil(root, what):
         ("no zip", "train.zip: cannot be read"),
         ("compressed tar", "train.tar: cannot be read"),
         ("no class", "0.jpg has no class, expected .cls or .json beside it, or a folder"),
-        ("empty class", "0.cls holds ''"),
-        ("mixed", "has class 3 and train.tar/a/0.jpg class 'a', expected numbers or names in all"),
+        ("empty class", "0.cls contains ''"),
+        ("mixed", "has class 3 and train.tar/a/0.jpg class 'a', expected only numbers or only names"),
         ("negative", "got class -1, expected 0 or more"),
-        ("no image", "got no images"),
-        ("split", "got more.tar, which names no split"),
-        ("method", "compressed by another method than deflate"),
+        ("no image", "no images. Move it"),
+        ("split", "got more.tar, expected a split in the name"),
+        ("method", "is encrypted or not stored or deflated"),
         ("columns", "got the columns x, expected image and label"),
         ("rows", "row 0 has no image bytes or no label"),
         ("no parquet", "train.parquet: cannot be read"),

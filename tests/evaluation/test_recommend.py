@@ -52,9 +52,9 @@ def test_the_rank_is_by_class_and_not_by_image():
 def test_others_within_the_interval_are_named():
     close = recommend(*results(2, 3, 9))
     assert close.alike == ()
-    assert "tell it apart" not in close.sentence() and "use TEACHER: balanced accuracy 90.0 %" in close.sentence()
+    assert "Not distinguishable" not in close.sentence() and "use TEACHER: balanced accuracy 90.0 %" in close.sentence()
     near = recommend(*results(7, 8, 8))
-    assert "TEACHER" in near.alike and "do not tell it apart from" in near.sentence()
+    assert "TEACHER" in near.alike and "Not distinguishable on these images: " in near.sentence()
     assert recommend(None, None) is None
 
 

@@ -42,14 +42,14 @@ def test_a_healthy_run_shows_none_and_says_so_with_figures():
         ("head", False),
         ("overfitting", False),
     ]
-    assert signs[0].text == "DIST leads CLS on the tail: 60.0 against 30.0 %"
-    assert "90.0 %, the best before re-weighting 92.0 %" in signs[1].text
+    assert signs[0].text == "DIST leads CLS on the tail: 60.0 to 30.0 %"
+    assert "90.0 %, best before re-weighting: 92.0 %" in signs[1].text
 
 
 @pytest.mark.parametrize("dist_tail", [30, 12])
 def test_a_dist_head_that_is_no_better_on_the_tail(dist_tail):
     found = seen([reading(9), reading(10, dist_tail=dist_tail)])
-    assert list(found) == ["tail expert"] and f"{dist_tail:.1f} against 30.0 %" in found["tail expert"]
+    assert list(found) == ["tail expert"] and f"{dist_tail:.1f} to 30.0 %" in found["tail expert"]
 
 
 def test_a_head_far_below_its_own_best_or_a_given_baseline():

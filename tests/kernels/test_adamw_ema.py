@@ -139,12 +139,12 @@ def test_the_compiled_step_is_one_graph_and_does_not_recompile_with_the_rate(dev
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weights": lambda x: x.double()}, "weights has dtype float64, expected float32"),
-        ({"weights": lambda x: x.view(4, 5)}, r"weights has shape \(4, 5\) .* expected a flat buffer"),
-        ({"grads": lambda x: x[:7]}, r"grads has shape \(7,\), expected \(20,\)"),
-        ({"exp_avg": lambda x: x.repeat(2)[::2]}, r"exp_avg has strides \(2,\), expected contiguous"),
-        ({"exp_avg_sq": lambda x: x.to("meta")}, "exp_avg_sq is on meta, expected"),
-        ({"lr": lambda x: x[None]}, r"lr has shape \(1,\), expected \(\)"),
+        ({"weights": lambda x: x.double()}, "weights: got dtype float64, expected float32"),
+        ({"weights": lambda x: x.view(4, 5)}, r"got weights of shape \(4, 5\) .* expected a flat buffer"),
+        ({"grads": lambda x: x[:7]}, r"grads: got shape \(7,\), expected \(20,\)"),
+        ({"exp_avg": lambda x: x.repeat(2)[::2]}, r"exp_avg: got strides \(2,\), expected contiguous"),
+        ({"exp_avg_sq": lambda x: x.to("meta")}, "exp_avg_sq: got device meta, expected"),
+        ({"lr": lambda x: x[None]}, r"lr: got shape \(1,\), expected \(\)"),
         ({"num_decayed": lambda x: 21}, "of which 21 decay"),
         ({"betas": lambda x: (0.9, 1.0)}, "decays < 1"),
     ],

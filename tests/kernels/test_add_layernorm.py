@@ -244,17 +244,17 @@ def test_compiles_without_a_graph_break(impl, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(4)}, r"x has shape \(4,\), expected \(samples, \.\.\., width\), not empty"),
-        ({"x": torch.zeros(2, 3, 8).double()}, "x has dtype float64"),
-        ({"branch": torch.zeros(2, 4, 8)}, r"branch has shape \(2, 4, 8\), expected \(2, 3, 8\)"),
-        ({"x": torch.zeros(3, 2, 8).transpose(0, 1)}, "x has strides .* expected contiguous"),
-        ({"weight": torch.zeros(9)}, r"weight has shape \(9,\), expected \(8,\)"),
-        ({"bias": torch.zeros(8).half()}, "bias has dtype float16, expected float32"),
-        ({"branch_bias": torch.zeros(9)}, r"branch_bias has shape \(9,\), expected \(8,\)"),
-        ({"scale_B": torch.zeros(3)}, r"scale_B has shape \(3,\), expected \(2,\)"),
-        ({"branch": torch.zeros(2, 3, 8, device="meta")}, "branch is on meta, expected cpu"),
-        ({"branch_samples_K": torch.arange(1)}, r"branch has shape \(2, 3, 8\), expected \(1, 3, 8\)"),
-        ({"normed_samples_K": torch.arange(2).int()}, "normed_samples_K has dtype int32, expected int64"),
+        ({"x": torch.zeros(4)}, r"x: got shape \(4,\), expected \(samples, \.\.\., width\), not empty"),
+        ({"x": torch.zeros(2, 3, 8).double()}, "x: got dtype float64"),
+        ({"branch": torch.zeros(2, 4, 8)}, r"branch: got shape \(2, 4, 8\), expected \(2, 3, 8\)"),
+        ({"x": torch.zeros(3, 2, 8).transpose(0, 1)}, "x: got strides .* expected contiguous"),
+        ({"weight": torch.zeros(9)}, r"weight: got shape \(9,\), expected \(8,\)"),
+        ({"bias": torch.zeros(8).half()}, "bias: got dtype float16, expected float32"),
+        ({"branch_bias": torch.zeros(9)}, r"branch_bias: got shape \(9,\), expected \(8,\)"),
+        ({"scale_B": torch.zeros(3)}, r"scale_B: got shape \(3,\), expected \(2,\)"),
+        ({"branch": torch.zeros(2, 3, 8, device="meta")}, "branch: got device meta, expected cpu"),
+        ({"branch_samples_K": torch.arange(1)}, r"branch: got shape \(2, 3, 8\), expected \(1, 3, 8\)"),
+        ({"normed_samples_K": torch.arange(2).int()}, "normed_samples_K: got dtype int32, expected int64"),
         ({"impl": "fast"}, "got impl 'fast', expected one of auto, torch, triton"),
     ],
 )
@@ -266,7 +266,7 @@ def test_bad_input_is_refused_before_anything_runs(change, message):
 
 def test_rows_wider_than_4096_are_refused_by_the_kernel_and_taken_by_auto(device):
     (x, branch, weight, bias), _ = example((1, 1, 4100), device)
-    with pytest.raises(UserError, match="widths up to 4096, got 4100"):
+    with pytest.raises(UserError, match="got width 4100, expected at most 4096"):
         add_layernorm(x, branch, weight, bias, impl="triton")
     assert torch.equal(add_layernorm(x, branch, weight, bias)[1], reference(x, branch, weight, bias)[1])
 

@@ -294,7 +294,7 @@ def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
         outs = [attention(qkv, impl="triton") for _ in range(2)]
     torch.testing.assert_close(outs[0], reference(qkv), rtol=1e-4, atol=1e-5)
     assert [record.message for record in caplog.records] == [
-        "attention: the kernel supports up to 1024 tokens, got 1030; torch's sdpa runs"
+        "attention: the kernel supports up to 1024 tokens, got 1030; using torch (sdpa)"
     ]
 
 
@@ -304,8 +304,8 @@ def test_more_than_1024_tokens_use_torch_and_say_so_once(caplog, monkeypatch):
         (torch.bfloat16, 577, 9, "cudnn", "measured on some GPU"),
         (torch.float16, 66, 9, "flash", "not measured on some GPU"),
         (torch.float16, 66, 7, "efficient", "not measured on some GPU"),
-        (torch.float32, 577, 9, "efficient", "no kernel for it"),
-        (torch.bfloat16, 1300, 8, "flash", "no kernel for it"),
+        (torch.float32, 577, 9, "efficient", "no kernel for this case"),
+        (torch.bfloat16, 1300, 8, "flash", "no kernel for this case"),
     ],
 )
 def test_auto_is_the_measured_choice_or_one_backend_and_is_logged_once(
@@ -355,7 +355,7 @@ def test_a_flash_attention_that_does_not_start_is_one_line(registry, monkeypatch
         raise ImportError("no kernels for this GPU")
 
     monkeypatch.setattr(_pick.torch_attention, "activate_flash_attention_impl", broken)
-    with pytest.raises(UserError, match=r"impl 'fa3' does not start \(no kernels for this GPU\)"):
+    with pytest.raises(UserError, match=r"impl 'fa3', which cannot run here \(no kernels for this GPU\)"):
         pick_attention("fa3", *ON_GPU)
 
 
@@ -369,17 +369,17 @@ def test_a_measured_flash_attention_that_is_not_installed_is_not_chosen(registry
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: (x[:, :, :2], {}), r"qkv has shape \(1, 18, 2, 1, 32\), expected \(any, any, 3, any, any\)"),
-        (lambda x: (x.double(), {}), "qkv has dtype float64, expected float32 or float16 or bfloat16"),
+        (lambda x: (x[:, :, :2], {}), r"qkv: got shape \(1, 18, 2, 1, 32\), expected \(any, any, 3, any, any\)"),
+        (lambda x: (x.double(), {}), "qkv: got dtype float64, expected float32 or float16 or bfloat16"),
         (lambda x: (x.expand(2, -1, -1, -1, -1), {}), "expected contiguous"),
         (lambda x: (x, {"query_rows": 0}), "got query_rows 0, expected 1 to 18"),
-        (lambda x: (x, {"query_rows": 17}), "up to 16 query rows or all, got 17"),
+        (lambda x: (x, {"query_rows": 17}), "got 17 query rows, expected all or at most 16"),
         (
             lambda x: (x, {"qkv_bias": torch.zeros(32, device=x.device)}),
-            r"qkv_bias has shape \(32,\), expected \(96,\)",
+            r"qkv_bias: got shape \(32,\), expected \(96,\)",
         ),
         (lambda x: (x, {"impl": "fast"}), "got impl 'fast', expected one of auto, triton"),
-        (lambda x: (x[..., :24].contiguous(), {}), r"heads of \(32, 64, 96, 128\), got 24"),
+        (lambda x: (x[..., :24].contiguous(), {}), r"got head width 24, expected one of \(32, 64, 96, 128\)"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(change, message, device):
@@ -390,11 +390,11 @@ def test_bad_input_is_refused_before_anything_runs(change, message, device):
 
 def test_bad_keys_and_forced_cudnn_without_cuda_are_refused(device):
     q, kv = torch.zeros(2, 2, 1, 32, device=device), torch.zeros(2, 5, 2, 1, 32, device=device)
-    with pytest.raises(UserError, match=r"kv has shape \(1, 5, 2, 1, 32\), expected \(2, any, 2, 1, 32\)"):
+    with pytest.raises(UserError, match=r"kv: got shape \(1, 5, 2, 1, 32\), expected \(2, any, 2, 1, 32\)"):
         attention_first(q, kv[:1])
     with pytest.raises(UserError, match="got 2 query rows, expected 1 to 1"):
         attention_first(q, kv[:, :1].contiguous())
-    with pytest.raises(UserError, match="'cudnn' needs a CUDA tensor"):
+    with pytest.raises(UserError, match="'cudnn': got a tensor on cpu, expected CUDA"):
         attention_first(q.cpu(), kv.cpu(), impl="cudnn")
 
 

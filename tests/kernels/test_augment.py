@@ -109,9 +109,9 @@ def test_half_precision_is_the_rounded_float32(dtype: torch.dtype, device: torch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixels": torch.zeros(10)}, r"pixels has dtype float32, expected uint8"),
-        ({"pixels": torch.zeros(10, dtype=torch.uint8)}, r"images end at byte 108, but pixels has 10"),
-        ({"starts_B": np.array([0])}, r"3 draws, but starts \(1,\)"),
+        ({"pixels": torch.zeros(10)}, r"pixels: got dtype float32, expected uint8"),
+        ({"pixels": torch.zeros(10, dtype=torch.uint8)}, r"got an end at byte 108, expected at most 10"),
+        ({"starts_B": np.array([0])}, r"got starts \(1,\) and sizes .* expected 3 of each"),
         ({"dtype": torch.float64}, r"got dtype torch.float64, expected one of torch.bfloat16"),
         ({"mix": MixDraw(0.5)}, r"got a batch of 3 images to mix, expected an even number"),
         ({"draws": drawn(3, 6, AugmentConfig(recipe="pad_crop"))}, r"padded crops .* use data.augment.apply"),

@@ -131,12 +131,12 @@ def test_compiles_without_a_graph_break(impl, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": torch.zeros(4)}, r"u has shape \(4,\), expected \(rows, \.\.\., width\), not empty"),
+        ({"u": torch.zeros(4)}, r"u: got shape \(4,\), expected \(rows, \.\.\., width\), not empty"),
         ({"u": torch.zeros(0, 8)}, "not empty"),
-        ({"u": torch.zeros(2, 8).double()}, "u has dtype float64"),
-        ({"u": torch.zeros(8, 2).T}, "u has strides .* expected contiguous"),
-        ({"bias": torch.zeros(9)}, r"bias has shape \(9,\), expected \(8,\)"),
-        ({"bias": torch.zeros(8, device="meta")}, "bias is on meta, expected cpu"),
+        ({"u": torch.zeros(2, 8).double()}, "u: got dtype float64"),
+        ({"u": torch.zeros(8, 2).T}, "u: got strides .* expected contiguous"),
+        ({"bias": torch.zeros(9)}, r"bias: got shape \(9,\), expected \(8,\)"),
+        ({"bias": torch.zeros(8, device="meta")}, "bias: got device meta, expected cpu"),
         ({"impl": "fast"}, "got impl 'fast', expected one of auto, torch, triton"),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_wrong_or_failing_kernel_is_left_out_with_a_warning(steps, timed, monk
         "bias_gelu: triton",
         "joint_loss: triton",
     ]
-    assert "please report it" in said[0] and "out of resources" in said[2]
+    assert "please report this" in said[0] and "out of resources" in said[2]
 
 
 @pytest.mark.parametrize(

@@ -259,13 +259,16 @@ def test_the_compiled_loss_is_one_graph_and_equal(device):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"cls_logits": lambda x: x.double()}, "cls_logits has dtype float64, expected float32 or float16 or bfloat16"),
-        ({"cls_logits": lambda x: x.T.contiguous().T}, r"cls_logits has strides \(1, 4\), expected 1 in the last"),
-        ({"dist_logits": lambda x: x[:, :5]}, r"dist_logits has shape \(4, 5\), expected \(4, 6\)"),
-        ({"dist_logits": lambda x: x.half()}, "dist_logits has dtype float16, expected float32"),
-        ({"labels": lambda x: x.int()}, "labels has dtype int32, expected int64"),
-        ({"labels": lambda x: x[:3]}, r"labels has shape \(3,\), expected \(4,\)"),
-        ({"teacher_logits": lambda x: x.to("meta")}, "teacher_logits is on meta, expected"),
+        (
+            {"cls_logits": lambda x: x.double()},
+            "cls_logits: got dtype float64, expected float32 or float16 or bfloat16",
+        ),
+        ({"cls_logits": lambda x: x.T.contiguous().T}, r"cls_logits: got strides \(1, 4\), expected 1 in the last"),
+        ({"dist_logits": lambda x: x[:, :5]}, r"dist_logits: got shape \(4, 5\), expected \(4, 6\)"),
+        ({"dist_logits": lambda x: x.half()}, "dist_logits: got dtype float16, expected float32"),
+        ({"labels": lambda x: x.int()}, "labels: got dtype int32, expected int64"),
+        ({"labels": lambda x: x[:3]}, r"labels: got shape \(3,\), expected \(4,\)"),
+        ({"teacher_logits": lambda x: x.to("meta")}, "teacher_logits: got device meta, expected"),
     ],
 )
 def test_arguments_the_kernel_cannot_take_are_named_before_any_launch(change, message, device):

@@ -132,7 +132,7 @@ def test_a_shape_without_a_kernel_and_a_refused_kernel_are_torchs(monkeypatch, c
         _pick.refuse("bias_gelu", "it is wrong")
     assert picked() == "torch" and pick("bias_gelu", "triton", (198, 64), CUDA) == "triton"
     (record,) = caplog.records
-    assert record.message == "bias_gelu: the kernel is not used, it is wrong; please report it"
+    assert record.message == "bias_gelu: kernel not used, it is wrong; please report this"
 
 
 def test_an_op_may_have_its_own_default_on_a_gpu():
@@ -162,8 +162,8 @@ def test_all_ranks_run_what_the_first_has():
         ("{", "Invalid JSON"),
         (setting_row(WON).model_dump_json()[:-20], "Invalid JSON"),
         (setting_row(WON).model_dump_json().replace('"num_warps":4', '"num_warps":"four"'), "num_warps"),
-        (setting_row(WON).model_dump_json().replace('"num_warps":4', '"num_warps":0'), "needs blocks, num_warps"),
-        (fastest_row("triton").model_dump_json().replace('"impl":"triton"', '"impl":""'), "needs an impl"),
+        (setting_row(WON).model_dump_json().replace('"num_warps":4', '"num_warps":0'), "expected blocks, num_warps"),
+        (fastest_row("triton").model_dump_json().replace('"impl":"triton"', '"impl":""'), "expected an impl"),
         (fastest_row("triton").model_dump_json().replace('"us"', '"seconds"'), "seconds"),
     ],
 )

@@ -268,7 +268,7 @@ def test_what_is_written_is_what_auto_takes(shapes, monkeypatch):
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_without_a_gpu_there_is_nothing_to_tune():
-    with pytest.raises(UserError, match="tune: got no GPU"):
+    with pytest.raises(UserError, match="tune: no GPU"):
         tune.tune("quickstart")
 
 

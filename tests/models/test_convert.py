@@ -106,7 +106,7 @@ def test_model_folder_loads_and_its_hash_is_checked(tmp_path: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"\x7f")
-    with pytest.raises(UserError, match="does not match its sha256"):
+    with pytest.raises(UserError, match=r"is damaged \(wrong sha256\)"):
         load_student_checkpoint(folder)
 
 
@@ -134,7 +134,7 @@ def test_a_file_that_unpacks_to_more_than_it_holds_is_refused_unread(tmp_path: P
         for name in good.namelist():
             bomb.writestr(name, bytes(2**20))
     load_student_checkpoint(tmp_path / "good.pth")
-    with pytest.raises(UserError, match=r"refused, [0-9,]+ bytes that unpack to [0-9,]+"):
+    with pytest.raises(UserError, match=r"got [0-9,]+ bytes that unpack to [0-9,]+"):
         load_student_checkpoint(tmp_path / "bomb.pth")
 
 
@@ -144,7 +144,7 @@ def test_code_in_a_student_checkpoint_never_runs(tmp_path: Path, zipped: bool) -
     args = argparse.Namespace(lr=Canary(canary))
     content = {**official_student(small()), "args": args}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"refused, it holds (posix|nt)\.system"):
+    with pytest.raises(UserError, match=r"contains (posix|nt)\.system"):
         load_student_checkpoint(tmp_path / "evil.pth")
     assert not canary.exists()
 

@@ -95,7 +95,7 @@ def test_both_heads_of_a_student_start_as_a_plain_vit(tmp_path, caplog, kind):
     name = {"vit": "deit_tiny_distilled_patch16_64", "deit3": "deit_small_distilled_patch16_64"}[kind]
     model = start(student(name, 5, depth=2), path)
     cls_logits, dist_logits = heads(model, images(64))
-    assert torch.equal(cls_logits, dist_logits) and "DIST token from CLS" in caplog.text
+    assert torch.equal(cls_logits, dist_logits) and "DIST token copied from CLS" in caplog.text
     with torch.no_grad():
         tokens = source.pos_drop(source._pos_embed(source.patch_embed(images(64))))
         twice = torch.cat((tokens[:, :1], tokens), 1)
@@ -141,7 +141,7 @@ def test_a_deeper_student_starts_with_identities_and_a_shallower_with_the_first_
     source = save_student(tmp_path / "m", depth=2)
     deeper = start(student(depth=5), tmp_path / "m")
     equal(deeper, source, images(), 1e-4)
-    assert "blocks 3 to 5 start as identities" in caplog.text
+    assert "blocks 3 to 5 initialised as identities" in caplog.text
     assert deeper.blocks[4].mlp.fc1.weight.abs().sum() > 0  # and can learn
     shallow = start(student(depth=1), tmp_path / "m")
     assert torch.equal(shallow.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
-from fastdeitlt.models.residual import Kept, draw_kept
+from fastdeitlt.models.residual import BranchSamples, draw_samples
 from fastdeitlt.models.vit import DistilledViT, flops_per_image, num_parameters
 
 DATA = Path(__file__).parents[1] / "data"
@@ -117,7 +117,7 @@ def test_law_count_keeps_that_many_samples_each_as_often_and_the_mean(batch: int
     torch.manual_seed(0)
     x, times, sums = torch.zeros(batch, 1, 1), torch.zeros(batch), torch.zeros(batch)
     for _ in range(2000):
-        kept = draw_kept(x, drop, "count")
+        kept = draw_samples(x, drop, "count")
         samples = torch.arange(batch) if kept is None else kept.samples_S
         assert len(samples) == num_kept == len(samples.unique()) and (kept is None) == (num_kept == batch)
         times[samples] += 1
@@ -129,10 +129,10 @@ def test_law_count_keeps_that_many_samples_each_as_often_and_the_mean(batch: int
 
 def test_law_bernoulli_drops_each_sample_on_its_own() -> None:
     torch.manual_seed(0)
-    kept = draw_kept(torch.zeros(20_000, 1, 1), 0.3, "bernoulli")
+    kept = draw_samples(torch.zeros(20_000, 1, 1), 0.3, "bernoulli")
     assert kept.samples_S is None and kept.scale_B11.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert (kept.scale_B11 > 0).float().mean().item() == pytest.approx(0.7, abs=0.02)
-    assert draw_kept(torch.zeros(4, 1, 1), 0.0, "bernoulli") is None
+    assert draw_samples(torch.zeros(4, 1, 1), 0.0, "bernoulli") is None
 
 
 @pytest.mark.parametrize("last_block_shortcut", [True, False])
@@ -143,12 +143,12 @@ def test_samples_left_out_give_what_samples_multiplied_by_zero_give(
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     logits, gradients = logits_and_gradients(model, images)
 
-    def computed(x: Tensor, drop: float, law: str) -> Kept | None:
-        kept = draw_kept(x, drop, law)
+    def computed(x: Tensor, drop: float, law: str) -> BranchSamples | None:
+        kept = draw_samples(x, drop, law)
         if kept is None:
             return None
         mask = torch.zeros_like(kept.scale_B11).index_fill(0, kept.samples_S, 1)
-        return Kept(kept.scale_B11 * mask)
+        return BranchSamples(kept.scale_B11 * mask)
 
     monkeypatch.setattr("fastdeitlt.models.vit.draw_kept", computed)
     expected_logits, expected_gradients = logits_and_gradients(model, images)

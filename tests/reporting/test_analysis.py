@@ -220,7 +220,7 @@ def test_a_process_that_trains_many_runs_keeps_none_of_them(trained, made):
 
 def test_training_leaves_a_report_with_attention_and_teacher_and_fitted_temperatures(trained):
     page = (trained / "report.html").read_text()
-    for title in ("Attention and features", "Teacher", "Feature rank", "Accuracy against confidence, as trained"):
+    for title in ("Attention and features", "Teacher", "Feature rank", "Accuracy against confidence, uncalibrated"):
         assert f">{title}<" in page
     assert page.count("data:image/png;base64,") > 2
     facts = json.loads((trained / "analysis" / "teacher.json").read_text())

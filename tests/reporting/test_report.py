@@ -38,8 +38,8 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
         "Speed",
         "Environment",
         "Configuration",
-        "Run it again",
-        "What to do next",
+        "Reproduce this run",
+        "Next steps",
     ):
         assert f"<h2>{title}</h2>" in html
     assert path == folder / "report.html" and page.tags.count("svg") == 17
@@ -85,7 +85,7 @@ def test_a_crashed_run_without_results_still_gets_curves(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "step": 61, "lo')  # cut short by the crash
     html = write_report(folder).read_text(encoding="utf-8")
-    assert "No results yet" in html and "<h2>Learning</h2>" in html
+    assert "No test results yet" in html and "<h2>Learning</h2>" in html
     assert "<h2>Result</h2>" not in html and "<h2>Classes</h2>" not in html and "<h2>Environment</h2>" not in html
 
 
@@ -202,14 +202,14 @@ def test_what_validation_can_fit_and_shifted_classes_are_shown_as_results_json_h
     assert table[list(METHODS).index("fusion") + 3][1:5] == [f"{top1[g]:.1f}" for g in ("all", "head", "mid", "tail")]
     assert [row[0] for row in page.tables if row[0][0] == "method"] == [["method", "values"]]
     shifted = next(table for table in page.tables if table[0][0] == "test classes")
-    assert shifted[0][1:] == ["AVG", "CLS", "DIST", "AVG, told"] and len(shifted) == 12
+    assert shifted[0][1:] == ["AVG", "CLS", "DIST", "AVG, known prior"] and len(shifted) == 12
 
 
 def test_signs_of_failure_say_how_often_and_what(tmp_path):
     page = read(write_report(make_run(tmp_path / "run")))
     table = next(table for table in page.tables if table[0][0] == "sign")
     assert table[1][:3] == ["tail expert", "no", "1 of 2, last after epoch 10"] and EVIL in table[1][3]
-    assert table[2] == ["head", "no", "0 of 2", "AVG holds the head classes: 90.0 %"]
+    assert table[2] == ["head", "no", "0 of 2", "AVG keeps the head accuracy: 90.0 %"]
 
 
 def test_a_page_without_analyses_names_the_commands_that_make_them(tmp_path):
@@ -262,7 +262,7 @@ def test_a_page_goes_where_it_is_asked_to(tmp_path, capsys):
     assert cli.main(["report", str(folder), "--out", str(out)]) == 0
     assert out.is_file() and not (folder / "report.html").exists()
     assert cli.main(["report", str(folder), "--out", str(tmp_path / "absent" / "page.html")]) == 2
-    assert "choose another place with --out" in capsys.readouterr().err
+    assert "set another file with --out" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_apart_by_their_places(tmp_path):

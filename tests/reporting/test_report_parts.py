@@ -40,7 +40,7 @@ def test_the_heat_map_shows_every_cell_and_the_csv_file_the_same_for_every_head(
     html = write_report(folder).read_text(encoding="utf-8")
     cls, dist, labels = logits(3.2, 2.6)
     expected = {h: matrix_of(labels, z.argmax(1), 10) for h, z in (("AVG", (cls + dist) / 2), ("CLS", cls))}
-    shown = re.findall(r"<title>([^<]*), taken for ([^<]*): (\d+) of (\d+) images</title>", html)
+    shown = re.findall(r"<title>([^<]*), predicted ([^<]*): (\d+) of (\d+) images</title>", html)
     assert len(shown) == int((expected["AVG"] > 0).sum()) and len(shown) > 15
     names = [name.replace("<", "&lt;").replace(">", "&gt;").replace('"', "&#34;") for name in NAMES]
     names[-1] = names[-1].replace(" & ", " &amp; ")
@@ -67,7 +67,7 @@ def test_rows_of_the_heat_map_are_in_order_of_size_and_long_names_are_cut(tmp_pa
     svg = heat_map(np.array([[3, 1], [0, 2]]), ["a" * 40, EVIL])
     assert svg.count("<rect") == 1 + 3 and "a" * (NAME_LENGTH - 1) + "…" in svg and "<script" not in svg
     assert re.findall(r">(\d+)</text>", svg) == ["3", "1", "2"]
-    heights = re.findall(r'taken for[^<]*</title><rect x="([\d.]+)" y="([\d.]+)"', svg)
+    heights = re.findall(r'predicted[^<]*</title><rect x="([\d.]+)" y="([\d.]+)"', svg)
     assert heights[0][1] == heights[1][1] < heights[2][1] and heights[0][0] < heights[1][0] == heights[2][0]
     folder = make_run(tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())["test"]
@@ -88,7 +88,7 @@ def test_beyond_fifty_classes_the_worst_pairs_take_the_matrix_s_place(tmp_path, 
     (folder / "analysis" / "images.json").write_text(json.dumps(facts_of_images(cls, dist, labels)))
     path = write_report(folder)
     assert ("Confusion matrix of AVG" in path.read_text()) == drawn
-    rows = table_of(read(path), "class", "taken for", "test images", "training images")[1:]
+    rows = table_of(read(path), "class", "predicted", "test images", "training images")[1:]
     assert len(rows) == (10 if drawn else 20)
     matrix_KK = matrix_of(labels, ((cls + dist) / 2).argmax(1), num_classes).fill_diagonal_(0)
     assert [int(row[2].split()[0]) for row in rows] == matrix_KK.flatten().sort(descending=True).values[
@@ -103,12 +103,12 @@ def test_the_gallery_says_what_was_taken_for_what_and_how_surely(tmp_path):
     facts = json.loads((folder / "analysis" / "images.json").read_text())
     first = facts["mistakes"][0]
     name, answer = NAMES[first["label"]], NAMES[first["predicted"]]
-    assert f"{name}, taken for {answer}: {100 * first['probability']:.1f} %. {first['path']}</figcaption>" in html
+    assert f"{name}, predicted {answer}: {100 * first['probability']:.1f} %. {first['path']}</figcaption>" in html
     assert html.count("images/deep/folder/") == 2 * 12  # also for who cannot see the pictures
     assert "temperature fitted on validation images" in html
     change(folder, "analysis/images.json", temperature=None, mistakes=[first | {"probability": 0.99999}])
     html = write_report(folder).read_text(encoding="utf-8")
-    assert "over 99.9 %" in html and "(as trained)" in html
+    assert "over 99.9 %" in html and "(uncalibrated)" in html
 
 
 def test_a_run_that_left_no_single_images_still_shows_its_confusions(tmp_path):
@@ -116,7 +116,7 @@ def test_a_run_that_left_no_single_images_still_shows_its_confusions(tmp_path):
     (folder / "analysis" / "images.json").unlink()
     path = write_report(folder)
     assert "Confusion matrix" not in path.read_text() and not (folder / "report-confusion.csv").exists()
-    assert len(table_of(read(path), "class", "taken for", "test images", "training images")) == 11
+    assert len(table_of(read(path), "class", "predicted", "test images", "training images")) == 11
 
 
 def arms(folder, **accuracies):
@@ -176,10 +176,10 @@ def test_next_steps_are_commands_that_the_program_accepts(tmp_path):
     ("selected", "teacher_gain", "said"),
     [
         ({"epoch": 11, "on": "val"}, 0.0, "The last epoch was the best. Train twice as long"),
-        ({"epoch": 9, "on": "val"}, 9.0, r"The teacher is \d+\.\d points ahead. Train twice as long"),
+        ({"epoch": 9, "on": "val"}, 9.0, r"The teacher leads by \d+\.\d points. Train twice as long"),
         ({"epoch": 9, "on": "val"}, 0.0, None),
-        ({"epoch": 9, "on": "test"}, 0.0, "The weights were chosen on the test images"),
-        ({"epoch": 11, "on": "last"}, 0.0, "The weights were not chosen: the last ones were kept"),
+        ({"epoch": 9, "on": "test"}, 0.0, "The weights were selected on the test images"),
+        ({"epoch": 11, "on": "last"}, 0.0, "The final weights were kept without selection"),
     ],
 )
 def test_what_the_results_call_for_comes_first(tmp_path, selected, teacher_gain, said):
@@ -190,7 +190,7 @@ def test_what_the_results_call_for_comes_first(tmp_path, selected, teacher_gain,
     change(folder, "results.json", selected=selected, teacher=teacher)
     first, command = next(iter(commands(read(write_report(folder))).items()))
     if said is None:
-        assert first == "List every image with its answer and probability"
+        assert first == "List the prediction and probability of every image"
     else:
         assert re.match(said, first)
         expected = "evaluate.select_on=val" if "weights" in first else "train.epochs=24 loss.drw_epoch=18"
@@ -204,7 +204,7 @@ def test_signs_of_failure_have_their_commands(tmp_path):
     last["signs"] = [{"name": name, "seen": True, "text": ""} for name in ("tail expert", "overfitting")]
     (folder / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     found = commands(read(write_report(folder)))
-    assert found["DIST is not ahead of CLS on the tail. See what the teacher teaches"].startswith(
+    assert found["DIST does not lead CLS on the tail. Analyze the teacher's decisions"].startswith(
         "fastdeitlt analyze teacher runs/run\n"
     )
     assert any("train.patience=3" in command for command in found.values())
@@ -241,8 +241,8 @@ def test_what_is_absent_is_said_in_words_and_splits_are_explained(tmp_path):
     rows = [row for table in read(path).tables for row in table]
     assert ["gpu", "none"] in rows and ["packages deepspeed", "not installed"] in rows and ["cpus", "2"] in rows
     for dataset, split, said in (
-        ("cifar10_lt", "official split", "The official split is the one that"),
-        ("folder", "thirds by class size", "cuts the classes, by size, into thirds"),
+        ("cifar10_lt", "official split", "The official split is that of"),
+        ("folder", "thirds by class size", "divides the classes, sorted by size, into thirds"),
     ):
         results = {"test": score(*logits(3, 3), COUNTS, dataset).to_json()}
         (folder / "results.json").write_text(json.dumps(results))
@@ -253,8 +253,8 @@ def test_what_is_absent_is_said_in_words_and_splits_are_explained(tmp_path):
 
 def test_sharpness_is_explained_where_it_is_shown(tmp_path):
     folder = make_run(tmp_path / "run", overrides=["teacher.path=somewhere"])
-    assert "sharpness is the rise" in write_report(folder).read_text()
+    assert "sharpness: increase" in write_report(folder).read_text()
     facts = {key: value for key, value in teacher_facts(NAMES).items() if key != "sharpness"}
     (folder / "analysis" / "teacher.json").write_text(json.dumps(facts))
     html = write_report(folder).read_text()
-    assert "sharpness is" not in html and "Add the teacher&#39;s sharpness to this page" in html
+    assert "sharpness: " not in html and "Add the teacher&#39;s sharpness to this page" in html

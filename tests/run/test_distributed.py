@@ -256,13 +256,13 @@ def test_gpus_that_torch_cannot_use_start_one_process_and_a_warning(monkeypatch,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(distributed, "DRIVER", tmp_path)
     monkeypatch.setattr(distributed.log, "propagate", True)
-    distributed._say_unused.cache_clear()
+    distributed._warn_unused_gpu.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not wanted
     assert launch.processes(config.build({}), 0, {}) == 1 and not caplog.text
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert launch.processes(config.build({}), 0, {}) == 1
     assert "cannot use" in caplog.text
-    with pytest.raises(UserError, match="no GPU that it can use"):
+    with pytest.raises(UserError, match="torch has no usable GPU"):
         launch.processes(config.build({"train.device": "cuda"}), 0, {})
 
 
@@ -286,7 +286,7 @@ def _place(monkeypatch, **env):
         ),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "70000"}, "a port from 1 to 65535"),
         ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS: got 'two'"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID: is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID: not set"),
     ],
 )
 def test_a_place_that_makes_no_sense_is_refused(monkeypatch, env, words):
@@ -301,7 +301,7 @@ def test_a_port_of_another_program_is_told_at_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         _place(monkeypatch, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        with pytest.raises(UserError, match=f"rank 0 cannot listen at 127.0.0.1:{port} .*choose a free port"):
+        with pytest.raises(UserError, match=f"rank 0 cannot listen on 127.0.0.1:{port} .*set a free port"):
             distributed._meet()
 
 
@@ -325,7 +325,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert distributed.device_of("auto") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="start at most 2 ranks here"):
+    with pytest.raises(UserError, match="torch sees 2 GPUs; start at most 2 ranks on this machine"):
         distributed.device_of("auto")
 
 

@@ -127,8 +127,8 @@ def test_a_run_through_all_faults_ends_as_the_untouched_one_bit_for_bit(story):
 
 def test_a_straggler_is_named(story):
     last = SLOW_STEPS[-1]
-    assert f"steps {last} to {last}: rank 1 holds the others up: it waited for data" in story["none"].said
-    assert story["none"].said.count("holds the others up") == 1  # in the second period alone
+    assert f"steps {last} to {last}: rank 1 is a straggler: it waited for data" in story["none"].said
+    assert story["none"].said.count("is a straggler") == 1  # in the second period alone
 
 
 def test_the_images_of_a_loss_that_is_not_finite_are_named(story):
@@ -148,7 +148,7 @@ def test_a_stop_leaves_a_mark_for_wrappers(tmp_path, monkeypatch):
         return real(self, rate)
 
     monkeypatch.setattr(PlainEngine, "step", step)
-    with pytest.raises(UserError, match="SIGUSR1, saved after step 3") as caught:
+    with pytest.raises(UserError, match="SIGUSR1, saved at step 3") as caught:
         train(cfg)
     assert caught.value.exit_code == 75
     run = tmp_path / cfg.name
@@ -254,8 +254,8 @@ def test_a_disk_that_fills_up_is_survived_until_the_third_save(tmp_path, capsys)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     out, err = capsys.readouterr()
     assert code == 4, out + err
-    assert out.count("training goes on") == 2
-    assert "(3 failed saves in a row)" in err and "Traceback" not in err
+    assert out.count("training continues") == 2
+    assert "(3 consecutive failed saves)" in err and "Traceback" not in err
     assert "step 3/9" in out
     assert not list((tmp_path / cfg.name / "checkpoints").iterdir())
 
@@ -330,8 +330,8 @@ def test_a_straggler_is_one_over_periods_of_seconds(caplog, monkeypatch):
     assert not caplog.text
     for step in range(1, 6):
         slow.add([0.1, 6.0, 0.1], 11.2, step)
-    assert caplog.text.count("rank 1 holds the others up") == 2  # after two periods and after four
-    said = "steps 2 to 2: rank 1 holds the others up: it waited for data 6.0 s of 11.2 s, the usual rank 0.1 s"
+    assert caplog.text.count("rank 1 is a straggler") == 2  # after two periods and after four
+    said = "steps 2 to 2: rank 1 is a straggler: it waited for data 6.0 s of 11.2 s, the median rank 0.1 s"
     assert said in caplog.text
 
 

@@ -89,5 +89,5 @@ def test_a_resumed_run_ends_at_the_same_point(run_of, monkeypatch, kill_at):
 
 
 def test_patience_without_a_set_to_select_on_is_refused(run_of):
-    with pytest.raises(UserError, match=r"train\.patience: got 2, but no set to select on"):
+    with pytest.raises(UserError, match=r"train\.patience: got 2 without a selection set"):
         train(run_of(name="none", **{"evaluate.select_on": "last"}))

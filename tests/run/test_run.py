@@ -32,13 +32,13 @@ def test_second_process_in_the_folder_is_refused(tmp_path):
         code = "import sys; from fastdeitlt import config; from fastdeitlt.run.folder import Run;"
         code += "Run(config.build({'name': 'r', 'runs_dir': sys.argv[1]}))"
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert "another process is using it" in done.stderr
+    assert "in use by another process" in done.stderr
     with Run(_config(tmp_path)):
         pass
 
 
 def test_resume_never_takes_a_new_folder_and_must_needs_an_old_one(tmp_path):
-    with pytest.raises(UserError, match="holds no run"), Run(_config(tmp_path), "must"):
+    with pytest.raises(UserError, match="no run in"), Run(_config(tmp_path), "must"):
         pass
     with Run(_config(tmp_path)) as first:
         pass
@@ -129,7 +129,7 @@ def test_summary_has_one_row_an_evaluation(tmp_path):
 
 def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         Run(_config(tmp_path / "file"))
 
 
@@ -177,7 +177,7 @@ def test_files_that_fail_in_mid_run_are_a_crash_that_a_restart_may_heal(tmp_path
     failed = OSError(number, os.strerror(number), "/data/1.png")
     with pytest.raises(OSError, match="png"), Run(_config(tmp_path)):
         raise failed  # at the start nothing is to be continued
-    with pytest.raises(StorageError, match=r"/data/1\.png: .*continues from the last checkpoint") as caught:  # noqa: SIM117
+    with pytest.raises(StorageError, match=r"/data/1\.png: .*to resume from the last checkpoint") as caught:  # noqa: SIM117
         with Run(_config(tmp_path)) as run:
             run.count_start(0, 0)
             run.rewind(0, ended=False)
@@ -195,7 +195,7 @@ def test_an_image_that_vanishes_in_mid_run_is_a_crash_too(tmp_path, kind, code):
 
 
 def test_a_run_folder_that_is_moved_in_mid_run_is_not_started_anew(tmp_path):
-    with pytest.raises(UserError, match="was moved or removed; put it back") as caught:  # noqa: SIM117
+    with pytest.raises(UserError, match="moved or deleted; restore it") as caught:  # noqa: SIM117
         with Run(_config(tmp_path)) as run:
             run.rewind(0, ended=False)
             run.folder.rename(tmp_path / "elsewhere")
@@ -241,4 +241,4 @@ def test_a_table_of_evaluations_that_cannot_be_written_ends_no_run(tmp_path, cap
         run.record("eval", 1, avg_all=50.0)
         monkeypatch.setattr(run_module, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         run.summarise()
-    assert "the next evaluation tries again" in caplog.text
+    assert "the next evaluation retries" in caplog.text

@@ -172,7 +172,7 @@ def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp
     monkeypatch.setattr(checkpoint, "save_file", full)
     _save(found, 1)
     _save(found, 2)
-    assert "training goes on (1 of 3 failed saves)" in caplog.text
+    assert "training continues (failed save 1 of 3)" in caplog.text
     monkeypatch.setattr(checkpoint, "save_file", real)
     _save(found, 3)  # reports the second
     _save(found, 4, wait=True)
@@ -180,9 +180,9 @@ def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp
     _save(found, 5)
     _save(found, 6)
     _save(found, 7)
-    with pytest.raises(CheckpointError, match=r"No space left.*3 failed saves in a row"):
+    with pytest.raises(CheckpointError, match=r"No space left.*3 consecutive failed saves"):
         _save(found, 8)
-    with pytest.raises(CheckpointError, match="4 failed saves in a row"):
+    with pytest.raises(CheckpointError, match="4 consecutive failed saves"):
         _save(found, 9, wait=True)
     assert read_manifest(tmp_path / "last")["step"] == 4
 
@@ -203,7 +203,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over(tmp_path):
         _save(found, step, wait=True)
         (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # nor the next time, when both are set aside
-        with pytest.raises(CheckpointError, match=r"none of the checkpoints.*--resume never") as caught:
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint.*--resume never") as caught:
             found.newest()
         assert caught.value.exit_code == 4
         assert len(list(tmp_path.glob("*.damaged-*"))) == 2
@@ -243,7 +243,7 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, what, times):
 
 def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(tmp_path):
     save_model_folder(tmp_path / "step-00000003", STATE, {"step": 3, "best": None, "version": "0.1"})
-    with pytest.raises(CheckpointError, match=r"written by version 0\.1.*finish the run with that version"):
+    with pytest.raises(CheckpointError, match=r"written by version 0\.1.*use that version"):
         Checkpoints(tmp_path).newest()
     assert (tmp_path / "step-00000003").is_dir()
 
@@ -272,7 +272,7 @@ def test_best_is_made_again_from_its_step_or_given_up(tmp_path, monkeypatch, cap
     if there:
         assert read_manifest(tmp_path / "best")["selected"] == BEST
         assert torch.equal(load_tensors(tmp_path / "best")["w"], torch.ones(3))
-    said = "made again from step-00000001" if there else "are lost, and the next evaluation chooses again"
+    said = "restored from step-00000001" if there else "are lost, the next evaluation selects new ones"
     assert said in caplog.text
 
 
@@ -295,8 +295,8 @@ def test_an_error_of_any_kind_is_a_failed_save(tmp_path, monkeypatch, caplog, er
     _save(found, 1)
     _save(found, 2)
     assert f"could not be written ({type(error).__name__}" in caplog.text
-    assert "training goes on (1 of 3 failed saves)" in caplog.text
-    with pytest.raises(CheckpointError, match="2 failed saves in a row"):
+    assert "training continues (failed save 1 of 3)" in caplog.text
+    with pytest.raises(CheckpointError, match="2 consecutive failed saves"):
         found.finish(must=True)
     assert found.step == -1
 
@@ -320,7 +320,7 @@ def test_checkpoints_need_no_symbolic_link(tmp_path, monkeypatch, caplog, reason
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: _Disk)
-    with pytest.raises(UserError, match=r"0 MiB free.*needed; free space"):
+    with pytest.raises(UserError, match=r"0 MiB free.*MiB; free space"):
         save_model_folder(tmp_path / "m", STATE, {})
     assert not list(tmp_path.glob("**/*.safetensors"))
 
@@ -336,7 +336,7 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_no_draft(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"No space left on device.*previous one is kept"):
+    with pytest.raises(UserError, match=r"No space left on device.*previous checkpoint is kept"):
         save_model_folder(tmp_path / "m", STATE, {"step": 2})
     assert read_manifest(tmp_path / "m")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -44,10 +44,10 @@ def test_the_last_image_joins_the_batch_before_and_paco_leaves_it_out() -> None:
     plan = TeacherPlan(121, 24, 0, drop_last=False)
     assert [len(batch) for batch in plan.samples(0)] == [24, 24, 24, 24, 25]
     assert [len(batch) for batch in plan.samples(0, start=4)] == [25]
-    assert plan.last_batch == "the last batch of an epoch has 25 images: 1 would be too few for batch norm"
+    assert plan.last_batch == "the last batch of an epoch has 25 images: 1 alone would be too few for batch norm"
     paco = TeacherPlan(121, 24, 0, drop_last=True)
     assert [len(batch) for batch in paco.samples(0)] == [24] * 5
-    assert paco.last_batch.startswith("1 of 121 images, others in each epoch, are left out")
+    assert paco.last_batch == "PaCo uses full batches: each epoch skips 1 of 121 images, others in each"
 
 
 def test_hue_is_torchvisions() -> None:

@@ -140,10 +140,10 @@ def test_all_arms_of_a_seed_come_before_the_next_seed_and_settings_win_in_order(
         ({"arms": {"base": {}, "x": {"teacher": {"teacher_training.epochs": 0}}}}, "arm x, teacher: "),
         ({"arms": {"base": {}, "x": {"student": {"train.seed": 3}}}}, "train.seed is set by the grid"),
         ({"arms": {"base": {}, "x": {"student": {"teacher.path": "t"}}}}, "teacher.path is set by the grid"),
-        ({"arms": {"base": {}, "x": {"student": {"optim.lr": 1e-3}}}}, "arm x: has the settings of arm base"),
+        ({"arms": {"base": {}, "x": {"student": {"optim.lr": 1e-3}}}}, "arm x: got the settings of arm base"),
         ({"arms": {"base": {}, "a b": {"student": {"optim.lr": 1}}}}, "name: got 'a b-seed0'"),
-        ({"teacher": ""}, "arm sgd: has settings of a teacher"),
-        ({"settings": {"teacher": "none"}}, "leave the grid's teacher recipe out"),
+        ({"teacher": ""}, "arm sgd: got teacher settings"),
+        ({"settings": {"teacher": "none"}}, "remove the grid's teacher recipe"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -243,7 +243,7 @@ def test_arms_without_a_finished_run_are_named_under_the_table(grid_file, traine
 
 def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
     ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base"])
-    with pytest.raises(UserError, match=r"base-seed0: holds a run with other settings \(optim.lr: 0.001 -> 0.002\)"):
+    with pytest.raises(UserError, match=r"base-seed0: contains a run with other settings \(optim.lr: 0.001 -> 0.002\)"):
         ablate.ablate(grid_file(), [f"runs_dir={tmp_path}", "optim.lr=0.002"])
 
 

@@ -59,7 +59,7 @@ def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch
     shown = capsys.readouterr().out
     assert "2,478 in 10 classes" in shown
     assert "one step on random images" in shown
-    assert "first and last bytes of all 3,978 files; only 'data check' decodes them" in shown
+    assert "first and last bytes of 3,978 files, not decoded (see 'data check')" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,11 +76,11 @@ def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, 
     taught, learnt = trained
     assert (taught.teacher_training.epochs, learnt.train.epochs, learnt.teacher_training.epochs) == (35, 60, 200)
     assert cli.main([*both, "--dry-run"]) == 0
-    assert "39 an epoch, 1,365 in all" in capsys.readouterr().out
+    assert "39 per epoch, 1,365 in total" in capsys.readouterr().out
     for wrong, words in (
         ([*both, "teacher_training.epoch=3"], "did you mean teacher_training.epochs"),
-        ([*student, "teacher_training.epochs=35"], "give --with-teacher RECIPE"),
-        ([*both, "teacher.path=runs/a"], "give one of them"),
+        ([*student, "teacher_training.epochs=35"], "expected with --with-teacher RECIPE"),
+        ([*both, "teacher.path=runs/a"], "use one of the two"),
     ):
         assert cli.main(wrong) == 2
         assert words in capsys.readouterr().err
@@ -92,9 +92,9 @@ def test_the_teachers_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys
     settings = [f"runs_dir={tmp_path}", "teacher_training.batch_size=413", "teacher_training.accumulate=8"]
     assert cli.main(["train-teacher", "teacher/quickstart", *settings, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "2,478 in 10 classes" in shown and "first and last bytes of all 3,978 files" in shown
+    assert "2,478 in 10 classes" in shown and "first and last bytes of 3,978 files" in shown
     assert "resnet8, 75,280 parameters, ldam, images of 28 pixels" in shown
-    assert "413 images, 52 at a time" in shown and "6 an epoch, 240 in all" in shown
+    assert "413 images, 52 at a time" in shown and "6 per epoch, 240 in total" in shown
     assert "one step on random images: loss" in shown
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["train-teacher", "teacher/quickstart", *settings, "data.root=/absent", "--dry-run"]) == 2

@@ -95,10 +95,10 @@ def test_commands_run_side_by_side_and_end_with_their_workers_when_the_time_is_u
     waiting = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     commands = {"slow": ["-c", waiting], "quick": ["-c", "print('said')"], "broken": ["-c", "1 / 0"]}
     gpu.run(gpu.Stage(commands), place, time.monotonic() + 1)
-    assert place.results["slow"].startswith("ended, no time") and place.results["broken"].startswith("FAILED")
+    assert place.results["slow"].startswith("stopped, no time") and place.results["broken"].startswith("FAILED")
     assert place.results["quick"].startswith("done") and place.results["quick"].endswith(": said")
     gpu.run(gpu.Stage({"late": ["-c", "print('ran')"]}), place, time.monotonic())
-    assert place.results["late"] == "left out, no time"
+    assert place.results["late"] == "skipped, no time"
     time.sleep(2)
     assert not alive.exists()
 
@@ -106,7 +106,7 @@ def test_commands_run_side_by_side_and_end_with_their_workers_when_the_time_is_u
 def test_what_is_not_installed_is_left_out_and_does_not_fail(place, tmp_path):
     stage = gpu.Stage({"decode": ["-c", "1 / 0"]}, needs=("no-such-package",))
     gpu.run(stage, place, float("inf"))
-    assert place.results["decode"] == "left out, no-such-package is not installed"
+    assert place.results["decode"] == "skipped, no-such-package is not installed"
     place.wheels = tmp_path / "wheels"
     place.wheels.mkdir()
     (place.wheels / "no_such_package-1.0-py3-none-any.whl").touch()
@@ -116,8 +116,8 @@ def test_what_is_not_installed_is_left_out_and_does_not_fail(place, tmp_path):
 
 def test_the_second_command_takes_what_failed_and_one_kernel_off_at_a_time():
     known = gpu.stages(False, ROOT)
-    results = {"facts": "done by 3 s", "tests": "FAILED by 9 s", "check": "done", "step": "ended, no time by 5 s"}
-    results |= {"ops": "left out, no time", "train": "left out, nvidia-dali-cuda130 is not installed"}
+    results = {"facts": "done by 3 s", "tests": "FAILED by 9 s", "check": "done", "step": "stopped, no time by 5 s"}
+    results |= {"ops": "skipped, no time", "train": "skipped, nvidia-dali-cuda130 is not installed"}
     chosen = [name for stage in gpu.chosen_stages(known, (), results, True) for name in stage.commands]
     assert chosen == ["tests", "step", "ops", *gpu.ONE_OFF]
     assert set(gpu.ONE_OFF) == {"as shipped, fused teacher", "as shipped, fp8", *peers.ONE_OFF}
@@ -179,7 +179,7 @@ def test_a_wheel_of_another_python_is_refused(wheel, fit, tmp_path):
 def test_an_empty_folder_of_wheels_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["facts", "--dry", "--out", str(tmp_path / "out"), "--wheels", str(tmp_path)])
-    assert "holds no *.whl file" in capsys.readouterr().err
+    assert "no *.whl file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows", [20, gpu_ops.ROWS_OF_LAST_BLOCK])

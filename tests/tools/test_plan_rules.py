@@ -120,7 +120,7 @@ def test_minutes_on_two_cores_give_a_small_student_and_mild_augmentation():
     assert student.augment.rand_ops == 0 and student.mixup.prob == 0 and student.augment.repeats == 1
     assert student.loss.drw_epoch == student.train.epochs // 2
     assert teacher.teacher_training.sam == "none" and not student.train.compile
-    assert any("may be better than its student" in remark for remark in choice.remarks)
+    assert any("may be better than the student" in remark for remark in choice.remarks)
 
 
 def test_days_on_a_gpu_give_the_papers_student_and_augmentation():
@@ -137,7 +137,7 @@ def test_small_images_are_enlarged_no_further_than_32_pixels_and_the_reason_says
     facts = facts_of(LONG_TAIL, short_side=8)
     choice = choose(facts, rates_of(facts, GPU_RATE), 10, "digits")
     assert choice.rung.img_size == 32
-    assert "median short side is 8 px, so they are enlarged" in choice.student["student.name"][1]
+    assert "the images are enlarged (median short side 8 px)" in choice.student["student.name"][1]
     assert all(r.img_size <= 1.5 * 100 for r in facts_of(LONG_TAIL, short_side=100).rungs)
 
 

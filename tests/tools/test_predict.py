@@ -68,7 +68,7 @@ def test_fitted_temperatures_are_applied_and_told_and_leave_the_order(saved, tmp
         assert [choice.probability for choice in after.top] == pytest.approx(expected, abs=1e-5)
         assert after.cls.probability < before.cls.probability and after.dist.probability > before.dist.probability
         assert after.temperatures == fitted
-    for options, told, words in (({}, fitted, "AVG 2.50"), ({"raw": True}, None, "as the network gives them")):
+    for options, told, words in (({}, fitted, "AVG 2.50"), ({"raw": True}, None, "uncalibrated probabilities")):
         assert main(tmp_path / "model", paths, top_k=2, out=tmp_path / "rows.json", strict=True, **options) == 0
         assert [row["temperatures"] for row in json.loads((tmp_path / "rows.json").read_text())] == [told] * len(paths)
         assert main(tmp_path / "model", paths, top_k=2, out=tmp_path / "rows.csv", strict=True, **options) == 0
@@ -173,7 +173,7 @@ def test_bad_requests_are_refused_before_the_model_is_read(saved, tmp_path):
 
 def test_class_names_that_do_not_fit_are_named(saved, tmp_path):
     save_student(tmp_path / "model", class_names=["one", "two"])
-    with pytest.raises(UserError, match="2 class names for 4 classes"):
+    with pytest.raises(UserError, match="got 2 class names, expected 4"):
         predict(tmp_path / "model", saved[2])
 
 
@@ -242,7 +242,7 @@ def test_one_path_one_image_or_a_list_of_either(saved, tmp_path):
     mixed = predict(folder, [str(paths[2]), image, paths[1], Image.new("F", (40, 40))], device="cpu", batch_size=1)
     assert [row.path for row in mixed] == [str(paths[2]), "image 1", str(paths[1]), "image 3"]
     assert [row.top for row in mixed[:3]] == [whole[index].top for index in (2, 0, 1)]
-    assert mixed[3].error == "mode F, expected 8 or 16 bits a channel"
+    assert mixed[3].error == "mode F, expected 8 or 16 bits per channel"
 
 
 def test_hidden_files_of_a_folder_are_left_out(saved, tmp_path):
@@ -287,7 +287,7 @@ def test_a_teacher_predicts_at_the_scale_it_was_trained_with(saved, tmp_path, ca
     assert main(tmp_path / "teacher", paths, top_k=1, out=tmp_path / "rows.csv", strict=True) == 0
     with (tmp_path / "rows.csv").open(newline="") as file:
         assert all(line["class1"] and not line["cls_class"] for line in csv.DictReader(file))
-    with pytest.raises(UserError, match="is a teacher, which has one head"):
+    with pytest.raises(UserError, match="which has one head"):
         predict(tmp_path / "teacher", paths, device="cpu", head="CLS")
 
 

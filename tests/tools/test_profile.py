@@ -37,7 +37,7 @@ def test_a_profile_has_stages_operations_and_a_trace(tmp_path, capsys):
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert {"forward", "backward", "optimizer"} <= {event.get("name") for event in trace["traceEvents"]}
     said = " ".join(capsys.readouterr().out.split())
-    assert "NVTX ranges, Proton and the memory snapshot cannot be had here" in said
+    assert "NVTX ranges, Proton and the memory snapshot are not available" in said
 
 
 def test_costs_are_counted_exactly():

@@ -1,4 +1,4 @@
-"""Stage 7: backward, accumulation and step, in plain torch on one rank (plain.py) or by DeepSpeed (sharded.py)."""
+"""Engines for backward, accumulation and step: plain torch on one rank (plain.py), DeepSpeed (sharded.py)."""
 
 # K classes
 
@@ -25,13 +25,19 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
 
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
-        """Compute the losses of a micro-batch, or of each of ``batch.ranks``; their graph is kept for ``backward``."""
+        """Compute the losses of a micro-batch, or of each of ``batch.ranks``.
+
+        Their graph is kept for ``backward``.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of loss / micro_batches_per_step."""
 
     def step(self, learning_rate: float) -> Tensor:
-        """Clip, update, clear the gradients; return the gradient norm before clipping, on the device."""
+        """Clip, update, clear the gradients; return the gradient norm.
+
+        The norm is before clipping, on the device.
+        """
 
     def weights(self) -> dict[str, Tensor]:
         """Return the student's state dict."""
@@ -48,20 +54,21 @@ def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
         return
     if plan.virtual_ranks > plan.world:
         raise UserError(
-            f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks} on "
-            f"{counted(plan.world, 'rank')}; a rank that plays several in turn does not know the weights of the later "
-            "ones when it needs them; use as many "
-            f"virtual ranks as real ones (train.virtual_ranks={plan.world}), or loss.normalise=rank"
+            f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks}, expected one virtual rank per real "
+            f"rank; use train.virtual_ranks={plan.world}, or loss.normalise=rank"
         )
     if joint.teacher is None or cfg.loss.reweight_cls:
-        what = "both heads learn the labels" if joint.teacher is None else "loss.reweight_cls weights the CLS loss too"
+        what = "no teacher" if joint.teacher is None else "loss.reweight_cls=true"
         raise UserError(
-            f"loss.normalise=global: is the mean of the distillation loss alone, and {what}; use loss.normalise=rank"
+            f"loss.normalise=global: got {what}, expected a teacher and loss.reweight_cls=false, because only the "
+            "distillation loss has a global mean; use loss.normalise=rank"
         )
 
 
 def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
-    """Build the engine ``train.engine``; `auto` is plain on one rank and DeepSpeed on more, and is logged.
+    """Build the engine ``train.engine`` and log the choice.
+
+    `auto` is plain on one rank and DeepSpeed on more.
 
     Raises:
         UserError: `plain` on more than one rank, offload without sharding, weights that are not float32, or a global
@@ -76,21 +83,18 @@ def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
     dtypes = {p.dtype for p in joint.student.parameters()} - {torch.float32}
     if dtypes:
         raise UserError(
-            f"engine: the student has weights of {dtypes.pop()}, expected float32; use train.precision=bf16, which "
-            "autocasts: with bfloat16 weights DeepSpeed's stage 0 takes a hidden optimizer step before training"
+            f"student: got {dtypes.pop()} weights, expected float32; keep float32 weights and use train.precision=bf16"
         )
     t, kind = cfg.train, cfg.train.engine
     if kind == "auto":
         kind = "deepspeed" if plan.world > 1 else "plain"
-        log.info("engine: %s, because there %s", kind, "is one rank" if plan.world == 1 else f"are {plan.world} ranks")
+        log.info("engine: %s for %s", kind, counted(plan.world, "rank"))
     if kind == "plain" and plan.world > 1:
-        raise UserError(
-            f"train.engine=plain: does not share gradients, and there are {plan.world} ranks; use train.engine=auto"
-        )
+        raise UserError(f"train.engine=plain: supports one rank, got {plan.world}; use train.engine=auto")
     if t.offload and (kind == "plain" or t.zero_stage == 0):
         raise UserError(
-            f"train.offload: is DeepSpeed's, of stages 1 to 3; got the {kind} engine and train.zero_stage="
-            f"{t.zero_stage}; use train.engine=deepspeed train.zero_stage=1, or train.offload=false"
+            f"train.offload: got true with the {kind} engine and train.zero_stage={t.zero_stage}, expected DeepSpeed "
+            "with stage 1 to 3; use train.engine=deepspeed train.zero_stage=1, or train.offload=false"
         )
     device = next(joint.student.parameters()).device
     if t.cuda_graphs and (kind == "deepspeed" or device.type != "cuda"):

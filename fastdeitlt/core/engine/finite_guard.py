@@ -29,10 +29,10 @@ class FiniteGuard:
         self.in_a_row, self.failed = torch.zeros((), device=device), torch.zeros((), device=device)
         self.skip = torch.zeros((), device=device)
         self.is_torch = isinstance(optimizer, torch.optim.AdamW)
-        self.kept: list[Tensor] = []
+        self.previous: list[Tensor] = []
         if not self.is_torch and not isinstance(optimizer.param_groups[0]["lr"], Tensor):
-            self.kept = [torch.empty_like(p, requires_grad=False) for p in self._weights()]
-            optimizer.register_step_post_hook(self._put_back)
+            self.previous = [torch.empty_like(p, requires_grad=False) for p in self._weights()]
+            optimizer.register_step_post_hook(self._restore)
 
     def _weights(self) -> list[Tensor]:
         return [p for g in self.optimizer.param_groups for p in g["params"]]
@@ -51,15 +51,15 @@ class FiniteGuard:
             return
         grads = [p.grad for p in self._weights() if p.grad is not None]
         torch._foreach_copy_(grads, [torch.where(self.skip > 0, 0.0, g) for g in grads])
-        if self.kept:
-            torch._foreach_copy_(self.kept, [p.detach() for p in self._weights()])
+        if self.previous:
+            torch._foreach_copy_(self.previous, [p.detach() for p in self._weights()])
         else:
             rates = {id(g["lr"]): g["lr"] for g in self.optimizer.param_groups}
             torch._foreach_mul_(list(rates.values()), 1 - self.skip)
 
     @torch.no_grad()
-    def _put_back(self, *_: Any) -> None:
+    def _restore(self, *_: Any) -> None:
         """Restore the weights from before a step that was to be skipped."""
         weights = self._weights()
-        pairs = zip(self.kept, weights, strict=True)
-        torch._foreach_copy_(weights, [torch.where(self.skip > 0, kept, p) for kept, p in pairs])
+        pairs = zip(self.previous, weights, strict=True)
+        torch._foreach_copy_(weights, [torch.where(self.skip > 0, previous, p) for previous, p in pairs])

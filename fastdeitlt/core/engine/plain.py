@@ -1,4 +1,4 @@
-"""Stage 7 on one rank: backward, accumulation and step in plain torch."""
+"""Engine for one rank: backward, accumulation and step in plain torch."""
 
 # K classes
 
@@ -38,7 +38,7 @@ class PlainEngine:
             torch.compiler.cudagraph_mark_step_begin()
         losses = self._forward(
             batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K,
-            batch.ranks, batch.kept,
+            batch.ranks, batch.drop_paths,
         )  # fmt: skip
         if self.replays:  # the next replay writes to the same memory
             losses = type(losses)(*(part.clone() for part in losses))
@@ -52,12 +52,15 @@ class PlainEngine:
         norm = self._clip()
         self.guard.watch(norm)
         self.optimizer.step()
-        # apex's and DeepSpeed's optimizers have a zero_grad of their own
+        # apex's and DeepSpeed's optimizers define their zero_grad
         self.joint.student.zero_grad(set_to_none=not self.replays)
         return norm
 
     def _clip(self) -> Tensor:
-        """Clip and return the gradient norm; FlatAdamW scales gradients in its step, others need a further pass."""
+        """Clip the gradients and return their norm.
+
+        FlatAdamW scales gradients in its step, other optimizers need another pass.
+        """
         if isinstance(self.optimizer, FlatAdamW):
             norm = self.optimizer.gather()
             if self.clip_norm:

@@ -1,4 +1,4 @@
-"""Stage 7b on several ranks: DeepSpeed ZeRO around the joint forward. The only importer of deepspeed.
+"""Engine for several ranks: DeepSpeed ZeRO around the joint forward.
 
 DeepSpeed partitions gradients, moments and (stage 3) weights over ranks and communicates them. The loss, its autocast,
 the end of a step, clipping and checkpoints are ours; checkpoints contain whole tensors, so that a run saved by two
@@ -52,7 +52,7 @@ class DeepSpeedEngine:
 
     ``student``, the original one of ``joint``, has all its weights on every rank after every step, so that average,
     evaluation and checkpoint are independent of sharding. At stage 3 the sharded one is a copy, and ``student`` is
-    gathered once a step (float32 weights of extra memory on each rank).
+    gathered once per step (float32 weights of extra memory on each rank).
 
     Args:
         joint: the forward pass; at stage 3 its student is replaced by the sharded copy.
@@ -67,8 +67,8 @@ class DeepSpeedEngine:
         self.stage, self.offload = cfg.train.zero_stage, cfg.train.offload
         if self.stage == 3 and cfg.train.compile:
             raise UserError(
-                "train.zero_stage=3: its weights are gathered by hooks inside the model, which one compiled graph "
-                "cannot hold; set train.compile=false, or train.zero_stage=2"
+                "train.zero_stage: got 3 with train.compile=true, expected 0 to 2, because hooks gather the weights "
+                "inside the graph; set train.compile=false, or train.zero_stage=2"
             )
         self.student = joint.student
         device = next(self.student.parameters()).device
@@ -95,7 +95,9 @@ class DeepSpeedEngine:
 
     @property
     def _clips_itself(self) -> bool:
-        """Whether DeepSpeed clips, with a host sync, because its gradients are not accessible.
+        """Whether DeepSpeed clips, with a host sync.
+
+        It does if its gradients are not accessible.
 
         It then also skips steps with gradients that are not finite, like ``FiniteGuard`` otherwise.
         """
@@ -123,7 +125,7 @@ class DeepSpeedEngine:
     def forward(self, batch: Batch, dist_weights_K: Tensor, cls_weights_K: Tensor | None) -> JointLoss:
         losses = self.engine(
             batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam, dist_weights_K, cls_weights_K,
-            batch.ranks, batch.kept,
+            batch.ranks, batch.drop_paths,
         )  # fmt: skip
         return losses.joined(self.alpha) if isinstance(losses, LocalSums) else losses
 
@@ -222,7 +224,10 @@ class DeepSpeedEngine:
 
 
 def _share(whole: Tensor, parameter: Any) -> Tensor:
-    """Return this rank's part of a stage 3 parameter's tensor; the last rank's is padded with zeros."""
+    """Return this rank's part of a stage 3 parameter's tensor.
+
+    The last rank's part is padded with zeros.
+    """
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
     part = flat[distributed.rank() * size : (distributed.rank() + 1) * size]
@@ -237,22 +242,25 @@ def _shardable(cfg: Config) -> Config:
     o, stage = cfg.optim, cfg.train.zero_stage
     if stage and o.algorithm == "lamb":
         raise UserError(
-            f"optim.algorithm=lamb: scales each step by the norms of whole weights, and train.zero_stage={stage} cuts "
-            "them in parts; use train.zero_stage=0, or optim.algorithm=adamw"
+            f"optim.algorithm=lamb: got train.zero_stage={stage}, expected 0, because LAMB needs the norms of "
+            "unsharded weights; use train.zero_stage=0, or optim.algorithm=adamw"
         )
     if o.algorithm == "lamb" or (stage == 0 and o.backend in ("apex", "deepspeed")):
         return cfg
     if o.backend not in ("auto", "torch"):
-        less = ", or train.zero_stage=0, which shards no state" if o.backend != "fastdeitlt" else ""
+        unsharded = ", or train.zero_stage=0" if o.backend != "fastdeitlt" else ""
         raise UserError(
-            f"optim.backend: got {o.backend}, and the DeepSpeed engine at train.zero_stage={stage} takes torch's "
-            f"AdamW; use optim.backend=torch{less}"
+            f"optim.backend: got {o.backend} with the DeepSpeed engine and train.zero_stage={stage}, expected torch; "
+            f"use optim.backend=torch{unsharded}"
         )
     return cfg.model_copy(update={"optim": o.model_copy(update={"backend": "torch"})})
 
 
 def _import(device: torch.device) -> Any:
-    """Import DeepSpeed with this device and process group, without the extension it would compile."""
+    """Import DeepSpeed with this device and process group.
+
+    It compiles no extension.
+    """
     distributed.start_alone(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:

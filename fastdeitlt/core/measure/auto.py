@@ -11,7 +11,9 @@ from fastdeitlt.models.vit import DistilledViT
 def measure_kernels(
     cfg: Config, student: DistilledViT, teacher: Teacher | None, num_classes: int, device: torch.device
 ) -> None:
-    """Measure the ops that are set to "auto", once for each GPU, torch, Triton and shape.
+    """Measure the ops that are set to "auto".
+
+    Once for each GPU, torch, Triton and shape.
 
     Rank 0 measures, and all ranks use its rows. Does nothing without a GPU; with train.measure_kernels=false it only
     shares rank 0's rows.

@@ -39,7 +39,10 @@ TOLERANCE = 2e-2
 
 
 def current_rows(shapes: Shapes) -> list[Row]:
-    """Measure ops set to "auto" without a current row, if ``measure_kernels``; return all rows in effect."""
+    """Measure "auto" ops without a current row; return all rows in effect.
+
+    Measures only if ``measure_kernels``.
+    """
     index, cfg = shapes.device.index, shapes.cfg
     rows, gpu = rows_of(index), gpu_name(index)
     auto = {op for op, (section, field) in SETTINGS.items() if getattr(getattr(cfg, section), field) == "auto"}
@@ -55,26 +58,32 @@ def current_rows(shapes: Shapes) -> list[Row]:
         write(file_of(gpu), new_rows)
         choices = ", ".join(f"{row.op}={row.impl}" for row in new_rows)
         log.info(
-            "kernels: measured on %s in %.0f s: %s; train.measure_kernels=false leaves this out, 'fastdeitlt tune' "
-            "measures more", gpu, time.perf_counter() - start, choices,
+            "kernels: measured on %s in %.0f s: %s (train.measure_kernels=false skips this, 'fastdeitlt tune' measures "
+            "more)", gpu, time.perf_counter() - start, choices,
         )  # fmt: skip
     return list(rows_of(index).values())
 
 
 def _measured_op(shapes: Shapes, op: str) -> Row | None:
-    """Return the row of an op: torch's if the kernel fails, None if the GPU is out of memory."""
+    """Return the row of an op.
+
+    It is torch's if the kernel fails, and None if the GPU is out of memory.
+    """
     try:
         return next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
     except torch.OutOfMemoryError:
-        log.warning("%s: not measured, the GPU's memory does not suffice", op)
+        log.warning("%s: not measured, out of GPU memory", op)
         return None
     except (TritonError, RuntimeError) as error:
-        log.warning("%s: the kernel is left out, it fails: %s", op, " ".join(str(error).split())[:200])
+        log.warning("%s: kernel failed, using torch: %s", op, " ".join(str(error).split())[:200])
         return new_row(shapes, op, shapes.keys[op], "fastest", {}, impl=shapes.torchs(op))
 
 
 def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
-    """Time the implementations of an op that agree with torch's; return the row of the fastest."""
+    """Time the implementations of an op and return the fastest one's row.
+
+    Skips those that disagree with torch.
+    """
     torchs = shapes.torchs(part.op)
     expected = copied(part.whole[torchs]())
     agreeing: dict[str, Call] = {}
@@ -87,10 +96,10 @@ def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
         except torch.OutOfMemoryError:
             raise
         except (TritonError, RuntimeError, UserError) as error:
-            log.warning("%s: %s is left out, it fails: %s", part.op, impl, " ".join(str(error).split())[:200])
+            log.warning("%s: %s failed, not used: %s", part.op, impl, " ".join(str(error).split())[:200])
             continue
         if not agrees:
-            log.warning("%s: %s is left out, its results differ from torch's; please report it", part.op, impl)
+            log.warning("%s: %s disagrees with torch, not used; please report this", part.op, impl)
             continue
         agreeing[impl] = call
     eager = frozenset(agreeing) if part.eager else frozenset()

@@ -12,7 +12,10 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the datasheet bf16 FLOP/s of a GPU in ``PEAK_FLOPS``; None for others and for CPUs."""
+    """Return the datasheet bf16 FLOP/s of a GPU in ``PEAK_FLOPS``.
+
+    None for others and for CPUs.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -32,7 +32,7 @@ from fastdeitlt.kernels._pick import FLASH_MODULES, MAX_TOKENS, torch_backend
 from fastdeitlt.kernels.add_layernorm import add_layernorm
 from fastdeitlt.kernels.bias_gelu import bias_gelu
 from fastdeitlt.models.layers import MLP_RATIO, Linear, linear_gelu
-from fastdeitlt.models.residual import Kept, add_norm
+from fastdeitlt.models.residual import BranchSamples, add_norm
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import NUM_PREFIX, Block, DistilledViT
 from fastdeitlt.precision import autocast_dtype
@@ -139,7 +139,10 @@ def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
 
 
 def parts(shapes: Shapes, only: Container[str] | None = None) -> Iterator[Part]:
-    """Yield the ops of the step that have a kernel, or those in ``only``; a part's inputs are freed with it."""
+    """Yield the ops of the step that have a kernel, or those in ``only``.
+
+    A part's inputs are freed with it.
+    """
     builders = {
         "attention": _attention, "add_layernorm": _add_layernorm, "bias_gelu": _bias_gelu, "joint_loss": _joint_loss,
         "adamw_ema": _adamw_ema, "augment": _augment,
@@ -150,13 +153,18 @@ def parts(shapes: Shapes, only: Container[str] | None = None) -> Iterator[Part]:
 
 
 def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key, Pass]:
-    """Return the launches of a function by keys named "forward", "backward" or "backward_...", a part of it."""
+    """Return the launches of a function by key.
+
+    Keys are "forward", "backward", or "backward_..." for a part of it.
+    """
     of_key = {key: calls[str(key[0]).partition("_")[0]] for key in settings}
     return {key: Pass(of_key[key], configs, of_key[key]) for key, configs in settings.items()}
 
 
 def _attention(shapes: Shapes) -> Iterator[Part]:
-    """Yield attention of all tokens, beside torch's backends, then of the last block's two first rows.
+    """Yield attention of all tokens, then of the last block's two first rows.
+
+    Each beside torch's backends.
 
     Each includes the gradient of the projection's bias.
     """
@@ -181,7 +189,7 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
         except (RuntimeError, UserError) as error:  # not installed, or not for this device or shape
             if impl == shapes.torchs("attention"):
                 raise
-            log.debug("attention %s: left out, %s", impl, " ".join(str(error).split())[:120])
+            log.debug("attention %s: not measured, %s", impl, " ".join(str(error).split())[:120])
             continue
         whole[impl] = torchs
     yield Part("attention", (tokens, head), launches, whole)
@@ -192,7 +200,10 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
 
 
 def _summing(whole: Callable[[], Any]) -> Call:
-    """Add the sum over the packed qkv gradient for the projection's bias, which only our kernel includes."""
+    """Add the sum over the packed qkv gradient for the projection's bias.
+
+    Only our kernel includes it.
+    """
 
     def run() -> tuple[Tensor, Tensor]:
         (dqkv_BN3HE,) = whole()
@@ -202,7 +213,9 @@ def _summing(whole: Callable[[], Any]) -> Call:
 
 
 def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
-    """Yield add and LayerNorm of a float32 stream and a branch with drop path, normalised in the products' type.
+    """Yield add and LayerNorm of a float32 stream and a drop path branch.
+
+    The output has the type of the matrix products.
 
     Both implementations are timed with the branch's last product, in which torch adds the bias at no cost.
     """
@@ -212,33 +225,36 @@ def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
         Linear(width, width).to(shapes.device, shapes.dtype),
         nn.LayerNorm(width, eps=1e-6).to(shapes.device),
     )
-    kept = Kept(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
+    samples = BranchSamples(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
     bias = shapes.random(width, dtype=torch.float32)
-    alone = partial(
-        add_layernorm, x, branch, norm.weight, norm.bias, kept.scale_B11.flatten(), branch_bias=bias, impl="triton"
+    kernel = partial(
+        add_layernorm, x, branch, norm.weight, norm.bias, samples.scale_B11.flatten(), branch_bias=bias, impl="triton"
     )
     tensors = [x, branch, norm.weight, norm.bias]
-    launches = _launches(_search.add_layer_norm(width, x.dtype), passes(alone, [*tensors, bias]))
+    launches = _launches(_search.add_layer_norm(width, x.dtype), passes(kernel, [*tensors, bias]))
 
     def torchs() -> tuple[Tensor, Tensor]:
-        stream, normed = add_norm(x, branch, linear, kept, norm, None)
+        stream, normed = add_norm(x, branch, linear, samples, norm, None)
         return stream, normed.to(shapes.dtype)
 
     tensors += [linear.weight, linear.bias]
-    ours = partial(add_norm, x, branch, linear, kept, norm, None, "triton")
+    ours = partial(add_norm, x, branch, linear, samples, norm, None, "triton")
     yield Part("add_layernorm", (width,), launches, _both(shapes, ours, torchs, tensors))
 
 
 def _bias_gelu(shapes: Shapes) -> Iterator[Part]:
-    """Yield bias and GELU of the hidden layer with its product, in which torch adds the bias at no cost."""
+    """Yield bias and GELU of the hidden layer with its matrix product.
+
+    In the product torch adds the bias at no cost.
+    """
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     hidden = MLP_RATIO * width
     x, linear = shapes.random(batch, tokens, width), Linear(width, hidden).to(shapes.device, shapes.dtype)
     u, bias = shapes.random(batch, tokens, hidden), shapes.random(hidden, dtype=torch.float32)
     tensors = [x, linear.weight, linear.bias]
-    alone = passes(partial(bias_gelu, u, bias, impl="triton"), [u, bias])
+    kernel_passes = passes(partial(bias_gelu, u, bias, impl="triton"), [u, bias])
     whole = _both(shapes, partial(linear_gelu, x, linear, "triton"), partial(linear_gelu, x, linear), tensors)
-    yield Part("bias_gelu", (hidden,), _launches(_search.bias_gelus(hidden), alone), whole)
+    yield Part("bias_gelu", (hidden,), _launches(_search.bias_gelus(hidden), kernel_passes), whole)
 
 
 def _joint_loss(shapes: Shapes) -> Iterator[Part]:
@@ -261,7 +277,10 @@ def _joint_loss(shapes: Shapes) -> Iterator[Part]:
 
 
 def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
-    """Yield the kernel on flat buffers, and the whole step with clipping and average beside torch's."""
+    """Yield the kernel on flat buffers, and the whole step beside torch's.
+
+    The step includes clipping and average.
+    """
     weights = sum(parameter.numel() for parameter in shapes.student.parameters())
     size = -(-weights // ALIGNMENT) * ALIGNMENT  # aligned like the optimizer's buffers, for 16-byte loads
     flat = torch.rand(5, size, device=shapes.device)
@@ -284,7 +303,10 @@ def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
 
 
 def _optimizer(shapes: Shapes, backend: str) -> Call:
-    """Return the engine's step of a student with zero weights, so that the results show each backend's step."""
+    """Return the engine's step of a student with zero weights.
+
+    With zero weights the results show each backend's update.
+    """
     student, cfg = copy.deepcopy(shapes.student), shapes.cfg
     for parameter in student.parameters():
         parameter.data.zero_()
@@ -326,7 +348,10 @@ def _augment(shapes: Shapes) -> Iterator[Part]:
 def _both(
     shapes: Shapes, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
 ) -> dict[str, Call]:
-    """Return forward and backward of the kernel's function and of torch's, compiled if the step is."""
+    """Return forward and backward of the kernel's function and of torch's.
+
+    Torch's are compiled if the step is.
+    """
     functions = {"triton": triton, "torch": _compiled(shapes, torchs)}
     return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}
 

@@ -36,7 +36,9 @@ class Timing:
 def measure(
     candidates: Mapping[str, Call], device: torch.device, rounds: int = 20, eager: frozenset[str] = frozenset()
 ) -> dict[str, Timing]:
-    """Time the candidates in ``rounds`` rounds, each in another order, so that drift affects all equally.
+    """Time the candidates in ``rounds`` rounds, each in another order.
+
+    So drift affects all equally.
 
     Args:
         candidates: name -> call.
@@ -55,15 +57,17 @@ def measure(
 
 
 def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, Call]:
-    """Return calls of a differentiable function: "forward", "backward" on a kept graph, and "whole", both.
+    """Return the calls of a differentiable function.
+
+    "forward", "backward" on a kept graph, and "whole" for both.
 
     Args:
         function: returns one tensor or several.
         tensors: the tensors to differentiate by.
     """
-    kept = tensors_of(function())
-    generator = torch.Generator(kept[0].device).manual_seed(0)  # functions that should agree get equal gradients
-    upstream = [torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) for x in kept]
+    outputs = tensors_of(function())
+    generator = torch.Generator(outputs[0].device).manual_seed(0)  # functions that should agree get equal gradients
+    upstream = [torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) for x in outputs]
 
     def forward() -> object:
         with torch.no_grad():
@@ -71,7 +75,7 @@ def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, 
 
     return {
         "forward": forward,
-        "backward": lambda: torch.autograd.grad(kept, tensors, upstream, retain_graph=True),
+        "backward": lambda: torch.autograd.grad(outputs, tensors, upstream, retain_graph=True),
         "whole": lambda: torch.autograd.grad(tensors_of(function()), tensors, upstream),
     }
 
@@ -83,7 +87,10 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 @contextmanager
 def capturing_stream(device: torch.device) -> Iterator[None]:
-    """Run the context on a stream that a CUDA graph can capture, unlike the default stream."""
+    """Run the context on a stream that a CUDA graph can capture.
+
+    The default stream cannot be captured.
+    """
     if device.type != "cuda":
         yield
         return
@@ -101,7 +108,10 @@ def timing(values: list[float], graph: bool = False) -> Timing:
 
 
 def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], float]:
-    """Warm up, choose the number of calls a sample, and return a function that measures one in ms a call."""
+    """Warm up and return a function that measures one sample in ms per call.
+
+    Chooses the number of calls per sample.
+    """
     for _ in range(WARM_UP_CALLS):
         call()
     synchronise(device)
@@ -160,7 +170,10 @@ def synchronise(device: torch.device) -> None:
 
 @functools.cache
 def bandwidth(device: torch.device) -> float:
-    """Measure bytes a second, read plus written, of a copy of 1 GiB (64 MiB on a CPU)."""
+    """Measure bytes per second, read plus written, of a large copy.
+
+    The copy has 1 GiB, or 64 MiB on a CPU.
+    """
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
     found = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
@@ -169,7 +182,9 @@ def bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
-    """Measure FLOP/s of a square matrix product of random numbers: size 8,192 on a GPU, 1,024 on a CPU.
+    """Measure FLOP/s of a square matrix product of random numbers.
+
+    The size is 8,192 on a GPU and 1,024 on a CPU.
 
     Args:
         dtype: None = bfloat16 on a GPU, float32 on a CPU.
@@ -182,7 +197,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype | None = None) -> float
 
 
 def cpu_name() -> str:
-    """Return the processor's name, or its architecture if the system does not report it."""
+    """Return the processor's name, or its architecture as a fallback."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as info:
             names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]

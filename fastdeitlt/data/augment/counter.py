@@ -19,7 +19,10 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def keys(*parts: int | np.ndarray) -> np.ndarray:
-    """Return one key per element of broadcast integers (seed, epoch, ...), uint64 [B]."""
+    """Return one key per element of broadcast integers, uint64 [B].
+
+    The integers are (seed, epoch, ...).
+    """
     state = np.zeros(1, np.uint64)
     for part in parts:
         part = np.atleast_1d(np.asarray(part, np.int64)).view(np.uint64)

@@ -111,7 +111,7 @@ def _slide(lines_BLnC: Tensor, shift_BL: np.ndarray) -> Tensor:
     weights = torch.from_numpy(np.stack([2 * t2 - t3 - t, t3 - 2 * t2 + 1, t2 - t3 + t, t3 - t2])).to(device)
     w1, w2, w3, w4 = weights[:, :, None]
     v1, v2, v3, v4 = (taps[:, i * channels : (i + n) * channels] for i in range(4))
-    # weights sum to 1 only up to rounding: without the 1e-9 a constant 100 could come out as 99
+    # weights sum to 1 only up to rounding: without the 1e-9 a constant 100 could be computed as 99
     mixed = to_bytes(torch.mul(v2, w2).addcmul_(v1, w1).addcmul_(v3, w3).addcmul_(v4, w4).add_(1e-9))
     first_BL = np.ceil(-0.5 - shift_BL).clip(-n, n).astype(np.int64)
     inside = _windows(_pulse(n * channels, device), (n - first_BL.ravel()) * channels, n * channels)

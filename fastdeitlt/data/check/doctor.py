@@ -22,7 +22,7 @@ from fastdeitlt.data.sets.findings import Finding, class_findings, known_finding
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.data.teacher_plan import teacher_plan_of
-from fastdeitlt.errors import UserError, printable
+from fastdeitlt.errors import UserError, counted, printable
 
 _NUMBERS = ("images", "classes", "empty", "largest", "smallest", "rho", "Gini", "head", "mid", "tail", "rank")
 _SHOT_SPLITS = {"threshold": "threshold (>100, 20-100, <20)", "official": "official (class ranges)"}
@@ -115,12 +115,12 @@ class Report:
     def _pixels(self, pixels: PixelStats) -> Table:
         """Return a table of mean and deviation, in recipe syntax."""
         table = _table("training pixels", "", "")
-        unreadable = f", {pixels.num_unreadable:,} unreadable left out" if pixels.num_unreadable else ""
+        unreadable = f", without {pixels.num_unreadable:,} unreadable" if pixels.num_unreadable else ""
         table.add_row("augment.mean", escape(str(list(pixels.mean))))
         table.add_row("augment.std", escape(str(list(pixels.std))))
         table.add_row("median short side", f"{pixels.short_side:,} px")
         table.add_row("gray images", f"{pixels.gray:.0%}")
-        table.add_row("measured on", f"{pixels.num_images:,} images{unreadable}")
+        table.add_row("measured on", f"{counted(pixels.num_images, 'image')}{unreadable}")
         return table
 
     def _classes(self, num_rows: int = 20) -> Table:
@@ -137,7 +137,7 @@ class Report:
         return table
 
     def _findings(self) -> Table:
-        table = _table("findings" if self.findings else "no findings", "level", "split", "what", "for example")
+        table = _table("findings" if self.findings else "no findings", "level", "split", "finding", "examples")
         for f in self.findings:
             level = f"[{_COLOURS[f.level]}]{f.level}[/]"
             table.add_row(level, f.split, escape(printable(f.message)), escape("\n".join(map(printable, f.examples))))

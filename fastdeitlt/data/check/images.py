@@ -35,7 +35,10 @@ def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: boo
 
 
 def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[bytes]]) -> list[Finding]:
-    """Return findings on duplicates; in published sets only warnings, to stay comparable."""
+    """Return findings on duplicates.
+
+    In published sets they are only warnings, so that the sets stay comparable.
+    """
     places: dict[bytes, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for split, keys in digests.items():
         for index, key in enumerate(keys):
@@ -57,7 +60,7 @@ def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[byte
                 shared[first[0], split].append(f"{first[1]} = {name}")
     leak: Level = "warning" if cfg.dataset in KNOWN_CLASSES else "error"
     findings = [_named(leak, b, f"of {b} also in {a}", names) for (a, b), names in shared.items()]
-    findings += [_named("note", split, "more than once", names) for split, names in repeated.items()]
+    findings += [_named("note", split, "within the split", names) for split, names in repeated.items()]
     findings += [_named("warning", split, "with several labels", names) for split, names in conflicting.items()]
     return findings
 

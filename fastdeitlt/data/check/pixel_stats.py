@@ -91,7 +91,7 @@ def _decoded(images: LongTailSet, cfg: DataConfig) -> Iterator[tuple[Tensor, np.
         for part_B in parts:
             yield torch.from_numpy(decoded[part_B]), np.full(len(part_B), min(decoded.shape[1:3]))
         return
-    # any readable image may stand in for another, since stand-ins are left out
+    # any readable image may stand in for another, since substitutes are not yielded
     one_class = replace(images, labels=np.zeros_like(images.labels))
     skipping = cfg.model_copy(update={"on_error": "skip"})
     with closing(Stream(one_class, skipping, torch.device("cpu"))) as stream:

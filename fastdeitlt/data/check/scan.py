@@ -30,7 +30,7 @@ from fastdeitlt.data.pixels.files import (
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.blobs import Blob, Blobs
 from fastdeitlt.data.sets.types import LongTailSet, Sets
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 
@@ -79,8 +79,8 @@ def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None
 
         def start(group: range) -> Callable[[], list[Scan]]:
             places = [blobs[i] if blobs else os.path.join(root, names[i]) for i in group]
-            looks = [workers.pool.submit(_look, root, place, cfg.exif) for place in places]
-            return partial(_decode, looks, decoder)
+            futures = [workers.pool.submit(_read, root, place, cfg.exif) for place in places]
+            return partial(_decode, futures, decoder)
 
         shown = track(groups, "reading images", console=console, transient=True, disable=not console.is_terminal)
         for scans in workers.ahead(start, shown):
@@ -102,21 +102,21 @@ def check_files(sets: Sets, cfg: DataConfig) -> str:
     files = [(split, images) for split, images in sets if images.images_NHWC is None]
     total = sum(len(images) for _, images in files)
     if total >= MANY:
-        log.info("looking at the first and last bytes of %s image files", f"{total:,}")
+        log.info("checking the first and last bytes of %s image files", f"{total:,}")
     problems = []
     for split, images in files:
         if faults := _faults(images, split):
             shown = "; ".join(f"{images.paths[i]}: {faults[i]}" for i in sorted(faults)[:NUM_EXAMPLES])
             problems.append(
-                f"{len(faults):,} of {len(images):,} {split} images under {images.root} cannot be read ({shown})"
+                f"{len(faults):,} of {counted(len(images), f'{split} image')} in {images.root} unreadable ({shown})"
             )
             if cfg.on_error == "skip":
-                used = "replaced by others of their class" if split == "train" else "left out of the scores"
+                used = "replaced by images of the same class" if split == "train" else "not scored"
                 log.warning("data: %s; %s", problems[-1], used)
     if problems and cfg.on_error == "raise":
-        raise UserError(f"data: {'; '.join(problems)}; repair them, take them off the list, or set data.on_error=skip")
+        raise UserError(f"data: {'; '.join(problems)}; repair or remove them, or set data.on_error=skip")
     summary = (
-        f"first and last bytes of all {total:,} files; only 'data check' decodes them" if total else "decoded already"
+        f"first and last bytes of {counted(total, 'file')}, not decoded (see 'data check')" if total else "decoded"
     )
     return f"{summary}; {'; '.join(problems)}" if problems else summary
 
@@ -141,7 +141,7 @@ def _faults(images: LongTailSet, split: str) -> dict[int, str]:
         return {index: reason for part in reasons for index, reason in part.items()}
 
 
-def _look(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None]:
+def _read(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None]:
     """Return the file's scan and, unless it has a problem, its bytes for the decoder."""
     try:
         file = read_encoded(place, exif=exif)
@@ -149,14 +149,14 @@ def _look(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None
     except UnreadableError as error:
         return Scan(str(error)), None
     is_inside = isinstance(place, Blob) or _inside(root, place)
-    notes = () if is_inside else ("reached through a link that leaves the root",)
+    notes = () if is_inside else ("linked to a file outside the root",)
     doubt, odd = _oddities(data, exif)
     return Scan("", doubt, notes + odd, hashlib.sha256(data).digest()), file
 
 
-def _decode(looks: list[Future[tuple[Scan, Encoded | None]]], decoder: Decoder) -> list[Scan]:
+def _decode(futures: list[Future[tuple[Scan, Encoded | None]]], decoder: Decoder) -> list[Scan]:
     """Return the scans, with a problem for each file that does not decode."""
-    pairs = [look.result() for look in looks]
+    pairs = [look.result() for look in futures]
     outcomes = iter(decoder.whole([file for _, file in pairs if file]))
     scans = []
     for scan, file in pairs:
@@ -180,11 +180,11 @@ def _oddities(data: bytes, exif: str) -> tuple[str, tuple[str, ...]]:
             turned = image.format != "TIFF" and stated_orientation(image, data) in range(2, 9)
             image.load()
     except (*PILLOW_ERRORS, MemoryError) as error:
-        return f"damaged in a way that training does not notice (Pillow: {type(error).__name__})", ()
+        return f"damaged, but accepted by the training decoder (Pillow: {type(error).__name__})", ()
     turning = {"ignore": "ignored; data.exif=apply turns images upright", "apply": "turned upright by data.exif=apply"}
     notes = {
         "gray": mode in ("1", "L", "LA"),
-        "16 or 32 bits a channel (training sees 8)": mode.startswith(("I", "F")),
+        "16 or 32 bits per channel (converted to 8)": mode.startswith(("I", "F")),
         "CMYK": mode in ("CMYK", "YCCK"),
         "an alpha channel (dropped)": alpha,
         f"an EXIF orientation ({turning[exif]})": turned,

@@ -23,7 +23,7 @@ from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels.decoder import decoder_version
 from fastdeitlt.data.pixels.workers import num_threads
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.store.files import draft_folder, flush
 from fastdeitlt.store.user_cache import user_cache
 
@@ -111,7 +111,7 @@ def open_decoded(
                         _seal(draft, pixels, decoded, images, cfg)
     except OSError as error:
         why = error.strerror or error
-        log.warning("cache %s: %s; keeping the pixels in memory, for this run only", path.parent, why)
+        log.warning("cache %s: %s; keeping the pixels in memory for this run", path.parent, why)
         if decoded is None:
             memory = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
             decoded = _fill(memory, images, sizes_N2, decoded_N)
@@ -119,8 +119,8 @@ def open_decoded(
             decoded = replace(decoded, pixels=decoded.pixels.clone())
     if cfg.on_error == "raise" and len(decoded.unreadable):  # another run skipped them
         raise UserError(
-            f"image {images.name(decoded.unreadable[0])}: cannot be read ({len(decoded.unreadable)} of "
-            f"{len(images):,} images cannot); repair them, take them off the list, or set data.on_error=skip"
+            f"image {images.name(decoded.unreadable[0])}: cannot be read ({len(decoded.unreadable):,} of "
+            f"{counted(len(images), 'image')} unreadable); repair or remove them, or set data.on_error=skip"
         )
     return decoded
 
@@ -153,7 +153,7 @@ def _fill(pixels: Tensor, images: LongTailSet, sizes_N2: np.ndarray, decoded_N: 
     bytes_N = num_bytes(sizes_N2)
     ends_N, total = bytes_N.cumsum(), int(bytes_N.sum())
     if total >= LONG:
-        log.info("decoding %s images once (%.1f GB)", f"{len(images):,}", total / 1e9)
+        log.info("decoding %s once (%.1f GB)", counted(len(images), "image"), total / 1e9)
     started = last_log = time.monotonic()
     unreadable = []
     for sample, image in enumerate(decoded_N):
@@ -166,7 +166,7 @@ def _fill(pixels: Tensor, images: LongTailSet, sizes_N2: np.ndarray, decoded_N: 
         if image is None:
             unreadable.append(sample)
         elif image.shape[:2] != tuple(sizes_N2[sample].tolist()):
-            raise UserError(f"image {images.paths[sample]} under {images.root}: changed while it was read; start again")
+            raise UserError(f"image {images.paths[sample]} in {images.root}: changed while it was read; start again")
         else:
             pixels[start:end].view(image.shape).copy_(image)
     return DecodedSet(pixels, sizes_N2, np.array(unreadable, np.int64))

@@ -35,8 +35,7 @@ def _dali() -> ModuleType:
         import nvidia.dali
     except ImportError as error:
         raise UserError(
-            f"data: DALI, which decodes the images, cannot be imported ({error}). Install nvidia-dali-cuda130==2.4.* "
-            "(it also decodes without a GPU)."
+            f"data: DALI cannot be imported ({error}). Install nvidia-dali-cuda130==2.4.* (also needed without a GPU)."
         ) from None
     return nvidia.dali
 
@@ -119,22 +118,25 @@ class Decoder:
         try:
             return list(self(files, regions_B4))
         except RuntimeError as error:
-            alone = self.faults(files, regions_B4, error)
-            good = [i for i in range(len(files)) if i not in alone]
+            reasons = self.faults(files, regions_B4, error)
+            good = [i for i in range(len(files)) if i not in reasons]
             pixels = iter(self([files[i] for i in good], regions_B4[good]))
-            return [alone[i] if i in alone else next(pixels) for i in range(len(files))]
+            return [reasons[i] if i in reasons else next(pixels) for i in range(len(files))]
 
     def faults(self, files: list[Encoded], regions_B4: np.ndarray, error: RuntimeError) -> dict[int, str]:
-        """Return why files of a failed batch do not decode; raise ``error`` if none fails."""
-        alone = {}
+        """Return why files of a failed batch do not decode.
+
+        Raises ``error`` if none fails.
+        """
+        reasons = {}
         for i, file in enumerate(files):
             try:
                 self([file], regions_B4[i : i + 1])
             except RuntimeError as reason:
-                alone[i] = _why(file, reason)
-        if not alone:
+                reasons[i] = _why(file, reason)
+        if not reasons:
             raise error
-        return alone
+        return reasons
 
     def close(self) -> None:
         """End DALI's threads."""
@@ -165,4 +167,4 @@ def _why(file: Encoded, error: RuntimeError) -> str:
     except PILLOW_ERRORS as reason:
         return str(reason) or type(reason).__name__
     messages = [line for line in str(error).splitlines() if line and "pipeline" not in line and "Traceback" not in line]
-    return f"DALI cannot decode it ({messages[-1].strip() if messages else error})"
+    return f"not decodable by DALI ({messages[-1].strip() if messages else error})"

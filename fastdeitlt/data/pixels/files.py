@@ -53,7 +53,10 @@ class UnreadableError(Exception):
 
     @property
     def is_of_system(self) -> bool:
-        """Return whether the system failed, not this file (stale handle, too many open files)."""
+        """Return whether the system failed, not this file.
+
+        For example a stale handle or too many open files.
+        """
         cause = self.__cause__
         return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _OF_FILE
 
@@ -98,9 +101,9 @@ def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") ->
     with _unreadable():
         image.load()  # applies a TIFF's orientation and removes its tag
         if image.mode in ("I", "F"):
-            raise UnreadableError(f"mode {image.mode}, expected 8 or 16 bits a channel")
-        kept = image if image.mode in _PNG_MODES else image.convert("RGB")
-        kept.save(buffer, "PNG", compress_level=1, exif=image.getexif())
+            raise UnreadableError(f"mode {image.mode}, expected 8 or 16 bits per channel")
+        converted = image if image.mode in _PNG_MODES else image.convert("RGB")
+        converted.save(buffer, "PNG", compress_level=1, exif=image.getexif())
         return _examine(buffer, sample, exif, header_only=False)
 
 
@@ -165,7 +168,7 @@ def _examine(file: BinaryIO, sample: int, exif: str, header_only: bool) -> Encod
         if height * width > MAX_PIXELS:
             raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
         if image.mode == "F":
-            raise UnreadableError("floating-point pixels, expected 8 or 16 bits a channel")
+            raise UnreadableError("floating-point pixels, expected 8 or 16 bits per channel")
         if _is_cut(file, kind, tags):
             raise UnreadableError(f"truncated {kind}")
         data = b"" if header_only and not (kind == "PNG" and exif == "apply") else _contents(file)
@@ -218,7 +221,10 @@ def _is_cut(file: BinaryIO, kind: str, tags: Any) -> bool:
 
 
 def _first_scan(data: bytes) -> int:
-    """Return the offset of a JPEG's first scan: a thumbnail before it can have an end marker."""
+    """Return the offset of a JPEG's first scan.
+
+    A thumbnail before it can have an end marker.
+    """
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
         filled = data[position + 1 : position + 2] == b"\xff"
@@ -251,13 +257,13 @@ def _only_pixels(data: bytes, kind: str) -> bytes:
     DALI's fallback for TIFF, applies the orientation tag.
     """
     if kind == "PNG":
-        kept, position = [data[:8]], 8
+        chunks, position = [data[:8]], 8
         while position < len(data):
             end = position + 12 + int.from_bytes(data[position : position + 4], "big")
             if data[position + 4 : position + 8] in _PNG_PIXELS:
-                kept.append(data[position:end])
+                chunks.append(data[position:end])
             position = end
-        return b"".join(kept)
+        return b"".join(chunks)
     if kind == "WEBP":
         position = 12
         while position < len(data):

@@ -20,7 +20,7 @@ from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import AnyRequest, Regions
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 Residency = Literal["auto", "stream", "host", "device"]
@@ -77,7 +77,9 @@ def open_source(
         images = replace(images, labels=np.zeros_like(images.labels))
     if images.images_NHWC is not None:
         if cfg.residency == "stream":
-            raise UserError(f"data.residency=stream: {cfg.dataset} comes decoded; use auto, host or device")
+            raise UserError(
+                f"data.residency: got stream for {cfg.dataset}, which is decoded, expected auto, host or device"
+            )
         decoded = pack(images.images_NHWC)
         chosen = _choose(images, cfg, device, decoded.pixels.numel(), tell)
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
@@ -106,19 +108,21 @@ def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: 
     free = {"host": _free_host_bytes()}
     if device.type == "cuda":
         free = {"device": torch.cuda.mem_get_info(device)[0], **free}
-    room = ", ".join(f"{place} has {_size(amount)} free" for place, amount in free.items())
+    room = ", ".join(f"{_size(amount)} free on {place}" for place, amount in free.items())
     stored = f"short side {cfg.stored_short_side}" if cfg.stored_short_side else "full size"
-    what = f"{len(images):,} images take {_size(needed)} decoded at {stored}; {room}"
+    what = f"{counted(len(images), 'image')} need {_size(needed)} decoded at {stored}, {room}"
     if cfg.residency == "auto":
         places: tuple[Residency, ...] = ("device", "host")
         fits = [place for place in places if needed <= AUTO_SHARE * free.get(place, 0)]
         chosen = fits[0] if fits else "stream" if images.images_NHWC is None else "host"
         if tell:
-            log.info("data.residency=auto: %s (up to %.0f %% are used): %s", what, 100 * AUTO_SHARE, chosen)
+            log.info("data.residency=auto: %s (limit: %.0f %%): %s", what, 100 * AUTO_SHARE, chosen)
         return chosen
     chosen = cfg.residency if cfg.residency in free else "host"
     if needed > free[chosen]:
-        raise UserError(f"data.residency={cfg.residency}: {what}; use residency=stream or a smaller stored_short_side")
+        raise UserError(
+            f"data.residency={cfg.residency}: {what}; set data.residency=stream or a smaller data.stored_short_side"
+        )
     if tell:
         log.info("data.residency=%s: %s", cfg.residency, what)
     return chosen

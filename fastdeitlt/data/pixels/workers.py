@@ -74,6 +74,9 @@ class Workers:
                 wait(running)
 
     def close(self) -> None:
-        """Finish running tasks, cancel pending ones, end all threads. May be called twice."""
+        """Finish running tasks, cancel pending ones, end all threads.
+
+        May be called twice.
+        """
         self._assembler.shutdown(cancel_futures=True)
         self.pool.shutdown(cancel_futures=True)

@@ -24,31 +24,31 @@ def listed(names: Iterable[str], shown: int = SHOWN) -> str:
 
 
 def match_names(
-    found: Sequence[str], expected: Sequence[str], what_found: str, what_expected: str, subset: bool = False
+    names: Sequence[str], expected: Sequence[str], what: str, what_expected: str, subset: bool = False
 ) -> list[int]:
-    """Return the index in ``expected`` of each name in ``found``.
+    """Return the index in ``expected`` of each name in ``names``.
 
-    For equal classes a permutation of 0..K-1. With ``found`` the classes of a data set and ``expected`` those of a
+    For equal classes a permutation of 0..K-1. With ``names`` the classes of a data set and ``expected`` those of a
     model, this is the model's class of each label.
 
     Args:
-        what_found, what_expected: owners of the classes for the error message, such as "data folder x" and "model y".
-        subset: allow ``found`` to lack some of the expected classes.
+        what, what_expected: owners of the classes for the error message, such as "data folder x" and "model y".
+        subset: allow ``names`` to lack some of the expected classes.
 
     Raises:
         UserError: a class without a match, or a name of several classes.
     """
-    if list(found) == list(expected):
+    if list(names) == list(expected):
         return list(range(len(expected)))
     number = numbered(expected, what_expected)
-    keys = numbered(found, what_found)
-    unknown = [found[index] for key, index in keys.items() if key not in number]
+    keys = numbered(names, what)
+    unknown = [names[index] for key, index in keys.items() if key not in number]
     absent = [expected[index] for key, index in number.items() if key not in keys]
     if unknown or (absent and not subset):
         got = f"got {listed(unknown)}, not in {what_expected}" if unknown else ""
-        want = f"expected {listed(absent)} of {what_expected}" if absent else ""
-        differing = "; ".join(filter(None, (got, want)))
-        raise UserError(f"{what_found}: classes differ by name, {differing}. Rename the classes to match.")
+        expectation = f"expected {listed(absent)} of {what_expected}" if absent else ""
+        differing = "; ".join(filter(None, (got, expectation)))
+        raise UserError(f"{what}: classes differ by name, {differing}. Rename the classes to match.")
     return [number[key] for key in keys]
 
 

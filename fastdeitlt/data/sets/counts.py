@@ -59,7 +59,7 @@ def cifar_lt_counts(n_total: int, classes: int, imb_factor: float, kind: str = "
         UserError: fewer than one image per class, imb_factor outside (0, 1], or an unknown kind.
     """
     if classes < 1 or n_total < classes:
-        raise UserError(f"long tail: got {n_total} images of {classes} classes, expected at least one image a class")
+        raise UserError(f"long tail: got {n_total} images of {classes} classes, expected at least one image per class")
     if not 0 < imb_factor <= 1:
         raise UserError(f"imbalance_factor: got {imb_factor}, expected smallest / largest class size in (0, 1]")
     largest = n_total / classes

@@ -96,7 +96,7 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
     """Read CIFAR; torchvision verifies every md5 before it unpickles a file."""
     cifar = _cifar(archive)
     if not root:
-        raise UserError(f"data.root: got nothing, expected the folder of {cifar.filename}; set data.root=FOLDER")
+        raise UserError(f"data.root: empty, expected the folder of {cifar.filename}; set data.root=FOLDER")
     folder = Path(root).expanduser()
     try:
         if download or check_integrity(folder / cifar.filename, cifar.tgz_md5):
@@ -106,8 +106,8 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
         splits = [cifar(folder, train=is_train) for is_train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{archive} in {folder}: neither {cifar.filename} nor {cifar.base_folder}/ is there with its published md5 "
-            f"({error}); put one there or run `fastdeitlt data prepare {archive} --root {root} --download`"
+            f"{archive} in {folder}: no {cifar.filename} or {cifar.base_folder}/ with the published md5 ({error}); "
+            f"copy one there, or run `fastdeitlt data prepare {archive} --root {root} --download`"
         ) from None
     train, test = (
         _as_set(np.asarray(split.targets), np.ascontiguousarray(split.data), name, root, split.classes)
@@ -138,7 +138,10 @@ def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSe
 
 
 def _idx_folder(root: str) -> Path:
-    """Return the folder of the IDX files: root or torchvision's below it, else Debian's."""
+    """Return the folder of the IDX files.
+
+    It is root or torchvision's below it, else Debian's.
+    """
     folder = Path(root).expanduser() if root else DEBIAN_FOLDER
     downloaded = folder / "FashionMNIST" / "raw"
     return downloaded if downloaded.is_dir() else folder
@@ -148,7 +151,7 @@ def _read_idx(file: Path) -> np.ndarray:
     """Read an IDX file and verify the md5 of its uncompressed bytes."""
     data = gzip.decompress(file.read_bytes())
     if (md5 := hashlib.md5(data, usedforsecurity=False).hexdigest()) != IDX_MD5[file.name]:
-        raise RuntimeError(f"md5 of what {file.name} holds is {md5}, expected {IDX_MD5[file.name]}")
+        raise RuntimeError(f"{file.name}: got md5 {md5} after unpacking, expected {IDX_MD5[file.name]}")
     return parse_idx(data)
 
 

@@ -42,7 +42,8 @@ def opening_findings(sets: Sets) -> list[Finding]:
     if len(present) < 2:
         name = f" ({listed(train.class_names[k] for k in present)})" if train.class_names and present else ""
         message = (
-            f"got {len(present)} class with training images{name}, expected at least 2. Add images of another class."
+            f"got {counted(len(present), 'class')} with training images{name}, expected at least 2. Add images of "
+            "another class."
         )
         findings.append(Finding("error", "train", message))
     if gaps := [k for k, n in enumerate(train.counts) if n == 0]:
@@ -51,10 +52,10 @@ def opening_findings(sets: Sets) -> list[Finding]:
     for split, images in sets:
         absent = [k for k, n in enumerate(images.counts) if n == 0 and train.counts[k]]
         if split != "train" and absent:
-            message = f"{counted(len(absent), 'class')} without {split} images, so without a measured accuracy"
+            message = f"{counted(len(absent), 'class')} without {split} images, not scored"
             findings.append(Finding("warning", split, message, _some(train, absent)))
         if images.left_out and split not in sets.held_out:
-            message = f"{counted(len(images.left_out), 'file')} left out: in no class folder, or not named as an image"
+            message = f"{counted(len(images.left_out), 'file')} ignored: not in a class folder, or no image suffix"
             findings.append(Finding("warning", split, message, tuple(images.left_out[:NUM_EXAMPLES])))
     return findings
 
@@ -66,14 +67,12 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
         message = f"{counted(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
         findings.append(Finding("note", "train", message, _some(sets.train, few)))
     if sets.test is None:
-        findings.append(Finding("warning", "test", "no test set, so there is nothing to report accuracy on"))
+        findings.append(Finding("warning", "test", "no test set: no test accuracy"))
     elif len({n for n in sets.test.counts if n}) > 1:
-        message = "the test set is not balanced, so the overall accuracy favours its frequent classes"
+        message = "the test set is unbalanced: the overall accuracy favours frequent classes"
         findings.append(Finding("note", "test", message))
     if sets.val is None and config.evaluate.select_on == "val":
-        message = (
-            "evaluate.select_on=val, but there is no validation list and data.val_holdout=0: the last epoch is kept"
-        )
+        message = "evaluate.select_on=val without a validation list and with data.val_holdout=0: keeping the last epoch"
         findings.append(Finding("warning", "val", message))
     return findings
 

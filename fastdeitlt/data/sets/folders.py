@@ -30,7 +30,7 @@ def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
         split = next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), "")
         if split in splits:
             raise UserError(
-                f"data folder {root}: got {splits[split]!r} and {name!r} for the {split} split, expected one of them. "
+                f"data folder {root}: got {splits[split]!r} and {name!r} for the {split} split, expected one. "
                 "Rename or merge the other."
             )
         if split:
@@ -55,7 +55,7 @@ def read_folder(root: str | Path, folder: str) -> LongTailSet:
     """
     place = Path(root) / folder
     if not place.is_dir():
-        raise UserError(f"data folder {place}: no such folder; expected {folder}/<class>/<image> under {root}")
+        raise UserError(f"data folder {place}: no such folder, expected {folder}/<class>/<image> in {root}")
     stray = [name for name in _visible(os.listdir(place)) if not (place / name).is_dir()]
     images: dict[str, list[str]] = {}
     others = [os.path.normpath(f"{folder}/{name}") for name in stray]
@@ -74,7 +74,7 @@ def read_folder(root: str | Path, folder: str) -> LongTailSet:
     try:
         "".join(paths).encode()
     except UnicodeEncodeError:
-        raise UserError(f"data folder {str(place)!r}: holds a file whose name is not UTF-8; rename it") from None
+        raise UserError(f"data folder {str(place)!r}: got a file name that is not UTF-8; rename the file") from None
     labels_N = np.repeat(np.arange(len(names)), [len(files) for files in images.values()])
     counts = class_counts(labels_N, len(names))
     return LongTailSet(paths, labels_N, counts, str(root), names, left_out=sorted(others))

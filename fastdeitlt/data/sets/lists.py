@@ -17,7 +17,7 @@ import numpy as np
 
 from fastdeitlt.data.sets.class_names import normalised
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 MAX_CLASSES = 1_000_000
 """Labels from here on are refused: memory is allocated for every class up to the largest label."""
@@ -68,7 +68,7 @@ def read_list(path: str | Path, root: str | Path, num_classes: int | None = None
         raise UserError(f"list {path}: got the suffix {path.suffix!r}, expected .txt, .csv or .json")
     rows = readers[path.suffix.lower()](path, _read_text(path))
     if not rows.paths:
-        raise UserError(f"list {path}: it names no images; expected one image a line")
+        raise UserError(f"list {path}: empty, expected one image per line")
     _check_paths(path, rows)
     labels, names = _number_labels(path, rows)
     stated_classes = num_classes or rows.num_classes
@@ -85,7 +85,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"list {path}: cannot be read ({error.strerror}); give an existing list file") from None
+        raise UserError(f"list {path}: cannot be read ({error.strerror}), expected a list file") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -136,8 +136,8 @@ def _read_csv(path: Path, text: str) -> _Rows:
                 continue
             if len(row) != len(header):
                 raise UserError(
-                    f"list {path}, line {reader.line_num}: got {len(row)} fields, expected {len(header)}; "
-                    "quote a field that holds a comma"
+                    f"list {path}, line {reader.line_num}: got {counted(len(row), 'field')}, expected {len(header)}; "
+                    "quote fields that contain a comma"
                 )
             paths.append(row[path_column].strip())
             labels.append(row[label_column].strip())
@@ -173,7 +173,10 @@ def _read_json(path: Path, text: str) -> _Rows:
 
 
 def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
-    """Return the first present key's value; raise KeyError, or TypeError for its type."""
+    """Return the first present key's value.
+
+    Raises KeyError, or TypeError for its type.
+    """
     for key in keys:
         if key in record:
             if not isinstance(record[key], kind):

@@ -12,7 +12,7 @@ from fastdeitlt.config import DataConfig
 from fastdeitlt.data.sets.findings import opening_findings
 from fastdeitlt.data.sets.splits import Classes, Places, find_splits, no_training_split, number_alike, renumber
 from fastdeitlt.data.sets.types import SPLITS, LongTailSet, Sets
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 HOLDOUT_SEED = 0
@@ -40,8 +40,8 @@ def hold_out(
     for part, name, share in ((1, "val", val), (2, "test", test)):
         if share and not (part_N == part).any():
             raise UserError(
-                f"data.{name}_holdout: got {share}, but the largest class has {max(images.counts)} images, so none "
-                "would be held out; use a larger share or 0"
+                f"data.{name}_holdout: got {share}, which holds out no image of the largest class "
+                f"({counted(max(images.counts), 'image')}); use a larger value or 0"
             )
     train, held_val, held_test = (images.take(np.flatnonzero(part_N == part)) for part in range(3))
     return train, held_val, held_test
@@ -99,7 +99,7 @@ def open_splits(
     there = [split for split in SPLITS if split in places.readers or split in places.shares]
     if absent := [split for split in required if split not in there]:
         raise UserError(
-            f"split {absent[0]!r}: {cfg.title} has only {', '.join(there) or 'nothing'}"
+            f"split: got {absent[0]!r}, expected a split of {cfg.title} ({', '.join(there) or 'none'})"
             + (f"; use --split {there[-1]}" if there else "")
         )
     for remark in places.remarks:

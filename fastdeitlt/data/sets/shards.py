@@ -50,7 +50,9 @@ class Entry:
 
 
 def split_shards(root: str | Path) -> dict[str, list[str]]:
-    """Return the shards of each split, relative to ``root``; without splits all are train.
+    """Return the shards of each split, relative to ``root``.
+
+    Without splits all are train.
 
     The start of a shard's file name (``train-0001.tar``) or a folder name gives its split.
 
@@ -73,8 +75,8 @@ def split_shards(root: str | Path) -> dict[str, list[str]]:
     if len(splits) == 1:
         return {"train": splits[""]}
     raise UserError(
-        f"data.root {root}: got {splits[''][0]}, which names no split, beside shards that do. Rename it, for example "
-        f"to train-{Path(splits[''][0]).name}, or move it out."
+        f"data.root {root}: got {splits[''][0]}, expected a split in the name, as in the other shards. Rename it, "
+        f"for example to train-{Path(splits[''][0]).name}, or move it out."
     )
 
 
@@ -148,14 +150,14 @@ def _make_index(root: str | Path, files: list[str], index: Path) -> None:
         place, entries, class_names = _read_shard(file, index)
         shard = os.path.relpath(file, root)
         if not entries:
-            raise UserError(f"shard {file}: got no images, expected some. Take it out of data.root.")
+            raise UserError(f"shard {file}: no images. Move it out of data.root.")
         places.append(place)
         names += [f"{shard}/{entry.name}" for entry in entries]
         labels += [class_names[entry.label] if class_names and isinstance(entry.label, int) else entry.label
                    for entry in entries]  # fmt: skip
         parts.append(np.array([(entry.start, entry.size, entry.is_deflated) for entry in entries], np.int64))
     if odd := [name for name in names if "\n" in name]:
-        raise UserError(f"shards under {root}: got the name {odd[0]!r}, expected one without line breaks. Rename it.")
+        raise UserError(f"shards in {root}: got the name {odd[0]!r}, expected one without line breaks. Rename it.")
     class_names, labels_N = _numbers(labels, names, root)
     rows_N3 = np.concatenate(parts)
     with draft_file(index) as draft, draft.open("wb") as out:
@@ -178,14 +180,14 @@ def _numbers(labels: list[int | str], names: list[str], root: str | Path) -> tup
     if len(kinds) > 1:
         number, name = (next(i for i, label in enumerate(labels) if isinstance(label, kind)) for kind in (int, str))
         raise UserError(
-            f"shards under {root}: {names[number]} has class {labels[number]} and {names[name]} class "
-            f"{str(labels[name])!r}, expected numbers or names in all. Label them alike."
+            f"shards in {root}: {names[number]} has class {labels[number]} and {names[name]} class "
+            f"{str(labels[name])!r}, expected only numbers or only names. Label all images alike."
         )
     if int in kinds:
         if (bad := min(labels)) < 0:  # type: ignore[type-var, operator]
-            raise UserError(f"shards under {root}: got class {bad}, expected 0 or more. Leave such images out.")
+            raise UserError(f"shards in {root}: got class {bad}, expected 0 or more. Remove such images.")
         return None, np.array(labels, np.int64)
-    number_of = numbered(sorted({str(label) for label in labels}), f"shards under {root}")
+    number_of = numbered(sorted({str(label) for label in labels}), f"shards in {root}")
     return list(number_of), np.array([number_of[str(label)] for label in labels], np.int64)
 
 
@@ -198,7 +200,7 @@ def _read_shard(file: str, index: Path) -> tuple[str, list[Entry], list[str] | N
             members = _tar_members(data) if file.endswith(".tar") else _zip_members(file, data)
             return os.path.abspath(file), _label(members, file, partial(os.pread, data.fileno())), None
     except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error, EOFError) as error:
-        raise UserError(f"shard {file}: cannot be read ({error}); fetch it again or take it out of data.root") from None
+        raise UserError(f"shard {file}: cannot be read ({error}); copy it again, or move it out of data.root") from None
 
 
 Member = tuple[str, int, int, bool]
@@ -220,8 +222,7 @@ def _zip_members(file: str, data: object) -> Iterator[Member]:
                 continue
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(
-                    f"shard {file}: {info.filename} is encrypted, or compressed by another method than deflate; pack "
-                    "it again"
+                    f"shard {file}: {info.filename} is encrypted or not stored or deflated; pack the shard again"
                 )
             name_bytes, extra_bytes = struct.unpack("<26xHH", read(30, info.header_offset))
             start = info.header_offset + 30 + name_bytes + extra_bytes
@@ -253,7 +254,7 @@ def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, 
         if folder:
             return folder
         raise UserError(
-            f"shard {file}: {image} has no class, expected {' or '.join(LABEL_SUFFIXES)} beside it, or a folder"
+            f"shard {file}: {image} has no class, expected a {' or '.join(LABEL_SUFFIXES)} file beside it, or a folder"
         )
     name, start, size, is_deflated = label
     if size > MAX_LABEL_BYTES:
@@ -270,7 +271,8 @@ def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, 
         )
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise UserError(
-            f"shard {file}: {name} holds {text[:40]!r}, expected the number or the name of a class. Repair it."
+            f"shard {file}: {name} contains {text[:40]!r}, expected the number or the name of a class. Repair the "
+            "shard."
         )
     return value
 
@@ -280,7 +282,7 @@ def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] |
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"shard {file}: parquet needs pyarrow; pip install 'fastdeitlt[parquet]'") from None
+        raise UserError(f"shard {file}: parquet needs pyarrow; run pip install 'fastdeitlt[parquet]'") from None
     packed = index.with_suffix(f".{hashlib.sha256(file.encode()).hexdigest()[:16]}.images")
     entries: list[Entry] = []
     try:
@@ -297,11 +299,16 @@ def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] |
                 for cell, number in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
                     data = cell.get("bytes") if isinstance(cell, dict) else cell
                     if not isinstance(data, bytes) or not isinstance(number, int | str):
-                        raise UserError(f"shard {file}: row {len(entries)} has no image bytes or no label. Repair it.")
+                        raise UserError(
+                            f"shard {file}: row {len(entries)} has no image bytes or no label. Repair the shard."
+                        )
                     if isinstance(number, int) and names and not 0 <= number < len(names):
-                        raise UserError(f"shard {file}: row {len(entries)} has label {number} of {len(names)} names.")
+                        raise UserError(
+                            f"shard {file}: row {len(entries)} has label {number}, expected below {len(names)}. Repair "
+                            "the shard."
+                        )
                     entries.append(Entry(f"{len(entries):06d}", out.tell(), len(data), False, number))
                     out.write(data)
     except ArrowException as error:
-        raise UserError(f"shard {file}: cannot be read ({error}); fetch it again or take it out of data.root") from None
+        raise UserError(f"shard {file}: cannot be read ({error}); copy it again, or move it out of data.root") from None
     return str(packed), entries, names

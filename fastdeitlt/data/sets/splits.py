@@ -33,11 +33,11 @@ DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "places_lt": {split: (f"Places_LT_{split}.txt",) for split in SPLITS},
 }
 """File names of the published lists under data.root, in search order."""
-SOURCES = {
+LAYOUTS = {
     "imagenet_lt": "images: ILSVRC 2012 of image-net.org, as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; lists: "
     "ImageNet_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
     "inat18": "train_val2018/, train2018.json and val2018.json of github.com/visipedia/inat_comp/tree/master/2018",
-    "places_lt": "images: Places365 of places2.csail.mit.edu, 256 x 256, so that data_256/a/airfield/*.jpg is there; "
+    "places_lt": "images: Places365 of places2.csail.mit.edu, 256 x 256, as data_256/a/airfield/*.jpg; "
     "lists: Places_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
     "folder": "train/<class>/<image>, and val/ and test/ of the same form; or <class>/<image>",
     "shards": "train-*.tar, .zip or .parquet, and val-* and test-* of the same form; or shards of any names",
@@ -66,7 +66,7 @@ class Places:
     what: dict[str, str]
     """Description of each split's location, for messages."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Share of the training images to hold out for each split without images of its own."""
+    """Share of the training images to hold out for each split that has no images."""
     names_file: Path | None = None
     """File with one class name per line, for lists without names."""
     remarks: tuple[Finding, ...] = ()
@@ -109,10 +109,10 @@ def no_training_split(cfg: DataConfig) -> UserError:
     """Return the error for a data set without training split."""
     root = _root(cfg)
     if cfg.dataset == "folder":
-        return UserError(f"data folder {root}: got no training split, expected {SOURCES['folder']}")
+        return UserError(f"data folder {root}: no training split, expected {LAYOUTS['folder']}")
     usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
-    problem = f"no {usual} under {root}; put it there or set" if usual else "got nothing; set"
-    return UserError(f"data.train_list: {problem} data.train_list=FILE{_source(cfg)}")
+    problem = f"no {usual} in {root}; copy it there or set" if usual else "empty; set"
+    return UserError(f"data.train_list: {problem} data.train_list=FILE{_hint(cfg)}")
 
 
 def number_alike(splits: dict[str, LongTailSet], places: Places) -> dict[str, LongTailSet]:
@@ -157,10 +157,10 @@ def renumber(images: LongTailSet, classes: Classes, what: str, exact: bool = Fal
     elif images.num_classes > classes.num_classes or ((names or exact) and images.num_classes < classes.num_classes):
         raise UserError(
             f"{what}: got {counted(images.num_classes, 'class')}, expected the {classes.num_classes} of "
-            f"{classes.whose}. Give data of the same classes."
+            f"{classes.whose}. Use data with the same classes."
         )
     elif classes.whose and bool(names) != bool(classes.names):
-        log.warning("%s: classes are those of %s by position, because only one of them has names", what, classes.whose)
+        log.warning("%s: classes matched to %s by position, because only one of the two has names", what, classes.whose)
     counts = class_counts(labels_N, classes.num_classes)
     return replace(images, labels=labels_N, counts=counts, class_names=classes.names or names)
 
@@ -173,17 +173,15 @@ def _root(cfg: DataConfig) -> str:
     root = os.path.expanduser(cfg.root)
     if not root:
         whose = "the" if cfg.dataset in ("list", "folder", "shards") else f"{cfg.dataset}'s"
-        raise UserError(
-            f"data.root: got nothing, expected the folder of {whose} images; set data.root=FOLDER{_source(cfg)}"
-        )
+        raise UserError(f"data.root: empty, expected the folder of {whose} images; set data.root=FOLDER{_hint(cfg)}")
     if not os.path.isdir(root):
-        raise UserError(f"data.root: no such folder {root!r}{_source(cfg)}")
+        raise UserError(f"data.root: no such folder {root!r}{_hint(cfg)}")
     return root
 
 
-def _source(cfg: DataConfig) -> str:
+def _hint(cfg: DataConfig) -> str:
     """Return the hint appended to missing-data errors."""
-    return f" ({SOURCES[cfg.dataset]})" if cfg.dataset in SOURCES else ""
+    return f" ({LAYOUTS[cfg.dataset]})" if cfg.dataset in LAYOUTS else ""
 
 
 def _find_folders(cfg: DataConfig) -> Places:
@@ -192,11 +190,11 @@ def _find_folders(cfg: DataConfig) -> Places:
     shares, remarks = {}, []
     if not folders:
         folders, shares = {"train": os.curdir}, FLAT_HOLDOUTS
-        message = f"no split folders under {root}: its class folders are split by class, always in the same way"
+        message = f"no split folders in {root}: class folders are split by class, reproducibly"
         remarks.append(Finding("note", "train", message))
     elif others:
         usual = "; ".join(", ".join(names) for names in SPLIT_FOLDERS.values())
-        message = f"folders that are not read, because they name no split ({usual}): {listed(others)}"
+        message = f"folders ignored because they are not named as a split ({usual}): {listed(others)}"
         remarks.append(Finding("warning", "train", message))
     readers = {split: partial(read_folder, root, folder) for split, folder in folders.items()}
     what = {split: f"data folder {Path(root) / folder}" for split, folder in folders.items()}
@@ -208,9 +206,11 @@ def _find_shards(cfg: DataConfig) -> Places:
     shards = split_shards(root)
     is_whole = list(shards) == ["train"] and not names_split(shards["train"][0])
     shares: dict[str, float] = FLAT_HOLDOUTS if is_whole else {}
-    remark = Finding("note", "train", f"no shard under {root} names a split: images are split by class, always alike")
+    remark = Finding(
+        "note", "train", f"no shard in {root} is named as a split: images are split by class, reproducibly"
+    )
     readers = {split: partial(read_shards, root, names) for split, names in shards.items()}
-    what = {split: f"shards {Path(root) / names[0]} and on" for split, names in shards.items()}
+    what = {split: f"shards {Path(root) / names[0]}, ..." for split, names in shards.items()}
     return Places(readers, what, shares, Path(root) / "classes.txt", (remark,) if is_whole else ())
 
 
@@ -220,7 +220,7 @@ def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path |
         places = [Path(named).expanduser(), Path(root) / named]
         file = next((place for place in places if place.is_file()), None)
         if required and file is None:
-            raise UserError(f"data.{split}_list: no such file {named!r} (nor under {root}); give an existing list")
+            raise UserError(f"data.{split}_list: no such file {named!r}, also not in {root}; set an existing list")
         return file
     usual = DEFAULT_LISTS.get(cfg.dataset, {}).get(split, ())
     return next((Path(root) / name for name in usual if (Path(root) / name).is_file()), None)
@@ -233,10 +233,10 @@ def _class_names(file: Path | None, num_classes: int, exact: bool) -> list[str] 
     try:
         names = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"class names {file}: cannot be read ({error}); give one name a line in UTF-8") from None
+        raise UserError(f"class names {file}: cannot be read ({error}), expected one name per line in UTF-8") from None
     if len(names) < num_classes or (exact and len(names) > num_classes):
         raise UserError(
-            f"class names {file}: got {len(names)} names, expected one for each of the {num_classes} classes of the "
-            "lists. Give one name a line, in the order of the labels."
+            f"class names {file}: got {counted(len(names), 'name')}, expected one for each of the {num_classes} "
+            "classes of the lists. Write one name per line, in the order of the labels."
         )
     return names

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fastdeitlt.data.sets.blobs import Blob, Blobs
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 SPLITS = ("train", "val", "test")
 Level = Literal["error", "warning", "note"]
@@ -94,9 +94,7 @@ class LongTailSet:
         for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
             if (result := use(candidate)) is not None:
                 return result
-        raise UserError(
-            f"image {self.name(sample)}: cannot be read, nor can any that could stand in for it; repair or remove them"
-        )
+        raise UserError(f"image {self.name(sample)}: unreadable, as are all images of its class; repair or remove them")
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Sets:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {len(images):,}" for name, images in self)
-        return f"{self.num_classes} class{'' if self.num_classes == 1 else 'es'}, {sizes}"
+        return f"{counted(self.num_classes, 'class')}, {sizes}"
 
     @property
     def num_classes(self) -> int:

@@ -19,7 +19,9 @@ REPORTED = ("student", "teacher")
 
 
 def look_into(run_dir: Path, num_images: int, names: Sequence[str] = REPORTED) -> None:
-    """Write analyses of a student's run, on up to ``num_images`` images each; 0: none.
+    """Write analyses of a student's run.
+
+    On up to ``num_images`` images each; 0: none.
 
     A failed analysis is logged, and the report shows the command that repeats it.
     """
@@ -28,7 +30,7 @@ def look_into(run_dir: Path, num_images: int, names: Sequence[str] = REPORTED) -
             import_module(f"{__name__}.{name}").leave(run_dir, num_images)
         except Exception as error:  # the run is complete without its analysis
             trace = not isinstance(error, UserError)
-            log.warning("analyze %s: %s; going on without it", name, error, exc_info=trace)
+            log.warning("analyze %s: %s; continuing without this analysis", name, error, exc_info=trace)
 
 
 def sections(run_dir: Path) -> list[Section]:

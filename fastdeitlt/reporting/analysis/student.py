@@ -44,7 +44,9 @@ WEIGHT_BYTES = 2**29
 
 
 def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Path | None) -> None:
-    """Analyse students on their test images; print tables, write results and pictures.
+    """Analyse students on their test images.
+
+    Prints tables, writes results and pictures.
 
     Args:
         json: file for the results of all students, by RUN.
@@ -71,9 +73,9 @@ def leave(run_dir: Path, num_images: int) -> None:
 def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str, Any]:
     saved, run = open_saved(path), run_of(Path(path))
     if not isinstance(saved.model, DistilledViT):
-        raise UserError(f"model {path}: got a {saved.kind}, expected a student (analyze teacher looks into teachers)")
+        raise UserError(f"model {path}: got a {saved.kind}, expected a student; use 'analyze teacher' for teachers")
     if images < 1:
-        raise UserError(f"analyze student: --images is {images}, expected at least 1")
+        raise UserError(f"--images: got {images}, expected at least 1")
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
     device = distributed.device_of(cfg.train.device)
     splits = open_splits(cfg.data, () if saved.class_counts else ("train",), SPLITS, saved.classes)
@@ -228,7 +230,7 @@ def _block_table(facts: dict[str, Any]) -> page.Table:
 
 
 def _map_table(facts: dict[str, Any]) -> page.Table:
-    header = ["classes", "images", "likeness", "spread CLS", "spread DIST"]
+    header = ["classes", "images", "similarity", "spread CLS", "spread DIST"]
     rows = [
         [group, f"{m['images']:,}", *(cell(m[key], 3) for key in ("likeness", "spread_cls", "spread_dist"))]
         for group, m in facts["maps"].items()
@@ -240,7 +242,7 @@ def section(facts: dict[str, Any]) -> Section:
     """Return the report section of analysis/student.json."""
     blocks: list[Block] = [
         page.Gallery(
-            "The image; rollout of CLS and of DIST; last block of CLS and of DIST",
+            "Image; rollout of CLS and of DIST; last block of CLS and of DIST",
             [(item["picture"], _caption(item)) for item in facts["gallery"]],
         ),
         page.Figure(
@@ -248,19 +250,18 @@ def section(facts: dict[str, Any]) -> Section:
         ),
         page.Figure("Feature rank (99 % of the energy)", figures.over_blocks(_rank_lines(facts), "rank")),
         page.Figure(
-            "Likeness of tokens",
+            "Token similarity",
             figures.over_blocks({"CLS and DIST": facts["cosine"], "patches": facts["patch_similarity"]}, "cosine"),
         ),
         _map_table(facts),
-        page.Fold("Every block", _block_table(facts)),
+        page.Fold("All blocks", _block_table(facts)),
     ]
     note = (
-        f"On {facts['images']:,} {facts['set']} images. Pictures: the first image of each class, none picked; each map "
-        "is scaled to its own range, brighter is more. Rollout is the product of the blocks' attention (mean over "
-        "heads, half identity). Distance: a patch's mean distance to the patches that it attends to; the dotted line "
-        "is that of attention which is the same everywhere. Rank counts the singular values that hold 99 % of the "
-        "energy, centred by sample (as in published figures) or by feature (as in PCA). Spread is a map's entropy, 1 "
-        "where all patches are attended alike."
+        f"On {facts['images']:,} {facts['set']} images. Pictures: the first image of each class, not selected; each "
+        "map is scaled to its range, brighter is higher. Rollout: the product of the blocks' attention (mean over "
+        "heads, half identity). Distance: mean distance of a patch to the patches that it attends to; the dotted line "
+        "is uniform attention. Rank: number of singular values with 99 % of the energy, centred by sample (as in "
+        "published figures) or by feature (as in PCA). Spread: entropy of a map, 1 for uniform attention."
     )
     return Section("Attention and features", note, blocks)
 
@@ -272,4 +273,4 @@ def _rank_lines(facts: dict[str, Any]) -> dict[str, list[float]]:
 def _caption(item: dict[str, Any]) -> str:
     """Return a caption with the image's class and each head's prediction."""
     predictions = ", ".join(f"{head} {name}" for head, name in item["predicted"].items())
-    return f"{item['group']}: {item['class']} ({item['training_images']:,} training images). Taken for: {predictions}"
+    return f"{item['group']}: {item['class']} ({item['training_images']:,} training images). Predicted: {predictions}"

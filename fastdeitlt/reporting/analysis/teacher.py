@@ -29,7 +29,9 @@ MAX_CLASS_ROWS = 100
 
 
 def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, images: int, json: Path | None) -> None:
-    """Diagnose teachers; print tables, write RUN/analysis/teacher.json for the report.
+    """Diagnose teachers and print tables.
+
+    Writes RUN/analysis/teacher.json for the report.
 
     Args:
         runs: runs of students with a teacher; with ``recipe``, teachers (runs, model folders, checkpoints).
@@ -42,7 +44,7 @@ def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, i
         UserError: a run without teacher, a teacher without recipe, or an invalid teacher or data set.
     """
     if images < 2:
-        raise UserError(f"analyze teacher: --images is {images}, expected at least 2")
+        raise UserError(f"--images: got {images}, expected at least 2")
     all_facts = {}
     for run in runs:
         path, cfg = _student_of(run, recipe, overrides)
@@ -82,8 +84,8 @@ def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple
     cfg = config.load(str(own), list(overrides)) if own else Config()
     if not cfg.teacher.path:
         raise UserError(
-            f"analyze teacher: {run} is no student's run with a teacher; for a teacher itself name the recipe whose "
-            "images it will teach on, such as --recipe quickstart"
+            f"analyze teacher {run}: not a student's run with a teacher; for a teacher's run add the student's recipe, "
+            "such as --recipe quickstart"
         )
     return cfg.teacher.path, cfg
 
@@ -99,17 +101,17 @@ def section(facts: dict[str, Any]) -> Section:
     heights = {"all": [f["accuracy"] for f in conditions.values()]}
     heights |= {shot: [f["agreement"][shot] or math.nan for f in conditions.values()] for shot in SHOTS}
     colours = dict(zip(heights, (figures.COLOURS["AVG"], *figures.RUN_COLOURS), strict=False))
-    sharpness = "; sharpness is the rise of the loss that far along its gradient" if facts.get("sharpness") else ""
+    sharpness = "; sharpness: increase of the loss at a distance along its gradient" if facts.get("sharpness") else ""
     return Section(
         "Teacher",
-        f"Teacher {_name(facts['path'])} on {facts['images']:,} training images: clean, as in its own evaluation; "
-        "augmented by the student's recipe; mixed besides; and resized from the student's size, which is what it "
-        "teaches on. Right: the hard decision is the label of the larger share of the image (groups by the official "
-        "split, else thirds by class size); either: the label of one of its two. Entropy is that of the softmax. "
-        f"Feature rank counts the singular values that hold 99 % of the energy{sharpness}.",
+        f"Teacher {_name(facts['path'])} on {facts['images']:,} training images: clean, as in its evaluation; "
+        "augmented with the student's recipe; augmented and mixed; and resized from the student's size, as in "
+        "distillation. Right: the hard decision is the label of the larger part of the image (groups by the official "
+        "split, else thirds by class size); either: the label of one of the two parts. Entropy: of the softmax. "
+        f"Feature rank: number of singular values with 99 % of the energy{sharpness}.",
         [
             page.Figure(
-                "Decisions of the teacher that are right, in %",
+                "Accuracy of the teacher's decisions, in %",
                 figures.bars(list(CONDITIONS.values()), heights, colours),
             ),
             _condition_table(conditions),
@@ -148,8 +150,8 @@ def _target_table(facts: dict[str, Any]) -> page.Table:
         share = {kind: 100 * number[kind] / totals[kind] for kind in number}
         ratio = f"{share['targets'] / share['labels']:.1f}" if share["labels"] else "-"
         rows.append([name, *(f"{share[kind]:.1f}" for kind in ("labels", "targets")), ratio])
-    header = ["", "label, %", "taught, %", "ratio"]
-    return page.Table("How often each class is the label, and how often it is taught", header, rows)
+    header = ["", "label, %", "target, %", "ratio"]
+    return page.Table("Frequency of each class as label and as the teacher's target", header, rows)
 
 
 def _flatness_table(facts: dict[str, Any]) -> page.Table:
@@ -157,7 +159,7 @@ def _flatness_table(facts: dict[str, Any]) -> page.Table:
     rank, rows = facts["feature_rank"], []
     if sharp := facts.get("sharpness"):
         rows = [["loss, clean images", f"{sharp['loss']:.4f}"]]
-        rows += [[f"its rise at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
+        rows += [[f"increase at radius {radius}", f"{gap:.4f}"] for radius, gap in sharp["gap"].items()]
         rows += [["largest Hessian eigenvalue", f"{sharp['top_eigenvalue']:.1f}"]]
     rows += [
         ["feature rank, by sample", f"{rank['sample']} of {rank['width']}"],

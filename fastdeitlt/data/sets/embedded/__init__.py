@@ -43,7 +43,7 @@ def unpack() -> Path:
                 return folder
             digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
             if digest != SHA256:
-                raise UserError(f"{ARCHIVE}: sha256 is {digest}, expected {SHA256}; reinstall fastdeitlt")
+                raise UserError(f"{ARCHIVE}: got sha256 {digest}, expected {SHA256}; reinstall fastdeitlt")
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 if not _complete(folder, archive):
@@ -52,7 +52,7 @@ def unpack() -> Path:
     except zipfile.BadZipFile as error:
         raise UserError(f"{ARCHIVE}: damaged ({error}); reinstall fastdeitlt") from None
     except OSError as error:
-        raise UserError(f"cache {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from None
+        raise UserError(f"cache {folder}: {error}; set XDG_CACHE_HOME to a writable folder") from None
     return folder
 
 
