@@ -31,7 +31,7 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(f"{teacher_settings[0]}: no effect on a student, expected with --with-teacher RECIPE")
     if cfg.teacher.path and args.with_teacher:
         raise UserError(
-            f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher; use one of the two"
+            f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher. Use one of the two."
         )
     teacher = config.load(args.with_teacher, teacher_settings) if args.with_teacher else None
     run.set_up_logging()
@@ -314,7 +314,7 @@ def _run(args: argparse.Namespace) -> int:
             return UserError.exit_code
         if is_memory_full(error):
             reason = " ".join(str(error).split())[:160]
-            _report_line(f"error: out of memory ({reason}); raise the limit or use smaller batches")
+            _report_line(f"error: out of memory ({reason}). Raise the limit or use smaller batches.")
             return MemoryFullError.exit_code
         if "FASTDEITLT_LAUNCHER" not in os.environ:
             raise

@@ -92,14 +92,14 @@ def _meet() -> tuple[collective.Store, int, int]:
     """
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
-            f"{missing[0]}: not set, expected with WORLD_SIZE in the environment; use a launcher, or unset WORLD_SIZE"
+            f"{missing[0]}: not set, expected with WORLD_SIZE in the environment. Use a launcher, or unset WORLD_SIZE."
         )
     place, world = _launcher_int("RANK", 0), _launcher_int("WORLD_SIZE", 1)
     host, port = os.environ["MASTER_ADDR"], _launcher_int("MASTER_PORT", 0)
     if place >= world or not 0 < port < 2**16:
         raise UserError(
             f"RANK={place} WORLD_SIZE={world} MASTER_PORT={port}: expected a rank below the world size and a port from "
-            "1 to 65535; use a launcher, or unset all three"
+            "1 to 65535. Use a launcher, or unset all three."
         )
     patience = timedelta(seconds=MEETING_S)
     try:
@@ -115,11 +115,11 @@ def _meet() -> tuple[collective.Store, int, int]:
         reason = " ".join(str(error).split())[:160]
         if isinstance(error, OSError) or "EADDRINUSE" in str(error):
             raise UserError(
-                f"MASTER_PORT: rank 0 cannot listen on {host}:{port} ({reason}); set a free port of this machine"
+                f"MASTER_PORT: rank 0 cannot listen on {host}:{port} ({reason}). Set a free port of this machine."
             ) from error
         raise RankLostError(
-            f"rank {place} of {world}: not all ranks joined at {host}:{port} within {MEETING_S} s ({reason}); check "
-            "that every rank was started and that the address is reachable"
+            f"rank {place} of {world}: not all ranks joined at {host}:{port} within {MEETING_S} s ({reason}). Check "
+            "that every rank was started and that the address is reachable."
         ) from error
 
 
@@ -131,7 +131,7 @@ def _end_with_launcher() -> None:
     """Make Linux kill this rank when its launcher dies, so that no rank is orphaned."""
     launcher = os.environ.get("FASTDEITLT_LAUNCHER")
     if launcher and os.getppid() != int(launcher):
-        raise RankLostError("the launcher of this rank exited before the rank started; start the command again")
+        raise RankLostError("the launcher of this rank exited before the rank started. Start the command again.")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -165,8 +165,8 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
             raise
         reason = " ".join(str(error).split())[:160]
         raise RankLostError(
-            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({reason}); see the log of that rank, and "
-            "rerun the same command to resume from the last checkpoint"
+            f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({reason}). See the log of that rank, and "
+            "rerun the same command to resume from the last checkpoint."
         ) from error
 
 
@@ -258,7 +258,7 @@ def adopt_slurm(env: Any) -> None:
         return
     missing = [name for name in ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID") if f"SLURM_{name}" not in env]
     if missing:
-        raise UserError(f"SLURM_{missing[0]}: not set, expected with SLURM_STEP_NUM_TASKS; start the ranks with srun")
+        raise UserError(f"SLURM_{missing[0]}: not set, expected with SLURM_STEP_NUM_TASKS. Start the ranks with srun.")
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
     # a task with its own GPU (--gpus-per-task=1) has index 0, whatever its local rank
@@ -286,7 +286,7 @@ def _launcher_int(name: str, default: int) -> int:
 def _number(env: Any, name: str, default: int) -> int:
     text = env.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected an integer; unset it")
+        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected an integer. Unset it.")
     return int(text)
 
 
@@ -410,7 +410,7 @@ def device_of(kind: str) -> torch.device:
     """
     usable = kind != "cpu" and torch.cuda.is_available()
     if kind == "cuda" and not usable:
-        raise UserError("train.device: got cuda, but torch has no usable GPU; run 'fastdeitlt doctor', or use cpu")
+        raise UserError("train.device: got cuda, but torch has no usable GPU. Run 'fastdeitlt doctor', or use cpu.")
     if not usable:
         if kind == "auto" and DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             _warn_unused_gpu()
@@ -418,8 +418,8 @@ def device_of(kind: str) -> torch.device:
     index, count = local_rank(), torch.cuda.device_count()
     if index >= count:
         raise UserError(
-            f"train.device: got cuda for local rank {index}, but torch sees {counted(count, 'GPU')}; start at most "
-            f"{counted(count, 'rank')} on this machine"
+            f"train.device: got cuda for local rank {index}, but torch sees {counted(count, 'GPU')}. Start at most "
+            f"{counted(count, 'rank')} on this machine."
         )
     return torch.device("cuda", index)
 

@@ -16,12 +16,12 @@ host and DALI allocators, cuBLAS, cuDNN, library loading, threads."""
 _REMEDIES = {
     **dict.fromkeys(
         (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-        "free space, or write to another folder",
+        "Free space, or write to another folder.",
     ),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "restore it if it was moved, and start again"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
-    errno.EISDIR: "use the name of a file",
-    errno.EIO: "check the system log, and start again",
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "Restore it if it was moved, and start again."),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit on open files (ulimit -n)."),
+    errno.EISDIR: "Use the name of a file.",
+    errno.EIO: "Check the system log, and start again.",
 }
 """Remedies of system errors that are not bugs, by errno."""
 
@@ -57,7 +57,7 @@ def storage_failure(error: BaseException | None) -> str | None:
     if not isinstance(error, OSError) or error.errno not in _REMEDIES:
         return None
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}; {_REMEDIES[error.errno]}"
+    return f"{where}{error.strerror}. {_REMEDIES[error.errno]}"
 
 
 class UserError(ValueError):

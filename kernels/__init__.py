@@ -6,6 +6,6 @@ Each op has a float32 ``reference`` in the same file. Imports ``data`` (augmenta
 
 if __name__ != "fastdeitlt.kernels":
     raise ImportError(
-        "kernels: got a top-level import, expected fastdeitlt.kernels; "
-        "run 'pip install -e .' and import fastdeitlt.kernels"
+        "kernels: got a top-level import, expected fastdeitlt.kernels. "
+        "Run 'pip install -e .' and import fastdeitlt.kernels."
     )

@@ -162,14 +162,14 @@ def check(
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(f"{op}: {name}: got dtype {got}, expected {names}; convert it with .to()")
+        raise UserError(f"{op}: {name}: got dtype {got}, expected {names}. Convert it with .to().")
     if device is not None and tensor.device != device:
-        raise UserError(f"{op}: {name}: got device {tensor.device}, expected {device}; move it with .to()")
+        raise UserError(f"{op}: {name}: got device {tensor.device}, expected {device}. Move it with .to().")
     if contiguous and not tensor.is_contiguous():
-        raise UserError(f"{op}: {name}: got strides {tensor.stride()}, expected contiguous; call .contiguous()")
+        raise UserError(f"{op}: {name}: got strides {tensor.stride()}, expected contiguous. Call .contiguous().")
     if contiguous is False and tensor.size(-1) > 1 and tensor.stride(-1) != 1:
         raise UserError(
-            f"{op}: {name}: got strides {tensor.stride()}, expected 1 in the last dimension; call .contiguous()"
+            f"{op}: {name}: got strides {tensor.stride()}, expected 1 in the last dimension. Call .contiguous()."
         )
 
 
@@ -181,8 +181,8 @@ def check_launchable(op: str, tensor: Tensor) -> None:
     """
     if tensor.device.type != "cuda" and not interpreted():
         raise UserError(
-            f"{op}: got a tensor on {tensor.device}, expected CUDA for the Triton kernel; use the torch "
-            "implementation, or set TRITON_INTERPRET=1 before Python starts to interpret it slowly on the CPU"
+            f"{op}: got a tensor on {tensor.device}, expected CUDA for the Triton kernel. Use the torch "
+            "implementation, or set TRITON_INTERPRET=1 before Python starts to interpret it slowly on the CPU."
         )
 
 

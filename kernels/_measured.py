@@ -84,7 +84,7 @@ def read(path: Path) -> list[Row]:
             what = error.errors()[0]
             raise UserError(
                 f"kernel measurements {path}, line {number}: {'.'.join(map(str, what['loc'])) or 'the line'}: "
-                f"{what['msg']}; delete the file and run 'fastdeitlt tune' again"
+                f"{what['msg']}. Delete the file and run 'fastdeitlt tune' again."
             ) from None
     return rows
 

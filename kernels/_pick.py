@@ -52,7 +52,7 @@ def check_impl(op: str, impl: str) -> None:
         raise UserError(f"{op}: got impl {impl!r}, expected one of {', '.join(impls)}{near(impl, impls)}")
     if not installed(impl):
         package = FLASH_MODULES.get(impl, "triton")
-        raise UserError(f"{op}: got impl {impl!r} without {package} for this torch; install it or use auto")
+        raise UserError(f"{op}: got impl {impl!r} without {package} for this torch. Install it or use auto.")
 
 
 def installed(impl: str) -> bool:
@@ -163,4 +163,4 @@ def _activate(impl: str) -> None:
     try:
         torch_attention.activate_flash_attention_impl(expected)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"attention: got impl {impl!r}, which cannot run here ({error}); use auto") from None
+        raise UserError(f"attention: got impl {impl!r}, which cannot run here ({error}). Use auto.") from None

@@ -313,7 +313,7 @@ def add_layernorm(
             check(op, "branch_bias", branch_bias, shape[-1:], FLOATS, x.device)
     if impl == "triton" and shape[-1] > MAX_WIDTH:
         raise UserError(
-            f"{op}: got width {shape[-1]}, expected at most {MAX_WIDTH} for the Triton kernel; use impl='torch'"
+            f"{op}: got width {shape[-1]}, expected at most {MAX_WIDTH} for the Triton kernel. Use impl='torch'."
         )
     dtype = dtype or (x.dtype if branch is None else branch.dtype)
     if pick(op, impl, (shape[-1],), x.device, shape[-1] <= MAX_WIDTH) == "torch":

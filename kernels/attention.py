@@ -206,7 +206,7 @@ def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, im
         zeros_3HD = (qkv_bias - qkv_bias.detach()).to(q.dtype).view(3, heads, width)
         q, kv = (q + zeros_3HD, None) if kv is None else (q + zeros_3HD[0], kv + zeros_3HD[1:])
     if chosen in GPU_BACKENDS and q.device.type != "cuda":
-        raise UserError(f"attention: impl {chosen!r}: got a tensor on {q.device}, expected CUDA; use 'auto' or 'sdpa'")
+        raise UserError(f"attention: impl {chosen!r}: got a tensor on {q.device}, expected CUDA. Use 'auto' or 'sdpa'.")
     queries, keys, values = _split(q, kv, rows)
     if chosen == "sdpa":
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
@@ -217,13 +217,13 @@ def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, im
 def _check_kernel(q: Tensor, rows: int | None) -> None:
     if q.shape[-1] not in WIDTHS:
         raise UserError(
-            f"attention: got head width {q.shape[-1]}, expected one of {WIDTHS} for the Triton kernel; use impl='sdpa'"
+            f"attention: got head width {q.shape[-1]}, expected one of {WIDTHS} for the Triton kernel. Use impl='sdpa'."
         )
     if rows is not None and rows > FEW_ROWS:
         raise UserError(
-            f"attention: got {rows} query rows, expected all or at most {FEW_ROWS} for the Triton kernel; use 'sdpa'"
+            f"attention: got {rows} query rows, expected all or at most {FEW_ROWS} for the Triton kernel. Use 'sdpa'."
         )
     if q.device.type == "cuda" and q.dtype == torch.float32:
         raise UserError(
-            "attention: got float32 on a GPU, expected bfloat16 or float16 for the Triton kernel; use impl='sdpa'"
+            "attention: got float32 on a GPU, expected bfloat16 or float16 for the Triton kernel. Use impl='sdpa'."
         )

@@ -181,7 +181,7 @@ def _check(
         raise UserError(f"augment: got dtype {dtype}, expected one of {', '.join(str(d) for d in DTYPES)}")
     if draws.shift_B2.any() or draws.op_B2.shape[1] > 2:
         raise UserError(
-            "augment: got padded crops or more than two operations, expected neither; use data.augment.apply"
+            "augment: got padded crops or more than two operations, expected neither. Use data.augment.apply."
         )
     if batch % 2 and mix.lam != 1.0:
         raise UserError(f"augment: got a batch of {batch} images to mix, expected an even number")

@@ -22,7 +22,7 @@ FAULTS = {
     "hang": (7, 7, "lost contact with rank 1"),
     "memory": (8, 6, "out of memory with train.batch_size=8 on rank 1"),
     "nan": (9, 5, "non-finite loss from step 9 (rank 1); training stopped before that update"),
-    "gone": (10, 1, "/gone.png: No such file or directory; restore it"),
+    "gone": (10, 1, "/gone.png: No such file or directory. Restore it"),
     "kill": (10, 0, "rank 1 of 2 killed by SIGKILL"),  # and started again
 }
 SLOW_STEPS = (11, 12)

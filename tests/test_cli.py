@@ -58,12 +58,12 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
-        (errno.ENOSPC, "free space, or write to another folder"),
-        (errno.EACCES, "free space, or write to another folder"),
-        (errno.EFBIG, "free space, or write to another folder"),
-        (errno.EMFILE, "raise the limit on open files (ulimit -n)"),
-        (errno.EIO, "check the system log, and start again"),
-        (errno.ENOENT, "restore it if it was moved, and start again"),
+        (errno.ENOSPC, "Free space, or write to another folder."),
+        (errno.EACCES, "Free space, or write to another folder."),
+        (errno.EFBIG, "Free space, or write to another folder."),
+        (errno.EMFILE, "Raise the limit on open files (ulimit -n)."),
+        (errno.EIO, "Check the system log, and start again."),
+        (errno.ENOENT, "Restore it if it was moved, and start again."),
         (errno.EBADF, None),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_place_that_takes_no_file_is_one_line(number, cure, monkeypatch, capsy
             cli.main(["doctor"])
         return
     assert cli.main(["doctor"]) == 2
-    assert capsys.readouterr().err == f"fastdeitlt: error: /full/scores.json: {os.strerror(number)}; {cure}\n"
+    assert capsys.readouterr().err == f"fastdeitlt: error: /full/scores.json: {os.strerror(number)}. {cure}\n"
 
 
 def test_ctrl_c_is_code_130(monkeypatch, capfd):

@@ -159,7 +159,7 @@ def test_numbers_that_tensors_cannot_hold_are_refused(override, words, tmp_path)
 
 @pytest.mark.parametrize("name", ["augment.crop_scale", "augment.crop_ratio"])
 def test_a_range_upside_down_is_refused_with_the_right_one(name):
-    with pytest.raises(UserError, match=rf"{name}: got \[2, 1\], expected a range \(low, high\); use \[1.0, 2.0\]"):
+    with pytest.raises(UserError, match=rf"{name}: got \[2, 1\], expected a range \(low, high\)\. Use \[1.0, 2.0\]"):
         config.load("quickstart", [f"{name}=[2, 1]"])
     assert config.load("quickstart", [f"{name}=[0.5, 0.5]"])
 

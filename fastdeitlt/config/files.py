@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
             name = getattr(key, "value", None)
             if isinstance(name, str) and name != "<<":  # "<<" merges another mapping, with lower precedence
                 if name in seen:
-                    raise UserError(f"{name} is set twice (line {key.start_mark.line + 1}); remove one")
+                    raise UserError(f"{name} is set twice (line {key.start_mark.line + 1}). Remove one.")
                 seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -136,7 +136,7 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
         try:
             values[name] = yaml.load(text, _Loader)
         except yaml.YAMLError:
-            raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+            raise UserError(f"override {override!r}: the value is not valid YAML. Quote it.") from None
         except RecursionError:
             raise UserError(
                 f"override {override[:40]!r}...: nested too deeply, expected a number, text or list"

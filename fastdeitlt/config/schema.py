@@ -60,8 +60,8 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.mixup.on and self.train.batch_size % 2:
             raise ValueError(
-                f"train.batch_size: got {self.train.batch_size}, expected an even number because mixing pairs images; "
-                f"use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0"
+                f"train.batch_size: got {self.train.batch_size}, expected an even number because mixing pairs images. "
+                f"Use {self.train.batch_size - 1 or 2} or {self.train.batch_size + 1}, or mixup.prob=0."
             )
         if self.train.autotune and not self.train.compile:
             raise ValueError("train.autotune: got true with train.compile=false, expected false or train.compile=true")

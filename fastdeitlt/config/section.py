@@ -38,7 +38,7 @@ def _numbers(value: object) -> list[int | float]:
 
 def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
-        raise ValueError(f"expected a range (low, high); use [{bounds[1]}, {bounds[0]}]")
+        raise ValueError(f"expected a range (low, high). Use [{bounds[1]}, {bounds[0]}].")
     return bounds
 
 

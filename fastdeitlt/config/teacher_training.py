@@ -94,7 +94,7 @@ class TeacherTrainingConfig(Section):
         if self.normed_head and self.loss != "ldam":
             raise ValueError(
                 f"normed_head: got true with loss={self.loss}, expected false because only ldam scales the cosine "
-                "logits; set teacher_training.normed_head=false"
+                "logits. Set teacher_training.normed_head=false."
             )
         if self.sam_schedule == "step" and not self.sam_rho_steps:
             raise ValueError("sam_rho_steps: got [], expected (first epoch, rho) pairs with sam_schedule=step")

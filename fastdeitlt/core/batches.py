@@ -105,7 +105,7 @@ def use_kernel(cfg: AugmentConfig, device: torch.device) -> bool:
     fits = cfg.recipe in ("deit", "none")
     if cfg.impl == "triton" and not fits:
         raise UserError(
-            f"augment.impl=triton: got augment.recipe={cfg.recipe}, expected deit or none; use augment.impl=auto"
+            f"augment.impl=triton: got augment.recipe={cfg.recipe}, expected deit or none. Use augment.impl=auto."
         )
     return pick("augment", cfg.impl, (), device, fits, on_gpu="triton") == "triton"
 

@@ -63,7 +63,7 @@ class FlatAdamW(torch.optim.Optimizer):
         decays = {group["weight_decay"] for group in self.param_groups if group["weight_decay"]}
         if len(decays) > 1:
             raise UserError(
-                f"FlatAdamW: got weight decays {sorted(decays)}, expected one besides 0; use torch.optim.AdamW"
+                f"FlatAdamW: got weight decays {sorted(decays)}, expected one besides 0. Use torch.optim.AdamW."
             )
         groups = sorted(self.param_groups, key=lambda group: (_scale(group), not group["weight_decay"]))
         parameters = [parameter for group in groups for parameter in group["params"]]
@@ -71,7 +71,7 @@ class FlatAdamW(torch.optim.Optimizer):
             if p.dtype != torch.float32 or p.device != parameters[0].device:
                 raise UserError(
                     f"FlatAdamW: a parameter of shape {tuple(p.shape)} is {p.dtype} on {p.device}, expected float32 on "
-                    f"{parameters[0].device}; keep float32 weights and let autocast convert"
+                    f"{parameters[0].device}. Keep float32 weights and let autocast convert."
                 )
         return parameters
 
@@ -137,7 +137,7 @@ class FlatAdamW(torch.optim.Optimizer):
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if len(grads) < len(self._parameters):
             missing = next(tuple(p.shape) for p in self._parameters if p.grad is None)
-            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient; freeze or use it")
+            raise UserError(f"FlatAdamW: a parameter of shape {missing} has no gradient. Freeze or use it.")
         torch._foreach_copy_(self._grad_views, grads)
         self._gathered = True
 

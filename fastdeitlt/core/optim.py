@@ -100,7 +100,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     backend = pick("adamw_ema", backend, ("step",), device)
     if o.algorithm == "lamb" and backend != "apex":
         raise UserError(
-            f"optim.backend: got {backend} with optim.algorithm=lamb, expected apex; use optim.backend=apex"
+            f"optim.backend: got {backend} with optim.algorithm=lamb, expected apex. Use optim.backend=apex."
         )
     arguments: dict[str, Any] = {"betas": o.betas, "eps": o.eps}
     lr = learning_rate(0.0, cfg)
@@ -139,8 +139,8 @@ def _apex() -> tuple[type, type]:
         from apex.optimizers import FusedAdam, FusedLAMB
     except ImportError as error:
         raise UserError(
-            f"optim.backend=apex: NVIDIA apex with CUDA extensions is not installed ({error}); build it from "
-            "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch"
+            f"optim.backend=apex: NVIDIA apex with CUDA extensions is not installed ({error}). Build it from "
+            "github.com/NVIDIA/apex (PyPI's 'apex' is unrelated), or use optim.backend=torch."
         ) from None
     return FusedAdam, FusedLAMB
 
@@ -152,7 +152,7 @@ def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimiz
         from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
     except ImportError as error:
         raise UserError(
-            f"optim.backend=deepspeed: DeepSpeed cannot be imported ({error}); use optim.backend=torch"
+            f"optim.backend=deepspeed: DeepSpeed cannot be imported ({error}). Use optim.backend=torch."
         ) from None
     try:
         return FusedAdam(groups, **arguments)
@@ -160,13 +160,13 @@ def _deepspeed_adam(groups: list[dict], **arguments: Any) -> torch.optim.Optimiz
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"optim.backend=deepspeed: FusedAdam does not compile ({reason}), expected ninja and nvcc of CUDA "
-            f"{torch.version.cuda}; install them, or use optim.backend=torch"
+            f"{torch.version.cuda}. Install them, or use optim.backend=torch."
         ) from None
 
 
 def _needs_gpu(backend: str, device: torch.device) -> None:
     if device.type != "cuda":
-        raise UserError(f"optim.backend={backend}: got {device}, expected a GPU; use optim.backend=torch")
+        raise UserError(f"optim.backend={backend}: got {device}, expected a GPU. Use optim.backend=torch.")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -221,7 +221,7 @@ def check_optimizer(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     names = {key.rpartition("/")[0] for key in tensors}
     if names and names != parameters:
         raise UserError(
-            f"optimizer state: belongs to other parameters (e.g. {sorted(names ^ parameters)[0]}); start a new run"
+            f"optimizer state: belongs to other parameters (e.g. {sorted(names ^ parameters)[0]}). Start a new run."
         )
 
 
@@ -304,7 +304,7 @@ class Ema:
             if name not in state or state[name].shape != tensor.shape:
                 got = tuple(state[name].shape) if name in state else "nothing"
                 raise UserError(
-                    f"ema state: {name} has {got}, expected {tuple(tensor.shape)}; use the state of this model"
+                    f"ema state: {name} has {got}, expected {tuple(tensor.shape)}. Use the state of this model."
                 )
             tensor.copy_(state[name])
 

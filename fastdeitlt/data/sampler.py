@@ -88,7 +88,7 @@ class RepeatedAugmentationSampler:
         if (state["n"], state["world_size"]) != (self.n, self.world_size):
             raise UserError(
                 f"sampler state: got n={state['n']}, world_size={state['world_size']}, expected n={self.n}, "
-                f"world_size={self.world_size}; resume with the data set and train.virtual_ranks of the saved run"
+                f"world_size={self.world_size}. Resume with the data set and train.virtual_ranks of the saved run."
             )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
 

@@ -187,7 +187,7 @@ def evaluate(
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
     for out in (json_path, csv_path, predictions_path):
         if out and not Path(out).absolute().parent.is_dir():
-            raise UserError(f"eval {out}: no such folder; create it first")
+            raise UserError(f"eval {out}: no such folder. Create it first.")
     if predictions_path and Path(predictions_path).suffix != ".csv":
         raise UserError(f"--predictions: got {predictions_path}, expected a .csv file")
     with distributed.group(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s):

@@ -154,7 +154,7 @@ class Result:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"result: {where}: {first['msg']}; rerun `fastdeitlt eval`") from None
+            raise UserError(f"result: {where}: {first['msg']}. Rerun `fastdeitlt eval`.") from None
 
     def table(
         self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
@@ -309,7 +309,7 @@ def _check(logits: dict[str, Tensor], labels_N: Tensor, num_classes: int) -> Non
         raise UserError("evaluation: no images, expected at least one")
     low, high = int(read_N.min()), int(read_N.max())
     if low < 0 or high >= num_classes:
-        raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}; use the data set of the model")
+        raise UserError(f"labels: got {low}..{high}, expected 0..{num_classes - 1}. Use the data set of the model.")
 
 
 def _score_head(

@@ -138,7 +138,7 @@ class PostHoc:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"post-hoc scores: {where}: {first['msg']}; rerun `fastdeitlt eval`") from None
+            raise UserError(f"post-hoc scores: {where}: {first['msg']}. Rerun `fastdeitlt eval`.") from None
         return replace(scores, result=Result.from_json(tree["result"]))
 
 

@@ -25,7 +25,7 @@ def check_fp8(device: torch.device) -> None:
         got = device.type if capability is None else "compute capability {}.{}".format(*capability)
         raise UserError(
             f"train.precision=fp8: got {got}, expected a GPU with compute capability 8.9 or newer, which has float8 "
-            "products; use train.precision=bf16"
+            "products. Use train.precision=bf16."
         )
 
 

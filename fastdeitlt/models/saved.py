@@ -80,8 +80,8 @@ def open_saved(path: str | Path) -> Saved:
     path = Path(path)
     if (path.suffix in EXPORTED and path.is_file()) or (path / "config.json").is_file():
         raise UserError(
-            f"model {path}: exported for other programs, expected a run or model folder; use the run it was exported "
-            "from"
+            f"model {path}: exported for other programs, expected a run or model folder. Use the run it was exported "
+            "from."
         )
     model: nn.Module
     if path.is_dir() and (info := read_manifest(find_model_folder(path))).get("kind") == "teacher":
@@ -93,12 +93,12 @@ def open_saved(path: str | Path) -> Saved:
     names = info.get("class_names") or [f"class {label}" for label in range(num_classes)]
     if len(names) != num_classes:
         raise UserError(
-            f"model {path}: got {counted(len(names), 'class name')}, expected {num_classes}; repair its manifest"
+            f"model {path}: got {counted(len(names), 'class name')}, expected {num_classes}. Repair its manifest."
         )
     if len(info.get("class_counts") or names) != num_classes:
         number = len(info["class_counts"])
         raise UserError(
-            f"model {path}: got {counted(number, 'class count')}, expected {num_classes}; repair its manifest"
+            f"model {path}: got {counted(number, 'class count')}, expected {num_classes}. Repair its manifest."
         )
     return Saved(
         model=model,

@@ -141,10 +141,10 @@ def _read_timm(folder: Path) -> Start:
     try:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"student.init {folder}: config.json cannot be read ({error}); export it again") from None
+        raise UserError(f"student.init {folder}: config.json cannot be read ({error}). Export it again.") from None
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise UserError(f"student.init {folder}: no model.safetensors beside config.json; copy the folder again")
+        raise UserError(f"student.init {folder}: no model.safetensors beside config.json. Copy the folder again.")
     info = info if isinstance(info, dict) else {}
     inner = info.get("pretrained_cfg")
     facts = (inner if isinstance(inner, dict) else {}) | info
@@ -171,8 +171,8 @@ def _check(state: State, student: DistilledViT, what: str) -> None:
     width = state["cls_token"].shape[-1]
     if width != student.width:
         size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
-        remedy = f"use student.name=deit_{size}_distilled_patch..." if size else "use other weights"
-        raise UserError(f"{what}: got width {width}, expected {student.width}; {remedy}")
+        remedy = f"Use student.name=deit_{size}_distilled_patch..." if size else "Use other weights."
+        raise UserError(f"{what}: got width {width}, expected {student.width}. {remedy}")
     num_rows = len(state["head.weight"]) if "head.weight" in state else 0
     expected = dict(zip(_HEADS, [(num_rows, width), (num_rows,)] * 2, strict=True)) | {"pos_embed": (1, -1, width)}
     for key in state.keys() & expected.keys():

@@ -57,7 +57,9 @@ def read_torch(path: Path) -> Any:
             ) from None
         alien = isinstance(error, (pickle.UnpicklingError, LookupError))  # a missing key explains nothing
         reason = "not torch's pickle" if alien else _first_line(error)
-        raise UserError(f"checkpoint {path}: damaged, or not written by torch.save ({reason}); copy it again") from None
+        raise UserError(
+            f"checkpoint {path}: damaged, or not written by torch.save ({reason}). Copy it again."
+        ) from None
 
 
 def _refuse_bomb(path: Path) -> None:
@@ -73,7 +75,7 @@ def _refuse_bomb(path: Path) -> None:
     if unpacked > (size := path.stat().st_size):
         raise UserError(
             f"checkpoint {path}: got {size:,} bytes that unpack to {unpacked:,}, expected an uncompressed file as "
-            "torch.save writes; save it again"
+            "torch.save writes. Save it again."
         )
 
 
@@ -86,7 +88,7 @@ def read_safetensors(path: Path) -> State:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"weights {path}: damaged or truncated ({_first_line(error)}); copy it again") from None
+        raise UserError(f"weights {path}: damaged or truncated ({_first_line(error)}). Copy it again.") from None
 
 
 def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "model")) -> State:
@@ -128,7 +130,7 @@ def load_exact(model: nn.Module, state: State, what: str) -> None:
     ]
     summary = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
     if summary:
-        raise UserError(f"{what}: keys do not fit the model ({summary}); check the architecture and style")
+        raise UserError(f"{what}: keys do not fit the model ({summary}). Check the architecture and style.")
     model.load_state_dict(state, strict=False)
 
 

@@ -313,7 +313,7 @@ def _network_with(state: State, arch: str, num_classes: int, style: str, what: s
     is_paco = any(key.startswith("encoder_q.") for key in state)
     if style != "auto" and is_paco != (style == "official_paco"):
         raise UserError(
-            f"{what}: got style {style}, but its keys are {'' if is_paco else 'not '}those of official_paco; use auto"
+            f"{what}: got style {style}, but its keys are {'' if is_paco else 'not '}those of official_paco. Use auto."
         )
     if is_paco:
         encoder = {
@@ -329,7 +329,7 @@ def _network_with(state: State, arch: str, num_classes: int, style: str, what: s
         _norm_head(network, num_classes)
     got = weight.shape[-1 if normed else 0] if weight.ndim else 0
     if got != num_classes:
-        raise UserError(f"{what}: got {counted(got, 'class')}, expected {num_classes}; use a teacher of this data set")
+        raise UserError(f"{what}: got {counted(got, 'class')}, expected {num_classes}. Use a teacher of this data set.")
     load_exact(network, state, what)
     return network
 
@@ -363,7 +363,7 @@ def open_teacher(
     network = _network_with(state, arch, num_classes, cfg.style, f"teacher {cfg.path}")
     if cfg.map_classes and class_map is None:
         raise UserError(
-            "teacher.map_classes: got true, expected false because this data set has no class map; use false"
+            "teacher.map_classes: got true, expected false because this data set has no class map. Use false."
         )
     order: Sequence[int] | Tensor | None = class_map if cfg.map_classes else None
     if manifest:

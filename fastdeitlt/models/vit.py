@@ -238,8 +238,8 @@ def create_student(
     patch, side = int(match[2]), img_size or int(match[3])
     if side < patch or side % patch:
         raise UserError(
-            f"student {name}: image size {side} does not divide into patches of {patch}; use "
-            f"{max(round(side / patch), 1) * patch}"
+            f"student {name}: image size {side} does not divide into patches of {patch}. Use "
+            f"{max(round(side / patch), 1) * patch}."
         )
     if num_classes < 1:
         raise UserError(f"student {name}: got {num_classes} classes, expected at least 1")

@@ -50,7 +50,9 @@ def arms_beside(run: RunFiles) -> list[Arm]:
                 means_by_arm.setdefault(row["arm"], {})[row["head"], row["group"]] = shown
                 seeds[row["arm"]] = max(seeds.get(row["arm"], 0), int(row["seeds"]))
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); rewrite it with `fastdeitlt ablate GRID --table`") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}). Rewrite it with `fastdeitlt ablate GRID --table`."
+        ) from None
     arms = [Arm(name, seeds[name], means) for name, means in means_by_arm.items()]
     return arms if any(arm.name == arm_of(run) for arm in arms) else []
 

@@ -137,5 +137,5 @@ def write(page: Page, path: Path) -> Path:
     try:
         write_atomically(path, html)
     except OSError as error:
-        raise UserError(f"page {path}: cannot be written ({error.strerror}); set another file with --out") from None
+        raise UserError(f"page {path}: cannot be written ({error.strerror}). Set another file with --out.") from None
     return path

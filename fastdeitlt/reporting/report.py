@@ -306,5 +306,5 @@ def results_table(run_dir: str | Path) -> rich.table.Table:
     """
     run = read_run(run_dir)
     if run.tested is None:
-        raise UserError(f"run folder {run.folder}: no results.json; finish the run first")
+        raise UserError(f"run folder {run.folder}: no results.json. Finish the run first.")
     return run.tested[1].table("official", run.teacher, run.published)

@@ -135,7 +135,7 @@ class Checkpoints:
         if error is None:
             return
         self._failures += 1
-        what = str(error)
+        what = str(error).rstrip(".")
         if not isinstance(error, UserError):
             what = f"checkpoint: could not be written ({type(error).__name__}: {error})"
         if must or self._failures >= self.FAILURES:
@@ -201,20 +201,20 @@ class Checkpoints:
                 if manifest.get("step") != int(path.name.removeprefix("step-")) or "best" not in manifest:
                     raise DamagedError(f"model folder {path}: {MANIFEST} is not of a checkpoint of this step")
             except DamagedError as error:
-                log.warning("%s; trying the previous checkpoint", error)
+                log.warning("%s; trying the previous checkpoint", str(error).rstrip("."))
                 path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
                 continue
             if not manifest.keys() >= set(self.STATE):
                 raise CheckpointError(
                     f"checkpoint {path}: written by version {manifest.get('version')}, which this version cannot "
-                    "resume; use that version, or --resume never for a new folder"
+                    "resume. Use that version, or --resume never for a new folder."
                 )
             return path, manifest
         damaged = [name for name in list_names(self.folder) if ".damaged-" in name]
         if damaged:
             raise CheckpointError(
-                f"resume: no intact checkpoint in {self.folder} (e.g. {damaged[-1]}); restore one from a backup, or "
-                "use --resume never to train from the first step in a new folder"
+                f"resume: no intact checkpoint in {self.folder} (e.g. {damaged[-1]}). Restore one from a backup, or "
+                "use --resume never to train from the first step in a new folder."
             )
         return None
 

@@ -170,18 +170,18 @@ class Run:
             folder = _unused(folder)
         saved = folder / "config.yaml"
         if resume not in ("auto", "never") and not saved.is_file():
-            raise UserError(f"resume: no run in {folder}; use --resume auto to start one")
+            raise UserError(f"resume: no run in {folder}. Use --resume auto to start one.")
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run folder {folder}: cannot be created ({error}); set another runs_dir") from None
+            raise UserError(f"run folder {folder}: cannot be created ({error}). Set another runs_dir.") from None
         self._lock = FileLock(folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             owner = folder / ".owner"
             by = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
-            raise UserError(f"run folder {folder}: in use by another process{by}; wait, or set name=...") from None
+            raise UserError(f"run folder {folder}: in use by another process{by}. Wait, or set name=...") from None
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         sweep(folder / "checkpoints")
         if saved.exists() and _has_begun(folder):
@@ -216,7 +216,7 @@ class Run:
                 self._records.flush()
             if self._begun and (message := _storage_failure(error)):
                 if not self.folder.is_dir():
-                    gone = f"run folder {self.folder}: moved or deleted; restore it, and start again"
+                    gone = f"run folder {self.folder}: moved or deleted. Restore it, and start again."
                     raise UserError(gone) from error
                 raise StorageError(f"{message} (rerun the same command to resume from the last checkpoint)") from error
         finally:
@@ -243,8 +243,8 @@ class Run:
         died = before.get("died", 0) + 1 if before.items() >= state.items() else 0
         if died > RESTARTS:
             raise CrashLoopError(
-                f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint; find the "
-                f"cause in the run's messages or the system log, then delete {path} to try again"
+                f"run folder {self.folder}: {died} starts from step {step} died before the next checkpoint. Find the "
+                f"cause in the run's messages or the system log, then delete {path} to try again."
             )
         write_atomically(path, json.dumps({**state, "died": died}))
         (self.folder / "PREEMPTED").unlink(missing_ok=True)
@@ -254,7 +254,7 @@ class Run:
         self._mark(number, step)
         name = signal.Signals(number).name
         return StoppedError(
-            f"{self.folder}: stopped by {name}, saved at step {step}; rerun the same command to resume",
+            f"{self.folder}: stopped by {name}, saved at step {step}. Rerun the same command to resume.",
             stop_code(number),
         )
 
@@ -417,7 +417,7 @@ def refuse_changes(
     now: Config,
     folder: Path,
     free: Collection[str] = (),
-    remedy: str = "use --resume never for a new folder, or the saved settings",
+    remedy: str = "Use --resume never for a new folder, or the saved settings.",
 ) -> None:
     """Raise UserError if settings changed, except MAY_CHANGE and ``free``."""
     before, after = config.flatten(saved), config.flatten(now)
@@ -425,5 +425,5 @@ def refuse_changes(
     if changed:
         listed = ", ".join(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed[:4])
         if "train.epochs" in changed:
-            remedy += f"; to train longer, start a new run from its weights: name=NEW student.init={folder}"
-        raise UserError(f"run folder {folder}: contains a run with other settings ({listed}); {remedy}")
+            remedy += f" To train longer, start a new run from its weights: name=NEW student.init={folder}."
+        raise UserError(f"run folder {folder}: contains a run with other settings ({listed}). {remedy}")

@@ -53,7 +53,7 @@ def processes(cfg: Config, requested: int, env: Mapping[str, str]) -> int:
     """
     if is_launched(env):
         if requested and "FASTDEITLT_LAUNCHER" not in env:
-            raise UserError("--processes: got a value under another launcher, expected none; use one of the two")
+            raise UserError("--processes: got a value under another launcher, expected none. Use one of the two.")
         return 1
     if requested:
         return requested

@@ -124,11 +124,11 @@ def _read_records(path: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number}: not JSON ({error}); remove the line") from None
+            raise UserError(f"{path} line {number}: not JSON ({error}). Remove the line.") from None
         if isinstance(record, dict) and record.get("kind") == "step" and not isinstance(record.get("epoch"), int):
-            raise UserError(f"{path} line {number}: a step without an epoch; remove the line")
+            raise UserError(f"{path} line {number}: a step without an epoch. Remove the line.")
         if not isinstance(record, dict):
-            raise UserError(f"{path} line {number}: got {line.strip()[:40]!r}, expected an object; remove the line")
+            raise UserError(f"{path} line {number}: got {line.strip()[:40]!r}, expected an object. Remove the line.")
         records.append(record)
     return records
 

@@ -100,7 +100,7 @@ class Selector:
         if self.on == "last" and cfg.train.patience:
             raise UserError(
                 f"train.patience: got {cfg.train.patience} without a selection set (evaluate.select_on={select_on}), "
-                "expected a validation set; set data.val_holdout=0.1, or train.patience=0"
+                "expected a validation set. Set data.val_holdout=0.1, or train.patience=0."
             )
         if self.on == "last":
             reason = "" if select_on == "last" else f" (no {select_on} set)"
@@ -144,10 +144,11 @@ class Selector:
         try:
             selected = distributed.on_main(lambda: checkpoint.read_manifest(folder)).get("selected")
         except DamagedError as error:
-            raise CheckpointError(f"{error}; rerun the same command to restore the folder") from None
+            reason = str(error).rstrip(".")
+            raise CheckpointError(f"{reason}. Rerun the same command to restore the folder.") from None
         if selected != self.best:
             raise CheckpointError(
-                f"{folder}: got {selected}, expected {self.best}; rerun the same command to restore the folder"
+                f"{folder}: got {selected}, expected {self.best}. Rerun the same command to restore the folder."
             )
         self.scorer.load(checkpoint.load_tensors(folder))
         tested = self.scorer.test()
@@ -185,8 +186,8 @@ class Selector:
                 for name in changed
             )
             raise UserError(
-                f"run folder {folder}: {listed} changed since the checkpoint; restore the old files, or use --resume "
-                "never for a new folder"
+                f"run folder {folder}: {listed} changed since the checkpoint. Restore the old files, or use --resume "
+                "never for a new folder."
             )
 
     def _fingerprint(self) -> dict[str, str | None]:

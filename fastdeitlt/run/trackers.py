@@ -98,7 +98,7 @@ class WeightsAndBiases:
         import wandb
 
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-            raise RuntimeError("not logged in; run `wandb login`, or set WANDB_MODE=offline")
+            raise RuntimeError("not logged in. Run `wandb login`, or set WANDB_MODE=offline.")
         identity, _ = run.identity("wandb", lambda: uuid4().hex[:8])
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),

@@ -142,7 +142,7 @@ def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -
     saved = checkpoints.latest
     state = f"checkpoint {saved} is intact" if saved else "no checkpoint was saved before"
     clip = "" if 0 < clip_norm <= 1 else f" or set {section}.clip_norm=1"
-    return f"{state}; lower {section}.lr{clip} (another run: --resume never)"
+    return f"{state}. Lower {section}.lr{clip} (another run: --resume never)"
 
 
 @contextmanager
@@ -164,13 +164,13 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
             note = f"; {path} has the memory summary"
         half = t.batch_size // 2
         less = (
-            f"use train.batch_size={half} train.virtual_ranks={2 * t.virtual_ranks}, which halves the memory with the "
+            f"Use train.batch_size={half} train.virtual_ranks={2 * t.virtual_ranks}, which halves the memory with the "
             "same learning rate and images per step"
             if half >= 2 and half % 2 == 0
-            else "use a smaller student, or train.zero_stage=3"
+            else "Use a smaller student, or train.zero_stage=3"
         )
         reason = " ".join(str(error).split())[:160]
         raise MemoryFullError(
-            f"out of memory with train.batch_size={t.batch_size} on rank {distributed.rank()} ({reason}); {less} "
+            f"out of memory with train.batch_size={t.batch_size} on rank {distributed.rank()} ({reason}). {less} "
             f"(another run: --resume never){note}"
         ) from None

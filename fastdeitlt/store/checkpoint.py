@@ -89,7 +89,7 @@ def save_model_folder(
         room = shutil.disk_usage(path.parent).free
         if room < 2 * need:
             raise CheckpointError(
-                f"checkpoint {path}: {room / 2**20:.0f} MiB free, expected {2 * need / 2**20:.0f} MiB; free space"
+                f"checkpoint {path}: {room / 2**20:.0f} MiB free, expected {2 * need / 2**20:.0f} MiB. Free space."
             )
         draft.mkdir()
         files = {}
@@ -165,7 +165,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DamagedError(
-            f"model folder {path}: {MANIFEST}, {where}: {first['msg']}; use a folder written by train"
+            f"model folder {path}: {MANIFEST}, {where}: {first['msg']}. Use a folder written by train."
         ) from None
     for name, facts in checked.files.items():
         file = path / Path(name).name
@@ -173,10 +173,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             digest = _read(file, _sha256)
         except ABSENT:
             raise DamagedError(
-                f"model folder {path}: {name} is missing; copy the folder again or use an older checkpoint"
+                f"model folder {path}: {name} is missing. Copy the folder again or use an older checkpoint."
             ) from None
         if digest != facts.sha256:
-            raise DamagedError(f"model folder {path}: {name} is damaged (wrong sha256); use an older checkpoint")
+            raise DamagedError(f"model folder {path}: {name} is damaged (wrong sha256). Use an older checkpoint.")
     return manifest
 
 
@@ -191,7 +191,7 @@ def load_tensors(path: str | Path, name: str = "model") -> dict[str, Tensor]:
     try:
         return _read(file, load_file)
     except (*ABSENT, SafetensorError) as error:
-        raise DamagedError(f"{file}: cannot be read ({error}); use another checkpoint") from None
+        raise DamagedError(f"{file}: cannot be read ({error}). Use another checkpoint.") from None
 
 
 def find_model_folder(path: str | Path) -> Path:

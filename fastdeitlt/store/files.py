@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}). Restore or remove it.") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: got a {type(tree).__name__}, expected an object; restore or remove it")
+        raise UserError(f"{path}: got a {type(tree).__name__}, expected an object. Restore or remove it.")
     return tree

@@ -29,7 +29,7 @@ def export_official(folder: str | Path, style: str, path: str | Path) -> Path:
             official_paco.
     """
     if Path(path).exists():
-        raise UserError(f"export {path}: exists, expected a new name; remove it or use another name")
+        raise UserError(f"export {path}: exists, expected a new name. Remove it or use another name.")
     state, manifest = read_folder(Path(folder), "teacher")
     is_paco = any(key.startswith("encoder_q.") for key in state)
     if style not in STYLES:

@@ -51,7 +51,7 @@ class SAM(Optimizer):
         if isinstance(base_optimizer, Optimizer):
             if kwargs:
                 raise ValueError(
-                    f"{', '.join(kwargs)}: got an optimizer instance, expected a class; set them in the instance"
+                    f"{', '.join(kwargs)}: got an optimizer instance, expected a class. Set them in the instance."
                 )
             own = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
             base = [p for group in base_optimizer.param_groups for p in group["params"]]
@@ -86,11 +86,11 @@ class SAM(Optimizer):
             RuntimeError: no gradients, or the weights are already at w + e.
         """
         if self._perturbed:
-            raise RuntimeError("first_step: called twice; call second_step in between")
+            raise RuntimeError("first_step: called twice. Call second_step in between.")
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         weights = [p for _, members in groups for p in members]
         if not weights:
-            raise RuntimeError("first_step: no gradients; run backward first")
+            raise RuntimeError("first_step: no gradients. Run backward first.")
         steps = []
         norms: list[Tensor] = []
         for group, members in groups:
@@ -167,7 +167,7 @@ class SAM(Optimizer):
             RuntimeError: called between the two steps, with the weights at w + e.
         """
         if self._perturbed:
-            raise RuntimeError("state_dict: called between first_step and second_step; save after second_step")
+            raise RuntimeError("state_dict: called between first_step and second_step. Save after second_step.")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

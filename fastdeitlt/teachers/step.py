@@ -125,7 +125,8 @@ class Step:
     ) -> None:
         if cfg.train.precision == "fp8":
             raise UserError(
-                "train.precision=fp8: supports a student's training only, got a CNN teacher's; use train.precision=bf16"
+                "train.precision=fp8: supports a student's training only, got a CNN teacher's. Use "
+                "train.precision=bf16."
             )
         self.objective, self.optimizer = objective, optimizer
         # the last batch of an epoch may be smaller: one static graph per size instead of a dynamic one

@@ -176,7 +176,7 @@ def plan(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     runs_dir = Path(str(of_student.get("runs_dir", recipe["runs_dir"]))) / grid.name
     common_teacher = grid.settings.teacher
     if common_teacher == "none":
-        raise UserError("grid settings.teacher: got none, expected settings; remove the grid's teacher recipe")
+        raise UserError("grid settings.teacher: got none, expected settings. Remove the grid's teacher recipe.")
 
     def built(what: str, seed: int, flat: dict[str, Any], name: str) -> Config:
         own = {"name": name, "runs_dir": str(runs_dir), "train.seed": seed}
@@ -207,7 +207,7 @@ def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taug
     wrong = [key for key in OWN_SETTINGS if key in own and (key != "teacher.path" or taught)]
     wrong += [key for key in ("name", "train.seed") if key in of_student]
     if wrong:
-        raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid; remove it")
+        raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid. Remove it.")
     if arm.teacher and arm.teacher != "none" and not grid.teacher:
         raise UserError(f"grid {grid.name}, arm {name}: got teacher settings, expected a teacher recipe in the grid")
 
@@ -220,7 +220,7 @@ def _refuse_equal_arms(runs: list[ArmRun]) -> None:
         other = arms.setdefault(json.dumps(parts), run.arm)
         if other != run.arm:
             raise UserError(
-                f"arm {run.arm}: got the settings of arm {other}, expected different ones; change or remove one"
+                f"arm {run.arm}: got the settings of arm {other}, expected different ones. Change or remove one."
             )
 
 
@@ -261,7 +261,7 @@ def _student_work(run: ArmRun, images: LongTailSet) -> Work:
     if saved.is_file():
         free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
         free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
-        remedy = "remove it, or rename the grid"
+        remedy = "Remove it, or rename the grid."
         refuse_changes(config.load(str(saved)), cfg, run.folder, free_names, remedy)
     return _work(run.folder, plan_of(cfg, len(images)).optimizer_steps * cfg.train.epochs)
 

@@ -94,7 +94,7 @@ def read_values(folder: Path) -> Values:
     """Return a finished run's accuracies in %: heads, TEACHER, TEACHER on OOD images."""
     run = read_run(folder)
     if run.tested is None:
-        raise UserError(f"run folder {folder}: no test or validation scores; add a test or validation set")
+        raise UserError(f"run folder {folder}: no test or validation scores. Add a test or validation set.")
     results = [run.tested[1], *([run.teacher] if run.teacher else [])]
     values = {
         (head, group, split): result.accuracy(head, group, split)
@@ -209,7 +209,7 @@ def write(folder: Path, arms: Sequence[str], finished: Sequence[tuple[str, int, 
         UserError: no run is finished, or results that cannot be read.
     """
     if not finished:
-        raise UserError(f"ablate: no finished run in {folder}; run the grid first")
+        raise UserError(f"ablate: no finished run in {folder}. Run the grid first.")
     ran = {arm for arm, _, _ in finished} | {arms[0]}
     values: dict[str, dict[int, Values]] = {arm: {} for arm in arms if arm in ran}
     for arm, seed, run in finished:

@@ -203,4 +203,4 @@ def _check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(2**12))
     except OSError as error:
-        raise UserError(f"run folder {folder}: cannot be written ({error.strerror}); set another runs_dir") from None
+        raise UserError(f"run folder {folder}: cannot be written ({error.strerror}). Set another runs_dir.") from None

@@ -101,7 +101,7 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
     if format not in writers:
         raise UserError(f"export: got format {format!r}, expected one of {', '.join(writers)}")
     if out.exists():
-        raise UserError(f"export {out}: exists, expected a new name; remove it or use another name")
+        raise UserError(f"export {out}: exists, expected a new name. Remove it or use another name.")
     saved = open_saved(model_folder)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(out, saved.model)
@@ -126,7 +126,7 @@ def _refuse_full_disk(out: Path, model: nn.Module) -> None:
     needed = int(1.2 * sum(tensor.nbytes for tensor in model.state_dict().values())) + 2**20  # the graph, the card
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
-        raise UserError(f"export {out}: {free // 2**20} MiB free, expected {needed // 2**20} MiB; free space")
+        raise UserError(f"export {out}: {free // 2**20} MiB free, expected {needed // 2**20} MiB. Free space.")
 
 
 def facts(saved: Saved) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _to_onnx(model: nn.Module, saved: Saved, out: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
-        raise UserError(f"export: {error.name} is missing; run pip install 'fastdeitlt[onnx]'") from None
+        raise UserError(f"export: {error.name} is missing. Run pip install 'fastdeitlt[onnx]'.") from None
     whole, names = _outputs(model)
     program = torch.onnx.export(
         _trace(model, saved),

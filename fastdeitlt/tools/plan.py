@@ -160,7 +160,7 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
         if file.exists():
             raise UserError(f"plan {file}: exists, expected a new name. Remove it, or use --out NAME.")
     if not folder.is_dir():
-        raise UserError(f"--out {out}: no such folder {folder}; create it first")
+        raise UserError(f"--out {out}: no such folder {folder}. Create it first.")
     planned = make_plan(root, hours, weights, name)
     titles = (
         f"Student for the images in {planned.facts.root}; teacher: {files[1].name}.",

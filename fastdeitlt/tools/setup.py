@@ -114,7 +114,7 @@ def set_up(
         if cfg.data.dataset not in KNOWN_CLASSES:
             raise UserError(
                 f"--synthetic: got data.dataset={cfg.data.dataset}, expected a set with a fixed number of classes "
-                f"({', '.join(KNOWN_CLASSES)}); remove --synthetic, or set data.dataset"
+                f"({', '.join(KNOWN_CLASSES)}). Remove --synthetic, or set data.dataset."
             )
         counts = [100] * KNOWN_CLASSES[cfg.data.dataset]
     t = cfg.train
@@ -127,8 +127,8 @@ def _open(cfg: Config) -> Sets:
     try:
         return open_sets(cfg.data)
     except UserError as error:
-        hint = "; use --synthetic to measure without the data set" if cfg.data.dataset in KNOWN_CLASSES else ""
-        raise UserError(f"{error}{hint}") from None
+        hint = ". Use --synthetic to measure without the data set." if cfg.data.dataset in KNOWN_CLASSES else ""
+        raise UserError(f"{str(error).rstrip('.')}{hint}") from None
 
 
 def step_of(parts: Parts, batches: Iterator[Batch], stage: Stage = unobserved) -> Callable[[], Tensor]:

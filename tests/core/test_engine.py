@@ -379,7 +379,7 @@ def test_the_teacher_is_neither_sharded_nor_saved():
         (
             {"engine": "plain", "virtual_ranks": 2},
             2,
-            r"train\.engine=plain: .* one rank, got 2; use train\.engine=auto",
+            r"train\.engine=plain: .* one rank, got 2. Use train\.engine=auto",
         ),
         (
             {"engine": "deepspeed", "zero_stage": 3, "compile": True},
@@ -402,7 +402,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(changes, world, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"loss\.normalise=global: got train\.virtual_ranks=4, .*use train\.virtual_ranks=1"),
+        ({}, r"loss\.normalise=global: got train\.virtual_ranks=4, .*Use train\.virtual_ranks=1"),
         ({"loss.reweight_cls": True, "train.virtual_ranks": 1}, r"got loss\.reweight_cls=true, expected"),
     ],
 )
@@ -467,11 +467,11 @@ def test_guarding_a_rate_that_is_a_number_never_waits_for_the_device():
     [
         (1, {"backend": "apex"}, r"optim\.backend: got apex.*optim\.backend=torch, or train\.zero_stage=0"),
         (2, {"backend": "deepspeed"}, r"optim\.backend: got deepspeed.*train\.zero_stage=2, expected torch"),
-        (0, {"backend": "fastdeitlt"}, r"optim\.backend: got fastdeitlt.*use optim\.backend=torch$"),
+        (0, {"backend": "fastdeitlt"}, r"optim\.backend: got fastdeitlt.*Use optim\.backend=torch\.$"),
         (
             2,
             {"algorithm": "lamb"},
-            r"optim\.algorithm=lamb: got train\.zero_stage=2, expected 0.*use train\.zero_stage=0",
+            r"optim\.algorithm=lamb: got train\.zero_stage=2, expected 0.*Use train\.zero_stage=0",
         ),
     ],
 )

@@ -233,7 +233,7 @@ ERRORS = [
     ({"dist_logits": torch.zeros(B, K).half()}, r"dist_logits: got .* expected torch.float32 \(6, 11\)"),
     ({"teacher_logits": torch.zeros(2, K)}, r"teacher_logits: got torch.float32 \(2, 11\) on cpu, expected 6 rows"),
     ({"teacher_logits": torch.zeros(B, K, device="meta")}, "expected 6 rows on cpu"),
-    ({"teacher_logits": torch.zeros(B, 5)}, "teacher_logits: got 5 classes, expected 11; use hard distillation with a"),
+    ({"teacher_logits": torch.zeros(B, 5)}, "teacher_logits: got 5 classes, expected 11. Use hard distillation with a"),
     ({"labels": torch.zeros(B, K)}, r"labels: got torch.float32 \(6, 11\) on cpu, expected torch.int64 \(6,\)"),
     ({"labels": torch.zeros(B, dtype=torch.int32)}, r"labels: got torch.int32 \(6,\)"),
     ({"lam": 0.3}, "lam: got a value with partner=None"),

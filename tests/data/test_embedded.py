@@ -104,7 +104,7 @@ def test_damaged_archive_is_refused(cache, tmp_path, monkeypatch):
 def test_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="Set XDG_CACHE_HOME"):
         embedded.unpack()
 
 

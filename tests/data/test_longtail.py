@@ -417,7 +417,7 @@ def test_a_split_alone_is_opened_in_the_order_of_a_models_classes(tmp_path):
     config = DataConfig(**make_folders(tmp_path, {"test/c": 1, "test/b": 2}))
     images = open_splits(config, ("test",), ("val",), MODEL)["test"]
     assert images.counts == [0, 2, 1] and images.class_names == MODEL.names
-    with pytest.raises(UserError, match=r"split: got 'val', expected a split of .* \(test\); use --split test"):
+    with pytest.raises(UserError, match=r"split: got 'val', expected a split of .* \(test\)\. Use --split test"):
         open_splits(config, ("val",), (), MODEL)
     with pytest.raises(UserError, match="got 2 classes, expected the 3 of model n"):
         open_splits(config, ("test",), (), Classes("model n", 3))

@@ -214,7 +214,7 @@ def spoil(root, what):
         ("cut", "train.tar: cannot be read (unexpected end of data)"),
         ("no zip", "train.zip: cannot be read"),
         ("compressed tar", "train.tar: cannot be read"),
-        ("no class", "0.jpg has no class, expected .cls or .json beside it, or a folder"),
+        ("no class", "0.jpg has no class, expected a .cls or .json file beside it, or a folder"),
         ("empty class", "0.cls contains ''"),
         ("mixed", "has class 3 and train.tar/a/0.jpg class 'a', expected only numbers or only names"),
         ("negative", "got class -1, expected 0 or more"),

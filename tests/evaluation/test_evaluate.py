@@ -343,7 +343,7 @@ def test_the_verb_names_a_split_or_data_set_that_does_not_fit(tmp_path):
     with pytest.raises(UserError, match=r"txt: classes differ by name, got 'T-shirt/top', .* and 7 more, not in model"):
         save_student(tmp_path / "four")
         evaluate(tmp_path / "four")
-    with pytest.raises(UserError, match=r"\(train, val, test\); use --split test"):
+    with pytest.raises(UserError, match=r"\(train, val, test\)\. Use --split test"):
         evaluate(folder, split="holdout")
     with pytest.raises(UserError, match="manifest"):
         evaluate(tmp_path)

@@ -175,7 +175,7 @@ def test_the_model_card_of_an_export_names_the_temperature():
     assert f"softmax: AVG {found['AVG']:.3f}, CLS {found['CLS']:.3f}" in card and "600 validation images" in card
     after = fitted.result.heads["AVG, temperature"].ece["threshold"]["all"]
     assert (
-        f"as trained {plain.heads['AVG'].ece['threshold']['all']:.1f} %, with a fitted temperature {after:.1f} %"
+        f"uncalibrated {plain.heads['AVG'].ece['threshold']['all']:.1f} %, with a fitted temperature {after:.1f} %"
         in card
     )
     del results["posthoc"]

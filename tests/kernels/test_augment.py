@@ -114,7 +114,7 @@ def test_half_precision_is_the_rounded_float32(dtype: torch.dtype, device: torch
         ({"starts_B": np.array([0])}, r"got starts \(1,\) and sizes .* expected 3 of each"),
         ({"dtype": torch.float64}, r"got dtype torch.float64, expected one of torch.bfloat16"),
         ({"mix": MixDraw(0.5)}, r"got a batch of 3 images to mix, expected an even number"),
-        ({"draws": drawn(3, 6, AugmentConfig(recipe="pad_crop"))}, r"padded crops .* use data.augment.apply"),
+        ({"draws": drawn(3, 6, AugmentConfig(recipe="pad_crop"))}, r"padded crops .* Use data.augment.apply"),
     ],
 )
 def test_bad_input_is_refused_with_its_values(change: dict, message: str) -> None:

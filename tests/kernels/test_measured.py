@@ -171,7 +171,7 @@ def test_a_line_that_is_no_row_is_named_with_its_file_and_the_way_out(line, mess
     write(file_of(GPU), [setting_row(WON)])
     with file_of(GPU).open("a", encoding="utf-8") as out:
         out.write(line)
-    with pytest.raises(UserError, match=rf"line 2: .*{message}.*delete the file and run 'fastdeitlt tune' again"):
+    with pytest.raises(UserError, match=rf"line 2: .*{message}.*Delete the file and run 'fastdeitlt tune' again"):
         setting("bias_gelu", ("forward", 198), CUDA, DEFAULT)
 
 

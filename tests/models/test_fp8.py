@@ -98,7 +98,7 @@ def test_a_device_without_float8_products_is_refused(capability, got, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     student = create_student("deit_tiny_distilled_patch16_32", 11, depth=1)
     device = CPU if capability is None else torch.device("cuda", 0)
-    with pytest.raises(UserError, match=f"train.precision=fp8: {got}.*use train.precision=bf16"):
+    with pytest.raises(UserError, match=f"train.precision=fp8: {got}.*Use train.precision=bf16"):
         JointForward(student, None, [5] * 11, config.build({"train.precision": "fp8"}), device)
 
 

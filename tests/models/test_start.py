@@ -199,7 +199,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, change
 
 def test_another_width_names_the_student_to_use(tmp_path):
     path = save(student("deit_small_distilled_patch8_32", depth=1), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match=r"got width 384, expected 192; use student\.name=deit_small_distilled_patch"):
+    with pytest.raises(UserError, match=r"got width 384, expected 192. Use student\.name=deit_small_distilled_patch"):
         start(student(depth=1), path)
 
 
@@ -211,7 +211,7 @@ def test_a_finished_run_starts_a_longer_one_at_a_larger_size(tmp_path, monkeypat
     started = load_tensors(source / "checkpoints" / "best")
     larger = {"student.init": str(source), "student.img_size": 48, "optim.layer_decay": 0.8}
     still = {"optim.lr": 1e-9, "optim.min_lr": 1e-9, "train.epochs": 2, "name": "longer"}
-    with pytest.raises(UserError, match=r"to train longer, .* name=NEW student\.init=.*short"):
+    with pytest.raises(UserError, match=r"To train longer, .* name=NEW student\.init=.*short"):
         train(config.build(config.flatten(cfg) | {"train.epochs": 2}))
     cfg = config.build(config.flatten(cfg) | larger | still)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

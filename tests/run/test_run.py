@@ -195,7 +195,7 @@ def test_an_image_that_vanishes_in_mid_run_is_a_crash_too(tmp_path, kind, code):
 
 
 def test_a_run_folder_that_is_moved_in_mid_run_is_not_started_anew(tmp_path):
-    with pytest.raises(UserError, match="moved or deleted; restore it") as caught:  # noqa: SIM117
+    with pytest.raises(UserError, match=r"moved or deleted\. Restore it") as caught:  # noqa: SIM117
         with Run(_config(tmp_path)) as run:
             run.rewind(0, ended=False)
             run.folder.rename(tmp_path / "elsewhere")

@@ -242,7 +242,7 @@ def test_weights_and_biases_without_a_key_asks_nobody(tmp_path, monkeypatch, war
     with Run(_config(tmp_path, track=["wandb"])) as run:
         _record(run, 1, 2)
     (warning,) = warnings()
-    assert "not logged in; run `wandb login`, or set WANDB_MODE=offline" in warning
+    assert "not logged in. Run `wandb login`, or set WANDB_MODE=offline" in warning
 
 
 def test_event_files_that_cannot_be_written_are_one_warning(tmp_path, warnings, capfd):

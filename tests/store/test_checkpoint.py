@@ -243,7 +243,7 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, what, times):
 
 def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(tmp_path):
     save_model_folder(tmp_path / "step-00000003", STATE, {"step": 3, "best": None, "version": "0.1"})
-    with pytest.raises(CheckpointError, match=r"written by version 0\.1.*use that version"):
+    with pytest.raises(CheckpointError, match=r"written by version 0\.1.*Use that version"):
         Checkpoints(tmp_path).newest()
     assert (tmp_path / "step-00000003").is_dir()
 
@@ -320,7 +320,7 @@ def test_checkpoints_need_no_symbolic_link(tmp_path, monkeypatch, caplog, reason
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: _Disk)
-    with pytest.raises(UserError, match=r"0 MiB free.*MiB; free space"):
+    with pytest.raises(UserError, match=r"0 MiB free.*MiB. Free space"):
         save_model_folder(tmp_path / "m", STATE, {})
     assert not list(tmp_path.glob("**/*.safetensors"))
 

@@ -213,7 +213,7 @@ def test_misuse_is_refused_with_the_reason() -> None:
     sam.first_step()
     with pytest.raises(RuntimeError, match="first_step: called twice"):
         sam.first_step()
-    with pytest.raises(RuntimeError, match="save after second_step"):
+    with pytest.raises(RuntimeError, match="Save after second_step"):
         sam.state_dict()
 
 

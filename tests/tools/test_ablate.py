@@ -143,7 +143,7 @@ def test_all_arms_of_a_seed_come_before_the_next_seed_and_settings_win_in_order(
         ({"arms": {"base": {}, "x": {"student": {"optim.lr": 1e-3}}}}, "arm x: got the settings of arm base"),
         ({"arms": {"base": {}, "a b": {"student": {"optim.lr": 1}}}}, "name: got 'a b-seed0'"),
         ({"teacher": ""}, "arm sgd: got teacher settings"),
-        ({"settings": {"teacher": "none"}}, "remove the grid's teacher recipe"),
+        ({"settings": {"teacher": "none"}}, "Remove the grid's teacher recipe"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -180,7 +180,7 @@ def test_what_decodes_and_shards_nothing_runs_without_those_packages(code, said,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bench", "imagenet_lt"], "use --synthetic to measure"),
+        (["bench", "imagenet_lt"], "Use --synthetic to measure"),
         (["bench", "imagenet_lt", "--synthetic", "data.dataset=folder"], "data.dataset=folder"),
         (["bench", "quickstart", "train.batchsize=4"], "batch_size"),
     ],

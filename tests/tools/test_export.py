@@ -45,13 +45,13 @@ def test_an_export_is_not_taken_for_a_run(timm_folder, tmp_path, capsys):
     for path in (timm_folder, tmp_path / "model.onnx"):
         for verb in (["eval", str(path)], ["predict", str(path), str(tmp_path / "image.png")]):
             assert main(verb) == 2
-            assert "use the run it was exported from" in capsys.readouterr().err
+            assert "Use the run it was exported from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["timm", "onnx", "pt2"])
 def test_a_full_disk_is_noticed_before_anything_is_written(saved, tmp_path, monkeypatch, format):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(UserError, match=r"1 MiB free, .* MiB; free space"):
+    with pytest.raises(UserError, match=r"1 MiB free, .* MiB. Free space"):
         export(saved[0], tmp_path / "out", format)
     assert list(tmp_path.iterdir()) == []
 

@@ -55,13 +55,13 @@ def _check_global_mean(joint: JointForward, cfg: Config, plan: Plan) -> None:
     if plan.virtual_ranks > plan.world:
         raise UserError(
             f"loss.normalise=global: got train.virtual_ranks={plan.virtual_ranks}, expected one virtual rank per real "
-            f"rank; use train.virtual_ranks={plan.world}, or loss.normalise=rank"
+            f"rank. Use train.virtual_ranks={plan.world}, or loss.normalise=rank."
         )
     if joint.teacher is None or cfg.loss.reweight_cls:
         what = "no teacher" if joint.teacher is None else "loss.reweight_cls=true"
         raise UserError(
             f"loss.normalise=global: got {what}, expected a teacher and loss.reweight_cls=false, because only the "
-            "distillation loss has a global mean; use loss.normalise=rank"
+            "distillation loss has a global mean. Use loss.normalise=rank."
         )
 
 
@@ -78,29 +78,30 @@ def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
     if plan.ranks_per_process % cfg.train.ranks_per_forward:
         raise UserError(
             f"train.ranks_per_forward: got {cfg.train.ranks_per_forward}, expected a divisor of "
-            f"{plan.ranks_per_process}, the virtual ranks of each process; use 1"
+            f"{plan.ranks_per_process}, the virtual ranks of each process. Use 1."
         )
     dtypes = {p.dtype for p in joint.student.parameters()} - {torch.float32}
     if dtypes:
         raise UserError(
-            f"student: got {dtypes.pop()} weights, expected float32; keep float32 weights and use train.precision=bf16"
+            f"student: got {dtypes.pop()} weights, expected float32. Keep float32 weights and use train.precision=bf16."
         )
     t, kind = cfg.train, cfg.train.engine
     if kind == "auto":
         kind = "deepspeed" if plan.world > 1 else "plain"
         log.info("engine: %s for %s", kind, counted(plan.world, "rank"))
     if kind == "plain" and plan.world > 1:
-        raise UserError(f"train.engine=plain: supports one rank, got {plan.world}; use train.engine=auto")
+        raise UserError(f"train.engine=plain: supports one rank, got {plan.world}. Use train.engine=auto.")
     if t.offload and (kind == "plain" or t.zero_stage == 0):
         raise UserError(
             f"train.offload: got true with the {kind} engine and train.zero_stage={t.zero_stage}, expected DeepSpeed "
-            "with stage 1 to 3; use train.engine=deepspeed train.zero_stage=1, or train.offload=false"
+            "with stage 1 to 3. Use train.engine=deepspeed train.zero_stage=1, or train.offload=false."
         )
     device = next(joint.student.parameters()).device
     if t.cuda_graphs and (kind == "deepspeed" or device.type != "cuda"):
         where = "the DeepSpeed engine" if kind == "deepspeed" else f"a student on {device.type}"
         raise UserError(
-            f"train.cuda_graphs: got true with {where}, expected the plain engine on a GPU; use train.cuda_graphs=false"
+            f"train.cuda_graphs: got true with {where}, expected the plain engine on a GPU. Use "
+            "train.cuda_graphs=false."
         )
     if kind == "plain":
         return PlainEngine(joint, cfg, plan.micro_batches_per_step)

@@ -68,7 +68,7 @@ class DeepSpeedEngine:
         if self.stage == 3 and cfg.train.compile:
             raise UserError(
                 "train.zero_stage: got 3 with train.compile=true, expected 0 to 2, because hooks gather the weights "
-                "inside the graph; set train.compile=false, or train.zero_stage=2"
+                "inside the graph. Set train.compile=false, or train.zero_stage=2."
             )
         self.student = joint.student
         device = next(self.student.parameters()).device
@@ -243,15 +243,15 @@ def _shardable(cfg: Config) -> Config:
     if stage and o.algorithm == "lamb":
         raise UserError(
             f"optim.algorithm=lamb: got train.zero_stage={stage}, expected 0, because LAMB needs the norms of "
-            "unsharded weights; use train.zero_stage=0, or optim.algorithm=adamw"
+            "unsharded weights. Use train.zero_stage=0, or optim.algorithm=adamw."
         )
     if o.algorithm == "lamb" or (stage == 0 and o.backend in ("apex", "deepspeed")):
         return cfg
     if o.backend not in ("auto", "torch"):
         unsharded = ", or train.zero_stage=0" if o.backend != "fastdeitlt" else ""
         raise UserError(
-            f"optim.backend: got {o.backend} with the DeepSpeed engine and train.zero_stage={stage}, expected torch; "
-            f"use optim.backend=torch{unsharded}"
+            f"optim.backend: got {o.backend} with the DeepSpeed engine and train.zero_stage={stage}, expected torch. "
+            f"Use optim.backend=torch{unsharded}."
         )
     return cfg.model_copy(update={"optim": o.model_copy(update={"backend": "torch"})})
 
@@ -269,8 +269,8 @@ def _import(device: torch.device) -> Any:
         import deepspeed.utils
     except ImportError as error:
         raise UserError(
-            f"train.engine=deepspeed: DeepSpeed cannot be imported ({error}); install it with "
-            "'DS_BUILD_OPS=0 pip install deepspeed==0.19.8', or use train.engine=plain on one rank"
+            f"train.engine=deepspeed: DeepSpeed cannot be imported ({error}). Install it with "
+            "'DS_BUILD_OPS=0 pip install deepspeed==0.19.8', or use train.engine=plain on one rank."
         ) from None
     groups = deepspeed.utils.groups
     if groups._WORLD_GROUP is None and distributed.get_world() > 1:  # its own has no timeout for a rank that hangs

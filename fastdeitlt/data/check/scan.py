@@ -114,7 +114,7 @@ def check_files(sets: Sets, cfg: DataConfig) -> str:
                 used = "replaced by images of the same class" if split == "train" else "not scored"
                 log.warning("data: %s; %s", problems[-1], used)
     if problems and cfg.on_error == "raise":
-        raise UserError(f"data: {'; '.join(problems)}; repair or remove them, or set data.on_error=skip")
+        raise UserError(f"data: {'; '.join(problems)}. Repair or remove them, or set data.on_error=skip.")
     summary = (
         f"first and last bytes of {counted(total, 'file')}, not decoded (see 'data check')" if total else "decoded"
     )

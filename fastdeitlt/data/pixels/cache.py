@@ -120,7 +120,7 @@ def open_decoded(
     if cfg.on_error == "raise" and len(decoded.unreadable):  # another run skipped them
         raise UserError(
             f"image {images.name(decoded.unreadable[0])}: cannot be read ({len(decoded.unreadable):,} of "
-            f"{counted(len(images), 'image')} unreadable); repair or remove them, or set data.on_error=skip"
+            f"{counted(len(images), 'image')} unreadable). Repair or remove them, or set data.on_error=skip."
         )
     return decoded
 
@@ -166,7 +166,7 @@ def _fill(pixels: Tensor, images: LongTailSet, sizes_N2: np.ndarray, decoded_N: 
         if image is None:
             unreadable.append(sample)
         elif image.shape[:2] != tuple(sizes_N2[sample].tolist()):
-            raise UserError(f"image {images.paths[sample]} in {images.root}: changed while it was read; start again")
+            raise UserError(f"image {images.paths[sample]} in {images.root}: changed while it was read. Start again.")
         else:
             pixels[start:end].view(image.shape).copy_(image)
     return DecodedSet(pixels, sizes_N2, np.array(unreadable, np.int64))

@@ -203,8 +203,8 @@ class Stream:
                     break
                 if not left:  # with any data.on_error: no image is at fault
                     raise UserError(
-                        f"image {self._images.name(sample)}: cannot be read after {READ_TRIES} tries ({error}); rerun "
-                        "the same command when the file system works"
+                        f"image {self._images.name(sample)}: cannot be read after {READ_TRIES} tries ({error}). Rerun "
+                        "the same command when the file system works."
                     ) from error.__cause__
                 time.sleep(RETRY_S)
         return None
@@ -213,7 +213,7 @@ class Stream:
         """Raise a UserError for an image, or with skip log it once."""
         name = self._images.name(sample)
         if not self._skip:
-            what = f"image {name}: {reason}; repair or remove it, or set data.on_error=skip"
+            what = f"image {name}: {reason}. Repair or remove it, or set data.on_error=skip."
             raise UserError(what) from cause
         with self._refusing:
             if sample not in self.unreadable:

@@ -121,7 +121,7 @@ def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: 
     chosen = cfg.residency if cfg.residency in free else "host"
     if needed > free[chosen]:
         raise UserError(
-            f"data.residency={cfg.residency}: {what}; set data.residency=stream or a smaller data.stored_short_side"
+            f"data.residency={cfg.residency}: {what}. Set data.residency=stream or a smaller data.stored_short_side."
         )
     if tell:
         log.info("data.residency=%s: %s", cfg.residency, what)

@@ -96,7 +96,7 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
     """Read CIFAR; torchvision verifies every md5 before it unpickles a file."""
     cifar = _cifar(archive)
     if not root:
-        raise UserError(f"data.root: empty, expected the folder of {cifar.filename}; set data.root=FOLDER")
+        raise UserError(f"data.root: empty, expected the folder of {cifar.filename}. Set data.root=FOLDER.")
     folder = Path(root).expanduser()
     try:
         if download or check_integrity(folder / cifar.filename, cifar.tgz_md5):
@@ -106,8 +106,8 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
         splits = [cifar(folder, train=is_train) for is_train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{archive} in {folder}: no {cifar.filename} or {cifar.base_folder}/ with the published md5 ({error}); "
-            f"copy one there, or run `fastdeitlt data prepare {archive} --root {root} --download`"
+            f"{archive} in {folder}: no {cifar.filename} or {cifar.base_folder}/ with the published md5 ({error}). "
+            f"Copy one there, or run `fastdeitlt data prepare {archive} --root {root} --download`."
         ) from None
     train, test = (
         _as_set(np.asarray(split.targets), np.ascontiguousarray(split.data), name, root, split.classes)

@@ -74,7 +74,7 @@ def read_folder(root: str | Path, folder: str) -> LongTailSet:
     try:
         "".join(paths).encode()
     except UnicodeEncodeError:
-        raise UserError(f"data folder {str(place)!r}: got a file name that is not UTF-8; rename the file") from None
+        raise UserError(f"data folder {str(place)!r}: got a file name that is not UTF-8. Rename the file.") from None
     labels_N = np.repeat(np.arange(len(names)), [len(files) for files in images.values()])
     counts = class_counts(labels_N, len(names))
     return LongTailSet(paths, labels_N, counts, str(root), names, left_out=sorted(others))
@@ -96,7 +96,7 @@ def walk(folder: str | Path) -> list[str]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"data folder {error.filename}: cannot be read ({error.strerror}); make it readable")
+        raise UserError(f"data folder {error.filename}: cannot be read ({error.strerror}). Make it readable.")
 
     files_below: list[str] = []
     seen = set()

@@ -91,7 +91,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"list {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the list as UTF-8"
+            f"list {path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8. Save the list as UTF-8."
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -136,8 +136,8 @@ def _read_csv(path: Path, text: str) -> _Rows:
                 continue
             if len(row) != len(header):
                 raise UserError(
-                    f"list {path}, line {reader.line_num}: got {counted(len(row), 'field')}, expected {len(header)}; "
-                    "quote fields that contain a comma"
+                    f"list {path}, line {reader.line_num}: got {counted(len(row), 'field')}, expected {len(header)}. "
+                    "Quote fields that contain a comma."
                 )
             paths.append(row[path_column].strip())
             labels.append(row[label_column].strip())

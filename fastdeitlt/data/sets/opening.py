@@ -41,7 +41,7 @@ def hold_out(
         if share and not (part_N == part).any():
             raise UserError(
                 f"data.{name}_holdout: got {share}, which holds out no image of the largest class "
-                f"({counted(max(images.counts), 'image')}); use a larger value or 0"
+                f"({counted(max(images.counts), 'image')}). Use a larger value or 0."
             )
     train, held_val, held_test = (images.take(np.flatnonzero(part_N == part)) for part in range(3))
     return train, held_val, held_test
@@ -100,7 +100,7 @@ def open_splits(
     if absent := [split for split in required if split not in there]:
         raise UserError(
             f"split: got {absent[0]!r}, expected a split of {cfg.title} ({', '.join(there) or 'none'})"
-            + (f"; use --split {there[-1]}" if there else "")
+            + (f". Use --split {there[-1]}." if there else "")
         )
     for remark in places.remarks:
         log.info("data %s: %s", cfg.title, remark.message)

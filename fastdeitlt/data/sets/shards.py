@@ -131,7 +131,7 @@ def _index_of(root: str | Path, files: list[str]) -> Path:
                     _make_index(root, files, index)
         except OSError as error:
             raise UserError(
-                f"index of shards {index}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder"
+                f"index of shards {index}: cannot be written ({error.strerror}). Set XDG_CACHE_HOME to another folder."
             ) from None
     return index
 
@@ -200,7 +200,9 @@ def _read_shard(file: str, index: Path) -> tuple[str, list[Entry], list[str] | N
             members = _tar_members(data) if file.endswith(".tar") else _zip_members(file, data)
             return os.path.abspath(file), _label(members, file, partial(os.pread, data.fileno())), None
     except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error, EOFError) as error:
-        raise UserError(f"shard {file}: cannot be read ({error}); copy it again, or move it out of data.root") from None
+        raise UserError(
+            f"shard {file}: cannot be read ({error}). Copy it again, or move it out of data.root."
+        ) from None
 
 
 Member = tuple[str, int, int, bool]
@@ -222,7 +224,7 @@ def _zip_members(file: str, data: object) -> Iterator[Member]:
                 continue
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(
-                    f"shard {file}: {info.filename} is encrypted or not stored or deflated; pack the shard again"
+                    f"shard {file}: {info.filename} is encrypted or not stored or deflated. Pack the shard again."
                 )
             name_bytes, extra_bytes = struct.unpack("<26xHH", read(30, info.header_offset))
             start = info.header_offset + 30 + name_bytes + extra_bytes
@@ -282,7 +284,7 @@ def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] |
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"shard {file}: parquet needs pyarrow; run pip install 'fastdeitlt[parquet]'") from None
+        raise UserError(f"shard {file}: parquet needs pyarrow. Run pip install 'fastdeitlt[parquet]'.") from None
     packed = index.with_suffix(f".{hashlib.sha256(file.encode()).hexdigest()[:16]}.images")
     entries: list[Entry] = []
     try:
@@ -310,5 +312,7 @@ def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] |
                     entries.append(Entry(f"{len(entries):06d}", out.tell(), len(data), False, number))
                     out.write(data)
     except ArrowException as error:
-        raise UserError(f"shard {file}: cannot be read ({error}); copy it again, or move it out of data.root") from None
+        raise UserError(
+            f"shard {file}: cannot be read ({error}). Copy it again, or move it out of data.root."
+        ) from None
     return str(packed), entries, names

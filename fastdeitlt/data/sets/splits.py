@@ -111,8 +111,8 @@ def no_training_split(cfg: DataConfig) -> UserError:
     if cfg.dataset == "folder":
         return UserError(f"data folder {root}: no training split, expected {LAYOUTS['folder']}")
     usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
-    problem = f"no {usual} in {root}; copy it there or set" if usual else "empty; set"
-    return UserError(f"data.train_list: {problem} data.train_list=FILE{_hint(cfg)}")
+    problem = f"no {usual} in {root}. Copy it there or set" if usual else "empty. Set"
+    return UserError(f"data.train_list: {problem} data.train_list=FILE{_hint(cfg)}.")
 
 
 def number_alike(splits: dict[str, LongTailSet], places: Places) -> dict[str, LongTailSet]:
@@ -173,7 +173,7 @@ def _root(cfg: DataConfig) -> str:
     root = os.path.expanduser(cfg.root)
     if not root:
         whose = "the" if cfg.dataset in ("list", "folder", "shards") else f"{cfg.dataset}'s"
-        raise UserError(f"data.root: empty, expected the folder of {whose} images; set data.root=FOLDER{_hint(cfg)}")
+        raise UserError(f"data.root: empty, expected the folder of {whose} images. Set data.root=FOLDER{_hint(cfg)}.")
     if not os.path.isdir(root):
         raise UserError(f"data.root: no such folder {root!r}{_hint(cfg)}")
     return root
@@ -220,7 +220,7 @@ def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path |
         places = [Path(named).expanduser(), Path(root) / named]
         file = next((place for place in places if place.is_file()), None)
         if required and file is None:
-            raise UserError(f"data.{split}_list: no such file {named!r}, also not in {root}; set an existing list")
+            raise UserError(f"data.{split}_list: no such file {named!r}, also not in {root}. Set an existing list.")
         return file
     usual = DEFAULT_LISTS.get(cfg.dataset, {}).get(split, ())
     return next((Path(root) / name for name in usual if (Path(root) / name).is_file()), None)

@@ -94,7 +94,9 @@ class LongTailSet:
         for candidate in np.roll(members, -int(np.searchsorted(members, sample))).tolist():
             if (result := use(candidate)) is not None:
                 return result
-        raise UserError(f"image {self.name(sample)}: unreadable, as are all images of its class; repair or remove them")
+        raise UserError(
+            f"image {self.name(sample)}: unreadable, as are all images of its class. Repair or remove them."
+        )
 
 
 @dataclass(frozen=True)

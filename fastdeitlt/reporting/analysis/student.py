@@ -73,7 +73,7 @@ def leave(run_dir: Path, num_images: int) -> None:
 def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str, Any]:
     saved, run = open_saved(path), run_of(Path(path))
     if not isinstance(saved.model, DistilledViT):
-        raise UserError(f"model {path}: got a {saved.kind}, expected a student; use 'analyze teacher' for teachers")
+        raise UserError(f"model {path}: got a {saved.kind}, expected a student. Use 'analyze teacher' for teachers.")
     if images < 1:
         raise UserError(f"--images: got {images}, expected at least 1")
     cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))

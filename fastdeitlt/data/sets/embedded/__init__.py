@@ -43,16 +43,16 @@ def unpack() -> Path:
                 return folder
             digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
             if digest != SHA256:
-                raise UserError(f"{ARCHIVE}: got sha256 {digest}, expected {SHA256}; reinstall fastdeitlt")
+                raise UserError(f"{ARCHIVE}: got sha256 {digest}, expected {SHA256}. Reinstall fastdeitlt.")
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 if not _complete(folder, archive):
                     with draft_folder(folder) as draft:
                         archive.extractall(draft)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{ARCHIVE}: damaged ({error}); reinstall fastdeitlt") from None
+        raise UserError(f"{ARCHIVE}: damaged ({error}). Reinstall fastdeitlt.") from None
     except OSError as error:
-        raise UserError(f"cache {folder}: {error}; set XDG_CACHE_HOME to a writable folder") from None
+        raise UserError(f"cache {folder}: {error}. Set XDG_CACHE_HOME to a writable folder.") from None
     return folder
 
 
