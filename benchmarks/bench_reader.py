@@ -187,7 +187,7 @@ def loaders(images: LongTailSet, threads: int, device: torch.device, stack: Exit
         list(loader)
     data = config.DataConfig(num_threads=threads, residency="device")
     stream = stack.enter_context(closing(Stream(images, data, device)))
-    shared = stack.enter_context(closing(Stream(images, data, device, share=4)))
+    shared = stack.enter_context(closing(Stream(images, data, device, window=4)))
     resident = stack.enter_context(closing(open_source(images, data, device)))
     dali = dali_pipeline(images, threads)
     candidates: dict[str, harness.Call] = {

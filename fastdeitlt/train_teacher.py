@@ -61,7 +61,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         plan = teacher_plan_of(cfg, len(images), rank, world, images.labels)
         if plan.last_batch:
             log.info(plan.last_batch)
-        source = open_source(images, cfg.data, device, share=len(view_recipes(cfg)), tell=True)  # read, decode
+        source = open_source(images, cfg.data, device, window=len(view_recipes(cfg)), tell=True)  # read, decode
         torch.manual_seed(cfg.train.seed)
         objective = build_objective(t, images.counts, device)  # network, loss
         optimizer = build_optimizer(objective.network, t)  # SGD, SAM
@@ -87,8 +87,8 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
                 loss = take_step(batch, weights_K, plan.step_seed(epoch, index))  # forward, backward, step
                 state.step += 1
                 facts = {"lr": rate, "rho": rho}
-                share = world * loss  # scaled so that the mean over ranks is the whole batch's loss
-                meter.step([[share]], None, len(batch.labels_B), done=state.step, epoch=epoch, facts=facts)
+                window = world * loss  # scaled so that the mean over ranks is the whole batch's loss
+                meter.step([[window]], None, len(batch.labels_B), done=state.step, epoch=epoch, facts=facts)
                 loop.end_step()
             batches.close()
             loop.end_epoch()  # checkpoint, evaluate

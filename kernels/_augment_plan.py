@@ -26,7 +26,7 @@ STATISTICS = np.array([STATISTIC[name].value if name in STATISTIC else -1 for na
 NEEDS_IMAGE = [kind.value for kind in (gpu.LOOKUP, gpu.COLOR, gpu.SHARPNESS, gpu.WARP)]
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """Kernel arguments of one batch, computed on the host from the draws."""
 
     rows: np.ndarray
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 def make_plan(
     starts_B: np.ndarray, sizes_B2: np.ndarray, boxes_B4: np.ndarray, draws: Draws, mix: MixDraw, size: int
-) -> Plan:
+) -> LaunchPlan:
     """Build the rows and jobs of a batch; arguments as ``augment``'s."""
     boxes_B4 = boxes_B4.astype(np.int64)
     height_B, width_B = boxes_B4[:, 2], boxes_B4[:, 3]
@@ -73,7 +73,9 @@ def make_plan(
     between_B = np.where(columns_first_B, width_B, height_B) * size
     taps = triton.next_power_of_2(int(4 * max(height_B.max() / size, width_B.max() / size, 1.0)) + 1)
     flat = np.concatenate(jobs).astype(np.int32)
-    return Plan(rows, flat, counts[0], counts[1], int(separate_B.sum()), taps, -(-int(between_B.max()) // 16) * 16)
+    return LaunchPlan(
+        rows, flat, counts[0], counts[1], int(separate_B.sum()), taps, -(-int(between_B.max()) // 16) * 16
+    )
 
 
 def _operation(op_B: np.ndarray, level_B: np.ndarray, sign_B: np.ndarray, size: int) -> np.ndarray:

@@ -106,7 +106,7 @@ def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
 
     With the installed Triton.
 
-    By rising precedence: another GPU, another Triton, this GPU and Triton, rows set by ``share``; at the same level a
+    By rising precedence: another GPU, another Triton, this GPU and Triton, rows set by ``prefer``; at the same level a
     user's row replaces a shipped one.
     """
     gpu, here, installed = gpu_name(index), capability(index), metadata.version("triton")
@@ -132,7 +132,7 @@ def is_current(row: Row, gpu: str) -> bool:
 _shared: dict[tuple[str, str, Key], Row] = {}
 
 
-def share(rows: Iterable[Row]) -> None:
+def prefer(rows: Iterable[Row]) -> None:
     """Give these rows precedence in this process.
 
     They are those of rank 0, so that all ranks run the same implementations.

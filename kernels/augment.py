@@ -18,7 +18,7 @@ import fastdeitlt.kernels._augment_device as gpu
 import numpy as np
 import torch
 import triton
-from fastdeitlt.kernels._augment_plan import Plan, make_plan
+from fastdeitlt.kernels._augment_plan import LaunchPlan, make_plan
 from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, check_launchable, interpreted, launch
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels._pick import refuse
@@ -209,7 +209,7 @@ def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
     return setting("augment", (kernel, size), device, default_config(kernel))
 
 
-def _resize(pixels: Tensor, rows: Tensor, plan: Plan, size: int) -> Tensor:
+def _resize(pixels: Tensor, rows: Tensor, plan: LaunchPlan, size: int) -> Tensor:
     """Return the plan's crops [B, S, S], mirrored as drawn.
 
     A pixel is an int32, red in the lowest byte.

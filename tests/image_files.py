@@ -50,9 +50,9 @@ def request(samples, size=24, epoch=0, copies=None):
     return CropRequest(sample_B, size, draws)
 
 
-def deliver(images, requests, share=1, **options):
+def deliver(images, requests, window=1, **options):
     """All crops, and the stream, closed."""
-    stream = reader.Stream(images, DataConfig(num_threads=2, **options), CPU, share)
+    stream = reader.Stream(images, DataConfig(num_threads=2, **options), CPU, window)
     try:
         return [crops for _, crops in stream.crops(requests)], stream
     finally:

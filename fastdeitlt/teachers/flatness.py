@@ -45,22 +45,22 @@ def sharpness(network: nn.Module, images_BCHW: Tensor, labels_B: Tensor, scale: 
     def share_of_loss(images_BCHW: Tensor, labels_B: Tensor, num_images: int) -> Tensor:
         return F.cross_entropy(scale * network(images_BCHW).float(), labels_B, reduction="sum") / num_images
 
-    def shares_of(images_BCHW: Tensor, labels_B: Tensor) -> list[Callable[[], Tensor]]:
+    def terms_of(images_BCHW: Tensor, labels_B: Tensor) -> list[Callable[[], Tensor]]:
         size = max(CHUNK_PIXELS // images_BCHW[0, 0].numel(), 1)
         chunks = zip(images_BCHW.split(size), labels_B.split(size), strict=True)
         return [partial(share_of_loss, *chunk, len(images_BCHW)) for chunk in chunks]
 
-    shares = shares_of(images_BCHW, labels_B)
+    terms = terms_of(images_BCHW, labels_B)
 
     @torch.no_grad()
     def loss() -> float:
-        return sum(share().item() for share in shares)
+        return sum(term().item() for term in terms)
 
     here = loss()
     gap = {}
     sam = SAM(parameters, torch.optim.SGD, lr=0.0)
-    for share in tracked(shares, "sharpness: gradient", len(shares)):
-        share().backward()
+    for term in tracked(terms, "sharpness: gradient", len(terms)):
+        term().backward()
     for radius in tracked(RADII, "sharpness: loss around the weights", len(RADII)):
         sam.set_rho(radius)
         sam.first_step(zero_grad=False)
@@ -68,21 +68,21 @@ def sharpness(network: nn.Module, images_BCHW: Tensor, labels_B: Tensor, scale: 
         sam.restore()
     network.zero_grad()
     every = -(-len(images_BCHW) // HESSIAN_IMAGES)
-    eigenvalue = top_eigenvalue(shares_of(images_BCHW[::every], labels_B[::every]), parameters)
+    eigenvalue = top_eigenvalue(terms_of(images_BCHW[::every], labels_B[::every]), parameters)
     for parameter, was in zip(parameters, trained, strict=True):
         parameter.requires_grad_(was)
     return {"loss": here, "gap": gap, "top_eigenvalue": eigenvalue}
 
 
 def top_eigenvalue(
-    shares: Sequence[Callable[[], Tensor]],
+    terms: Sequence[Callable[[], Tensor]],
     parameters: list[nn.Parameter],
     iterations: int = HESSIAN_PASSES,
     tolerance: float = TOLERANCE,
 ) -> float:
     """Return the Hessian's eigenvalue of largest magnitude, by power iteration.
 
-    The loss is the sum of ``shares``, with one graph in memory at a time. The iteration ends at a relative change below
+    The loss is the sum of ``terms``, with one graph in memory at a time. The iteration ends at a relative change below
     ``tolerance``.
     """
     generator = torch.Generator().manual_seed(0)
@@ -92,8 +92,8 @@ def top_eigenvalue(
         norm = torch.linalg.vector_norm(torch.stack([v.norm() for v in vector])).clamp(min=1e-30)
         vector = [v / norm for v in vector]
         product = [torch.zeros_like(v) for v in vector]
-        for share in shares:
-            torch._foreach_add_(product, _hessian_product(share, parameters, vector))
+        for term in terms:
+            torch._foreach_add_(product, _hessian_product(term, parameters, vector))
         before, value = value, sum((v * h).sum().item() for v, h in zip(vector, product, strict=True))
         vector = product
         if abs(value - before) < tolerance * abs(value):

@@ -122,7 +122,7 @@ def ablate(
         NonFiniteError: a run diverged; raised after the other runs.
     """
     grid = read_grid(path)
-    runs = plan(grid, overrides)
+    runs = arm_runs(grid, overrides)
     if unknown := [arm for arm in arms if arm not in grid.arms]:
         raise UserError(f"--arms: no arm {unknown[0]!r} in {path}{config.near(unknown[0], list(grid.arms))}")
     selected = [run for run in runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
@@ -162,7 +162,7 @@ def read_grid(path: str) -> Grid:
         raise UserError(f"grid {file}: {name}: {first['msg']}{hint}") from None
 
 
-def plan(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
+def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     """Return the grid's runs by seed, so that a partial grid has complete seeds.
 
     Raises:
@@ -289,10 +289,10 @@ def _work(folder: Path, steps: int) -> Work:
 
 def _listing(name: str, works: Sequence[Work]) -> Table:
     left = sum(work.steps - work.done for work in works)
-    plan = Table("run", "optimizer steps", "state", title=f"grid {name}: {left:,} steps left", title_justify="left")
+    listing = Table("run", "optimizer steps", "state", title=f"grid {name}: {left:,} steps left", title_justify="left")
     for work in works:
-        plan.add_row(work.name, f"{work.steps:,}", work.state)
-    return plan
+        listing.add_row(work.name, f"{work.steps:,}", work.state)
+    return listing
 
 
 def _finish(run: ArmRun) -> bool:

@@ -58,10 +58,10 @@ def choose(facts: Facts, rates: Rates, hours: float, name: str) -> Choice:
     for rung in facts.rungs:
         if rung not in rates.student:
             break
-        plan = _schedule(facts, rates, rung, budget)
-        if plan is not None and (chosen is None or plan.images_seen >= rung.needs):
-            chosen = plan
-        if plan is None or plan.images_seen < rung.needs:
+        schedule = _schedule(facts, rates, rung, budget)
+        if schedule is not None and (chosen is None or schedule.images_seen >= rung.needs):
+            chosen = schedule
+        if schedule is None or schedule.images_seen < rung.needs:
             break
     if chosen is None:
         rung = facts.rungs[0]

@@ -114,7 +114,7 @@ def test_copies_in_one_group_are_read_once_and_differ_only_in_their_crop(tmp_pat
     monkeypatch.setattr(
         reader, "read_encoded", lambda path, *rest, **how: read.append(path) or read_encoded(path, *rest, **how)
     )
-    shared, _ = deliver(images, wanted, share=4)
+    shared, _ = deliver(images, wanted, window=4)
     assert len(read) == 5
     assert len(shared) == len(apart)
     assert all(torch.equal(a, b) for a, b in zip(shared, apart, strict=True))

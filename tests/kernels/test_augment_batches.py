@@ -42,7 +42,7 @@ def batches(source: Source, images: LongTailSet, cfg: Config, mixing: bool = Tru
 def open_one(kind: str, images: LongTailSet, device: torch.device) -> Source:
     pytest.importorskip("nvidia.dali", reason="DALI decodes the images")
     data = DataConfig(num_threads=2, residency="host" if kind == "host" else "device")
-    return Stream(images, data, device, share=2) if kind == "stream" else open_source(images, data, device)
+    return Stream(images, data, device, window=2) if kind == "stream" else open_source(images, data, device)
 
 
 @pytest.fixture(autouse=True)

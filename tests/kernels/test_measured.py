@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastdeitlt.kernels import _measured, _pick
 from fastdeitlt.kernels._launch import LaunchConfig
-from fastdeitlt.kernels._measured import Row, file_of, read, setting, share, trying, use, write
+from fastdeitlt.kernels._measured import Row, file_of, prefer, read, setting, trying, use, write
 from fastdeitlt.kernels._pick import pick, say_once
 
 from fastdeitlt.errors import UserError
@@ -150,9 +150,9 @@ def test_a_requested_kernel_without_triton_is_refused(monkeypatch):
 
 def test_all_ranks_run_what_the_first_has():
     write(file_of(GPU), [setting_row(WON), fastest_row("torch")])
-    share([fastest_row("triton")])
+    prefer([fastest_row("triton")])
     assert picked() == "triton" and setting("bias_gelu", ("forward", 198), CUDA, DEFAULT) == WON
-    share([])
+    prefer([])
     assert picked() == "torch"
 
 

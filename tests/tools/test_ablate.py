@@ -114,7 +114,7 @@ def trained(monkeypatch):
 
 def test_all_arms_of_a_seed_come_before_the_next_seed_and_settings_win_in_order(grid_file):
     arms = GRID["arms"] | {"slow": {"student": {"optim.lr": 1e-4}}}
-    runs = ablate.plan(
+    runs = ablate.arm_runs(
         ablate.read_grid(grid_file(arms=arms)), ["optim.lr=3e-4", "runs_dir=r", "teacher_training.lr=0.2"]
     )
     assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for seed in (0, 1) for arm in arms]
@@ -345,7 +345,7 @@ def test_shipped_grids_are_valid(path):
     grid = ablate.read_grid(f"ablation/{path.stem}")
     assert grid.name == f"ablation-{path.stem}"
     assert len(grid.seeds) >= 3
-    assert len(ablate.plan(grid)) == len(grid.seeds) * len(grid.arms)
+    assert len(ablate.arm_runs(grid)) == len(grid.seeds) * len(grid.arms)
 
 
 def test_a_grid_cut_off_continues_and_ends_with_its_table(tmp_path, grid_file, monkeypatch):

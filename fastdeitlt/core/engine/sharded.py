@@ -213,7 +213,7 @@ class DeepSpeedEngine:
                 if self.stage < 3:
                     utils.safe_set_full_optimizer_state(parameter, whole, key)
                 else:
-                    utils.safe_set_local_optimizer_state(parameter, _share(whole, parameter), key)
+                    utils.safe_set_local_optimizer_state(parameter, _partition(whole, parameter), key)
 
     @torch.no_grad()
     def _gather(self) -> None:
@@ -223,7 +223,7 @@ class DeepSpeedEngine:
             torch._foreach_copy_(list(self.student.parameters()), [part.data for part in parts])
 
 
-def _share(whole: Tensor, parameter: Any) -> Tensor:
+def _partition(whole: Tensor, parameter: Any) -> Tensor:
     """Return this rank's part of a stage 3 parameter's tensor.
 
     The last rank's part is padded with zeros.

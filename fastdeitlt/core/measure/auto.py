@@ -22,8 +22,8 @@ def measure_kernels(
         return
     from fastdeitlt.core.measure.first_start import current_rows  # Triton is slow to import, and may be missing on CPUs
     from fastdeitlt.core.measure.parts import Shapes
-    from fastdeitlt.kernels._measured import share
+    from fastdeitlt.kernels._measured import prefer
 
     rows = distributed.on_main(lambda: current_rows(Shapes(cfg, student, teacher, num_classes, device)))
     if distributed.get_world() > 1:
-        share(rows)
+        prefer(rows)

@@ -50,13 +50,13 @@ class Stream:
         images: the set.
         cfg: ``num_threads``, ``on_error``, ``exif`` and ``jpeg_engine_share``.
         device: device of the decoded regions and crops.
-        share: consecutive requests decoded together. An image that occurs in several of them (copies of repeated
+        window: consecutive requests decoded together. An image that occurs in several of them (copies of repeated
             augmentation, for different virtual ranks) is read and decoded once.
     """
 
-    def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, share: int = 1) -> None:
+    def __init__(self, images: LongTailSet, cfg: DataConfig, device: torch.device, window: int = 1) -> None:
         self.unreadable: set[int] = set()
-        self._images, self.device, self._share = images, device, share
+        self._images, self.device, self._window = images, device, window
         self._skip, self._exif = cfg.on_error == "skip", cfg.exif
         self._refusing = threading.Lock()
         self._workers = Workers(num_threads(cfg.num_threads))
@@ -116,7 +116,7 @@ class Stream:
 
     def _deliver(self, requests: Iterable[AnyRequest], make: Make[Output]) -> Iterator[tuple[AnyRequest, Output]]:
         requests = iter(requests)
-        groups = iter(lambda: list(islice(requests, self._share)), [])
+        groups = iter(lambda: list(islice(requests, self._window)), [])
         for group in self._workers.ahead(partial(self._start_group, make), groups):
             yield from group
 

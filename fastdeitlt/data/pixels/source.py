@@ -57,7 +57,7 @@ def open_source(
     images: LongTailSet,
     cfg: DataConfig,
     device: torch.device,
-    share: int = 1,
+    window: int = 1,
     *,
     tell: bool = False,
     scored: bool = False,
@@ -65,7 +65,7 @@ def open_source(
     """Open the source of ``data.residency``; auto tries device, host, streaming.
 
     Args:
-        share: consecutive requests decoded together; see ``Stream``.
+        window: consecutive requests decoded together; see ``Stream``.
         tell: log the choice and the reason.
         scored: the set is for evaluation only. Replacements of unreadable images are not scored, so they may be of any
             class.
@@ -83,7 +83,7 @@ def open_source(
         decoded = pack(images.images_NHWC)
         chosen = _choose(images, cfg, device, decoded.pixels.numel(), tell)
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
-    stream = Stream(images, cfg, device, share)
+    stream = Stream(images, cfg, device, window)
     if cfg.residency == "stream":
         return stream
     with ExitStack() as stack:
