@@ -71,7 +71,8 @@ class Model:
         self._opened: PictureReader | None = None
 
     def __repr__(self) -> str:
-        return f"Model({self.kind} {self.path}, {len(self.classes)} classes, {self.img_size} pixels, {self.device})"
+        classes = counted(len(self.classes), "class")
+        return f"Model({self.kind} {self.path}, {classes}, {self.img_size} pixels, {self.device})"
 
     def predict(
         self, images: Picture | Tensor | Sequence[Picture | Tensor], batch_size: int = 64, raw: bool = False

@@ -168,8 +168,8 @@ def _check_logits(
         )
     if teacher_logits.size(1) != cls_logits.size(1) and (class_map is None or distillation == "soft"):
         raise UserError(
-            f"joint_loss: teacher_logits: got {teacher_logits.size(1)} classes, expected {cls_logits.size(1)}. Use "
-            "hard distillation with a class_map (teacher class -> student class)."
+            f"joint_loss: teacher_logits: got {counted(teacher_logits.size(1), 'class')}, expected "
+            f"{cls_logits.size(1)}. Use hard distillation with a class_map (teacher class -> student class)."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdeitlt.errors import counted
 from fastdeitlt.evaluation.metrics import HeadResult, Result, wilson_interval
 
 METHOD = "Wilson intervals of the classes, combined for their mean (MOVER, 95 %)"
@@ -61,7 +62,7 @@ class Recommendation:
         best, others = self.best, self.scored[1:]
         text = (
             f"use {best.name}: balanced accuracy {best.accuracy:.1f} % ({best.low:.1f} to {best.high:.1f}) on "
-            f"{self.num_images:,} validation images"
+            f"{counted(self.num_images, 'validation image')}"
         )
         if others:
             text += "; " + ", ".join(f"{other.name} {other.accuracy:.1f}" for other in others)

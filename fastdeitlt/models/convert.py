@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
 from fastdeitlt.store.checkpoint import read_folder
@@ -59,7 +59,7 @@ def load_student_state(model: DistilledViT, state: State, what: str = "student c
     """
     _check_distilled(state, what)
     if len(state["head.weight"]) != model.num_classes:
-        raise UserError(f"{what}: got {len(state['head.weight'])} classes, expected {model.num_classes}")
+        raise UserError(f"{what}: got {counted(len(state['head.weight']), 'class')}, expected {model.num_classes}")
     pos_embed = resample_pos_embed(state["pos_embed"], model.pos_embed.shape[1])
     load_exact(model, state | {"pos_embed": pos_embed}, what)
 

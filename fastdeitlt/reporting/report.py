@@ -82,7 +82,7 @@ def _lead(run: RunFiles) -> str:
     if how and chosen["on"] != "last" and "by" in chosen:
         how += f" by {SELECT_BY[chosen['by']]}"
     images = result.size(f"{'test' if name == 'test' else 'validation'} images")
-    return f"{what}: {images} of {len(result.counts_K):,} classes, {weights}{epoch}{f', {how}' if how else ''}."
+    return f"{what}: {images} of {counted(len(result.counts_K), 'class')}, {weights}{epoch}{f', {how}' if how else ''}."
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:

@@ -289,7 +289,9 @@ def _work(folder: Path, steps: int) -> Work:
 
 def _listing(name: str, works: Sequence[Work]) -> Table:
     left = sum(work.steps - work.done for work in works)
-    listing = Table("run", "optimizer steps", "state", title=f"grid {name}: {left:,} steps left", title_justify="left")
+    listing = Table(
+        "run", "optimizer steps", "state", title=f"grid {name}: {counted(left, 'step')} left", title_justify="left"
+    )
     for work in works:
         listing.add_row(work.name, f"{work.steps:,}", work.state)
     return listing

@@ -84,8 +84,9 @@ def _data(saved: Saved) -> str:
         return f"{counted(saved.num_classes, 'class')}; the number of images is not in the model folder."
     smallest = min(count for count in counts if count)
     return (
-        f"{saved.info.get('dataset') or 'Unnamed'}: {sum(counts):,} images of {len(counts):,} classes, "
-        f"{max(counts):,} in the largest and {smallest:,} in the smallest (imbalance {max(counts) / smallest:.0f})."
+        f"{saved.info.get('dataset') or 'Unnamed'}: {counted(sum(counts), 'image')} of "
+        f"{counted(len(counts), 'class')}, {max(counts):,} in the largest and {smallest:,} in the smallest (imbalance "
+        f"{max(counts) / smallest:.0f})."
     )
 
 

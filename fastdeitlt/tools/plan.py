@@ -211,13 +211,14 @@ def describe(planned: Planned) -> list[str]:
     )
     for rung, rate in rates.student.items():
         mark = "selected" if rung == choice.rung else ""
-        what = f"{rung.student}, {rung.depth} blocks: {rate:,.0f} images/s"
+        what = f"{rung.student}, {counted(rung.depth, 'block')}: {rate:,.0f} images/s"
         lines.append(f"measured   {what}; teacher {rung.teacher}: {rates.teacher[rung]:,.0f} images/s  {mark}".rstrip())
     t = teacher.teacher_training
-    lines.append(f"teacher    {t.arch} at {t.img_size} px, {t.epochs:,} epochs, {t.loss}, sam {t.sam}")
+    lines.append(f"teacher    {t.arch} at {t.img_size} px, {counted(t.epochs, 'epoch')}, {t.loss}, sam {t.sam}")
     lines.append(
-        f"student    {student.student.name}, {student.student.depth} blocks, {student.train.epochs:,} epochs, "
-        f"{choice.images_seen:,} images seen, re-weighting from epoch {student.loss.drw_epoch}"
+        f"student    {student.student.name}, {counted(student.student.depth, 'block')}, "
+        f"{counted(student.train.epochs, 'epoch')}, {choice.images_seen:,} images seen, re-weighting from epoch "
+        f"{student.loss.drw_epoch}"
     )
     times = ", ".join(f"{part} {seconds / 60:,.1f} min" for part, seconds in choice.seconds.items())
     total = sum(choice.seconds.values()) / 60

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, counted
 
 KNOWN_COUNTS = {
     "fashion_mnist_lt": {"train": (2478, 10, 1000, 10), "val": (500, 10, 50, 50), "test": (1000, 10, 100, 100)},
@@ -59,7 +59,10 @@ def cifar_lt_counts(n_total: int, classes: int, imb_factor: float, kind: str = "
         UserError: fewer than one image per class, imb_factor outside (0, 1], or an unknown kind.
     """
     if classes < 1 or n_total < classes:
-        raise UserError(f"long tail: got {n_total} images of {classes} classes, expected at least one image per class")
+        raise UserError(
+            f"long tail: got {counted(n_total, 'image')} of {counted(classes, 'class')}, expected at least one image "
+            "per class"
+        )
     if not 0 < imb_factor <= 1:
         raise UserError(f"imbalance_factor: got {imb_factor}, expected smallest / largest class size in (0, 1]")
     largest = n_total / classes
