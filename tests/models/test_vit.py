@@ -150,7 +150,7 @@ def test_samples_left_out_give_what_samples_multiplied_by_zero_give(
         mask = torch.zeros_like(kept.scale_B11).index_fill(0, kept.samples_S, 1)
         return BranchSamples(kept.scale_B11 * mask)
 
-    monkeypatch.setattr("fastdeitlt.models.vit.draw_kept", computed)
+    monkeypatch.setattr("fastdeitlt.models.vit.draw_samples", computed)
     expected_logits, expected_gradients = logits_and_gradients(model, images)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-12, atol=1e-13)
     assert_same_gradients(gradients, expected_gradients, 1e-11)
