@@ -83,6 +83,8 @@ STUDENTS = {
     "drop path by count": COUNT,
     "drop path by count, kernels": COUNT | KERNELS,
     "float32": {"train.precision": "fp32"},
+    "float8": {"train.precision": "fp8", "student.depth": 2},
+    "float8, kernels": KERNELS | {"train.precision": "fp8"},
     "no clipping, no average": {"optim.clip_norm": 0.0, "optim.ema_decay": 0.0},
     "soft distillation": {"loss.distillation": "soft", "loss.tau": 2.0},
     "bce": {"loss.base": "bce"},
@@ -108,7 +110,7 @@ def images(batch=B, size=SIZE, dtype=torch.bfloat16):
 def mixed_batch(cfg):
     """As the fused kernel gives it."""
     labels_B = torch.arange(B, device=CUDA)
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    dtype = torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
     return Batch(images(dtype=dtype), labels_B, labels_B.flip(0), torch.full((), 0.3, device=CUDA))
 
 
