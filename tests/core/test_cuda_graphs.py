@@ -131,5 +131,5 @@ def test_an_engine_that_does_not_expect_replays_would_take_other_steps(eager, co
 
 @pytest.mark.parametrize(("engine", "where"), [("plain", "a student on cpu"), ("deepspeed", "the DeepSpeed engine")])
 def test_graphs_are_refused_where_there_are_none(engine, where):
-    with pytest.raises(UserError, match=rf"train\.cuda_graphs: got true with {where}.*use train\.cuda_graphs=false"):
+    with pytest.raises(UserError, match=rf"train\.cuda_graphs: got true with {where}.*Use train\.cuda_graphs=false"):
         _engine(build_engine, **{"train.cuda_graphs": True, "train.engine": engine})
