@@ -35,10 +35,7 @@ def photos(side: int = 0) -> list[np.ndarray]:
 
 
 def operation(op: int) -> dict[str, Any]:
-    """Return the largest and mean absolute difference.
-
-    And the fraction of values that differ.
-    """
+    """Return the largest and mean difference, and the fraction that differs."""
     source, differences = np.stack(photos(SIZE)), []
     for level in range(11):
         for sign in (1.0, -1.0):

@@ -244,7 +244,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
 def save(place: Place) -> None:
     """Write the outcomes of the commands beside the rows.
 
-    And the kernel measurements that `auto` uses.
+    They include the kernel measurements that `auto` uses.
     """
     (place.out / "stages.json").write_text(json.dumps(place.results, indent=1), encoding="utf-8")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "kernels"

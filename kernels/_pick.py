@@ -40,9 +40,7 @@ def say_once(message: str, level: int = logging.WARNING) -> None:
 
 
 def check_impl(op: str, impl: str) -> None:
-    """Refuse an unknown implementation of an op.
-
-    Or one whose package is not installed.
+    """Refuse an implementation that is unknown or not installed.
 
     Raises:
         UserError: see above.

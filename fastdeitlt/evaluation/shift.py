@@ -24,9 +24,9 @@ SHIFTS: dict[str, float] = {
 
 
 def shifted_prior(counts: Sequence[int], rho: float) -> np.ndarray:
-    """Return the prior [K] that falls exponentially with training size rank.
+    """Return the prior [K] that falls exponentially with rank by training size.
 
-    By ``rho`` in total.
+    The first class is ``rho`` times as frequent as the last.
     """
     rank_K = np.argsort(class_order(counts), kind="stable")
     share_K = rho ** -(rank_K / max(len(counts) - 1, 1))

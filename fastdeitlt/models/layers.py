@@ -39,7 +39,7 @@ class Linear(nn.Linear):
 def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str = "sdpa") -> Tensor:
     """Compute softmax attention of every token to every token.
 
-    Or only of the first ``num_queries``.
+    With ``num_queries`` only the first tokens are queries.
 
     Args:
         impl: see ``kernels._pick``. The kernel also computes the gradient of the projection's bias, otherwise another
@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
         """Compute attention of all tokens to all tokens.
 
-        Or only of the first ``num_queries``.
+        With ``num_queries`` only the first tokens are queries.
         """
         return attend(x_BND, self.qkv, self.heads, num_queries, self.impl)
 

@@ -65,9 +65,9 @@ def add_norm(
     next_samples: BranchSamples | None,
     impl: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Add a residual branch to the stream x and normalise the next samples.
+    """Add a residual branch to the stream x, then normalise it.
 
-    Those of the next branch.
+    Only the samples of the next branch are normalised.
 
     Args:
         x_BND: the stream.
@@ -104,9 +104,8 @@ def _add_norm_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``add_norm`` in one pass by kernels/add_layernorm.py.
 
-    Without gather or scatter.
-
-    The kernel also adds the linear map's bias and sums its gradient, otherwise another pass.
+    It needs no gather or scatter. The kernel also adds the linear map's bias and sums its gradient, which is otherwise
+    another pass.
     """
     from fastdeitlt.kernels.add_layernorm import add_layernorm
 

@@ -153,7 +153,7 @@ class DistilledViT(nn.Module):
     def _run(self, images_BCHW: Tensor, num_queries: int | None, drop_paths: list[DropPath] | None = None) -> Tensor:
         """Return tokens after the final norm, [B, N, D].
 
-        Or only the first ``num_queries`` of the last block.
+        With ``num_queries`` the last block computes only the first tokens.
         """
         x_BND, blocks = self._embed(images_BCHW), cast(list[Block], list(self.blocks))
         drop_paths = drop_paths or self.draw_drop_path(x_BND.shape[0])  # len would fix the batch of an exported graph
