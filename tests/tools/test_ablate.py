@@ -238,7 +238,7 @@ def test_arms_without_a_finished_run_are_named_under_the_table(grid_file, traine
     folder = ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base", "vit"])
     text = (folder / "results.md").read_text()
     assert "| vit | 1 |" in text and "| sgd |" not in text
-    assert "No run of `no-drw`, `sgd` is finished." in text
+    assert "No finished run of `no-drw`, `sgd`." in text
 
 
 def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
