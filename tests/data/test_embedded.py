@@ -93,7 +93,7 @@ def test_damaged_archive_is_refused(cache, tmp_path, monkeypatch):
     data[5000] ^= 1
     damaged.write_bytes(data)
     monkeypatch.setattr(embedded, "ARCHIVE", damaged)
-    with pytest.raises(UserError, match=r"got sha256 .* reinstall"):
+    with pytest.raises(UserError, match=r"got sha256 .* Reinstall"):
         embedded.unpack()
     damaged.write_bytes(data[:9000])
     with pytest.raises(UserError, match=r"damaged .* reinstall"):

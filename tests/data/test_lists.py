@@ -124,7 +124,7 @@ def test_label_beyond_the_given_classes_is_refused(tmp_path):
         ("l.tfrecord", "x", "suffix '.tfrecord', expected .txt, .csv or .json"),
         ("l.csv", "", "line 1: got the header"),
         ("l.csv", "a.jpg,0\n", "line 1: got the header .*expected a column path"),
-        ("l.csv", "path,label\na,b.jpg,0\n", "line 2: got 3 fields, expected 2; quote"),
+        ("l.csv", "path,label\na,b.jpg,0\n", "line 2: got 3 fields, expected 2. Quote"),
         ("l.csv", "path,label\na.jpg,0\nb.jpg,\n", "line 3: got the label ''"),
         ("l.csv", "path,label\na.jpg,0\nb.jpg,cat\n", "line 3: got the label 'cat'"),
         ("l.csv", "path,label\na.jpg,-1\n", "line 2: got the label '-1'"),

@@ -180,4 +180,4 @@ def test_the_model_card_of_an_export_names_the_temperature():
     )
     del results["posthoc"]
     card = model_card(replace(saved, calibration=None), "deit", {})
-    assert "as trained" in card and "No temperature was fitted" in card and "with a fitted" not in card
+    assert "uncalibrated" in card and "No temperature was fitted" in card and "with a fitted" not in card
