@@ -25,7 +25,7 @@ from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.opening import open_splits
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.errors import UserError, csv_name
+from fastdeitlt.errors import UserError, counted, csv_name
 from fastdeitlt.evaluation import per_image, shift
 from fastdeitlt.evaluation.metrics import LEFT_OUT, Result, heads_of, score_heads
 from fastdeitlt.evaluation.posthoc import PostHoc, post_hoc
@@ -290,7 +290,7 @@ def _write_predictions(evaluation: Evaluation, saved: Saved, path: Path) -> None
     )
     fitted = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
     how = f"temperatures fitted on validation images: {fitted}" if fitted else "uncalibrated probabilities"
-    log.info("%s: %d images; %s", path, len(evaluation.labels_N), how)
+    log.info("%s: %s; %s", path, counted(len(evaluation.labels_N), "image"), how)
 
 
 def to_csv(result: Result, class_names: Sequence[str] | None = None) -> str:
