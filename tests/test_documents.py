@@ -101,3 +101,10 @@ def test_the_api_page_is_complete_and_names_what_is_there():
     for module, names in parts:
         loaded = importlib.import_module(module)
         assert [name for name in re.findall(r"`(\w+)", names) if not hasattr(loaded, name)] == []
+
+
+def test_tests_named_in_documents_exist():
+    defined = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    for page in DOCUMENTS:
+        named = re.findall(r"::(test_\w+)", page.read_text(encoding="utf-8"))
+        assert [name for name in named if f"def {name}(" not in defined] == [], page
