@@ -108,3 +108,21 @@ def test_tests_named_in_documents_exist():
     for page in DOCUMENTS:
         named = re.findall(r"::(test_\w+)", page.read_text(encoding="utf-8"))
         assert [name for name in named if f"def {name}(" not in defined] == [], page
+
+
+def long_lines(text: str) -> list[str]:
+    """Return the lines of over 120 columns outside tables."""
+    return [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_fit_into_120_columns(page):
+    assert long_lines(page.read_text(encoding="utf-8")) == []
+    assert long_lines(f"{'x' * 121}\n| {'x' * 121} |") == ["x" * 121]
+
+
+def test_the_readme_is_short_and_every_page_is_in_the_index():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\((\w+\.md)\)", index))
