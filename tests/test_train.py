@@ -421,7 +421,7 @@ def test_files_of_every_split_are_looked_at_before_the_first_step(tiny, tmp_path
     lines = [f"gone/{line}" for line in (root / "test.txt").read_text().splitlines()]
     (tmp_path / "test.txt").write_text("\n".join(lines[:30]))
     cfg = {"data.test_list": str(tmp_path / "test.txt"), "runs_dir": str(tmp_path), "name": spine.__name__}
-    with pytest.raises(UserError, match=r"30 of 30 test images under .* cannot be read .*No such file") as caught:
+    with pytest.raises(UserError, match=r"30 of 30 test images in .* unreadable .*No such file") as caught:
         spine(config.build(tiny | cfg))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / spine.__name__ / "metrics.jsonl").exists()

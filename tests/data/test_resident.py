@@ -280,8 +280,8 @@ def test_resuming_and_other_threads_give_the_same_batches():
     [
         ("auto", 10**9, Resident, "auto.*host"),
         ("auto", 200_000, Stream, "auto.*stream"),
-        ("host", 10**9, Resident, "11 images take 0.1 MB decoded at full size"),
-        ("device", 10**9, Resident, "host has 1.0 GB free"),
+        ("host", 10**9, Resident, "11 images need 0.1 MB decoded at full size"),
+        ("device", 10**9, Resident, "1.0 GB free on host"),
         ("stream", 0, Stream, ""),
     ],
 )
@@ -304,7 +304,7 @@ def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, fr
 
 def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monkeypatch, decodings):
     monkeypatch.setattr(source, "_free_host_bytes", lambda: 100_000)
-    with pytest.raises(UserError, match=r"data\.residency=host: 11 images take 0\.1 MB .* host has 0\.1 MB free; use"):
+    with pytest.raises(UserError, match=r"data\.residency=host: 11 images need 0\.1 MB .* 0\.1 MB free on host\. Set"):
         open_source(make_set(tmp_path), HOST, CPU)
     assert decodings == []
 

@@ -181,7 +181,7 @@ def test_the_verb_names_what_does_not_fit(tmp_path):
     save_student(tmp_path / "four")
     with pytest.raises(UserError, match=r"txt: classes differ by name, got 'T-shirt/top', .* and 7 more, not in model"):
         main([str(tmp_path / "four")], [], images=10, json=None)
-    with pytest.raises(UserError, match="--images is 0"):
+    with pytest.raises(UserError, match="--images: got 0, expected at least 1"):
         main([str(tmp_path / "four")], [], images=0, json=None)
 
 

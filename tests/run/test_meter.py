@@ -123,5 +123,5 @@ def test_a_loss_that_is_not_finite_names_the_sound_checkpoint(kind, tmp_path):
     run = FakeRun(tmp_path)
     driver = kind(run)
     run.checkpoints.save(2, {"model": {"w": torch.zeros(1)}}, {"best": None})  # in flight, perhaps
-    with pytest.raises(NonFiniteError, match=r"checkpoint \S*step-00000002 is sound"):
+    with pytest.raises(NonFiniteError, match=r"checkpoint \S*step-00000002 is intact"):
         driver.epoch(iter([None] * STEPS), 1, float("nan"), lambda: None)

@@ -228,7 +228,7 @@ def test_what_training_left_out_is_looked_into_once_and_missed_plainly(
 def test_a_diverged_run_is_told_at_the_end_and_stops_no_other(grid_file, trained, tmp_path, capsys):
     trained.diverging = ("vit-seed0",)
     assert cli.main(["ablate", grid_file(), f"runs_dir={tmp_path / 'runs'}"]) == 5
-    assert "1 runs diverged" in capsys.readouterr().err
+    assert "1 run diverged" in capsys.readouterr().err
     rows = list(csv.DictReader((tmp_path / "runs/grid/results.csv").open()))
     seeds = {row["arm"]: row["seeds"] for row in rows if row["head"] == "AVG"}
     assert seeds == {"base": "2", "vit": "1", "no-drw": "2", "sgd": "2"}

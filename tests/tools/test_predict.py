@@ -159,7 +159,7 @@ def test_the_terminal_table_shows_class_names_literally(saved, capsys, monkeypat
 
 def test_bad_requests_are_refused_before_the_model_is_read(saved, tmp_path):
     folder, _, paths = saved
-    with pytest.raises(UserError, match="top_k is 0, expected at least 1"):
+    with pytest.raises(UserError, match="got top_k 0, expected at least 1"):
         predict(folder, paths, top_k=0)
     with pytest.raises(UserError, match="no images in"):
         predict(folder, [tmp_path])
