@@ -112,9 +112,9 @@ def test_a_loss_that_is_not_finite_gets_advice_that_can_be_followed(kind, tmp_pa
     with pytest.raises(NonFiniteError) as caught:
         driver.epoch(iter([None] * STEPS), 1, float("nan"), lambda: None)
     text = str(caught.value)
-    assert "no checkpoint was saved before" in text and "sound" not in text
+    assert "no checkpoint was saved before" in text and "intact" not in text
     section = "optim" if kind is Student else "teacher_training"
-    assert f"lower {section}.lr" in text and "--resume never" in text
+    assert f"Lower {section}.lr" in text and "--resume never" in text
     assert (f"{section}.clip_norm=1" in text) == (clip_norm in (0.0, 5.0))
 
 
