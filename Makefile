@@ -1,4 +1,4 @@
-# make demo: set up, train on the embedded real images, show the report. make test: set up, run the suite.
+# make demo: set up, train on the embedded real images, show the report. make test: set up, run the suite, a process a core.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -32,7 +32,7 @@ browser:
 	  echo "no Chromium: the test of the report's layout is skipped; install the package chromium"
 
 test: setup-dev browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: setup-dev
 	$(BIN)/ruff check .
