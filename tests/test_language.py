@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("fastdeitlt", "kernels", "benchmarks", "examples")
 CODE = {path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py")}
-RECIPES = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("[ce]*/**/*.yaml")}
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[ce]*/**/*.yaml")]
+TEXTS = CODE | {path: path.read_text(encoding="utf-8") for path in PAGES}
 BANNED = (
     r"lies? (in|at|on|under|beside)",
     r"(go|goes|going) on",
@@ -55,7 +56,7 @@ def long_first_lines(source: str) -> list[str]:
 
 
 def test_no_text_has_a_banned_phrase():
-    phrases = {str(path): banned(text) for path, text in (CODE | RECIPES).items()}
+    phrases = {str(path): banned(text) for path, text in TEXTS.items()}
     assert {path: words for path, words in phrases.items() if words} == {}
     assert banned("# the file lies\n# in a folder, and the run goes on") == ["lies in", "goes on"]  # it can fail
 
