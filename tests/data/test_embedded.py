@@ -96,7 +96,7 @@ def test_damaged_archive_is_refused(cache, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"got sha256 .* Reinstall"):
         embedded.unpack()
     damaged.write_bytes(data[:9000])
-    with pytest.raises(UserError, match=r"damaged .* reinstall"):
+    with pytest.raises(UserError, match=r"damaged .* Reinstall"):
         embedded.unpack()
     assert not embedded.cache_folder().exists()
 

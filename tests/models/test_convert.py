@@ -49,7 +49,7 @@ def test_weights_of_another_image_size_load() -> None:
 
 def test_states_that_do_not_fit_are_named() -> None:
     model, state = small(), small().state_dict()
-    with pytest.raises(UserError, match="has 7 classes, expected 5"):
+    with pytest.raises(UserError, match="got 7 classes, expected 5"):
         load_student_state(create_student(TINY32, 5, depth=3), state)
     with pytest.raises(UserError, match=r"no dist_token .* expected a distilled ViT"):
         load_student_state(model, {key: value for key, value in state.items() if key != "dist_token"})

@@ -330,7 +330,7 @@ def test_classes_of_a_folder_are_matched_by_name(tmp_path: Path) -> None:
         ({"kind": "student"}, "got a student, expected a teacher"),
         ({"model": {"arch": "resnet8", "img_size": 16}}, r"no model.num_classes"),
         ({"preprocess": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, r"preprocess\.std\.1: Input should be greater than 0"),
-        ({"class_map": [0, 1]}, "class map: got 2 entries"),
+        ({"class_map": [0, 1]}, "class map: got 2 classes"),
     ],
 )
 def test_malformed_model_folders_are_named(tmp_path: Path, facts: dict, message: str) -> None:

@@ -223,13 +223,13 @@ def test_behind_the_teacher_is_not_a_negative_lead(tmp_path):
     html = write_report(folder).read_text()
     gain = results["test"]["heads"]["AVG"]["top1"]["threshold"]["all"]
     gain -= results["teacher"]["heads"]["TEACHER"]["top1"]["threshold"]["all"]
-    assert f"<b>{abs(gain):.1f}</b><span>points {'over' if gain >= 0 else 'below'} the teacher" in html
+    assert f"<b>{abs(gain):.1f}</b><span>points {'above' if gain >= 0 else 'below'} the teacher" in html
     results["test"], results["teacher"] = results["teacher"], results["test"]
     for score_of in (results["test"], results["teacher"]):
         score_of["heads"] = {"AVG" if name == "TEACHER" else name: head for name, head in score_of["heads"].items()}
     change(folder, "results.json", **results)
     html = write_report(folder).read_text()
-    assert f"<b>{abs(gain):.1f}</b><span>points {'below' if gain >= 0 else 'over'} the teacher" in html
+    assert f"<b>{abs(gain):.1f}</b><span>points {'below' if gain >= 0 else 'above'} the teacher" in html
     assert f"-{abs(gain):.1f}" not in html
 
 
