@@ -107,8 +107,7 @@ def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tu
     sizes = [(rows, 12, 64), (tokens, 2, 12, 64)] if few else [(tokens, 3, 12, 64)]
     exact = [torch.randn(4, *size, generator=generator).bfloat16().double().requires_grad_() for size in sizes]
     upstream = torch.randn(4, rows, 12 * 64, generator=generator).bfloat16()
-    packed = _packed(*exact) if few else exact[0]
-    expected = [out := reference(packed, rows), *torch.autograd.grad(out, exact, upstream.double())]
+    expected = [out := reference(*exact), *torch.autograd.grad(out, exact, upstream.double())]
     for impl in bench_attention.IMPLS:
         inputs = [x.detach().to(device, torch.bfloat16).requires_grad_() for x in exact]
         try:
@@ -118,12 +117,6 @@ def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tu
             print(f"N={tokens} M={rows} {impl}: not measured, {' '.join(str(error).split())[:120]}")
             continue
         yield impl, max(_error(a, b) for a, b in zip(got, expected, strict=True))
-
-
-def _packed(q_BMHD: Tensor, kv_BN2HD: Tensor) -> Tensor:
-    """Pack queries of the first rows, and keys and values, as one [B, N, 3, H, D]."""
-    rest = kv_BN2HD.new_zeros(len(q_BMHD), kv_BN2HD.shape[1] - q_BMHD.shape[1], *q_BMHD.shape[2:])
-    return torch.cat([torch.cat([q_BMHD, rest], 1)[:, :, None], kv_BN2HD], 2)
 
 
 def _error(got: Tensor, expected: Tensor) -> float:

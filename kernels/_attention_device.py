@@ -34,14 +34,14 @@ def _load(
 
 
 @triton.jit
-def _store(p_rows, b_x, start, first, limit, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Store the rows of ``b_x`` that are in [first, limit).
+def _store(p_rows, b_x, start, limit, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Store the rows of ``b_x`` before ``limit``.
 
     Its first row is ``start``.
     """
     o_n = start + tl.arange(0, b_x.shape[0])
     o_d = tl.arange(0, b_x.shape[1])
-    m_block = ((o_n >= first) & (o_n < limit))[:, None] & (o_d < D)[None, :]
+    m_block = (o_n < limit)[:, None] & (o_d < D)[None, :]
     tl.store(p_rows + o_n[:, None] * STRIDE + o_d[None, :], b_x.to(p_rows.dtype.element_ty), mask=m_block)
 
 
@@ -79,12 +79,12 @@ def _attend(
 
 @triton.jit
 def attention_fwd_kernel(
-    p_q,  # [B, Q_ROWS, (3,) H, D]
+    p_q,  # [B, R, (3,) H, D]
     p_kv,  # [B, N, 2, H, D], or the last two of three
     p_out,  # [B, R, H, D]
     p_lse,  # [B, H, R] float32, in units of log 2
-    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
-    Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_TOKEN: tl.constexpr,
+    KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, STREAMED: tl.constexpr, BLOCK_N: tl.constexpr,
     STREAM_CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def attention_fwd_kernel(
     i_head = tl.program_id(0) // PARTS
     first_row = tl.program_id(0) % PARTS * ROWS
     i_b = (i_head // H).to(tl.int64)
-    p_q += i_b * (Q_ROWS * Q_TOKEN) + i_head % H * D
+    p_q += i_b * (R * Q_TOKEN) + i_head % H * D
     p_k = p_kv + i_b * (N * KV_TOKEN) + i_head % H * D
     p_v = p_k + H * D
     p_out += i_b * (R * H * D) + i_head % H * D
@@ -123,13 +123,13 @@ def attention_fwd_kernel(
                         b_q, (b_k,), (b_v,), row_max, row_sum, b_out, N, STREAM_CHUNK, SCALE, False
                     )
             row_max, row_sum, b_out = _attend(b_q, ks, vs, row_max, row_sum, b_out, N, RESIDENT, SCALE, STREAMED == 0)
-            _store(p_out, b_out * (1.0 / row_sum)[:, None], row, 0, R, H * D, D)
+            _store(p_out, b_out * (1.0 / row_sum)[:, None], row, R, H * D, D)
             tl.store(p_lse + o_m, row_max * (SCALE * LOG2E) + tl.log2(row_sum), mask=o_m < R)
 
 
 @triton.jit
 def attention_bwd_kernel(
-    p_q,  # [B, Q_ROWS, (3,) H, D]
+    p_q,  # [B, R, (3,) H, D]
     p_kv,  # [B, N, 2, H, D], or the last two of three
     p_out,  # [B, R, H, D]
     p_dout,  # [B, R, H, D]
@@ -138,8 +138,8 @@ def attention_bwd_kernel(
     p_dq,  # as p_q
     p_dkv,  # as p_kv
     p_sums,  # [B, PARTS, 2, H, D] float32 out: sums of dQ and of dout over this program's rows; or None
-    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
-    Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_TOKEN: tl.constexpr,
+    KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, RESIDENT: tl.constexpr, KEYS: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ of ROWS query rows of a head over all keys.
@@ -151,7 +151,7 @@ def attention_bwd_kernel(
     i_head = tl.program_id(0) // PARTS
     first_row = tl.program_id(0) % PARTS * ROWS
     i_b = (i_head // H).to(tl.int64)
-    o_q = i_b * (Q_ROWS * Q_TOKEN) + i_head % H * D
+    o_q = i_b * (R * Q_TOKEN) + i_head % H * D
     o_k = i_b * (N * KV_TOKEN) + i_head % H * D
     o_v = o_k + H * D
     o_out = i_b * (R * H * D) + i_head % H * D
@@ -203,13 +203,11 @@ def attention_bwd_kernel(
                 new_dqs += (tl.dot(b_ds, b_k, dqs[c], input_precision="ieee"),)
             dqs = new_dqs
             if WRITE_DKV:
-                _store(p_dkv + o_k, b_dk * SCALE, start, 0, N, KV_TOKEN, D)
-                _store(p_dkv + o_v, b_dv, start, 0, N, KV_TOKEN, D)
-                if R < Q_ROWS:
-                    _store(p_dq + o_q, tl.full((KEYS[i][2], BLOCK_D), 0.0, tl.float32), start, R, Q_ROWS, Q_TOKEN, D)
+                _store(p_dkv + o_k, b_dk * SCALE, start, N, KV_TOKEN, D)
+                _store(p_dkv + o_v, b_dv, start, N, KV_TOKEN, D)
     dq_sum = tl.full((BLOCK_D,), 0.0, tl.float32)
     for c in tl.static_range(len(RESIDENT)):
-        _store(p_dq + o_q, dqs[c] * SCALE, first_row + RESIDENT[c][0], 0, R, Q_TOKEN, D)
+        _store(p_dq + o_q, dqs[c] * SCALE, first_row + RESIDENT[c][0], R, Q_TOKEN, D)
         if p_sums is not None:
             dq_sum += tl.sum(dqs[c], 0) * SCALE
     if p_sums is not None:
@@ -224,8 +222,8 @@ def attention_bwd_keys_kernel(
     p_lse,  # [B, H, N]
     p_delta,  # [B, H, N]
     p_dkv,  # as p_kv
-    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_ROWS: tl.constexpr,
-    Q_TOKEN: tl.constexpr, KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_TOKEN: tl.constexpr,
+    KV_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of BLOCK_N keys of a head over all queries."""
     PARTS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -233,7 +231,7 @@ def attention_bwd_keys_kernel(
     i_head = tl.program_id(0) // PARTS
     key = tl.program_id(0) % PARTS * BLOCK_N
     i_b = (i_head // H).to(tl.int64)
-    p_q += i_b * (Q_ROWS * Q_TOKEN) + i_head % H * D
+    p_q += i_b * (R * Q_TOKEN) + i_head % H * D
     o_k = i_b * (N * KV_TOKEN) + i_head % H * D
     p_dout += i_b * (R * H * D) + i_head % H * D
     o_lse = i_head.to(tl.int64) * R
@@ -253,5 +251,5 @@ def attention_bwd_keys_kernel(
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
         b_ds = b_p * (b_dp - delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    _store(p_dkv + o_k, b_dk * SCALE, key, 0, N, KV_TOKEN, D)
-    _store(p_dkv + o_k + H * D, b_dv, key, 0, N, KV_TOKEN, D)
+    _store(p_dkv + o_k, b_dk * SCALE, key, N, KV_TOKEN, D)
+    _store(p_dkv + o_k + H * D, b_dv, key, N, KV_TOKEN, D)

@@ -29,13 +29,12 @@ class Problem(NamedTuple):
     packed: bool
 
     @classmethod
-    def of(cls, q: Tensor, kv: Tensor | None, query_rows: int) -> "Problem":
+    def of(cls, q: Tensor, kv: Tensor | None) -> "Problem":
         """Return the problem of a packed or separate input.
 
         Packed [B, N, 3, H, D], or queries [B, R, H, D] and [B, N, 2, H, D].
         """
-        tokens = q.shape[1] if kv is None else kv.shape[1]
-        return cls(tokens, query_rows, q.shape[-2], q.shape[-1], kv is None)
+        return cls((q if kv is None else kv).shape[1], q.shape[1], q.shape[-2], q.shape[-1], kv is None)
 
     @property
     def constexprs(self) -> dict[str, Any]:
@@ -46,7 +45,6 @@ class Problem(NamedTuple):
             "N": self.tokens,
             "D": self.width,
             "R": self.rows,
-            "Q_ROWS": self.tokens if self.packed else self.rows,
             "Q_TOKEN": 3 * hidden if self.packed else hidden,
             "KV_TOKEN": 3 * hidden if self.packed else 2 * hidden,
             "BLOCK_D": triton.next_power_of_2(self.width),
@@ -191,9 +189,9 @@ def _options(config: LaunchConfig) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def launch_forward(q: Tensor, kv: Tensor | None, query_rows: int, out: Tensor, lse: Tensor) -> None:
+def launch_forward(q: Tensor, kv: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Fill ``out`` [B, R, H D] and ``lse`` [B, H, R]."""
-    problem = Problem.of(q, kv, query_rows)
+    problem = Problem.of(q, kv)
     default = forward_config(problem, architecture(q.device))
     config = setting("attention", problem.key("forward"), q.device, default)
     grid = (q.shape[0] * problem.heads * triton.cdiv(problem.rows, config.blocks["ROWS"]),)
@@ -207,12 +205,12 @@ def launch_backward(
 ) -> Tensor:
     """Fill ``dq`` and ``dkv``.
 
-    A packed gradient is all in ``dq``, with zero dQ for rows that are not queries.
+    A packed gradient is all in ``dq``.
 
     Returns:
         [2, H, D] float32 sums over all rows of dQ and of ``grad_out``, if ``sums``; else empty.
     """
-    problem = Problem.of(q, kv, out.shape[1])
+    problem = Problem.of(q, kv)
     default = backward_config(problem, architecture(q.device))
     config = setting("attention", problem.key("backward"), q.device, default)
     heads = q.shape[0] * problem.heads
@@ -247,7 +245,7 @@ def aot_configs() -> list[AotConfig]:
     """
     whole = [(66, 64), (198, 64), (198, 32), (258, 64), (198, 96), (578, 64), (578, 128)]
     problems = [Problem(tokens, tokens, 768 // width, width, packed=True) for tokens, width in whole]
-    problems += [Problem(198, 2, 12, 64, packed=True), Problem(198, 2, 12, 64, False), Problem(578, 2, 6, 128, False)]
+    problems += [Problem(198, 2, 12, 64, packed=False), Problem(578, 2, 6, 128, packed=False)]
     cases = [("bf16", problem) for problem in problems] + [("fp16", problems[1])]
     settings = sorted(set(SETTINGS_OF.values()))
     found = [config for kind, problem in cases for sm in settings for config in _aot(kind, problem, sm, True)]

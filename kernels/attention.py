@@ -36,27 +36,28 @@ GPU_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFF
 BACKENDS = {**FLASH, **GPU_BACKENDS, "math": SDPBackend.MATH}
 
 
-def reference(qkv_BN3HD: Tensor, query_rows: int | None = None) -> Tensor:
-    """Compute ``attention`` in plain torch.
+def reference(q: Tensor, kv: Tensor | None = None) -> Tensor:
+    """Compute attention of either layout in plain torch.
 
-    In float32 (float64 for float64); the result has the input's type.
+    It computes in float32 (float64 for float64); the result has the input's type.
     """
-    q, k, v = qkv_BN3HD.to(torch.promote_types(qkv_BN3HD.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
-    scores_BHMN = q[:, :, :query_rows] @ k.mT * q.shape[-1] ** -0.5
-    return (scores_BHMN.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv_BN3HD.dtype)
+    full = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = (x.to(full) for x in _split(q, kv))
+    scores_BHMN = queries @ keys.mT * q.shape[-1] ** -0.5
+    return (scores_BHMN.softmax(-1) @ values).transpose(1, 2).flatten(2).to(q.dtype)
 
 
-def _split(q: Tensor, kv: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split(q: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [B, H, M, D], keys and values [B, H, N, D] of either layout."""
     if kv is None:
-        q, kv = q[:, :query_rows, 0], q[:, :, 1:]
+        q, kv = q[:, :, 0], q[:, :, 1:]
     k, v = kv.permute(2, 0, 3, 1, 4)
     return q.transpose(1, 2), k, v
 
 
-def _run_forward(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, kv, qkv_bias, query_rows)
-    launch_forward(q, kv, query_rows, out, lse)
+def _run_forward(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, kv, qkv_bias)
+    launch_forward(q, kv, out, lse)
     return out, lse
 
 
@@ -72,10 +73,10 @@ _backward = Operator("attention_backward", _run_backward)
 
 
 @_forward.fake
-def _outputs(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
-    batch, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
-    out = torch.empty(batch, query_rows, heads * width, dtype=q.dtype, device=q.device)
-    return out, torch.empty(batch, heads, query_rows, dtype=torch.float32, device=q.device)
+def _outputs(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, rows, *_, heads, width = q.shape
+    out = torch.empty(batch, rows, heads * width, dtype=q.dtype, device=q.device)
+    return out, torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
 
 
 @_backward.fake
@@ -87,41 +88,32 @@ def _gradients(
 
 
 @_forward.on_cpu
-def _(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, query_rows: int) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, kv, qkv_bias, query_rows)
+def _(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if interpreted():
-        launch_forward(q, kv, query_rows, out, lse)
-        return out, lse
-    queries, keys, values = (x.float() for x in _split(q, kv, query_rows))
-    scores_BHMN = queries @ keys.mT * q.shape[-1] ** -0.5
-    natural = scores_BHMN.logsumexp(-1, keepdim=True)
-    out.copy_((torch.exp(scores_BHMN - natural) @ values).transpose(1, 2).flatten(2))
-    return out, lse.copy_(natural[..., 0] * LOG2E)
+        return _run_forward(q, kv, qkv_bias)
+    queries, keys, _ = (x.float() for x in _split(q, kv))
+    return reference(q, kv), (queries @ keys.mT * q.shape[-1] ** -0.5).logsumexp(-1) * LOG2E
 
 
 @_backward.on_cpu
 def _(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dkv, summed = _gradients(q, kv, out, grad_out, lse, sums)
     if interpreted():
-        return dq, dkv, launch_backward(q, kv, out, grad_out, lse, dq, dkv, sums)
-    scale, rows, heads = q.shape[-1] ** -0.5, out.shape[1], q.shape[-2:]
-    queries, keys, values = (x.float() for x in _split(q, kv, rows))
-    out_BHMD, grad_BHMD = (x.float().unflatten(-1, heads).transpose(1, 2) for x in (out, grad_out))
-    p_BHMN = torch.exp2(queries @ keys.mT * (scale * LOG2E) - lse[..., None])
-    delta_BHM1 = (grad_BHMD * out_BHMD).sum(-1, keepdim=True)
-    ds_BHMN = p_BHMN * (grad_BHMD @ values.mT - delta_BHM1)
-    into_q, into_k, into_v = _split(dq.zero_(), kv if kv is None else dkv, rows)
-    dq_BHMD = ds_BHMN @ keys * scale
-    into_q.copy_(dq_BHMD)
-    into_k.copy_(ds_BHMN.mT @ queries * scale)
-    into_v.copy_(p_BHMN.mT @ grad_BHMD)
-    return dq, dkv, summed.copy_(torch.stack([dq_BHMD, grad_BHMD]).sum((1, 3))) if sums else summed
+        return _run_backward(q, kv, out, grad_out, lse, sums)
+    dq, dkv, summed = _gradients(q, kv, out, grad_out, lse, sums)
+    given, into = ((q,), (dq,)) if kv is None else ((q, kv), (dq, dkv))
+    for gradient, value in zip(into, torch.func.vjp(reference, *given)[1](grad_out), strict=True):
+        gradient.copy_(value)
+    if sums:
+        of_queries = dq[:, :, 0] if kv is None else dq
+        rows = torch.stack([of_queries, grad_out.view(of_queries.shape)])
+        summed.copy_(rows.sum((1, 2), dtype=torch.float32))
+    return dq, dkv, summed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, kv, qkv_bias, _ = inputs
+    q, kv, qkv_bias = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, kv, *output)
     ctx.bias_dtype = None if qkv_bias is None else qkv_bias.dtype
@@ -129,45 +121,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return None, None, None, None
+        return None, None, None
     q, kv, out, lse = ctx.saved_tensors
     dq, dkv, sums = _backward(q, kv, out, grad_out.contiguous(), lse, ctx.bias_dtype is not None)
     dbias = None
     if ctx.bias_dtype is not None:
         of_queries, of_values = sums.flatten(1).to(ctx.bias_dtype).unbind()
         dbias = torch.cat([of_queries, torch.zeros_like(of_queries), of_values])
-    return dq, None if kv is None else dkv, dbias, None
+    return dq, None if kv is None else dkv, dbias
 
 
 _forward.autograd(_autograd, _setup_context)
 
 
-def attention(
-    qkv_BN3HD: Tensor, *, qkv_bias: Tensor | None = None, query_rows: int | None = None, impl: str = "auto"
-) -> Tensor:
-    """Compute softmax attention of every token, or of the first few, to every token.
+def attention(qkv_BN3HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """Compute softmax attention of every token to every token.
 
     Args:
         qkv_BN3HD: [B, N, 3, H, D] bfloat16, float16 or float32, contiguous; D is 32, 64, 96 or 128.
         qkv_bias: [3 H D] bias that the caller has added, detached, in ``qkv_BN3HD``: it changes no value here, and this
             backward computes its gradient, in the kernel without another pass. None = no gradient here.
-        query_rows: number of leading tokens to compute rows for, at most 16 for the kernel. None = all. The gradient of
-            the other rows' queries is zero.
         impl: one of ``_pick.IMPLS``, see ``pick_attention``; with "sdpa" torch selects the backend.
             On a CPU "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
-        [B, N, H D] or [B, query_rows, H D], heads side by side, in the input's type.
+        [B, N, H D], heads side by side, in the input's type.
 
     Raises:
         UserError: a shape, type, device or layout does not fit.
     """
     check("attention", "qkv", qkv_BN3HD, (None, None, 3, None, None), FLOATS)
-    tokens = qkv_BN3HD.shape[1]
-    rows = tokens if query_rows is None else query_rows
-    if not 1 <= rows <= tokens:
-        raise UserError(f"attention: got query_rows {query_rows}, expected 1 to {tokens}, the tokens")
-    return _attend(qkv_BN3HD, None, qkv_bias, rows, impl)
+    return _attend(qkv_BN3HD, None, qkv_bias, impl)
 
 
 def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -191,23 +175,23 @@ def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None
     check("attention_first", "kv", kv_BN2HD, (batch, None, 2, heads, width), (q_BMHD.dtype,), q_BMHD.device)
     if not 1 <= rows <= kv_BN2HD.shape[1]:
         raise UserError(f"attention_first: got {rows} query rows, expected 1 to {kv_BN2HD.shape[1]}, the tokens")
-    return _attend(q_BMHD, kv_BN2HD, qkv_bias, rows, impl)
+    return _attend(q_BMHD, kv_BN2HD, qkv_bias, impl)
 
 
-def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, rows: int, impl: str) -> Tensor:
+def _attend(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None, impl: str) -> Tensor:
     tokens, (heads, width) = q.shape[1] if kv is None else kv.shape[1], q.shape[-2:]
     if qkv_bias is not None:
         check("attention", "qkv_bias", qkv_bias, (3 * heads * width,), FLOATS, q.device)
     chosen = pick_attention(impl, tokens, width, q.dtype, q.device)
     if chosen == "triton":
-        _check_kernel(q, rows if rows < tokens or kv is not None else None)
-        return _forward(q, kv, qkv_bias, rows)[0]
+        _check_kernel(q, None if kv is None else q.shape[1])
+        return _forward(q, kv, qkv_bias)[0]
     if qkv_bias is not None:
         zeros_3HD = (qkv_bias - qkv_bias.detach()).to(q.dtype).view(3, heads, width)
         q, kv = (q + zeros_3HD, None) if kv is None else (q + zeros_3HD[0], kv + zeros_3HD[1:])
     if chosen in GPU_BACKENDS and q.device.type != "cuda":
         raise UserError(f"attention: impl {chosen!r}: got a tensor on {q.device}, expected CUDA. Use 'auto' or 'sdpa'.")
-    queries, keys, values = _split(q, kv, rows)
+    queries, keys, values = _split(q, kv)
     if chosen == "sdpa":
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
     with sdpa_kernel(BACKENDS[chosen]):

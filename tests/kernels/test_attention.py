@@ -39,16 +39,25 @@ def close(got, expected, dtype, tolerance=None):
     assert error <= (tolerance or TOLERANCES[dtype])
 
 
-def check_against_float64(qkv, query_rows=None, tolerance=None):
-    out = attention(qkv, query_rows=query_rows, impl="triton")
+def first_rows(qkv, rows):
+    """Queries of the first rows, and keys and values, as ``attention_first`` takes them."""
+    return [x.detach().contiguous().requires_grad_() for x in (qkv[:, :rows, 0], qkv[:, :, 1:])]
+
+
+def attend(tensors, **options):
+    return (attention if len(tensors) == 1 else attention_first)(*tensors, **options)
+
+
+def check_against_float64(*tensors, tolerance=None):
+    out, dtype = attend(tensors, impl="triton"), tensors[0].dtype
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    (gradient,) = torch.autograd.grad(out, qkv, upstream)
-    exact = qkv.detach().double().requires_grad_()
-    expected = reference(exact, query_rows)
-    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
-    close(out.detach(), expected.detach(), qkv.dtype, tolerance)
-    close(gradient, expected_gradient, qkv.dtype, tolerance)
-    return gradient
+    gradients = torch.autograd.grad(out, tensors, upstream)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = reference(*exact)
+    expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
+    close(out.detach(), expected.detach(), dtype, tolerance)
+    whole, expected_whole = (torch.cat([g.flatten() for g in g_all]) for g_all in (gradients, expected_gradients))
+    close(whole, expected_whole, dtype, tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +76,7 @@ def test_every_architectures_tiles_cover_all_rows(sm, device, monkeypatch):
 
 def test_a_backward_in_two_launches_equals_the_one_in_one(device):
     qkv = packed(2, 198, 1, 64, device, DTYPES[0])
-    problem = launch.Problem.of(qkv, None, 198)
+    problem = launch.Problem.of(qkv, None)
     assert launch.one_program(problem, launch.backward_config(problem, 90))
     setting = LaunchConfig({"ROWS": 64, "BLOCK_N": 64, "TAIL": 16}, 4, 2)
     assert not launch.one_program(problem, setting)
@@ -75,18 +84,21 @@ def test_a_backward_in_two_launches_equals_the_one_in_one(device):
         check_against_float64(qkv)
 
 
-def check_the_biass_gradient(shape, query_rows, device, impl="triton", dtype=None):
+def check_the_biass_gradient(shape, rows, device, impl="triton", dtype=None):
     """Beside float64, which differentiates through the sum of projection and bias."""
     qkv, upstream_seed = packed(*shape, device, dtype or DTYPES[0]), torch.Generator().manual_seed(1)
     heads, width = shape[2:]
     bias = torch.randn(3 * heads * width, device=device).requires_grad_()
     exact_bias = bias.detach().double().requires_grad_()
     biased = (qkv.detach().double() + bias.detach().double().view(3, heads, width)).to(qkv.dtype)
-    out = attention(biased, qkv_bias=bias, query_rows=query_rows, impl=impl)
+    tensors = [biased] if rows is None else first_rows(biased, rows)
+    out = attend(tensors, qkv_bias=bias, impl=impl)
     upstream = torch.randn(out.shape, generator=upstream_seed).to(out)
     (gradient,) = torch.autograd.grad(out, bias, upstream)
     zeros = (exact_bias - exact_bias.detach()).view(3, heads, width)
-    expected = torch.autograd.grad(reference(biased.double() + zeros, query_rows), exact_bias, upstream.double())[0]
+    zeros = [zeros] if rows is None else [zeros[0], zeros[1:]]
+    exact = [x.detach().double() + zero for x, zero in zip(tensors, zeros, strict=True)]
+    expected = torch.autograd.grad(reference(*exact), exact_bias, upstream.double())[0]
     of_keys = expected.view(3, -1)[1]
     assert of_keys.abs().max() <= 1e-9 * expected.abs().max()
     close(gradient, expected, torch.float32, TOLERANCES[qkv.dtype])
@@ -95,10 +107,10 @@ def check_the_biass_gradient(shape, query_rows, device, impl="triton", dtype=Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "query_rows"), [(shape, None) for shape in SHAPES] + [((2, 37, 2, 64), 2), ((1, 258, 1, 32), 3)], ids=str
+    ("shape", "rows"), [(shape, None) for shape in SHAPES] + [((2, 37, 2, 64), 2), ((1, 258, 1, 32), 3)], ids=str
 )
-def test_the_projections_bias_gets_its_gradient(shape, query_rows, dtype, device):
-    gradient = check_the_biass_gradient(shape, query_rows, device, dtype=dtype)
+def test_the_projections_bias_gets_its_gradient(shape, rows, dtype, device):
+    gradient = check_the_biass_gradient(shape, rows, device, dtype=dtype)
     assert (gradient.view(3, -1)[1] == 0).all()
 
 
@@ -116,17 +128,6 @@ def test_the_biass_gradient_without_the_kernel(monkeypatch):
     check_the_biass_gradient((2, 37, 2, 32), 2, torch.device("cpu"))
 
 
-def test_the_bias_of_queries_beside_keys_and_values_gets_its_gradient(device):
-    qkv, bias = packed(2, 37, 2, 64, device, DTYPES[0]).detach(), torch.zeros(384, device=device).requires_grad_()
-    upstream = torch.randn(2, 2, 128, device=device).to(DTYPES[0])
-    for impl in ("triton", "sdpa"):
-        first = attention_first(qkv[:, :2, 0].contiguous(), qkv[:, :, 1:].contiguous(), qkv_bias=bias, impl=impl)
-        whole = attention(qkv, qkv_bias=bias, query_rows=2, impl=impl)
-        got, expected = (torch.autograd.grad(out, bias, upstream)[0] for out in (first, whole))
-        rounding = 2 * TOLERANCES[DTYPES[0]] * expected.abs().max().item()  # of torch's kernels for the two layouts
-        torch.testing.assert_close(got, expected, rtol=0, atol=0 if impl == "triton" else rounding)
-
-
 @hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
     batch=st.integers(1, 2), tokens=st.integers(1, 90), heads=st.integers(1, 2), width=st.sampled_from(module.WIDTHS),
@@ -134,29 +135,17 @@ def test_the_bias_of_queries_beside_keys_and_values_gets_its_gradient(device):
 )  # fmt: skip
 def test_any_shape_matches_float64(batch, tokens, heads, width, few):
     device = torch.device("cuda" if GPU else "cpu")
-    rows = None if few is None or few > tokens else few
-    check_against_float64(packed(batch, tokens, heads, width, device, DTYPES[0]), rows)
+    qkv = packed(batch, tokens, heads, width, device, DTYPES[0])
+    check_against_float64(*([qkv] if few is None or few > tokens else first_rows(qkv, few)))
 
 
 @pytest.mark.parametrize("tokens", [198, 258])
-def test_first_rows_equal_the_slice_of_all_and_other_queries_get_zero_gradient(tokens, device):
+def test_first_rows_equal_the_slice_of_all(tokens, device):
     qkv = packed(2, tokens, 1, 64, device, DTYPES[0])
-    gradient = check_against_float64(qkv, query_rows=2)
-    assert (gradient[:, 2:, 0] == 0).all()
-    first, full = attention(qkv, query_rows=2, impl="triton"), attention(qkv, impl="triton")
-    torch.testing.assert_close(first, full[:, :2], rtol=0, atol=TOLERANCES[DTYPES[0]])
-
-
-def test_queries_beside_keys_and_values_equal_the_packed_layout(device):
-    qkv = packed(2, 37, 2, 64, device, DTYPES[0])
-    q, kv = (x.detach().contiguous().requires_grad_() for x in (qkv[:, :2, 0], qkv[:, :, 1:]))
-    out = attention_first(q, kv, impl="triton")
-    expected = attention(qkv, query_rows=2, impl="triton")
-    assert torch.equal(out, expected)
-    upstream = torch.randn_like(out)
-    dq, dkv = torch.autograd.grad(out, (q, kv), upstream)
-    (dqkv,) = torch.autograd.grad(expected, qkv, upstream)
-    assert torch.equal(dq, dqkv[:, :2, 0]) and torch.equal(dkv, dqkv[:, :, 1:])
+    first = first_rows(qkv, 2)
+    check_against_float64(*first)
+    full = attention(qkv, impl="triton")
+    torch.testing.assert_close(attend(first, impl="triton"), full[:, :2], rtol=0, atol=TOLERANCES[DTYPES[0]])
 
 
 def test_two_runs_are_equal_bit_for_bit(device):
@@ -194,40 +183,39 @@ def test_keys_with_logits_of_minus_infinity_get_no_weight(tokens, device):
     close(out, expected, DTYPES[0])
 
 
-@pytest.mark.parametrize("query_rows", [None, 2])
-def test_the_cpu_reference_of_the_op_matches_float64(query_rows, monkeypatch):
+def test_the_cpu_reference_of_the_op_matches_float64(monkeypatch):
     monkeypatch.setattr(module, "interpreted", lambda: False)
-    check_against_float64(packed(2, 37, 2, 32, torch.device("cpu")), query_rows)
+    qkv = packed(2, 37, 2, 32, torch.device("cpu"))
+    check_against_float64(qkv)
+    check_against_float64(*first_rows(qkv, 2))
 
 
-BACKENDS = ["triton", "flash", "cudnn", "efficient", "math"] if GPU else ["triton", "flash", "math"]
-"""The kernel, and torch's backends that the device has; a CPU's flash is another implementation than a GPU's."""
+BACKENDS = ["triton", "flash", "cudnn", "efficient", "math"] if GPU else ["flash", "math"]
+"""Those of torch that the device has, and the kernel in a GPU's arithmetic; a CPU's flash is another than a GPU's."""
 
 
-def errors_beside_float64(impl, tokens, query_rows, device, dtype):
+def errors_beside_float64(impl, tokens, rows, device, dtype):
     """Largest error of the output and of each gradient, as a share of the largest value."""
     qkv = packed(2, tokens, 2, 64, device, dtype)
-    q, kv = qkv[:, :query_rows, 0].detach().contiguous(), qkv[:, :, 1:].detach().contiguous()
-    tensors = [qkv] if query_rows is None else [q.requires_grad_(), kv.requires_grad_()]
-    out = (attention if query_rows is None else attention_first)(*tensors, impl=impl)
+    tensors = [qkv] if rows is None else first_rows(qkv, rows)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected_out = reference(*exact)
+    out = attend(tensors, impl=impl)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     got = [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
-    exact = qkv.detach().double().requires_grad_()
-    expected_out = reference(exact, query_rows)
-    (dqkv,) = torch.autograd.grad(expected_out, exact, upstream.double())
-    gradients = [dqkv] if query_rows is None else [dqkv[:, :query_rows, 0], dqkv[:, :, 1:]]
+    gradients = torch.autograd.grad(expected_out, exact, upstream.double())
     pairs = zip(got, [expected_out.detach(), *gradients], strict=True)
     return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
 
 
-@pytest.mark.parametrize("query_rows", [None, 2], ids=["all_rows", "two_rows"])
+@pytest.mark.parametrize("rows", [None, 2], ids=["all_rows", "two_rows"])
 @pytest.mark.parametrize("tokens", [66, 198])
 @pytest.mark.parametrize("impl", BACKENDS)
-def test_gradients_of_every_backend_match_float64(impl, tokens, query_rows, device):
+def test_gradients_of_every_backend_match_float64(impl, tokens, rows, device):
     """Of the whole sequence, and of the two query rows in the last block."""
     dtype = torch.bfloat16 if GPU else torch.float32
     try:
-        errors = errors_beside_float64(impl, tokens, query_rows, device, dtype)
+        errors = errors_beside_float64(impl, tokens, rows, device, dtype)
     except RuntimeError as error:
         if impl in ("triton", torch_backend(dtype, device)):  # what "auto" may choose must run
             raise
@@ -237,14 +225,13 @@ def test_gradients_of_every_backend_match_float64(impl, tokens, query_rows, devi
 
 def test_a_wrong_backend_is_found(monkeypatch):
     """NaN in a gradient, and a gradient that is off."""
-    right = module._split
+    right = module.F.scaled_dot_product_attention
     for factor in (float("nan"), 1.1):
 
-        def scaled(*arguments, factor=factor):
-            q, k, v = right(*arguments)
-            return q * factor, k, v
+        def scaled(q, k, v, factor=factor):
+            return right(q * factor, k, v)
 
-        monkeypatch.setattr(module, "_split", scaled)
+        monkeypatch.setattr(module.F, "scaled_dot_product_attention", scaled)
         errors = errors_beside_float64("math", 66, 2, torch.device("cpu"), torch.float32)
         assert not max(errors) <= TOLERANCES[torch.float32]
 
@@ -253,21 +240,18 @@ def test_a_wrong_backend_is_found(monkeypatch):
 @pytest.mark.parametrize("impl", ["auto", "sdpa", "flash", "math"])
 def test_torch_implementations_agree_with_the_reference(impl):
     qkv = packed(2, 21, 2, 32, torch.device("cpu"))
-    for rows in (None, 3):
-        expected = reference(qkv, rows)
-        torch.testing.assert_close(attention(qkv, query_rows=rows, impl=impl), expected, rtol=1e-5, atol=1e-5)
-    first = attention_first(qkv[:, :3, 0].contiguous(), qkv[:, :, 1:].contiguous(), impl=impl)
-    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    for tensors in ([qkv], first_rows(qkv, 3)):
+        torch.testing.assert_close(attend(tensors, impl=impl), reference(*tensors), rtol=1e-5, atol=1e-5)
 
 
 def test_ops_pass_opcheck(device):
     qkv = packed(1, 18, 1, 32, device, DTYPES[0])
-    q, kv = qkv[:, :2, 0].detach().contiguous(), qkv[:, :, 1:].detach().contiguous()
     bias = torch.randn(96, device=device).requires_grad_()
-    for arguments in ((qkv, None, None, 18), (qkv, None, bias, 2), (q.requires_grad_(), kv, bias, 2)):
+    for arguments in ((qkv, None, None), (qkv, None, bias), (*first_rows(qkv, 2), bias)):
         torch.library.opcheck(torch.ops.fastdeitlt.attention.default, arguments)
         out, lse = torch.ops.fastdeitlt.attention(*(x.detach() if torch.is_tensor(x) else x for x in arguments))
-        backward = (arguments[0].detach(), arguments[1], out, torch.randn_like(out), lse, arguments[2] is not None)
+        q, kv = (None if x is None else x.detach() for x in arguments[:2])
+        backward = (q, kv, out, torch.randn_like(out), lse, arguments[2] is not None)
         torch.library.opcheck(torch.ops.fastdeitlt.attention_backward.default, backward)
 
 
@@ -372,8 +356,6 @@ def test_a_measured_flash_attention_that_is_not_installed_is_not_chosen(registry
         (lambda x: (x[:, :, :2], {}), r"qkv: got shape \(1, 18, 2, 1, 32\), expected \(any, any, 3, any, any\)"),
         (lambda x: (x.double(), {}), "qkv: got dtype float64, expected float32 or float16 or bfloat16"),
         (lambda x: (x.expand(2, -1, -1, -1, -1), {}), "expected contiguous"),
-        (lambda x: (x, {"query_rows": 0}), "got query_rows 0, expected 1 to 18"),
-        (lambda x: (x, {"query_rows": 17}), "got 17 query rows, expected all or at most 16"),
         (
             lambda x: (x, {"qkv_bias": torch.zeros(32, device=x.device)}),
             r"qkv_bias: got shape \(32,\), expected \(96,\)",
@@ -394,6 +376,8 @@ def test_bad_keys_and_forced_cudnn_without_cuda_are_refused(device):
         attention_first(q, kv[:1])
     with pytest.raises(UserError, match="got 2 query rows, expected 1 to 1"):
         attention_first(q, kv[:, :1].contiguous())
+    with pytest.raises(UserError, match="got 17 query rows, expected all or at most 16"):
+        attention_first(q.repeat(1, 9, 1, 1)[:, :17].contiguous(), kv.repeat(1, 9, 1, 1, 1), impl="triton")
     with pytest.raises(UserError, match="'cudnn': got a tensor on cpu, expected CUDA"):
         attention_first(q.cpu(), kv.cpu(), impl="cudnn")
 

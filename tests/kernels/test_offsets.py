@@ -46,7 +46,7 @@ def test_attention(tokens, far_program):
     expected = attention.reference(last)
     (expected_gradient,) = torch.autograd.grad(expected, last, dout[-1:].double())
 
-    problem = launch.Problem.of(qkv, None, tokens)
+    problem = launch.Problem.of(qkv, None)
     forward, backward, keys = (
         launch.forward_config(problem, 90), launch.backward_config(problem, 90), launch.keys_config(problem, 90)
     )  # fmt: skip

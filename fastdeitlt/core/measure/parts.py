@@ -171,7 +171,7 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     head = width // (heads := cast(Block, shapes.student.blocks[0]).attn.heads)
     qkv, bias = shapes.random(batch, tokens, 3, heads, head), shapes.random(3 * width, dtype=torch.float32)
-    problem = Problem.of(qkv, None, tokens)
+    problem = Problem.of(qkv, None)
     settings = _search.attention(problem, shapes.device)
     triton = partial(attention.attention, qkv, qkv_bias=bias, impl="triton")
     calls = passes(triton, [qkv, bias])
@@ -195,7 +195,7 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
     yield Part("attention", (tokens, head), launches, whole)
     q, kv = shapes.random(batch, NUM_PREFIX, heads, head), shapes.random(batch, tokens, 2, heads, head)
     first = partial(attention.attention_first, q, kv, qkv_bias=bias, impl="triton")
-    few = _search.attention(Problem.of(q, kv, NUM_PREFIX), shapes.device)
+    few = _search.attention(Problem.of(q, kv), shapes.device)
     yield Part("attention", (tokens, head), _launches(few, passes(first, [q, kv, bias])))
 
 
