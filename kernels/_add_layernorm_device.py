@@ -24,14 +24,14 @@ def _place(p_rows, o_m, o_d, m_block, M, TOKENS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def add_layernorm_fwd_kernel(
     p_x,  # [M, D]
-    p_branch,  # [M, D], or None: plain LayerNorm
+    p_branch,  # [M, D], or of K samples
     p_branch_bias,  # [D], or None
     p_branch_rows,  # [B] int32: a sample's index in the branch of K samples, or -1; or None
     p_normed_rows,  # [B] int32: a sample's index in the output, or -1; or None
     p_scale,  # [B] float32, or None
     p_weight,  # [D]
     p_bias,  # [D]
-    p_residual,  # [M, D] out, or None without a branch
+    p_residual,  # [M, D] out
     p_normed,  # [M, D] out
     p_mean,  # [M] float32 out
     p_rstd,  # [M] float32 out
@@ -44,21 +44,20 @@ def add_layernorm_fwd_kernel(
     m_block = (o_m < M)[:, None] & m_d[None, :]
     o_block = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
     b_r = tl.load(p_x + o_block, mask=m_block, other=0.0).to(tl.float32)
-    if p_branch is not None:
-        o_branch, m_kept = _place(p_branch_rows, o_m, o_d, m_block, M, TOKENS, D)
-        if p_scale is not None:
-            scale = tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)
-            m_kept = m_kept & (scale != 0)[:, None]
-        b_branch = tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
-        if p_branch_bias is not None:
-            branch_bias = tl.load(p_branch_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_branch = tl.where(m_kept, b_branch + branch_bias[None, :], 0.0)
-        if p_scale is not None:
-            b_branch *= scale[:, None]
-        b_r += b_branch
-        b_stored = b_r.to(p_residual.dtype.element_ty)
-        tl.store(p_residual + o_block, b_stored, mask=m_block)
-        b_r = b_stored.to(tl.float32)
+    o_branch, m_kept = _place(p_branch_rows, o_m, o_d, m_block, M, TOKENS, D)
+    if p_scale is not None:
+        scale = tl.load(p_scale + o_m // TOKENS, mask=o_m < M, other=0.0)
+        m_kept = m_kept & (scale != 0)[:, None]
+    b_branch = tl.load(p_branch + o_branch, mask=m_kept, other=0.0).to(tl.float32)
+    if p_branch_bias is not None:
+        branch_bias = tl.load(p_branch_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_branch = tl.where(m_kept, b_branch + branch_bias[None, :], 0.0)
+    if p_scale is not None:
+        b_branch *= scale[:, None]
+    b_r += b_branch
+    b_stored = b_r.to(p_residual.dtype.element_ty)
+    tl.store(p_residual + o_block, b_stored, mask=m_block)
+    b_r = b_stored.to(tl.float32)
     mean = tl.sum(b_r, 1) / D
     b_centred = tl.where(m_block, b_r - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / D + eps)

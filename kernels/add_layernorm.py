@@ -55,7 +55,7 @@ def launch_config(forward: bool, width: int, stream: torch.dtype, device: torch.
 
 def reference(
     x: Tensor,
-    branch: Tensor | None,
+    branch: Tensor,
     weight: Tensor,
     bias: Tensor,
     scale_B: Tensor | None = None,
@@ -64,20 +64,16 @@ def reference(
     branch_bias: Tensor | None = None,
     branch_samples_K: Tensor | None = None,
     normed_samples_K: Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``add_layernorm`` in plain torch, in float32 (float64 for a float64 x)."""
-    dtype = dtype or (x.dtype if branch is None else branch.dtype)
     full = torch.promote_types(x.dtype, torch.float32)
-    residual = x
-    if branch is not None:
-        scaled = branch.to(full) if branch_bias is None else branch.to(full) + branch_bias.to(full)
-        if branch_samples_K is not None:
-            scaled = torch.zeros(x.shape, dtype=full, device=x.device).index_copy(0, branch_samples_K, scaled)
-        if scale_B is not None:
-            scaled = scaled * scale_B.to(full).view(-1, *[1] * (x.dim() - 1))
-        residual = (x.to(full) + scaled).to(x.dtype)
-    normed = F.layer_norm(residual.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps).to(dtype)
+    scaled = branch.to(full) if branch_bias is None else branch.to(full) + branch_bias.to(full)
+    if branch_samples_K is not None:
+        scaled = torch.zeros(x.shape, dtype=full, device=x.device).index_copy(0, branch_samples_K, scaled)
+    if scale_B is not None:
+        scaled = scaled * scale_B.to(full).view(-1, *[1] * (x.dim() - 1))
+    residual = (x.to(full) + scaled).to(x.dtype)
+    normed = F.layer_norm(residual.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps).to(branch.dtype)
     return residual, normed if normed_samples_K is None else normed.index_select(0, normed_samples_K)
 
 
@@ -85,7 +81,7 @@ class _Forward(NamedTuple):
     """Arguments of the operator."""
 
     x: Tensor
-    branch: Tensor | None
+    branch: Tensor
     weight: Tensor
     bias: Tensor
     scale: Tensor | None
@@ -93,18 +89,14 @@ class _Forward(NamedTuple):
     normed_rows: Tensor | None
     num_normed: int
     eps: float
-    dtype: torch.dtype
     branch_bias: Tensor | None
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Allocate residual, normalised rows, means and 1 / deviations.
-
-        The residual is empty without a branch.
-        """
+        """Allocate residual, normalised rows, means and 1 / deviations."""
         x = self.x
         mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
-        residual = x.new_empty(0) if self.branch is None else torch.empty_like(x)
-        return residual, x.new_empty((self.num_normed, *x.shape[1:]), dtype=self.dtype), mean, rstd
+        normed = x.new_empty((self.num_normed, *x.shape[1:]), dtype=self.branch.dtype)
+        return torch.empty_like(x), normed, mean, rstd
 
 
 class _Backward(NamedTuple):
@@ -144,8 +136,8 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch(
         add_layernorm_fwd_kernel, (triton.cdiv(rows, config.blocks["ROWS"]),), x,
         x, inputs.branch, inputs.branch_bias, inputs.branch_rows, inputs.normed_rows, inputs.scale, inputs.weight,
-        inputs.bias, None if inputs.branch is None else residual, normed,
-        mean, rstd, rows, inputs.eps, TOKENS=rows // x.shape[0], D=width, **config.options,
+        inputs.bias, residual, normed, mean, rstd, rows, inputs.eps,
+        TOKENS=rows // x.shape[0], D=width, **config.options,
     )  # fmt: skip
     return residual, normed, mean, rstd
 
@@ -192,13 +184,13 @@ def _samples(rows: Tensor | None, num: int) -> Tensor | None:
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if interpreted():
         return _launch_forward(*arguments)
-    x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, dtype, branch_bias = arguments
+    x, branch, weight, bias, scale, branch_rows, normed_rows, num_normed, eps, branch_bias = arguments
     residual, normed = reference(
-        x, branch, weight, bias, scale, eps, dtype=dtype, normed_samples_K=_samples(normed_rows, num_normed),
-        branch_bias=branch_bias, branch_samples_K=None if branch is None else _samples(branch_rows, len(branch)),
+        x, branch, weight, bias, scale, eps, branch_bias=branch_bias,
+        branch_samples_K=_samples(branch_rows, len(branch)), normed_samples_K=_samples(normed_rows, num_normed),
     )  # fmt: skip
     variance, mean = torch.var_mean(residual.float(), -1, correction=0)
-    return x.new_empty(0) if branch is None else residual, normed, mean, (variance + eps).rsqrt()
+    return residual, normed, mean, (variance + eps).rsqrt()
 
 
 @_backward.on_cpu
@@ -229,10 +221,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, branch, weight, _, scale, branch_rows, normed_rows, *_, branch_bias = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if branch is None else output[0], weight, scale, branch_rows, normed_rows, *output[2:])
-    ctx.has_branch = branch is not None
-    ctx.num_branch = 0 if branch is None else branch.shape[0]
-    apart = branch is not None and (scale is not None or branch_rows is not None or branch.dtype != x.dtype)
+    ctx.save_for_backward(output[0], weight, scale, branch_rows, normed_rows, *output[2:])
+    ctx.num_branch = branch.shape[0]
+    apart = scale is not None or branch_rows is not None or branch.dtype != x.dtype
     ctx.branch_dtype = branch.dtype if apart else None
     ctx.branch_bias_dtype = None if branch_bias is None else branch_bias.dtype
     ctx.normed_shape, ctx.normed_dtype = output[1].shape, output[1].dtype
@@ -244,16 +235,15 @@ def _autograd(
     residual, weight, scale, branch_rows, normed_rows, mean, rstd = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = residual.new_zeros(ctx.normed_shape, dtype=ctx.normed_dtype)
-    upstream = None if grad_residual is None or not ctx.has_branch else grad_residual.contiguous()
+    upstream = None if grad_residual is None else grad_residual.contiguous()
     dx, dbranch, sums = _backward(
         upstream, grad_normed.contiguous(), residual, scale, branch_rows, normed_rows, ctx.num_branch, weight, mean,
         rstd, ctx.branch_dtype, ctx.branch_bias_dtype is not None,
     )  # fmt: skip
-    if ctx.has_branch and ctx.branch_dtype is None:
-        dbranch = dx
+    dbranch = dx if ctx.branch_dtype is None else dbranch
     dweight, dbias = sums[:2].to(weight.dtype).unbind()
     dbranch_bias = None if ctx.branch_bias_dtype is None else sums[2].to(ctx.branch_bias_dtype)
-    return dx, dbranch if ctx.has_branch else None, dweight, dbias, *[None] * 6, dbranch_bias
+    return dx, dbranch, dweight, dbias, *[None] * 5, dbranch_bias
 
 
 _forward.autograd(_autograd, _setup_context)
@@ -261,7 +251,7 @@ _forward.autograd(_autograd, _setup_context)
 
 def add_layernorm(
     x: Tensor,
-    branch: Tensor | None,
+    branch: Tensor,
     weight: Tensor,
     bias: Tensor,
     scale_B: Tensor | None = None,
@@ -270,14 +260,13 @@ def add_layernorm(
     branch_bias: Tensor | None = None,
     branch_samples_K: Tensor | None = None,
     normed_samples_K: Tensor | None = None,
-    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute the residual x + scale branch, and its LayerNorm.
 
     Args:
         x: [B, ..., D] residual stream, float32, float16 or bfloat16, contiguous; D up to 4,096 for the kernel.
-        branch: as x, any of the three types. None = plain LayerNorm.
+        branch: as x, any of the three types, which is that of the normalised output.
         weight, bias: [D], one of the three types.
         scale_B: [B] float32 drop path, 0 or 1 / keep; a branch with 0 is not read. None = 1. Gets no gradient.
         eps: added to the variance.
@@ -285,12 +274,11 @@ def add_layernorm(
         branch_samples_K: [K] int64, different samples of x that ``branch`` [K, ..., D] contains; nothing is added to
             the others. None = all. Neither these nor the next are checked for repetition: that would stall the host.
         normed_samples_K: [K] int64, different samples whose normalised rows to return. None = all.
-        dtype: of the normalised output. None = the branch's (x's without one).
         impl: "triton", "torch" (``reference``), "auto" (see ``_pick.pick``). On a CPU
             "triton" is the float32 reference, or the kernel itself under TRITON_INTERPRET=1.
 
     Returns:
-        (residual in x's type, x itself without a branch; normalised).
+        (residual in x's type, normalised).
 
     Raises:
         UserError: a shape, type, device or layout does not fit.
@@ -306,28 +294,24 @@ def add_layernorm(
     for name, samples in (("branch_samples_K", branch_samples_K), ("normed_samples_K", normed_samples_K)):
         if samples is not None:
             check(op, name, samples, (None,), (torch.int64,), x.device)
-    if branch is not None:
-        num_branch = shape[0] if branch_samples_K is None else len(branch_samples_K)
-        check(op, "branch", branch, (num_branch, *shape[1:]), FLOATS, x.device)
-        if branch_bias is not None:
-            check(op, "branch_bias", branch_bias, shape[-1:], FLOATS, x.device)
+    num_branch = shape[0] if branch_samples_K is None else len(branch_samples_K)
+    check(op, "branch", branch, (num_branch, *shape[1:]), FLOATS, x.device)
+    if branch_bias is not None:
+        check(op, "branch_bias", branch_bias, shape[-1:], FLOATS, x.device)
     if impl == "triton" and shape[-1] > MAX_WIDTH:
         raise UserError(
             f"{op}: got width {shape[-1]}, expected at most {MAX_WIDTH} for the Triton kernel. Use impl='torch'."
         )
-    dtype = dtype or (x.dtype if branch is None else branch.dtype)
     if pick(op, impl, (shape[-1],), x.device, shape[-1] <= MAX_WIDTH) == "torch":
         return reference(
             x, branch, weight, bias, scale_B, eps, branch_bias=branch_bias, branch_samples_K=branch_samples_K,
-            normed_samples_K=normed_samples_K, dtype=dtype,
+            normed_samples_K=normed_samples_K,
         )  # fmt: skip
-    if branch is None:
-        scale_B = branch_samples_K = branch_bias = None
     residual, normed, *_ = _forward(
         x, branch, weight, bias, scale_B, _places(branch_samples_K, shape[0]), _places(normed_samples_K, shape[0]),
-        shape[0] if normed_samples_K is None else len(normed_samples_K), eps, dtype, branch_bias,
+        shape[0] if normed_samples_K is None else len(normed_samples_K), eps, branch_bias,
     )  # fmt: skip
-    return x if branch is None else residual, normed
+    return residual, normed
 
 
 def _places(samples_K: Tensor | None, num_samples: int) -> Tensor | None:
@@ -348,8 +332,7 @@ def aot_configs() -> list[AotConfig]:
         (width, {}, ()) for width in (192, 384, 768, 1024, 4096)
     ]
     cases.append((768, dict.fromkeys(("p_x", "p_residual", "p_dresidual", "p_dx"), "*fp32"), ()))
-    cases.append((768, {}, ("p_branch_bias", "p_scale", "p_dbranch")))
-    cases.append((768, {}, ("p_branch", "p_branch_bias", "p_scale", "p_residual", "p_dresidual", "p_dbranch")))
+    cases.append((768, {}, ("p_branch_bias", "p_scale", "p_dresidual", "p_dbranch")))
     cases = [(width, types, (*absent, "p_branch_rows", "p_normed_rows")) for width, types, absent in cases]
     cases.append((768, {}, ()))
     kernels = (add_layernorm_fwd_kernel, add_layernorm_bwd_kernel)
@@ -364,7 +347,6 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
     constexprs |= {"BLOCK_D": config.blocks["BLOCK_D"]} | ({} if forward else {"STAGES": config.num_stages})
     if not forward:
         constexprs["BRANCH_BIAS"] = "p_branch_bias" not in absent
-        absent = tuple(name for name in absent if name != "p_residual")
     constexprs |= {name: None for name in absent if name in kernel.arg_names}
     names = ("p_scale", "p_weight", "p_bias", "p_branch_bias", "p_mean", "p_rstd", "p_sums", "eps")
     full = dict.fromkeys(names, "*fp32")
