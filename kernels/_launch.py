@@ -32,7 +32,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types of activations that the kernels accept."""
 _SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool",
-    torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?",
+    torch.dtype | None: "ScalarType?",
 }  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def check(
     shape: tuple[int | None, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
-    contiguous: bool | None = True,
+    contiguous: bool = True,
 ) -> None:
     """Refuse an argument that a kernel does not support.
 
@@ -151,7 +151,7 @@ def check(
         shape: expected sizes; None = any.
         dtypes: accepted types.
         device: expected device; None = any.
-        contiguous: True = all of it; False = the last dimension only; None = not checked.
+        contiguous: True = all of it; False = the last dimension only.
 
     Raises:
         UserError: a shape, type, device or layout does not fit.
@@ -167,7 +167,7 @@ def check(
         raise UserError(f"{op}: {name}: got device {tensor.device}, expected {device}. Move it with .to().")
     if contiguous and not tensor.is_contiguous():
         raise UserError(f"{op}: {name}: got strides {tensor.stride()}, expected contiguous. Call .contiguous().")
-    if contiguous is False and tensor.size(-1) > 1 and tensor.stride(-1) != 1:
+    if not contiguous and tensor.size(-1) > 1 and tensor.stride(-1) != 1:
         raise UserError(
             f"{op}: {name}: got strides {tensor.stride()}, expected 1 in the last dimension. Call .contiguous()."
         )

@@ -48,7 +48,7 @@ def reference(
     """Compute ``adamw_ema`` in plain torch, in place, in float32 or float64."""
     if scale is None or scale != 0:
         beta1, beta2 = betas
-        grad = grads.to(weights.dtype) if scale is None else grads.to(weights.dtype) * scale
+        grad = grads if scale is None else grads * scale
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         weights[:num_decayed].mul_(1 - lr * weight_decay)
@@ -73,7 +73,7 @@ def _one_minus_power(log_beta, step):
 @triton.jit
 def _adamw_ema_kernel(
     p_weights,  # [P] float32, in and out
-    p_grads,  # [P] float32 or bfloat16
+    p_grads,  # [P] float32
     p_exp_avg,  # [P] float32, in and out
     p_exp_avg_sq,  # [P] float32, in and out
     p_ema,  # [P] float32, in and out, or None
@@ -91,7 +91,7 @@ def _adamw_ema_kernel(
     correction1 = _one_minus_power(log_beta1, step)
     correction2 = _one_minus_power(log_beta2, step)
 
-    b_grad = tl.load(p_grads + o_p, mask=m_p, other=0.0).to(tl.float32)
+    b_grad = tl.load(p_grads + o_p, mask=m_p, other=0.0)
     b_exp_avg_before = tl.load(p_exp_avg + o_p, mask=m_p, other=0.0)
     b_exp_avg_sq_before = tl.load(p_exp_avg_sq + o_p, mask=m_p, other=0.0)
     b_weights_before = tl.load(p_weights + o_p, mask=m_p, other=0.0)
@@ -185,7 +185,7 @@ def adamw_ema(
 
     Args:
         weights, exp_avg, exp_avg_sq: [P] float32 on one device, contiguous, updated.
-        grads: [P] float32 or bfloat16.
+        grads: [P] float32.
         lr, step: 0-d float32 on the device; ``step`` is the number of this step, from 1.
         num_decayed: number of leading weights with weight decay.
         scale: 0-d float32 factor on the gradients (clip coefficient, 1 / loss scale). 0 skips the step, also where a
@@ -195,7 +195,7 @@ def adamw_ema(
     Raises:
         UserError: a shape, type, device, layout or range does not fit.
     """
-    shape, device, full = tuple(weights.shape), weights.device, (torch.float32,)
+    shape, device = tuple(weights.shape), weights.device
     if weights.dim() != 1 or not weights.numel() or not 0 <= num_decayed <= weights.numel():
         raise UserError(
             f"adamw_ema: got weights of shape {shape} and num_decayed={num_decayed}, expected a flat buffer, not "
@@ -205,38 +205,28 @@ def adamw_ema(
         raise UserError(
             f"adamw_ema: got betas {betas}, ema_decay {ema_decay}, eps {eps}, expected decays < 1, betas and eps > 0"
         )
-    for name, tensor, size, dtypes in (
-        ("weights", weights, shape, full),
-        ("grads", grads, shape, (torch.float32, torch.bfloat16)),
-        ("exp_avg", exp_avg, shape, full),
-        ("exp_avg_sq", exp_avg_sq, shape, full),
-        ("ema", ema, shape, full),
-        ("lr", lr, (), full),
-        ("step", step, (), full),
-        ("scale", scale, (), full),
-    ):
+    tensors = {
+        "weights": weights, "grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "lr": lr,
+        "step": step, "scale": scale,
+    }  # fmt: skip
+    for name, tensor in tensors.items():
         if tensor is not None:
-            check("adamw_ema", name, tensor, size, dtypes, device)
-    tensors = (weights, grads, exp_avg, exp_avg_sq, ema, lr, step, scale)
-    _op(*tensors, num_decayed, weight_decay, *betas, eps, ema_decay)
+            size = () if name in ("lr", "step", "scale") else shape
+            check("adamw_ema", name, tensor, size, (torch.float32,), device)
+    _op(*tensors.values(), num_decayed, weight_decay, *betas, eps, ema_decay)
 
 
 def aot_configs() -> list[AotConfig]:
     """Return the shipped kernels.
 
-    All options, none, and bfloat16 gradients. FlatAdamW's sizes are multiples of 64.
+    All options, and none. FlatAdamW's sizes are multiples of 64.
     """
     integers = {"P": "i32", "num_decayed": "i32"}
     configs = []
-    for note, grads, absent in (
-        ("all", "*fp32", ()),
-        ("plain", "*fp32", ("p_ema", "p_scale")),
-        ("bfloat16 gradients", "*bf16", ()),
-    ):
+    for note, absent in (("all", ()), ("plain", ("p_ema", "p_scale"))):
         constexprs = {"BLOCK": DEFAULT.blocks["BLOCK"], **dict.fromkeys(absent)}
-        types = {"p_grads": grads} | integers
         signature = {
-            name: types.get(name, "*fp32" if name.startswith("p_") else "fp32")
+            name: integers.get(name, "*fp32" if name.startswith("p_") else "fp32")
             for name in _adamw_ema_kernel.arg_names
             if name not in constexprs
         }
