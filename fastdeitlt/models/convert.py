@@ -2,6 +2,7 @@
 # N tokens (CLS, DIST, patches), D width, H W patch grid
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT, create_student
 from fastdeitlt.store.checkpoint import read_folder
+
+_NEEDED = {"cls_token": 3, "dist_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "head.weight": 2}
+"""Tensors of a distilled ViT -> their dimensions."""
 
 
 def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:
@@ -37,16 +41,29 @@ def _side(num_tokens: int) -> int:
     return side
 
 
-def _check_distilled(state: State, what: str) -> None:
-    for key, ndim in {
-        "cls_token": 3,
-        "dist_token": 3,
-        "pos_embed": 3,
-        "patch_embed.proj.weight": 4,
-        "head.weight": 2,
-    }.items():
+def check_dimensions(state: State, needed: Mapping[str, int], kind: str, what: str) -> None:
+    """Check that a state, ``what``, has tensors of the ``needed`` dimensions.
+
+    Raises:
+        UserError: a tensor is missing or has other dimensions.
+    """
+    for key, ndim in needed.items():
         if key not in state or state[key].ndim != ndim:
-            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a distilled ViT with timm's keys")
+            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a {kind} with timm's keys")
+
+
+def size_of(state: State, what: str) -> str:
+    """Return the name of the size ("tiny", ..) that a ViT's width belongs to.
+
+    Raises:
+        UserError: a width that no student has.
+    """
+    width = state["cls_token"].shape[-1]
+    size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
+    if size is None:
+        known = ", ".join(str(known) for known, _, _ in SIZES.values())
+        raise UserError(f"{what}: got width {width}, expected one of {known}")
+    return size
 
 
 def load_student_state(model: DistilledViT, state: State, what: str = "student checkpoint") -> None:
@@ -57,21 +74,20 @@ def load_student_state(model: DistilledViT, state: State, what: str = "student c
     Raises:
         UserError: not a distilled ViT, another class count, or keys and shapes that do not fit.
     """
-    _check_distilled(state, what)
+    check_dimensions(state, _NEEDED, "distilled ViT", what)
     if len(state["head.weight"]) != model.num_classes:
         raise UserError(f"{what}: got {counted(len(state['head.weight']), 'class')}, expected {model.num_classes}")
     pos_embed = resample_pos_embed(state["pos_embed"], model.pos_embed.shape[1])
     load_exact(model, state | {"pos_embed": pos_embed}, what)
 
 
-def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[DistilledViT, dict[str, Any]]:
+def load_student_checkpoint(path: str | Path) -> tuple[DistilledViT, dict[str, Any]]:
     """Load a student in eval mode.
 
     From a model folder, an official checkpoint or timm's weights.
 
     Args:
         path: a folder with manifest.json, a .pth of {"model", "model_ema", "args", ...}, or .safetensors.
-        weights: "model", or "ema" for the moving average.
 
     Returns:
         The model, and its metadata: ``model`` {name, num_classes, img_size, depth}; if stored, ``class_map`` (the
@@ -79,14 +95,12 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
         command line) and accuracies.
 
     Raises:
-        UserError: no such file, damaged, contains code, not a distilled ViT, no such weights.
+        UserError: no such file, damaged, contains code, not a distilled ViT.
     """
     path = Path(path)
-    if weights not in ("model", "ema"):
-        raise UserError(f"weights: got {weights!r}, expected model or ema")
     info: dict[str, Any] = {}
     if path.is_dir():
-        state, manifest = read_folder(path, "student", weights)
+        state, manifest = read_folder(path, "student")
         info = manifest.model_dump()
     elif not path.is_file():
         raise UserError(f"student {path}: no such file or folder, expected a model folder or a checkpoint")
@@ -94,7 +108,7 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
         state = tensors(read_safetensors(path), path)
     else:
         content = read_torch(path)
-        state = tensors(content, path, ("model", "state_dict") if weights == "model" else ("model_ema",))
+        state = tensors(content, path, ("model", "state_dict"))
         info = official_info(content)
     arch = _arch_of(state, f"student {path}")
     info["model"] = info.get("model", {}) | arch
@@ -105,13 +119,8 @@ def load_student_checkpoint(path: str | Path, weights: str = "model") -> tuple[D
 
 def _arch_of(state: State, what: str) -> dict[str, Any]:
     """Infer name, classes, image size and depth of a distilled ViT from its shapes."""
-    _check_distilled(state, what)
-    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
-    if size is None:
-        raise UserError(
-            f"{what}: got width {width}, expected {', '.join(str(known) for known, _, _ in SIZES.values())}"
-        )
+    check_dimensions(state, _NEEDED, "distilled ViT", what)
+    size, patch = size_of(state, what), state["patch_embed.proj.weight"].shape[-1]
     img_size = _side(state["pos_embed"].shape[1]) * patch
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     name = f"deit_{size}_distilled_patch{patch}_{img_size}"

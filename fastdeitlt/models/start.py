@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.errors import UserError, counted
-from fastdeitlt.models.convert import official_info, resample_pos_embed
+from fastdeitlt.models.convert import check_dimensions, official_info, resample_pos_embed, size_of
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.models.teacher import check_class_map
-from fastdeitlt.models.vit import NUM_PREFIX, SIZES, DistilledViT
+from fastdeitlt.models.vit import NUM_PREFIX, DistilledViT
 from fastdeitlt.store.checkpoint import read_folder
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -101,14 +101,8 @@ def shape_of(path: str | Path) -> tuple[str, int, int, int]:
         UserError: no such file, damaged, contains code, a width that no student has, or not a ViT under timm's names.
     """
     state, what = _read(Path(path)).state, f"student.init {path}"
-    for key, ndim in _NEEDED.items():
-        if key not in state or state[key].ndim != ndim:
-            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a ViT with timm's names")
-    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
-    if size is None:
-        known = ", ".join(str(known) for known, _, _ in SIZES.values())
-        raise UserError(f"{what}: got width {width}, expected one of {known}")
+    check_dimensions(state, _NEEDED, "ViT with a CLS token", what)
+    size, patch = size_of(state, what), state["patch_embed.proj.weight"].shape[-1]
     depth = len({found[1] for key in state if (found := _BLOCK.fullmatch(key))})
     side = math.isqrt(state["pos_embed"].shape[1] - 1)  # one or two tokens precede the square of patches
     return size, patch, depth, side * patch
@@ -163,15 +157,12 @@ def _three(value: Any) -> tuple[float, ...] | None:
 
 
 def _check(state: State, student: DistilledViT, what: str) -> None:
-    for key, ndim in _NEEDED.items():
-        if key not in state or state[key].ndim != ndim:
-            raise UserError(f"{what}: no {key} with {ndim} dimensions, expected a ViT with a CLS token and timm's keys")
+    check_dimensions(state, _NEEDED, "ViT with a CLS token", what)
     if alien := sorted({key.split(".")[0] for key in state} - {*_PARTS, *_UNUSED}):
         raise UserError(f"{what}: got key {alien[0]}, expected a plain or distilled ViT with timm's keys")
     width = state["cls_token"].shape[-1]
     if width != student.width:
-        size = next((name for name, (known, _, _) in SIZES.items() if known == width), None)
-        remedy = f"Use student.name=deit_{size}_distilled_patch..." if size else "Use other weights."
+        remedy = f"Use student.name=deit_{size_of(state, what)}_distilled_patch..."
         raise UserError(f"{what}: got width {width}, expected {student.width}. {remedy}")
     num_rows = len(state["head.weight"]) if "head.weight" in state else 0
     expected = dict(zip(_HEADS, [(num_rows, width), (num_rows,)] * 2, strict=True)) | {"pos_embed": (1, -1, width)}

@@ -225,12 +225,11 @@ def step_folders(folder: Path) -> list[Path]:
     return [folder / name for name in reversed(steps)]
 
 
-def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[dict[str, Tensor], Manifest]:
+def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Manifest]:
     """Load tensors and manifest of a model folder or a run's best checkpoint.
 
     Args:
         kind: "student" or "teacher", the kind that the manifest must state.
-        weights: "model" or "ema".
 
     Raises:
         UserError: a missing or malformed manifest, the other kind, or a missing, truncated or changed file.
@@ -243,4 +242,4 @@ def read_folder(path: str | Path, kind: str, weights: str = "model") -> tuple[di
         raise UserError(
             f"model folder {folder}: {MANIFEST} has no model.num_classes, expected a folder written by train"
         )
-    return load_tensors(folder, weights), manifest
+    return load_tensors(folder), manifest

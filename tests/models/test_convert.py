@@ -80,8 +80,6 @@ def test_official_checkpoint_loads_with_its_class_map(tmp_path: Path) -> None:
     assert info["model"] == {"name": TINY32, "num_classes": 7, "img_size": 32, "depth": 3}
     assert info["class_map"] == [2, 0, 1, 3, 4, 6, 5]
     assert (info["epoch"], info["head_acc_avg"], info["args"]["lr"]) == (1199, 94.5, 5e-4)
-    averaged, _ = load_student_checkpoint(tmp_path / "best.pth", "ema")
-    assert torch.equal(averaged.norm.bias, model.norm.bias + 1)
 
 
 def test_scalars_pickled_by_numpy_1_load(tmp_path: Path) -> None:
@@ -165,8 +163,6 @@ def test_unreadable_students_are_explained(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no state_dict"):
         load_student_checkpoint(tmp_path / "list.pth")
-    with pytest.raises(UserError, match="expected model or ema"):
-        load_student_checkpoint(tmp_path / "list.pth", "best")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
