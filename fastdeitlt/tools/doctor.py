@@ -85,6 +85,20 @@ def probe(code: str) -> tuple[bool, str]:
     return done.returncode == 0, output[-1] if output else f"exit code {done.returncode}"
 
 
+def probed(name: str, code: str, fix: str, otherwise: Literal["warn", "broken"] = "warn") -> Row:
+    """Run ``code`` as in ``probe`` and return its row.
+
+    ``fix`` and the status ``otherwise`` are for a failure.
+    """
+    works, output = probe(code)
+    return Row(name, "ok", output) if works else Row(name, otherwise, output, fix)
+
+
+def resource_row(name: str, detail: str, enough: bool, fix: str) -> Row:
+    """Return the row of a resource; ``fix`` is for less than ``enough``."""
+    return Row(name, "ok", detail) if enough else Row(name, "warn", detail, fix)
+
+
 def python() -> Row:
     """Check the Python version."""
     version = sys.version_info
@@ -125,13 +139,9 @@ def torch() -> Row:
 
 def torchvision() -> Row:
     """Check that torchvision's operators match torch, as timm requires."""
-    works, output = probe("import torchvision, torch; torch.ops.torchvision.nms; print(torchvision.__version__)")
-    fix = (
-        ""
-        if works
-        else "install the torchvision for this torch from the same index: 0.26 for 2.11, up to 0.29 for 2.14"
-    )
-    return Row("torchvision", "ok" if works else "broken", output, fix)
+    code = "import torchvision, torch; torch.ops.torchvision.nms; print(torchvision.__version__)"
+    fix = "install the torchvision for this torch from the same index: 0.26 for 2.11, up to 0.29 for 2.14"
+    return probed("torchvision", code, fix, "broken")
 
 
 def gpu() -> Row:
@@ -168,9 +178,8 @@ print(decoder_version(), "decodes the same pixels as Pillow")
 
 def dali_on_cpu() -> Row:
     """Check that DALI decodes a real image on the CPU."""
-    works, output = probe(DECODE.format(device="cpu"))
-    fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (also without a GPU)"
-    return Row("dali on cpu", "ok" if works else "broken", output, fix)
+    fix = "pip install nvidia-dali-cuda130==2.4.* (also without a GPU)"
+    return probed("dali on cpu", DECODE.format(device="cpu"), fix, "broken")
 
 
 def _has_gpu() -> bool:
@@ -182,9 +191,8 @@ def dali_on_gpu() -> Row:
     """Check that DALI decodes a real image on the GPU, if there is one."""
     if not _has_gpu():
         return Row("dali on gpu", "missing", "no GPU")
-    works, output = probe(DECODE.format(device="cuda"))
-    fix = "" if works else "pip install nvidia-dali-cuda130==2.4.* (drivers before 580: nvidia-dali-cuda120)"
-    return Row("dali on gpu", "ok" if works else "warn", output, fix)
+    fix = "pip install nvidia-dali-cuda130==2.4.* (drivers before 580: nvidia-dali-cuda120)"
+    return probed("dali on gpu", DECODE.format(device="cuda"), fix)
 
 
 def triton() -> Row:
@@ -194,8 +202,7 @@ def triton() -> Row:
         "else None; print(triton.__version__, 'compiles for ' + f'{d.backend} {d.arch}' if d else 'without a GPU: "
         "kernels run only in its interpreter (TRITON_INTERPRET=1), for tests')"
     )
-    works, output = probe(code)
-    return Row("triton", "ok" if works else "warn", output, "" if works else "pip install triton, or set impl=torch")
+    return probed("triton", code, "pip install triton, or set impl=torch")
 
 
 def kernel_choice() -> Row:
@@ -216,23 +223,17 @@ def deepspeed() -> Row:
     install = "DS_BUILD_OPS=0 pip install deepspeed==0.19.8 (no compiler or CUDA toolkit needed)"
     if version_of("deepspeed") is None:
         return Row("deepspeed", "missing", "not installed, needed for several GPUs", install)
-    works, output = probe("import deepspeed; print(deepspeed.__version__)")
-    return Row("deepspeed", "ok" if works else "warn", output, "" if works else install)
+    return probed("deepspeed", "import deepspeed; print(deepspeed.__version__)", install)
 
 
 def onnx() -> Row:
     """Check the packages of `export --format onnx`."""
-    names = ("onnx", "onnxruntime", "onnxscript")
+    install, names = "pip install 'fastdeitlt[onnx]'", ("onnx", "onnxruntime", "onnxscript")
     absent = [name for name in names if version_of(name) is None]
     if absent:
-        return Row(
-            "onnx",
-            "missing",
-            f"{', '.join(absent)} not installed, needed to export ONNX",
-            "pip install 'fastdeitlt[onnx]'",
-        )
-    works, output = probe("import onnx, onnxruntime, onnxscript; print(onnx.__version__, onnxruntime.__version__)")
-    return Row("onnx", "ok" if works else "warn", output, "" if works else "pip install 'fastdeitlt[onnx]'")
+        return Row("onnx", "missing", f"{', '.join(absent)} not installed, needed to export ONNX", install)
+    code = "import onnx, onnxruntime, onnxscript; print(onnx.__version__, onnxruntime.__version__)"
+    return probed("onnx", code, install)
 
 
 def apex() -> Row:
@@ -266,9 +267,7 @@ def cores() -> Row:
         usable = min(usable, quota[0] / quota[1])
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     detail = f"{usable:g} usable, {counted(threads, 'thread')} per process"
-    if threads > max(usable, 1):
-        return Row("cores", "warn", detail, f"export OMP_NUM_THREADS={max(int(usable), 1)}")
-    return Row("cores", "ok", detail)
+    return resource_row("cores", detail, threads <= max(usable, 1), f"export OMP_NUM_THREADS={max(int(usable), 1)}")
 
 
 def memory() -> Row:
@@ -277,8 +276,8 @@ def memory() -> Row:
     room = free["MemAvailable"]
     if limit := _numbers("/sys/fs/cgroup/memory.max"):
         room = min(room, int(limit[0] - _numbers("/sys/fs/cgroup/memory.current")[0]))
-    fix = "" if room > 4 * GIB else "the demo needs 4 GiB: close programs or use a larger machine"
-    return Row("memory", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free", fix)
+    fix = "the demo needs 4 GiB: close programs or use a larger machine"
+    return resource_row("memory", f"{room / GIB:.1f} GiB free", room > 4 * GIB, fix)
 
 
 def _numbers(path: str) -> list[float]:
@@ -292,19 +291,19 @@ def shared_memory() -> Row:
     if not Path("/dev/shm").is_dir():
         return Row("shared memory", "warn", "no /dev/shm", "needed for several GPUs: docker run --shm-size=8g")
     size = shutil.disk_usage("/dev/shm").total
-    fix = "" if size >= GIB else "several GPUs need more: docker run --shm-size=8g"
-    return Row("shared memory", "warn" if fix else "ok", f"/dev/shm of {size / GIB:.1f} GiB", fix)
+    fix = "several GPUs need more: docker run --shm-size=8g"
+    return resource_row("shared memory", f"/dev/shm of {size / GIB:.1f} GiB", size >= GIB, fix)
 
 
 def open_files() -> Row:
     """Check the limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fix = "" if soft >= 1024 or soft == resource.RLIM_INFINITY else f"ulimit -n {min(65536, hard)}"
-    return Row("open files", "warn" if fix else "ok", f"at most {soft:,}", fix)
+    enough = soft >= 1024 or soft == resource.RLIM_INFINITY
+    return resource_row("open files", f"at most {soft:,}", enough, f"ulimit -n {min(65536, hard)}")
 
 
 def disk() -> Row:
     """Check the disk space for run folders; a ViT-B checkpoint has about 1.4 GB."""
     room = shutil.disk_usage(".").free
-    fix = "" if room > 5 * GIB else "a ViT-B run needs about 5 GB for checkpoints: set runs_dir=... to another disk"
-    return Row("disk", "warn" if fix else "ok", f"{room / GIB:.1f} GiB free in {Path.cwd()}", fix)
+    fix = "a ViT-B run needs about 5 GB for checkpoints: set runs_dir=... to another disk"
+    return resource_row("disk", f"{room / GIB:.1f} GiB free in {Path.cwd()}", room > 5 * GIB, fix)

@@ -117,7 +117,7 @@ def test_a_top_level_kernels_folder_that_hides_pypi_s_package_is_told(monkeypatc
 def test_more_threads_than_cores_is_told(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     row = doctor.cores()
-    assert row.status == "warn" and "4096 threads" in row.detail and row.fix.startswith("export OMP_NUM_THREADS=")
+    assert row.status == "warn" and "4,096 threads" in row.detail and row.fix.startswith("export OMP_NUM_THREADS=")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert doctor.cores().status == "ok"
 
