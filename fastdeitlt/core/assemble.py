@@ -15,7 +15,6 @@ from fastdeitlt.config import Config
 from fastdeitlt.core.batches import Batch, noise_batch, train_batches
 from fastdeitlt.core.engine import Engine, build_engine
 from fastdeitlt.core.joint import JointForward
-from fastdeitlt.core.measure.auto import measure_kernels
 from fastdeitlt.core.measure.flops import forward_flops
 from fastdeitlt.core.optim import Ema
 from fastdeitlt.core.step import Phase, Stage, TrainStep, phase_of, unobserved
@@ -130,6 +129,25 @@ class Parts:
         self.engine.load(read("model"), read("optimizer"))
         if self.ema:
             self.ema.load(read("ema"))
+
+
+def measure_kernels(
+    cfg: Config, student: DistilledViT, teacher: Teacher | None, num_classes: int, device: torch.device
+) -> None:
+    """Measure the ops that are set to "auto".
+
+    This is done once for each GPU, torch, Triton and shape, and not without a GPU. Rank 0 measures, and all ranks use
+    its rows; with train.measure_kernels=false it only shares those it has.
+    """
+    if device.type != "cuda":
+        return
+    from fastdeitlt.core.measure.first_start import current_rows  # Triton is slow to import, and may be missing on CPUs
+    from fastdeitlt.core.measure.parts import Shapes
+    from fastdeitlt.kernels._measured import prefer
+
+    rows = distributed.on_main(lambda: current_rows(Shapes(cfg, student, teacher, num_classes, device)))
+    if distributed.get_world() > 1:
+        prefer(rows)
 
 
 def assemble(

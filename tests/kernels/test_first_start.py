@@ -9,7 +9,8 @@ from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._pick import pick, say_once
 
 from fastdeitlt import config, distributed
-from fastdeitlt.core.measure import auto, first_start
+from fastdeitlt.core import assemble
+from fastdeitlt.core.measure import first_start
 from fastdeitlt.core.measure.parts import SETTINGS, Part
 from fastdeitlt.core.measure.timer import Timing
 from fastdeitlt.tools import tune
@@ -188,11 +189,11 @@ def test_other_ranks_run_what_the_first_measured(steps, monkeypatch):
     _measured.write(_measured.file_of("some GPU"), [row("torch")])
     monkeypatch.setattr(distributed, "get_world", lambda: 2)
     monkeypatch.setattr(distributed, "on_main", lambda work: [row("triton")])
-    auto.measure_kernels(shapes.cfg, shapes.student, shapes.teacher, shapes.num_classes, CUDA)
+    assemble.measure_kernels(shapes.cfg, shapes.student, shapes.teacher, shapes.num_classes, CUDA)
     assert pick("bias_gelu", "auto", key, CUDA) == "triton"
 
 
 def test_without_a_gpu_nothing_is_measured(steps, monkeypatch):
     monkeypatch.setattr(distributed, "on_main", lambda work: pytest.fail("measured"))
     shapes = steps()
-    auto.measure_kernels(shapes.cfg, shapes.student, shapes.teacher, shapes.num_classes, torch.device("cpu"))
+    assemble.measure_kernels(shapes.cfg, shapes.student, shapes.teacher, shapes.num_classes, torch.device("cpu"))
