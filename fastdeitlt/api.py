@@ -269,11 +269,11 @@ def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run
 def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[Config, Config]:
     """Choose recipes of a student and its teacher for a folder of images.
 
-    See ``tools.plan.plan``.
+    See ``tools.plan.make_plan``.
     """
-    from fastdeitlt.tools.plan import plan
+    from fastdeitlt.tools.plan import make_plan
 
-    return plan(root, hours, **options)
+    return make_plan(root, hours, **options).choice.configs
 
 
 def _config_of(recipe: Recipe) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from fastdeitlt import config, distributed
-from fastdeitlt.config import Config, DataConfig
+from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
 from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS
@@ -37,21 +37,6 @@ class Planned:
     sets: Sets
     pixels: PixelStats
     hours: float
-
-
-def plan(root: str | Path, hours: float | None = None, weights: str | Path = "") -> tuple[Config, Config]:
-    """Choose the recipes of a student and its teacher, without writing them.
-
-    Args:
-        root, hours, weights: see ``make_plan``.
-
-    Returns:
-        (student, teacher), for ``tools.demo.train_both``.
-
-    Raises:
-        UserError: see ``make_plan``.
-    """
-    return make_plan(root, hours, weights).choice.configs
 
 
 def make_plan(

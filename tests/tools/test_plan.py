@@ -20,7 +20,7 @@ from fastdeitlt.models import create_student
 from fastdeitlt.models.start import shape_of
 from fastdeitlt.tools import plan as plan_module
 from fastdeitlt.tools import plan_rates
-from fastdeitlt.tools.plan import layout, make_plan, plan, to_yaml
+from fastdeitlt.tools.plan import layout, make_plan, to_yaml
 from fastdeitlt.tools.plan_facts import Rates
 
 SIZES = {"cat": 12, "dog": 6, "eel": 3}
@@ -81,7 +81,7 @@ def test_every_layout_gives_three_splits_and_both_files_agree(tmp_path, rates, k
     else:
         for split in ("train", "test") if kind == "train and test" else ("train", "val", "test"):
             save_images(root / split, SIZES)
-    student, teacher = plan(root, hours=0.1)
+    student, teacher = make_plan(root, hours=0.1).choice.configs
     assert student.data == teacher.data
     sets = open_sets(student.data)
     assert sets.val is not None and sets.test is not None
@@ -148,7 +148,7 @@ def test_given_weights_set_the_students_start_and_shape(tmp_path, rates):
     weights = create_student("deit_tiny_distilled_patch16_64", 5, depth=2).state_dict()
     save_file(weights, tmp_path / "weights.safetensors")
     assert shape_of(tmp_path / "weights.safetensors") == ("tiny", 16, 2, 64)
-    student, _ = plan(tmp_path / "photos", 0.1, tmp_path / "weights.safetensors")
+    student, _ = make_plan(tmp_path / "photos", 0.1, tmp_path / "weights.safetensors").choice.configs
     assert student.student.init == str(tmp_path / "weights.safetensors")
     assert (student.student.name, student.student.depth) == ("deit_tiny_distilled_patch16_64", 2)
 
