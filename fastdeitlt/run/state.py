@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from fastdeitlt import distributed
 from fastdeitlt.run.folder import Run
+from fastdeitlt.run.meter import Meter
+from fastdeitlt.run.selection import Selector
 from fastdeitlt.store import checkpoint
 
 log = logging.getLogger("fastdeitlt")
@@ -23,27 +25,6 @@ class Parts(Protocol):
         """Restore the tensors; ``read`` returns the state dict of a name."""
 
 
-class Selection(Protocol):
-    """The best result so far, and manifest entries of the run's checkpoints."""
-
-    best: dict[str, Any] | None
-    recent: dict[str, float]
-    fingerprint: dict[str, str | None]
-
-    def manifest(self) -> dict[str, Any]:
-        """Return the manifest entries of the weights."""
-
-    def check_fingerprint(self, saved: Mapping[str, str | None], folder: str) -> None:
-        """Refuse to resume a run with other data."""
-
-
-class Reporter(Protocol):
-    """A meter that reports before a save, so that non-finite weights are not saved."""
-
-    def report(self) -> None:
-        """Log the steps since the last report."""
-
-
 class State:
     """Step and epoch of a run; ``epoch`` increases after evaluation and milestone.
 
@@ -57,7 +38,7 @@ class State:
         steps: optimizer steps per epoch.
     """
 
-    def __init__(self, run: Run, selection: Selection, parts: Parts, steps: int) -> None:
+    def __init__(self, run: Run, selection: Selector, parts: Parts, steps: int) -> None:
         self.run, self.selection, self.parts, self.steps = run, selection, parts, steps
         self.step = 0
         """Completed optimizer steps."""
@@ -69,7 +50,7 @@ class State:
         """Completed optimizer steps of this epoch."""
         return self.step - self.epoch * self.steps
 
-    def save(self, meter: Reporter, wait: bool = False, milestone: str = "") -> None:
+    def save(self, meter: Meter, wait: bool = False, milestone: str = "") -> None:
         """Save a checkpoint; see ``Checkpoints.save``.
 
         The meter reports first, which refuses weights after a non-finite loss, and keeps the log intervals of a resumed
