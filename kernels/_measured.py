@@ -18,8 +18,7 @@ from fastdeitlt.kernels._launch import LaunchConfig
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.store.files import write_atomically
-from fastdeitlt.store.user_cache import user_cache
+from fastdeitlt.store.files import user_cache, write_atomically
 
 Key = tuple[str | int, ...]
 SHIPPED = Path(__file__).parent / "measured"

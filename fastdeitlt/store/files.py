@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: a temporary name, then a rename."""
+"""Atomic writes of files and folders (a temporary name, then a rename), and the cache of rebuildable files."""
 
 import json
 import os
@@ -88,3 +88,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: got a {type(tree).__name__}, expected an object. Restore or remove it.")
     return tree
+
+
+def user_cache(name: str) -> Path:
+    """Return the path of ``name`` in the cache that all runs share.
+
+    The cache is the folder fastdeitlt of $XDG_CACHE_HOME, by default ~/.cache.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / name

@@ -24,8 +24,7 @@ from fastdeitlt.data.pixels.decoder import decoder_version
 from fastdeitlt.data.pixels.workers import num_threads
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError, counted
-from fastdeitlt.store.files import draft_folder, flush
-from fastdeitlt.store.user_cache import user_cache
+from fastdeitlt.store.files import draft_folder, flush, user_cache
 
 log = logging.getLogger("fastdeitlt")
 

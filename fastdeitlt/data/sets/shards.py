@@ -25,8 +25,7 @@ from fastdeitlt.data.sets.class_names import numbered
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
-from fastdeitlt.store.files import draft_file
-from fastdeitlt.store.user_cache import user_cache
+from fastdeitlt.store.files import draft_file, user_cache
 
 SUFFIXES = (".tar", ".zip", ".parquet")
 LABEL_SUFFIXES = (".cls", ".json")

@@ -14,8 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.store.files import draft_folder
-from fastdeitlt.store.user_cache import user_cache
+from fastdeitlt.store.files import draft_folder, user_cache
 
 ARCHIVE = Path(__file__).with_name("fashion_mnist_lt.zip")
 SHA256 = "a21017d47ca7399a1351967bfc8aa39e47b448ed8611becf03bc21199b9125d3"
