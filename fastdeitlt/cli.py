@@ -20,9 +20,14 @@ PRINTS = ("plan", "eval", "predict", "export", "bench", "analyze", "report", "da
 """Verbs that print their result: failing to print is an error."""
 
 
+def _set_up_logging() -> None:
+    from fastdeitlt.run.folder import set_up_logging
+
+    set_up_logging()
+
+
 def _train(args: argparse.Namespace) -> int:
     from fastdeitlt import config
-    from fastdeitlt.run import folder as run
 
     # as in `ablate`: settings of the teacher's training go to the teacher, all others to the student
     teacher_settings = [word for word in args.overrides if word.startswith("teacher_training.")]
@@ -34,7 +39,7 @@ def _train(args: argparse.Namespace) -> int:
             f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher. Use one of the two."
         )
     teacher = config.load(args.with_teacher, teacher_settings) if args.with_teacher else None
-    run.set_up_logging()
+    _set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
     if args.dry_run:
@@ -60,10 +65,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _train_teacher(args: argparse.Namespace) -> int:
     from fastdeitlt import config
-    from fastdeitlt.run import folder as run
 
     cfg = config.load(args.config, args.overrides)
-    run.set_up_logging()
+    _set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
     if args.dry_run:
@@ -89,10 +93,9 @@ def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from fastdeitlt.run import folder as run
     from fastdeitlt.tools.ablate import ablate
 
-    run.set_up_logging()
+    _set_up_logging()
     settings = [word for word in args.arms if "=" in word]  # settings after --arms
     folder = ablate(
         args.grid,
@@ -108,19 +111,17 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fastdeitlt.run import folder as run
     from fastdeitlt.tools.demo import demo
 
-    run.set_up_logging()
+    _set_up_logging()
     demo(args.seed, args.runs_dir)
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
     from fastdeitlt.evaluation.evaluate import evaluate
-    from fastdeitlt.run import folder as run
 
-    run.set_up_logging()
+    _set_up_logging()
     paths = {"json_path": args.json, "csv_path": args.csv, "predictions_path": args.predictions}
     evaluate(args.model, args.overrides, split=args.split, **paths)
     return 0
@@ -157,29 +158,26 @@ def _timed_settings(args: argparse.Namespace) -> list[str]:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from fastdeitlt.run import folder as run
     from fastdeitlt.tools.bench import bench
 
-    run.set_up_logging()
+    _set_up_logging()
     options = {"ranks": args.ranks, "batches": args.batches, "json_path": args.json}
     bench(args.config, _timed_settings(args), quick=args.quick, synthetic=args.synthetic, **options)
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from fastdeitlt.run import folder as run
     from fastdeitlt.tools.tune import tune
 
-    run.set_up_logging()
+    _set_up_logging()
     tune(args.config, args.overrides, out=args.out, with_step=not args.ops_only, again=args.again)
     return 0
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from fastdeitlt.run import folder as run
     from fastdeitlt.tools.profiling import profile
 
-    run.set_up_logging()
+    _set_up_logging()
     profile(args.config, _timed_settings(args), args.out, num_steps=args.steps, synthetic=args.synthetic)
     return 0
 
@@ -187,9 +185,7 @@ def _profile(args: argparse.Namespace) -> int:
 def _analyze(args: argparse.Namespace) -> int:
     from importlib import import_module
 
-    from fastdeitlt.run import folder as run
-
-    run.set_up_logging()
+    _set_up_logging()
     runs = [word for word in args.runs if "=" not in word]
     overrides = [word for word in (*args.runs, *args.overrides) if "=" in word]
     common = {"verb", "what", "runs", "overrides", "arguments"}
