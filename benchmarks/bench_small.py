@@ -45,7 +45,7 @@ from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
-from fastdeitlt.evaluation.metrics import Result, score_single
+from fastdeitlt.evaluation.metrics import Result, score_heads
 from fastdeitlt.evaluation.recommend import Recommendation
 from fastdeitlt.models.saved import open_saved
 from fastdeitlt.models.vit import create_student
@@ -198,15 +198,10 @@ def _batches(cfg: Config, source: Any, images: LongTailSet) -> Iterator[tuple[Te
                         yield part.views[0], nn.functional.one_hot(part.labels_B, num_classes).float()
             continue
         micro_batches = (micro for step in plan_of(cfg, len(images)).steps(epoch) for micro in step.micro_batches)
-        size = create_size(cfg)
-        with closing(train_batches(micro_batches, source, images, cfg, mixing=cfg.mixup.on, size=size)) as batches:
+        how: dict[str, Any] = {"mixing": cfg.mixup.on, "size": cfg.student.side}
+        with closing(train_batches(micro_batches, source, images, cfg, **how)) as batches:
             for batch in batches:
                 yield batch.images_BCHW, _target(batch, num_classes)
-
-
-def create_size(cfg: Config) -> int:
-    """Return the side of the student's images in pixels."""
-    return cfg.student.img_size or int(cfg.student.name.rpartition("_")[2])
 
 
 def _target(batch: Batch, num_classes: int) -> Tensor:
@@ -234,13 +229,13 @@ def _distilled(network: nn.Module, teacher: str) -> Update:
 
 def _balanced(model: nn.Module, images: LongTailSet, cfg: Config, counts: list[int]) -> float:
     """Return the balanced accuracy in per cent, with our run's preprocessing."""
-    size = cfg.teacher_training.img_size if cfg.is_teachers else create_size(cfg)
+    size = cfg.teacher_training.img_size if cfg.is_teachers else cfg.student.side
     with closing(open_source(images, cfg.data, CPU, scored=True)) as source:
         logits_NK, _, labels_N = collect_logits(
             OneHead(model.eval()), source, images, preprocess_of(cfg, size), batch_size=256, device=CPU,
             autocast_dtype=autocast_dtype("bf16", CPU),
         )  # fmt: skip
-    result: Result = score_single(logits_NK, labels_N, counts)
+    result: Result = score_heads({"TEACHER": logits_NK}, labels_N, counts)
     model.train()
     return result.heads["TEACHER"].balanced_accuracy
 

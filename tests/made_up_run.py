@@ -9,7 +9,7 @@ import torch
 from fastdeitlt import config
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.evaluation.metrics import heads_of, score, score_single
+from fastdeitlt.evaluation.metrics import heads_of, score, score_heads
 from fastdeitlt.evaluation.per_image import data_uri, image_facts
 from fastdeitlt.evaluation.posthoc import post_hoc
 from fastdeitlt.reporting.analysis import overlay
@@ -64,8 +64,8 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
     cls, dist, labels = logits(3.2, 2.6, seed)
     results = {
         "test": score(cls, dist, labels, COUNTS, "fashion_mnist_lt").to_json(),
-        "teacher": score_single(
-            dist * 0.8 + torch.randn_like(dist) * 0.2, labels, COUNTS, "fashion_mnist_lt"
+        "teacher": score_heads(
+            {"TEACHER": dist * 0.8 + torch.randn_like(dist) * 0.2}, labels, COUNTS, "fashion_mnist_lt"
         ).to_json(),
         "posthoc": post_hoc(logits(3.2, 2.6, seed + 1), (cls, dist, labels), COUNTS, "fashion_mnist_lt").to_json(),
         "published": {"all": 87.5, "head": 94.5, "mid": 84.1, "tail": 85.0},

@@ -157,6 +157,11 @@ class StudentConfig(Section):
         """Arguments of ``create_student``."""
         return self.model_dump(exclude={"init"})
 
+    @property
+    def side(self) -> int:
+        """Input height and width in pixels."""
+        return self.img_size or int(self.name.rpartition("_")[2])
+
 
 class TeacherConfig(Section):
     """The frozen CNN teacher of the DIST token."""

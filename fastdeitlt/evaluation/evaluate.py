@@ -141,15 +141,22 @@ def gather_logits(
     preprocess: Preprocess,
     *,
     device: torch.device,
+    most: int = 0,
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Collect the logits of all images on every rank.
+    """Collect the logits of the images on every rank.
 
-    Each rank computes a part. ``how``: see ``collect_logits``.
+    Each rank computes a part.
+
+    Args:
+        most: most images, evenly spaced in the list. 0 = all.
+        how: further arguments of ``collect_logits``.
     """
-    sample_N = np.arange(distributed.rank(), len(images), distributed.get_world())
+    total = min(most or len(images), len(images))
+    chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
+    sample_N = chosen_N[distributed.rank() :: distributed.get_world()]
     mine = collect_logits(model, source, images, preprocess, device=device, sample_N=sample_N, **how)
-    cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(p, len(images), device) for p in mine)
+    cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(part, total, device) for part in mine)
     return cls_logits_NK, dist_logits_NK, labels_N
 
 

@@ -156,12 +156,10 @@ class Result:
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"result: {where}: {first['msg']}. Rerun `fastdeitlt eval`.") from None
 
-    def table(
-        self, split: str = "threshold", teacher: "Result | None" = None, published: dict[str, float] | None = None
-    ) -> Table:
+    def table(self, split: str = "threshold", teacher: "Result | None" = None) -> Table:
         """Return the table of accuracies for a terminal.
 
-        Rows AVG, CLS, DIST, teacher, chance, published; columns all, head, mid, tail.
+        Rows AVG, CLS, DIST, teacher, chance; columns all, head, mid, tail.
         """
         table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.size('images')}")
         table.add_column("")
@@ -169,7 +167,7 @@ class Result:
             num_classes = len(self.counts_K) if group == "all" else self.num_classes[split][group]
             table.add_column(f"{group} ({num_classes})", justify="right")
         rows = {name: head.top1[split] for name, head in self.heads.items()}
-        others = self.beside(split, teacher, published)
+        others = self.beside(split, teacher)
         for name, row in (rows | others).items():
             table.add_row(name, *(cell(row.get(group)) for group in GROUPS), style="dim" if name in others else "")
         return table
@@ -240,18 +238,6 @@ def heads_of(cls_logits_NK: Tensor, dist_logits_NK: Tensor) -> dict[str, Tensor]
     return {"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}
 
 
-def score_single(
-    logits_NK: Tensor,
-    labels_N: Tensor,
-    counts: Sequence[int],
-    dataset: str | None = None,
-    device: torch.device = CPU,
-    name: str = "TEACHER",
-) -> Result:
-    """Score a model with one head, such as the teacher; see ``score``."""
-    return score_heads({name: logits_NK}, labels_N, counts, dataset, device)
-
-
 def score_heads(
     logits: dict[str, Tensor],
     labels_N: Tensor,
@@ -259,7 +245,7 @@ def score_heads(
     dataset: str | None = None,
     device: torch.device = CPU,
 ) -> Result:
-    """Score any logits [N, K] by name.
+    """Score any logits [N, K] by name, such as the teacher's.
 
     The first name is ``Result.main``. See ``score``.
     """

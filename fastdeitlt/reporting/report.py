@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import rich.table
 
 from fastdeitlt import config
-from fastdeitlt.errors import UserError, counted
+from fastdeitlt.errors import counted
 from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
 from fastdeitlt.reporting import analysis, figures
 from fastdeitlt.reporting.baselines import arms_table
@@ -22,7 +21,7 @@ from fastdeitlt.reporting.recommended import recommendation_section
 from fastdeitlt.reporting.scores import score_sections
 from fastdeitlt.run.run_files import RunFiles, column, read_run
 
-__all__ = ["compare", "results_table", "write_report"]
+__all__ = ["compare", "write_report"]
 
 CAPTIONS = {
     "threshold split": "Threshold split: over 100, 20 to 100, under 20 images",
@@ -296,15 +295,3 @@ def _flat(tree: dict[str, object], prefix: str = "") -> list[list[str]]:
         shown = ("not installed" if prefix == "packages " else "none") if value is None else str(value)
         rows += _flat(value, f"{key} ") if isinstance(value, dict) else [[f"{prefix}{key}", shown]]
     return rows
-
-
-def results_table(run_dir: str | Path) -> rich.table.Table:
-    """Return a run's official-split table for a terminal, with references.
-
-    Raises:
-        UserError: see ``read_run``; or the run has no results yet.
-    """
-    run = read_run(run_dir)
-    if run.tested is None:
-        raise UserError(f"run folder {run.folder}: no results.json. Finish the run first.")
-    return run.tested[1].table("official", run.teacher, run.published)

@@ -17,7 +17,7 @@ from fastdeitlt.data.sets.counts import shot_groups
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.evaluation import signs
 from fastdeitlt.evaluation.evaluate import OneHead, WithCosine, gather_logits
-from fastdeitlt.evaluation.metrics import Result, heads_of, readable, score, score_single
+from fastdeitlt.evaluation.metrics import Result, heads_of, readable, score, score_heads
 from fastdeitlt.evaluation.per_image import image_facts
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.evaluation.recommend import recommend
@@ -161,7 +161,7 @@ class StudentScorer:
         logits_NK, _, labels_N = self._logits(images, OneHead(teacher, teacher.logit_scale))
         if teacher.class_map is not None:
             logits_NK = logits_NK[:, teacher.class_map.cpu().argsort()]
-        return score_single(logits_NK, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
+        return score_heads({"TEACHER": logits_NK}, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _cosines(self, cosine_N: Tensor, labels_N: Tensor) -> dict[str, float]:
         """Return the mean cosine of CLS and DIST features, per official group."""

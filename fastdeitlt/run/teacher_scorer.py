@@ -5,16 +5,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.pixels.source import Source, open_source
-from fastdeitlt.data.sets.types import LongTailSet, Sets
-from fastdeitlt.evaluation.evaluate import OneHead, collect_logits
-from fastdeitlt.evaluation.metrics import Result, score_single
+from fastdeitlt.data.sets.types import Sets
+from fastdeitlt.evaluation.evaluate import OneHead, gather_logits
+from fastdeitlt.evaluation.metrics import Result, score_heads
 from fastdeitlt.evaluation.per_image import image_facts
 from fastdeitlt.models.teacher import logit_scale
 from fastdeitlt.precision import autocast_dtype
@@ -23,37 +22,6 @@ from fastdeitlt.store.manifest import preprocess_of
 
 CLEAN_IMAGES = 10_000
 """Most training images for the clean accuracy, evenly spaced."""
-
-
-def teacher_logits(
-    network: nn.Module, source: Source, images: LongTailSet, cfg: Config, device: torch.device, limit: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return (logits_NK, labels_N) of a teacher with its own preprocessing.
-
-    Centre crop, ``cfg.augment``'s mean and std. The images are split over ranks; each rank has all logits.
-
-    Args:
-        network: maps images_BCHW to logits_BK in the data set's class order.
-        source: pixel source of ``images``.
-        images: the set.
-        cfg: the teacher's run.
-        device: device of the network.
-        limit: most images, evenly spaced in the list. 0 = all.
-    """
-    total = min(limit or len(images), len(images))
-    chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
-    logits_BK, _, labels_B = collect_logits(
-        OneHead(network, logit_scale(network, cfg.teacher_training.model_dump())),
-        source,
-        images,
-        preprocess_of(cfg, cfg.teacher_training.img_size),
-        batch_size=cfg.evaluate.batch_size,
-        device=device,
-        autocast_dtype=autocast_dtype(cfg.train.precision, device),
-        sample_N=chosen_N[distributed.rank() :: distributed.get_world()],
-    )
-    logits_NK, labels_N = (distributed.gather_interleaved(part, total, device) for part in (logits_BK, labels_B))
-    return logits_NK, labels_N
 
 
 class TeacherScorer:
@@ -81,13 +49,28 @@ class TeacherScorer:
         return self._score(self._logits(split)), {}
 
     def _logits(self, split: str) -> tuple[Tensor, Tensor]:
-        images, limit = getattr(self.sets, split), CLEAN_IMAGES if split == "train" else 0
+        """Return (logits_NK, labels_N), equal on every rank.
+
+        The preprocessing is the teacher's own.
+        """
+        images, cfg, t = getattr(self.sets, split), self.cfg, self.cfg.teacher_training
         if split not in self.sources:
-            self.sources[split] = open_source(images, self.cfg.data, self.device, scored=True)
-        return teacher_logits(self.network, self.sources[split], images, self.cfg, self.device, limit)
+            self.sources[split] = open_source(images, cfg.data, self.device, scored=True)
+        logits_NK, _, labels_N = gather_logits(
+            OneHead(self.network, logit_scale(self.network, t.model_dump())),
+            self.sources[split],
+            images,
+            preprocess_of(cfg, t.img_size),
+            batch_size=cfg.evaluate.batch_size,
+            device=self.device,
+            autocast_dtype=autocast_dtype(cfg.train.precision, self.device),
+            most=CLEAN_IMAGES if split == "train" else 0,
+        )
+        return logits_NK, labels_N
 
     def _score(self, logits: tuple[Tensor, Tensor]) -> Result:
-        return score_single(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)
+        heads, labels_N = {"TEACHER": logits[0]}, logits[1]
+        return score_heads(heads, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Load the selected weights."""

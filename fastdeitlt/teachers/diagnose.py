@@ -59,9 +59,9 @@ def diagnose_teacher(
     images = open_sets(cfg.data).train
     teacher_cfg = cfg.teacher.model_copy(update={"path": str(path)})
     with closing(open_source(images, cfg.data, device)) as source:
-        teacher = teacher_of(cfg.model_copy(update={"teacher": teacher_cfg}), images, _student_size(cfg), device)
+        teacher = teacher_of(cfg.model_copy(update={"teacher": teacher_cfg}), images, cfg.student.side, device)
         assert teacher is not None
-        settle_order(teacher, images, source, cfg, _student_size(cfg), run_dir)
+        settle_order(teacher, images, source, cfg, cfg.student.side, run_dir)
         return _diagnose(teacher, path, cfg, images, source, num_images, flatness)
 
 
@@ -99,7 +99,7 @@ def _diagnose(
     for name, mixing, at in (
         ("augmented", False, size),
         ("mixed", True, size),
-        ("mixed_resized", True, _student_size(cfg)),
+        ("mixed_resized", True, cfg.student.side),
     ):
         rows = _teach(teacher, source, images, cfg, order_N, mixing, at)
         rows = tracked(rows, f"{name.replace('_', ' and ')} images", -(-len(order_N) // cfg.train.batch_size))
@@ -179,7 +179,3 @@ def _teach(
 
 def _features(network: Any, images_BCHW: Tensor) -> Tensor:
     return network.forward_head(network.forward_features(images_BCHW), pre_logits=True)
-
-
-def _student_size(cfg: Config) -> int:
-    return cfg.student.img_size or int(cfg.student.name.rsplit("_", 1)[-1])

@@ -33,7 +33,7 @@ from fastdeitlt.evaluation.metrics import (
     calibration_error,
     reliability_bins,
     score,
-    score_single,
+    score_heads,
     wilson_interval,
 )
 from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
@@ -248,7 +248,7 @@ def test_result_survives_strict_json_with_gaps():
 
 def test_a_single_head_is_scored_the_same_way():
     _, dist_logits, labels = logits_and_labels()
-    teacher = score_single(dist_logits, labels, COUNTS)
+    teacher = score_heads({"TEACHER": dist_logits}, labels, COUNTS)
     student = score(dist_logits, dist_logits, labels, COUNTS)
     assert list(teacher.heads) == ["TEACHER"]
     assert teacher.heads["TEACHER"] == student.heads["DIST"]
@@ -277,8 +277,8 @@ def test_calibration_counts_confidence_one_and_skips_empty_bins():
 def test_calibration_of_a_group_is_over_its_images():
     _, dist_logits, labels = logits_and_labels()
     tail = labels >= 7
-    whole = score_single(dist_logits, labels, COUNTS)
-    part = score_single(dist_logits[tail], labels[tail], COUNTS)
+    whole = score_heads({"TEACHER": dist_logits}, labels, COUNTS)
+    part = score_heads({"TEACHER": dist_logits[tail]}, labels[tail], COUNTS)
     assert whole.heads["TEACHER"].ece["threshold"]["tail"] == pytest.approx(
         part.heads["TEACHER"].ece["threshold"]["all"]
     )

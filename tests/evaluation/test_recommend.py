@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdeitlt.config import build, dump
-from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.evaluation.recommend import Recommendation, balanced_interval, recommend
 from fastdeitlt.reporting.recommended import command, recommendation_section, recommended_lines
 from fastdeitlt.reporting.report import write_report
@@ -26,7 +26,7 @@ def logits(num_right):
 
 def results(cls, dist, teacher):
     student = score(logits(cls), logits(dist), LABELS, COUNTS)
-    return student, score_single(logits(teacher), LABELS, COUNTS)
+    return student, score_heads({"TEACHER": logits(teacher)}, LABELS, COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_rank_is_by_class_and_not_by_image():
     labels = torch.tensor([0] * 90 + [1] * 10)
     head = torch.nn.functional.one_hot(torch.zeros(100, dtype=torch.long), 2).float()
     half = torch.nn.functional.one_hot(torch.where(torch.arange(100) % 10 < 6, labels, 1 - labels), 2).float()
-    found = recommend(score(head, head, labels, [90, 10]), score_single(half, labels, [90, 10]))
+    found = recommend(score(head, head, labels, [90, 10]), score_heads({"TEACHER": half}, labels, [90, 10]))
     assert found.best.name == "TEACHER" and found.best.accuracy == pytest.approx(60)
 
 

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 from made_up_run import COUNTS, EVIL, NAMES, Reader, logits, make_run, read, teacher_facts
-from rich.console import Console
 
 from fastdeitlt import cli, config
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.evaluation.posthoc import METHODS
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.published import TABLES, published_table
-from fastdeitlt.reporting.report import results_table, write_report
+from fastdeitlt.reporting.report import write_report
 
 
 def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
@@ -127,15 +126,6 @@ def test_classes_without_training_images_are_drawn_without_a_warning(counts):
     assert svg.startswith("<svg") and "nan" not in svg.lower()
 
 
-def test_the_terminal_table_has_teacher_chance_and_published(tmp_path):
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(results_table(make_run(tmp_path / "run")))
-    for row in ("AVG", "CLS", "DIST", "teacher", "chance", "published"):
-        assert row in capture.get()
-    assert "87.5" in capture.get()
-
-
 def test_compare_sets_runs_side_by_side_and_names_what_differs(tmp_path):
     first = make_run(tmp_path / "a", seed=0)
     second = make_run(tmp_path / "b", seed=1, overrides=["loss.alpha=0.7"])
@@ -152,7 +142,7 @@ def test_compare_sets_runs_side_by_side_and_names_what_differs(tmp_path):
 def test_a_teacher_s_run_has_a_report_of_its_own(tmp_path):
     folder = make_run(tmp_path / "teacher", overrides=["teacher_training.drw_epoch=6"])
     _, dist, labels = logits(3, 3)
-    result = score_single(dist, labels, COUNTS, "fashion_mnist_lt").to_json()
+    result = score_heads({"TEACHER": dist}, labels, COUNTS, "fashion_mnist_lt").to_json()
     facts = {"images_per_s": 300.0, "data_wait": 0.0, "lr": 0.1, "rho": 0.1}
     records = [{"kind": "step", "step": s, "epoch": s // 5, "loss": 2.0 - s / 50, **facts} for s in range(50)]
     records.append({"kind": "eval", "step": 50, "epoch": 9, "weights": "model", "set": "val", "result": result})

@@ -12,7 +12,7 @@ from made_up_run import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, 
 
 from fastdeitlt import arguments, config
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.reporting.heat_map import NAME_LENGTH, heat_map
 from fastdeitlt.reporting.report import write_report
 from fastdeitlt.tools import ablation_table
@@ -186,7 +186,9 @@ def test_what_the_results_call_for_comes_first(tmp_path, selected, teacher_gain,
     folder = make_run(tmp_path / "run")
     cls, dist, labels = logits(3.2, 2.6)
     onehot = torch.nn.functional.one_hot(labels, 10)
-    teacher = score_single((cls + dist) / 2 + teacher_gain * onehot, labels, COUNTS, "fashion_mnist_lt").to_json()
+    teacher = score_heads(
+        {"TEACHER": (cls + dist) / 2 + teacher_gain * onehot}, labels, COUNTS, "fashion_mnist_lt"
+    ).to_json()
     change(folder, "results.json", selected=selected, teacher=teacher)
     first, command = next(iter(commands(read(write_report(folder))).items()))
     if said is None:

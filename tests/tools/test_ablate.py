@@ -14,7 +14,7 @@ import yaml
 from fastdeitlt import cli, config
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.errors import NonFiniteError, UserError
-from fastdeitlt.evaluation.metrics import score, score_single
+from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.reporting import report
 from fastdeitlt.reporting.analysis import teacher as analysis_of_teacher
 from fastdeitlt.tools import ablate, demo
@@ -75,7 +75,11 @@ def _results(folder, correct, teacher_correct=None):
     """A finished run's results with an accuracy of 5 x ``correct`` %."""
     folder.mkdir(parents=True, exist_ok=True)
     logits, labels = _scores(correct)
-    teacher = None if teacher_correct is None else score_single(_scores(teacher_correct)[0], labels, COUNTS).to_json()
+    teacher = (
+        None
+        if teacher_correct is None
+        else score_heads({"TEACHER": _scores(teacher_correct)[0]}, labels, COUNTS).to_json()
+    )
     test = score(logits, logits, labels, COUNTS).to_json()
     (folder / "results.json").write_text(json.dumps({"test": test, "teacher": teacher}))
 
