@@ -5,10 +5,11 @@
 
 The photos are cropped, scaled to 500 x 375 and compressed to about ImageNet's file size. For each number of threads the
 process is bound to as many cores. timm has the same recipe as ours; torchvision v2 and DALI have their own RandAugment
-with other distributions. The stages are timed in one thread, 128 images per call.
+with other distributions. The stages are timed in one thread.
 """
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterable
@@ -37,6 +38,8 @@ from fastdeitlt.data.sets.types import LongTailSet
 SIZE = 224
 BATCH = 64
 CLASSES = 8
+NUM_STAGED = 128
+"""Images of a call of a stage."""
 PACKAGES = ("timm", "torchvision", "pillow", "nvidia-dali-cuda130")
 CPU = torch.device("cpu")
 CFG = config.Config(mixup=config.MixupConfig(prob=0))
@@ -198,14 +201,14 @@ def loaders(images: LongTailSet, threads: int, device: torch.device, stack: Exit
         "stream, 4 virtual ranks": lambda: ours(shared, images, 4),
         "resident": lambda: ours(resident, images),
     }
-    return harness.Case(f"{threads} threads, {len(images)} images", candidates, baseline="timm")
+    return harness.Case(f"{threads} threads, {len(images)} images", candidates, baseline="timm", images=len(images))
 
 
 def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
     """Return the case of our stages and timm's transform on the same files."""
     from timm.data import create_transform
 
-    sample_B = np.arange(128)
+    sample_B = np.arange(NUM_STAGED)
     paths = [os.path.join(images.root, images.paths[i]) for i in sample_B]
     files = [read_encoded(path) for path in paths]
     draws = augment.draw(sample_B, sample_B * 0, seed=0, epoch=0, cfg=CFG.augment, size=SIZE)
@@ -227,7 +230,7 @@ def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
         "flip, ops, normalise": lambda: augment.apply(crops_BHWC, no_erase, CFG.augment),
         "flip, ops, normalise, erase": lambda: augment.apply(crops_BHWC, draws, CFG.augment),
     }
-    return harness.Case("stages, 128 images", candidates, baseline="timm, all")
+    return harness.Case(f"stages, {NUM_STAGED} images", candidates, baseline="timm, all", images=NUM_STAGED)
 
 
 def stored_size_error(images: LongTailSet) -> dict[str, Any]:
@@ -260,30 +263,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     allow_posterize_to_black()
-    device, cores, results = torch.device(args.device), os.sched_getaffinity(0), []
+    device, cores = torch.device(args.device), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
         photos = Path(folder) / "photos"
         photos.mkdir()
         images = make_photos(photos, args.images)
         file_kb = sum((photos / path).stat().st_size for path in images.paths) / len(images) / 1000
+        facts = {"file_kb": round(file_kb, 1), "batch": BATCH} | {name: version(name) for name in PACKAGES}
         for threads in (*args.threads, 0):
             os.sched_setaffinity(0, sorted(cores)[: max(threads, 1)])
             with ExitStack() as stack:
                 case = loaders(images, threads, device, stack) if threads else stages(images, stack)
-                results += harness.rows("reader", case, harness.measure(case.candidates, CPU, args.rounds), CPU)
-        results.append(stored_size_error(images))
-    facts = {"file_kb": round(file_kb, 1), "batch": BATCH} | {name: version(name) for name in PACKAGES}
-    for row in results:
-        if "median_ms" not in row:
-            print(row)
-            continue
-        count = 128 if row["case"].startswith("stages") else args.images
-        row["ms_per_image"] = row["median_ms"] / count
-        spread = f"({row['p20_ms'] / count:.3f} .. {row['p80_ms'] / count:.3f})"
-        rate, ratio = f"{1e3 / row['ms_per_image']:7.0f} images/s", f"{row['speedup']:.2f} x {row['baseline']}"
-        print(f"{row['case']:22} {row['candidate']:28} {row['ms_per_image']:.3f} {spread} ms {rate} {ratio}")
-    harness.append("reader", [row | facts for row in results])
+                harness.run("reader", dataclasses.replace(case, facts=facts), CPU, args.rounds)
+        error = stored_size_error(images)
+    print(error)
+    harness.append("reader", [error | facts])
 
 
 if __name__ == "__main__":
