@@ -133,17 +133,6 @@ def predict(job: Job, cluster: Cluster, gpus: int) -> Prediction:
     return Prediction(gpus, exchange, step, epoch, per_step / step, compute / step, save, every, lost)
 
 
-def residency(image_bytes: float, images: int, device_gb: float, host_gb: float, ranks_per_host: int) -> str:
-    """Return the residency that ``data.residency=auto`` selects.
-
-    At most half the memory, a copy on every rank.
-    """
-    needed = image_bytes * images / 1e9
-    if needed <= device_gb / 2:
-        return "device"
-    return "host" if needed * ranks_per_host <= host_gb / 2 else "stream"
-
-
 def show(job: Job, cluster: Cluster, gpus: Sequence[int]) -> None:
     """Print the table of predictions."""
     print(f"{job}\n{cluster}")

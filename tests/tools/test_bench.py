@@ -299,13 +299,6 @@ def test_the_simulation_adds_up_by_hand():
     assert third.exchange == pytest.approx(3 * 2 * 3 / 4 * 4e9 / 100e9), "after every micro-batch"
 
 
-@pytest.mark.parametrize(
-    ("bytes_", "place"), [(3 * 256 * 341, "device"), (3 * 500 * 375, "host"), (2_000_000, "stream")]
-)
-def test_residency_follows_what_is_free(bytes_, place):
-    assert simulate.residency(bytes_, 115_846, device_gb=80, host_gb=300, ranks_per_host=2) == place
-
-
 def test_a_simulation_without_a_measured_step_is_refused(capsys):
     with pytest.raises(SystemExit):
         simulate.main(["--gpus", "8"])
