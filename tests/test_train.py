@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from no_sync import NoSync
+from tiny_run import SMALLEST, tiny_data
 
 from fastdeitlt import config
 from fastdeitlt.core.batches import Batch
@@ -26,33 +27,13 @@ from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.run import student_scorer as student
 from fastdeitlt.run.selection import Selector
-from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")
-TINY = {
-    "data.dataset": "list",
-    "student.name": "deit_tiny_distilled_patch16_32",
-    "student.depth": 1,
-    "student.drop_path": 0.2,
-    "augment.crop_scale": [0.5, 1.0],
-    "train.batch_size": 16,
-    "train.epochs": 3,
-    "train.compile": False,
-    "train.precision": "fp32",
-    "train.device": "cpu",
-    "train.log_every": 3,
-    "loss.drw_epoch": 2,
-    "mixup.off_in_drw": True,
-    "optim.lr_scale": "none",
-    "optim.ema_decay": 0.9,
-    "optim.warmup_epochs": 1,
-    "teacher.img_size": 28,
-    "evaluate.every": 2,
-    "evaluate.crop_pct": 1.0,
-}
+TINY = SMALLEST | {"train.batch_size": 16, "train.log_every": 3, "mixup.off_in_drw": True}
 
 
 class Fixed(torch.nn.Module):
@@ -124,28 +105,9 @@ def test_twelve_steps_follow_the_official_loop():
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    torch.manual_seed(1)
-    network = create_teacher("resnet8", 10, "fastdeitlt")
-    manifest = {
-        "kind": "teacher",
-        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
-        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
-    }
-    return save_model_folder(tmp_path_factory.mktemp("teacher") / "best", network.state_dict(), manifest)
-
-
-@pytest.fixture(scope="module")
-def tiny(teacher_folder, tmp_path_factory):
+def tiny(tmp_path_factory):
     """A run of 3 epochs of 8 steps on 130 of the embedded images."""
-    root, lists = embedded.unpack(), tmp_path_factory.mktemp("lists")
-    data = {"data.root": str(root)}
-    for split, every in (("train", 19), ("val", 11), ("test", 13)):
-        lines = (root / f"{split}.txt").read_text().splitlines()
-        kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
-        (lists / f"{split}.txt").write_text("\n".join(kept))
-        data[f"data.{split}_list"] = str(lists / f"{split}.txt")
-    return TINY | data | {"teacher.path": str(teacher_folder), "teacher.check": False}  # it knows nothing
+    return TINY | tiny_data(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -305,18 +267,6 @@ def test_student_teacher_and_loss_compile_to_one_graph(monkeypatch, precision, n
     eager, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8, "train.compile": False}))
     assert len(graphs) == 1
     assert compiled.loss.item() == pytest.approx(eager.loss.item(), abs=1e-5 if precision == "fp32" else 3e-2)
-
-
-SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
-
-
-class NoSync(TorchDispatchMode):
-    """Fails on operators that make the host wait for the device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert not any(name.startswith(sync) for sync in SYNCS), f"host sync: {function}"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", ["torch", "fastdeitlt"])

@@ -7,44 +7,45 @@ from fastdeitlt.data.sets import embedded
 from fastdeitlt.models import create_teacher
 from fastdeitlt.store.checkpoint import save_model_folder
 
-# 8 micro-steps of a virtual rank in an epoch, three to an optimizer step: the third has two. 77 test images: odd.
-SETTINGS = {
+SMALLEST = {
     "data.dataset": "list",
     "student.name": "deit_tiny_distilled_patch16_32",
     "student.depth": 1,
     "student.drop_path": 0.2,
     "augment.crop_scale": [0.5, 1.0],
-    "train.batch_size": 8,
-    "train.accumulate": 3,
-    "train.virtual_ranks": 2,
     "train.epochs": 3,
     "train.compile": False,
     "train.precision": "fp32",
     "train.device": "cpu",
+    "loss.drw_epoch": 2,
+    "optim.lr_scale": "none",
+    "optim.ema_decay": 0.9,
+    "optim.warmup_epochs": 1,
+    "teacher.img_size": 28,
+    "evaluate.every": 2,
+    "evaluate.crop_pct": 1.0,
+}
+# 8 micro-steps of a virtual rank in an epoch, three to an optimizer step: the third has two. 77 test images: odd.
+SETTINGS = SMALLEST | {
+    "train.batch_size": 8,
+    "train.accumulate": 3,
+    "train.virtual_ranks": 2,
     "train.log_every": 1,
     "train.save_every_steps": 2,
     "train.zero_stage": 2,
     "train.timeout_s": 120,
-    "loss.drw_epoch": 2,
-    "optim.lr_scale": "none",
     "optim.eps": 1e-4,
     "optim.clip_norm": 1.0,
-    "optim.ema_decay": 0.9,
-    "optim.warmup_epochs": 1,
-    "teacher.img_size": 28,
-    "teacher.check": False,  # it knows nothing
-    "evaluate.every": 2,
-    "evaluate.crop_pct": 1.0,
     "evaluate.batch_size": 16,
 }
 TIMES = ("images_per_s", "data_wait", "eta_s")
 """Fields of a log record that no two runs share."""
 
 
-def tiny_run(folder):
-    """A run of 3 epochs of 3 optimizer steps on the embedded images; its lists, teacher and runs lie in ``folder``."""
+def tiny_data(folder):
+    """Settings of 130 of the embedded images, 77 of them to test on, and of a teacher; the files lie in ``folder``."""
     root = embedded.unpack()
-    settings = SETTINGS | {"data.root": str(root), "runs_dir": str(folder)}
+    settings = {"data.root": str(root)}
     for split, every in (("train", 19), ("val", 11), ("test", 13)):
         lines = (root / f"{split}.txt").read_text().splitlines()
         kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
@@ -58,4 +59,9 @@ def tiny_run(folder):
         "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
     }
     path = save_model_folder(folder / "teacher", network.state_dict(), manifest)
-    return config.build(settings | {"teacher.path": str(path)})
+    return settings | {"teacher.path": str(path), "teacher.check": False}  # it knows nothing
+
+
+def tiny_run(folder):
+    """A run of 3 epochs of 3 optimizer steps on ``tiny_data``; it lies in ``folder`` too."""
+    return config.build(SETTINGS | tiny_data(folder) | {"runs_dir": str(folder)})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from no_sync import NoSync
 
 from fastdeitlt import config, distributed
 from fastdeitlt.core import optim
@@ -319,18 +319,6 @@ FIELDS = ("images_BCHW", "labels_B", "partner_B")
 
 def _joined(parts):
     return {place: loss for part in parts for place, loss in part.items()}
-
-
-SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
-
-
-class NoSync(TorchDispatchMode):
-    """Fails on operators that make the host wait for the device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert not any(name.startswith(sync) for sync in SYNCS), f"host sync: {function}"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
