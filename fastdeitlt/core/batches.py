@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdeitlt.config import AugmentConfig, Config
 from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import colour
-from fastdeitlt.data.augment.colour import ViewDraws
+from fastdeitlt.data.augment.colour import View, ViewDraws
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.pixels.prefetch import prefetch
 from fastdeitlt.data.pixels.request import CropRequest, Regions
@@ -28,7 +28,16 @@ from fastdeitlt.precision import autocast_dtype
 @dataclass(frozen=True, kw_only=True)
 class _Request(CropRequest):
     micro: MicroBatch
+    view: View
     view_draws: ViewDraws
+    mix: MixDraw
+    side: torch.cuda.Stream | None
+
+    def finish(self, crops_BHWC: Tensor) -> Tensor:
+        """Augment and mix the crops."""
+        with aside(self.side) as made:  # on the step's stream, copying draws to the device would wait for the step
+            made.append(mixup.apply(colour.apply(crops_BHWC, self.view_draws, self.view), self.mix))
+        return made[0]
 
 
 @dataclass(frozen=True)
@@ -74,21 +83,20 @@ def train_batches(
         def requests() -> Iterator[_Request]:
             for micro in micro_batches:
                 key = {"seed": cfg.train.seed, "epoch": micro.epoch}
-                draws = colour.draw(micro.sample_B, micro.copy_B, **key, view=view, size=size)
-                yield _Request(micro.sample_B, size, draws.draws, micro=micro, view_draws=draws)
-
-        def augmented(pixels: Tensor | Regions, draws: ViewDraws, mix: MixDraw) -> Tensor:
-            if isinstance(pixels, Regions):
-                return _augment_fused(pixels, draws, mix, cfg, size, dtype)
-            with aside(side) as made:  # on the step's stream, copying draws to the device would wait for the step
-                made.append(mixup.apply(colour.apply(pixels, draws, view, source.pool), mix))
-            return made[0]
+                draws, mix = colour.draw(micro.sample_B, micro.copy_B, **key, view=view, size=size), MixDraw()
+                if mixing:
+                    mix = mixup.draw(cfg.train.seed, micro.epoch, micro.index, micro.virtual_rank, cfg.mixup, size)
+                yield _Request(
+                    micro.sample_B, size, draws.draws, micro=micro, view=view, view_draws=draws, mix=mix, side=side
+                )
 
         for request, pixels in source.regions(requests()) if fused else source.crops(requests()):
-            micro, mix = request.micro, MixDraw()
-            if mixing:
-                mix = mixup.draw(cfg.train.seed, micro.epoch, micro.index, micro.virtual_rank, cfg.mixup, size)
-            images_BCHW = augmented(pixels, request.view_draws, mix)
+            micro, mix = request.micro, request.mix
+            images_BCHW = (
+                _augment_fused(pixels, request.view_draws, mix, cfg, size, dtype)
+                if isinstance(pixels, Regions)
+                else pixels
+            )
             labels_B = labels_N[torch.from_numpy(micro.sample_B)].to(images_BCHW.device, non_blocking=True)
             lam = torch.tensor(mix.lam).to(images_BCHW.device, non_blocking=True) if mixing else None
             yield Batch(images_BCHW, labels_B, labels_B.flip(0) if mixing else None, lam, micro)

@@ -25,6 +25,13 @@ from fastdeitlt.data.teacher_plan import TeacherPlan
 class _Request(CropRequest):
     view: View
     view_draws: ViewDraws
+    side: torch.cuda.Stream | None
+
+    def finish(self, crops_BHWC: Tensor) -> Tensor:
+        """Augment the crops."""
+        with aside(self.side) as outputs:  # on the step's stream, copying draws to the device would wait for the step
+            outputs.append(colour.apply(crops_BHWC, self.view_draws, self.view))
+        return outputs[0]
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,11 @@ def teacher_batches(
                     for number, view in enumerate(recipes):
                         copy_B = before_B * len(recipes) + number
                         draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
-                        yield _Request(sample_B, size, draws.draws, view=view, view_draws=draws)
+                        yield _Request(sample_B, size, draws.draws, view=view, view_draws=draws, side=side)
 
         ready: list[Tensor] = []
-        for request, crops_BHWC in source.crops(requests()):
-            with aside(side) as outputs:  # on the step's stream, copying draws to the device would wait for the step
-                outputs.append(colour.apply(crops_BHWC, request.view_draws, request.view, source.pool))
-            ready += outputs
+        for request, images_BCHW in source.crops(requests()):
+            ready.append(images_BCHW)
             if len(ready) == len(recipes):
                 yield Part(ready, labels_of(request.sample_B))
                 ready = []

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from fastdeitlt.data.pixels.decoder import Decoder
 from fastdeitlt.data.pixels.files import Encoded, UnreadableError, from_pillow, read_encoded
-from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.pixels.workers import Workers, grouped, num_threads
 
+GROUP = 32
+"""Pictures decoded by one task."""
 Picture = str | Path | Image.Image | np.ndarray
 """A file, a Pillow image, or a uint8 array [H, W] or [H, W, C] of gray, RGB or RGBA."""
 
@@ -33,7 +36,10 @@ class PictureReader:
 
     def __call__(self, pictures: Sequence[Picture]) -> list[Tensor | str]:
         """Return the pixels of each picture, uint8 [H, W, 3], or why it is unreadable."""
-        read = list(self._workers.pool.map(self._read, pictures))
+        return list(chain.from_iterable(self._workers.map(self._decode, grouped(pictures, GROUP))))
+
+    def _decode(self, pictures: list[Picture]) -> list[Tensor | str]:
+        read = [self._read(picture) for picture in pictures]
         decoded = iter(self._decoder.whole([file for file in read if isinstance(file, Encoded)]))
         return [next(decoded) if isinstance(file, Encoded) else file for file in read]
 

@@ -353,9 +353,7 @@ def data_in_a_row(monkeypatch):
     """Threads of the data path are not in the fake mode and streams there are none: all in a row, in the caller's."""
 
     def place(cuda):
-        monkeypatch.setattr(
-            "fastdeitlt.data.pixels.workers.Workers.ahead", lambda self, start, xs: (start(x)() for x in xs)
-        )
+        monkeypatch.setattr("fastdeitlt.data.pixels.workers.Workers.map", lambda self, work, xs: (work(x) for x in xs))
         for module in ("core.batches", "data.pixels.resident", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device, user: device)
             monkeypatch.setattr(f"fastdeitlt.{module}.aside", cuda.aside)

@@ -1,6 +1,5 @@
 """Resizing equals Pillow's, on the host and in the batched form for devices."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -44,26 +43,22 @@ def test_batched_resize_takes_images_of_any_sizes_at_once() -> None:
         assert PILLOW < 13 or np.array_equal(ours.numpy(), pillow(image, *shape))
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-def test_crop_resize_crops_before_it_resizes(threads: int) -> None:
+def test_crop_resize_crops_before_it_resizes() -> None:
     boxes = np.array([[0, 0, 144, 180], [10, 20, 31, 9], [143, 179, 1, 1], [5, 100, 100, 60]], np.int32)
-    pool = ThreadPoolExecutor(threads) if threads else None
-    crops = crop_resize([torch.from_numpy(PHOTO)] * 4, boxes, 40, pool, exact=True)
+    crops = crop_resize([torch.from_numpy(PHOTO)] * 4, boxes, 40, exact=True)
     for crop, (y, x, h, w) in zip(crops, boxes.tolist(), strict=True):
         assert np.array_equal(crop.numpy(), pillow(PHOTO[y : y + h, x : x + w], 40, 40))
     stacked = torch.from_numpy(np.stack([PHOTO] * 4))
     assert torch.equal(crops, crop_resize(stacked, boxes, 40, exact=True))
 
 
-@pytest.mark.parametrize("threads", [0, 3])
 @pytest.mark.parametrize("source", ["photo", "noise"])
-def test_fast_crops_are_pillows_up_to_rounding(source: str, threads: int) -> None:
+def test_fast_crops_are_pillows_up_to_rounding(source: str) -> None:
     image = PHOTO if source == "photo" else noise(144, 180)
     boxes = [[0, 0, 144, 180], [10, 20, 60, 50], [3, 4, 140, 70], [5, 100, 30, 60], [0, 0, 9, 9], [143, 179, 1, 1]]
-    pool = ThreadPoolExecutor(threads) if threads else None
     for size in (32, 57):
         images = [torch.from_numpy(image)] * len(boxes)
-        fast, exact = (crop_resize(images, np.array(boxes), size, pool, exact=exact).int() for exact in (False, True))
+        fast, exact = (crop_resize(images, np.array(boxes), size, exact=exact).int() for exact in (False, True))
         assert (fast - exact).abs().max() <= 2
         assert (fast != exact).float().mean() < 0.01
 

@@ -1,7 +1,6 @@
 """Training batches of the fused kernel are those of torch, whatever the source."""
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -78,8 +77,7 @@ def test_staged_boxes_give_what_the_whole_images_give(device: torch.device) -> N
     sizes = np.array([(30, 17), (9, 40), (25, 25), (64, 50)])
     images = [torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     draws = torch_augment.draw(np.arange(4), np.zeros(4, int), seed=1, epoch=0, cfg=AugmentConfig(), size=SIZE)
-    with ThreadPoolExecutor(2) as pool:
-        staged = stage(images, draws.boxes(sizes), device, pool)
+    staged = stage(images, draws.boxes(sizes), device)
     together = torch.cat([image.flatten() for image in images]).to(device)
     starts = np.cumsum([0, *(image.numel() for image in images[:-1])])
     how = (draws, MixDraw(0.4), AugmentConfig(), SIZE)

@@ -8,7 +8,6 @@ are bicubic and filled like RandAugment's.
 # B batch, C channels (3), H height, W width, S output side, n operations
 
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -157,13 +156,9 @@ def _draw_cutout(key_B: np.ndarray, share: float, size: int) -> np.ndarray:
     return np.concatenate([centre_B2 - half, centre_B2 + half], axis=1).clip(0, size)
 
 
-def apply(crops_BHWC: Tensor, draws: ViewDraws, view: View, pool: Executor | None = None) -> Tensor:
-    """Apply a view to uint8 crops; return images_BCHW, normalised float32.
-
-    Args:
-        pool: as ``augment.apply``.
-    """
-    images_BCHW = augment.apply(crops_BHWC, draws.draws, view.augment, pool=pool)
+def apply(crops_BHWC: Tensor, draws: ViewDraws, view: View) -> Tensor:
+    """Apply a view to uint8 crops; return images_BCHW, normalised float32."""
+    images_BCHW = augment.apply(crops_BHWC, draws.draws, view.augment)
     device = images_BCHW.device
     if view.policy or view.hue or view.gray_prob or view.blur_prob:
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (view.augment.mean, view.augment.std))

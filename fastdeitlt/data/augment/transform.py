@@ -9,7 +9,6 @@ rand-m9-mstd0.5-inc1; RandAugment arXiv 1909.13719, random erasing arXiv 1708.04
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -149,33 +148,22 @@ def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
     return np.where(applied_B1, np.concatenate([place_B2, box_B2], axis=1), 0).astype(np.int32)
 
 
-def apply(
-    crops_BHWC: Tensor,
-    draws: Draws,
-    cfg: AugmentConfig,
-    dtype: torch.dtype = torch.float32,
-    pool: Executor | None = None,
-) -> Tensor:
+def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dtype = torch.float32) -> Tensor:
     """Augment uint8 crops as drawn: flip, shift, RandAugment, normalise, erase.
 
     Args:
         crops_BHWC: uint8 on any device; not modified.
         draws: drawn for this image size.
         cfg: mean and std.
-        pool: threads for crops on the host; None = the calling thread.
 
     Returns:
         images_BCHW of ``dtype``, channels last in memory.
     """
     images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
     step = chunk_size(crops_BHWC)  # run all operations while a chunk is in the CPU cache
-    parts = [slice(start, start + step) for start in range(0, len(crops_BHWC), step)]
-
-    def augment(part: slice) -> None:
+    for start in range(0, len(crops_BHWC), step):
+        part = slice(start, start + step)
         _apply(crops_BHWC[part], draws[part], cfg, images_BHWC[part])
-
-    # a thread of the pool would not be on the caller's CUDA stream
-    list(pool.map(augment, parts) if pool and crops_BHWC.device.type == "cpu" else map(augment, parts))
     return images_BHWC.permute(0, 3, 1, 2)
 
 

@@ -5,11 +5,10 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,13 +76,12 @@ def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None
     ):
         warnings.simplefilter("ignore")  # Pillow warns of odd files; findings are in the Scan
 
-        def start(group: range) -> Callable[[], list[Scan]]:
+        def scans_of(group: range) -> list[Scan]:
             places = [blobs[i] if blobs else os.path.join(root, names[i]) for i in group]
-            futures = [workers.pool.submit(_read, root, place, cfg.exif) for place in places]
-            return partial(_decode, futures, decoder)
+            return _decode([_read(root, place, cfg.exif) for place in places], decoder)
 
         shown = track(groups, "reading images", console=console, transient=True, disable=not console.is_terminal)
-        for scans in workers.ahead(start, shown):
+        for scans in workers.map(scans_of, shown):
             yield from scans
 
 
@@ -154,9 +152,8 @@ def _read(root: str, place: str | Blob, exif: str) -> tuple[Scan, Encoded | None
     return Scan("", doubt, notes + odd, hashlib.sha256(data).digest()), file
 
 
-def _decode(futures: list[Future[tuple[Scan, Encoded | None]]], decoder: Decoder) -> list[Scan]:
+def _decode(pairs: list[tuple[Scan, Encoded | None]], decoder: Decoder) -> list[Scan]:
     """Return the scans, with a problem for each file that does not decode."""
-    pairs = [look.result() for look in futures]
     outcomes = iter(decoder.whole([file for _, file in pairs if file]))
     scans = []
     for scan, file in pairs:

@@ -8,6 +8,8 @@ imported at the first decoding, so that synthetic images (`tune`, `bench --synth
 from __future__ import annotations
 
 import io
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -79,11 +81,20 @@ class Decoder:
     """Decode regions of images to RGB, uint8 [height, width, 3] on the device.
 
     On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled, not clipped.
+
+    Several threads may use it. On a CPU each decodes in a graph of its own, of one thread; a GPU has one graph for all.
+
+    Args:
+        threads: of a GPU's graph.
+        device: device of the pixels.
+        engine_share: see ``decode_graph``.
     """
 
     def __init__(self, threads: int, device: torch.device, engine_share: float = 0.65) -> None:
-        self._new_graph = partial(decode_graph, threads, device, engine_share)
-        self._graph: Pipeline | None = None
+        on_gpu = device.type == "cuda"
+        self._new_graph = partial(decode_graph, threads if on_gpu else 1, device, engine_share)
+        self._idle: list[Pipeline] = []
+        self._turn: AbstractContextManager[object] = threading.Lock() if on_gpu else nullcontext()
 
     def __call__(self, files: list[Encoded], regions_B4: np.ndarray) -> list[Tensor]:
         """Decode a region of each file.
@@ -97,13 +108,14 @@ class Decoder:
         pixels: list[Tensor] = []
         for start in range(0, len(files), MAX_DECODE):
             part = slice(start, start + MAX_DECODE)
-            graph, self._graph = self._graph or self._new_graph(), None  # a graph that raised is unusable
             stored_B4 = regions_B4[part].copy()
             for i, file in enumerate(files[part]):
                 if file.orientation != 1:
                     stored_B4[i] = _stored(file, *stored_B4[i].tolist())
-            (out,) = graph.run(encoded=[file.data for file in files[part]], region=stored_B4)
-            self._graph = graph
+            with self._turn:
+                graph = self._idle.pop() if self._idle else self._new_graph()
+                (out,) = graph.run(encoded=[file.data for file in files[part]], region=stored_B4)
+                self._idle.append(graph)  # unless it raised: then it is unusable
             pixels += [_turned(torch.from_dlpack(out[i]), file.orientation) for i, file in enumerate(files[part])]
         return pixels
 
@@ -140,7 +152,7 @@ class Decoder:
 
     def close(self) -> None:
         """End DALI's threads."""
-        self._graph = None
+        self._idle.clear()
 
 
 def _stored(file: Encoded, top: int, left: int, height: int, width: int) -> list[int]:

@@ -9,9 +9,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -24,18 +23,19 @@ from fastdeitlt.data.pixels.files import Encoded, UnreadableError, read_encoded,
 from fastdeitlt.data.pixels.request import AnyRequest, CropRequest, Regions
 from fastdeitlt.data.pixels.resize import cut, resize
 from fastdeitlt.data.pixels.side_stream import aside, side_stream
-from fastdeitlt.data.pixels.workers import Workers, num_threads
+from fastdeitlt.data.pixels.workers import Workers, grouped, num_threads
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.store.checkpoint import READ_TRIES, RETRY_S
 
 log = logging.getLogger("fastdeitlt")
-T = TypeVar("T")
 Output = TypeVar("Output", Tensor, Regions)
 CropJob = tuple[CropRequest, np.ndarray, np.ndarray]
 """A request, its boxes within the decoded regions, and the region index of each of its images."""
 Make = Callable[[list[Tensor], list[CropJob]], list[Output]]
 
+SIZES_GROUP = 256
+"""Image headers read by one task."""
 DECODE_GROUP = 32
 """Whole images decoded together when a set is decoded once."""
 
@@ -64,18 +64,18 @@ class Stream:
         self._decoder = Decoder(self._workers.count, device, cfg.jpeg_engine_share)
         self._host_decoder = Decoder(self._workers.count, torch.device("cpu"))
 
-    @property
-    def pool(self) -> Executor:
-        """Thread pool for host work on parts of a batch."""
-        return self._workers.pool
-
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order.
+        """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order.
 
         Raises:
             UserError: an image cannot be read, or with skip none of its class; the message has the file and reason.
         """
-        yield from self._deliver(requests, self._cut)
+
+        def work(group: list[AnyRequest]) -> list[tuple[AnyRequest, Tensor]]:
+            return [(request, request.finish(crops)) for request, crops in self._pixels(self._cut, group)]
+
+        for finished in self._workers.map(work, grouped(requests, self._window)):
+            yield from finished
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
         """Yield each request (with draws) and the regions that enclose its crops.
@@ -83,7 +83,8 @@ class Stream:
         Raises:
             UserError: as ``crops``.
         """
-        yield from self._deliver(requests, self._gather)
+        for gathered in self._workers.map(partial(self._pixels, self._gather), grouped(requests, self._window)):
+            yield from gathered
 
     def decoded(self, sample_N: Iterable[int], short_side: int = 0) -> Iterator[Tensor | None]:
         """Yield whole images [H, W, 3] on the host, in order; None for a skipped one.
@@ -94,9 +95,7 @@ class Stream:
         Raises:
             UserError: as ``crops``.
         """
-        samples = iter(sample_N)
-        groups = iter(lambda: list(islice(samples, DECODE_GROUP)), [])
-        for decoded in self._workers.ahead(partial(self._start_whole, short_side), groups):
+        for decoded in self._workers.map(partial(self._whole, short_side), grouped(sample_N, DECODE_GROUP)):
             yield from decoded
 
     def sizes(self) -> np.ndarray:
@@ -105,8 +104,8 @@ class Stream:
         Raises:
             UserError: as ``crops``.
         """
-        parts = self._workers.split(self._read_sizes, list(range(len(self._images))))
-        return np.array(_results(parts), np.int32).reshape(-1, 2)
+        sizes = self._workers.map(self._read_sizes, grouped(range(len(self._images)), SIZES_GROUP))
+        return np.array(list(chain.from_iterable(sizes)), np.int32).reshape(-1, 2)
 
     def close(self) -> None:
         """End all threads and release memory. May be called twice."""
@@ -114,19 +113,11 @@ class Stream:
         self._decoder.close()
         self._host_decoder.close()
 
-    def _deliver(self, requests: Iterable[AnyRequest], make: Make[Output]) -> Iterator[tuple[AnyRequest, Output]]:
-        requests = iter(requests)
-        groups = iter(lambda: list(islice(requests, self._window)), [])
-        for group in self._workers.ahead(partial(self._start_group, make), groups):
-            yield from group
-
-    def _start_group(
-        self, make: Make[Output], group: list[AnyRequest]
-    ) -> Callable[[], list[tuple[AnyRequest, Output]]]:
+    def _pixels(self, make: Make[Output], group: list[AnyRequest]) -> list[tuple[AnyRequest, Output]]:
         sample_U, index_B = np.unique(np.concatenate([r.sample_B for r in group]), return_inverse=True)
         index = np.split(index_B, np.cumsum([len(r.sample_B) for r in group])[:-1])
-        reads = self._workers.split(self._read, sample_U.tolist())
-        return lambda: list(zip(group, self._group(make, group, index, _results(reads)), strict=True))
+        files_U = [self._read_one(sample) for sample in sample_U.tolist()]
+        return list(zip(group, self._group(make, group, index, files_U), strict=True))
 
     def _group(
         self, make: Make[Output], group: Sequence[CropRequest], index: list[np.ndarray], files_U: list[Encoded]
@@ -151,7 +142,7 @@ class Stream:
         return results
 
     def _cut(self, pixels_U: list[Tensor], jobs: list[CropJob]) -> list[Tensor]:
-        return [cut(one, [pixels_U[u] for u in index_B], box_B4, self.pool) for one, box_B4, index_B in jobs]
+        return [cut(one, [pixels_U[u] for u in index_B], box_B4) for one, box_B4, index_B in jobs]
 
     def _gather(self, pixels_U: list[Tensor], jobs: list[CropJob]) -> list[Regions]:
         sizes_U2 = np.array([pixels.shape[:2] for pixels in pixels_U])
@@ -160,12 +151,8 @@ class Stream:
         together = torch.cat([pixels.flatten() for pixels in pixels_U])
         return [Regions(together, starts_U[index_B], sizes_U2[index_B], box_B4) for _, box_B4, index_B in jobs]
 
-    def _start_whole(self, short_side: int, samples: list[int]) -> Callable[[], list[Tensor | None]]:
-        reads = self._workers.split(self._read_own, samples)
-        return lambda: self._whole(short_side, samples, _results(reads))
-
-    def _whole(self, short_side: int, samples: list[int], files: list[Encoded | None]) -> list[Tensor | None]:
-        outcomes = self._host_decoder.whole(read := [file for file in files if file])
+    def _whole(self, short_side: int, samples: list[int]) -> list[Tensor | None]:
+        outcomes = self._host_decoder.whole(read := [file for sample in samples if (file := self._try(sample))])
         images: dict[int, Tensor] = {}
         for file, outcome in zip(read, outcomes, strict=True):
             if isinstance(outcome, str):
@@ -175,19 +162,13 @@ class Stream:
         if short_side and images:
             sizes_B2 = np.array([image.shape[:2] for image in images.values()], np.int32)
             shapes = [(height, width) for height, width in shrunk(sizes_B2, short_side).tolist()]
-            images = dict(zip(images, resize(list(images.values()), shapes, self._workers.pool), strict=True))
+            images = dict(zip(images, resize(list(images.values()), shapes), strict=True))
         return [images.get(sample) for sample in samples]
-
-    def _read(self, samples: list[int]) -> list[Encoded]:
-        return [self._read_one(sample) for sample in samples]
 
     def _read_one(self, sample: int) -> Encoded:
         """Read an image, or its replacement."""
         file = None if sample in self.unreadable else self._try(sample)
         return file or self._images.stand_in(sample, lambda i: None if i in self.unreadable else self._try(i))
-
-    def _read_own(self, samples: list[int]) -> list[Encoded | None]:
-        return [self._try(sample) for sample in samples]
 
     def _read_sizes(self, samples: list[int]) -> list[tuple[int, int]]:
         files = [self._try(sample, header_only=True) for sample in samples]
@@ -229,7 +210,3 @@ class Stream:
             self._refuse(files[i].sample, reason)
             replaced[i] = self._read_one(files[i].sample)
         return replaced
-
-
-def _results(parts: list[Future[list[T]]]) -> list[T]:
-    return list(chain.from_iterable(part.result() for part in parts))

@@ -23,13 +23,18 @@ class CropRequest:
     With ``draws``: RandomResizedCrop by ``draws.boxes``. Without: shorter side resized to ``resize`` pixels (None:
     ``size``), then the central ``size`` x ``size`` window.
 
-    A source yields each request with its pixels; a subclass can carry further data of the batch.
+    A source yields each request with its finished pixels. A subclass can carry further data of the batch, and augment
+    its crops in ``finish``.
     """
 
     sample_B: np.ndarray
     size: int
     draws: Boxes | None = None
     resize: int | None = None
+
+    def finish(self, crops_BHWC: Tensor) -> Tensor:
+        """Return the crops as the consumer needs them; runs in the thread that cut them."""
+        return crops_BHWC
 
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
         """Return the needed part (top, left, height, width) of each image, int32 [B, 4]."""

@@ -3,7 +3,6 @@
 # B images of a request, N images in the set, H height, W width, S output side
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +16,6 @@ from fastdeitlt.data.pixels.resize import cut
 from fastdeitlt.data.pixels.side_stream import aside, side_stream
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.types import LongTailSet
-
-SMALL = 48
-"""Largest crop side in pixels for one thread: for smaller crops the pool's overhead exceeds its gain."""
 
 
 class Resident:
@@ -50,18 +46,13 @@ class Resident:
         for sample in self.unreadable:
             self._slot_N[sample] = images.stand_in(sample, lambda i: None if i in self.unreadable else i)
 
-    @property
-    def pool(self) -> Executor:
-        """Thread pool for host work on parts of a batch."""
-        return self._workers.pool
-
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order."""
-        yield from self._workers.ahead(lambda request: lambda: (request, self._crops(request)), requests)
+        """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order."""
+        yield from self._workers.map(lambda request: (request, request.finish(self._crops(request))), requests)
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
         """Yield each request (with draws) and its regions (on the device: the whole set)."""
-        yield from self._workers.ahead(lambda request: lambda: (request, self._regions(request)), requests)
+        yield from self._workers.map(lambda request: (request, self._regions(request)), requests)
 
     def close(self) -> None:
         """End all threads and release memory. May be called twice."""
@@ -71,9 +62,8 @@ class Resident:
     def _crops(self, request: CropRequest) -> Tensor:
         slot_B = self._slot_N[request.sample_B]
         pixels_B = [self._decoded.image(slot) for slot in slot_B.tolist()]
-        pool = self._workers.pool if request.size > SMALL else None
         with aside(self._side) as outputs:
-            crops_BHWC = cut(request, pixels_B, request.boxes(self._decoded.sizes_N2[slot_B]), pool)
+            crops_BHWC = cut(request, pixels_B, request.boxes(self._decoded.sizes_N2[slot_B]))
             if crops_BHWC.device.type != self.device.type:
                 crops_BHWC = crops_BHWC.pin_memory().to(self.device, non_blocking=True)
             outputs.append(crops_BHWC)
@@ -85,22 +75,19 @@ class Resident:
         boxes_B4 = request.boxes(sizes_B2)
         if decoded.pixels.device.type == self.device.type:
             return Regions(decoded.pixels, decoded.starts[slot_B], sizes_B2, boxes_B4)
-        staged = stage([decoded.image(slot) for slot in slot_B.tolist()], boxes_B4, self.device, self.pool)
+        staged = stage([decoded.image(slot) for slot in slot_B.tolist()], boxes_B4, self.device)
         with aside(self._side) as outputs:
             outputs.append(staged.pixels.to(self.device, non_blocking=True))
         return replace(staged, pixels=outputs[0])
 
 
-def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device, pool: Executor) -> Regions:
+def stage(images: list[Tensor], boxes_B4: np.ndarray, device: torch.device) -> Regions:
     """Copy the boxes of host images into one buffer, pinned for a GPU."""
     sizes_B2 = boxes_B4[:, 2:]
     ends_B = num_bytes(sizes_B2).cumsum()
     starts_B = ends_B - num_bytes(sizes_B2)
     staged = torch.empty(int(ends_B[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-    def copy(image: Tensor, box: list[int], start: int, end: int) -> None:
+    for image, box, start, end in zip(images, boxes_B4.tolist(), starts_B.tolist(), ends_B.tolist(), strict=True):
         top, left, height, width = box
         staged[start:end].view(height, width, 3).copy_(image[top : top + height, left : left + width])
-
-    list(pool.map(copy, images, boxes_B4.tolist(), starts_B.tolist(), ends_B.tolist()))
     return Regions(staged, starts_B, sizes_B2, np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1))

@@ -9,7 +9,6 @@ vectorised kernel, five times faster, with 16-bit coefficients: under 1 % of val
 # B batch, H height, W width, C channels, S output side, n input side
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -25,20 +24,13 @@ CHUNK_VALUES = 1 << 26
 """Most float64 values in one batched product."""
 
 
-def crop_resize(
-    images: Tensor | Sequence[Tensor],
-    boxes_B4: np.ndarray,
-    size: int,
-    pool: Executor | None = None,
-    exact: bool = False,
-) -> Tensor:
+def crop_resize(images: Tensor | Sequence[Tensor], boxes_B4: np.ndarray, size: int, exact: bool = False) -> Tensor:
     """Crop each image to its box, then resize the crop to ``size`` x ``size``.
 
     Args:
         images: uint8 [B, H, W, C], or B images [H, W, C] of any sizes, all on one device.
         boxes_B4: integer (top, left, height, width), inside the image.
         size: output side in pixels.
-        pool: threads for images on the host (the work releases the GIL); None = the calling thread.
         exact: use Pillow's exact values on the host; a device always does.
 
     Returns:
@@ -46,12 +38,11 @@ def crop_resize(
     """
     crops = [image[y : y + h, x : x + w] for image, (y, x, h, w) in zip(images, boxes_B4.tolist(), strict=True)]
     if exact or crops[0].device.type != "cpu":
-        return torch.stack(resize(crops, [(size, size)] * len(crops), pool))
-    sizes = [size] * len(crops)
-    return torch.stack(list(pool.map(_vectorised, crops, sizes) if pool else map(_vectorised, crops, sizes)))
+        return torch.stack(resize(crops, [(size, size)] * len(crops)))
+    return torch.stack([_vectorised(crop, size) for crop in crops])
 
 
-def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: Executor | None = None) -> Tensor:
+def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int) -> Tensor:
     """Resize the shorter side to ``short`` pixels, then crop the central square.
 
     The crop is ``size`` x ``size``. Other arguments and result as ``crop_resize``; ``short`` >= ``size``. Source:
@@ -60,21 +51,21 @@ def centre_crop(images: Tensor | Sequence[Tensor], short: int, size: int, pool: 
     scales = [(image.shape[0], image.shape[1], min(image.shape[:2])) for image in images]
     shapes = [(int(short * height / shorter), int(short * width / shorter)) for height, width, shorter in scales]
     corners = [(round((height - size) / 2), round((width - size) / 2)) for height, width in shapes]
-    resized = resize(list(images), shapes, pool)
+    resized = resize(list(images), shapes)
     return torch.stack([r[y : y + size, x : x + size] for r, (y, x) in zip(resized, corners, strict=True)])
 
 
-def cut(request: CropRequest, images: Sequence[Tensor], boxes_B4: np.ndarray, pool: Executor | None = None) -> Tensor:
+def cut(request: CropRequest, images: Sequence[Tensor], boxes_B4: np.ndarray) -> Tensor:
     """Return a request's crops; ``boxes_B4`` are its random boxes, with ``draws``."""
     if request.draws is None:
-        return centre_crop(images, request.resize or request.size, request.size, pool)
-    return crop_resize(images, boxes_B4, request.size, pool)
+        return centre_crop(images, request.resize or request.size, request.size)
+    return crop_resize(images, boxes_B4, request.size)
 
 
-def resize(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]], pool: Executor | None = None) -> list[Tensor]:
+def resize(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Resize uint8 images [H, W, C] on one device to their (height, width)."""
     if images[0].device.type == "cpu":
-        return list(pool.map(_pillow, images, shapes) if pool else map(_pillow, images, shapes))
+        return [_pillow(image, shape) for image, shape in zip(images, shapes, strict=True)]
     return resize_batched(images, shapes)
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,15 +35,11 @@ class Source(Protocol):
         """Device of crops and regions."""
 
     @property
-    def pool(self) -> Executor:
-        """Thread pool for host work on parts of a batch."""
-
-    @property
     def unreadable(self) -> set[int]:
         """Indices of replaced unreadable images; for a stream, only of those read so far."""
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its uint8 crops [B, S, S, 3] on the device, in order."""
+        """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order."""
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
         """Yield each request (with draws) and the regions of its crops, in order."""

@@ -1,21 +1,17 @@
-"""Threads of a source: parts of a batch in parallel, batches prefetched."""
+"""Threads of a source: one per core, each with a batch of its own."""
 
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-DEPTH = 2
-"""Batches prefetched."""
-LARGEST_PART = 1024
-"""Most items per task, so that errors and shutdown do not wait long for other tasks."""
 
 
 def num_threads(configured: int = 0) -> int:
@@ -35,35 +31,34 @@ def keep_to_one_core() -> None:
     torch.set_num_threads(1)
 
 
-class Workers:
-    """Threads for parts of a batch, and one that assembles batches ahead, in order.
+def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of ``size``, the last one shorter."""
+    rest = iter(items)
+    return iter(lambda: list(islice(rest, size)), [])
 
-    Only the assembling thread waits for others, so there is no deadlock.
+
+class Workers:
+    """Threads that each compute whole results, in order, ahead of the consumer.
+
+    A result is not divided among threads: parts of one batch wait for each other, whole batches do not.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(count, "fastdeitlt-data", keep_to_one_core)
-        self._assembler = ThreadPoolExecutor(1, "fastdeitlt-batch", keep_to_one_core)
+        self._pool = ThreadPoolExecutor(count, "fastdeitlt-data", keep_to_one_core)
 
-    def split(self, work: Callable[[list[T]], R], items: list[T]) -> list[Future[R]]:
-        """Submit ``work`` on contiguous parts of ``items``, in order."""
-        step = min(max(1, -(-len(items) // self.count)), LARGEST_PART)
-        return [self.pool.submit(work, items[start : start + step]) for start in range(0, len(items), step)]
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Yield ``work`` of the items in order, one per thread and one more prefetched.
 
-    def ahead(self, start: Callable[[T], Callable[[], R]], items: Iterable[T]) -> Iterator[R]:
-        """Yield the items' results in order, up to ``DEPTH`` prefetched.
-
-        ``start`` runs in the consumer's thread and may submit work to the pool; the function it returns runs in the
-        assembling thread. An exception is raised in place of its result; closing the iterator cancels the rest.
+        An exception is raised in place of its result; closing the iterator cancels the rest.
         """
         consumer = threading.current_thread()
         pending: deque[Future[R]] = deque()
         try:
             for item in items:
-                pending.append(self._assembler.submit(start(item)))
-                if len(pending) > DEPTH:
+                pending.append(self._pool.submit(work, item))
+                if len(pending) > self.count + 1:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -78,5 +73,4 @@ class Workers:
 
         May be called twice.
         """
-        self._assembler.shutdown(cancel_futures=True)
-        self.pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
