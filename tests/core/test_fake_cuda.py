@@ -424,15 +424,6 @@ def test_mixing_does_not_wait(mix):
             assert mixup.apply(batch, mix) is batch
 
 
-def test_a_pool_is_not_handed_work_on_the_gpu():
-    """Its threads would be on another stream than the caller."""
-    draws = augment.draw(np.arange(4), np.zeros(4, int), seed=0, epoch=0, cfg=config.AugmentConfig(), size=SIZE)
-    with fake_cuda():
-        crops = torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8, device=CUDA)
-        augment.apply(crops, draws, config.AugmentConfig(), pool=None)
-        augment.apply(crops, draws, config.AugmentConfig(), pool=object())
-
-
 def test_images_are_scored_on_the_gpu():
     with fake_cuda():
         columns = metrics._per_image(torch.randn(4, 9, device=CUDA), torch.arange(4, device=CUDA))
