@@ -14,7 +14,7 @@ import torch
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.sampling import Sampling, sampling_of
-from fastdeitlt.errors import UserError, counted
+from fastdeitlt.errors import UserError
 
 
 class RepeatedAugmentationSampler:
@@ -137,7 +137,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.virtual_ranks % self.world:
             raise UserError(
-                f"train.virtual_ranks: got {self.virtual_ranks} for {counted(self.world, 'rank')}, expected a multiple"
+                f"train.virtual_ranks: got {self.virtual_ranks}, expected a multiple of {self.world}, the ranks"
             )
         if self.micro_steps == 0:
             raise UserError(

@@ -223,7 +223,7 @@ def test_another_models_optimizer_state_is_refused():
     one(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     state = optim.optimizer_tensors(one, optimizer)
-    with pytest.raises(UserError, match="of other parameters"):
+    with pytest.raises(UserError, match="belongs to other parameters"):
         optim.load_optimizer(other, torch.optim.AdamW(other.parameters()), state)
 
 
