@@ -156,3 +156,25 @@ def test_results_that_nobody_closed_may_be_collected_in_a_thread_that_the_next_o
     collector.join(10)
     assert collected.is_set()
     workers.close()
+
+
+def test_workers_compute_whole_results_in_order_and_few_ahead():
+    started, both, workers = [], threading.Barrier(2, timeout=20), Workers(2)
+
+    def items():
+        for item in range(10):
+            started.append(item)
+            yield item
+
+    results = workers.map(lambda item: (item, both.wait() >= 0), items())  # two at once, or the barrier breaks
+    assert next(results) == (0, True)
+    assert len(started) == workers.count + 2
+    assert [item for item, _ in results] == list(range(1, 10))
+    workers.close()
+
+
+def test_a_gpu_has_few_batches_in_preparation():
+    for device, count in (("cpu", 32), ("cuda", 8)):
+        workers = Workers(32, torch.device(device))
+        assert workers.count == count
+        workers.close()

@@ -59,10 +59,11 @@ class Stream:
         self._images, self.device, self._window = images, device, window
         self._skip, self._exif = cfg.on_error == "skip", cfg.exif
         self._refusing = threading.Lock()
-        self._workers = Workers(num_threads(cfg.num_threads))
+        threads = num_threads(cfg.num_threads)
+        self._workers = Workers(threads, device)
         self._side = side_stream(device, "source")
-        self._decoder = Decoder(self._workers.count, device, cfg.jpeg_engine_share)
-        self._host_decoder = Decoder(self._workers.count, torch.device("cpu"))
+        self._decoder = Decoder(threads, device, cfg.jpeg_engine_share)
+        self._host_decoder = Decoder(threads, torch.device("cpu"))
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
         """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order.

@@ -39,7 +39,7 @@ class Resident:
         pixels = decoded.pixels.to(device) if cfg.residency == "device" else decoded.pixels
         self._decoded, self.device = replace(decoded, pixels=pixels), device
         self._side = side_stream(device, "source")
-        self._workers = Workers(num_threads(cfg.num_threads))
+        self._workers = Workers(num_threads(cfg.num_threads), device)
         self.unreadable = set(decoded.unreadable.tolist())
         self._slot_N = np.arange(len(images))
         """Image whose pixels represent each image: itself, or its replacement."""

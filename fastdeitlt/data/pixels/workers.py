@@ -13,6 +13,10 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
+CPU = torch.device("cpu")
+GPU_BATCHES = 8
+"""Most batches in preparation at once for a GPU, because each occupies its memory; one decoding graph serves all."""
+
 
 def num_threads(configured: int = 0) -> int:
     """Return the threads of one rank: ``configured``, or for 0 the cores per rank.
@@ -41,12 +45,16 @@ class Workers:
     """Threads that each compute whole results, in order, ahead of the consumer.
 
     A result is not divided among threads: parts of one batch wait for each other, whole batches do not.
+
+    Args:
+        count: number of threads.
+        device: device of the results; for a GPU at most ``GPU_BATCHES`` threads.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, device: torch.device = CPU) -> None:
+        self.count = count if device.type == "cpu" else min(count, GPU_BATCHES)
         torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(count, "fastdeitlt-data", keep_to_one_core)
+        self._pool = ThreadPoolExecutor(self.count, "fastdeitlt-data", keep_to_one_core)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield ``work`` of the items in order, one per thread and one more prefetched.
