@@ -171,11 +171,14 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
 
 
 def _already_reported(message: str) -> bool:
-    """Return whether another rank reported the same message."""
+    """Return whether another rank reported the same message up to its remedy.
+
+    Remedies can differ: a rank that does not write checkpoints may know an older one.
+    """
     try:
         assert _store is not None
         _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
-        return _store.add(f"reported/{hashlib.sha256(message.encode()).hexdigest()}", 1) > 1
+        return _store.add(f"reported/{hashlib.sha256(message.partition('; ')[0].encode()).hexdigest()}", 1) > 1
     except (RuntimeError, collective.DistError):
         return False
 

@@ -153,7 +153,7 @@ def test_the_best_teacher_is_chosen_by_class_or_by_image(
         return logits_NK, logits_NK, seen_N
 
     monkeypatch.setattr("fastdeitlt.train_teacher.open_training_sets", lambda _: replace(sets, val=val))
-    monkeypatch.setattr("fastdeitlt.run.teacher_scorer.collect_logits", logits)
+    monkeypatch.setattr("fastdeitlt.run.teacher_scorer.gather_logits", logits)
     monkeypatch.setattr("fastdeitlt.run.teacher_scorer.image_facts", lambda *_: {})  # some images are not there
     run = train_teacher(cfg).parents[1]
     selected = json.loads((run / "results.json").read_text())["selected"]

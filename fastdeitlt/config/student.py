@@ -58,7 +58,7 @@ class DataConfig(Section):
     """EXIF orientation: ignored, as in timm and the official code, or applied; a TIFF's own tag is always applied. The
     model folder records it; eval, predict and export use it."""
     num_threads: int = Field(0, ge=0)
-    """Data threads per rank, each with a batch of its own. 0 = the cores divided by the local ranks."""
+    """Data threads per rank, each for whole batches. 0 = the cores divided by the local ranks."""
     jpeg_engine_share: float = Field(0.65, ge=0, le=1)
     """Share of JPEG files decoded by the GPU's hardware engine, if it has one (A100, H100, ...). 0 = none."""
 

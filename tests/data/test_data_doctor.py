@@ -121,7 +121,7 @@ def test_files_that_class_folders_pass_over_are_told(tmp_path):
         (tmp_path / split / name / "0.png").write_bytes(encode(Image.fromarray(pixels())))
     for stray in ("train/ant/1.gif", "train/bee/.hidden", "train/2.png", "train/.DS_Store", "notes.txt"):
         (tmp_path / stray).write_bytes(b"")
-    finding = only(found(build({"data.dataset": "folder", "data.root": str(tmp_path)})), "left out")
+    finding = only(found(build({"data.dataset": "folder", "data.root": str(tmp_path)})), "ignored")
     assert (finding.level, finding.split) == ("warning", "train")
     assert finding.examples == ("train/2.png", "train/ant/1.gif")
 

@@ -263,7 +263,7 @@ def test_a_set_that_comes_decoded_is_held_as_it_is(cache_folder):
     (crops,), _ = hold(images, [CropRequest(np.array([3, 19, 3]), 28, resize=28)])
     assert np.array_equal(crops.numpy(), images.images_NHWC[[3, 19, 3]])
     assert not cache_folder.exists()
-    with pytest.raises(UserError, match="comes decoded"):
+    with pytest.raises(UserError, match="which is decoded"):
         open_source(images, DataConfig(dataset="cifar10_lt", residency="stream"), CPU)
 
 

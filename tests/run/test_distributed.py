@@ -337,6 +337,16 @@ def test_a_rank_is_told_with_how_many_it_shares_the_machine(monkeypatch, tmp_pat
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["2", "2"]
 
 
+def test_ranks_report_one_error_whose_remedies_differ(monkeypatch):
+    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
+    messages = (
+        "steps 1 to 9: non-finite loss; checkpoint 8 is intact",
+        "steps 1 to 9: non-finite loss; checkpoint 7",
+        "a",
+    )
+    assert [distributed._already_reported(message) for message in messages] == [False, True, False]
+
+
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 def test_ranks_of_a_machine_share_its_cores(monkeypatch, name):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))

@@ -119,4 +119,4 @@ def test_memory_of_vit_b_is_near_the_known_58_mb_an_image():
         student = create_student("deit_base_distilled_patch16_224", 1000)
     estimate = dryrun.memory_estimate(student, 1, bytes_per_value=2, with_ema=True)
     assert estimate["activations of a micro-batch"] == pytest.approx(58e6 / 2**20, rel=0.1)
-    assert estimate["average of the weights"] == pytest.approx(4 * 87.3e6 / 2**20, rel=0.02)
+    assert estimate["averaged weights (EMA)"] == pytest.approx(4 * 87.3e6 / 2**20, rel=0.02)

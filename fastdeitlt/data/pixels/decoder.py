@@ -82,7 +82,7 @@ class Decoder:
 
     On a CPU equal to Pillow's ``convert("RGB")``, except for 16-bit images, which are scaled, not clipped.
 
-    Several threads may use it. On a CPU each decodes in a graph of its own, of one thread; a GPU has one graph for all.
+    Several threads may use it. On a CPU each has a decoding graph with one thread; a GPU has one graph for all.
 
     Args:
         threads: of a GPU's graph.

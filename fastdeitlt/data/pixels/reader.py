@@ -66,7 +66,9 @@ class Stream:
         self._host_decoder = Decoder(threads, torch.device("cpu"))
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order.
+        """Yield each request with its finished crops, in order.
+
+        The crops are uint8 [B, S, S, 3] on the device before ``request.finish``.
 
         Raises:
             UserError: an image cannot be read, or with skip none of its class; the message has the file and reason.

@@ -47,7 +47,9 @@ class Resident:
             self._slot_N[sample] = images.stand_in(sample, lambda i: None if i in self.unreadable else i)
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order."""
+        """Yield each request with its finished crops, in order.
+
+        The crops are uint8 [B, S, S, 3] on the device before ``request.finish``."""
         yield from self._workers.map(lambda request: (request, request.finish(self._crops(request))), requests)
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:

@@ -39,7 +39,10 @@ class Source(Protocol):
         """Indices of replaced unreadable images; for a stream, only of those read so far."""
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its uint8 crops [B, S, S, 3] on the device, finished by it, in order."""
+        """Yield each request with its finished crops, in order.
+
+        The crops are uint8 [B, S, S, 3] on the device before ``request.finish``.
+        """
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:
         """Yield each request (with draws) and the regions of its crops, in order."""

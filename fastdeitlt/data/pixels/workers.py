@@ -1,4 +1,4 @@
-"""Threads of a source: one per core, each with a batch of its own."""
+"""Threads of a source: one per core, each for whole batches."""
 
 import os
 import threading
