@@ -117,7 +117,7 @@ class JointForward(nn.Module):
     ) -> JointLoss | LocalSums:
         """Compute the losses of one micro-batch.
 
-        ``parts`` are CLS logits, DIST logits, teacher's logits, labels, partners.
+        ``tensors`` are CLS logits, DIST logits, teacher's logits, labels, partners.
         """
         cls_logits_BK, dist_logits_BK, teacher_logits_BK, labels_B, partner_B = tensors
         c = self.cfg.loss
