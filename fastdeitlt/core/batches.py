@@ -11,14 +11,15 @@ from torch import Tensor
 from fastdeitlt.config import AugmentConfig, Config
 from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import colour
-from fastdeitlt.data.augment.colour import View, ViewDraws
+from fastdeitlt.data.augment.colour import ViewDraws
 from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.pixels.prefetch import prefetch
-from fastdeitlt.data.pixels.request import CropRequest, Regions
-from fastdeitlt.data.pixels.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.request import Regions
+from fastdeitlt.data.pixels.side_stream import side_stream
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.data.view_request import ViewRequest
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import pick
 from fastdeitlt.models.residual import DropPath
@@ -26,18 +27,8 @@ from fastdeitlt.precision import autocast_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request(CropRequest):
+class _Request(ViewRequest):
     micro: MicroBatch
-    view: View
-    view_draws: ViewDraws
-    mix: MixDraw
-    side: torch.cuda.Stream | None
-
-    def finish(self, crops_BHWC: Tensor) -> Tensor:
-        """Augment and mix the crops."""
-        with aside(self.side) as made:  # on the step's stream, copying draws to the device would wait for the step
-            made.append(mixup.apply(colour.apply(crops_BHWC, self.view_draws, self.view), self.mix))
-        return made[0]
 
 
 @dataclass(frozen=True)

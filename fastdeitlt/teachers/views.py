@@ -12,26 +12,13 @@ from torch import Tensor
 
 from fastdeitlt.config import Config
 from fastdeitlt.data.augment import colour
-from fastdeitlt.data.augment.colour import View, ViewDraws
+from fastdeitlt.data.augment.colour import View
 from fastdeitlt.data.pixels.prefetch import prefetch
-from fastdeitlt.data.pixels.request import CropRequest
-from fastdeitlt.data.pixels.side_stream import aside, side_stream
+from fastdeitlt.data.pixels.side_stream import side_stream
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import TeacherPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request(CropRequest):
-    view: View
-    view_draws: ViewDraws
-    side: torch.cuda.Stream | None
-
-    def finish(self, crops_BHWC: Tensor) -> Tensor:
-        """Augment the crops."""
-        with aside(self.side) as outputs:  # on the step's stream, copying draws to the device would wait for the step
-            outputs.append(colour.apply(crops_BHWC, self.view_draws, self.view))
-        return outputs[0]
+from fastdeitlt.data.view_request import ViewRequest
 
 
 @dataclass(frozen=True)
@@ -82,13 +69,13 @@ def teacher_batches(
         return labels_N[torch.from_numpy(sample_B)].to(source.device, non_blocking=True)
 
     def prepare() -> Iterator[Part]:
-        def requests() -> Iterator[_Request]:
+        def requests() -> Iterator[ViewRequest]:
             for batch in plan.batches(epoch, start):
                 for sample_B, before_B in zip(*map(plan.parts, batch), strict=True):
                     for number, view in enumerate(recipes):
                         copy_B = before_B * len(recipes) + number
                         draws = colour.draw(sample_B, copy_B, seed=cfg.train.seed, epoch=epoch, view=view, size=size)
-                        yield _Request(sample_B, size, draws.draws, view=view, view_draws=draws, side=side)
+                        yield ViewRequest(sample_B, size, draws.draws, view=view, view_draws=draws, side=side)
 
         ready: list[Tensor] = []
         for request, images_BCHW in source.crops(requests()):

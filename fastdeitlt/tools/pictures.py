@@ -16,7 +16,7 @@ from fastdeitlt.data.pixels.decoder import Decoder
 from fastdeitlt.data.pixels.files import Encoded, UnreadableError, from_pillow, read_encoded
 from fastdeitlt.data.pixels.workers import Workers, grouped, num_threads
 
-GROUP = 32
+GROUP = 8
 """Pictures decoded by one task."""
 Picture = str | Path | Image.Image | np.ndarray
 """A file, a Pillow image, or a uint8 array [H, W] or [H, W, C] of gray, RGB or RGBA."""

@@ -356,6 +356,7 @@ def data_in_a_row(monkeypatch):
         monkeypatch.setattr("fastdeitlt.data.pixels.workers.Workers.map", lambda self, work, xs: (work(x) for x in xs))
         for module in ("core.batches", "data.pixels.resident", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.side_stream", lambda device, user: device)
+        for module in ("data.pixels.resident", "data.view_request"):
             monkeypatch.setattr(f"fastdeitlt.{module}.aside", cuda.aside)
         for module in ("core.batches", "teachers.views"):
             monkeypatch.setattr(f"fastdeitlt.{module}.prefetch", lambda items, depth: items)
