@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdeitlt.config import AugmentConfig
 from fastdeitlt.data.augment import buffers, counter
-from fastdeitlt.data.augment.randaugment import OPS, chunk_size, rand_augment
+from fastdeitlt.data.augment.randaugment import OPS, chunk_size, put, rand_augment, take
 
 ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
@@ -169,18 +169,21 @@ def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dty
 
 def _apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, images_BHWC: Tensor) -> None:
     pixels_BHWC = crops_BHWC.clone()
-    for b in np.flatnonzero(draws.flip_B).tolist():
-        pixels_BHWC[b] = crops_BHWC[b].flip(1)
+    flipped = np.flatnonzero(draws.flip_B)
+    put(pixels_BHWC, flipped, take(crops_BHWC, flipped).flip(2))
     if draws.shift_B2.any():
         pixels_BHWC = _shift(pixels_BHWC, draws.shift_B2)
     rand_augment(pixels_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
     _normalise(pixels_BHWC, cfg.mean, cfg.std, images_BHWC)
     erased = np.flatnonzero(draws.erase_B4[:, 2])
-    boxes = draws.erase_B4[erased]
-    values = noise(draws.noise_B[erased], boxes, crops_BHWC)
-    for b, box, noise_HWC in zip(erased.tolist(), boxes.tolist(), values, strict=True):
-        top, left, height, width = box
-        images_BHWC[b, top : top + height, left : left + width] = noise_HWC[:height, :width]
+    # box by box on the host, where values beside the smaller boxes would cost more than the calls
+    step = 1 if crops_BHWC.device.type == "cpu" else max(1, len(erased))
+    for part in np.split(erased, range(step, len(erased), step)):
+        boxes = draws.erase_B4[part]
+        values = noise(draws.noise_B[part], boxes, crops_BHWC)
+        for b, box, noise_HWC in zip(part.tolist(), boxes.tolist(), values, strict=True):
+            top, left, height, width = box
+            images_BHWC[b, top : top + height, left : left + width] = noise_HWC[:height, :width]
 
 
 def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:

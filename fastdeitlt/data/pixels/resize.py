@@ -76,11 +76,13 @@ def _pillow(image_HWC: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _vectorised(crop_HWC: Tensor, size: int) -> Tensor:
     """Resize with torch's uint8 kernel, in Pillow's order of passes."""
-    swap = columns_first(crop_HWC.shape[0], crop_HWC.shape[1], size, size)
-    crop_CHW = crop_HWC.permute(2, 1, 0) if swap else crop_HWC.permute(2, 0, 1)
-    packed = crop_CHW[None].contiguous(memory_format=torch.channels_last)
-    (resized_CHW,) = interpolate(packed, size=(size, size), mode="bicubic", antialias=True)
-    return resized_CHW.permute(2, 1, 0) if swap else resized_CHW.permute(1, 2, 0)
+    height, width, _ = crop_HWC.shape
+    pixels = crop_HWC.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    # torch's order is columns last; its kernel skips a pass that changes nothing
+    sides = [(size, width), (size, size)] if columns_first(height, width, size, size) else [(size, size)]
+    for side in sides:
+        pixels = interpolate(pixels, size=side, mode="bicubic", antialias=True)
+    return pixels[0].permute(1, 2, 0)
 
 
 def resize_batched(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
