@@ -1,6 +1,6 @@
 """Post-hoc corrections fitted on validation images: temperature, class prior, the weight of the two heads.
 
-The logits of each method are a sum of up to three features of the heads' log-probabilities, with weights that minimise
+The logits of each method are a sum of one or two features of the heads' log-probabilities, with weights that minimise
 the NLL of validation images, averaged over classes. This convex problem is solved by Newton's method, so a fit has no
 settings and no seed. No method is fitted on test images.
 """
@@ -8,7 +8,6 @@ settings and no seed. No method is fitted on test images.
 # N images, K classes, F features of a method
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,28 +36,8 @@ def _mean(cls_NK: Tensor, dist_NK: Tensor) -> Tensor:
     return ((cls_NK + dist_NK) / 2).log_softmax(1)
 
 
-def _heads(cls_NK: Tensor, dist_NK: Tensor, *, towards_dist: Tensor | None = None) -> list[Tensor]:
-    log_cls_NK, log_dist_NK = cls_NK.log_softmax(1), dist_NK.log_softmax(1)
-    shift = [] if towards_dist is None else [towards_dist * (log_dist_NK - log_cls_NK)]
-    return [log_cls_NK, log_dist_NK, *shift]
-
-
-def _size(log_prior_K: Tensor) -> Tensor:
-    """Return the standardised log of the class sizes [K].
-
-    All 0 if the sizes are equal.
-    """
-    centred_K = log_prior_K - log_prior_K.mean()
-    return centred_K / centred_K.square().mean().sqrt().clamp_min(1e-6)
-
-
-def _doubt(cls_NK: Tensor, dist_NK: Tensor) -> Tensor:
-    """Return the difference of the entropies of CLS and DIST, [N, 1].
-
-    Divided by log K, so in -1..1.
-    """
-    entropies = [-(p.exp() * p).sum(1, keepdim=True) for p in _heads(cls_NK, dist_NK)]
-    return (entropies[0] - entropies[1]) / math.log(max(cls_NK.shape[1], 2))
+def _heads(cls_NK: Tensor, dist_NK: Tensor) -> list[Tensor]:
+    return [cls_NK.log_softmax(1), dist_NK.log_softmax(1)]
 
 
 METHODS: dict[str, tuple[Features, tuple[float, ...]]] = {
@@ -67,14 +46,11 @@ METHODS: dict[str, tuple[Features, tuple[float, ...]]] = {
     "DIST, temperature": (lambda c, d, _: [d.log_softmax(1)], (1.0,)),
     "AVG, class prior": (lambda c, d, log_prior_K: [_mean(c, d), (-log_prior_K).expand_as(c)], (1.0, 0.0)),
     "fusion": (lambda c, d, _: _heads(c, d), (0.5, 0.5)),
-    "fusion by class size": (lambda c, d, p: _heads(c, d, towards_dist=_size(p)), (0.5, 0.5, 0.0)),
-    "fusion by entropy": (lambda c, d, _: _heads(c, d, towards_dist=_doubt(c, d)), (0.5, 0.5, 0.0)),
 }
 """Name -> its features, and the weights that leave the heads' logits unchanged (for a fusion, those of AVG).
 
 Temperature: Guo et al. 2017, section 4.2. Class prior: Menon et al. 2021, eq. 9, ``logits - tau log prior``. Fusion:
-the weight alpha of the DIST head, one for all images, linear in the log of the class size, or linear in the difference
-of the heads' entropies."""
+the weight alpha of the DIST head."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +189,7 @@ def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prio
     return weights_F.tolist() if len(start) > 1 else [max(float(weights_F), 1 / MAX_TEMPERATURE)]
 
 
-def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
+def describe(method: str, weights: Sequence[float]) -> str:
     """Format a method's weights as T, tau and alpha.
 
     Temperature, strength of the prior and weight of DIST.
@@ -226,18 +202,7 @@ def describe(method: str, weights: Sequence[float], log_prior_K: Tensor) -> str:
         return temperature
     if method == "AVG, class prior":
         return f"{temperature}, tau = {weights[1] / total:.2f}"
-    alpha = weights[1] / total
-    if len(weights) == 2:
-        return f"{temperature}, alpha = {alpha:.2f}"
-    slope = weights[2] / total
-    if method == "fusion by class size":
-        size_K = _size(log_prior_K)
-        largest, smallest = (alpha + slope * float(size) for size in (size_K.max(), size_K.min()))
-        return f"{temperature}, alpha = {largest:.2f} (largest class) to {smallest:.2f} (smallest)"
-    return (
-        f"{temperature}, alpha = {alpha:.2f} {'+' if slope >= 0 else '-'} {abs(slope):.2f} x (entropy of CLS - entropy "
-        "of DIST)"
-    )
+    return f"{temperature}, alpha = {weights[1] / total:.2f}"
 
 
 def temperatures(val: tuple[Tensor, Tensor, Tensor], counts: Sequence[int]) -> dict[str, float]:
@@ -282,7 +247,7 @@ def post_hoc(
     return PostHoc(
         num_fitted=num_fitted,
         weights=weights,
-        meaning={method: describe(method, w, log_prior_K) for method, w in weights.items()},
+        meaning={method: describe(method, w) for method, w in weights.items()},
         result=score_heads(heads | logits, labels_N, counts, dataset),
         prior_known=prior_known,
     )

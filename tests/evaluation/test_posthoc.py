@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score
-from fastdeitlt.evaluation.posthoc import METHODS, PostHoc, apply, describe, fit, log_prior, post_hoc, temperatures
+from fastdeitlt.evaluation.posthoc import METHODS, PostHoc, apply, fit, log_prior, post_hoc, temperatures
 from fastdeitlt.models.saved import Saved
 from fastdeitlt.store.manifest import Calibration, Preprocess
 from fastdeitlt.tools.model_card import model_card
@@ -89,35 +89,6 @@ def test_the_prior_of_a_model_that_learned_the_frequencies_is_taken_out_whole():
     )
     # told the prior of the training set, adjusting gives back what the model said; told another, it does better
     assert found.prior_known["backward 50"] > 1.05 * found.prior_known["uniform"]
-
-
-def test_fusion_by_class_size_finds_which_head_knows_which_class():
-    cls_NK, dist_NK, labels_N = heads(num_images=3000)
-    prior = log_prior(COUNTS)
-    weights = fit("fusion by class size", cls_NK, dist_NK, labels_N, prior)
-    assert weights[2] < 0  # alpha falls with the class size
-    low, high = (
-        float(text.split()[0])
-        for text in describe("fusion by class size", weights, prior).split("= ")[2:]
-        for text in text.split(" to ")
-    )
-    assert low < 0.3 and high > 0.7
-    fitted = apply("fusion by class size", weights, cls_NK, dist_NK, prior)
-    assert balanced_nll(fitted, labels_N) < balanced_nll(
-        apply("fusion", fit("fusion", cls_NK, dist_NK, labels_N, prior), cls_NK, dist_NK, prior), labels_N
-    )
-
-
-def test_fusion_by_entropy_trusts_the_head_that_is_sure():
-    generator = torch.Generator().manual_seed(1)
-    labels_N = torch.arange(2000) % 5
-    onehot_NK = torch.nn.functional.one_hot(labels_N, 5)
-    knows_N1 = (torch.rand(2000, 1, generator=generator) < 0.5).float()
-    noise = [torch.randn(2000, 5, generator=generator) * 0.3 for _ in range(2)]
-    cls_NK, dist_NK = noise[0] + 4 * onehot_NK * knows_N1, noise[1] + 4 * onehot_NK * (1 - knows_N1)
-    prior = log_prior(COUNTS)
-    weights = fit("fusion by entropy", cls_NK, dist_NK, labels_N, prior)
-    assert weights[2] / (weights[0] + weights[1]) > 0.2  # more of DIST where CLS is in doubt
 
 
 def test_calibrated_scores_on_the_test_set_agree_with_torchmetrics():

@@ -14,7 +14,7 @@ from pynvml import NVMLError
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import bench_scaling, bench_step, peers, simulate
+from benchmarks import bench_step, peers
 from fastdeitlt import config
 from fastdeitlt.cli import main
 from fastdeitlt.core.measure import timer
@@ -270,36 +270,3 @@ def test_peers_take_the_same_steps_and_a_wrong_one_is_caught(monkeypatch):
     right = eager(work, train__compile=False)
     with pytest.raises(AssertionError, match="wrong"):
         peers.check_equal({"right": right, "wrong": lambda batch: 1.001 * right(batch)}, work, 1)
-
-
-def test_exponents_are_slopes():
-    assert bench_scaling.exponent((1, 10, 100), (2.0, 20.0, 200.0)) == pytest.approx(1)
-    assert bench_scaling.exponent((1, 10, 100), (3.0, 300.0, 30000.0)) == pytest.approx(2)
-
-
-@pytest.mark.parametrize("name", ["sampler by data set", "list reading by data set", "scoring by classes"])
-def test_what_grows_runs_at_its_smallest(name):
-    rows = list(bench_scaling.run(name, bench_scaling.growths(small=True)[name], rounds=1))
-    assert len(rows) == 2 and rows[0]["exponent"] == rows[1]["exponent"]
-
-
-def test_the_simulation_adds_up_by_hand():
-    job = simulate.Job(images=1280, parameters=10**9, step_ms=100.0, batch=10, zero=1)
-    cluster = simulate.Cluster(
-        gpus_per_node=4, intra_gb_s=100, inter_gb_s=10, disk_gb_s=2, mtbf_hours=1000, restart_s=60
-    )
-    one, four, eight = (simulate.predict(job, cluster, n) for n in (1, 4, 8))
-    assert (one.exchange, one.efficiency, one.images_per_s) == (0.0, 1.0, 100.0)
-    assert four.exchange == pytest.approx(2 * 3 / 4 * 4e9 / 100e9) and four.step == pytest.approx(0.16)
-    assert eight.exchange == pytest.approx(2 * 7 / 8 * 4e9 / 10e9), "the slow link"
-    assert one.checkpoint == pytest.approx(16e9 / 2e9)
-    assert one.checkpoint_every == pytest.approx((2 * 8 * 1000 * 3600) ** 0.5)
-    assert one.epoch == pytest.approx(128 * 0.1 / (1 - one.lost))
-    third = simulate.predict(simulate.Job(1280, 10**9, 100.0, 10, accumulate=2, zero=3), cluster, 4)
-    assert third.exchange == pytest.approx(3 * 2 * 3 / 4 * 4e9 / 100e9), "after every micro-batch"
-
-
-def test_a_simulation_without_a_measured_step_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        simulate.main(["--gpus", "8"])
-    assert "--step-ms" in capsys.readouterr().err
