@@ -1,6 +1,8 @@
 """Process set-up of a command: stop signals and fault-tolerant standard streams."""
 
+import ctypes
 import errno
+import gc
 import io
 import os
 import select
@@ -20,6 +22,12 @@ PATIENCE_S = 1.0
 """Seconds after which another Ctrl-C counts as a second one: a terminal and a launcher may both deliver the first."""
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit code after a closed output pipe, as a shell reports it."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's ``mallopt`` (malloc.h)."""
+MOST_KEPT = 1 << 28
+"""Bytes of the largest block that is kept, and of free memory at the heap's end."""
+GC_THRESHOLDS = (50_000, 20, 100)
+"""Python's own (700, 10, 10) traverse all of torch several times while it is imported."""
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -178,11 +186,24 @@ def _replace_streams() -> _Stream:
     return streams[1]
 
 
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep the memory that a step frees, for the next step.
+
+    Returned to the system at each step, its pages are cleared again: 8 % of the quick start's step on a CPU.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+        libc.mallopt(M_MMAP_THRESHOLD, MOST_KEPT)
+
+
 def start() -> _Stream:
     """Set up the process of a command before slow imports.
 
     Returns its standard output.
     """
+    keep_freed_memory()
+    gc.set_threshold(*GC_THRESHOLDS)
     stdout = _replace_streams()  # before any file is opened
     STOP.install()
     STOP.watch()
@@ -212,4 +233,5 @@ def end(code: int, result: _Stream | None) -> int:
         # other ranks wait for this one; do not wait for threads of libraries
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # leaves the last collection nothing to traverse; it would take a second
     return code
