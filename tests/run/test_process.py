@@ -1,5 +1,8 @@
+import os
 import subprocess
 import sys
+
+import pytest
 
 FAULTS = """
 import resource
@@ -38,3 +41,18 @@ def test_a_command_collects_garbage_seldom_while_it_imports_and_not_at_its_end()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     enabled, full_collections, frozen = done.stdout.split()
     assert (enabled, frozen) == ("True", "True") and int(full_collections) <= 2, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")], ids=str
+)
+def test_waiting_threads_sleep_soon_unless_the_user_decides(given, kept):
+    code = (
+        "import os, sys\nfrom fastdeitlt.run import process\nprocess.start()\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True)
+    assert done.stdout.split() == [kept, "False"], done.stderr
