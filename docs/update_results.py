@@ -1,9 +1,10 @@
 """Insert tables and figures of ablation grids into the pages of docs/.
 
     fastdeitlt ablate ablation/embedded --table
-    python docs/update_results.py runs/ablation-embedded ...
+    python docs/update_results.py runs/ablation-embedded ... [--curve runs/ablation-embedded/deit-lt-seed0]
 
 Each grid's results.md and results.svg go between the markers with the name of its folder, in whichever page has them.
+The validation accuracies of a run over its epochs go to the figure ``<grid>-curve.svg``.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+from fastdeitlt import config
 from fastdeitlt.errors import counted
+from fastdeitlt.reporting import figures
 
 DOCS = Path(__file__).parent
 END = "<!-- end of grid -->\n"
@@ -56,12 +59,30 @@ def update(grid: Path) -> None:
     page.write_text(f"{before}{begin}{generated}{END}{after}", encoding="utf-8")
 
 
+def curve(run: Path) -> None:
+    """Draw validation accuracies of a student's average weights, and its teacher's, over the epochs of a run."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored = [r for r in records if (r["kind"], r.get("set"), r.get("weights")) == ("eval", "val", "ema")]
+    epochs = [record["epoch"] + 1 for record in scored]
+    lines = {head: (epochs, [record[f"{head.lower()}_all"] for record in scored]) for head in ("AVG", "CLS", "DIST")}
+    cfg = config.load(str(run / "config.yaml"))
+    if cfg.teacher.path:
+        teacher = json.loads((Path(cfg.teacher.path) / "manifest.json").read_text(encoding="utf-8"))
+        lines["TEACHER"] = ([0, epochs[-1]], [teacher["balanced_accuracy"]["val"]] * 2)
+    svg = figures.curves(lines, "validation accuracy in %", figures.COLOURS, cfg.loss.drw_epoch)
+    (DOCS / f"{run.parent.name}-curve.svg").write_text(str(svg), encoding="utf-8")
+
+
 def main() -> None:
     """Update the pages with the grids given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("grids", type=Path, nargs="+", help="folders with results.md, results.svg and the runs")
-    for grid in parser.parse_args().grids:
+    parser.add_argument("grids", type=Path, nargs="*", help="folders with results.md, results.svg and the runs")
+    parser.add_argument("--curve", type=Path, metavar="RUN", help="also draw this run's accuracy over epochs")
+    options = parser.parse_args()
+    for grid in options.grids:
         update(grid.resolve())
+    if options.curve:
+        curve(options.curve.resolve())
 
 
 if __name__ == "__main__":
