@@ -276,20 +276,29 @@ def main(arguments: list[str] | None = None) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """Format Markdown, one row per set, one column per contestant.
 
-    Mean and deviation over seeds, and the recommendations.
+    Mean and deviation over seeds, and the recommendations; the AVG of the recommended run's student.
     """
-    lines = [f"| set | seeds | recommended | {' | '.join((OURS, *PEERS))} |", "| --- | ---: | --- |" + " ---: |" * 4]
+    columns = (OURS, "its student, AVG", *PEERS)
+    lines = [
+        f"| set | seeds | recommended | {' | '.join(columns)} |",
+        "| --- | ---: | --- |" + " ---: |" * len(columns),
+    ]
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name]
-        cells = []
-        for contestant in (OURS, *PEERS):
-            values = [row["balanced"] for row in mine if row["contestant"] == contestant]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
-        named = ", ".join(row["recommended"] for row in mine if row["contestant"] == OURS)
-        seeds = len({row["seed"] for row in mine})
-        lines.append(f"| {name} | {seeds} | {named} | {' | '.join(cells)} |")
+        plans = [row for row in mine if row["contestant"] == OURS]
+        values = {
+            contestant: [row["balanced"] for row in mine if row["contestant"] == contestant] for contestant in PEERS
+        }
+        values |= {OURS: [row["balanced"] for row in plans], columns[1]: [row["heads"]["AVG"] for row in plans]}
+        cells = [_mean(values[column]) for column in columns]
+        named = ", ".join(row["recommended"] for row in plans)
+        lines.append(f"| {name} | {len(plans)} | {named} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else "-"
 
 
 def _run(
