@@ -29,7 +29,7 @@ MOST_KEPT = 1 << 28
 GC_THRESHOLDS = (50_000, 20, 100)
 """Python's own (700, 10, 10) traverse all of torch several times while it is imported."""
 SPINS = "1000"
-"""Turns for which an OpenMP thread waits before it sleeps. With GNU OpenMP's own 300,000 (0.1 ms and more) the threads
+"""Turns for which an OpenMP thread waits before it sleeps. With GNU OpenMP's own 300,000 (milliseconds) the threads
 of a busy machine wait for each other's time slices: beside two other trainings on two cores, the quick start makes 15
 images/s instead of 430."""
 SHOW_CURSOR = b"\x1b[?25h"
