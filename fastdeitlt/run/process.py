@@ -193,7 +193,7 @@ def _replace_streams() -> _Stream:
 def keep_freed_memory() -> None:
     """Let glibc's allocator keep the memory that a step frees, for the next step.
 
-    Returned to the system at each step, its pages are cleared again: 8 % of the quick start's step on a CPU.
+    Returned to the system at each step, its pages are cleared again: 6 % of the quick start's step on one core.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

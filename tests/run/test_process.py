@@ -5,8 +5,11 @@ import sys
 import pytest
 
 FAULTS = """
+import ctypes
 import resource
 from fastdeitlt.run import process
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make faults rare on some kernels
 
 process.start() if {started} else None
 def faults():
