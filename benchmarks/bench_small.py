@@ -162,7 +162,7 @@ def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
             if done >= (checked + 1) / CHECKS:
                 checked += 1
                 for model in (network, average.module):
-                    accuracy = _balanced(model, sets.val, used, sets.train.counts)
+                    accuracy = balanced_accuracy(model, sets.val, used, sets.train.counts)
                     if accuracy > best[0]:
                         best = accuracy, copy.deepcopy(model.state_dict())
             if done >= 1:
@@ -178,7 +178,7 @@ def peer(name: str, mine: dict[str, Any], seed: int) -> dict[str, Any]:
             average.update_parameters(network)
     network.load_state_dict(best[1])
     return {
-        "balanced": _balanced(network, sets.test, used, sets.train.counts),
+        "balanced": balanced_accuracy(network, sets.test, used, sets.train.counts),
         "validation": best[0],
         "cpu_s": budget_s,
     }
@@ -227,7 +227,7 @@ def _distilled(network: nn.Module, teacher: str) -> Update:
     return lambda images_BCHW, target_BK: task.train()(images_BCHW, target_BK)["loss"]
 
 
-def _balanced(model: nn.Module, images: LongTailSet, cfg: Config, counts: list[int]) -> float:
+def balanced_accuracy(model: nn.Module, images: LongTailSet, cfg: Config, counts: list[int]) -> float:
     """Return the balanced accuracy in per cent, with our run's preprocessing."""
     size = cfg.teacher_training.img_size if cfg.is_teachers else cfg.student.side
     with closing(open_source(images, cfg.data, CPU, scored=True)) as source:
