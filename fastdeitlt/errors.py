@@ -2,6 +2,7 @@
 
 import errno
 import re
+from typing import Any
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line and paragraph separators, direction overrides, surrogates of invalid UTF-8."""
@@ -35,6 +36,12 @@ def counted(number: int, noun: str) -> str:
     """Format a number with its noun: "1 class", "2 classes", "1,000 ranks"."""
     plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def first_fault(error: Any) -> str:
+    """Return the place and message of the first fault in a pydantic ValidationError."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def csv_name(text: object) -> str:

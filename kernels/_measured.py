@@ -17,7 +17,7 @@ import torch
 from fastdeitlt.kernels._launch import LaunchConfig
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, first_fault
 from fastdeitlt.store.files import user_cache, write_atomically
 
 Key = tuple[str | int, ...]
@@ -80,10 +80,9 @@ def read(path: Path) -> list[Row]:
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError as error:
-            what = error.errors()[0]
             raise UserError(
-                f"kernel measurements {path}, line {number}: {'.'.join(map(str, what['loc'])) or 'the line'}: "
-                f"{what['msg']}. Delete the file and run 'fastdeitlt tune' again."
+                f"kernel measurements {path}, line {number}: {first_fault(error)}. Delete the file and run 'fastdeitlt "
+                "tune' again."
             ) from None
     return rows
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdeitlt.data.sets.counts import has_official_split, shot_groups
-from fastdeitlt.errors import NonFiniteError, UserError, counted
+from fastdeitlt.errors import NonFiniteError, UserError, counted, first_fault
 
 SELECT_BY = {"balanced": "mean class accuracy", "micro": "accuracy over images"}
 """Value of ``evaluate.select_by`` -> its description."""
@@ -152,9 +152,7 @@ class Result:
         try:
             return _RESULT.validate_python(tree)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"result: {where}: {first['msg']}. Rerun `fastdeitlt eval`.") from None
+            raise UserError(f"result: {first_fault(error)}. Rerun `fastdeitlt eval`.") from None
 
     def table(self, split: str = "threshold", teacher: "Result | None" = None) -> Table:
         """Return the table of accuracies for a terminal.
@@ -226,7 +224,7 @@ def score(
         NonFiniteError: a logit is NaN or infinite.
     """
     _check({"CLS": cls_logits_NK, "DIST": dist_logits_NK}, labels_N, len(counts))
-    return _score(heads_of(cls_logits_NK, dist_logits_NK), labels_N, counts, dataset, device)
+    return score_heads(heads_of(cls_logits_NK, dist_logits_NK), labels_N, counts, dataset, device)
 
 
 def heads_of(cls_logits_NK: Tensor, dist_logits_NK: Tensor) -> dict[str, Tensor]:
@@ -250,16 +248,6 @@ def score_heads(
     The first name is ``Result.main``. See ``score``.
     """
     _check(logits, labels_N, len(counts))
-    return _score(logits, labels_N, counts, dataset, device)
-
-
-def _score(
-    logits: dict[str, Tensor],
-    labels_N: Tensor,
-    counts: Sequence[int],
-    dataset: str | None,
-    device: torch.device = CPU,
-) -> Result:
     *parts, read_N = readable(*logits.values(), labels_N)
     labels_N, left_out = read_N.long().cpu(), len(labels_N) - len(read_N)
     num_classes = len(counts)

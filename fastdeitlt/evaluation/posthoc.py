@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 from torch import Tensor
 
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, first_fault
 from fastdeitlt.evaluation.metrics import GROUPS, Number, Result, cell, readable, score_heads
 from fastdeitlt.evaluation.shift import SHIFTS, accuracy_under, shifted_prior
 
@@ -112,9 +112,7 @@ class PostHoc:
         try:
             scores = _POST_HOC.validate_python(tree)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"post-hoc scores: {where}: {first['msg']}. Rerun `fastdeitlt eval`.") from None
+            raise UserError(f"post-hoc scores: {first_fault(error)}. Rerun `fastdeitlt eval`.") from None
         return replace(scores, result=Result.from_json(tree["result"]))
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdeitlt import __version__
-from fastdeitlt.errors import CheckpointError, DamagedError, UserError
+from fastdeitlt.errors import CheckpointError, DamagedError, UserError, first_fault
 from fastdeitlt.store.files import flush, write_atomically
 from fastdeitlt.store.manifest import Manifest
 
@@ -162,11 +162,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         checked = Manifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DamagedError(
-            f"model folder {path}: {MANIFEST}, {where}: {first['msg']}. Use a folder written by train."
-        ) from None
+        fault = first_fault(error)
+        raise DamagedError(f"model folder {path}: {MANIFEST}, {fault}. Use a folder written by train.") from None
     for name, facts in checked.files.items():
         file = path / Path(name).name
         try:
