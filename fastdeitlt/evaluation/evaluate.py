@@ -7,9 +7,9 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -139,23 +139,29 @@ def gather_logits(
     source: Source,
     images: LongTailSet,
     preprocess: Preprocess,
-    *,
+    cfg: Config,
     device: torch.device,
     most: int = 0,
-    **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Collect the logits of the images on every rank.
-
-    Each rank computes a part.
+    """Collect the logits of the images on every rank, which computes a part of them.
 
     Args:
+        cfg: ``evaluate.batch_size`` and ``train.precision``; for the others see ``collect_logits``.
         most: most images, evenly spaced in the list. 0 = all.
-        how: further arguments of ``collect_logits``.
     """
     total = min(most or len(images), len(images))
     chosen_N = np.linspace(0, len(images) - 1, total).astype(np.int64)
     sample_N = chosen_N[distributed.rank() :: distributed.get_world()]
-    mine = collect_logits(model, source, images, preprocess, device=device, sample_N=sample_N, **how)
+    mine = collect_logits(
+        model,
+        source,
+        images,
+        preprocess,
+        batch_size=cfg.evaluate.batch_size,
+        device=device,
+        autocast_dtype=autocast_dtype(cfg.train.precision, device),
+        sample_N=sample_N,
+    )
     cls_logits_NK, dist_logits_NK, labels_N = (distributed.gather_interleaved(part, total, device) for part in mine)
     return cls_logits_NK, dist_logits_NK, labels_N
 
@@ -258,20 +264,10 @@ def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Ten
     """
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
-    source = open_source(images, cfg.data.model_copy(update={"exif": saved.preprocess.exif}), device, scored=True)
-    try:
-        cls_logits_NK, dist_logits_NK, labels_N = gather_logits(
-            model.to(device),
-            source,
-            images,
-            saved.preprocess,
-            batch_size=cfg.evaluate.batch_size,
-            device=device,
-            autocast_dtype=autocast_dtype(cfg.train.precision, device),
-        )
-    finally:
-        source.close()
-    return saved.by_label(cls_logits_NK), saved.by_label(dist_logits_NK), labels_N
+    data = cfg.data.model_copy(update={"exif": saved.preprocess.exif})
+    with closing(open_source(images, data, device, scored=True)) as source:
+        logits = gather_logits(model.to(device), source, images, saved.preprocess, cfg, device)
+    return saved.by_label(logits[0]), saved.by_label(logits[1]), logits[2]
 
 
 def _write(evaluation: Evaluation, json_path: str | Path | None, csv_path: str | Path | None) -> None:

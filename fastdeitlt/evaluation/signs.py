@@ -5,8 +5,7 @@ tail classes. Each is described in words with its figures.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,10 +44,6 @@ class Sign:
     """Whether the run has the problem."""
     text: str
     """Description with figures."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return standard JSON."""
-        return asdict(self)
 
 
 def tail_images(images: LongTailSet, dataset: str) -> LongTailSet:

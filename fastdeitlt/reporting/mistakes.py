@@ -4,14 +4,13 @@
 
 import csv
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdeitlt.errors import csv_name
-from fastdeitlt.evaluation.metrics import Result
+from fastdeitlt.evaluation.metrics import Confusion, Result
 from fastdeitlt.reporting.heat_map import MAX_NUMBERED, heat_map
 from fastdeitlt.reporting.page import Block, Figure, Gallery, Section, Table
 from fastdeitlt.run.run_files import RunFiles
@@ -20,15 +19,6 @@ from fastdeitlt.store.files import read_json, write_atomically
 MAX_DRAWN = 50
 """Most classes with a drawn matrix; more have a longer table of the worst pairs instead."""
 NUM_PAIRS = 20
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Number of images of class ``label`` predicted as ``predicted``."""
-
-    label: int
-    predicted: int
-    num_images: int
 
 
 def read_images(run: RunFiles) -> dict[str, Any]:
@@ -40,10 +30,10 @@ def mistakes_section(run: RunFiles, result: Result) -> Section:
     """Return the section on the main head's mistakes."""
     facts = read_images(run)
     blocks: list[Block] = []
-    pairs = [Pair(c.label, c.predicted, c.num_images) for c in result.heads[result.main].confusions]
+    pairs = result.heads[result.main].confusions
     note = f"Errors of {result.main} on {_set_name(run)} images."
     if facts:
-        every = [Pair(label, predicted, numbers[0]) for label, predicted, *numbers in facts["confusion"]]
+        every = [Confusion(label, predicted, numbers[0]) for label, predicted, *numbers in facts["confusion"]]
         num_classes = len(result.counts_K)
         if num_classes <= MAX_DRAWN:
             blocks.append(_matrix(run, result, every))
@@ -62,7 +52,7 @@ def _set_name(run: RunFiles) -> str:
     return "test" if run.tested and run.tested[0] == "test" else "validation"
 
 
-def _matrix(run: RunFiles, result: Result, pairs: list[Pair]) -> Figure:
+def _matrix(run: RunFiles, result: Result, pairs: list[Confusion]) -> Figure:
     order_K = np.argsort(-np.array(result.counts_K), kind="stable")
     place_K = np.argsort(order_K)
     matrix_KK = np.zeros((len(order_K), len(order_K)), dtype=np.int64)
@@ -73,7 +63,7 @@ def _matrix(run: RunFiles, result: Result, pairs: list[Pair]) -> Figure:
     return Figure(f"Confusion matrix of {result.main}, in images", heat_map(matrix_KK, names), wide=wide)
 
 
-def _pair_table(run: RunFiles, result: Result, pairs: list[Pair]) -> Table:
+def _pair_table(run: RunFiles, result: Result, pairs: list[Confusion]) -> Table:
     rows = [
         [
             run.class_name(pair.label),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -96,13 +97,15 @@ def _escape(record: logging.LogRecord) -> bool:
 
 def environment() -> dict[str, Any]:
     """Describe hardware and software, without environment variables or arguments."""
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = measurements = None
+    if torch.cuda.is_available():
+        from fastdeitlt.kernels._measured import fingerprint
+
+        gpu, measurements = torch.cuda.get_device_name(), fingerprint()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -110,26 +113,17 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "world": distributed.get_world(),
-        "kernel measurements": _kernel_measurements() if gpu else None,
+        "kernel measurements": measurements,
         "packages": versions,
         "commit": _commit(),
     }
 
 
-def _kernel_measurements() -> str:
-    """Return the hash of the measurements from which `auto` selects kernels."""
-    from fastdeitlt.kernels._measured import fingerprint
-
-    return fingerprint()
-
-
 def _commit() -> str | None:
-    git = shutil.which("git")
-    if not git:
+    if not shutil.which("git"):
         return None
-    root = Path(__file__).parents[2]
-    result = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    command = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 class Run:

@@ -5,7 +5,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from rich.table import Table
@@ -244,4 +244,4 @@ class Selector:
         for sign in checked:
             if sign.seen:
                 log.warning("epoch %d, %s weights: %s", epoch + 1, weights, sign.text)
-        self.run.record("signs", step, epoch=epoch, weights=weights, signs=[sign.to_json() for sign in checked])
+        self.run.record("signs", step, epoch=epoch, weights=weights, signs=[asdict(sign) for sign in checked])

@@ -23,7 +23,6 @@ from fastdeitlt.evaluation.posthoc import post_hoc, temperatures
 from fastdeitlt.evaluation.recommend import recommend
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
-from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run.selection import Tested, data_facts
 from fastdeitlt.store.manifest import preprocess_of
 
@@ -143,16 +142,8 @@ class StudentScorer:
 
     def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Return (cls_logits_NK, dist_logits_NK, labels_N), equal on every rank."""
-        cfg = self.cfg
-        return gather_logits(
-            model,
-            self._source(images),
-            images,
-            preprocess_of(cfg, self.student.img_size),
-            batch_size=cfg.evaluate.batch_size,
-            device=self.device,
-            autocast_dtype=autocast_dtype(cfg.train.precision, self.device),
-        )
+        preprocess = preprocess_of(self.cfg, self.student.img_size)
+        return gather_logits(model, self._source(images), images, preprocess, self.cfg, self.device)
 
     def _score(self, logits: tuple[Tensor, Tensor, Tensor]) -> Result:
         return score(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)

@@ -16,7 +16,6 @@ from fastdeitlt.evaluation.evaluate import OneHead, gather_logits
 from fastdeitlt.evaluation.metrics import Result, score_heads
 from fastdeitlt.evaluation.per_image import image_facts
 from fastdeitlt.models.teacher import logit_scale
-from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run.selection import Tested, data_facts
 from fastdeitlt.store.manifest import preprocess_of
 
@@ -61,9 +60,8 @@ class TeacherScorer:
             self.sources[split],
             images,
             preprocess_of(cfg, t.img_size),
-            batch_size=cfg.evaluate.batch_size,
-            device=self.device,
-            autocast_dtype=autocast_dtype(cfg.train.precision, self.device),
+            cfg,
+            self.device,
             most=CLEAN_IMAGES if split == "train" else 0,
         )
         return logits_NK, labels_N
