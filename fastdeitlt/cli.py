@@ -183,14 +183,14 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _analyze(args: argparse.Namespace) -> int:
-    from importlib import import_module
+    from fastdeitlt.reporting import analysis
 
     _set_up_logging()
     runs = [word for word in args.runs if "=" not in word]
     overrides = [word for word in (*args.runs, *args.overrides) if "=" in word]
     common = {"verb", "what", "runs", "overrides", "arguments"}
     options = {name: value for name, value in vars(args).items() if name not in common}
-    import_module(f"fastdeitlt.reporting.analysis.{args.what}").main(runs, overrides, **options)
+    analysis.main(args.what, runs, overrides, **options)
     return 0
 
 

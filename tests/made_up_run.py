@@ -13,7 +13,7 @@ from fastdeitlt.evaluation.metrics import heads_of, score, score_heads
 from fastdeitlt.evaluation.per_image import data_uri, image_facts
 from fastdeitlt.evaluation.posthoc import post_hoc
 from fastdeitlt.reporting.analysis import overlay
-from fastdeitlt.reporting.analysis.student import write as write_analysis
+from fastdeitlt.reporting.analysis import write as write_analysis
 from fastdeitlt.store.manifest import preprocess_of
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
@@ -72,7 +72,7 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
         "selected": {"step": 60, "epoch": 11, "weights": "ema", "accuracy": 70.0, "on": "val"},
     }
     (folder / "results.json").write_text(json.dumps(results))
-    write_analysis(analysis_facts(names), folder)
+    write_analysis("student", analysis_facts(names), folder)
     (folder / "analysis" / "teacher.json").write_text(json.dumps(teacher_facts(names)))
     (folder / "analysis" / "images.json").write_text(json.dumps(facts_of_images(cls, dist, labels)))
     (folder / "checkpoints" / "best").mkdir(parents=True)

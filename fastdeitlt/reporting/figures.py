@@ -79,18 +79,8 @@ def curves(
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=False)
         if drw_epoch >= 0:
             axes.axvline(drw_epoch, color=FAINT, linewidth=1, linestyle=":")
-            axes.annotate(
-                "DRW",
-                (drw_epoch, 1),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="bottom",
-                fontsize=8,
-                color=INK,
-            )
-        axes.set_xlim(left=0)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(ylabel)
+            _label_above(axes, drw_epoch, "DRW")
+        axes.set(xlim=(0, None), xlabel="epoch", ylabel=ylabel)
         if len(lines) > 1:
             axes.legend(loc="best", ncols=2 if len(lines) > 3 else 1)
         return _svg(figure)
@@ -121,9 +111,8 @@ def class_accuracy(result: Result) -> Markup:
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_ylim(*PERCENT)
+        axes.set(ylim=PERCENT, ylabel="accuracy in %")
         axes.set_xlabel("training images of the class (log scale, large classes left)")
-        axes.set_ylabel("accuracy in %")
         axes.legend(loc="best", ncols=3)
         return _svg(figure)
 
@@ -144,10 +133,7 @@ def reliability(result: Result, names: Mapping[str, str] | None = None) -> Marku
             size = [4 + 60 * bar.num_images / result.num_images for bar in head.reliability]
             axes.plot(x, y, color=COLOURS.get(name, INK), label=name)
             axes.scatter(x, y, s=size, color=COLOURS.get(name, INK))
-        axes.set_xlim(*PERCENT)
-        axes.set_ylim(*PERCENT)
-        axes.set_xlabel("confidence in %")
-        axes.set_ylabel("accuracy in %")
+        axes.set(xlim=PERCENT, ylim=PERCENT, xlabel="confidence in %", ylabel="accuracy in %")
         axes.legend(loc="upper left")
         return _svg(figure)
 
@@ -162,9 +148,7 @@ def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: 
             axes.bar(x, np.nan_to_num(heights), width * 0.92, label=name, color=colours[name])
         axes.set_xticks(range(len(groups)), groups)
         axes.grid(axis="x", visible=False)
-        axes.set_ylim(0, 120)  # room for the legend
-        axes.set_yticks(range(0, 101, 20))
-        axes.set_ylabel("accuracy in %")
+        axes.set(ylim=(0, 120), yticks=range(0, 101, 20), ylabel="accuracy in %")  # room for the legend
         axes.legend(loc="upper center", ncols=len(values), handlelength=1, columnspacing=1.2)
         return _svg(figure)
 
@@ -177,9 +161,8 @@ def shifts(names: Sequence[str], lines: Mapping[str, Sequence[float]], colours: 
             style = "--" if name.endswith("prior") else "-"
             axes.plot(range(len(names)), values, f"o{style}", markersize=3, label=name, color=colours[name])
         axes.set_xticks(range(len(names)), [name.rpartition(" ")[2].replace("uniform", "1") for name in names])
-        axes.set_ylim(*PERCENT)
+        axes.set(ylim=PERCENT, ylabel="accuracy in %")
         axes.set_xlabel("forward (frequent classes first)        uniform        backward", fontsize=8.5)
-        axes.set_ylabel("accuracy in %")
         axes.legend(loc="best", ncols=2)
         return _svg(figure)
 
@@ -192,9 +175,7 @@ def over_blocks(lines: Mapping[str, Sequence[float]], ylabel: str) -> Markup:
             x = np.arange(1, len(values) + 1)
             axes.plot(x, values, "o-", markersize=3, label=name, color=RUN_COLOURS[index % len(RUN_COLOURS)])
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axes.set_ylim(bottom=min(0, *(min(values) for values in lines.values())))
-        axes.set_xlabel("block")
-        axes.set_ylabel(ylabel)
+        axes.set(ylim=(min(0, *(min(values) for values in lines.values())), None), xlabel="block", ylabel=ylabel)
         axes.legend(loc="best", ncols=2)
         return _svg(figure)
 
@@ -207,10 +188,8 @@ def distances(distance_LH: Sequence[Sequence[float]], uniform: float) -> Markup:
             axes.plot([block] * len(heads), heads, "o", markersize=4, alpha=0.6, color=COLOURS["CLS"])
         axes.axhline(uniform, color=FAINT, linewidth=1, linestyle=":")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axes.set_xlim(0.5, len(distance_LH) + 0.5)
-        axes.set_ylim(0, 1.15 * max(uniform, *(max(heads) for heads in distance_LH)))
-        axes.set_xlabel("block")
-        axes.set_ylabel("pixels")
+        top = 1.15 * max(uniform, *(max(heads) for heads in distance_LH))
+        axes.set(xlim=(0.5, len(distance_LH) + 0.5), ylim=(0, top), xlabel="block", ylabel="pixels")
         return _svg(figure)
 
 
@@ -245,10 +224,12 @@ def _shade_groups(axes: Axes, counts_K: np.ndarray) -> None:
     for name, left, right in (("head", 100, high), ("mid", 20, 100), ("tail", low, 20)):
         left, right = max(left, low), min(right, high)
         if left < right:
-            centre = float(np.sqrt(left * right))
-            axes.annotate(
-                name, (centre, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8, color=INK
-            )
+            _label_above(axes, float(np.sqrt(left * right)), name)
+
+
+def _label_above(axes: Axes, x: float, text: str) -> None:
+    where = ("data", "axes fraction")
+    axes.annotate(text, (x, 1), xycoords=where, ha="center", va="bottom", fontsize=8, color=INK)
 
 
 def _svg(figure: Figure) -> Markup:

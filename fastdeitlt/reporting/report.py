@@ -252,32 +252,23 @@ def _set_up(run: RunFiles) -> list[Section]:
         environment.blocks.append(Table("", [], _flat(run.environment), text=True))
     sections = [environment]
     if run.cfg is not None:
+        title, header = "Settings that differ from the defaults", ["setting", "value", "default", "meaning"]
         changed: list[Block] = [
-            Table(
-                "Settings that differ from the defaults",
-                ["setting", "value", "default", "meaning"],
-                _changes(run),
-                text=True,
-                wide=True,
-            ),
+            Table(title, header, _changes(run.cfg), text=True, wide=True),
             Fold("Full configuration", Code(config.dump(run.cfg))),
         ]
         commit = run.environment.get("commit")
         lines = [f"git checkout {commit}"] if commit else []
         verb = "train-teacher" if run.is_teacher else "train"
         lines.append(f"fastdeitlt {verb} {place_of(run)}/config.yaml name={run.name}-again")
-        sections.append(
-            Section("Configuration", "Settings that differ from the defaults, with their meaning.", changed)
-        )
+        sections.append(Section("Configuration", f"{title}, with their meaning.", changed))
         note = "Run these commands in the folder that the run was started in:"
         sections.append(Section("Reproduce this run", note, [Code("\n".join(lines))]))
     return [*sections, next_section(run)]
 
 
-def _changes(run: RunFiles) -> list[list[str]]:
-    if run.cfg is None:
-        return []
-    now, default = config.flatten(run.cfg), config.flatten(config.Config())
+def _changes(cfg: config.Config) -> list[list[str]]:
+    now, default = config.flatten(cfg), config.flatten(config.Config())
     return [
         [name, _plain(now[name]), _plain(default.get(name)), config.describe(name) if name in default else ""]
         for name in now

@@ -22,9 +22,9 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.per_image import data_uri
 from fastdeitlt.models import create_student
 from fastdeitlt.models.saved import open_saved
-from fastdeitlt.reporting.analysis import attention, look_into, overlay, sections
+from fastdeitlt.reporting.analysis import attention, look_into, main, overlay, sections, write
 from fastdeitlt.reporting.analysis.features import patch_similarity, watch_tokens
-from fastdeitlt.reporting.analysis.student import look, main, section, tables, write
+from fastdeitlt.reporting.analysis.student import look, section
 from fastdeitlt.train import train
 
 NUM_TOKENS = 2 + 16  # 4 x 4 patches of 8 px
@@ -171,8 +171,9 @@ def test_look_measures_a_student_and_its_section_shows_it(tmp_path):
     shown = [(item["group"], item["class"]) for item in facts["gallery"]]
     assert shown == [("head", "<b>cat</b>"), ("mid", "dog, small"), ("mid", "[red]eel[/red]"), ("tail", "fish")]
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
-    assert len(tables(facts)) == 2 and section(facts).blocks[0].kind == "gallery"
-    write(facts, tmp_path)
+    kinds = [block.kind for block in section(facts).blocks]
+    assert kinds == ["gallery", "figure", "figure", "figure", "table", "fold"]
+    write("student", facts, tmp_path)
     assert [path.name for path in sorted((tmp_path / "analysis" / "attention").iterdir())][-1] == "03-tail.png"
     assert [part.title for part in sections(tmp_path)] == ["Attention and features"]
 
@@ -180,9 +181,9 @@ def test_look_measures_a_student_and_its_section_shows_it(tmp_path):
 def test_the_verb_names_what_does_not_fit(tmp_path):
     save_student(tmp_path / "four")
     with pytest.raises(UserError, match=r"txt: classes differ by name, got 'T-shirt/top', .* and 7 more, not in model"):
-        main([str(tmp_path / "four")], [], images=10, json=None)
+        main("student", [str(tmp_path / "four")], [], images=10, json=None)
     with pytest.raises(UserError, match="--images: got 0, expected at least 1"):
-        main([str(tmp_path / "four")], [], images=0, json=None)
+        main("student", [str(tmp_path / "four")], [], images=0, json=None)
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,6 @@ def test_an_analysis_that_fails_is_told_and_spoils_nothing(trained, tmp_path, ca
 def test_the_numbers_of_several_students_are_in_one_file(trained, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(trained, again)
-    main([str(trained), str(again)], [], images=4, json=tmp_path / "all.json")
+    main("student", [str(trained), str(again)], [], images=4, json=tmp_path / "all.json")
     facts = json.loads((tmp_path / "all.json").read_text())
     assert list(facts) == [str(trained), str(again)] and all(one["images"] == 4 for one in facts.values())

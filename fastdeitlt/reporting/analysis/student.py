@@ -2,9 +2,6 @@
 
 # B images, C channels, H height, W width, K classes, N images in all, P patches, L blocks
 
-import base64
-import json as json_module
-import logging
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -32,45 +27,20 @@ from fastdeitlt.reporting import figures, page
 from fastdeitlt.reporting.analysis import attention, overlay
 from fastdeitlt.reporting.analysis.features import CENTRINGS, watch_tokens
 from fastdeitlt.reporting.page import Block, Section
-from fastdeitlt.store.files import write_atomically
 
-log = logging.getLogger("fastdeitlt")
 SPLIT = "official"
-NUM_IMAGES = 2048
 PER_GROUP = 4
 """Pictures per group (head, mid, tail)."""
 WEIGHT_BYTES = 2**29
 """Memory for the attention weights of a batch."""
 
 
-def main(runs: Sequence[str], overrides: Sequence[str], *, images: int, json: Path | None) -> None:
-    """Analyse students on their test images.
-
-    Prints tables, writes results and pictures.
-
-    Args:
-        json: file for the results of all students, by RUN.
+def diagnose(path: str, overrides: Sequence[str], *, images: int) -> dict[str, Any]:
+    """Analyse a student on its test images.
 
     Raises:
         UserError: not a student, no images, or another data set than the student's.
     """
-    all_facts = {}
-    for path in runs:
-        facts = all_facts[path] = _open_and_look(path, overrides, images)
-        for table in tables(facts):
-            Console().print(table)
-        if run := run_of(Path(path)):
-            log.info("%s", write(facts, run))
-    if json:
-        write_atomically(json, json_module.dumps(all_facts, indent=1))
-
-
-def leave(run_dir: Path, num_images: int) -> None:
-    """Analyse the student of a run at the end of training."""
-    write(_open_and_look(str(run_dir), (), num_images), run_dir)
-
-
-def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str, Any]:
     saved, run = open_saved(path), run_of(Path(path))
     if not isinstance(saved.model, DistilledViT):
         raise UserError(f"model {path}: got a {saved.kind}, expected a student. Use 'analyze teacher' for teachers.")
@@ -86,20 +56,13 @@ def _open_and_look(path: str, overrides: Sequence[str], images: int) -> dict[str
         return {"set": name} | look(saved, source, chosen, counts, dataset, images)
 
 
-def write(facts: dict[str, Any], run_dir: Path) -> Path:
-    """Write the results and pictures of ``look``; return RUN/analysis/student.json."""
-    folder = run_dir / "analysis"
-    (folder / "attention").mkdir(parents=True, exist_ok=True)
-    for index, item in enumerate(facts["gallery"]):
-        picture = base64.b64decode(item["picture"].partition(",")[2])
-        (folder / "attention" / f"{index:02d}-{item['group']}.png").write_bytes(picture)
-    path = folder / "student.json"
-    write_atomically(path, json_module.dumps(facts, indent=1))
-    return path
+def after_training(run_dir: Path, num_images: int) -> dict[str, Any]:
+    """Analyse the student of a run at the end of training."""
+    return diagnose(str(run_dir), (), images=num_images)
 
 
 def look(
-    saved: Saved, source: Source, images: LongTailSet, counts: Sequence[int], dataset: str, num_images: int = NUM_IMAGES
+    saved: Saved, source: Source, images: LongTailSet, counts: Sequence[int], dataset: str, num_images: int
 ) -> dict[str, Any]:
     """Measure attention and features of a student on images, in float32.
 
@@ -206,11 +169,6 @@ def _gallery(
                 }
             )
     return items
-
-
-def tables(facts: dict[str, Any]) -> list[Table]:
-    """Return the results as tables for a terminal."""
-    return [page.for_terminal(table) for table in (_block_table(facts), _map_table(facts))]
 
 
 def _block_table(facts: dict[str, Any]) -> page.Table:

@@ -2,15 +2,10 @@
 
 # K classes
 
-import json as json_module
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from fastdeitlt import config
 from fastdeitlt.config import Config
@@ -19,56 +14,37 @@ from fastdeitlt.evaluation.metrics import GROUPS, cell
 from fastdeitlt.models.saved import run_of
 from fastdeitlt.reporting import figures, page
 from fastdeitlt.reporting.page import Section
-from fastdeitlt.store.files import write_atomically
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 
-log = logging.getLogger("fastdeitlt")
 CONDITIONS = {"clean": "clean", "augmented": "augmented", "mixed": "mixed", "mixed_resized": "resized"}
 SHOTS = GROUPS[1:]
 MAX_CLASS_ROWS = 100
 
 
-def main(runs: Sequence[str], overrides: Sequence[str], *, recipe: str | None, images: int, json: Path | None) -> None:
-    """Diagnose teachers and print tables.
-
-    Writes RUN/analysis/teacher.json for the report.
+def diagnose(run: str, overrides: Sequence[str], *, recipe: str | None, images: int) -> dict[str, Any]:
+    """Diagnose the teacher of a student's run, or with ``recipe`` a teacher.
 
     Args:
-        runs: runs of students with a teacher; with ``recipe``, teachers (runs, model folders, checkpoints).
+        run: run of a student; with ``recipe`` a teacher (run, model folder, checkpoint).
         overrides: settings over the student's.
         recipe: the student's recipe or configuration; its ``data`` are those of the teacher's run, if there is one.
         images: number of training images.
-        json: file for the results of all teachers, by RUN.
 
     Raises:
         UserError: a run without teacher, a teacher without recipe, or an invalid teacher or data set.
     """
     if images < 2:
         raise UserError(f"--images: got {images}, expected at least 2")
-    all_facts = {}
-    for run in runs:
-        path, cfg = _student_of(run, recipe, overrides)
-        all_facts[run] = facts = diagnose_teacher(path, cfg, images, run_dir=None if recipe else run_of(Path(run)))
-        for table in tables(facts):
-            Console().print(table)
-        if folder := run_of(Path(run)):
-            log.info("%s", _write(facts, folder))
-    if json:
-        write_atomically(json, json_module.dumps(all_facts, indent=1))
+    path, cfg = _student_of(run, recipe, overrides)
+    return diagnose_teacher(path, cfg, images, run_dir=None if recipe else run_of(Path(run)))
 
 
-def leave(run_dir: Path, num_images: int) -> None:
+def after_training(run_dir: Path, num_images: int) -> dict[str, Any]:
     """Analyse a student's teacher, if any, after training, without sharpness."""
     cfg = config.load(str(run_dir / "config.yaml"))
-    if cfg.teacher.path:
-        _write(diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False, run_dir=run_dir), run_dir)
-
-
-def _write(facts: dict[str, Any], run_dir: Path) -> Path:
-    path = run_dir / "analysis" / "teacher.json"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json_module.dumps(facts, indent=1))
-    return path
+    if not cfg.teacher.path:
+        return {}
+    return diagnose_teacher(cfg.teacher.path, cfg, max(num_images, 2), flatness=False, run_dir=run_dir)
 
 
 def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Config]:
@@ -88,11 +64,6 @@ def _student_of(run: str, recipe: str | None, overrides: Sequence[str]) -> tuple
             "such as --recipe quickstart"
         )
     return cfg.teacher.path, cfg
-
-
-def tables(facts: dict[str, Any]) -> list[Table]:
-    """Return the tables for a terminal."""
-    return [page.for_terminal(block) for block in section(facts).blocks if isinstance(block, page.Table)]
 
 
 def section(facts: dict[str, Any]) -> Section:
