@@ -103,7 +103,8 @@ def _meet() -> tuple[collective.Store, int, int]:
         )
     patience = timedelta(seconds=MEETING_S)
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not _is_loopback(host):
+        is_loopback = host in ("localhost", "::1") or host.startswith("127.")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_loopback:
             return next(collective.rendezvous("env://", timeout=patience))
         listener = None
         if place == 0:  # torch's own socket listens on every interface
@@ -121,10 +122,6 @@ def _meet() -> tuple[collective.Store, int, int]:
             f"rank {place} of {world}: not all ranks joined at {host}:{port} within {MEETING_S} s ({reason}). Check "
             "that every rank was started and that the address is reachable."
         ) from error
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _end_with_launcher() -> None:
@@ -160,7 +157,8 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
             is_reported = ranks[0] > 0 if isinstance(error, StoppedError) else _already_reported(str(error))
             error.reported = is_reported  # type: ignore[attr-defined]
             raise
-        if not _lost_contact(error):
+        of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if not of_gloo and not isinstance(error, collective.DistError):
             log.error("rank %d of %d stopped: %s: %s", *ranks, type(error).__name__, error)
             raise
         reason = " ".join(str(error).split())[:160]
@@ -181,11 +179,6 @@ def _already_reported(message: str) -> bool:
         return _store.add(f"reported/{hashlib.sha256(message.partition('; ')[0].encode()).hexdigest()}", 1) > 1
     except (RuntimeError, collective.DistError):
         return False
-
-
-def _lost_contact(error: BaseException) -> bool:
-    """Return whether a collective failed because of another rank."""
-    return isinstance(error, collective.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _absent() -> str:

@@ -106,7 +106,11 @@ def joint_loss(
         ("counts", counts, (num_classes,), None),
         ("normaliser", normaliser, (), torch.float32),
     ):
-        _check_tensor(name, tensor, shape, dtype, device)
+        if tensor is None:
+            continue
+        dtype = dtype or tensor.dtype
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise UserError(f"joint_loss: {name}: got {_describe(tensor)}, expected {dtype} {shape} on {device}")
     lam = torch.full((), lam, device=device) if isinstance(lam, float | int) else lam
     target = Target(labels, partner, lam, smoothing)
     spec = LossSpec(
@@ -183,16 +187,6 @@ def _check_mixing(partner: Tensor | None, lam: float | Tensor | None, device: to
         )
     if isinstance(lam, float | int) and not 0 <= lam <= 1:
         raise UserError(f"joint_loss: lam: got {lam}, expected 0 <= lam <= 1")
-
-
-def _check_tensor(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
-) -> None:
-    if tensor is None:
-        return
-    dtype = dtype or tensor.dtype
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-        raise UserError(f"joint_loss: {name}: got {_describe(tensor)}, expected {dtype} {shape} on {device}")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -238,22 +238,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         for group in optimizer.param_groups:
             group["step"] = int(tensors[f"{name_of[id(group['params'][0])]}/step"])
         tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("/step")}
+    # AdamW's step counter is on the parameter's device only if fused or capturable, else on the CPU
+    is_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for key, tensor in tensors.items():
         name, _, state = key.rpartition("/")
         parameter = parameters[name]
-        device = (
-            parameter.device if tensor.ndim or parameter.device.type == "cpu" else _step_device(optimizer, parameter)
-        )
+        device = parameter.device if tensor.ndim or is_on_device else "cpu"
         optimizer.state[parameter][state] = tensor.to(device, copy=True)
-
-
-def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    """Return the device of AdamW's step counter.
-
-    It is the parameter's only if fused or capturable.
-    """
-    fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    return parameter.device if fused else torch.device("cpu")
 
 
 class Ema:

@@ -252,8 +252,7 @@ def _report_absent(images: LongTailSet, where: str) -> None:
     Means over classes ignore them.
     """
     if absent := [label for label, count in enumerate(images.counts) if count == 0]:
-        names = images.class_names or [f"class {label}" for label in range(images.num_classes)]
-        named = listed(names[label] for label in absent)
+        named = listed(images.class_name(label) for label in absent)
         log.warning("%s: no images for %d of %d classes (%s)", where, len(absent), images.num_classes, named)
 
 
@@ -286,7 +285,7 @@ def _write(evaluation: Evaluation, json_path: str | Path | None, csv_path: str |
 
 
 def _write_predictions(evaluation: Evaluation, saved: Saved, path: Path) -> None:
-    names = evaluation.images.class_names or [f"class {label}" for label in range(len(evaluation.result.counts_K))]
+    names = [evaluation.images.class_name(label) for label in range(evaluation.images.num_classes)]
     temperatures = saved.calibration.temperatures if saved.calibration else {}
     write_atomically(
         path, per_image.to_csv(evaluation.heads, evaluation.labels_N, evaluation.images, names, temperatures)

@@ -51,35 +51,25 @@ def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl
     device = x_BND.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x_BND.dtype
     impl = pick_attention(impl, x_BND.shape[1], x_BND.shape[-1] // heads, dtype, device)
-    if impl != "sdpa":
-        return _attend(x_BND, qkv, heads, num_queries, impl)
+    kernel = impl == "triton"
     if num_queries is None:
-        q_BHME, k_BHNE, v_BHNE = _packed(x_BND, qkv, heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv_BN3HE = qkv(x_BND, train_bias=not kernel).unflatten(-1, (3, heads, -1))
     else:
-        q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries)
-        q_BHME, (k_BHNE, v_BHNE) = q_BMHE.transpose(1, 2), kv_BN2HE.permute(2, 0, 3, 1, 4)
-    return _softmax_attention(q_BHME, k_BHNE, v_BHNE)
-
-
-def _attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl: str) -> Tensor:
+        q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, not kernel)
+    if impl == "sdpa":
+        if num_queries is None:
+            return _softmax_attention(*qkv_BN3HE.permute(2, 0, 3, 1, 4).unbind(0))
+        return _softmax_attention(q_BMHE.transpose(1, 2), *kv_BN2HE.permute(2, 0, 3, 1, 4))
     from fastdeitlt.kernels.attention import attention, attention_first  # Triton is slow to import
 
-    kernel = impl == "triton"
     # read the bias only after the projection, at whose end ZeRO stage 3 frees its weights
+    bias = qkv.bias if kernel else None
     if num_queries is None:
-        qkv_BN3HE = _packed(x_BND, qkv, heads, train_bias=not kernel)
-        return attention(qkv_BN3HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
-    q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, train_bias=not kernel)
-    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=qkv.bias if kernel else None, impl=impl)
+        return attention(qkv_BN3HE, qkv_bias=bias, impl=impl)
+    return attention_first(q_BMHE, kv_BN2HE, qkv_bias=bias, impl=impl)
 
 
-def _packed(x_BND: Tensor, qkv: Linear, heads: int, *, train_bias: bool = True) -> Tensor:
-    return qkv(x_BND, train_bias=train_bias).unflatten(-1, (3, heads, -1))
-
-
-def _apart(
-    x_BND: Tensor, qkv: Linear, heads: int, num_queries: int, *, train_bias: bool = True
-) -> tuple[Tensor, Tensor]:
+def _apart(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int, train_bias: bool) -> tuple[Tensor, Tensor]:
     """Return q_BMHE and kv_BN2HE."""
     width = x_BND.shape[-1]
     q_BMD = qkv(x_BND[:, :num_queries], slice(width), train_bias=train_bias)

@@ -82,7 +82,15 @@ def add_norm(
         (sum, its norm).
     """
     if pick("add_layernorm", impl, (x_BND.shape[-1],), x_BND.device) == "triton":
-        return _add_norm_kernel(x_BND, inner_SNE, linear, samples, norm, next_samples)
+        from fastdeitlt.kernels.add_layernorm import add_layernorm  # Triton is slow to import
+
+        # one pass without gather or scatter, which also adds the linear map's bias and sums its gradient
+        return add_layernorm(
+            x_BND.contiguous(), linear.product(inner_SNE), norm.weight, norm.bias,
+            None if samples is None else samples.scale_B11.flatten().float(), norm.eps, branch_bias=linear.bias,
+            branch_samples_K=None if samples is None else samples.samples_S,
+            normed_samples_K=None if next_samples is None else next_samples.samples_S, impl="triton",
+        )  # fmt: skip
     branch_SND = linear(inner_SNE)
     if samples is None:
         x_BND = x_BND + branch_SND
@@ -92,29 +100,6 @@ def add_norm(
         scaled_SND = branch_SND * samples.scale_B11[: len(branch_SND)]
         x_BND = x_BND.index_add(0, samples.samples_S, scaled_SND.to(x_BND.dtype))
     return x_BND, norm(select(x_BND, next_samples))
-
-
-def _add_norm_kernel(
-    x_BND: Tensor,
-    inner_SNE: Tensor,
-    linear: Linear,
-    samples: BranchSamples | None,
-    norm: nn.LayerNorm,
-    next_samples: BranchSamples | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``add_norm`` in one pass by kernels/add_layernorm.py.
-
-    It needs no gather or scatter. The kernel also adds the linear map's bias and sums its gradient, which is otherwise
-    another pass.
-    """
-    from fastdeitlt.kernels.add_layernorm import add_layernorm
-
-    return add_layernorm(
-        x_BND.contiguous(), linear.product(inner_SNE), norm.weight, norm.bias,
-        None if samples is None else samples.scale_B11.flatten().float(), norm.eps, branch_bias=linear.bias,
-        branch_samples_K=None if samples is None else samples.samples_S,
-        normed_samples_K=None if next_samples is None else next_samples.samples_S, impl="triton",
-    )  # fmt: skip
 
 
 def select(x_BND: Tensor, samples: BranchSamples | None) -> Tensor:

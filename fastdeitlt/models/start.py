@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models.convert import check_dimensions, official_info, resample_pos_embed, size_of
@@ -77,14 +76,16 @@ def start_from(
     patch = state["patch_embed.proj.weight"]
     if patch.shape[-1] != student.patch:
         notes.append(f"patches resampled from {patch.shape[-1]} to {student.patch} pixels")
-        state["patch_embed.proj.weight"] = _resample_patch(patch, student.patch)
+        from timm.layers import resample_patch_embed  # timm is slow to import
+
+        state["patch_embed.proj.weight"] = resample_patch_embed(patch, [student.patch, student.patch])
     tokens = state["pos_embed"].shape[1]
     if tokens != student.pos_embed.shape[1]:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], student.pos_embed.shape[1])
         sides = (round((n - NUM_PREFIX) ** 0.5) for n in (tokens, student.pos_embed.shape[1]))
         notes.append("positions resampled from {0}x{0} to {1}x{1}".format(*sides))
     if start.mean and start.std and (start.mean, start.std) != (tuple(mean), tuple(std)):
-        _renormalise(state, start.mean, start.std, mean, std)
+        _renormalise(state, start, mean, std)
         notes.append("input normalisation compensated")
     notes += _fit_depth(state, student)
     notes.append(_fit_heads(state, student, start, class_names))
@@ -113,10 +114,8 @@ def _read(path: Path) -> Start:
         return _read_timm(path)
     if path.is_dir():
         state, manifest = read_folder(path, "student")
-        prep = manifest.preprocess
-        return Start(
-            state, manifest.class_names, manifest.class_map, prep.mean if prep else None, prep.std if prep else None
-        )
+        norms = (manifest.preprocess.mean, manifest.preprocess.std) if manifest.preprocess else ()
+        return Start(state, manifest.class_names, manifest.class_map, *norms)
     if not path.is_file():
         raise UserError(
             f"student.init {path}: no such file or folder, expected a run folder, a .pth or a .safetensors file"
@@ -204,25 +203,10 @@ def _with_dist(state: State) -> tuple[State, bool]:
     return state | more | heads, True
 
 
-def _resample_patch(weight_DChw: Tensor, side: int) -> Tensor:
-    from timm.layers import resample_patch_embed  # timm is slow to import
-
-    return resample_patch_embed(weight_DChw, [side, side])
-
-
-def _renormalise(
-    state: State,
-    old_mean: tuple[float, ...],
-    old_std: tuple[float, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> None:
-    """Adapt the patch embedding to another input mean and std.
-
-    Its output is unchanged.
-    """
+def _renormalise(state: State, start: Start, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Adapt the patch embedding to another input mean and std, with the same output."""
     weight_DChw = state["patch_embed.proj.weight"]
-    old_mean_C, mean_C, old_std_C, std_C = (torch.tensor(value) for value in (old_mean, mean, old_std, std))
+    old_mean_C, mean_C, old_std_C, std_C = (torch.tensor(value) for value in (start.mean, mean, start.std, std))
     shift_C = (mean_C - old_mean_C) / old_std_C
     bias_D = state["patch_embed.proj.bias"] + (weight_DChw.sum((2, 3)) @ shift_C)
     scale_C = (std_C / old_std_C)[None, :, None, None]

@@ -50,9 +50,15 @@ class Paco(nn.Module):
 
     def __init__(self, arch: str, num_classes: int, dim: int, queue_size: int) -> None:
         super().__init__()
-        self.encoder_q = _paco_encoder(arch, dim)
+        self.encoder_q: Any = _network(arch, 1)
+        head, width = head_name(self.encoder_q), self.encoder_q.num_features
+        if head not in ("linear", "fc"):
+            raise UserError(f"teacher {arch}: got style official_paco, expected a ResNet such as resnet32 or resnet50")
+        delattr(self.encoder_q, head)
+        projection = (nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
+        self.encoder_q.fc = nn.Sequential(*projection)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.linear = nn.Linear(self.encoder_q.num_features, num_classes)
+        self.linear = nn.Linear(width, num_classes)
         self.linear_k = copy.deepcopy(self.linear).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=0))
         self.register_buffer("queue_l", torch.randint(0, num_classes, (queue_size,)))
@@ -61,16 +67,6 @@ class Paco(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         features = self.encoder_q.forward_features(images_BCHW)
         return self.linear(self.encoder_q.forward_head(features, pre_logits=True))
-
-
-def _paco_encoder(arch: str, dim: int) -> Any:
-    encoder = _network(arch, 1)
-    if head_name(encoder) not in ("linear", "fc"):
-        raise UserError(f"teacher {arch}: got style official_paco, expected a ResNet such as resnet32 or resnet50")
-    delattr(encoder, head_name(encoder))
-    width = encoder.num_features
-    encoder.fc = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
-    return encoder
 
 
 def _network(arch: str, num_classes: int) -> Any:

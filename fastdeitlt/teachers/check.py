@@ -18,7 +18,6 @@ from fastdeitlt.models.resnet_cifar import ResNetCifar
 from fastdeitlt.models.teacher import Teacher, TeacherInput, teacher_input
 from fastdeitlt.store.manifest import Manifest, preprocess_of
 from fastdeitlt.teachers.decisions import Decisions, class_sample, clean_batches, decide
-from fastdeitlt.teachers.opening import label_name
 
 log = logging.getLogger("fastdeitlt")
 FAR = 0.75
@@ -148,7 +147,7 @@ class _Check:
             return str(order)
         label, share = decisions.commonest()
         if share >= 90:
-            name = label_name(self.images, label)
+            name = self.images.class_name(label)
             return f"it predicts {name!r} for {share:.0f} % of the images: untrained, or collapsed in training"
         if decisions.balanced() < max(2 * 100 / decisions.num_classes, 5):
             return "near chance in any class order and with any input tried: untrained"
@@ -163,7 +162,7 @@ class _Check:
 
     def _another_order(self, decisions: Decisions) -> _Trial:
         label_K = decisions.exchanged()
-        moved = [label_name(self.images, k) for k, label in enumerate(label_K.tolist()) if k != label]
+        moved = [self.images.class_name(k) for k, label in enumerate(label_K.tolist()) if k != label]
         remedy = (
             "correct class_map or class_names of its folder" if self.teacher.manifest else "see teacher.map_classes"
         )

@@ -114,7 +114,7 @@ def _by_decisions(
     is_open_K &= (
         np.bincount(counts_K[is_open_K], minlength=max(counts_K) + 1)[counts_K] > 1
     )  # one is left by elimination
-    if doubtful := [label_name(images, k) for k in label_K[is_open_K].tolist()]:
+    if doubtful := [images.class_name(k) for k in label_K[is_open_K].tolist()]:
         log.warning(
             "teacher.map_classes: the decisions of the teacher do not distinguish %d of %d classes of equal size (%s); "
             "their order is a guess",
@@ -123,8 +123,3 @@ def _by_decisions(
             listed(doubtful),
         )
     return label_K[class_map_K]
-
-
-def label_name(images: LongTailSet, label: int) -> str:
-    """Return the name of a class, or its number without names."""
-    return images.class_names[label] if images.class_names else f"class {label}"

@@ -220,9 +220,8 @@ def _smallest(sets: Sets) -> list[str]:
         for k in range(sets.num_classes)
     ]
     smallest = [k for k in sorted(range(sets.num_classes), key=lambda k: totals[k]) if totals[k]][:3]
-    names = sets.train.class_names
     shown = [
-        f"{names[k] if names else f'class {k}'} "
+        f"{sets.train.class_name(k)} "
         + ", ".join(f"{images.counts[k]} {name}" for name, images in sets if name in ("train", *sets.held_out))
         for k in smallest
     ]

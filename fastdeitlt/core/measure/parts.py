@@ -221,10 +221,8 @@ def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
     """
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
-    linear, norm = (
-        Linear(width, width).to(shapes.device, shapes.dtype),
-        nn.LayerNorm(width, eps=1e-6).to(shapes.device),
-    )
+    linear = Linear(width, width).to(shapes.device, shapes.dtype)
+    norm = nn.LayerNorm(width, eps=1e-6).to(shapes.device)
     samples = BranchSamples(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
     bias = shapes.random(width, dtype=torch.float32)
     kernel = partial(
@@ -348,16 +346,10 @@ def _augment(shapes: Shapes) -> Iterator[Part]:
 def _both(
     shapes: Shapes, triton: Callable[[], Any], torchs: Callable[[], Any], tensors: Sequence[Tensor]
 ) -> dict[str, Call]:
-    """Return forward and backward of the kernel's function and of torch's.
+    """Return both passes of the kernel and of torch, compiled if the step is."""
 
-    Torch's are compiled if the step is.
-    """
-    functions = {"triton": triton, "torch": _compiled(shapes, torchs)}
-    return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}
-
-
-def _compiled(shapes: Shapes, function: Callable[[], Any]) -> Callable[[], Any]:
     def call() -> Any:
-        return function()
+        return torchs()
 
-    return torch.compile(call, dynamic=False) if shapes.cfg.train.compile else function
+    functions = {"triton": triton, "torch": torch.compile(call, dynamic=False) if shapes.cfg.train.compile else torchs}
+    return {impl: passes(function, tensors)["whole"] for impl, function in functions.items()}

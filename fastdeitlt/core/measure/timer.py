@@ -138,7 +138,8 @@ def _cuda_sampler(call: Call, repeats: int, capture: bool, device: torch.device)
 
     run = loop
     if capture:
-        with capturing_stream(device) if _on_default_stream(device) else nullcontext():
+        on_default = torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+        with capturing_stream(device) if on_default else nullcontext():
             loop()
             graph = torch.cuda.CUDAGraph()
             # threads of the data path use CUDA during the capture
@@ -156,10 +157,6 @@ def _cuda_sampler(call: Call, repeats: int, capture: bool, device: torch.device)
         return begin.elapsed_time(end) / repeats
 
     return sample
-
-
-def _on_default_stream(device: torch.device) -> bool:
-    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 def synchronise(device: torch.device) -> None:

@@ -70,6 +70,10 @@ class LongTailSet:
         """Return the name of an image in messages: its path with the root."""
         return os.path.join(self.root, self.paths[sample])
 
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number without names."""
+        return self.class_names[label] if self.class_names else f"class {label}"
+
     def take(self, chosen: np.ndarray) -> "LongTailSet":
         """Return the images ``chosen``, in that order, with the same K classes."""
         labels = self.labels[chosen]

@@ -49,7 +49,7 @@ def main(name: str, runs: Sequence[str], overrides: Sequence[str], *, json: Path
 
 
 def write(name: str, facts: dict[str, Any], run_dir: Path) -> Path:
-    """Write the results of an analysis and its pictures; return RUN/analysis/<name>.json."""
+    """Write results and pictures of an analysis; return RUN/analysis/<name>.json."""
     path = run_dir / "analysis" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     for index, item in enumerate(facts.get("gallery", ())):
