@@ -64,16 +64,13 @@ def _case(device: torch.device, depth: int) -> harness.Case:
     size = sum(p.numel() for p in weights)
     one = torch.ones((), device=device)
     averages = [p.detach().clone() for p in weights]
-    flat = [torch.randn(size, device=device) for _ in range(5)]
-    flat[3].square_()
+    names = ("weights", "grads", "exp_avg", "exp_avg_sq", "ema")
+    flat = {name: torch.randn(size, device=device) for name in names}
+    flat["exp_avg_sq"].square_()
     clock = {"lr": one * 1e-3, "step": one * 7, "num_decayed": size * 99 // 100, "weight_decay": 0.05, **SETTINGS}
-    names = {"weights": flat[0], "grads": flat[1], "exp_avg": flat[2], "exp_avg_sq": flat[3], "ema": flat[4]}
 
-    candidates = {
-        "foreach": torch_step(weights, averages, one, "foreach"),
-        "fused": torch_step(weights, averages, one, "fused"),
-        "fastdeitlt": lambda: adamw_ema(**names, **clock, scale=one, ema_decay=DECAY),
-    }
+    candidates = {kind: torch_step(weights, averages, one, kind) for kind in ("foreach", "fused")}
+    candidates["fastdeitlt"] = lambda: adamw_ema(**flat, **clock, scale=one, ema_decay=DECAY)
     if harness.installed("amp_C"):
         from apex.optimizers import FusedAdam
 

@@ -36,6 +36,8 @@ from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_
 TIMES = ("images_per_s", "data_wait", "eta_s")
 KINDS = ("kill all", "kill one rank", "stop by signal", "kill while saving", "kill after an evaluation")
 TICK_S = 0.05
+LINE, EVALUATION = b"\n", b'"kind": "eval"'
+"""Marks of a line and of an evaluation in metrics.jsonl."""
 SETTINGS = {
     "data.dataset": "list",
     "student.name": "deit_tiny_distilled_patch16_32",
@@ -122,24 +124,18 @@ def alive(pids: list[int]) -> list[int]:
     return [p for p in pids if (stat := Path(f"/proc/{p}/stat")).exists() and stat.read_text().split(") ")[1][0] != "Z"]
 
 
-def steps_logged(run: Path) -> int:
-    """Count the lines of the run's log."""
+def logged(run: Path, mark: bytes) -> int:
+    """Count the occurrences of ``mark`` in the run's log."""
     path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def evaluations_logged(run: Path) -> int:
-    """Count the evaluations in the run's log."""
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b'"kind": "eval"') if path.exists() else 0
+    return path.read_bytes().count(mark) if path.exists() else 0
 
 
 def strike(kind: str, launcher: subprocess.Popen[bytes], ranks: list[int], run: Path, clock: AwakeClock) -> None:
     """End the run in one of the ways of ``KINDS``."""
-    before = evaluations_logged(run)
+    before = logged(run, EVALUATION)
     moments = {
         "kill while saving": lambda: any((run / "checkpoints").glob(".step-*.tmp-*")),
-        "kill after an evaluation": lambda: evaluations_logged(run) > before,
+        "kill after an evaluation": lambda: logged(run, EVALUATION) > before,
     }
     if kind in moments:
         patience = clock.seconds + 10
@@ -158,9 +154,9 @@ def soak(path: Path, folder: Path, gap_s: tuple[float, float], clock: AwakeClock
     """Run to the end through kills; return counts, exit codes and times."""
     run, codes, kills, seconds = folder / "killed", [], dict.fromkeys(KINDS, 0), []
     while True:
-        launcher, begun = start(path, "killed", folder / "killed.log"), steps_logged(run)
-        while launcher.poll() is None and steps_logged(run) <= begun + 1:  # a life begins with its first new step
-            begun = min(begun, steps_logged(run))
+        launcher, begun = start(path, "killed", folder / "killed.log"), logged(run, LINE)
+        while launcher.poll() is None and logged(run, LINE) <= begun + 1:  # a life begins with its first new step
+            begun = min(begun, logged(run, LINE))
             clock.tick()
         end = clock.seconds + random.uniform(*gap_s)
         while launcher.poll() is None and clock.seconds < end:

@@ -285,7 +285,9 @@ def aot_configs() -> list[AotConfig]:
     cases += [("fp32", 1000, {}), ("fp16", 1000, {}), ("bf16", 1000, {"BCE": True}), ("bf16", 1000, {"SOFT": True})]
     cases += [("bf16", 8142, {}), ("bf16", 21841, {})]
     backward = [_aot_config(joint_loss_bwd_kernel, *case) for case in cases]
-    return [_aot_config(joint_loss_fwd_kernel, *case) for case in cases] + backward + [_aot_reduce()]
+    types = {name: "*fp32" for name in joint_loss_reduce_kernel.arg_names if name.startswith("p_")} | {"alpha": "fp32"}
+    reduce = AotConfig(joint_loss_reduce_kernel, types, {"B": REDUCE_BLOCK, "BLOCK": REDUCE_BLOCK})
+    return [*(_aot_config(joint_loss_fwd_kernel, *case) for case in cases), *backward, reduce]
 
 
 def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, bool]) -> AotConfig:
@@ -309,9 +311,3 @@ def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, boo
     return AotConfig(
         kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=narrow, note=note
     )
-
-
-def _aot_reduce() -> AotConfig:
-    signature = {name: "*fp32" for name in joint_loss_reduce_kernel.arg_names if name.startswith("p_")}
-    blocks = {"B": REDUCE_BLOCK, "BLOCK": REDUCE_BLOCK}
-    return AotConfig(joint_loss_reduce_kernel, signature | {"alpha": "fp32"}, blocks)

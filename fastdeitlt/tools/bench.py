@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def bench(
         own = cfg.train.batch_size
         sizes = batches if batches is not None else [own // 2 // 2 * 2 or 2, own] if quick else [own // 2, own, 2 * own]
         rows += [_at_batch(setup, size, rounds) for size in sizes]
-        rank_counts = ranks if ranks is not None else [] if quick else _powers_of_two(torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        powers = [2**i for i in range(gpus.bit_length())] if gpus > 1 and not quick else []
+        rank_counts = powers if ranks is None else ranks
         rows += [_at_ranks(config_name, overrides, number, synthetic) for number in rank_counts]
         if not rank_counts:
             result["left_out"]["scaling over ranks"] = (
@@ -154,10 +157,7 @@ def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
         parts = setup.assemble(source)
         with closing(endless(parts)) as batches:
             marks = [_now(device) for _ in islice(batches, num_batches + WARM_UP_BATCHES)][WARM_UP_BATCHES - 1 :]
-        times = [1e3 * (end - start) for start, end in pairwise(marks)]
-        mean = 1e3 * (marks[-1] - marks[0]) / len(times)  # batches come in bursts; the mean is the rate
-        spread = timing(times)
-        data = _row(cfg, "data only", Timing(mean, spread.p20, spread.p80, False), cfg.train.batch_size)
+        data = _row(cfg, "data only", _paced(marks), cfg.train.batch_size)
         with closing(endless(parts)) as batches:
             waited: list[float] = []
 
@@ -172,17 +172,17 @@ def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
             for _ in range(-(-WARM_UP_BATCHES // setup.micro_batches)):
                 step()
             waited.clear()
-            first = last = _now(device)
-            samples = []
+            marks = [_now(device)]
             for _ in range(-(-num_batches // setup.micro_batches)):
                 step()
-                now = _now(device)
-                samples.append(1e3 * (now - last))
-                last = now
-    spread = timing(samples)
-    mean = 1e3 * (last - first) / len(samples)
-    end_to_end = _row(cfg, "end to end", Timing(mean, spread.p20, spread.p80, False), setup.images_per_call)
-    return [data, end_to_end], sum(waited) / (last - first)
+                marks.append(_now(device))
+    return [data, _row(cfg, "end to end", _paced(marks), setup.images_per_call)], sum(waited) / (marks[-1] - marks[0])
+
+
+def _paced(marks: Sequence[float]) -> Timing:
+    """Return the time between marks in s: batches come in bursts, so as the mean."""
+    spread = timing([1e3 * (end - start) for start, end in pairwise(marks)])
+    return replace(spread, median=1e3 * (marks[-1] - marks[0]) / (len(marks) - 1))
 
 
 def _now(device: torch.device) -> float:
@@ -221,10 +221,6 @@ def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic
             why = next((line for line in output if "Error" in line or "error:" in line), f"exit code {done.returncode}")
             return {"op": "bench", "case": config_name, "candidate": name, "failed": why.strip()[:200]}
         return json.loads(out.read_text(encoding="utf-8"))["rows"][0] | {"candidate": name}
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [2**i for i in range(most.bit_length()) if 2**i <= most] if most > 1 else []
 
 
 def _facts(setup: Setup, parts: Parts, images_per_s: float, watts: list[float]) -> dict[str, Any]:

@@ -86,25 +86,21 @@ def probe(code: str) -> tuple[bool, str]:
 
 
 def probed(name: str, code: str, fix: str, otherwise: Literal["warn", "broken"] = "warn") -> Row:
-    """Run ``code`` as in ``probe`` and return its row.
-
-    ``fix`` and the status ``otherwise`` are for a failure.
-    """
+    """Run ``code`` as in ``probe`` and return its row, see ``verdict``."""
     works, output = probe(code)
-    return Row(name, "ok", output) if works else Row(name, otherwise, output, fix)
+    return verdict(name, output, works, fix, otherwise)
 
 
-def resource_row(name: str, detail: str, enough: bool, fix: str) -> Row:
-    """Return the row of a resource; ``fix`` is for less than ``enough``."""
-    return Row(name, "ok", detail) if enough else Row(name, "warn", detail, fix)
+def verdict(name: str, detail: str, good: bool, fix: str, otherwise: Literal["warn", "broken"] = "warn") -> Row:
+    """Return a row; ``fix`` and the status ``otherwise`` if it is not ``good``."""
+    return Row(name, "ok", detail) if good else Row(name, otherwise, detail, fix)
 
 
 def python() -> Row:
     """Check the Python version."""
     version = sys.version_info
     detail = f"{version.major}.{version.minor}.{version.micro}"
-    good = (3, 11) <= version[:2] < (3, 15)
-    return Row("python", "ok" if good else "broken", detail, "" if good else "use Python 3.11 to 3.14")
+    return verdict("python", detail, (3, 11) <= version[:2] < (3, 15), "use Python 3.11 to 3.14", "broken")
 
 
 def packages() -> Row:
@@ -157,8 +153,7 @@ def gpu() -> Row:
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"] if smi else ["true"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
     detail = f"{output}, driver {driver[0] if driver else 'unknown'}"
-    fix = "" if works else "install a driver for CUDA 13 (580 or newer), or a CUDA build of torch"
-    return Row("gpu", "ok" if works else "warn", detail, fix)
+    return verdict("gpu", detail, works, "install a driver for CUDA 13 (580 or newer), or a CUDA build of torch")
 
 
 DECODE = """
@@ -213,9 +208,8 @@ def kernel_choice() -> Row:
         "import torch; from fastdeitlt.kernels._measured import gpu_name, rows_of; gpu = gpu_name(0); "
         "print('measurements on', gpu + ':', sum(row.gpu == gpu for row in rows_of(0).values()))"
     )
-    is_measured = works and not output.startswith("0 ")
-    fix = "" if is_measured else "measured at the first start of train; 'fastdeitlt tune RECIPE' measures more"
-    return Row("kernel choice", "ok" if is_measured else "warn", output, fix)
+    fix = "measured at the first start of train; 'fastdeitlt tune RECIPE' measures more"
+    return verdict("kernel choice", output, works and not output.startswith("0 "), fix)
 
 
 def deepspeed() -> Row:
@@ -267,7 +261,7 @@ def cores() -> Row:
         usable = min(usable, quota[0] / quota[1])
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     detail = f"{usable:g} usable, {counted(threads, 'thread')} per process"
-    return resource_row("cores", detail, threads <= max(usable, 1), f"export OMP_NUM_THREADS={max(int(usable), 1)}")
+    return verdict("cores", detail, threads <= max(usable, 1), f"export OMP_NUM_THREADS={max(int(usable), 1)}")
 
 
 def memory() -> Row:
@@ -277,7 +271,7 @@ def memory() -> Row:
     if limit := _numbers("/sys/fs/cgroup/memory.max"):
         room = min(room, int(limit[0] - _numbers("/sys/fs/cgroup/memory.current")[0]))
     fix = "the demo needs 4 GiB: close programs or use a larger machine"
-    return resource_row("memory", f"{room / GIB:.1f} GiB free", room > 4 * GIB, fix)
+    return verdict("memory", f"{room / GIB:.1f} GiB free", room > 4 * GIB, fix)
 
 
 def _numbers(path: str) -> list[float]:
@@ -292,18 +286,18 @@ def shared_memory() -> Row:
         return Row("shared memory", "warn", "no /dev/shm", "needed for several GPUs: docker run --shm-size=8g")
     size = shutil.disk_usage("/dev/shm").total
     fix = "several GPUs need more: docker run --shm-size=8g"
-    return resource_row("shared memory", f"/dev/shm of {size / GIB:.1f} GiB", size >= GIB, fix)
+    return verdict("shared memory", f"/dev/shm of {size / GIB:.1f} GiB", size >= GIB, fix)
 
 
 def open_files() -> Row:
     """Check the limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft >= 1024 or soft == resource.RLIM_INFINITY
-    return resource_row("open files", f"at most {soft:,}", enough, f"ulimit -n {min(65536, hard)}")
+    return verdict("open files", f"at most {soft:,}", enough, f"ulimit -n {min(65536, hard)}")
 
 
 def disk() -> Row:
     """Check the disk space for run folders; a ViT-B checkpoint has about 1.4 GB."""
     room = shutil.disk_usage(".").free
     fix = "a ViT-B run needs about 5 GB for checkpoints: set runs_dir=... to another disk"
-    return resource_row("disk", f"{room / GIB:.1f} GiB free in {Path.cwd()}", room > 5 * GIB, fix)
+    return verdict("disk", f"{room / GIB:.1f} GiB free in {Path.cwd()}", room > 5 * GIB, fix)

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,7 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
         UserError: an unknown format, an existing ``out``, a teacher without timm equivalent, a missing package, a full
             disk, or an export with different logits.
     """
-    writers: dict[str, Callable[[nn.Module, Saved, Path], float]] = {
-        "timm": _to_timm,
-        "onnx": _to_onnx,
-        "pt2": _to_pt2,
-    }
+    writers = {"timm": _to_timm, "onnx": _to_onnx, "pt2": _to_pt2}
     out = Path(out)
     if format not in writers:
         raise UserError(f"export: got format {format!r}, expected one of {', '.join(writers)}")
