@@ -69,9 +69,7 @@ def ops() -> list[str]:
 
 
 def gate(names: list[str], architectures: list[int], sample: int = 0) -> list[Row]:
-    """Compile the configurations of ops in a new process.
-
-    Without Triton's interpreter.
+    """Compile the configurations of ops in a process without Triton's interpreter.
 
     Args:
         names: ops of ``fastdeitlt.kernels``, or importable modules (with a dot) that have ``aot_configs``.
@@ -101,10 +99,7 @@ def compile_op(name: str, architectures: list[int], sample: int = 0) -> Iterator
 
 
 def _spread(pairs: list[tuple[Any, int]], sample: int) -> Iterator[tuple[Any, int]]:
-    """Yield at most ``sample`` configurations per kernel and architecture.
-
-    Evenly spaced.
-    """
+    """Yield at most ``sample`` configs per kernel and architecture, evenly spaced."""
     groups: dict[tuple[str, int], list[Any]] = {}
     for config, sm in pairs:
         groups.setdefault((config.kernel.__name__, sm), []).append(config)
@@ -163,9 +158,7 @@ def blocks_at_once(sm: int, warps: int, registers: int, shared: int, tensor_memo
 def instruction_counts(code: str) -> tuple[int, int]:
     """Count the instructions of a disassembled kernel and its longest loop.
 
-    A loop is from a label to a branch back to it.
-
-    The branch to itself after every kernel is not a loop.
+    A loop is from a label to a branch back to it, except the branch to itself after every kernel.
     """
     labels: dict[str, int] = {}
     total = longest = 0
@@ -214,10 +207,7 @@ def _source(config: Any) -> Any:
 
 
 def _launch_problems(config: Any, target: Any) -> list[str]:
-    """Bind arguments like the launcher.
-
-    Its generated code fails for an argument of a wrong name.
-    """
+    """Return errors of binding arguments as the launcher does, such as a wrong name."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import MockTensor, create_function_from_signature
 

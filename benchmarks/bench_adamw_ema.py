@@ -20,10 +20,7 @@ SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def parameters(device: torch.device, depth: int) -> list[nn.Parameter]:
-    """Create parameters of a distilled ViT-B/16, with random gradients.
-
-    It has 1,000 classes.
-    """
+    """Create parameters of a distilled ViT-B/16 of 1,000 classes, random gradients."""
     block = [(3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,), (4 * WIDTH, WIDTH), (4 * WIDTH,)]
     block += [(WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,)]
     shapes = block * depth + [(WIDTH, 3, 16, 16), (1, 198, WIDTH), (1000, WIDTH), (1000, WIDTH)]
@@ -34,10 +31,7 @@ def parameters(device: torch.device, depth: int) -> list[nn.Parameter]:
 
 
 def torch_step(parameters: list[nn.Parameter], averages: list[Tensor], scale: Tensor, kind: str) -> harness.Call:
-    """Return a step of three multi-tensor passes.
-
-    Scale the gradients, AdamW, update the average.
-    """
+    """Return a step of three multi-tensor passes: gradient scale, AdamW, average."""
     options = {"capturable": scale.is_cuda, "foreach": kind == "foreach", "fused": kind == "fused"}
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, **options)  # type: ignore[arg-type]
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -31,10 +31,7 @@ def inputs(shape: tuple[int, ...], device: torch.device, few: bool) -> list[Tens
 
 
 def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, dict[str, harness.Call]]:
-    """Return the calls of the implementations available here.
-
-    They depend on GPU, torch and installation.
-    """
+    """Return the calls of the implementations that run on this machine."""
     calls_by_impl = {}
     for impl in IMPLS:
         try:

@@ -36,10 +36,7 @@ TIMM = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC, "translate_
 
 
 def photos(batch: int, height: int, width: int) -> np.ndarray:
-    """Return uint8 [B, H, W, 3]: the test photos with noise.
-
-    With noise no two are equal.
-    """
+    """Return uint8 [B, H, W, 3]: the test photos, all different through noise."""
     rng = np.random.default_rng(0)
     sources = [np.asarray(Image.open(path).resize((width, height), Image.Resampling.BICUBIC)) for path in PHOTOS]
     images = [sources[i % len(sources)] + rng.normal(0, 4, (height, width, 3)) for i in range(batch)]

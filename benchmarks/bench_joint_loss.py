@@ -23,10 +23,7 @@ SHAPES = ((256, 10), (256, 100), (256, 1000), (1024, 1000), (256, 8142), (1024, 
 def official(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, weights: Tensor, class_map: Tensor
 ) -> Tensor:
-    """Compute the loss like DeiT-LT's loop.
-
-    With a dense mixed target, and the class map applied on the host.
-    """
+    """Compute DeiT-LT's loss: a dense mixed target, the class map on the host."""
     num_classes = cls_logits.size(1)
     own, other = (F.one_hot(y, num_classes) * 0.9 + 0.1 / num_classes for y in (labels, labels.flip(0)))
     target = 0.3 * own + 0.7 * other
@@ -36,10 +33,7 @@ def official(
 
 
 def cases(device: torch.device, shapes: Sequence[tuple[int, int]] | None = None) -> Iterable[harness.Case]:
-    """Yield one case per shape.
-
-    On a CPU without the Triton candidate, and only three small shapes.
-    """
+    """Yield one case per shape; on a CPU three small ones, without Triton."""
     gpu = device.type == "cuda"
     compiled = torch.compile(joint_loss, dynamic=False)
     for batch, num_classes in shapes or (SHAPES if gpu else SHAPES[:3]):

@@ -54,10 +54,7 @@ TIMM_RECIPE: dict[str, Any] = {
 
 
 def make_photos(folder: Path, num_images: int) -> LongTailSet:
-    """Write JPEGs of crops of the sample photos in class folders.
-
-    Noise without scikit-image.
-    """
+    """Write JPEGs of crops of sample photos (else of noise) in class folders."""
     photos = sample_photos() if harness.installed("skimage") else [noise(seed) for seed in range(8)]
     random = np.random.default_rng(0)
     paths = []
@@ -129,10 +126,7 @@ def allow_posterize_to_black() -> None:
 def timm_loader(
     images: LongTailSet, threads: int, size: int = SIZE, batch: int = BATCH, device: torch.device = CPU
 ) -> Iterable[Any]:
-    """Build timm's create_loader with the recipe's arguments.
-
-    For a GPU with its prefetcher and pinned memory.
-    """
+    """Build timm's create_loader; for a GPU with its prefetcher and pinned memory."""
     from timm.data import ImageDataset, create_loader
 
     gpu = device.type == "cuda"
@@ -234,10 +228,7 @@ def stages(images: LongTailSet, stack: ExitStack) -> harness.Case:
 
 
 def stored_size_error(images: LongTailSet) -> dict[str, Any]:
-    """Return the difference of crops of a set stored at a lower resolution.
-
-    Short side of 256 pixels, compared with full size.
-    """
+    """Return the difference of crops of a set stored at a short side of 256 pixels."""
     order = np.arange(256)
     micro_batches = [MicroBatch(0, 0, 0, order, np.zeros_like(order))]
     unchanged = config.AugmentConfig(rand_ops=0, erase_prob=0, mean=(0, 0, 0), std=(1, 1, 1))

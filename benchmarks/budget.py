@@ -42,10 +42,7 @@ COPY_BOUND = {("attention", "tflop_per_s"), ("add_layernorm", "gb_per_s"), ("joi
 
 
 def measured(folder: Path, gpu: str | None) -> dict[Key, Mapping[str, Any]]:
-    """Return the newest row of each (op, case, candidate) of a GPU.
-
-    From a folder's files, including ``bench``'s.
-    """
+    """Return a GPU's newest row of each (op, case, candidate) in a folder's files."""
     rows: dict[Key, Mapping[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
@@ -61,9 +58,7 @@ def measured(folder: Path, gpu: str | None) -> dict[Key, Mapping[str, Any]]:
 def budget(rows: dict[Key, Mapping[str, Any]]) -> bool:
     """Print each part's goal, measurement and ratio; return if all are met.
 
-    A ratio above 1 is better.
-
-    A part whose package is not installed counts as met.
+    A ratio above 1 is better. A part whose package is not installed counts as met.
     """
     met = True
     copy = rows.get(("floors", "copy", "copy"), {}).get("gb_per_s", H200_COPY) / H200_COPY

@@ -147,10 +147,7 @@ def _tuned(dry: bool, recipe: str) -> Command:
 
 
 def _tests(dry: bool, out: Path) -> Command:
-    """Return the command of the kernels' tests.
-
-    Without test_aot, which is independent of this GPU.
-    """
+    """Return the command of the kernels' tests that depend on this GPU."""
     modules = {name for name in ("xdist", "pytest_timeout", *WHOLE_TRAINER) if importlib.util.find_spec(name)}
     command = ["-m", "pytest", "tests/kernels", "--ignore=tests/kernels/test_aot.py", "-o", "pythonpath=tests"]
     command += ["--collect-only"] if dry else [f"--junitxml={out / 'tests.xml'}"]
@@ -164,10 +161,7 @@ def _tests(dry: bool, out: Path) -> Command:
 
 
 def red_ops(junit: Path) -> list[str]:
-    """Return the ops whose tests failed in a report of ``pytest --junitxml``.
-
-    None without the report.
-    """
+    """Return the ops whose tests failed in pytest's XML report, if there is one."""
     if not junit.exists():
         return []
     cases = xml.etree.ElementTree.parse(junit).getroot().iter("testcase")
@@ -177,10 +171,7 @@ def red_ops(junit: Path) -> list[str]:
 
 
 def run(stage: Stage, place: Place, deadline: float) -> None:
-    """Run a stage's commands in parallel until the deadline.
-
-    The deadline is of ``time.monotonic``. Records their outcomes.
-    """
+    """Run a stage's commands until the monotonic ``deadline``; record outcomes."""
     absent = portable.missing((*BASE, *stage.needs), place.wheels)
     if absent or deadline <= time.monotonic():
         reason = f"{', '.join(absent)} {ABSENT}" if absent else "no time"
@@ -242,10 +233,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def save(place: Place) -> None:
-    """Write the outcomes of the commands beside the rows.
-
-    They include the kernel measurements that `auto` uses.
-    """
+    """Write the commands' outcomes and the kernel measurements beside the rows."""
     (place.out / "stages.json").write_text(json.dumps(place.results, indent=1), encoding="utf-8")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / "kernels"
     texts = [

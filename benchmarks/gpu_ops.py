@@ -44,10 +44,7 @@ LAYERS = {"qkv": (768, 3 * 768), "proj": (768, 768), "fc1": (768, 4 * 768), "fc2
 
 
 def floors(device: torch.device, batches: Sequence[int]) -> Iterator[harness.Case]:
-    """Yield the matrix products of a step, in all passes, and a copy.
-
-    Rows M, inner K, columns N.
-    """
+    """Yield the matrix products of a step, in all passes, and a copy."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for batch, (name, (inner, outer)) in itertools.product(batches, LAYERS.items()):
         rows = batch * 198
@@ -94,9 +91,7 @@ def facts(device: torch.device) -> None:
 
 
 def gradient_errors(tokens: int, rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
-    """Yield (implementation, largest error of output and gradient).
-
-    From float64; the error may be NaN.
+    """Yield each implementation and its largest error from float64, maybe NaN.
 
     Args:
         tokens: tokens of an image.
@@ -124,10 +119,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def backends(device: torch.device) -> bool:
-    """Append the errors of every attention.
-
-    Returns whether those that ``auto`` may select are correct.
-    """
+    """Append each attention's errors; return whether those of ``auto`` are correct."""
     right = True
     for tokens in TOKENS:
         for rows in (tokens, ROWS_OF_LAST_BLOCK):
@@ -142,10 +134,7 @@ def backends(device: torch.device) -> bool:
 
 
 def run(op: str, device: torch.device, rounds: int, small: bool) -> None:
-    """Measure an op's cases and append the rows.
-
-    With 0 rounds call every candidate once.
-    """
+    """Measure an op's cases, or with 0 rounds call every candidate once."""
     cases, small_shapes, shapes = OPS[op]
     for case in cases(device, small_shapes if small else shapes):
         if rounds:

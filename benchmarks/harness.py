@@ -144,8 +144,6 @@ def main(
 ) -> int:
     """Run the command line of a ``bench_<op>`` file; return the exit code.
 
-    Check, measure, print, append rows.
-
     ``gpu_only``: measure nothing without a GPU, since a CPU only runs torch's implementation.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,10 +167,7 @@ def main(
 
 
 def append(op: str, new_rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Append rows with their machine to BENCHMARK_ROWS.
-
-    Without it, to the op's file of this machine and month.
-    """
+    """Append rows and machine to BENCHMARK_ROWS, else to this month's file."""
     where = machine()
     override = os.environ.get("BENCHMARK_ROWS")
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or where["cpu"]).lower()).strip("-")

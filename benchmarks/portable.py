@@ -15,9 +15,7 @@ BESIDE = ("kernels", "configs")
 
 
 def environment(scratch: Path, wheels: Path | None = None) -> dict[str, str]:
-    """Return an environment for ``python -m benchmarks...``.
-
-    It imports this checkout and the wheels.
+    """Return an environment in which Python imports this checkout and the wheels.
 
     Args:
         scratch: empty folder for links and unpacked wheels; it must outlive the workers.
@@ -60,10 +58,7 @@ def _unpacked(wheels: Path, folder: Path) -> Path:
 
 
 def fits(wheel: str) -> bool:
-    """Return whether a wheel's file name has a tag of this Python (PEP 427).
-
-    The platform is not checked.
-    """
+    """Return whether a wheel is for this Python by its name (PEP 427), any platform."""
     python, abi = wheel.removesuffix(".whl").split("-")[-3:-1]
     own = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return own in python.split(".") or "py3" in python.split(".") or "abi3" in abi.split(".")

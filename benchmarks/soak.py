@@ -76,10 +76,7 @@ class AwakeClock:
 
 
 def settings(folder: Path, steps: int) -> Path:
-    """Write a configuration of about ``steps`` optimizer steps.
-
-    With a teacher and a switch to re-weighting.
-    """
+    """Write a configuration of about ``steps`` steps, with a teacher and DRW."""
     root = embedded.unpack()
     torch.manual_seed(1)
     manifest = {

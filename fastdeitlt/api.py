@@ -210,10 +210,7 @@ class Run:
 
     @property
     def result(self) -> Result | None:
-        """Scores of the selected weights on test, else validation images.
-
-        None without either.
-        """
+        """Scores of the selected weights on test, else validation images, else None."""
         return self.files.tested[1] if self.files.tested else None
 
     @property
@@ -267,10 +264,7 @@ def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run
 
 
 def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[Config, Config]:
-    """Choose recipes of a student and its teacher for a folder of images.
-
-    See ``tools.plan.make_plan``.
-    """
+    """Choose recipes for a folder of images; see ``tools.plan.make_plan``."""
     from fastdeitlt.tools.plan import make_plan
 
     return make_plan(root, hours, **options).choice.configs

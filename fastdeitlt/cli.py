@@ -81,10 +81,7 @@ def _train_teacher(args: argparse.Namespace) -> int:
 
 
 def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
-    """Launch the command as several ranks and return their exit code.
-
-    None if it runs in this process.
-    """
+    """Launch several ranks and return their exit code; None: run in this process."""
     from fastdeitlt.run import launch
 
     count = launch.processes(cfg, args.processes, os.environ)
@@ -147,10 +144,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _timed_settings(args: argparse.Namespace) -> list[str]:
-    """Return the overrides of ``bench`` or ``profile``.
-
-    They include the architecture of the teacher's recipe.
-    """
+    """Return the overrides of a measurement, with its teacher's architecture."""
     from fastdeitlt import config
 
     teacher = [f"teacher.arch={config.load(args.with_teacher).teacher_training.arch}"] if args.with_teacher else []

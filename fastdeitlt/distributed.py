@@ -195,10 +195,7 @@ def _absent() -> str:
 
 
 def all_ranks(backend: str | None = None) -> Any:
-    """Create another group of all ranks with the run's timeout.
-
-    Torch's default is 30 minutes.
-    """
+    """Create another group of all ranks with the run's timeout, not torch's."""
     return collective.new_group(backend=backend, timeout=_timeout)
 
 
@@ -231,10 +228,7 @@ class Agreement:
 
 
 def start_alone(device: torch.device) -> None:
-    """Create a one-process group, unless a group exists.
-
-    Some engines need a group.
-    """
+    """Create a one-process group, which some engines need, unless one exists."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not collective.is_initialized():
         collective.init_process_group(_backend(device), store=collective.HashStore(), rank=0, world_size=1)
@@ -340,10 +334,7 @@ def sum_together(tensors: Sequence[Tensor]) -> None:
 
 
 def average_together(tensors: Sequence[Tensor]) -> None:
-    """Average each tensor over ranks in place, in one all-reduce.
-
-    Without a host sync.
-    """
+    """Average each tensor over ranks in place: one all-reduce, no host sync."""
     if get_world() > 1 and tensors:
         sum_together(tensors)
         torch._foreach_div_(list(tensors), get_world())
@@ -377,9 +368,7 @@ def _gather_padded(rows_B: Tensor, longest: int) -> list[Tensor]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and return its result on all ranks.
-
-    Limited to ``train.main_timeout_s``.
+    """Run ``work`` on rank 0 within train.main_timeout_s; return its result on all.
 
     Raises:
         UserError: raised by ``work``, on every rank.

@@ -82,10 +82,7 @@ def chunks(size: int, start: int, waste: float) -> Chunks:
 
 
 def loops(size: int, block: int, tail: int) -> Loops:
-    """Return the loops over rows: (start, stop, block, masked).
-
-    One loop, or one of whole blocks and a last block of ``tail``.
-    """
+    """Return loops (start, stop, block, masked): one, or whole blocks and a tail."""
     whole = size // block * block
     if not 0 < size - whole <= tail:
         return ((0, size, block, size > whole),)
@@ -97,10 +94,7 @@ SETTINGS_OF = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
 
 
 def architecture(device: torch.device) -> int:
-    """Return the capability whose settings a device uses.
-
-    See ``SETTINGS_OF``; 90 in the interpreter.
-    """
+    """Return the capability whose settings a device uses; 90 in the interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -108,9 +102,7 @@ def architecture(device: torch.device) -> int:
 
 
 def forward_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Return the forward's default setting.
-
-    Free of spills on its architecture, not measured.
+    """Return the forward's default: free of spills on its GPU, not measured.
 
     A tail of 16 saves work. At 198 tokens sm_80 has too few registers for it, and sm_100 would run fewer programs at
     once; so would loads in two stages there, which need up to four times the tensor memory.
@@ -126,10 +118,7 @@ def forward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def backward_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Return the default setting of ``attention_bwd_kernel``.
-
-    Free of spills, not measured.
-    """
+    """Return the default of ``attention_bwd_kernel``: no spills, not measured."""
     if problem.rows <= FEW_ROWS:
         return LaunchConfig({"ROWS": FEW_ROWS, "BLOCK_N": 32, "TAIL": 0}, 4, 2)
     is_short = problem.whole_row and problem.rows <= SHORT_ROW_TOKENS
@@ -144,10 +133,7 @@ def backward_config(problem: Problem, sm: int) -> LaunchConfig:
 
 
 def keys_config(problem: Problem, sm: int) -> LaunchConfig:
-    """Return the default setting of ``attention_bwd_keys_kernel``.
-
-    Free of spills, not measured.
-    """
+    """Return the default of ``attention_bwd_keys_kernel``: no spills, not measured."""
     return LaunchConfig({"BLOCK_N": 64, "BLOCK_M": 32 if sm == 86 else 64}, 8 if problem.width > 64 else 4, 2)
 
 
@@ -167,10 +153,7 @@ def forward_constexprs(problem: Problem, config: LaunchConfig) -> dict[str, Any]
 
 
 def one_program(problem: Problem, config: LaunchConfig) -> bool:
-    """Return whether one backward program has all queries of a head.
-
-    It then computes dK and dV too.
-    """
+    """Return whether one backward program has all queries (and computes dK and dV)."""
     return problem.rows <= config.blocks["ROWS"]
 
 
@@ -203,9 +186,7 @@ def launch_forward(q: Tensor, kv: Tensor | None, out: Tensor, lse: Tensor) -> No
 def launch_backward(
     q: Tensor, kv: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor, dq: Tensor, dkv: Tensor, sums: bool
 ) -> Tensor:
-    """Fill ``dq`` and ``dkv``.
-
-    A packed gradient is all in ``dq``.
+    """Fill ``dq`` and ``dkv``; a packed gradient is all in ``dq``.
 
     Returns:
         [2, H, D] float32 sums over all rows of dQ and of ``grad_out``, if ``sums``; else empty.

@@ -82,10 +82,7 @@ def label_loss(logits: Tensor, target: Target, spec: LossSpec) -> Tensor:
         return values_BK if cls_weights is None else values_BK * cls_weights
 
     def mixed(values_BK: Tensor) -> Tensor:
-        """Return [B] values at the label.
-
-        For a mixed batch, the mean at the two labels weighted by ``lam``.
-        """
+        """Return [B] values at the label; mixed: at both labels, weighted by ``lam``."""
         own_B = values_BK.gather(1, labels[:, None])[:, 0]
         if partner is None or lam is None:
             return own_B

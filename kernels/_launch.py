@@ -21,10 +21,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def interpreted() -> bool:
-    """Return whether kernels run in Triton's interpreter.
-
-    TRITON_INTERPRET=1 when triton was imported.
-    """
+    """Return whether TRITON_INTERPRET=1 was set when triton was imported."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -37,9 +34,7 @@ _SCHEMA_TYPES = {
 
 
 def schema(inputs: type, mutated: tuple[str, ...] = ()) -> str:
-    """Return an operator's arguments in torch's schema syntax.
-
-    The fields of a NamedTuple and of those in it.
+    """Return a NamedTuple's fields, also nested ones, in torch's schema syntax.
 
     Args:
         inputs: NamedTuple whose fields have types that an operator accepts.
@@ -106,9 +101,8 @@ def _compile(
 def compiling(workers: int) -> Iterator[list[Future[None]]]:
     """Make ``launch`` compile in ``workers`` threads instead of running.
 
-    Triton caches the results.
-
-    Yields the compilations: a failed one has its exception, and the real launch raises it again.
+    Triton caches the results. Yields the compilations: a failed one has its exception, and the real launch raises it
+    again.
     """
     global _compiler
     pending: list[Future[None]] = []
@@ -126,10 +120,7 @@ def compiling(workers: int) -> Iterator[list[Future[None]]]:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU.
-
-    For persistent grids; 4 in the interpreter.
-    """
+    """Return a GPU's multiprocessors, for persistent grids; 4 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -142,9 +133,7 @@ def check(
     device: torch.device | None = None,
     contiguous: bool = True,
 ) -> None:
-    """Refuse an argument that a kernel does not support.
-
-    Before anything is allocated or launched.
+    """Refuse an argument that a kernel does not support, before any launch.
 
     Args:
         op, name: for the message.

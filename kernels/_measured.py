@@ -88,10 +88,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Add rows to a file.
-
-    A row replaces an earlier one of the same kind, op, key and GPU.
-    """
+    """Add rows to a file, replacing those of the same kind, op, key and GPU."""
     newest = {(row.kind, row.op, row.key, row.gpu): row for row in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in newest.values()))
@@ -100,9 +97,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 @functools.cache
 def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
-    """Return (kind, op, key) -> the row in effect for a GPU.
-
-    With the installed Triton.
+    """Return (kind, op, key) -> the row in effect for a GPU and this Triton.
 
     By rising precedence: another GPU, another Triton, this GPU and Triton, rows set by ``prefer``; at the same level a
     user's row replaces a shipped one.
@@ -120,10 +115,7 @@ def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, Key], Row]:
 
 
 def is_current(row: Row, gpu: str) -> bool:
-    """Return whether a row was measured on this GPU.
-
-    With the installed torch and Triton.
-    """
+    """Return whether a row was measured on this GPU with this torch and Triton."""
     return row.gpu == gpu and all(getattr(row, name) == metadata.version(name) for name in ("torch", "triton"))
 
 
@@ -131,10 +123,7 @@ _shared: dict[tuple[str, str, Key], Row] = {}
 
 
 def prefer(rows: Iterable[Row]) -> None:
-    """Give these rows precedence in this process.
-
-    They are those of rank 0, so that all ranks run the same implementations.
-    """
+    """Prefer these rows, rank 0's, so that all ranks run the same implementations."""
     _shared.clear()
     _shared.update(by_key(rows))
     rows_of.cache_clear()

@@ -62,10 +62,7 @@ def installed(impl: str) -> bool:
 
 
 def refuse(op: str, reason: str) -> None:
-    """Make "auto" use torch's implementation of an op in this process.
-
-    Logs the reason.
-    """
+    """Make "auto" use torch for an op in this process; log the reason."""
     _refused.add(op)
     say_once(f"{op}: kernel not used, {reason}; please report this")
 
@@ -134,10 +131,7 @@ def pick_attention(impl: str, tokens: int, width: int, dtype: torch.dtype, devic
 
 
 def torch_backend(dtype: torch.dtype, device: torch.device) -> str:
-    """Return torch's implementation of attention.
-
-    One backend on a GPU, "sdpa" on a CPU.
-    """
+    """Return torch's attention: one backend on a GPU, "sdpa" on a CPU."""
     if device.type != "cuda":
         return "sdpa"
     half, modern = dtype in (torch.bfloat16, torch.float16), torch.cuda.get_device_capability(device.index)[0] >= 8

@@ -217,10 +217,7 @@ def adamw_ema(
 
 
 def aot_configs() -> list[AotConfig]:
-    """Return the shipped kernels.
-
-    All options, and none. FlatAdamW's sizes are multiples of 64.
-    """
+    """Return the shipped kernels: all options, and none; sizes are multiples of 64."""
     integers = {"P": "i32", "num_decayed": "i32"}
     configs = []
     for note, absent in (("all", ()), ("plain", ("p_ema", "p_scale"))):

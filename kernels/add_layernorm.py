@@ -31,10 +31,7 @@ MAX_WIDTH = 4096
 
 
 def key(forward: bool, width: int, stream: torch.dtype) -> tuple[str, int, int]:
-    """Return the key of a pass's measured setting.
-
-    Pass, width's next power of two, bytes of the stream's type.
-    """
+    """Return a setting's key: pass, width's next power of two, stream's bytes."""
     return "forward" if forward else "backward", max(16, triton.next_power_of_2(width)), stream.itemsize
 
 

@@ -157,8 +157,6 @@ def attention(qkv_BN3HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = 
 def attention_first(q_BMHD: Tensor, kv_BN2HD: Tensor, *, qkv_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Compute softmax attention of the first M tokens to all N.
 
-    From a projection of only these queries.
-
     Args:
         q_BMHD: [B, M, H, D], at most 16 rows for the kernel; otherwise as ``attention``.
         kv_BN2HD: [B, N, 2, H, D].

@@ -105,10 +105,8 @@ _agrees: bool | None = None
 def augment_checked(*arguments: Any, **options: Any) -> Tensor:
     """Run ``augment`` if its kernels are correct here, else ``reference``.
 
-    Both have the same arguments.
-
-    Only the first batch of a process is checked: computed by both, unmixed and, if even, mixed by Mixup and CutMix. If
-    a kernel fails or differs, ``_pick`` refuses the op with one warning.
+    Both have the same arguments. Only the first batch of a process is checked: computed by both, unmixed and, if even,
+    mixed by Mixup and CutMix. If a kernel fails or differs, ``_pick`` refuses the op with one warning.
     """
     global _agrees
     if _agrees is None:
@@ -210,10 +208,7 @@ def _setting(kernel: str, size: int, device: torch.device) -> LaunchConfig:
 
 
 def _resize(pixels: Tensor, rows: Tensor, plan: LaunchPlan, size: int) -> Tensor:
-    """Return the plan's crops [B, S, S], mirrored as drawn.
-
-    A pixel is an int32, red in the lowest byte.
-    """
+    """Return the plan's crops [B, S, S], mirrored; a pixel is an int32, red lowest."""
     batch, device = len(rows) - 1, pixels.device
     weights = torch.empty(batch, 2, plan.taps, size, dtype=torch.int32, device=device)
     first = torch.empty(batch, 2, size, dtype=torch.int32, device=device)

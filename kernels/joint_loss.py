@@ -43,10 +43,7 @@ REDUCE_BLOCK = 1024
 
 
 def key(forward: bool, num_classes: int, element_size: int) -> tuple[str, int, int]:
-    """Return the key of a pass's measured setting.
-
-    Pass, next power of two of the classes, bytes of a logit.
-    """
+    """Return a setting's key: pass, classes' next power of two, bytes of a logit."""
     return "forward" if forward else "backward", triton.next_power_of_2(num_classes), element_size
 
 
@@ -70,10 +67,7 @@ def launch_config(forward: bool, num_classes: int, element_size: int, device: to
 def reference(
     cls_logits: Tensor, dist_logits: Tensor, labels: Tensor, teacher_logits: Tensor, **options: Any
 ) -> JointLoss:
-    """Compute ``reference_losses`` from keyword arguments.
-
-    They are the fields of ``Target`` and ``LossSpec``.
-    """
+    """Compute ``reference_losses``; options: fields of ``Target`` and ``LossSpec``."""
     return reference_losses(cls_logits, dist_logits, teacher_logits, *gathered(labels, options))
 
 

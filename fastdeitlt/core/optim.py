@@ -82,9 +82,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """Build AdamW or LAMB over ``parameter_groups``.
-
-    The implementation is ``optim.backend``.
+    """Build AdamW or LAMB of ``optim.backend`` over ``parameter_groups``.
 
     The learning rate is a tensor on the parameters' device if the implementation supports it, so that changing it
     neither syncs nor recompiles. `auto` is the AdamW measured fastest on this GPU, else torch's fused one
@@ -170,10 +168,7 @@ def _needs_gpu(backend: str, device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's rate to ``lr`` times its scale.
-
-    A tensor is filled in place, without a sync.
-    """
+    """Set every group's rate to ``lr`` times its scale, without a sync."""
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -183,18 +178,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
-    """Return the 0-d factor that clips a 0-d norm to ``clip_norm``.
-
-    As torch.nn.utils.clip_grad_norm_.
-    """
+    """Return the 0-d factor that clips a 0-d norm as torch's clip_grad_norm_."""
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors ``<parameter>/<state>``.
-
-    The names are the same for every implementation.
-    """
+    """Return the state as ``<parameter>/<state>``, equal names for every backend."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
         f"{name_of[id(parameter)]}/{key}": torch.as_tensor(value)
@@ -208,10 +197,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether steps are counted by group, not by parameter.
-
-    As in apex and DeepSpeed.
-    """
+    """Return whether steps are counted by group, as in apex and DeepSpeed."""
     return hasattr(optimizer, "adam_w_mode")
 
 
@@ -270,10 +256,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the average with the model's current weights.
-
-        One fused pass over all tensors.
-        """
+        """Update the average with the current weights, in one fused pass."""
         if self._averages:
             torch._foreach_lerp_(self._averages, self._followed, 1 - self.decay)
 

@@ -15,10 +15,7 @@ from fastdeitlt.data.pixels.side_stream import aside
 
 @dataclass(frozen=True, kw_only=True)
 class ViewRequest(CropRequest):
-    """A request for one view of a batch.
-
-    Its finished crops are images_BCHW, normalised and mixed.
-    """
+    """Request for a view of a batch; finished crops are normalised, mixed images."""
 
     view: View
     view_draws: ViewDraws

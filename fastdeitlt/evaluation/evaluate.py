@@ -78,10 +78,7 @@ class WithCosine(nn.Module):
         return self.student.head(x_B2D[:, 0]), self.student.head_dist(x_B2D[:, 1])
 
     def cosine_N(self, total: int, device: torch.device) -> Tensor:
-        """Gather the cosines [N] of all images on every rank.
-
-        ``total`` and the order as in ``gather_logits``.
-        """
+        """Gather the cosines [N] of ``total`` images, in the order of gather_logits."""
         seen_B = torch.cat(self._cosines).cpu() if self._cosines else torch.zeros(0)
         return distributed.gather_interleaved(seen_B, total, device)
 
@@ -247,20 +244,14 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> Evaluation:
 
 
 def _report_absent(images: LongTailSet, where: str) -> None:
-    """Log the model's classes without images in a split.
-
-    Means over classes ignore them.
-    """
+    """Log the model's classes without images, which means over classes ignore."""
     if absent := [label for label, count in enumerate(images.counts) if count == 0]:
         named = listed(images.class_name(label) for label in absent)
         log.warning("%s: no images for %d of %d classes (%s)", where, len(absent), images.num_classes, named)
 
 
 def _logits(saved: Saved, images: LongTailSet, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits and labels of a saved model.
-
-    (cls_logits_NK, dist_logits_NK, labels_N), in the data set's class order.
-    """
+    """Return cls_logits_NK, dist_logits_NK, labels_N in the data set's class order."""
     device = distributed.device_of(cfg.train.device)
     model = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
     data = cfg.data.model_copy(update={"exif": saved.preprocess.exif})

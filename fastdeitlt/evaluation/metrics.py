@@ -92,10 +92,7 @@ class Result:
         return sum(self.support_K)
 
     def size(self, what: str) -> str:
-        """Return the number of images scored, such as ``1,000 images``.
-
-        Mentions unreadable images, if any.
-        """
+        """Return the number scored, such as ``9 images (without 1 unreadable)``."""
         left_out = f" (without {self.left_out:,} unreadable)" if self.left_out else ""
         return f"{self.num_images:,} {what}{left_out}"
 
@@ -109,33 +106,21 @@ class Result:
         return "thirds by class size" if self.thirds and split == "official" else f"{split} split"
 
     def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
-        """Return a head's top-1 accuracy in per cent, by default ``main``'s.
-
-        NaN for a group without images.
-        """
+        """Return a head's top-1 accuracy in per cent; NaN for a group without images."""
         return self.heads[head or self.main].top1[split][group]
 
     def selection_accuracy(self, select_by: str) -> float:
-        """Return the main head's accuracy in per cent that selects weights.
-
-        ``by`` is ``balanced`` or ``micro``.
-        """
+        """Return the main head's accuracy in per cent for ``evaluate.select_by``."""
         head = self.heads[self.main]
         return head.balanced_accuracy if select_by == "balanced" else head.top1["threshold"]["all"]
 
     def class_accuracy(self, head: str) -> np.ndarray:
-        """Return the accuracy of each class in per cent, float64 [K].
-
-        NaN for a class without images.
-        """
+        """Return the classes' accuracy in per cent, float64 [K]; NaN without images."""
         with np.errstate(invalid="ignore"):
             return 100 * np.array(self.heads[head].correct_K) / np.array(self.support_K)
 
     def class_interval(self, head: str) -> np.ndarray:
-        """Return the Wilson 95 % interval of each class's accuracy.
-
-        In per cent, float64 [K, 2].
-        """
+        """Return the classes' Wilson 95 % intervals in per cent, float64 [K, 2]."""
         return wilson_interval(np.array(self.heads[head].correct_K), np.array(self.support_K))
 
     def to_json(self) -> dict[str, Any]:
@@ -155,10 +140,7 @@ class Result:
             raise UserError(f"result: {first_fault(error)}. Rerun `fastdeitlt eval`.") from None
 
     def table(self, split: str = "threshold", teacher: "Result | None" = None) -> Table:
-        """Return the table of accuracies for a terminal.
-
-        Rows AVG, CLS, DIST, teacher, chance; columns all, head, mid, tail.
-        """
+        """Return a terminal table: heads, teacher and chance by all, head, mid, tail."""
         table = Table(title=f"top-1 accuracy in %, {self.split_name(split)}, {self.size('images')}")
         table.add_column("")
         for group in GROUPS:
@@ -173,10 +155,7 @@ class Result:
     def beside(
         self, split: str, teacher: "Result | None" = None, published: dict[str, float] | None = None
     ) -> dict[str, dict[str, float]]:
-        """Return the rows to compare with, group -> per cent.
-
-        Teacher, uniform guess, published result.
-        """
+        """Return group -> per cent of teacher, uniform guess and published result."""
         rows = {"teacher": teacher.heads[teacher.main].top1[split]} if teacher else {}
         rows["chance"] = dict.fromkeys(GROUPS, 100 / len(self.counts_K))
         return rows | ({"published": published} if published else {})
@@ -191,9 +170,7 @@ def cell(value: float | None, digits: int = 1) -> str:
 
 
 def wilson_interval(correct: np.ndarray, total: np.ndarray, z: float = WILSON_Z) -> np.ndarray:
-    """Return the Wilson score interval of a proportion in per cent.
-
-    Shape [..., 2]; NaN where total is 0.
+    """Return a proportion's Wilson interval in per cent, [..., 2]; NaN for total 0.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -212,9 +189,7 @@ def score(
     dataset: str | None = None,
     device: torch.device = CPU,
 ) -> Result:
-    """Score a student's CLS head, DIST head and AVG.
-
-    AVG is the mean of their logits (official ``engine.evaluate``).
+    """Score a student's AVG, CLS and DIST, as the official ``engine.evaluate``.
 
     The order of the images does not matter. ``counts`` are the training images of each class, ``dataset`` the name
     whose official split is reported too. The arithmetic runs on ``device``, in chunks.
@@ -228,10 +203,7 @@ def score(
 
 
 def heads_of(cls_logits_NK: Tensor, dist_logits_NK: Tensor) -> dict[str, Tensor]:
-    """Return a student's logits by head: AVG, CLS, DIST.
-
-    AVG is the mean of both and the prediction.
-    """
+    """Return a student's logits by head: AVG (the mean, which predicts), CLS, DIST."""
     average_NK = (cls_logits_NK.float() + dist_logits_NK.float()) / 2
     return {"AVG": average_NK, "CLS": cls_logits_NK, "DIST": dist_logits_NK}
 
@@ -243,10 +215,7 @@ def score_heads(
     dataset: str | None = None,
     device: torch.device = CPU,
 ) -> Result:
-    """Score any logits [N, K] by name, such as the teacher's.
-
-    The first name is ``Result.main``. See ``score``.
-    """
+    """Score any logits [N, K] by name as ``score``; the first is ``Result.main``."""
     _check(logits, labels_N, len(counts))
     *parts, read_N = readable(*logits.values(), labels_N)
     labels_N, left_out = read_N.long().cpu(), len(labels_N) - len(read_N)
@@ -336,10 +305,7 @@ def _score_head(
 
 
 def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-    """Return prediction, confidence and scores of each image, in float64.
-
-    (predicted, confidence, top-1 hit, top-5 hit, NLL, Brier score).
-    """
+    """Return predicted, confidence, top-1 hit, top-5 hit, NLL and Brier score, [N]."""
     largest_N1, predicted_N1 = logits_NK.max(dim=1, keepdim=True)
     predicted_N, own_N1 = predicted_N1.squeeze(1), labels_N[:, None]
     shifted_NK = logits_NK.double() - largest_N1
@@ -366,10 +332,7 @@ def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BI
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Return the expected calibration error in per cent.
-
-    Mean |confidence - accuracy|; NaN without images.
-    """
+    """Return the expected calibration error in per cent; NaN without images."""
     total = sum(b.num_images for b in bins)
     return 100 * sum(b.num_images * abs(b.confidence - b.accuracy) for b in bins) / total if total else math.nan
 

@@ -27,9 +27,7 @@ LOSSLESS_SIDE = 64
 
 
 def decisions(logits_NK: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return each image's most probable class and its probability.
-
-    int64 [N] and float64 [N].
+    """Return each image's likeliest class, int64 [N], and its probability, float64.
 
     Args:
         logits_NK: logits of one head.
@@ -68,9 +66,7 @@ def image_facts(
     preprocess: Preprocess,
     temperatures: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Collect the report's facts of single images.
-
-    They are the content of analysis/images.json.
+    """Collect the facts of single images for analysis/images.json.
 
     Args:
         heads: logits_NK by name; the first head predicts.
@@ -110,10 +106,7 @@ def image_facts(
 
 
 def picture(image: Image.Image) -> str:
-    """Return a small picture as a data URI.
-
-    A PNG if tiny, else a JPEG of at most ``PICTURE_SIDE``.
-    """
+    """Return a small picture as a data URI: PNG if tiny, else JPEG."""
     if max(image.size) <= LOSSLESS_SIDE:
         return data_uri(image, "PNG", optimize=True)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)

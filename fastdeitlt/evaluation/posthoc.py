@@ -69,10 +69,7 @@ class PostHoc:
     """Shifted prior -> accuracy in per cent of "AVG, class prior" adjusted to that prior; see shift.py."""
 
     def rows(self, split: str = "official") -> list[list[str]]:
-        """Return one row per method.
-
-        Name, accuracy of all, head, mid, tail, ECE and NLL of all, fitted weights.
-        """
+        """Return a row per method: accuracies, ECE and NLL of all, fitted weights."""
         return [
             [
                 name,
@@ -120,10 +117,7 @@ _POST_HOC = TypeAdapter(PostHoc)
 
 
 def log_prior(counts: Sequence[int]) -> Tensor:
-    """Return the log of the class frequencies in training, float64 [K].
-
-    An empty class counts as one image.
-    """
+    """Return log class frequencies, float64 [K]; an empty class counts as one image."""
     counts_K = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
     return (counts_K / counts_K.sum()).log()
 
@@ -141,10 +135,8 @@ def apply(method: str, weights: Sequence[float], cls_NK: Tensor, dist_NK: Tensor
 def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prior_K: Tensor) -> list[float]:
     """Fit weights [F] that minimise the class-balanced NLL of the labels.
 
-    It is averaged over the images of a class, then over classes.
-
-    A Gaussian prior of deviation 1 around "no change", weighted like one image, keeps the weights finite if every image
-    is classified correctly.
+    It is averaged over the images of a class, then over classes. A Gaussian prior of deviation 1 around "no change",
+    weighted like one image, keeps the weights finite if every image is classified correctly.
     """
     features, start = METHODS[method]
     support_K = labels_N.bincount(minlength=cls_NK.shape[1]).double()
@@ -188,10 +180,7 @@ def fit(method: str, cls_NK: Tensor, dist_NK: Tensor, labels_N: Tensor, log_prio
 
 
 def describe(method: str, weights: Sequence[float]) -> str:
-    """Format a method's weights as T, tau and alpha.
-
-    Temperature, strength of the prior and weight of DIST.
-    """
+    """Format weights as T (temperature), tau (prior) and alpha (weight of DIST)."""
     total = weights[0] if len(weights) == 1 or method == "AVG, class prior" else weights[0] + weights[1]
     if not total > 0:
         return "no fit: the heads rank the classes worse than chance"

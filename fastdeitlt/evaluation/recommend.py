@@ -42,10 +42,7 @@ class Recommendation:
 
     @property
     def alike(self) -> tuple[str, ...]:
-        """Others whose accuracy is within the best one's interval.
-
-        They are not distinguishable on these images.
-        """
+        """Others within the best one's interval, so not distinguishable from it."""
         return tuple(other.name for other in self.scored[1:] if other.accuracy >= self.best.low)
 
     def to_json(self) -> dict[str, Any]:
@@ -74,9 +71,7 @@ class Recommendation:
 def recommend(student: Result | None, teacher: Result | None) -> Recommendation | None:
     """Rank the teacher and the student's heads by validation scores.
 
-    The scores are on the same images; None without any.
-
-    Ties are in the order AVG, CLS, DIST, teacher.
+    The scores are on the same images; None without any. Ties are in the order AVG, CLS, DIST, teacher.
     """
     heads: dict[str, tuple[HeadResult, Result]] = {}
     for result in (student, teacher):

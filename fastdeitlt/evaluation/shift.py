@@ -34,10 +34,7 @@ def shifted_prior(counts: Sequence[int], rho: float) -> np.ndarray:
 
 
 def accuracy_under(prior_K: np.ndarray, correct_K: np.ndarray, support_K: np.ndarray) -> float:
-    """Return the accuracy in per cent under a class prior.
-
-    The prior is over classes with test images; NaN if none has any.
-    """
+    """Return the accuracy in per cent under a class prior; NaN without test images."""
     present_K = support_K > 0
     if not present_K.any():
         return float("nan")
@@ -56,10 +53,7 @@ def accuracies(result: Result) -> dict[str, dict[str, float]]:
 
 
 def table(shifted: Mapping[str, Mapping[str, float]], prior_known: Mapping[str, float] | None = None) -> Table:
-    """Return a table for a terminal: rows of shifts, columns of heads.
-
-    ``prior_known`` as in ``PostHoc``.
-    """
+    """Return a terminal table of shifts by head; ``prior_known``: see ``PostHoc``."""
     columns = dict(shifted) | ({"AVG, known prior": prior_known} if prior_known else {})
     table = Table(title="accuracy in % on shifted test class frequencies (ratio of first to last class)")
     table.add_column("test classes")

@@ -47,10 +47,7 @@ class Sign:
 
 
 def tail_images(images: LongTailSet, dataset: str) -> LongTailSet:
-    """Return training images of the tail classes (official split).
-
-    Evenly spaced if more than the maximum.
-    """
+    """Return training images of the tail classes (official split), evenly spaced."""
     tail_N = np.flatnonzero(np.isin(images.labels, shot_groups(images.counts, SPLIT, dataset)["tail"].numpy()))
     return images.take(tail_N[np.linspace(0, len(tail_N) - 1, min(NUM_TAIL_IMAGES, len(tail_N))).astype(np.int64)])
 
@@ -106,9 +103,7 @@ def _head(now: Reading, before: Sequence[Reading], baseline_head: float) -> Sign
 
 
 def _overfitting(readings: Sequence[Reading]) -> Sign | None:
-    """Check whether only the held-out tail accuracy falls from its best.
-
-    That on training images does not fall.
+    """Check whether tail accuracy falls on held-out, but not on training images.
 
     The first reading is the last before re-weighting, if any.
     """

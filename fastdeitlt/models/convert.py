@@ -19,10 +19,7 @@ _NEEDED = {"cls_token": 3, "dist_token": 3, "pos_embed": 3, "patch_embed.proj.we
 
 
 def resample_pos_embed(pos_embed_1ND: Tensor, num_tokens: int) -> Tensor:
-    """Resample position embeddings to a square grid of another size by timm.
-
-    The prefix is kept.
-    """
+    """Resample position embeddings to a square grid by timm, keeping the prefix."""
     if pos_embed_1ND.shape[1] == num_tokens:
         return pos_embed_1ND
     from timm.layers import resample_abs_pos_embed  # timm is slow to import
@@ -67,9 +64,7 @@ def size_of(state: State, what: str) -> str:
 
 
 def load_student_state(model: DistilledViT, state: State, what: str = "student checkpoint") -> None:
-    """Load weights with timm's keys.
-
-    Position embeddings of another image size are interpolated.
+    """Load weights with timm's keys, interpolating position embeddings.
 
     Raises:
         UserError: not a distilled ViT, another class count, or keys and shapes that do not fit.
@@ -82,9 +77,7 @@ def load_student_state(model: DistilledViT, state: State, what: str = "student c
 
 
 def load_student_checkpoint(path: str | Path) -> tuple[DistilledViT, dict[str, Any]]:
-    """Load a student in eval mode.
-
-    From a model folder, an official checkpoint or timm's weights.
+    """Load a student in eval mode: a model folder, a checkpoint or timm's weights.
 
     Args:
         path: a folder with manifest.json, a .pth of {"model", "model_ema", "args", ...}, or .safetensors.

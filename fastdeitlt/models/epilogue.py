@@ -62,10 +62,7 @@ class ConvRelu(nn.Module):
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
 
     def forward(self, x_BCHW: Tensor, shortcut_BCHW: Tensor | None = None) -> Tensor:
-        """Apply the layer in the weight's type.
-
-        Autocast does not convert the inputs of this op.
-        """
+        """Apply the layer in the weight's type, as autocast does not convert inputs."""
         conv, dtype = self.conv, self.conv.weight.dtype
         shortcut_BCHW = None if shortcut_BCHW is None else shortcut_BCHW.to(dtype)
         window = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -75,10 +72,8 @@ class ConvRelu(nn.Module):
 def fuse_epilogues(network: nn.Module) -> nn.Module:
     """Return a copy of an eval-mode network with fused epilogues.
 
-    ReLU, and the sum before it, move inside the plain convolutions.
-
-    Outputs are equal. Batch norms must be folded before. A network that torch.fx cannot trace is copied unchanged, with
-    a warning.
+    ReLU, and the sum before it, move inside the plain convolutions. Outputs are equal. Batch norms must be folded
+    before. A network that torch.fx cannot trace is copied unchanged, with a warning.
     """
     network = copy.deepcopy(network)
     try:
@@ -107,10 +102,7 @@ def _is_relu(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
 
 
 def _fuse(traced: fx.GraphModule, relu: fx.Node, layers: dict[str, nn.Module]) -> None:
-    """Replace a ReLU and its convolution by one call if possible.
-
-    With the sum between them.
-    """
+    """Replace a ReLU, its convolution and a sum between by one call if possible."""
     before = relu.args[0]
     assert isinstance(before, fx.Node)
     conv, shortcut = before, None
@@ -132,10 +124,7 @@ def _fuse(traced: fx.GraphModule, relu: fx.Node, layers: dict[str, nn.Module]) -
 
 
 def _is_plain(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
-    """Return whether a node is a convolution that can be fused.
-
-    One call, one reader, zero padding.
-    """
+    """Return whether a convolution is fusible: one call, one reader, zero padding."""
     layer = layers.get(str(node.target)) if node.op == "call_module" else None
     if type(layer) is not nn.Conv2d or len(node.users) != 1 or node.kwargs or len(node.args) != 1:
         return False

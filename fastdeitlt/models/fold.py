@@ -21,10 +21,8 @@ class _LayerTracer(fx.Tracer):
 def fold_batchnorm(network: nn.Module) -> nn.Module:
     """Copy a network in eval mode with folded batch norms.
 
-    Each is folded into the plain convolution before it.
-
-    Only if nothing else reads the convolution. Outputs are equal up to rounding. A network that torch.fx cannot trace
-    is copied unchanged, and this is logged.
+    Each is folded into the plain convolution before it, if nothing else reads that convolution. Outputs are equal up to
+    rounding. A network that torch.fx cannot trace is copied unchanged, and this is logged.
     """
     network = copy.deepcopy(network).eval()
     try:

@@ -66,10 +66,7 @@ def scaled_product(a_MK: Tensor, b_NK: Tensor, fast: bool = False) -> Tensor:
 
 
 def quantise(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a row-major float8 matrix and its scales [M, 1].
-
-    x = matrix * scale, up to rounding.
-    """
+    """Return a row-major float8 matrix and scales [M, 1]; x = matrix * scale."""
     x_MK = x_MK.float()
     scale_M1 = x_MK.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
     return (x_MK / scale_M1).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale_M1

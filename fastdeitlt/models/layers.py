@@ -86,10 +86,7 @@ def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor
 
 
 def linear_gelu(x_BND: Tensor, linear: Linear, impl: str = "torch") -> Tensor:
-    """Apply a linear map with bias, then exact GELU.
-
-    The kernel adds the bias and applies GELU in one pass.
-    """
+    """Apply a linear map, bias and exact GELU; the kernel fuses the last two."""
     if pick("bias_gelu", impl, (linear.out_features,), x_BND.device) == "torch":
         return F.gelu(linear(x_BND))
     from fastdeitlt.kernels.bias_gelu import bias_gelu
@@ -136,10 +133,7 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, num_queries: int | None = None) -> Tensor:
-        """Compute attention of all tokens to all tokens.
-
-        With ``num_queries`` only the first tokens are queries.
-        """
+        """Compute attention of all tokens, or of the first ``num_queries``, to all."""
         return attend(x_BND, self.qkv, self.heads, num_queries, self.impl)
 
 

@@ -114,9 +114,7 @@ def open_saved(path: str | Path) -> Saved:
 
 
 def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int) -> Saved:
-    """Open a teacher's released checkpoint.
-
-    It contains neither architecture nor preprocessing.
+    """Open a teacher's released checkpoint, which states no architecture or input.
 
     Args:
         arch: see ``load_teacher``.
@@ -137,10 +135,7 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
 
 
 def run_of(path: Path) -> Path | None:
-    """Return the run folder that contains a model folder, if any.
-
-    A model folder is checkpoints/<name>.
-    """
+    """Return the run folder that contains a model folder checkpoints/<name>, if any."""
     if not path.is_dir():
         return None
     folder = find_model_folder(path)

@@ -50,9 +50,7 @@ def start_from(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    """Load weights of a plain or distilled ViT into a student.
-
-    Logs in one line what was adapted.
+    """Load a plain or distilled ViT's weights into a student; log the adaptations.
 
     A plain ViT's CLS token and head initialise the DIST token and head too. Position embeddings and patches are
     resampled as in timm. A shallower student gets the first blocks; in a deeper one further blocks are identities. Head
@@ -94,9 +92,7 @@ def start_from(
 
 
 def shape_of(path: str | Path) -> tuple[str, int, int, int]:
-    """Return width name, patch, depth and image size of initial weights.
-
-    The size is in pixels.
+    """Return width name, patch, depth and image size in pixels of initial weights.
 
     Raises:
         UserError: no such file, damaged, contains code, a width that no student has, or not a ViT under timm's names.
@@ -127,10 +123,7 @@ def _read(path: Path) -> Start:
 
 
 def _read_timm(folder: Path) -> Start:
-    """Read a folder in the layout of timm's ``local-dir:``.
-
-    It is also that of the Hugging Face hub.
-    """
+    """Read a folder in the layout of timm's ``local-dir:`` and the Hugging Face hub."""
     try:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -172,10 +165,7 @@ def _check(state: State, student: DistilledViT, what: str) -> None:
 
 
 def _without_layer_scale(state: State) -> State:
-    """Fold layer scale into the branch's last linear layer.
-
-    Layer scale is a factor by channel on a branch's output.
-    """
+    """Fold layer scale, a factor by channel, into the branch's last linear layer."""
     folded = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
     for key, gamma_D in state.items():
         found = _BLOCK.fullmatch(key)
@@ -188,10 +178,7 @@ def _without_layer_scale(state: State) -> State:
 
 
 def _with_dist(state: State) -> tuple[State, bool]:
-    """Add a DIST token to a plain ViT.
-
-    It copies the CLS token, its position embedding and its head.
-    """
+    """Add a DIST token to a plain ViT: copies of the CLS token, position and head."""
     if "dist_token" in state:
         return state, False
     pos_embed_1ND, cls_token = state["pos_embed"], state["cls_token"]
@@ -214,10 +201,7 @@ def _renormalise(state: State, start: Start, mean: tuple[float, ...], std: tuple
 
 
 def _fit_depth(state: State, student: DistilledViT) -> list[str]:
-    """Fit the number of blocks to the student's depth; return notes.
-
-    Drops the last blocks or adds identities.
-    """
+    """Drop the last blocks or add identities to fit the depth; return notes."""
     depth, own = 1 + max((int(m[1]) for key in state if (m := _BLOCK.fullmatch(key))), default=-1), len(student.blocks)
     if depth > own:
         for key in [key for key in state if (m := _BLOCK.fullmatch(key)) and int(m[1]) >= own]:

@@ -63,10 +63,7 @@ def read_torch(path: Path) -> Any:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Refuse a zip file with a larger unpacked size.
-
-    torch.save does not compress.
-    """
+    """Refuse a zip file that unpacks to more: torch.save does not compress."""
     try:
         with zipfile.ZipFile(path) as records:
             unpacked = sum(record.file_size for record in records.infolist())
@@ -92,9 +89,7 @@ def read_safetensors(path: Path) -> State:
 
 
 def tensors(content: Any, path: Path, names: Iterable[str] = ("state_dict", "model")) -> State:
-    """Return the state dict of a checkpoint.
-
-    It is under the first of ``names`` it has, or the content itself.
+    """Return a checkpoint's state dict: under the first of ``names``, or as a whole.
 
     Prefixes that DataParallel, DDP and torch.compile add to every key are stripped.
 

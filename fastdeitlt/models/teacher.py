@@ -70,10 +70,7 @@ class Paco(nn.Module):
 
 
 def _network(arch: str, num_classes: int) -> Any:
-    """Build the bare CNN.
-
-    timm's if it has ``arch``, else our CIFAR ResNet for resnet<6n+2>.
-    """
+    """Build timm's bare CNN ``arch``, else our CIFAR ResNet for resnet<6n+2>."""
     match = re.fullmatch(r"resnet(\d{1,4})", arch)
     if timm.is_model(arch):
         options: Any = {"zero_init_last": False} if match else {}  # as in torchvision, which the references train
@@ -85,10 +82,7 @@ def _network(arch: str, num_classes: int) -> Any:
 
 
 def head_name(network: Any) -> str:
-    """Return the state-dict prefix of a bare CNN's classifier.
-
-    ``linear``, or mostly ``fc`` or ``head.fc`` in timm.
-    """
+    """Return the state-dict prefix of a bare CNN's classifier, such as ``head.fc``."""
     return "linear" if isinstance(network, ResNetCifar) else network.default_cfg["classifier"]
 
 
@@ -102,9 +96,7 @@ def _norm_head(network: Any, num_classes: int) -> None:
 def create_teacher(
     arch: str, num_classes: int, style: str = "fastdeitlt", normed_head: bool | None = None
 ) -> nn.Module:
-    """Create a CNN with new weights, with the keys of ``style``.
-
-    It maps images_BCHW to logits_BK.
+    """Create a CNN (images_BCHW to logits_BK) with new weights and ``style``'s keys.
 
     Args:
         arch: resnet<6n+2> (CIFAR, option A), resnet50, or any CNN name of timm.
@@ -182,10 +174,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def fed(self, own: TeacherInput, student_mean: Sequence[float], student_std: Sequence[float]) -> "Teacher":
-        """Return the same network with another input ``own``.
-
-        Computed from the student's normalised images.
-        """
+        """Return the network with input ``own``, made of the student's normalised images."""
         scale_C = shift_C = None
         if (tuple(own.mean), tuple(own.std)) != (tuple(student_mean), tuple(student_std)):
             mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
@@ -217,10 +206,7 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
     def for_autocast(self, dtype: torch.dtype) -> "Teacher":
-        """Return a copy with the weights in ``dtype``, with equal logits.
-
-        These are the weights that autocast would convert in each call.
-        """
+        """Return a copy with autocast's weights in ``dtype``, and with equal logits."""
         teacher = copy.deepcopy(self)
         for module in teacher.modules():
             if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may use its weights in float32 first
@@ -228,10 +214,7 @@ class Teacher(nn.Module):
         return teacher
 
     def with_fused_epilogues(self) -> "Teacher":
-        """Return a copy with fused epilogues and equal logits.
-
-        Bias, shortcut and ReLU are fused into its convolutions.
-        """
+        """Return a copy with bias, shortcut and ReLU fused into its convolutions."""
         teacher = copy.deepcopy(self)
         teacher.network = fuse_epilogues(teacher.network)
         return teacher
@@ -256,8 +239,6 @@ def load_teacher(
 ) -> Teacher:
     """Load a frozen teacher from a released checkpoint or a model folder.
 
-    It maps images_BCHW to logits_BK.
-
     Args:
         path: .pth, .pth.tar or .pt (tensors only), .safetensors, or a model or run folder, which overrides ``arch``.
         style: auto infers it from the keys.
@@ -276,9 +257,7 @@ def load_teacher(
 
 
 def logit_scale(network: nn.Module, recipe: dict[str, Any] | None) -> float:
-    """Return the factor on the logits in the teacher's training loss.
-
-    LDAM's s, else 1.
+    """Return the factor on the logits in the training loss: LDAM's s, else 1.
 
     Without a recipe a cosine head is assumed to be LDAM's: its logits are in -1..1.
     """
@@ -298,10 +277,7 @@ def _read(path: Path) -> tuple[State, Manifest | None]:
 
 
 def _network_with(state: State, arch: str, num_classes: int, style: str, what: str) -> nn.Module:
-    """Build the bare network with its weights from ``state``.
-
-    ``state`` may be that of PaCo's wrapper.
-    """
+    """Build the bare network with weights from ``state``, maybe PaCo's wrapper's."""
     if style not in ("auto", *STYLES):
         raise UserError(f"teacher style {style!r}: unknown, expected auto, {', '.join(STYLES)}{near(style, STYLES)}")
     network = _network(arch, num_classes)
@@ -341,10 +317,8 @@ def open_teacher(
 ) -> Teacher:
     """Open a configuration's teacher, folded for inference.
 
-    Its input is the student's normalised images.
-
-    A model folder's architecture and class order override ``cfg``; its classes are matched with the student's by name
-    if both have names. Its preprocessing is ``teacher_input``.
+    Its input is the student's normalised images. A model folder's architecture and class order override ``cfg``; its
+    classes are matched with the student's by name if both have names. Its preprocessing is ``teacher_input``.
 
     Args:
         student_img_size: side in pixels of the student's images.
@@ -398,9 +372,7 @@ def teacher_input(
 
 
 def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what: str = "teacher") -> Tensor | None:
-    """Return the data set's label of each class of a model folder's teacher.
-
-    None = the same.
+    """Return the data set's label of each of a teacher's classes; None = the same.
 
     Args:
         class_names: names of the data set's classes; equal names are then the same class.

@@ -75,10 +75,7 @@ def _results(runs: list[RunFiles]) -> Section:
 
 
 def _split_name(scored: dict[str, Result], split: str = "official") -> str:
-    """Return the title of a split.
-
-    Runs on different data sets may have different ones.
-    """
+    """Return the titles of a split, which can differ between data sets."""
     return " or ".join(dict.fromkeys(result.split_name(split) for result in scored.values()))
 
 

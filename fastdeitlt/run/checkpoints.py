@@ -166,10 +166,7 @@ class Checkpoints:
         self._best = manifest["best"]
 
     def _link_last(self, path: Path) -> None:
-        """Link ``last`` to the newest checkpoint, for users.
-
-        The program does not read the link.
-        """
+        """Link ``last`` to the newest checkpoint, for users, not for the program."""
         if not self._links:
             return
         draft, last = self.folder / f".last-{uuid.uuid4().hex[:8]}", self.folder / "last"

@@ -274,9 +274,7 @@ class Run:
         return (self.folder / "results.json").exists()
 
     def rewind(self, step: int, ended: bool) -> None:
-        """Drop records logged after the restored state.
-
-        So the log has no duplicates.
+        """Drop records logged after the restored state, which would be duplicates.
 
         Args:
             step: completed optimizer steps.
@@ -384,10 +382,7 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _with_ranks(cfg: Config) -> Config:
-    """Set ``train.virtual_ranks`` to the actual value.
-
-    So a resume on other ranks is equal or refused.
-    """
+    """Set ``train.virtual_ranks``: a resume on other ranks is equal or refused."""
     ranks = cfg.train.virtual_ranks or distributed.get_world()
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 

@@ -36,16 +36,14 @@ def is_launched(env: Mapping[str, str]) -> bool:
 
 
 def processes(cfg: Config, requested: int, env: Mapping[str, str]) -> int:
-    """Return the number of processes to start.
-
-    ``requested``, else one per visible GPU.
+    """Return the processes to start: ``requested``, else one per visible GPU.
 
     1 within a launcher, on a CPU and with ``train.engine=plain``; at most the largest divisor of
     ``train.virtual_ranks``.
 
     Args:
         cfg: the run.
-        asked: --processes; 0 = not given.
+        requested: --processes; 0 = not given.
         env: os.environ.
 
     Raises:

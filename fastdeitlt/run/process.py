@@ -202,10 +202,7 @@ def keep_freed_memory() -> None:
 
 
 def start() -> _Stream:
-    """Set up the process of a command before slow imports.
-
-    Returns its standard output.
-    """
+    """Set up a command's process before slow imports; return its standard output."""
     keep_freed_memory()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read by the library when torch loads it

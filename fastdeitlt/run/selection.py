@@ -166,10 +166,7 @@ class Selector:
             write_atomically(self.run.folder / "results.json", json.dumps(results, indent=1))
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest entries of the weights.
-
-        They include the training set's fingerprint.
-        """
+        """Return the manifest entries of the weights, with the training set's hash."""
         return self.scorer.manifest() | {"data_sha256": self.fingerprint["train"]}
 
     def check_fingerprint(self, saved: Mapping[str, str | None], folder: str) -> None:

@@ -48,10 +48,7 @@ class TeacherScorer:
         return self._score(self._logits(split)), {}
 
     def _logits(self, split: str) -> tuple[Tensor, Tensor]:
-        """Return (logits_NK, labels_N), equal on every rank.
-
-        The preprocessing is the teacher's own.
-        """
+        """Return (logits_NK, labels_N) on every rank, with the teacher's preprocessing."""
         images, cfg, t = getattr(self.sets, split), self.cfg, self.cfg.teacher_training
         if split not in self.sources:
             self.sources[split] = open_source(images, cfg.data, self.device, scored=True)

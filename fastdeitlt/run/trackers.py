@@ -40,10 +40,7 @@ class TrackedRun:
     """Dotted name -> value."""
 
     def identity(self, tracker: str, create: Callable[[], str]) -> tuple[str, bool]:
-        """Return the tracker's id of this run, and whether it existed.
-
-        It is created at the first start.
-        """
+        """Return the run's id in a tracker, and whether it existed before."""
         path = self.folder / f".tracker-{tracker}"  # not .wandb, which W&B itself would use
         if path.is_file():
             return path.read_text(encoding="utf-8"), True

@@ -24,10 +24,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces ``path`` after the block.
-
-    Unless the block raises.
-    """
+    """Yield a temporary path that replaces ``path`` if the block does not raise."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield draft
@@ -54,9 +51,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``path`` after the block.
-
-    Unless the block raises.
+    """Yield a temporary folder that replaces ``path`` if the block does not raise.
 
     Requires a lock on ``path``: drafts left by a killed process are removed, and ``path`` does not exist between the
     two renames.

@@ -28,10 +28,7 @@ CYCLE_SHARE = 0.3
 
 
 def class_sample(labels_N: np.ndarray, at_least: int = 2) -> np.ndarray:
-    """Sample equally many images of each class, evenly spaced.
-
-    All of a smaller class.
-    """
+    """Sample equally many images of each class, evenly spaced; all of a small one."""
     _, counts = np.unique(labels_N, return_counts=True)
     members = np.split(labels_N.argsort(kind="stable"), counts.cumsum()[:-1])
     each = max(at_least, min(MOST, IMAGES // len(members)))

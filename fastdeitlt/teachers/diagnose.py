@@ -149,10 +149,7 @@ class _Scorer:
 
 
 def _mean_of_classes(hit_N: Tensor, labels_N: Tensor, ids: Tensor) -> float | None:
-    """Return the mean over classes ``ids`` of their mean ``hit_N``.
-
-    None if all are empty.
-    """
+    """Return the mean over classes ``ids`` of mean ``hit_N``; None if all are empty."""
     means = [hit_N[labels_N == label].mean() for label in ids.tolist() if (labels_N == label).any()]
     return torch.stack(means).mean().item() if means else None
 
@@ -160,10 +157,7 @@ def _mean_of_classes(hit_N: Tensor, labels_N: Tensor, ids: Tensor) -> float | No
 def _teach(
     teacher: Teacher, source: Source, images: LongTailSet, cfg: Config, order_N: np.ndarray, mixing: bool, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield the teacher's logits on the student's training batches.
-
-    (logits_BK, labels_B, partner_B, lam_B).
-    """
+    """Yield logits_BK, labels_B, partner_B, lam_B of the student's training batches."""
     mixing = mixing and cfg.mixup.on
     parts = [order_N[i : i + cfg.train.batch_size] for i in range(0, len(order_N), cfg.train.batch_size)]
     if mixing and len(parts[-1]) % 2:  # mixing needs pairs

@@ -178,9 +178,7 @@ class SAM(Optimizer):
 
 @contextmanager
 def frozen_batch_stats(model: nn.Module, frozen: bool = True) -> Iterator[None]:
-    """Keep batch-norm running statistics unchanged within the block.
-
-    In training mode.
+    """Keep batch-norm running statistics unchanged in training within the block.
 
     SAM's second pass is at weights that are never used. ``frozen=False`` updates the statistics there too, as
     val-iisc/Saddle-LongTail.

@@ -35,9 +35,6 @@ def radius(epoch: int, cfg: TeacherTrainingConfig) -> float:
 
 
 def stage(epoch: int, steps: Sequence[tuple[int, float]], before: float) -> float:
-    """Return the value of the latest (first epoch, value) pair reached.
-
-    ``before`` if none is reached.
-    """
+    """Return the latest reached (first epoch, value) pair's value, else ``before``."""
     values = [(first, value) for first, value in steps if first <= epoch]
     return max(values)[1] if values else before

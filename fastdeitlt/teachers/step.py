@@ -173,10 +173,7 @@ class Step:
         seed: int,
         is_local: bool = False,
     ) -> Tensor:
-        """Run forward and backward of all parts.
-
-        Gradients are summed over ranks, unless ``is_local``.
-        """
+        """Run forward and backward; sum gradients over ranks, unless ``is_local``."""
         torch.manual_seed(seed)
         total = torch.zeros((), device=batch.labels_B.device)
         for part, extra in zip(batch.parts, shared, strict=True):
@@ -191,10 +188,7 @@ class Step:
         return total
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return a checkpoint's tensors: weights and momentum.
-
-        PaCo: also keys and queue.
-        """
+        """Return a checkpoint's tensors: weights (of PaCo with keys, queue), momentum."""
         network = self.objective.network
         return {"model": network.state_dict(), "optimizer": optimizer_tensors(network, self.optimizer)}
 

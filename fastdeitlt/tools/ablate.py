@@ -101,9 +101,7 @@ def ablate(
     dry_run: bool = False,
     table_only: bool = False,
 ) -> Path | None:
-    """Train the unfinished runs of a grid, then write table and reports.
-
-    Table and reports have the finished runs.
+    """Train a grid's unfinished runs; write table and reports of the finished ones.
 
     Args:
         path: grid file, or a shipped one such as ``ablation/embedded``.

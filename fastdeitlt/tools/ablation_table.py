@@ -75,9 +75,7 @@ def _central_probability(t: float, degrees: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for multiple tests, in order.
-
-    NaN stays NaN and does not count.
+    """Correct p values for multiple tests, in order; NaN stays and does not count.
 
     The smallest of m is multiplied by m, the next by m - 1 and so on, monotone and at most 1. Valid for any dependence
     of the tests. Source: Holm 1979, the sequentially rejective test.
@@ -247,10 +245,7 @@ def _brief(base: str, summaries: Mapping[str, Mapping[Metric, Summary]]) -> Tabl
 
 
 def figure(values: Mapping[str, Mapping[int, Values]]) -> str:
-    """Draw AVG, CLS on head and DIST on tail by arm as <svg>.
-
-    Dots are seeds, bars are means.
-    """
+    """Draw AVG, CLS on head, DIST on tail by arm as <svg>: dots seeds, bars means."""
     panels: dict[str, Metric] = {name: COLUMNS[name] for name in ("AVG all", "CLS head", "DIST tail")}
     with matplotlib.rc_context(STYLE):
         drawing = Figure(figsize=(8.6, 0.9 + 0.32 * len(values)), layout="constrained")

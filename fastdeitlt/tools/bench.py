@@ -180,7 +180,8 @@ def _with_data(setup: Setup, num_batches: int) -> tuple[list[Row], float]:
 
 
 def _paced(marks: Sequence[float]) -> Timing:
-    """Return the time between marks in s: batches come in bursts, so as the mean."""
+    """Return the milliseconds between marks, which are in seconds."""
+    # batches come in bursts: the mean is the rate
     spread = timing([1e3 * (end - start) for start, end in pairwise(marks)])
     return replace(spread, median=1e3 * (marks[-1] - marks[0]) / (len(marks) - 1))
 

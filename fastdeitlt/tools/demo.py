@@ -19,9 +19,7 @@ log = logging.getLogger("fastdeitlt")
 
 
 def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
-    """Train the teacher on the student's data, then the student.
-
-    An equal teacher is reused.
+    """Train or reuse a teacher on the student's data, then train the student.
 
     Args:
         cfg: the student's run.

@@ -55,9 +55,7 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
 
 
 def dry_run(cfg: Config, recipe: Config | None = None) -> int:
-    """Check a student's run and run one step on random images.
-
-    Prints sizes and steps.
+    """Check a student's run, print sizes and steps, run one step on random images.
 
     Args:
         cfg: the student's run.
@@ -104,9 +102,7 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
 
 
 def dry_run_teacher(cfg: Config) -> int:
-    """Check a teacher's run and run one step on random images.
-
-    Prints sizes and steps.
+    """Check a teacher's run, print sizes and steps, run one step on random images.
 
     Raises:
         UserError: as in training.

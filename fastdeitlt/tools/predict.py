@@ -70,9 +70,7 @@ def predict(
 ) -> list[Prediction]:
     """Classify images, files and folders of files, in order.
 
-    Files of a folder are sorted by name.
-
-    Preprocessing is that of evaluation.
+    Files of a folder are sorted by name. Preprocessing is that of evaluation.
 
     Args:
         model_folder: a model folder or a run folder, of a student or a teacher, or a released student checkpoint.
@@ -179,9 +177,7 @@ def main(
     raw: bool = False,
     head: str = "AVG",
 ) -> int:
-    """Run `predict`: print a table, or write .csv or .json.
-
-    Returns 2 if files were unreadable.
+    """Run `predict`: print a table or write a file; return 2 for unreadable files.
 
     Raises:
         UserError: see ``predict``; or ``out`` is neither .csv nor .json.

@@ -65,10 +65,7 @@ def current_rows(shapes: Shapes) -> list[Row]:
 
 
 def _measured_op(shapes: Shapes, op: str) -> Row | None:
-    """Return the row of an op.
-
-    It is torch's if the kernel fails, and None if the GPU is out of memory.
-    """
+    """Return an op's row: torch's if the kernel fails, None if memory is full."""
     try:
         return next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
     except torch.OutOfMemoryError:
@@ -80,10 +77,7 @@ def _measured_op(shapes: Shapes, op: str) -> Row | None:
 
 
 def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
-    """Time the implementations of an op and return the fastest one's row.
-
-    Skips those that disagree with torch.
-    """
+    """Return the row of an op's fastest implementation that agrees with torch."""
     torchs = shapes.torchs(part.op)
     expected = copied(part.whole[torchs]())
     agreeing: dict[str, Call] = {}

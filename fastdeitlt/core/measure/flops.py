@@ -12,10 +12,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the datasheet bf16 FLOP/s of a GPU in ``PEAK_FLOPS``.
-
-    None for others and for CPUs.
-    """
+    """Return a GPU's datasheet bf16 FLOP/s in ``PEAK_FLOPS``, None for others."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -164,9 +164,7 @@ def _launches(settings: _search.Settings, calls: Mapping[str, Call]) -> dict[Key
 def _attention(shapes: Shapes) -> Iterator[Part]:
     """Yield attention of all tokens, then of the last block's two first rows.
 
-    Each beside torch's backends.
-
-    Each includes the gradient of the projection's bias.
+    Each is beside torch's backends and includes the gradient of the projection's bias.
     """
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     head = width // (heads := cast(Block, shapes.student.blocks[0]).attn.heads)
@@ -200,10 +198,7 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
 
 
 def _summing(whole: Callable[[], Any]) -> Call:
-    """Add the sum over the packed qkv gradient for the projection's bias.
-
-    Only our kernel includes it.
-    """
+    """Add the sum for the projection's bias, which only our kernel includes."""
 
     def run() -> tuple[Tensor, Tensor]:
         (dqkv_BN3HE,) = whole()
@@ -215,9 +210,8 @@ def _summing(whole: Callable[[], Any]) -> Call:
 def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
     """Yield add and LayerNorm of a float32 stream and a drop path branch.
 
-    The output has the type of the matrix products.
-
-    Both implementations are timed with the branch's last product, in which torch adds the bias at no cost.
+    The output has the type of the matrix products. Both implementations are timed with the branch's last product, in
+    which torch adds the bias at no cost.
     """
     batch, tokens, width = shapes.batch, shapes.tokens, shapes.student.width
     x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
@@ -275,10 +269,7 @@ def _joint_loss(shapes: Shapes) -> Iterator[Part]:
 
 
 def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
-    """Yield the kernel on flat buffers, and the whole step beside torch's.
-
-    The step includes clipping and average.
-    """
+    """Yield the kernel alone, and the step with clipping and average beside torch's."""
     weights = sum(parameter.numel() for parameter in shapes.student.parameters())
     size = -(-weights // ALIGNMENT) * ALIGNMENT  # aligned like the optimizer's buffers, for 16-byte loads
     flat = torch.rand(5, size, device=shapes.device)
@@ -301,10 +292,7 @@ def _adamw_ema(shapes: Shapes) -> Iterator[Part]:
 
 
 def _optimizer(shapes: Shapes, backend: str) -> Call:
-    """Return the engine's step of a student with zero weights.
-
-    With zero weights the results show each backend's update.
-    """
+    """Return the engine's step from zero weights, whose results are the updates."""
     student, cfg = copy.deepcopy(shapes.student), shapes.cfg
     for parameter in student.parameters():
         parameter.data.zero_()

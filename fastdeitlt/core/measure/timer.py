@@ -36,9 +36,7 @@ class Timing:
 def measure(
     candidates: Mapping[str, Call], device: torch.device, rounds: int = 20, eager: frozenset[str] = frozenset()
 ) -> dict[str, Timing]:
-    """Time the candidates in ``rounds`` rounds, each in another order.
-
-    So drift affects all equally.
+    """Time candidates in rounds of changing order, so that drift affects all equally.
 
     Args:
         candidates: name -> call.
@@ -87,10 +85,7 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 @contextmanager
 def capturing_stream(device: torch.device) -> Iterator[None]:
-    """Run the context on a stream that a CUDA graph can capture.
-
-    The default stream cannot be captured.
-    """
+    """Run the context on a stream that a CUDA graph can capture, not the default."""
     if device.type != "cuda":
         yield
         return
@@ -108,10 +103,7 @@ def timing(values: list[float], graph: bool = False) -> Timing:
 
 
 def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], float]:
-    """Warm up and return a function that measures one sample in ms per call.
-
-    Chooses the number of calls per sample.
-    """
+    """Warm up and return a function that measures one sample in ms per call."""
     for _ in range(WARM_UP_CALLS):
         call()
     synchronise(device)
@@ -167,10 +159,7 @@ def synchronise(device: torch.device) -> None:
 
 @functools.cache
 def bandwidth(device: torch.device) -> float:
-    """Measure bytes per second, read plus written, of a large copy.
-
-    The copy has 1 GiB, or 64 MiB on a CPU.
-    """
+    """Measure bytes per second, read plus written, of a large copy."""
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
     found = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
@@ -180,8 +169,6 @@ def bandwidth(device: torch.device) -> float:
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
     """Measure FLOP/s of a square matrix product of random numbers.
-
-    The size is 8,192 on a GPU and 1,024 on a CPU.
 
     Args:
         dtype: None = bfloat16 on a GPU, float32 on a CPU.

@@ -19,10 +19,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def keys(*parts: int | np.ndarray) -> np.ndarray:
-    """Return one key per element of broadcast integers, uint64 [B].
-
-    The integers are (seed, epoch, ...).
-    """
+    """Return one key per element of broadcast (seed, epoch, ...), uint64 [B]."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         part = np.atleast_1d(np.asarray(part, np.int64)).view(np.uint64)

@@ -52,10 +52,7 @@ def put(images_BHWC: Tensor, index: np.ndarray, values_BHWC: Tensor) -> None:
 
 
 def chunk_size(images_BHWC: Tensor) -> int:
-    """Return the images per chunk.
-
-    All on a device, what the CPU cache holds on the host.
-    """
+    """Return the images per chunk: all on a device, a cache's content on the host."""
     return len(images_BHWC) if images_BHWC.device.type != "cpu" else max(1, CACHED_VALUES // images_BHWC[0].numel())
 
 
@@ -85,10 +82,7 @@ def _each(values_B: np.ndarray, images_BHWC: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _blend(degenerate: Tensor, images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Blend as Pillow's ``Image.blend`` by timm's factor.
-
-    In float32, clipped, truncated.
-    """
+    """Blend as Pillow by timm's factor, in float32, clipped and truncated."""
     factor_B = blend_factor(level_B, sign_B)
     difference = images_BHWC.float().sub_(degenerate)
     return to_bytes(difference.mul_(_each(factor_B, images_BHWC, torch.float32)).add_(degenerate))
@@ -102,10 +96,7 @@ def _luma(images_BHWC: Tensor) -> Tensor:
 
 
 def _index(images_BHWC: Tensor) -> Tensor:
-    """Return the flat index of each value in a [B, C, 256] table.
-
-    Shape: int32 [B, H, W * C].
-    """
+    """Return each value's index in a flat [B, C, 256] table, int32 [B, H, W * C]."""
     batch, height, width, channels = images_BHWC.shape
     rows = torch.arange(batch * channels, dtype=torch.int32, device=images_BHWC.device).mul_(256)
     return images_BHWC.view(batch, height, -1) + rows.view(batch, 1, channels).repeat(1, 1, width)

@@ -81,10 +81,7 @@ class Draws:
 
 
 def _sides(area: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return box sides in pixels, at least 1, from area and aspect ratio.
-
-    The ratio is height / width.
-    """
+    """Return box sides in pixels, at least 1, from area and ratio height / width."""
     height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     return np.maximum(height, 1).astype(np.int64), np.maximum(width, 1).astype(np.int64)
 
@@ -133,10 +130,7 @@ def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg
 
 
 def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
-    """Draw erasing boxes: the first of ten attempts that fits.
-
-    As timm ``RandomErasing``.
-    """
+    """Draw erasing boxes as timm: the first of ten attempts that fits."""
     u_Bn = counter.uniform(key_B, ERASE, 2 * ATTEMPTS + 3)
     area_BA = _between(u_Bn[:, :ATTEMPTS], *ERASE_AREA) * size**2
     ratio_BA = np.exp(_between(u_Bn[:, ATTEMPTS : 2 * ATTEMPTS], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])))

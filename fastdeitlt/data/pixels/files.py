@@ -53,10 +53,7 @@ class UnreadableError(Exception):
 
     @property
     def is_of_system(self) -> bool:
-        """Return whether the system failed, not this file.
-
-        For example a stale handle or too many open files.
-        """
+        """Return whether the system failed, such as by a stale handle, not this file."""
         cause = self.__cause__
         return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _OF_FILE
 
@@ -221,10 +218,7 @@ def _is_cut(file: BinaryIO, kind: str, tags: Any) -> bool:
 
 
 def _first_scan(data: bytes) -> int:
-    """Return the offset of a JPEG's first scan.
-
-    A thumbnail before it can have an end marker.
-    """
+    """Return the offset of a JPEG's first scan, past a thumbnail's end marker."""
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
         filled = data[position + 1 : position + 2] == b"\xff"

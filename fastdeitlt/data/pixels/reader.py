@@ -66,9 +66,7 @@ class Stream:
         self._host_decoder = Decoder(threads, torch.device("cpu"))
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its finished crops, in order.
-
-        The crops are uint8 [B, S, S, 3] on the device before ``request.finish``.
+        """Yield each request with its finished crops, see ``Source.crops``.
 
         Raises:
             UserError: an image cannot be read, or with skip none of its class; the message has the file and reason.

@@ -47,9 +47,7 @@ class Resident:
             self._slot_N[sample] = images.stand_in(sample, lambda i: None if i in self.unreadable else i)
 
     def crops(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Tensor]]:
-        """Yield each request with its finished crops, in order.
-
-        The crops are uint8 [B, S, S, 3] on the device before ``request.finish``."""
+        """Yield each request with its finished crops, see ``Source.crops``."""
         yield from self._workers.map(lambda request: (request, request.finish(self._crops(request))), requests)
 
     def regions(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Regions]]:

@@ -86,10 +86,7 @@ def _vectorised(crop_HWC: Tensor, size: int) -> Tensor:
 
 
 def resize_batched(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Resize in torch operations on any device.
-
-    One pair of products per target shape.
-    """
+    """Resize in torch on any device, by one pair of products per target shape."""
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for i, (image, (height, width)) in enumerate(zip(images, shapes, strict=True)):
         swap = columns_first(image.shape[0], image.shape[1], height, width)
@@ -115,10 +112,7 @@ def columns_first(height: int, width: int, out_height: int, out_width: int) -> b
 
 
 def _two_passes(images: Sequence[Tensor], out_height: int, out_width: int) -> Tensor:
-    """Resize rows, then columns, of padded images.
-
-    Returns uint8 [B, out_height, out_width, C].
-    """
+    """Resize rows, then columns, of padded images to uint8 [B, H, W, C]."""
     sides_B2 = np.array([image.shape[:2] for image in images])
     batch, (height, width), channels = len(images), sides_B2.max(axis=0).tolist(), images[0].shape[2]
     padded_BHWC = torch.zeros(batch, height, width, channels, dtype=torch.float64, device=images[0].device)
@@ -147,9 +141,7 @@ def _dense(sides_B: np.ndarray, size: int, device: torch.device) -> Tensor:
 
 
 def coefficients(sides_B: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
-    """Return Pillow's integer coefficients to resize ``sides_B`` to ``size``.
-
-    Their unit is 1/2^22.
+    """Return Pillow's integer coefficients (in 1/2^22) for ``sides_B`` to ``size``.
 
     Returns:
         Coefficients, float64 [B, S, T], zero-padded to T taps; first input pixel, int64 [B, S].

@@ -10,10 +10,7 @@ from torch import Tensor
 
 @functools.cache
 def side_stream(device: torch.device, user: str) -> torch.cuda.Stream | None:
-    """Return a user's stream, always the same.
-
-    Torch caches memory by stream. None on a CPU.
-    """
+    """Return a user's one stream, as torch caches memory by stream; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 

@@ -77,8 +77,5 @@ class Workers:
                 wait(running)
 
     def close(self) -> None:
-        """Finish running tasks, cancel pending ones, end all threads.
-
-        May be called twice.
-        """
+        """Finish running tasks, cancel pending ones, end threads. May be called twice."""
         self._pool.shutdown(cancel_futures=True)

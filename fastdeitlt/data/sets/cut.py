@@ -138,10 +138,7 @@ def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSe
 
 
 def _idx_folder(root: str) -> Path:
-    """Return the folder of the IDX files.
-
-    It is root or torchvision's below it, else Debian's.
-    """
+    """Return the IDX files' folder: root, torchvision's below it, or Debian's."""
     folder = Path(root).expanduser() if root else DEBIAN_FOLDER
     downloaded = folder / "FashionMNIST" / "raw"
     return downloaded if downloaded.is_dir() else folder

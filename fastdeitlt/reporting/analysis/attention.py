@@ -51,9 +51,7 @@ def patch_distances(side: int, patch: int) -> Tensor:
 
 
 def mean_distance(weights_BHNN: Tensor, patch: int) -> Tensor:
-    """Return the mean attention distance of each head and image.
-
-    In pixels, float32 [B, H].
+    """Return each image's and head's mean attention distance in pixels, [B, H].
 
     For each patch, the attention-weighted distance to every patch (CLS and DIST columns dropped, the rest normalised to
     sum 1), averaged over patches. Uniform attention has 116.5 px on 14 x 14 patches of 16 px. Source: Dosovitskiy et
@@ -82,10 +80,7 @@ def rollout(weights_LBHNN: list[Tensor]) -> Tensor:
 
 
 def last_maps(weights_LBHNN: list[Tensor]) -> Tensor:
-    """Return the last block's CLS and DIST attention to patches.
-
-    Mean over heads, [B, 2, P], sum 1.
-    """
+    """Return the last block's attention of CLS and DIST to patches, [B, 2, P], sum 1."""
     return _scaled(weights_LBHNN[-1].mean(1)[:, :NUM_PREFIX, NUM_PREFIX:])
 
 

@@ -48,10 +48,7 @@ class Tokens:
 
 
 def patch_similarity(x_BPD: Tensor) -> Tensor:
-    """Return the mean cosine of two different patches of each image, [B].
-
-    NaN for one patch.
-    """
+    """Return the mean cosine of two patches of each image, [B]; NaN for one patch."""
     patches = x_BPD.shape[1]
     total_B = F.normalize(x_BPD, dim=-1).sum(1).square().sum(-1)  # all pairs, including each patch with itself
     return (total_B - patches) / (patches * (patches - 1)) if patches > 1 else torch.full_like(total_B, torch.nan)
