@@ -43,5 +43,5 @@ class Operator:
         return function
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """Register backward and ``setup_context`` as of ``torch.autograd.Function``."""
+        """Register ``backward`` and ``setup_context`` as in torch.autograd.Function."""
         torch.library.register_autograd(self.qualified, backward, setup_context=setup_context, lib=_LIBRARY)

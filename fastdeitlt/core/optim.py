@@ -178,7 +178,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
-    """Return the 0-d factor that clips a 0-d norm as torch's clip_grad_norm_."""
+    """Return the 0-d factor that clips a 0-d norm, as clip_grad_norm_ does."""
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

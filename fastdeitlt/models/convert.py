@@ -77,7 +77,7 @@ def load_student_state(model: DistilledViT, state: State, what: str = "student c
 
 
 def load_student_checkpoint(path: str | Path) -> tuple[DistilledViT, dict[str, Any]]:
-    """Load a student in eval mode: a model folder, a checkpoint or timm's weights.
+    """Load a student in eval mode from a folder, a checkpoint or timm's weights.
 
     Args:
         path: a folder with manifest.json, a .pth of {"model", "model_ema", "args", ...}, or .safetensors.

@@ -174,7 +174,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def fed(self, own: TeacherInput, student_mean: Sequence[float], student_std: Sequence[float]) -> "Teacher":
-        """Return the network with input ``own``, made of the student's normalised images."""
+        """Return the network with input ``own``, from the student's normalised images."""
         scale_C = shift_C = None
         if (tuple(own.mean), tuple(own.std)) != (tuple(student_mean), tuple(student_std)):
             mean_C, std_C = torch.tensor(own.mean), torch.tensor(own.std)
@@ -372,7 +372,7 @@ def teacher_input(
 
 
 def _order_of(manifest: Manifest, class_names: Sequence[str] | None = None, what: str = "teacher") -> Tensor | None:
-    """Return the data set's label of each of a teacher's classes; None = the same.
+    """Return the data set's label of each class of a teacher; None = the same.
 
     Args:
         class_names: names of the data set's classes; equal names are then the same class.

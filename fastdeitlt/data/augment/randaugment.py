@@ -52,7 +52,7 @@ def put(images_BHWC: Tensor, index: np.ndarray, values_BHWC: Tensor) -> None:
 
 
 def chunk_size(images_BHWC: Tensor) -> int:
-    """Return the images per chunk: all on a device, a cache's content on the host."""
+    """Return the images per chunk: on the host what fits the CPU cache, else all."""
     return len(images_BHWC) if images_BHWC.device.type != "cpu" else max(1, CACHED_VALUES // images_BHWC[0].numel())
 
 
@@ -82,7 +82,7 @@ def _each(values_B: np.ndarray, images_BHWC: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _blend(degenerate: Tensor, images_BHWC: Tensor, level_B: np.ndarray, sign_B: np.ndarray) -> Tensor:
-    """Blend as Pillow by timm's factor, in float32, clipped and truncated."""
+    """Blend by timm's factor as Pillow does: in float32, clipped, truncated."""
     factor_B = blend_factor(level_B, sign_B)
     difference = images_BHWC.float().sub_(degenerate)
     return to_bytes(difference.mul_(_each(factor_B, images_BHWC, torch.float32)).add_(degenerate))

@@ -130,7 +130,7 @@ def draw(sample_B: np.ndarray, copy_B: np.ndarray, *, seed: int, epoch: int, cfg
 
 
 def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
-    """Draw erasing boxes as timm: the first of ten attempts that fits."""
+    """Draw erasing boxes as timm does: the first of ten attempts that fits."""
     u_Bn = counter.uniform(key_B, ERASE, 2 * ATTEMPTS + 3)
     area_BA = _between(u_Bn[:, :ATTEMPTS], *ERASE_AREA) * size**2
     ratio_BA = np.exp(_between(u_Bn[:, ATTEMPTS : 2 * ATTEMPTS], math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])))

@@ -61,7 +61,7 @@ def write(name: str, facts: dict[str, Any], run_dir: Path) -> Path:
 
 
 def look_into(run_dir: Path, num_images: int, names: Sequence[str] = REPORTED) -> None:
-    """Write analyses of a student's run, on up to ``num_images`` images each; 0: none.
+    """Write analyses of a student's run, on ``num_images`` images each; 0: none.
 
     A failed analysis is logged, and the report shows the command that repeats it.
     """
