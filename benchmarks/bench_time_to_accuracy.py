@@ -1,22 +1,26 @@
-"""Training time to a stated validation accuracy: our command beside timm's loader and distillation task.
+"""Training time to a stated validation accuracy: our parts beside timm's loader and distillation task.
 
     python -m benchmarks.bench_time_to_accuracy FOLDER [--target 60] [--seeds 0 1 2] [--only NAME ...]
 
 The recipe is the quick start's: the embedded images, its teacher (trained once, in FOLDER), network, augmentation,
 optimizer and schedule. A run ends with the first epoch whose average weights reach the target, a balanced accuracy in
-per cent of the validation images. Its time is that of the training epochs, without start, evaluation and checkpoints.
+per cent of the validation images. Its time is that of the training epochs, without start and evaluation.
 Each run has a new process, and contestants take turns for each seed. Re-weighting, which timm's task does not support,
 would begin in epoch 44; a run that gets there without reaching the target fails.
 """
 
 import argparse
+import copy
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +31,13 @@ from benchmarks import harness
 from benchmarks.bench_reader import allow_posterize_to_black
 from benchmarks.bench_small import balanced_accuracy, make_folder
 from fastdeitlt import config
+from fastdeitlt.core.assemble import assemble, open_data
 from fastdeitlt.core.optim import learning_rate, parameter_groups
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.models import create_student, load_teacher
 from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.run import process
+from fastdeitlt.teachers.opening import settled_teacher
 from fastdeitlt.tools.export import timm_architecture
 from fastdeitlt.train_teacher import train_teacher
 
@@ -106,29 +113,30 @@ def _update(task: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float)
 
 
 def our_epochs(folder: Path, teacher: Path, seed: int) -> Iterator[Epoch]:
-    """Train with our command, and read its metrics.jsonl until the caller stops."""
-    name = f"ours-{seed}-{time.time_ns()}"
-    cfg = config.load(RECIPE)
-    given = [f"teacher.path={teacher}", f"runs_dir={folder}", f"name={name}", f"train.seed={seed}"]
-    given += ["evaluate.every=1", "evaluate.weights=ema"]
-    images = len(open_sets(cfg.data).train) // cfg.train.batch_size * cfg.train.batch_size
-    metrics = folder / name / "metrics.jsonl"
-    arguments = [str(Path(sys.executable).with_name("fastdeitlt")), "train", RECIPE, *given]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
-        try:
-            epochs = 0
-            while epochs < cfg.loss.drw_epoch:
-                if command.poll() is not None:
-                    raise RuntimeError(f"{name}: got exit code {command.returncode} before the target")
-                time.sleep(1)
-                rows = list(map(json.loads, metrics.read_text().splitlines(True))) if metrics.exists() else []
-                rates = [row["images_per_s"] for row in rows if row["kind"] == "step"]
-                accuracies = [row["balanced"] for row in rows if row["kind"] == "eval" and row["weights"] == "ema"]
-                for rate, accuracy in list(zip(rates, accuracies, strict=False))[epochs:]:
-                    epochs += 1
-                    yield images / rate, images, accuracy
-        finally:
-            command.terminate()
+    """Train with the parts and process settings of our command."""
+    process.keep_freed_memory()
+    gc.set_threshold(*process.GC_THRESHOLDS)
+    cfg = config.load(RECIPE, [f"train.seed={seed}", f"teacher.path={teacher}"])
+    data = open_data(cfg, CPU)
+    assert data.sets.val is not None
+    choose = partial(settled_teacher, cfg, data.images, data.source, device=CPU, run_folder=folder)
+    parts = assemble(cfg, data, CPU, choose)
+    assert parts.ema
+    average, take_step = copy.deepcopy(parts.student), parts.step()
+    for epoch in range(cfg.loss.drw_epoch):
+        phase, steps = parts.phase(epoch), list(data.plan.steps(epoch))
+        begun = time.perf_counter()
+        with closing(parts.batches(steps, phase)) as batches:
+            for step in steps:
+                rate = learning_rate(step.clock, cfg, data.plan.virtual_ranks)
+                take_step(batches, len(step.micro_batches), phase, rate)
+        seconds = time.perf_counter() - begun
+        average.load_state_dict(parts.ema.state)
+        yield (
+            seconds,
+            len(steps) * cfg.train.batch_size,
+            balanced_accuracy(average, data.sets.val, cfg, data.images.counts),
+        )
 
 
 def run(folder: Path, contestant: str, seed: int, target: float, workers: int) -> dict[str, Any]:
@@ -189,7 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
             file = folder / "row.json"
             command = [sys.executable, "-m", "benchmarks.bench_time_to_accuracy", str(folder), "--one", str(file)]
             command += ["--only", name, "--seeds", str(seed), "--target", str(options.target)]
-            subprocess.run([*command, "--workers", str(options.workers)], check=True, stdout=subprocess.DEVNULL)
+            command += ["--workers", str(options.workers)]
+            environment = os.environ | ({"GOMP_SPINCOUNT": process.SPINS} if name == OURS else {})
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
             rows.append(json.loads(file.read_text(encoding="utf-8")))
             print(f"{name}, seed {seed}: {rows[-1]['seconds']:.0f} s, {rows[-1]['images']:,} images", flush=True)
     print(table(rows))
