@@ -164,15 +164,17 @@ def run(folder: Path, contestant: str, seed: int, target: float, workers: int) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Format Markdown: medians over seeds, and the ratio of seconds to the baseline's with the same seed."""
-    lines = ["| contestant | seconds | images | images/s | ratio |", "| --- | ---: | ---: | ---: | ---: |"]
-    base = {row["seed"]: row["seconds"] for row in rows if row["contestant"] == BASELINE}
-    for name in dict.fromkeys(row["contestant"] for row in rows):
-        mine = [row for row in rows if row["contestant"] == name]
-        seconds, images, rate = (statistics.median(row[key] for row in mine) for key in SHOWN)
-        ratios = [base[row["seed"]] / row["seconds"] for row in mine if row["seed"] in base]
-        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
-        lines.append(f"| {name} | {seconds:.0f} | {images:,.0f} | {rate:.0f} | {ratio} |")
+    """Format Markdown: means over seeds, and the ratio of the mean seconds to the baseline's."""
+    lines = ["| contestant | seconds of each seed | mean | images | images/s | ratio |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
+    names = dict.fromkeys(row["contestant"] for row in rows)
+    means = {
+        name: [statistics.mean(r[key] for r in rows if r["contestant"] == name) for key in SHOWN] for name in names
+    }
+    for name, (seconds, images, rate) in means.items():
+        each = ", ".join(f"{row['seconds']:.0f}" for row in rows if row["contestant"] == name)
+        ratio = f"{means[BASELINE][0] / seconds:.2f}" if BASELINE in means else "-"
+        lines.append(f"| {name} | {each} | {seconds:.0f} | {images:,.0f} | {rate:.0f} | {ratio} |")
     return "\n".join(lines)
 
 
