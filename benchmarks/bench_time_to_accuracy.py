@@ -1,4 +1,4 @@
-"""Training time to a stated validation accuracy: our parts beside timm's loader and distillation task.
+"""Training time to a stated accuracy: ours beside timm's distillation task.
 
     python -m benchmarks.bench_time_to_accuracy FOLDER [--target 60] [--seeds 0 1 2] [--only NAME ...]
 
@@ -53,7 +53,7 @@ Epoch = tuple[float, int, float]
 
 
 def timm_epochs(folder: Path, teacher: Path, seed: int, workers: int, compiled: bool) -> Iterator[Epoch]:
-    """Train with timm's create_loader, Mixup, TokenDistillationTask and moving average."""
+    """Train with timm's loader, Mixup, distillation task and moving average."""
     import timm
     from timm.data import ImageDataset, Mixup, create_loader
     from timm.loss import SoftTargetCrossEntropy
@@ -164,7 +164,7 @@ def run(folder: Path, contestant: str, seed: int, target: float, workers: int) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Format Markdown: means over seeds, and the ratio of the mean seconds to the baseline's."""
+    """Format Markdown: means over seeds, and ratios of the mean seconds."""
     lines = ["| contestant | seconds of each seed | mean | images | images/s | ratio |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     names = dict.fromkeys(row["contestant"] for row in rows)
