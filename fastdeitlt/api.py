@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.pixels.resize import centre_crop
+from fastdeitlt.data.sets.splits import find_splits
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.evaluation.evaluate import OneHead, evaluate_saved
 from fastdeitlt.evaluation.metrics import Result
@@ -172,19 +173,25 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     Args:
         model: from ``load``, or a path for it.
         data: a folder of images, a recipe or a Config; None: those of the model's run.
-        split: train, val or test.
+        split: train, val or test. All images of a folder without split folders are scored.
         settings: over those of ``data``, see ``fit``.
 
     Raises:
         UserError: see ``evaluation.evaluate.evaluate_saved``.
     """
     model = model if isinstance(model, Model) else load(model)
-    if data is None:
-        if not (run := run_of(model.path)):
-            raise UserError(f"data: {model.path} is not in a run folder, expected a folder of images, recipe or Config")
-        cfg = config.load(str(run / "config.yaml"))
-    elif not isinstance(data, Config) and os.path.isdir(data):
-        cfg = config.build({"data.dataset": "folder", "data.root": str(data)})
+    run = run_of(model.path)
+    own = config.load(str(run / "config.yaml")) if run else None
+    is_folder = data is not None and not isinstance(data, Config) and os.path.isdir(data)
+    is_own = own and own.data.root and is_folder and os.path.realpath(own.data.root) == os.path.realpath(data)
+    if own and (data is None or is_own):
+        cfg = own  # the run's folder is split as in training
+    elif data is None:
+        raise UserError(f"data: {model.path} is not in a run folder, expected a folder of images, recipe or Config")
+    elif is_folder:
+        whole = {"data.val_holdout": 0, "data.test_holdout": 0}
+        cfg = config.build({"data.dataset": "folder", "data.root": str(data), **whole})
+        split = "train" if [*find_splits(cfg.data).readers] == ["train"] else split
     else:
         cfg = _config_of(data)
     cfg = config.merge(cfg, {"train.device": model.device.type, **settings})

@@ -16,6 +16,8 @@ from fastdeitlt.config import DataConfig
 from fastdeitlt.data.augment.transform import normalise
 from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
+from fastdeitlt.data.sets.fingerprint import fingerprint
+from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.evaluate import collect_logits
@@ -184,6 +186,28 @@ def test_data_of_a_model_without_a_run_must_be_given(saved, tmp_path):
     right = sum(label == number % 4 for number, label in enumerate(decided))
     assert result.support_K == [2, 1, 1, 1] and result.accuracy("AVG") == pytest.approx(100 * right / 5)
     model.close()
+
+
+def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(saved, tmp_path, caplog):
+    """After a training image was removed, the images held out today may be others: a warning."""
+    names = ["cat", "dog", "eel", "fish"]
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / "images" / name / f"{number}.png").write_bytes(saved[1][0].read_bytes())
+    cfg = config.build({"data.dataset": "folder", "data.root": str(tmp_path / "images"), "train.device": "cpu"})
+    facts = {"class_names": names, "dataset": "images", "data_sha256": fingerprint(open_sets(cfg.data).train)}
+    save_student(tmp_path / "alone", **facts)
+    assert fastdeitlt.evaluate(tmp_path / "alone", tmp_path / "images").support_K == [10] * 4
+    run = tmp_path / "run"
+    save_student(run / "checkpoints" / "best", **facts)
+    (run / "config.yaml").write_text(config.dump(cfg))
+    (run / "results.json").write_text("{}")
+    assert fastdeitlt.evaluate(run / "checkpoints" / "best", tmp_path / "images").support_K == [2] * 4
+    assert "trained on other images" not in caplog.text
+    (tmp_path / "images" / "cat" / "0.png").unlink()
+    assert fastdeitlt.evaluate(run / "checkpoints" / "best").support_K == [2] * 4
+    assert "model: trained on other images than today's training split" in caplog.text
 
 
 def test_settings_are_checked_as_on_the_command_line():

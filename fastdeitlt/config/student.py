@@ -63,10 +63,14 @@ class DataConfig(Section):
     """Share of JPEG files decoded by the GPU's hardware engine, if it has one (A100, H100, ...). 0 = none."""
 
     @property
+    def is_own(self) -> bool:
+        """Whether the images are the user's, not a published set."""
+        return self.dataset in ("folder", "list", "shards")
+
+    @property
     def title(self) -> str:
         """Display name of the data set: its name, or the folder's name for user data."""
-        own = self.dataset in ("folder", "list", "shards")
-        return (own and Path(self.root).expanduser().resolve().name) or self.dataset
+        return (self.is_own and Path(self.root).expanduser().resolve().name) or self.dataset
 
 
 class AugmentConfig(Section):
@@ -74,7 +78,8 @@ class AugmentConfig(Section):
 
     recipe: Literal["deit", "pad_crop", "autoaugment_cutout", "crop_jitter", "none"] = "deit"
     """deit: RandomResizedCrop, flip, RandAugment, erasing. pad_crop: pad, crop, flip (CIFAR CNNs). autoaugment_cutout:
-    pad_crop + AutoAugment + Cutout (PaCo). crop_jitter: RandomResizedCrop, flip, ColorJitter(.4). none: resize only."""
+    pad_crop + AutoAugment + Cutout (PaCo). crop_jitter: RandomResizedCrop, flip, ColorJitter(.4). none: resize only.
+    pad_crop, autoaugment_cutout and none use the central square of an image."""
     crop_scale: Range = (0.08, 1.0)
     """RandomResizedCrop: range of the crop's share of the image area."""
     crop_ratio: Range = (3 / 4, 4 / 3)

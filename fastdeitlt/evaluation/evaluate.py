@@ -23,7 +23,9 @@ from fastdeitlt.data.augment.transform import normalise
 from fastdeitlt.data.pixels.request import centre_crops
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sets.class_names import listed
+from fastdeitlt.data.sets.fingerprint import warn_of_moved_images
 from fastdeitlt.data.sets.opening import open_splits
+from fastdeitlt.data.sets.splits import find_splits
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError, counted, csv_name
 from fastdeitlt.evaluation import per_image, shift
@@ -232,7 +234,11 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> Evaluation:
     student, fitted = saved.kind == "student", None
     counts, dataset = saved.class_counts, saved.info.get("dataset", cfg.data.dataset)
     required = (split,) if counts else (split, "train")
-    splits = open_splits(cfg.data, required, ("val",) if student and split == "test" else (), saved.classes)
+    optional = ("val",) if student and split == "test" else ()
+    is_held_out = split != "train" and dataset == cfg.data.title and split in find_splits(cfg.data, required).shares
+    splits = open_splits(cfg.data, required, (*optional, *(("train",) if is_held_out else ())), saved.classes)
+    if is_held_out:
+        distributed.on_main(lambda: warn_of_moved_images("model", saved.info.get("data_sha256"), splits["train"]))
     counts, images, val = counts or splits["train"].counts, splits[split], splits.get("val")
     _report_absent(images, f"data {cfg.data.title}, {split}")
     logits = _logits(saved, images, cfg)

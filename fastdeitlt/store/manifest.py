@@ -94,6 +94,10 @@ class Manifest(_Facts):
     """The model's class of each data-set label; None = identical."""
     class_names: list[str] | None = None
     class_counts: list[int] | None = None
+    dataset: str | None = None
+    """Display name of the data set (``DataConfig.title``)."""
+    data_sha256: str | None = None
+    """Fingerprint of the training images."""
     preprocess: Preprocess | None = None
     recipe: dict[str, Any] | None = None
     """Teachers: the ``teacher_training`` settings."""

@@ -14,6 +14,8 @@ from fastdeitlt.config import Config
 from fastdeitlt.data.pixels.source import Source
 from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.counts import class_order
+from fastdeitlt.data.sets.fingerprint import warn_of_moved_images
+from fastdeitlt.data.sets.splits import find_splits
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.store.files import read_json, write_atomically
@@ -59,10 +61,17 @@ def teacher_of(cfg: Config, images: LongTailSet, size: int, device: torch.device
 def settled_teacher(
     cfg: Config, images: LongTailSet, source: Source, size: int, device: torch.device, run_folder: Path | None = None
 ) -> Teacher | None:
-    """Return a run's frozen teacher with its final class order; see ``settle_order``."""
+    """Return a run's frozen teacher with its final class order; see ``settle_order``.
+
+    Warns if some of the images held out of its training images may have been among them.
+    """
     teacher = teacher_of(cfg, images, size, device)
     if teacher:
         settle_order(teacher, images, source, cfg, size, run_folder)
+        facts = teacher.manifest
+        if facts and cfg.data.is_own and facts.dataset == cfg.data.title and find_splits(cfg.data).shares:
+            what = f"teacher {cfg.teacher.path}"
+            distributed.on_main(lambda: warn_of_moved_images(what, facts.data_sha256, images))
     return teacher
 
 

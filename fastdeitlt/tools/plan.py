@@ -99,7 +99,7 @@ def layout(root: str | Path) -> dict[str, str]:
     """
     place = Path(root).expanduser()
     if place.is_file() and place.suffix in LIST_SUFFIXES:
-        return {"dataset": "list", "root": str(place.parent.resolve()), "train_list": place.name}
+        return {"dataset": "list", "root": str(place.parent.resolve()), "train_list": str(place.resolve())}
     if not place.is_dir():
         raise UserError(
             f"plan {root}: no such folder, expected one with <class>/<image>, train/<class>/<image> or train.txt"
@@ -115,7 +115,8 @@ def layout(root: str | Path) -> dict[str, str]:
         if (place / name).is_file()
     }
     if "train" in lists:
-        return {"dataset": "list", "root": whole} | {f"{split}_list": name for split, name in lists.items()}
+        paths = {f"{split}_list": str(place.resolve() / name) for split, name in lists.items()}
+        return {"dataset": "list", "root": whole} | paths
     places = [place, *(folder for folder in place.iterdir() if folder.is_dir() and names_split(folder.name))]
     has_shards = any(file.suffix in SHARD_SUFFIXES for folder in places for file in folder.iterdir() if file.is_file())
     return {"dataset": "shards" if has_shards else "folder", "root": whole}

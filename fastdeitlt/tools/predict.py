@@ -5,6 +5,7 @@
 import csv
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 
 from fastdeitlt import distributed
 from fastdeitlt.data.pixels.resize import centre_crop
+from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.folders import is_image, walk
-from fastdeitlt.errors import UserError, csv_name, printable
+from fastdeitlt.errors import UserError, counted, csv_name, printable
 from fastdeitlt.models.saved import Saved, open_saved
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.pictures import PictureReader
+
+log = logging.getLogger("fastdeitlt")
 
 HEADS = ("AVG", "CLS", "DIST")
 Input = str | Path | Image.Image
@@ -124,7 +128,10 @@ def _images(inputs: Sequence[Input]) -> Iterator[tuple[str, Path | Image.Image]]
         if isinstance(entry, Image.Image):
             yield f"image {number}", entry
         elif (path := Path(entry)).is_dir():
-            yield from ((str(path / name), path / name) for name in walk(path) if is_image(name))
+            names = walk(path)
+            if others := [name for name in names if not is_image(name)]:
+                log.warning("%s: %s ignored, no image suffix: %s", path, counted(len(others), "file"), listed(others))
+            yield from ((str(path / name), path / name) for name in names if is_image(name))
         else:
             yield str(path), path
 

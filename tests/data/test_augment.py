@@ -280,7 +280,8 @@ def test_pad_crop_pads_with_black_and_takes_every_offset() -> None:
         (found,) = [o for o in offsets if torch.equal(padded[:, o[0] : o[0] + 9, o[1] : o[1] + 9], image)]
         offsets[found] += 1
     assert min(offsets.values()) > 0
-    assert np.array_equal(draws.boxes(np.array([12, 10])), [[0, 0, 12, 10]] * 400)
+    assert np.array_equal(draws.boxes(np.array([12, 10])), [[1, 0, 10, 10]] * 400)  # the central square
+    assert np.array_equal(draws.boxes(np.array([10, 13])), [[0, 1, 10, 10]] * 400)
     assert (draws.op_B2 == -1).all()
     assert not draws.erase_B4.any()
 

@@ -436,3 +436,26 @@ def test_a_list_without_names_follows_its_training_list_and_else_the_model(tmp_p
     (tmp_path / "tr.csv").write_text("path,label\na.png,0\nb.png,1\n")
     with pytest.raises(UserError, match="got 2 classes, expected the 3 of model m"):
         open_splits(lists, ("test",), (), MODEL)
+
+
+def test_a_list_in_root_and_in_the_current_folder_is_refused(tmp_path, monkeypatch):
+    root, here = tmp_path / "root", tmp_path / "here"
+    for folder, rows in ((root, "a.png 0\nb.png 1\n"), (here, "a.png 1\nb.png 0\n")):
+        folder.mkdir()
+        (folder / "tr.txt").write_text(rows)
+    monkeypatch.chdir(here)
+    lists = DataConfig(dataset="list", root=str(root), train_list="tr.txt")
+    with pytest.raises(UserError, match=r"data\.train_list: got 'tr\.txt', which is a file both in .*absolute path"):
+        open_sets(lists)
+    (here / "tr.txt").unlink()
+    assert open_sets(lists).train.labels.tolist() == [0, 1]
+    monkeypatch.chdir(root)  # the same file
+    assert open_sets(lists).train.labels.tolist() == [0, 1]
+
+
+def test_two_spellings_of_a_class_index_are_refused(tmp_path):
+    (tmp_path / "tr.csv").write_text("path,label\na.png,1\nb.png,01\nc.png,0\n")
+    with pytest.raises(UserError, match=r"tr\.csv, line 3: .*'01', expected one spelling of each class index"):
+        open_sets(DataConfig(dataset="list", root=str(tmp_path), train_list="tr.csv"))
+    (tmp_path / "tr.csv").write_text("path,label\na.png,01\nb.png,01\nc.png,00\n")
+    assert open_sets(DataConfig(dataset="list", root=str(tmp_path), train_list="tr.csv")).train.counts == [1, 2]

@@ -57,9 +57,11 @@ def test_layouts_are_told_apart(tmp_path):
     assert layout(tmp_path)["dataset"] == "folder"  # without a training list
     (tmp_path / "train.txt").write_text("")
     assert layout(tmp_path) == {
-        "dataset": "list", "root": str(tmp_path), "train_list": "train.txt", "val_list": "val.csv"
+        "dataset": "list", "root": str(tmp_path), "train_list": str(tmp_path / "train.txt"),
+        "val_list": str(tmp_path / "val.csv"),
     }  # fmt: skip
-    assert layout(tmp_path / "train.txt") == {"dataset": "list", "root": str(tmp_path), "train_list": "train.txt"}
+    expected = {"dataset": "list", "root": str(tmp_path), "train_list": str(tmp_path / "train.txt")}
+    assert layout(tmp_path / "train.txt") == expected
     (tmp_path / "Places_LT_train.txt").write_text("")
     assert layout(tmp_path) == {"dataset": "places_lt", "root": str(tmp_path)}
     with pytest.raises(UserError, match="no such folder"):

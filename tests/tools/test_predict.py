@@ -252,6 +252,13 @@ def test_hidden_files_of_a_folder_are_left_out(saved, tmp_path):
     assert [row.path for row in predict(saved[0], tmp_path, device="cpu")] == [str(tmp_path / "a.png")]
 
 
+def test_files_of_a_folder_without_an_image_suffix_are_a_warning(saved, tmp_path, caplog):
+    for name in ("a.png", "b.heic"):
+        (tmp_path / name).write_bytes(saved[2][0].read_bytes())
+    assert [row.path for row in predict(saved[0], tmp_path, device="cpu")] == [str(tmp_path / "a.png")]
+    assert f"{tmp_path}: 1 file ignored, no image suffix: 'b.heic'" in caplog.text
+
+
 @pytest.mark.parametrize("suffix", ["json", "csv"])
 def test_predictions_interrupted_while_they_are_written_leave_the_old_file(saved, tmp_path, monkeypatch, suffix):
     out, real = tmp_path / f"out.{suffix}", Path.write_text

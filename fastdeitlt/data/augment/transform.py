@@ -59,12 +59,14 @@ class Draws:
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
         """Return RandomResizedCrop boxes (top, left, height, width), int32 [B, 4].
 
-        For (height, width): the first attempt that fits, else the largest central box within the ratio range.
+        For (height, width): the first attempt that fits, else the largest central box within the ratio range. Recipes
+        without random crops have the central square, as in evaluation: the proportions of an image are kept.
         Source: timm ``RandomResizedCropAndInterpolation.get_params``.
         """
         sizes_B2 = np.broadcast_to(np.asarray(sizes_B2, np.int64), (len(self), 2))
         if not self.area_BA.shape[1]:
-            return np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
+            side_B2 = np.repeat(sizes_B2.min(axis=1, keepdims=True), 2, axis=1)
+            return np.concatenate([(sizes_B2 - side_B2) // 2, side_B2], axis=1).astype(np.int32)
         area_BA = self.area_BA * sizes_B2.prod(axis=1, keepdims=True)
         height_BA, width_BA = _sides(area_BA, 1.0 / self.ratio_BA)
         fits_BA = (height_BA <= sizes_B2[:, :1]) & (width_BA <= sizes_B2[:, 1:])

@@ -1,8 +1,9 @@
-"""Fingerprint of a data set, to verify a resumed run's and a teacher's data."""
+"""Fingerprint of a data set, to verify a resumed run's and a model's training images."""
 
 # N images in the set
 
 import hashlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from fastdeitlt.data.sets.blobs import Blob
 from fastdeitlt.data.sets.types import LongTailSet
 
+log = logging.getLogger("fastdeitlt")
 READ_FILES = 256
 """Number of files whose content is part of the fingerprint."""
 THREADS = 16
@@ -44,6 +46,24 @@ def fingerprint(images: LongTailSet) -> str:
         except OSError:  # the reader reports or skips it (data.on_error)
             digest.update(b"unreadable")
     return digest.hexdigest()
+
+
+def warn_of_moved_images(what: str, trained_on: str | None, train: LongTailSet) -> None:
+    """Warn if a model's training images are not those left by today's hold-out.
+
+    A hold-out depends on all images of a class. After images were added or removed, some that are held out now were
+    training images then.
+
+    Args:
+        what: the model, for the message.
+        trained_on: fingerprint of its training images; None: unknown, no warning.
+        train: today's training images.
+    """
+    if trained_on and trained_on != fingerprint(train):
+        log.warning(
+            "%s: trained on other images than today's training split. Images held out now may have been among them, "
+            "and then its accuracy on them is too high. Keep test images in a folder of their own (test/).", what,
+        )  # fmt: skip
 
 
 def _size(root: str, path: str) -> int:

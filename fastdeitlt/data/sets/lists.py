@@ -240,7 +240,9 @@ def _number_labels(path: Path, rows: _Rows) -> tuple[list[int], list[str] | None
         wrong, expected = distinct - number.keys(), "the id of a category"
     elif all(map(_is_index, distinct)):
         number = {label: int(label) for label in distinct}
-        wrong, expected = set(), ""
+        spelled = {int(label): str(label) for label in sorted(distinct, key=str)}
+        wrong = {label for label in distinct if str(label) != spelled[int(label)]}
+        expected = "one spelling of each class index"
     elif not rows.names_allowed or any(map(_is_index, distinct)):
         number = {}
         wrong, expected = {label for label in distinct if not _is_index(label)}, "a class index 0, 1, 2, ..."

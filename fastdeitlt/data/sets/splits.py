@@ -217,8 +217,13 @@ def _find_shards(cfg: DataConfig) -> Places:
 def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path | None:
     """Return a split's list file: the configured one, else the default if it exists."""
     if named := getattr(cfg, f"{split}_list"):
-        places = [Path(named).expanduser(), Path(root) / named]
-        file = next((place for place in places if place.is_file()), None)
+        places = [place for place in (Path(root) / named, Path(named).expanduser()) if place.is_file()]
+        file = next(iter(places), None)
+        if len(places) == 2 and not places[0].samefile(places[1]):
+            raise UserError(
+                f"data.{split}_list: got {named!r}, which is a file both in {root} and in the current folder, expected "
+                "one file. Use an absolute path."
+            )
         if required and file is None:
             raise UserError(f"data.{split}_list: no such file {named!r}, also not in {root}. Set an existing list.")
         return file
