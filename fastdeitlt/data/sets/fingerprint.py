@@ -62,7 +62,7 @@ def warn_of_moved_images(what: str, trained_on: str | None, train: LongTailSet) 
     if trained_on and trained_on != fingerprint(train):
         log.warning(
             "%s: trained on other images than today's training split. Images held out now may have been among them, "
-            "and then its accuracy on them is too high. Keep test images in a folder of their own (test/).", what,
+            "and then its accuracy on them is too high. Keep test images in a separate folder (test/).", what,
         )  # fmt: skip
 
 
