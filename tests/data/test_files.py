@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import CPU, GOOD, SIZES, assert_like_pillow, deliver, encoded, make_set, picture, request
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.scan import scan_files
@@ -24,6 +24,24 @@ THUMBNAIL = b"Exif\0\0" + encoded(picture(8, 8))
 ODD = 1
 EXIF_ROTATED = Image.Exif()
 EXIF_ROTATED[0x0112] = 6
+
+
+def tiff(values_HWC, photometric=1, planar=1, alpha=None):
+    """An uncompressed TIFF with tags that Pillow does not write."""
+    height, width, channels = values_HWC.shape
+    stored = (values_HWC.transpose(2, 0, 1) if planar == 2 else values_HWC).tobytes()
+    parts = channels if planar == 2 else 1
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype.update({273: 4, 279: 4})
+    tags[256], tags[257], tags[258] = width, height, (8 * values_HWC.itemsize,) * channels
+    tags[259], tags[262], tags[277], tags[278], tags[284] = 1, photometric, channels, height, planar
+    tags[273] = tuple(part * len(stored) // parts for part in range(parts))  # from the end of the tags
+    tags[279] = (len(stored) // parts,) * parts
+    if alpha is not None:
+        tags[338] = (alpha,)
+    return b"II*\0" + (8).to_bytes(4, "little") + tags.tobytes(8) + stored
+
+
 KINDS = {
     "cmyk jpeg": encoded(picture(50, 60).convert("CMYK")),
     "gray jpeg": encoded(picture(50, 60).convert("L")),
@@ -39,6 +57,10 @@ KINDS = {
     "3x700 png": encoded(picture(3, 700), "PNG"),
     "webp": encoded(picture(50, 60), "WEBP"),
     "bmp": encoded(picture(50, 60), "BMP"),
+    "gray alpha tiff": encoded(picture(50, 60).convert("LA"), "TIFF"),
+    "gray alpha lzw tiff": encoded(picture(50, 60).convert("LA"), "TIFF", compression="tiff_lzw"),
+    "palette alpha tiff": encoded(picture(50, 60).convert("P").convert("PA"), "TIFF"),
+    "gray tiff with an unspecified second sample": tiff(np.dstack([picture(50, 60).convert("L")] * 2), alpha=0),
     "tiff": encoded(picture(50, 60), "TIFF", compression="tiff_lzw"),
     "webp with metadata after pixels of odd length": encoded(picture(50, 60, ODD), "WEBP", lossless=True, exif=b"Exif"),
     "png with a profile of another colour space": encoded(picture(50, 60).convert("L"), "PNG", icc_profile=PROFILE),
@@ -62,6 +84,7 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
 
 BMP = encoded(picture(40, 40), "BMP")
 TIFF = encoded(picture(60, 80), "TIFF")
+WIDE = np.asarray(picture(40, 40)).astype(np.uint16) * 257
 PAIR = encoded(picture(60, 80), "MPO", save_all=True, append_images=[picture(20, 20)], exif=THUMBNAIL)
 GOOD_PNG = encoded(picture(60, 80), "PNG")
 BAD = {
@@ -79,6 +102,14 @@ BAD = {
     "damaged png": (GOOD_PNG[:3000] + b"\xff" * 200 + GOOD_PNG[3200:], ""),
     "bmp cut": (BMP[:3000], "truncated"),
     "tiff cut near its end": (TIFF[:-500], "truncated"),
+    "lab tiff": (encoded(Image.new("LAB", (40, 40), (150, 20, 40)), "TIFF"), "Lab TIFF, expected RGB"),
+    "planar 16-bit tiff": (tiff(WIDE, 2, planar=2), "planar TIFF with 16 bits per channel, expected interleaved"),
+    "planar alpha tiff": (
+        tiff(np.asarray(picture(40, 40).convert("RGBA")), 2, planar=2, alpha=2),
+        "planar TIFF with an alpha channel",
+    ),
+    "16-bit white-is-zero tiff": (tiff(WIDE[..., :1], 0), "TIFF with 16 bits in which 0 is white, expected 0 as black"),
+    "premultiplied gray tiff": (tiff(np.asarray(picture(40, 40))[..., :2], 1, alpha=1), "premultiplied by alpha"),
     "first of two pictures cut": (PAIR[:2500], "truncated"),
     "bomb": (BMP[:18] + (30_000).to_bytes(4, "little") * 2 + BMP[26:], "900000000 pixels"),
     "large": (BMP[:18] + (10_000).to_bytes(4, "little") * 2 + BMP[26:], "10000 x 10000 pixels"),
@@ -233,6 +264,29 @@ def test_a_stream_goes_on_after_an_image_that_does_not_decode(tmp_path):
     ((_, crops),) = stream.crops([request([3, 5])])
     assert_like_pillow(crops, images, request([3, 5]))
     stream.close()
+
+
+def test_gray_and_alpha_of_a_tiff_are_as_pillow_reads_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray = Image.fromarray(np.arange(0, 240).reshape(12, 20).astype(np.uint8))
+    (tmp_path / "a").write_bytes(encoded(Image.merge("LA", [gray, gray.rotate(180)]), "TIFF", exif=exif))
+    for rule in ("ignore", "apply"):
+        file = files.read_encoded(str(tmp_path / "a"), 3, exif=rule)
+        header = files.read_encoded(str(tmp_path / "a"), exif=rule, header_only=True)
+        assert (file.sample, file.height, file.width) == (3, header.height, header.width) == (3, 20, 12)
+        expected = np.asarray(gray.transpose(Image.Transpose.ROTATE_270).convert("RGB"))
+        assert np.array_equal(Decoder(1, CPU).whole([file])[0], expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD if kind.endswith(" tiff")])
+def test_a_tiff_that_would_be_misread_is_refused_before_it_is_decoded(tmp_path, kind):
+    data, reason = BAD[kind]
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(files.UnreadableError, match=reason):
+        files.glance(str(tmp_path / "a"))
+    with pytest.raises(files.UnreadableError, match=reason):
+        files.from_pillow(Image.open(tmp_path / "a"))
 
 
 def test_a_fifo_does_not_hang_the_reader(tmp_path):

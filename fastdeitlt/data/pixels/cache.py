@@ -28,7 +28,7 @@ from fastdeitlt.store.files import draft_folder, flush, user_cache
 
 log = logging.getLogger("fastdeitlt")
 
-FORMAT = 2
+FORMAT = 3
 """Format version; increase it when stored pixels or their layout change."""
 BLOCK_BYTES = 1 << 26
 """Bytes per checksum."""

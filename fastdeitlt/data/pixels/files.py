@@ -92,10 +92,11 @@ def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") ->
     """Encode an image in memory as PNG, for the same decoder as files.
 
     Raises:
-        UnreadableError: more than 16 bits per channel, or too many pixels.
+        UnreadableError: more than 16 bits per channel, too many pixels, or a TIFF that Pillow misreads.
     """
     buffer = io.BytesIO()
     with _unreadable():
+        _refuse_misread(image)
         image.load()  # applies a TIFF's orientation and removes its tag
         if image.mode in ("I", "F"):
             raise UnreadableError(f"mode {image.mode}, expected 8 or 16 bits per channel")
@@ -166,8 +167,11 @@ def _examine(file: BinaryIO, sample: int, exif: str, header_only: bool) -> Encod
             raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
         if image.mode == "F":
             raise UnreadableError("floating-point pixels, expected 8 or 16 bits per channel")
+        _refuse_misread(image)
         if _is_cut(file, kind, tags):
             raise UnreadableError(f"truncated {kind}")
+        if kind == "TIFF" and tags.get(277) == 2 and not header_only:  # gray or palette + alpha: DALI expects 3
+            return from_pillow(image.convert("RGB"), sample)
         data = b"" if header_only and not (kind == "PNG" and exif == "apply") else _contents(file)
         orientation = tags.get(ORIENTATION, 1) if kind == "TIFF" else 1
         if exif == "apply" and kind != "TIFF":
@@ -192,6 +196,23 @@ def _open_image(file: BinaryIO) -> Image.Image:
     except PILLOW_ERRORS:
         kind = "not an image"
     raise UnreadableError(f"{kind}, expected {', '.join(FORMATS)}")
+
+
+def _refuse_misread(image: Image.Image) -> None:
+    """Raise on a TIFF that both DALI 2.4 and Pillow decode to wrong pixels."""
+    if image.format != "TIFF":
+        return
+    tags: Any = getattr(image, "tag_v2", {})
+    photometric, bits = tags.get(262), max(tags.get(258, (1,)))
+    if photometric == 8:
+        raise UnreadableError("Lab TIFF, expected RGB, gray, palette or CMYK")
+    if photometric == 0 and bits > 8:
+        raise UnreadableError(f"TIFF with {bits} bits in which 0 is white, expected 0 as black")
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and (bits > 8 or 2 in tags.get(338, ())):
+        what = f"{bits} bits per channel" if bits > 8 else "an alpha channel"
+        raise UnreadableError(f"planar TIFF with {what}, expected interleaved channels")
+    if image.mode == "La":
+        raise UnreadableError("gray TIFF premultiplied by alpha, expected unassociated alpha")
 
 
 def _contents(file: BinaryIO) -> bytes:
