@@ -82,6 +82,33 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     assert np.abs(crops_BHWC[0].numpy().astype(float) - (values / 257)[..., None]).max() <= 1
 
 
+def pnm(values, maximum, is_text=False):
+    """A PGM or PPM, binary or text with a comment, of a maximum that Pillow does not write."""
+    kind = (2 if is_text else 5) + (values.ndim == 3)
+    header = b"P%d\n%d %d\n# a comment\n%d\n" % (kind, values.shape[1], values.shape[0], maximum)
+    if is_text:
+        return header + b"# 7\n" + "\n".join(map(str, values.ravel().tolist())).encode() + b"\n"
+    return header + values.astype("u1" if maximum < 256 else ">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("maximum", "is_text"),
+    [(1, False), (15, False), (100, False), (254, False), (256, False), (4095, False), (65534, False), (4095, True)],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pnm_is_scaled_by_its_maximum(tmp_path, maximum, is_text, channels):
+    values = np.random.default_rng(0).integers(0, maximum + 1, (31, 40, channels))
+    values[0, 0] = maximum
+    (tmp_path / "a").write_bytes(pnm(values[..., 0] if channels == 1 else values, maximum, is_text))
+    pixels = Decoder(1, CPU).whole([files.read_encoded(str(tmp_path / "a"))])[0].numpy()
+    assert np.abs(pixels - values / maximum * 255).max() <= 0.5
+    with Image.open(tmp_path / "a") as image:
+        if image.mode != "I":  # which Pillow scales to 16 bits
+            assert np.array_equal(pixels, image.convert("RGB"))
+    (scan,) = scan_files(str(tmp_path), ["a"], DataConfig(num_threads=1))
+    assert scan.problem == scan.doubt == ""
+
+
 BMP = encoded(picture(40, 40), "BMP")
 TIFF = encoded(picture(60, 80), "TIFF")
 WIDE = np.asarray(picture(40, 40)).astype(np.uint16) * 257
@@ -102,6 +129,8 @@ BAD = {
     "damaged png": (GOOD_PNG[:3000] + b"\xff" * 200 + GOOD_PNG[3200:], ""),
     "bmp cut": (BMP[:3000], "truncated"),
     "tiff cut near its end": (TIFF[:-500], "truncated"),
+    "12-bit ppm cut": (pnm(WIDE // 16, 4095)[:-1], "truncated PPM"),
+    "12-bit text ppm cut": (pnm(WIDE // 16, 4095, is_text=True)[:-900], "truncated PPM"),
     "lab tiff": (encoded(Image.new("LAB", (40, 40), (150, 20, 40)), "TIFF"), "Lab TIFF, expected RGB"),
     "planar 16-bit tiff": (tiff(WIDE, 2, planar=2), "planar TIFF with 16 bits per channel, expected interleaved"),
     "planar alpha tiff": (

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import stat
 import struct
 import zlib
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from fastdeitlt.data.sets.blobs import MAX_BYTES, Blob
 
@@ -173,6 +174,8 @@ def _examine(file: BinaryIO, sample: int, exif: str, header_only: bool) -> Encod
         if kind == "TIFF" and tags.get(277) == 2 and not header_only:  # gray or palette + alpha: DALI expects 3
             return from_pillow(image.convert("RGB"), sample)
         data = b"" if header_only and not (kind == "PNG" and exif == "apply") else _contents(file)
+        if kind == "PPM" and not header_only:
+            data = _scaled(image, data)
         orientation = tags.get(ORIENTATION, 1) if kind == "TIFF" else 1
         if exif == "apply" and kind != "TIFF":
             orientation = stated_orientation(image, data)
@@ -184,7 +187,7 @@ def _examine(file: BinaryIO, sample: int, exif: str, header_only: bool) -> Encod
     return Encoded(sample, pixels, height, width, orientation)
 
 
-def _open_image(file: BinaryIO) -> Image.Image:
+def _open_image(file: BinaryIO) -> ImageFile.ImageFile:
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -213,6 +216,30 @@ def _refuse_misread(image: Image.Image) -> None:
         raise UnreadableError(f"planar TIFF with {what}, expected interleaved channels")
     if image.mode == "La":
         raise UnreadableError("gray TIFF premultiplied by alpha, expected unassociated alpha")
+
+
+def _scaled(image: ImageFile.ImageFile, data: bytes) -> bytes:
+    """Rewrite a PNM with 255 as its maximum, as DALI scales no other but 65,535.
+
+    Equal to Pillow, whose decoder of these files is a slow loop in Python.
+    """
+    codec, _, start, args = image.tile[0]
+    if not isinstance(args, tuple) or args[1] in (255, 65535):
+        return data
+    maximum, is_rgb = args[1], image.mode == "RGB"
+    count = image.width * image.height * (3 if is_rgb else 1)
+    if codec == "ppm_plain":  # decimal numbers and comments
+        numbers = re.sub(rb"#[^\r\n]*", b"", data[start:]).split()[:count]
+        values = np.fromiter(map(int, numbers), np.int64)
+    else:
+        size = 1 if maximum < 256 else 2
+        num_bytes = min(count, (len(data) - start) // size) * size
+        values = np.frombuffer(data[start : start + num_bytes], f">u{size}")
+    if len(values) < count:
+        raise UnreadableError("truncated PPM")
+    scaled = np.rint(np.arange(maximum + 1) / maximum * 255).astype(np.uint8)
+    pixels = scaled[values.clip(0, maximum)]
+    return b"%s\n%d %d\n255\n" % (b"P6" if is_rgb else b"P5", *image.size) + pixels.tobytes()
 
 
 def _contents(file: BinaryIO) -> bytes:
