@@ -11,7 +11,7 @@ from fastdeitlt import config, distributed
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
 from fastdeitlt.data.check.scan import check_files
-from fastdeitlt.data.sets.folders import SPLIT_FOLDERS
+from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image, split_of, walk
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.shards import SUFFIXES as SHARD_SUFFIXES
 from fastdeitlt.data.sets.shards import names_split
@@ -92,7 +92,7 @@ def layout(root: str | Path) -> dict[str, str]:
     """Return the data settings of a folder or list file: dataset, root and lists.
 
     Lists in the folder take precedence over class folders, the published ones over ``train.txt``, ``train.csv`` and
-    ``train.json``; shards are found in the folder itself or in a split's.
+    ``train.json``; shards are found in the folder itself or in a split's, if there are no class folders with images.
 
     Raises:
         UserError: no such folder or file.
@@ -119,7 +119,17 @@ def layout(root: str | Path) -> dict[str, str]:
         return {"dataset": "list", "root": whole} | paths
     places = [place, *(folder for folder in place.iterdir() if folder.is_dir() and names_split(folder.name))]
     has_shards = any(file.suffix in SHARD_SUFFIXES for folder in places for file in folder.iterdir() if file.is_file())
-    return {"dataset": "shards" if has_shards else "folder", "root": whole}
+    return {"dataset": "shards" if has_shards and not _has_class_folders(place) else "folder", "root": whole}
+
+
+def _has_class_folders(root: Path) -> bool:
+    """Return whether a folder has images in <split>/<class> or <class>.
+
+    Beside split folders, <class> is not read.
+    """
+    depth = 2 if any(split_of(folder.name) for folder in root.iterdir() if folder.is_dir()) else 1
+    images = (Path(file).parts for file in walk(root) if is_image(file))
+    return any(len(parts) > depth and (depth == 1 or split_of(parts[0])) for parts in images)
 
 
 def _architecture(weights: str | Path) -> Rung:

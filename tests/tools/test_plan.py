@@ -68,6 +68,25 @@ def test_layouts_are_told_apart(tmp_path):
         layout(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("splits", [("",), ("train", "test"), ("Training", "dev")])
+@pytest.mark.parametrize("stray", ["archive.zip", "train.tar", "test.parquet"])
+def test_an_archive_beside_class_folders_is_not_the_data(tmp_path, splits, stray):
+    for split in splits:
+        save_images(tmp_path / split, {"cat": 1, "dog": 1})
+    (tmp_path / stray).write_bytes(b"")
+    assert layout(tmp_path)["dataset"] == "folder"
+
+
+def test_folders_without_class_folders_leave_the_shards_in_use(tmp_path):
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.tar").write_bytes(b"")
+    save_images(tmp_path, {"figures": 1})  # beside split folders it is no class
+    (tmp_path / "figures" / "0.png").rename(tmp_path / "train" / "preview.png")
+    save_images(tmp_path, {"more": 1})
+    assert layout(tmp_path)["dataset"] == "shards"
+
+
 @pytest.mark.parametrize("kind", ["classes", "splits", "train and test", "lists", "shards"])
 def test_every_layout_gives_three_splits_and_both_files_agree(tmp_path, rates, kind):
     root = tmp_path / "photos"

@@ -18,6 +18,11 @@ SPLIT_FOLDERS = {
 """Folder names of each split, case-insensitive."""
 
 
+def split_of(name: str) -> str:
+    """Return the split of a folder name, or ""."""
+    return next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), "")
+
+
 def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
     """Return the folder of each split under ``root``, and the other folders.
 
@@ -27,7 +32,7 @@ def split_folders(root: str | Path) -> tuple[dict[str, str], list[str]]:
     splits: dict[str, str] = {}
     others = []
     for name in sorted(_folders(root)):
-        split = next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), "")
+        split = split_of(name)
         if split in splits:
             raise UserError(
                 f"data folder {root}: got {splits[split]!r} and {name!r} for the {split} split, expected one. "
