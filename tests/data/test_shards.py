@@ -19,6 +19,7 @@ from tiny_run import SETTINGS
 from fastdeitlt import config
 from fastdeitlt.cli import main
 from fastdeitlt.core.batches import train_batches
+from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets import embedded, shards
@@ -169,6 +170,31 @@ def test_shards_that_name_no_split_are_split_by_class(tmp_path):
     sets = open_sets(cfg_of(tmp_path).data)
     assert (sets.train.counts, sets.val.counts, sets.test.counts) == ([7] * 3, [1] * 3, [2] * 3)
     assert "named as a split" in sets.remarks[0].message
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_links_in_a_tar_have_the_bytes_of_their_target(tmp_path, labelled):
+    data = {f"{name}/0.jpg": encoded(picture(20, 20, k)) for k, name in enumerate(NAMES)}
+    data |= {f"{name}/0.cls": name.encode() for name in NAMES} if labelled else {}
+    write_tar(tmp_path / "train.tar", data)
+    with tarfile.open(tmp_path / "train.tar", "a") as tar:
+        for kind, name, target in (
+            (tarfile.LNKTYPE, "ant/1.jpg", "ant/0.jpg"), (tarfile.SYMTYPE, "ant/2.jpg", "../ant/0.jpg"),
+            (tarfile.LNKTYPE, "bee/1.jpg", "bee/absent.jpg"),
+        ):  # fmt: skip
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+            if labelled:
+                link.name, link.linkname = name.replace("jpg", "cls"), f"{name[:3]}/0.cls"
+                link.type = tarfile.LNKTYPE
+                tar.addfile(link)
+    train_set = open_sets(cfg_of(tmp_path, **{"data.val_holdout": 0}).data).train
+    assert train_set.counts == [3, 2, 1]
+    read = {path.removeprefix("train.tar/"): train_set.place(i).read() for i, path in enumerate(train_set.paths)}
+    assert read["ant/0.jpg"] == read["ant/1.jpg"] == read["ant/2.jpg"] == data["ant/0.jpg"]
+    with pytest.raises(UserError, match=r"1 of 6 train images.*bee/1\.jpg"):
+        check_files(open_sets(cfg_of(tmp_path).data), cfg_of(tmp_path).data)
 
 
 def spoil(root, what):

@@ -9,6 +9,7 @@ copied once to the user cache, next to the index.
 import hashlib
 import json
 import os
+import posixpath
 import struct
 import tarfile
 import zipfile
@@ -31,7 +32,7 @@ SUFFIXES = (".tar", ".zip", ".parquet")
 LABEL_SUFFIXES = (".cls", ".json")
 """Suffixes of label files named like their image; an image without one has the class of its folder."""
 MAX_LABEL_BYTES = 2**16
-VERSION = 1
+VERSION = 2
 """Index version; an index of another version is rebuilt."""
 
 
@@ -209,10 +210,20 @@ Member = tuple[str, int, int, bool]
 
 
 def _tar_members(data: object) -> Iterator[Member]:
+    """Yield the files of a tar, and links with the bytes of their target.
+
+    A link without target has no bytes, so its image is reported as unreadable.
+    """
     with tarfile.open(fileobj=data, mode="r:") as tar:  # type: ignore[call-overload]
-        for member in tar:
-            if member.isreg():
-                yield member.name, member.offset_data, member.size, False
+        members = tar.getmembers()
+    files = {posixpath.normpath(member.name): member for member in members if member.isreg()}
+    for member in members:
+        if member.isreg():
+            yield member.name, member.offset_data, member.size, False
+        elif member.islnk() or member.issym():
+            folder = posixpath.dirname(member.name) if member.issym() else ""
+            target = files.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+            yield member.name, *((target.offset_data, target.size) if target else (0, 0)), False
 
 
 def _zip_members(file: str, data: object) -> Iterator[Member]:
