@@ -24,7 +24,7 @@ from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets import embedded, shards
 from fastdeitlt.data.sets.fingerprint import fingerprint
-from fastdeitlt.data.sets.opening import open_sets
+from fastdeitlt.data.sets.opening import open_sets, open_training_sets
 from fastdeitlt.errors import UserError
 from fastdeitlt.store.checkpoint import load_tensors
 from fastdeitlt.train import train
@@ -172,6 +172,51 @@ def test_shards_that_name_no_split_are_split_by_class(tmp_path):
     assert "named as a split" in sets.remarks[0].message
 
 
+def write_both(root, members, name="photos"):
+    """The same entries in a tar and, in another root, a zip."""
+    for kind, write in (("tar", write_tar), ("zip", write_zip)):
+        (root / kind).mkdir(exist_ok=True)
+        write(root / kind / f"{name}.{kind}", members)
+    return root / "tar", root / "zip"
+
+
+@pytest.mark.parametrize("top", ["", "./", "photos/", "photos/2024/", "train/"])
+def test_nested_class_folders_give_the_classes_of_folders(tmp_path, top):
+    nested = [f"{name}/{year}/{i}.jpg" for name in NAMES for year in (2020, 2021) for i in range(5)]
+    members = {name: encoded(picture(20, 20, i)) for i, name in enumerate(nested)}
+    for name, data in members.items():
+        (tmp_path / "folders" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folders" / name).write_bytes(data)
+    expected = open_sets(cfg_of(tmp_path / "folders", "folder").data).train
+    inside = {f"{top}{name}": data for name, data in members.items()} | {f"__MACOSX/{top}ant/._0.jpg": b"hidden"}
+    for root in write_both(tmp_path, inside):
+        train_set = open_sets(cfg_of(root).data).train
+        assert train_set.class_names == expected.class_names == NAMES and train_set.counts == expected.counts
+        images = [train_set.place(i).read() for i in range(len(train_set))]
+        assert images == [members[name] for name in expected.paths]
+
+
+def test_class_folders_are_those_of_all_shards_together(tmp_path):
+    image = encoded(picture(20, 20))
+    write_zip(tmp_path / "train-0.zip", {f"photos/ant/{year}/0.jpg": image for year in (2020, 2021)})
+    write_zip(tmp_path / "train-1.zip", {"photos/bee/2020/0.jpg": image, "photos/crow/0.jpg": image})
+    assert open_sets(cfg_of(tmp_path).data).train.class_names == NAMES
+    write_zip(tmp_path / "train-1.zip", {"photos/bee/0.jpg": image})
+    assert open_sets(cfg_of(tmp_path).data).train.class_names == NAMES[:2]
+
+
+def test_class_names_are_in_nfc(tmp_path):
+    image = encoded(picture(20, 20))
+    write_zip(tmp_path / "train.zip", {f"{name}/0.jpg": image for name in ("fu\u0308r", "zoo")})
+    assert open_sets(cfg_of(tmp_path).data).train.class_names == ["f\u00fcr", "zoo"]
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    image = encoded(picture(20, 20))
+    write_zip(tmp_path / "train.zip", {f"{name}/0.jpg": image for name in ("bus", "car", "train")})
+    assert open_sets(cfg_of(tmp_path).data).train.class_names == ["bus", "car", "train"]
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_links_in_a_tar_have_the_bytes_of_their_target(tmp_path, labelled):
     data = {f"{name}/0.jpg": encoded(picture(20, 20, k)) for k, name in enumerate(NAMES)}
@@ -195,6 +240,19 @@ def test_links_in_a_tar_have_the_bytes_of_their_target(tmp_path, labelled):
     assert read["ant/0.jpg"] == read["ant/1.jpg"] == read["ant/2.jpg"] == data["ant/0.jpg"]
     with pytest.raises(UserError, match=r"1 of 6 train images.*bee/1\.jpg"):
         check_files(open_sets(cfg_of(tmp_path).data), cfg_of(tmp_path).data)
+
+
+def test_entries_that_are_no_images_are_a_warning_as_in_folders(tmp_path, caplog):
+    members = {f"{name}/{i}.jpg": encoded(picture(20, 20, i)) for name in NAMES for i in range(3)}
+    members |= {"ant/a.gif": b"GIF89a", "bee/b.HEIC": b"heic", "ant/0.cls": b"ant", "ant/.DS_Store": b"x"}
+    for root in write_both(tmp_path, members, "train"):
+        for _ in ("new index", "index in the cache"):
+            caplog.clear()
+            sets = open_training_sets(cfg_of(root).data)
+            shard = f"train.{root.name}"
+            assert sets.train.left_out == [f"{shard}/ant/a.gif", f"{shard}/bee/b.HEIC"]
+            (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+            assert f"2 files ignored: not in a class folder, or no image suffix ({shard}/ant/a.gif" in warning
 
 
 def spoil(root, what):
@@ -223,6 +281,19 @@ def spoil(root, what):
         case "split":
             write_tar(root / "train.tar", {"a/0.jpg": image})
             write_tar(root / "more.tar", {"a/0.jpg": image})
+        case "splits inside":
+            write_zip(root / "archive.zip", {f"photos/{split}/a/0.jpg": image for split in ("train", "Testing")})
+        case "splits of labelled images":
+            members = {f"{split}/0.jpg": image for split in ("train", "val")}
+            write_tar(root / "a.tar", members | {f"{split}/0.cls": b"1" for split in ("train", "val")})
+        case "splits in two shards":
+            for split in ("train", "test"):
+                write_zip(root / f"{split[:2]}.zip", {f"{split}/{name}/0.jpg": image for name in NAMES})
+        case "a split and another folder":
+            write_zip(root / "archive.zip", {"train/a/0.jpg": image, "train/b/0.jpg": image, "extra/0.jpg": image})
+        case "tops":
+            for part in ("p1", "p2"):
+                write_zip(root / f"{part}.zip", {f"{part}/{name}/0.jpg": image for name in NAMES})
         case "method":
             write_zip(root / "train.zip", {"a/0.jpg": image}, zipfile.ZIP_BZIP2)
         case "columns":
@@ -246,6 +317,11 @@ def spoil(root, what):
         ("negative", "got class -1, expected 0 or more"),
         ("no image", "no images. Move it"),
         ("split", "got more.tar, expected a split in the name"),
+        ("splits inside", "got the folders 'Testing', 'train' inside, expected the images of one split. Unpack"),
+        ("splits of labelled images", "got the folders 'train', 'val' inside"),
+        ("splits in two shards", "got the folders 'test', 'train' inside"),
+        ("a split and another folder", "got the folders 'extra', 'train' inside"),
+        ("tops", "got another top folder in each ('p1', 'p2'), expected the same one or class folders. Unpack"),
         ("method", "is encrypted or not stored or deflated"),
         ("columns", "got the columns x, expected image and label"),
         ("rows", "row 0 has no image bytes or no label"),

@@ -14,16 +14,17 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
 from fastdeitlt.data.sets.blobs import Blobs, inflated
-from fastdeitlt.data.sets.class_names import numbered
-from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image
+from fastdeitlt.data.sets.class_names import listed, normalised, numbered
+from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image, split_of
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 from fastdeitlt.store.files import draft_file, user_cache
@@ -45,8 +46,20 @@ class Entry:
     size: int
     """Bytes in the shard."""
     is_deflated: bool
-    label: int | str
-    """Class number or name."""
+    label: int | str | None
+    """Class number or name; None: the class of its folder."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of a shard."""
+
+    file: str
+    """File with the encoded images."""
+    entries: list[Entry]
+    class_names: list[str] | None = None
+    left_out: list[str] = field(default_factory=list)
+    """Entries that are neither images nor labels."""
 
 
 def split_shards(root: str | Path) -> dict[str, list[str]]:
@@ -97,7 +110,8 @@ def read_shards(root: str | Path, shards: Sequence[str]) -> LongTailSet:
     """Read the index of a split's shards, built once in the user cache.
 
     Raises:
-        UserError: an unreadable shard, images without a class, or a mix of class numbers and names.
+        UserError: an unreadable shard, images without a class, split folders inside a shard, or a mix of class numbers
+            and names.
     """
     files = [os.path.join(root, shard) for shard in shards]
     index = _index_of(root, files)
@@ -112,8 +126,9 @@ def read_shards(root: str | Path, shards: Sequence[str]) -> LongTailSet:
         names = json.loads(str(arrays["class_names"]))
         labels_N = arrays["labels_N"]
         paths = str(arrays["names"]).split("\n")
+        left_out = json.loads(str(arrays["left_out"]))
     return LongTailSet(paths, labels_N, class_counts(labels_N, len(names) if names else int(labels_N.max()) + 1),
-                       str(root), names, blobs=blobs)  # fmt: skip
+                       str(root), names, left_out=left_out, blobs=blobs)  # fmt: skip
 
 
 def _index_of(root: str | Path, files: list[str]) -> Path:
@@ -145,17 +160,20 @@ def _is_whole(index: Path) -> bool:
 
 
 def _make_index(root: str | Path, files: list[str], index: Path) -> None:
-    names, labels, parts, places = [], [], [], []
-    for file in files:
-        place, entries, class_names = _read_shard(file, index)
-        shard = os.path.relpath(file, root)
-        if not entries:
+    shards = [_read_shard(file, index) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        if not shard.entries:
             raise UserError(f"shard {file}: no images. Move it out of data.root.")
-        places.append(place)
-        names += [f"{shard}/{entry.name}" for entry in entries]
-        labels += [class_names[entry.label] if class_names and isinstance(entry.label, int) else entry.label
-                   for entry in entries]  # fmt: skip
-        parts.append(np.array([(entry.start, entry.size, entry.is_deflated) for entry in entries], np.int64))
+    level = _class_level(root, shards)
+    names, left_out, labels, parts = [], [], [], []
+    for file, shard in zip(files, shards, strict=True):
+        prefix = os.path.relpath(file, root)
+        names += [f"{prefix}/{entry.name}" for entry in shard.entries]
+        left_out += [f"{prefix}/{name}" for name in shard.left_out]
+        for entry in shard.entries:
+            label = _folders(entry.name)[level] if entry.label is None else entry.label
+            labels.append(shard.class_names[label] if shard.class_names and isinstance(label, int) else label)
+        parts.append(np.array([(entry.start, entry.size, entry.is_deflated) for entry in shard.entries], np.int64))
     if odd := [name for name in names if "\n" in name]:
         raise UserError(f"shards in {root}: got the name {odd[0]!r}, expected one without line breaks. Rename it.")
     class_names, labels_N = _numbers(labels, names, root)
@@ -163,7 +181,7 @@ def _make_index(root: str | Path, files: list[str], index: Path) -> None:
     with draft_file(index) as draft, draft.open("wb") as out:
         np.savez(
             out,
-            files=json.dumps(places),
+            files=json.dumps([shard.file for shard in shards]),
             file_N=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
             start_N=rows_N3[:, 0],
             size_N=rows_N3[:, 1],
@@ -171,7 +189,46 @@ def _make_index(root: str | Path, files: list[str], index: Path) -> None:
             labels_N=labels_N,
             class_names=json.dumps(class_names),
             names="\n".join(names),
+            left_out=json.dumps(sorted(left_out)),
         )
+
+
+def _folders(name: str) -> list[str]:
+    """Return the folders of an entry."""
+    return [part for part in name.split("/")[:-1] if part not in ("", os.curdir, os.pardir)]
+
+
+def _class_level(root: str | Path, shards: list[Shard]) -> int:
+    """Return the depth of the class folders, below the folders that all images share.
+
+    Raises:
+        UserError: split folders, or another top folder in each shard.
+    """
+    folders = [[_folders(entry.name) for entry in shard.entries] for shard in shards]
+    flat = [parts for shard in folders for parts in shard]
+    entries = [entry for shard in shards for entry in shard.entries]
+    level = _shared(flat)
+    tops = {parts[level] for parts in flat if len(parts) > level}
+    by_folder = [parts for parts, entry in zip(flat, entries, strict=True) if entry.label is None]
+    if len({split_of(top) for top in tops} - {""}) > 1 or (
+        any(split_of(parts[level]) for parts in by_folder if len(parts) > level + 1)
+    ):
+        raise UserError(
+            f"shards in {root}: got the folders {listed(sorted(tops))} inside, expected the images of one split. "
+            "Unpack them, or pack each split by itself as train-*, val-* and test-*."
+        )
+    if by_folder and all(_shared(shard) > level for shard in folders):
+        raise UserError(
+            f"shards in {root}: got another top folder in each ({listed(sorted(tops))}), expected the same one or "
+            "class folders. Unpack them, or pack them again from one folder."
+        )
+    return level
+
+
+def _shared(folders: list[list[str]]) -> int:
+    """Return the number of folders that all images share, without their last one."""
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
+    return max(0, min(len(list(equal)), min(map(len, folders)) - 1))
 
 
 def _numbers(labels: list[int | str], names: list[str], root: str | Path) -> tuple[list[str] | None, np.ndarray]:
@@ -187,18 +244,18 @@ def _numbers(labels: list[int | str], names: list[str], root: str | Path) -> tup
         if (bad := min(labels)) < 0:  # type: ignore[type-var, operator]
             raise UserError(f"shards in {root}: got class {bad}, expected 0 or more. Remove such images.")
         return None, np.array(labels, np.int64)
-    number_of = numbered(sorted({str(label) for label in labels}), f"shards in {root}")
-    return list(number_of), np.array([number_of[str(label)] for label in labels], np.int64)
+    number_of = numbered(sorted({str(label) for label in labels}, key=normalised), f"shards in {root}")
+    return list(number_of), np.array([number_of[normalised(str(label))] for label in labels], np.int64)
 
 
-def _read_shard(file: str, index: Path) -> tuple[str, list[Entry], list[str] | None]:
-    """Return the file of a shard's images, their entries, and class names."""
+def _read_shard(file: str, index: Path) -> Shard:
+    """List the images of a shard."""
     try:
         if file.endswith(".parquet"):
             return _read_parquet(file, index)
         with open(file, "rb") as data:
             members = _tar_members(data) if file.endswith(".tar") else _zip_members(file, data)
-            return os.path.abspath(file), _label(members, file, partial(os.pread, data.fileno())), None
+            return _label(members, file, partial(os.pread, data.fileno()))
     except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error, EOFError) as error:
         raise UserError(
             f"shard {file}: cannot be read ({error}). Copy it again, or move it out of data.root."
@@ -241,17 +298,26 @@ def _zip_members(file: str, data: object) -> Iterator[Member]:
             yield info.filename, start, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED
 
 
-def _label(members: Iterator[Member], file: str, read: Callable[[int, int], bytes]) -> list[Entry]:
-    """Return the images of a shard, with classes from label files or folders."""
+def _label(members: Iterator[Member], file: str, read: Callable[[int, int], bytes]) -> Shard:
+    """List the images of a shard, with classes from label files.
+
+    Hidden entries are ignored.
+    """
     images: list[Member] = []
     beside: dict[str, Member] = {}
+    left_out: list[str] = []
     for member in members:
+        if any(part.startswith(".") for part in (*_folders(member[0]), posixpath.basename(member[0]))):
+            continue
         stem, suffix = _key(member[0])
         if is_image(member[0]):
             images.append(member)
-        elif suffix in LABEL_SUFFIXES and not (stem in beside and suffix == ".json"):
+        elif suffix not in LABEL_SUFFIXES:
+            left_out.append(member[0])
+        elif stem not in beside or suffix != ".json":
             beside[stem] = member
-    return [Entry(*image, _class_of(image[0], beside.get(_key(image[0])[0]), file, read)) for image in images]
+    entries = [Entry(*image, _class_of(image[0], beside.get(_key(image[0])[0]), file, read)) for image in images]
+    return Shard(os.path.abspath(file), entries, left_out=left_out)
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -260,11 +326,11 @@ def _key(name: str) -> tuple[str, str]:
     return f"{folder}/{base.partition('.')[0]}", os.path.splitext(base)[1].lower()
 
 
-def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, int], bytes]) -> int | str:
+def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, int], bytes]) -> int | str | None:
+    """Return the class in a label file; None without one, for an image in a folder."""
     if label is None:
-        folder = image.removeprefix("./").rpartition("/")[0].rpartition("/")[2]
-        if folder:
-            return folder
+        if _folders(image):
+            return None
         raise UserError(
             f"shard {file}: {image} has no class, expected a {' or '.join(LABEL_SUFFIXES)} file beside it, or a folder"
         )
@@ -289,7 +355,7 @@ def _class_of(image: str, label: Member | None, file: str, read: Callable[[int, 
     return value
 
 
-def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] | None]:
+def _read_parquet(file: str, index: Path) -> Shard:
     """Copy the encoded images of a parquet file into one file next to the index."""
     try:
         from pyarrow import ArrowException, parquet
@@ -325,4 +391,4 @@ def _read_parquet(file: str, index: Path) -> tuple[str, list[Entry], list[str] |
         raise UserError(
             f"shard {file}: cannot be read ({error}). Copy it again, or move it out of data.root."
         ) from None
-    return str(packed), entries, names
+    return Shard(str(packed), entries, names)
