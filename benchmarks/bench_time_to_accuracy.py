@@ -132,11 +132,8 @@ def our_epochs(folder: Path, teacher: Path, seed: int) -> Iterator[Epoch]:
                 take_step(batches, len(step.micro_batches), phase, rate)
         seconds = time.perf_counter() - begun
         average.load_state_dict(parts.ema.state)
-        yield (
-            seconds,
-            len(steps) * cfg.train.batch_size,
-            balanced_accuracy(average, data.sets.val, cfg, data.images.counts),
-        )
+        accuracy = balanced_accuracy(average, data.sets.val, cfg, data.images.counts)
+        yield seconds, len(steps) * cfg.train.batch_size, accuracy
 
 
 def run(folder: Path, contestant: str, seed: int, target: float, workers: int) -> dict[str, Any]:

@@ -235,7 +235,8 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> Evaluation:
     counts, dataset = saved.class_counts, saved.info.get("dataset", cfg.data.dataset)
     required = (split,) if counts else (split, "train")
     optional = ("val",) if student and split == "test" else ()
-    is_held_out = split != "train" and dataset == cfg.data.title and split in find_splits(cfg.data, required).shares
+    is_trained_on = cfg.data.is_own and dataset == cfg.data.title  # published archives do not change
+    is_held_out = is_trained_on and split != "train" and split in find_splits(cfg.data, required).shares
     splits = open_splits(cfg.data, required, (*optional, *(("train",) if is_held_out else ())), saved.classes)
     if is_held_out:
         distributed.on_main(lambda: warn_of_moved_images("model", saved.info.get("data_sha256"), splits["train"]))
