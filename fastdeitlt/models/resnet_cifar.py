@@ -4,23 +4,10 @@ Source: He et al. 2016 (arXiv 1512.03385) section 4.2; parameter names and initi
 """
 # B batch, C channels, H height, W width, F features, K classes
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class NormedLinear(nn.Module):
-    """Cosine classifier: unit features times unit class vectors; logits in [-1, 1].
-
-    Source: LDAM (arXiv 1906.07413), whose code stores the weight as [F, K].
-    """
-
-    def __init__(self, in_features: int, num_classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.empty(in_features, num_classes).uniform_(-1, 1), dim=0))
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        return F.normalize(features_BF, dim=1) @ F.normalize(self.weight, dim=0)
+from fastdeitlt.models.classifier import Classifier
 
 
 class BasicBlock(nn.Module):
@@ -59,7 +46,7 @@ class ResNetCifar(nn.Module):
         self.layer1 = self._stage(16, 16, blocks)
         self.layer2 = self._stage(16, 32, blocks)
         self.layer3 = self._stage(32, 64, blocks)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = Classifier(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

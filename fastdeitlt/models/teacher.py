@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from fastdeitlt.config import TeacherConfig, near
 from fastdeitlt.data.sets.class_names import match_names
 from fastdeitlt.errors import UserError, counted
+from fastdeitlt.models.classifier import Classifier, NormedLinear, with_classifier
 from fastdeitlt.models.epilogue import fuse_epilogues
 from fastdeitlt.models.fold import fold_batchnorm
-from fastdeitlt.models.resnet_cifar import NormedLinear, ResNetCifar
+from fastdeitlt.models.resnet_cifar import ResNetCifar
 from fastdeitlt.models.state import State, load_exact, read_safetensors, read_torch, tensors
 from fastdeitlt.store.checkpoint import read_folder
-from fastdeitlt.store.manifest import Manifest
+from fastdeitlt.store.manifest import Manifest, Preprocess
 
 log = logging.getLogger("fastdeitlt")
 LDAM_SCALE = 30.0
@@ -58,7 +59,7 @@ class Paco(nn.Module):
         projection = (nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
         self.encoder_q.fc = nn.Sequential(*projection)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.linear = nn.Linear(width, num_classes)
+        self.linear = Classifier(width, num_classes)
         self.linear_k = copy.deepcopy(self.linear).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=0))
         self.register_buffer("queue_l", torch.randint(0, num_classes, (queue_size,)))
@@ -74,7 +75,10 @@ def _network(arch: str, num_classes: int) -> Any:
     match = re.fullmatch(r"resnet(\d{1,4})", arch)
     if timm.is_model(arch):
         options: Any = {"zero_init_last": False} if match else {}  # as in torchvision, which the references train
-        return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
+        network = timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
+        if isinstance(head := network.get_submodule(head_name(network)), nn.Linear):
+            network.set_submodule(head_name(network), with_classifier(head))
+        return network
     if match and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         return ResNetCifar(int(match[1]), num_classes)
     known = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", *timm.list_models()]
@@ -88,9 +92,8 @@ def head_name(network: Any) -> str:
 
 def _norm_head(network: Any, num_classes: int) -> None:
     """Replace the linear classifier by a cosine classifier."""
-    parent, _, leaf = head_name(network).rpartition(".")
-    in_features = network.get_submodule(head_name(network)).in_features
-    setattr(network.get_submodule(parent), leaf, NormedLinear(in_features, num_classes))
+    name = head_name(network)
+    network.set_submodule(name, NormedLinear(network.get_submodule(name).in_features, num_classes))
 
 
 def create_teacher(
@@ -192,6 +195,15 @@ class Teacher(nn.Module):
         )
         teacher.manifest = self.manifest
         return teacher.to(next(self.network.parameters()).device)
+
+    def alone(self, of_student: Preprocess) -> tuple["Teacher", Preprocess]:
+        """Return the network with the preprocessing that its folder states, and that one; else as it is."""
+        stated = self.manifest.preprocess if self.manifest else None
+        if self.manifest is None or stated is None:
+            return self, of_student
+        img_size = stated.img_size or self.manifest.model.img_size or of_student.img_size
+        teacher = self.fed(TeacherInput(img_size, stated.mean, stated.std), stated.mean, stated.std)
+        return teacher, stated.model_copy(update={"img_size": img_size})
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode, whatever the mode of a parent module."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdeitlt.config import near
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._pick import check_impl
+from fastdeitlt.models.classifier import Classifier
 from fastdeitlt.models.layers import MLP_RATIO, Mlp, PatchEmbed, SelfAttention
 from fastdeitlt.models.residual import DROP_PATH_LAWS, BranchSamples, DropPath, add_norm, draw_samples, select
 
@@ -111,8 +112,8 @@ class DistilledViT(nn.Module):
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, rate, impls) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, num_classes)
-        self.head_dist = nn.Linear(width, num_classes)
+        self.head = Classifier(width, num_classes)
+        self.head_dist = Classifier(width, num_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:

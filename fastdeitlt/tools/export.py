@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.resnet_cifar import NormedLinear
+from fastdeitlt.models.classifier import NormedLinear
 from fastdeitlt.models.saved import Saved, open_saved
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT

