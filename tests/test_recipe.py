@@ -134,13 +134,13 @@ def _record(run, patch):
         run.evaluations.append(place)
         return evaluate(self, *place)
 
-    def spied_logits(self, images, model):
+    def spied_logits(self, images, model, *preprocess):
         split = {id(self.sets.val): "val", id(self.sets.test): "test"}.get(id(images), "tail")
         weights = {name: value.clone() for name, value in self.student.state_dict().items()}
         split = "teacher" if isinstance(model, OneHead) else split
         run.scored.append(SimpleNamespace(split=split, weights=weights, modes=set()))
         now.scored = run.scored[-1]
-        found = logits(self, images, model)
+        found = logits(self, images, model, *preprocess)
         now.scored = None
         return found
 

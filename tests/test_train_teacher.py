@@ -28,10 +28,13 @@ from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.errors import NonFiniteError, UserError
-from fastdeitlt.evaluation.evaluate import evaluate
+from fastdeitlt.evaluation.evaluate import evaluate, evaluate_saved
+from fastdeitlt.models import create_student
+from fastdeitlt.models.saved import open_saved
 from fastdeitlt.models.teacher import Paco, Teacher, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.reporting.analysis import sections
+from fastdeitlt.run.student_scorer import StudentScorer
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 from fastdeitlt.teachers import flatness
 from fastdeitlt.teachers.check import check_decisions
@@ -533,6 +536,22 @@ def test_another_orientation_rule_than_the_teachers_is_a_warning(
         of_student = config.build(config.flatten(small_student(cfg, folder, tmp_path)) | {"data.exif": rule})
         teacher_of(of_student, images, 16, torch.device("cpu"))
         assert [r.getMessage()[:21] for r in caplog.records if r.levelno > 20] == ["data.exif: got apply,"] * warnings
+
+
+def test_a_students_run_scores_its_teacher_with_the_teachers_preprocessing(
+    trained: tuple[Config, Path], tmp_path: Path
+) -> None:
+    cfg, folder = trained
+    other = {"evaluate.crop_pct": 0.5, "augment.mean": [0.9, 0.1, 0.5], "augment.std": [0.1, 0.2, 0.3]}
+    of_student = config.build(config.flatten(small_student(cfg, folder, tmp_path)) | other)
+    sets, cpu = open_sets(cfg.data), torch.device("cpu")
+    teacher, student = teacher_of(of_student, sets.train, 32, cpu), create_student("deit_tiny_distilled_patch16_32", 3)
+    scorer = StudentScorer(of_student, sets, student, teacher, None, cpu)
+    scored = scorer._score_teacher(sets.train, teacher)
+    scorer.close()
+    expected = evaluate_saved(open_saved(folder), cfg, "train").result
+    nll, expected_nll = (result.heads["TEACHER"].nll["official"] for result in (scored, expected))
+    assert nll == pytest.approx(expected_nll, rel=1e-4)
 
 
 def test_classes_of_the_students_data_are_matched_by_name(trained: tuple[Config, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fastdeitlt.evaluation.recommend import recommend
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.run.selection import Tested, data_facts
-from fastdeitlt.store.manifest import preprocess_of
+from fastdeitlt.store.manifest import Preprocess, preprocess_of
 
 
 class StudentScorer:
@@ -56,7 +56,8 @@ class StudentScorer:
         self.drw_epoch = cfg.loss.drw_epoch
         self.identity: str | None = teacher.sha256() if teacher else None
         self.tail = signs.tail_images(sets.train, cfg.data.dataset)
-        self._sources: dict[int, Source] = {}
+        self._preprocess = preprocess_of(cfg, student.img_size)
+        self._sources: dict[tuple[int, str], Source] = {}
 
     def score(self, weights: str, split: str) -> tuple[Result, dict[str, Any]]:
         """Return scores on a split, feature cosines, and scores on tail training images."""
@@ -94,8 +95,8 @@ class StudentScorer:
                 heads_of(*logits[:2]),
                 logits[2],
                 images,
-                self._source(images),
-                preprocess_of(self.cfg, self.student.img_size),
+                self._source(images, self._preprocess),
+                self._preprocess,
                 facts.get("calibration", {}).get("temperatures"),
             )
         )
@@ -134,22 +135,31 @@ class StudentScorer:
             if weights == "ema" and self.ema:
                 self.ema.swap()
 
-    def _source(self, images: LongTailSet) -> Source:
+    def _source(self, images: LongTailSet, preprocess: Preprocess) -> Source:
         """Return the source of a set, opened at its first evaluation."""
-        if id(images) not in self._sources:
-            self._sources[id(images)] = open_source(images, self.cfg.data, self.device, scored=True)
-        return self._sources[id(images)]
+        key = id(images), preprocess.exif
+        if key not in self._sources:
+            data = self.cfg.data.model_copy(update={"exif": preprocess.exif})
+            self._sources[key] = open_source(images, data, self.device, scored=True)
+        return self._sources[key]
 
-    def _logits(self, images: LongTailSet, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (cls_logits_NK, dist_logits_NK, labels_N), equal on every rank."""
-        preprocess = preprocess_of(self.cfg, self.student.img_size)
-        return gather_logits(model, self._source(images), images, preprocess, self.cfg, self.device)
+    def _logits(
+        self, images: LongTailSet, model: nn.Module, preprocess: Preprocess | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (cls_logits_NK, dist_logits_NK, labels_N), equal on every rank.
+
+        Preprocessing is the student's by default.
+        """
+        preprocess = preprocess or self._preprocess
+        return gather_logits(model, self._source(images, preprocess), images, preprocess, self.cfg, self.device)
 
     def _score(self, logits: tuple[Tensor, Tensor, Tensor]) -> Result:
         return score(*logits, self.sets.train.counts, self.cfg.data.dataset, self.device)
 
     def _score_teacher(self, images: LongTailSet, teacher: Teacher) -> Result:
-        logits_NK, _, labels_N = self._logits(images, OneHead(teacher, teacher.logit_scale))
+        """Score a teacher with the preprocessing of its folder, else with the student's."""
+        teacher, preprocess = teacher.alone(self._preprocess)
+        logits_NK, _, labels_N = self._logits(images, OneHead(teacher, teacher.logit_scale), preprocess)
         if teacher.class_map is not None:
             logits_NK = logits_NK[:, teacher.class_map.cpu().argsort()]
         return score_heads({"TEACHER": logits_NK}, labels_N, self.sets.train.counts, self.cfg.data.dataset, self.device)

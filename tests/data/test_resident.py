@@ -253,6 +253,16 @@ def test_a_smaller_stored_size_is_that_of_pillow(tmp_path):
     source.close()
 
 
+def test_images_that_are_scored_are_not_stored_smaller(tmp_path):
+    images, cfg = make_set(tmp_path), HOST.model_copy(update={"stored_short_side": 30})
+    crops = []
+    for residency in ("host", "stream"):
+        source = open_source(images, cfg.model_copy(update={"residency": residency}), CPU, scored=True)
+        crops.append(next(source.crops([CropRequest(np.arange(len(SIZES)), 24, resize=40)]))[1])
+        source.close()
+    assert torch.equal(*crops)
+
+
 def decoded_set(num=20, side=28):
     pixels = np.random.default_rng(0).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
     return LongTailSet([str(i) for i in range(num)], np.arange(num) % 4, [num // 4] * 4, images_NHWC=pixels)

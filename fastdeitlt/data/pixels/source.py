@@ -65,14 +65,15 @@ def open_source(
     Args:
         window: consecutive requests decoded together; see ``Stream``.
         tell: log the choice and the reason.
-        scored: the set is for evaluation only. Replacements of unreadable images are not scored, so they may be of any
-            class.
+        scored: the set is for evaluation only, so it is never stored reduced. Replacements of unreadable images are not
+            scored and may be of any class.
 
     Raises:
         UserError: the set does not fit in the chosen memory, or is decoded and cannot stream; see ``Stream``.
     """
     if scored:
         images = replace(images, labels=np.zeros_like(images.labels))
+        cfg = cfg.model_copy(update={"stored_short_side": 0})
     if images.images_NHWC is not None:
         if cfg.residency == "stream":
             raise UserError(
