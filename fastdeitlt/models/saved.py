@@ -47,7 +47,7 @@ class Saved:
     info: dict[str, Any] = field(default_factory=dict)
     """All metadata of the file, e.g. ``model``, ``dataset``, ``recipe``."""
     results: dict[str, Any] = field(default_factory=dict)
-    """results.json of the model's run, if the model is in the run's folder."""
+    """results.json of the model's run, if the model has the run's best weights and is in its folder."""
 
     @property
     def num_classes(self) -> int:
@@ -109,7 +109,8 @@ def open_saved(path: str | Path) -> Saved:
         preprocess=Preprocess(**stated | {"img_size": stated.get("img_size") or info["model"]["img_size"]}),
         calibration=Calibration(**info["calibration"]) if info.get("calibration") else None,
         info=info,
-        results=read_json(run / "results.json") if (run := run_of(path)) else {},
+        # only the manifest of the best weights, which were tested, has "selected"
+        results=read_json(run / "results.json") if "selected" in info and (run := run_of(path)) else {},
     )
 
 

@@ -258,3 +258,13 @@ def test_the_numbers_of_several_students_are_in_one_file(trained, tmp_path):
     main("student", [str(trained), str(again)], [], images=4, json=tmp_path / "all.json")
     facts = json.loads((tmp_path / "all.json").read_text())
     assert list(facts) == [str(trained), str(again)] and all(one["images"] == 4 for one in facts.values())
+
+
+def test_only_the_best_weights_of_a_run_are_analysed_into_its_report(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    shutil.rmtree(run / "analysis")
+    main("student", [str(run / "checkpoints" / "before-drw")], [], images=4, json=tmp_path / "before.json")
+    assert not (run / "analysis").exists() and (tmp_path / "before.json").is_file()
+    main("student", [str(run / "checkpoints" / "best")], [], images=4, json=None)
+    assert (run / "analysis" / "student.json").is_file()

@@ -96,7 +96,8 @@ def test_exports_state_what_is_done_with_orientations(tmp_path, exif, words):
 
 def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
     run = tmp_path / "run"
-    save_student(run / "checkpoints" / "best")
+    save_student(run / "checkpoints" / "best", selected={"step": 9})
+    save_student(run / "checkpoints" / "before-drw", best={"step": 5, "epoch": 0, "weights": "model"})
     (run / "config.yaml").write_text("name: run\n")
     labels = torch.tensor([0, 1, 2, 3])
     result = score(torch.eye(4), torch.eye(4), labels, [500, 60, 30, 4])
@@ -106,6 +107,8 @@ def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
     assert "| threshold split | AVG | 100.0 | 100.0 | 100.0 | 100.0 |" in card
     assert "Not stated. State the licence of these weights" in card and f"(`{NAME}`; in timm " in card
     assert not {"license", "tag"} & json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"].keys()
+    card = (export(run / "checkpoints" / "before-drw", tmp_path / "out3") / "README.md").read_text()
+    assert "the model was not tested" in card and "100.0" not in card  # the scores are those of best
     alone = tmp_path / "alone"
     save_student(alone, class_counts=None)
     card = (export(alone, tmp_path / "out2") / "README.md").read_text()

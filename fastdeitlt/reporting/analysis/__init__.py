@@ -17,6 +17,7 @@ from rich.console import Console
 from fastdeitlt.errors import UserError
 from fastdeitlt.models.saved import run_of
 from fastdeitlt.reporting.page import Fold, Section, Table, for_terminal
+from fastdeitlt.store.checkpoint import find_model_folder
 from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
@@ -26,6 +27,8 @@ REPORTED = ("student", "teacher")
 
 def main(name: str, runs: Sequence[str], overrides: Sequence[str], *, json: Path | None, **options: Any) -> None:
     """Run an analysis: print its tables, and write its results to each run folder.
+
+    Results of a checkpoint other than the best are only printed: the run's report is of its best weights.
 
     Args:
         name: the module.
@@ -42,7 +45,7 @@ def main(name: str, runs: Sequence[str], overrides: Sequence[str], *, json: Path
             table = block.block if isinstance(block, Fold) else block
             if isinstance(table, Table):
                 Console().print(for_terminal(table))
-        if folder := run_of(Path(run)):
+        if (folder := run_of(Path(run))) and find_model_folder(run) == find_model_folder(folder):
             log.info("%s", write(name, facts, folder))
     if json:
         write_atomically(json, json_module.dumps(all_facts, indent=1))
