@@ -1,5 +1,6 @@
 """Last section of the report: suggested commands for a run."""
 
+import json
 import shlex
 
 from fastdeitlt.reporting.page import Section, Table
@@ -66,12 +67,18 @@ def _suggested(run: RunFiles) -> list[Step]:
 
 
 def _twice(run: RunFiles) -> str:
-    """Return the settings for twice the epochs."""
+    """Return the settings for twice the epochs, with each milestone at twice its epoch."""
     assert run.cfg
     section, recipe = ("teacher_training", run.cfg.teacher_training) if run.is_teacher else ("loss", run.cfg.loss)
     epochs = run.cfg.teacher_training.epochs if run.is_teacher else run.cfg.train.epochs
     settings = f"{'teacher_training' if run.is_teacher else 'train'}.epochs={2 * epochs}"
-    return settings + (f" {section}.drw_epoch={2 * recipe.drw_epoch}" if recipe.drw_epoch >= 0 else "")
+    settings += f" {section}.drw_epoch={2 * recipe.drw_epoch}" if recipe.drw_epoch >= 0 else ""
+    teacher = run.cfg.teacher_training
+    for name, schedule in (("lr_steps", teacher.schedule), ("sam_rho_steps", teacher.sam_schedule)):
+        if run.is_teacher and schedule == "step":
+            pairs = [[2 * epoch, value] for epoch, value in getattr(teacher, name)]
+            settings += " " + shlex.quote(f"{section}.{name}={json.dumps(pairs, separators=(',', ':'))}")
+    return settings
 
 
 def _again(run: RunFiles, suffix: str, settings: str) -> str:

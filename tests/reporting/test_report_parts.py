@@ -15,6 +15,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.reporting.heat_map import NAME_LENGTH, heat_map
 from fastdeitlt.reporting.report import write_report
+from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.tools import ablation_table
 
 
@@ -197,6 +198,24 @@ def test_what_the_results_call_for_comes_first(tmp_path, selected, teacher_gain,
         assert re.match(said, first)
         expected = "evaluate.select_on=val" if "weights" in first else "train.epochs=24 loss.drw_epoch=18"
         assert expected in command and "runs/run/config.yaml name=run-" in command
+
+
+@pytest.mark.parametrize("recipe", ["cifar10_lt_r100", "cifar10_lt_r100_paco", "imagenet_lt"])
+def test_a_teacher_trained_twice_as_long_has_the_schedule_of_before_at_half_the_pace(tmp_path, recipe):
+    folder = make_run(tmp_path / "run")
+    cfg = config.load(f"teacher/{recipe}")
+    (folder / "config.yaml").write_text(config.dump(cfg))
+    last = {"selected": {"epoch": cfg.teacher_training.epochs - 1, "on": "val"}}
+    result = score_heads({"TEACHER": torch.eye(10)}, torch.arange(10), COUNTS)
+    (folder / "results.json").write_text(json.dumps({"test": result.to_json()} | last))
+    command = next(iter(commands(read(write_report(folder))).values()))
+    words = [word for word in shlex.split(command)[3:] if not word.startswith("name=")]
+    old, new = cfg.teacher_training, config.load(f"teacher/{recipe}", words).teacher_training
+    assert new.epochs == 2 * old.epochs and new.drw_epoch == (2 * old.drw_epoch if old.drw_epoch >= 0 else -1)
+    for epoch in range(old.warmup_epochs, old.epochs):
+        assert radius(2 * epoch, new) == radius(epoch, old)
+        if old.schedule == "step":
+            assert learning_rate(2 * epoch, new) == learning_rate(epoch, old)
 
 
 def test_signs_of_failure_have_their_commands(tmp_path):
