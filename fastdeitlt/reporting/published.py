@@ -15,6 +15,8 @@ row's overall accuracy; empty if neither does or it cannot be checked.
 from dataclasses import dataclass
 
 from fastdeitlt.config import DataConfig
+from fastdeitlt.evaluation.metrics import GROUPS
+from fastdeitlt.run.run_files import RunFiles
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Published:
     tail: float | None = None
     split: str = ""
     """"official", "threshold", "both" (the same classes), or "" for unknown."""
+
+    @property
+    def by_group(self) -> dict[str, float]:
+        """Accuracies by group, without unknown ones."""
+        values = zip(GROUPS, (self.overall, self.head, self.mid, self.tail), strict=True)
+        return {group: value for group, value in values if value is not None}
 
 
 _CIFAR = (
@@ -100,3 +108,23 @@ def published_table(cfg: DataConfig) -> tuple[str, tuple[Published, ...]] | None
         classes = cfg.dataset.removeprefix("cifar").removesuffix("_lt")
         name = f"CIFAR-{classes}-LT, imbalance {1 / cfg.imbalance_factor:.0f}"
     return (name, TABLES[name]) if name in TABLES else None
+
+
+def published_for(run: RunFiles, split: str) -> dict[str, float]:
+    """Return the accuracies of ``published`` by group that are comparable with a run's.
+
+    Those of a shipped recipe are a row of TABLES: they are of one training set, which settings can replace, and head,
+    mid and tail are of one split. Others are the user's own.
+    """
+    rows = {
+        name: row
+        for name, table in TABLES.items()
+        for row in table
+        if row.by_group == run.published and row.method.startswith("DeiT-LT") != run.is_teacher
+    }
+    if not rows:
+        return run.published
+    name, _ = (run.cfg and published_table(run.cfg.data)) or ("", ())
+    if name not in rows:
+        return {}
+    return run.published if rows[name].split in (split, "both") else {"all": rows[name].overall}

@@ -16,7 +16,7 @@ from fastdeitlt.reporting.compare import compare
 from fastdeitlt.reporting.mistakes import write_confusion
 from fastdeitlt.reporting.next_steps import next_section, place_of
 from fastdeitlt.reporting.page import Block, Code, Figure, Fold, Page, Section, Table, best_cells, write
-from fastdeitlt.reporting.published import published_table
+from fastdeitlt.reporting.published import published_for, published_table
 from fastdeitlt.reporting.recommended import recommendation_section
 from fastdeitlt.reporting.scores import score_sections
 from fastdeitlt.run.run_files import RunFiles, column, read_run
@@ -137,7 +137,7 @@ def _headline(run: RunFiles) -> Section:
 
 def _accuracy_table(run: RunFiles, result: Result, split: str) -> Table:
     ours = {name: head.top1[split] for name, head in result.heads.items()}
-    others = result.beside(split, run.teacher, run.published)
+    others = result.beside(split, run.teacher, published_for(run, split))
     num_classes = {"all": len(result.counts_K), **result.num_classes[split]}
     rows = [[name, *(cell(row.get(group)) for group in GROUPS)] for name, row in (ours | others).items()]
     header = ["", *(f"{group} ({num_classes[group]:,})" for group in GROUPS)]
@@ -153,7 +153,7 @@ def _published(run: RunFiles, result: Result) -> list[Block]:
     name, published = published_rows
     splits = result.num_classes
     rows = [["this run", *(cell(result.accuracy(None, group, split)) for group in GROUPS), split] for split in splits]
-    rows += [[p.method, *(cell(v) for v in (p.overall, p.head, p.mid, p.tail)), p.split or "-"] for p in published]
+    rows += [[p.method, *(cell(p.by_group.get(group)) for group in GROUPS), p.split or "-"] for p in published]
     others = frozenset(p.method for p in published)
     return [Table(f"Published on {name} (DeiT-LT, CVPR 2024)", ["", *GROUPS, "split"], rows, quiet=others, wide=True)]
 

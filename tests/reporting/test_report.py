@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import browser
 import numpy as np
@@ -15,12 +16,12 @@ from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.evaluation.posthoc import METHODS
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.compare import compare
-from fastdeitlt.reporting.published import TABLES, published_table
+from fastdeitlt.reporting.published import TABLES, published_for, published_table
 from fastdeitlt.reporting.report import write_report
 
 
 def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
-    folder = make_run(tmp_path / "quick")
+    folder = make_run(tmp_path / "quick", overrides=["data.dataset=cifar10_lt"])
     path = write_report(folder)
     html, page = path.read_text(encoding="utf-8"), read(path)
     for title in (
@@ -47,7 +48,8 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
         rows = {row[0]: row[1:] for row in table}
         assert list(rows) == ["", "AVG", "CLS", "DIST", "teacher", "chance", "published"]
         assert rows["DIST"] == [f"{top1[split][group]:.1f}" for group in ("all", "head", "mid", "tail")]
-        assert rows["chance"] == ["10.0"] * 4 and rows["published"] == ["87.5", "94.5", "84.1", "85.0"]
+        assert rows["chance"] == ["10.0"] * 4
+        assert rows["published"] == ["87.5", *(["94.5", "84.1", "85.0"] if split == "official" else ["-"] * 3)]
     assert page.tables[0][0] == ["", "all (10)", "head (5)", "mid (3)", "tail (2)"]
     assert page.tables[1][0] == ["", "all (10)", "head (3)", "mid (4)", "tail (3)"]
     assert "abc123" in html and "loss.drw_epoch" in html and "averaged weights of epoch 12" in html
@@ -163,6 +165,36 @@ def test_the_published_table_of_the_data_set_has_the_run_in_front_under_both_spl
     assert table[-1] == ["DeiT-LT-B (PaCo+SAM)", "87.5", "94.5", "84.1", "85.0", "official"]
     other = config.load("quickstart", ["data.dataset=cifar10_lt", "data.imbalance_factor=0.1"])
     assert published_table(other.data) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "threshold", "official"),
+    [
+        ("cifar100_lt_r50", [], {"all": 60.5}, {"all": 60.5, "head": 74.8, "mid": 60.3, "tail": 43.1}),
+        ("cifar100_lt_r100", [], {"all": 55.6}, {"all": 55.6}),  # split unknown
+        ("cifar10_lt_r100", ["data.imbalance_factor=0.02"], {}, {}),
+        ("cifar10_lt_r100", ["data.imbalance_kind=step"], {}, {}),
+        ("cifar10_lt_r100", ["data.dataset=cifar100_lt"], {}, {}),
+        ("imagenet_lt", [], {"all": 59.1, "head": 66.6, "mid": 58.3, "tail": 40.0}, {"all": 59.1}),
+        ("imagenet_lt", ["data.dataset=folder", "data.root=images"], {}, {}),
+        ("inat18", [], *[{"all": 75.1, "head": 70.3, "mid": 75.2, "tail": 76.2}] * 2),
+        ("teacher/imagenet_lt", [], {"all": 53.1}, {"all": 53.1}),  # neither split gives 53.1
+        ("teacher/cifar10_lt_r50", [], {"all": 84.8}, {"all": 84.8}),
+        ("teacher/cifar10_lt_r50", ["data.imbalance_factor=0.01"], {}, {}),  # there a student has 84.8
+        ("quickstart", ["published={all: 90, tail: 80}"], *[{"all": 90, "tail": 80}] * 2),  # the user's own
+    ],
+)
+def test_published_figures_stand_beside_their_own_data_set_and_split(recipe, changes, threshold, official):
+    cfg = config.load(recipe, changes)
+    is_teacher = recipe.startswith("teacher/")
+    run = SimpleNamespace(cfg=cfg, published=cfg.published, is_teacher=is_teacher)
+    assert published_for(run, "threshold") == threshold and published_for(run, "official") == official
+
+
+def test_the_published_figures_of_each_recipe_are_a_row_of_the_table_of_its_data():
+    for cfg in (config.load(name) for name in config.recipes() if not name.startswith("ablation/")):
+        _, rows = published_table(cfg.data) or ("", ())
+        assert not cfg.published or cfg.published in [row.by_group for row in rows]
 
 
 def test_a_published_row_s_split_is_the_one_that_gives_back_its_overall_accuracy():
