@@ -52,8 +52,19 @@ def _colours(runs: list[RunFiles]) -> dict[str, str]:
 
 
 def _results(runs: list[RunFiles]) -> Section:
-    note = "Top-1 accuracy in per cent; the best run of each column is bold. AVG is the mean of the two heads' logits."
-    scored = {run.name: run.tested[1] for run in runs if run.tested}
+    note = (
+        "Top-1 accuracy in per cent; the best run of each column is bold. AVG is the mean of the two heads' logits. "
+        "Runs scored on test images and on validation images are in separate tables."
+    )
+    blocks: list[Block] = []
+    for images in ("test", "validation"):
+        scored = {run.name: run.tested[1] for run in runs if run.tested and run.tested_on == images}
+        blocks += _scores(scored, f"{images} images", _colours(runs)) if scored else []
+    return Section("Result", note, blocks)
+
+
+def _scores(scored: dict[str, Result], images: str, colours: dict[str, str]) -> list[Block]:
+    """Return tables and a figure of runs that are scored on the same images."""
     blocks: list[Block] = []
     for head in figures.COLOURS:
         for split in ("threshold", "official"):
@@ -63,15 +74,12 @@ def _results(runs: list[RunFiles]) -> Section:
                 if head in result.heads
             ]
             if rows:
-                blocks.append(
-                    Table(f"{head}, {_split_name(scored, split)}", ["", *GROUPS], rows, best=best_cells(rows))
-                )
-    if scored:
-        blocks.append(_measures(scored))
-        heights = {name: [result.accuracy(None, g, "official") for g in GROUPS] for name, result in scored.items()}
-        svg = figures.bars(GROUPS, heights, _colours(runs))
-        blocks.append(Figure(f"Accuracy in %, {_split_name(scored)}", svg))
-    return Section("Result", note, blocks)
+                caption = f"{head}, {_split_name(scored, split)}, {images}"
+                blocks.append(Table(caption, ["", *GROUPS], rows, best=best_cells(rows)))
+    heights = {name: [result.accuracy(None, g, "official") for g in GROUPS] for name, result in scored.items()}
+    svg = figures.bars(GROUPS, heights, colours)
+    figure = Figure(f"Accuracy in %, {_split_name(scored)}, {images}", svg)
+    return [*blocks, _measures(scored, images), figure]
 
 
 def _split_name(scored: dict[str, Result], split: str = "official") -> str:
@@ -79,7 +87,7 @@ def _split_name(scored: dict[str, Result], split: str = "official") -> str:
     return " or ".join(dict.fromkeys(result.split_name(split) for result in scored.values()))
 
 
-def _measures(scored: dict[str, Result]) -> Table:
+def _measures(scored: dict[str, Result], images: str) -> Table:
     """Return a table of further measures of the predicting head."""
     rows = []
     for name, result in scored.items():
@@ -88,7 +96,7 @@ def _measures(scored: dict[str, Result]) -> Table:
         calibration = [head.ece["official"]["all"], head.nll["official"]["all"]]
         rows.append([name, *(cell(value) for value in accuracies), cell(calibration[0]), cell(calibration[1], 3)])
     header = ["", "balanced", "macro F1", "forward 50", "backward 50", "ECE", "NLL"]
-    return Table("Other measures (forward, backward: shifted test)", header, rows, wide=True)
+    return Table(f"Other measures, {images} (forward, backward: shifted class frequencies)", header, rows, wide=True)
 
 
 def _curves(runs: list[RunFiles]) -> Section:

@@ -31,7 +31,7 @@ def mistakes_section(run: RunFiles, result: Result) -> Section:
     facts = read_images(run)
     blocks: list[Block] = []
     pairs = result.heads[result.main].confusions
-    note = f"Errors of {result.main} on {_set_name(run)} images."
+    note = f"Errors of {result.main} on {run.tested_on} images."
     if facts:
         every = [Confusion(label, predicted, numbers[0]) for label, predicted, *numbers in facts["confusion"]]
         num_classes = len(result.counts_K)
@@ -46,10 +46,6 @@ def mistakes_section(run: RunFiles, result: Result) -> Section:
     if facts.get("mistakes"):
         blocks.append(_gallery(run, facts))
     return Section("Mistakes", note, blocks)
-
-
-def _set_name(run: RunFiles) -> str:
-    return "test" if run.tested and run.tested[0] == "test" else "validation"
 
 
 def _matrix(run: RunFiles, result: Result, pairs: list[Confusion]) -> Figure:
@@ -73,7 +69,7 @@ def _pair_table(run: RunFiles, result: Result, pairs: list[Confusion]) -> Table:
         ]
         for pair in pairs
     ]
-    header = ["class", "predicted", f"{_set_name(run)} images", "training images"]
+    header = ["class", "predicted", f"{run.tested_on} images", "training images"]
     return Table(f"Most frequent confusions of {result.main}", header, rows, text=True)
 
 

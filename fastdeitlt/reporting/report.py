@@ -72,7 +72,7 @@ def _lead(run: RunFiles) -> str:
     what = f"{model} on {dataset}"
     if run.tested is None:
         return f"{what}. No test results yet."
-    name, result = run.tested
+    _, result = run.tested
     chosen = run.results.get("selected") or {}
     weights = {"model": "weights", "ema": "averaged weights"}.get(chosen.get("weights", ""), "weights")
     epoch = f" of epoch {chosen['epoch'] + 1}" if "epoch" in chosen else ""
@@ -80,7 +80,7 @@ def _lead(run: RunFiles) -> str:
     how = on.get(chosen.get("on", ""), "")
     if how and chosen["on"] != "last" and "by" in chosen:
         how += f" by {SELECT_BY[chosen['by']]}"
-    images = result.size(f"{'test' if name == 'test' else 'validation'} images")
+    images = result.size(f"{run.tested_on} images")
     return f"{what}: {images} of {counted(len(result.counts_K), 'class')}, {weights}{epoch}{f', {how}' if how else ''}."
 
 

@@ -34,8 +34,8 @@ def _classes(run: RunFiles, result: Result) -> Section:
     ]
     return Section(
         "Classes",
-        "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head. With few test images "
-        "per class they are wide: do not compare single classes.",
+        "Large classes are on the left. Pale bars are 95 % Wilson intervals of the first head. With few "
+        f"{run.tested_on} images per class they are wide: do not compare single classes.",
         blocks,
     )
 
@@ -119,7 +119,7 @@ def _class_table(run: RunFiles, result: Result) -> Table:
         ]
         for k in order
     ]
-    return Table(caption, ["class", "training", "test", *result.heads, f"95 % interval of {first}"], rows)
+    return Table(caption, ["class", "training", run.tested_on, *result.heads, f"95 % interval of {first}"], rows)
 
 
 def _calibration_table(result: Result) -> Table:

@@ -43,6 +43,11 @@ class RunFiles:
         return None
 
     @property
+    def tested_on(self) -> str:
+        """Set of ``tested`` in words: "test" or "validation"."""
+        return "test" if self.results.get("test") else "validation"
+
+    @property
     def teacher(self) -> Result | None:
         """Scores of the teacher on the same set."""
         return Result.from_json(self.results["teacher"]) if self.results.get("teacher") else None

@@ -141,6 +141,20 @@ def test_compare_sets_runs_side_by_side_and_names_what_differs(tmp_path):
     assert page.tables[-1][1:] == [["loss.alpha", "0.5", "0.7", "0.5"]]
 
 
+def test_scores_on_validation_images_are_named_and_not_set_beside_those_on_test_images(tmp_path):
+    folders = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
+    results = json.loads((folders[1] / "results.json").read_text())
+    (folders[1] / "results.json").write_text(json.dumps({"val": results["test"]}))
+    html, page = (path := compare(folders)).read_text(), read(path)
+    tables = [table for table in page.tables if table[0] == ["", "all", "head", "mid", "tail"]]
+    runs = [[row[0] for row in table[1:]] for table in tables]
+    assert len(runs) == 12 and runs[:6] == [["a", "c"]] * 6 and runs[6:] == [["b"]] * 6
+    assert "AVG, threshold split, test images" in html and "AVG, thirds by class size, validation images" in html
+    for folder, name in ((folders[0], "test"), (folders[1], "validation")):
+        table = next(table for table in read(write_report(folder)).tables if table[0][:2] == ["class", "training"])
+        assert table[0][2] == name
+
+
 def test_a_teacher_s_run_has_a_report_of_its_own(tmp_path):
     folder = make_run(tmp_path / "teacher", overrides=["teacher_training.drw_epoch=6"])
     _, dist, labels = logits(3, 3)
