@@ -44,10 +44,10 @@ def save_images(folder, shapes=((40, 40), (57, 33), (32, 90), (200, 150), (33, 3
     return paths
 
 
-def save_teacher(folder, arch="resnet8", *, loss="ldam"):
+def save_teacher(folder, arch="resnet8", *, loss="ldam", normed_head=True):
     """Save a teacher with random weights; LDAM's has a cosine head and logits that its softmax multiplies by 30."""
     torch.manual_seed(2)
-    network = create_teacher(arch, len(CLASS_NAMES), normed_head=loss == "ldam")
+    network = create_teacher(arch, len(CLASS_NAMES), normed_head=normed_head and loss == "ldam")
     for weight in (parameter for parameter in network.parameters() if parameter.ndim > 1):
         torch.nn.init.normal_(weight, std=0.2)
     model = {"arch": arch, "num_classes": len(CLASS_NAMES), "img_size": SIZE}

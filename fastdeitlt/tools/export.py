@@ -1,6 +1,7 @@
 """Export of students and teachers to timm, ONNX and torch.export, with checks.
 
-timm: a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``, with a model card; bit-exact. onnx: one
+timm: a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``, with a model card; bit-exact, but
+for LDAM's scale, which is multiplied into the classifier. onnx: one
 file with dynamic batch size and outputs avg, cls and dist, or a teacher's logits. pt2: the same through torch.export.
 Logits are uncalibrated; fitted temperatures, if any, are in ``facts``.
 """
@@ -104,7 +105,8 @@ def export(model_folder: str | Path, out: str | Path, format: str = "timm") -> P
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         draft = Path(folder) / "export"
         difference = writers[format](saved.model, saved, draft)
-        allowed = 0 if format == "timm" else MAX_DIFFERENCE
+        is_exact = format == "timm" and getattr(saved.model, "logit_scale", 1.0) == 1.0
+        allowed = 0 if is_exact else MAX_DIFFERENCE
         if not difference <= allowed:
             raise UserError(
                 f"export {out}: logits of real images got a relative difference of {difference:.1e} from the model's, "
@@ -157,6 +159,9 @@ def _to_timm(model: nn.Module, saved: Saved, out: Path) -> float:
     network = model.network if isinstance(model, Teacher) else model
     twin: Any = timm.create_model(architecture, pretrained=False, num_classes=saved.num_classes, **model_args)
     twin.load_state_dict(network.state_dict())
+    if isinstance(model, Teacher):
+        for parameter in twin.get_classifier().parameters():
+            parameter.data *= model.logit_scale
     # timm's tag, licence and origin are those of Facebook's weights
     twin.pretrained_cfg = {key: twin.pretrained_cfg[key] for key in INHERITED}
     side = saved.preprocess.img_size
@@ -177,7 +182,7 @@ def _to_timm(model: nn.Module, saved: Saved, out: Path) -> float:
     images_BCHW = _real_images(saved)
     with torch.inference_mode():
         loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-        return _difference([loaded(images_BCHW)], [network(images_BCHW)])
+        return _difference([loaded(images_BCHW)], _outputs(model)[0](images_BCHW)[:1])
 
 
 def timm_teacher(teacher: Teacher, saved: Saved) -> tuple[str, dict[str, Any]]:

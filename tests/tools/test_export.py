@@ -219,6 +219,14 @@ def test_a_teacher_is_exported_with_one_output_at_its_scale(tmp_path, format):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_timm_gives_the_logits_of_an_ldam_teacher_at_its_scale(tmp_path):
+    network = save_teacher(tmp_path / "teacher", "resnet18", normed_head=False)
+    out = export(tmp_path / "teacher", tmp_path / "timm", "timm")
+    with torch.no_grad():
+        got = timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images(3))
+        torch.testing.assert_close(got, 30 * network(images(3)), rtol=1e-4, atol=1e-3)
+
+
 def test_timm_takes_a_teacher_that_it_has_and_no_other(tmp_path):
     network = save_teacher(tmp_path / "plain", "resnet18", loss="ce")
     out = export(tmp_path / "plain", tmp_path / "timm", "timm")
