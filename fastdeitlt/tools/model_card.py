@@ -127,4 +127,5 @@ def _calibration(saved: Saved) -> str:
     if saved.results.get("posthoc"):
         after = PostHoc.from_json(saved.results["posthoc"]).result.heads["AVG, temperature"]
         errors.append(f"with a fitted temperature {cell(after.ece['threshold']['all'])} %")
-    return " ".join([*lines, f"Expected calibration error of AVG on {name} images (15 bins): {', '.join(errors)}."])
+    error = f"Expected calibration error of {result.main} on {name} images (15 bins): {', '.join(errors)}."
+    return " ".join([*lines, error])

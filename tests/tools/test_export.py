@@ -17,9 +17,10 @@ from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_stu
 import fastdeitlt.tools.export
 from fastdeitlt.cli import main
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.metrics import score
+from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.models import create_student
 from fastdeitlt.models.saved import open_saved
+from fastdeitlt.store.checkpoint import add_facts
 from fastdeitlt.tools.export import FACTS, export, facts, timm_architecture
 from fastdeitlt.tools.predict import predict
 
@@ -113,6 +114,17 @@ def test_the_model_card_tells_data_results_and_what_is_not_known(tmp_path):
     save_student(alone, class_counts=None)
     card = (export(alone, tmp_path / "out2") / "README.md").read_text()
     assert "the number of images is not in the model folder" in card and "the model was not tested" in card
+
+
+def test_the_card_of_a_teacher_has_the_scores_of_its_one_head(tmp_path):
+    save_teacher(tmp_path / "checkpoints" / "best", "resnet18", loss="ce")
+    add_facts(tmp_path / "checkpoints" / "best", {"selected": {"step": 9}})
+    (tmp_path / "config.yaml").write_text("name: teacher\n")
+    result = score_heads({"TEACHER": torch.eye(4)}, torch.arange(4), [500, 60, 30, 4])
+    (tmp_path / "results.json").write_text(json.dumps({"test": result.to_json()}))
+    card = (export(tmp_path, tmp_path / "out") / "README.md").read_text()
+    assert "| threshold split | TEACHER | 100.0 |" in card
+    assert "Expected calibration error of TEACHER on test images" in card and "AVG" not in card
 
 
 def test_temperatures_travel_beside_the_logits_and_are_not_in_them(tmp_path):
