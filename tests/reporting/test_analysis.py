@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_model import SIZE, save_student
+from small_model import MANIFEST, SIZE, save_images, save_student
 from tiny_run import tiny_run
 
 from fastdeitlt.data.sets.types import LongTailSet
@@ -24,7 +24,7 @@ from fastdeitlt.models import create_student
 from fastdeitlt.models.saved import open_saved
 from fastdeitlt.reporting.analysis import attention, look_into, main, overlay, sections, write
 from fastdeitlt.reporting.analysis.features import patch_similarity, watch_tokens
-from fastdeitlt.reporting.analysis.student import look, section
+from fastdeitlt.reporting.analysis.student import diagnose, look, section
 from fastdeitlt.train import train
 
 NUM_TOKENS = 2 + 16  # 4 x 4 patches of 8 px
@@ -176,6 +176,25 @@ def test_look_measures_a_student_and_its_section_shows_it(tmp_path):
     write("student", facts, tmp_path)
     assert [path.name for path in sorted((tmp_path / "analysis" / "attention").iterdir())][-1] == "03-tail.png"
     assert [part.title for part in sections(tmp_path)] == ["Attention and features"]
+
+
+def test_images_are_turned_as_the_model_states(tmp_path):
+    settings = ["data.dataset=folder", "train.device=cpu"]
+    facts = {}
+    for exif, turned in (("apply", "with_tag"), ("ignore", "in_pixels")):
+        for label, path in enumerate(save_images(tmp_path / "images", [(40, 60)] * 4)):
+            image, tag = Image.open(path).convert("RGB"), Image.Exif()
+            tag[0x0112] = 6
+            folder = tmp_path / turned / "test" / f"class{label}"
+            folder.mkdir(parents=True)
+            if exif == "apply":
+                image.save(folder / "0.png", exif=tag)
+            else:
+                image.transpose(Image.Transpose.ROTATE_270).save(folder / "0.png")
+        names = [f"class{label}" for label in range(4)]
+        save_student(tmp_path / exif, class_names=names, preprocess=MANIFEST["preprocess"] | {"exif": exif})
+        facts[exif] = diagnose(str(tmp_path / exif), [*settings, f"data.root={tmp_path / turned}"], images=4)
+    assert facts["apply"] == facts["ignore"]
 
 
 def test_the_verb_names_what_does_not_fit(tmp_path):

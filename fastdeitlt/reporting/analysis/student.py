@@ -52,7 +52,8 @@ def diagnose(path: str, overrides: Sequence[str], *, images: int) -> dict[str, A
     name, chosen = list(splits.items())[-1]  # test, else validation, else training images
     counts, dataset = saved.class_counts or splits["train"].counts, saved.info.get("dataset", cfg.data.dataset)
     saved.model.to(device)
-    with closing(open_source(chosen, cfg.data, device)) as source:
+    data = cfg.data.model_copy(update={"exif": saved.preprocess.exif})
+    with closing(open_source(chosen, data, device)) as source:
         return {"set": name} | look(saved, source, chosen, counts, dataset, images)
 
 
