@@ -97,6 +97,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path, text):
         ("name: a\ntrain:\n  epochs: 3\nname: b\n", r"c\.yaml: name is set twice \(line 4\)"),
         ("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n", r"c\.yaml: epochs is set twice \(line 4\)"),
         ("train: {epochs: 3}\ntrain: {seed: 1}\n", "train is set twice"),
+        ("loss: {drw_epoch: 3}\nloss.drw_epoch: 7\n", r"c\.yaml: loss\.drw_epoch is set twice, by its dotted name"),
     ],
 )
 def test_a_name_given_twice_is_refused(tmp_path, text, words):

@@ -13,15 +13,15 @@ from fastdeitlt.config.section import SHORT
 from fastdeitlt.errors import UserError
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], prefix: str = "", where: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         is_section = name in Config.model_fields and any(f.startswith(f"{name}.") for f in FIELDS)
-        if is_section and isinstance(value, dict | None):
-            flat |= _flatten(value or {}, f"{name}.")
-        else:
-            flat[name] = value
+        part = _flatten(value or {}, f"{name}.") if is_section and isinstance(value, dict | None) else {name: value}
+        if twice := next((name for name in part if name in flat), None):
+            raise UserError(f"{where}{twice} is set twice, by its dotted name and in its section. Remove one.")
+        flat |= part
     return flat
 
 
@@ -110,10 +110,11 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     An override is ``section.field=value``.
 
     Raises:
-        UserError: no such file; not YAML; an unknown name (with the nearest one); a value of the wrong type or range.
+        UserError: no such file; not YAML; a name given twice; an unknown name (with the nearest one); a value of the
+            wrong type or range.
     """
     file = find(path)
-    flat = _flatten(read_yaml(file))
+    flat = _flatten(read_yaml(file), where=f"config file {file}: ")
     origins = dict.fromkeys(flat, file.name)
     settings = parse_overrides(overrides)
     return build(flat | settings, origins | dict.fromkeys(settings, "override"))
