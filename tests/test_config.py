@@ -69,13 +69,14 @@ def test_dumped_config_reads_back_equal(tmp_path):
         ("train.cuda_graphs=true", ["train.cuda_graphs", "train.compile=false"]),
         ("train.autotune=true", ["train.autotune", "train.compile=false"]),  # as the quick start has it
         ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16', 'fp32' or 'fp8'"]),
+        ("evaluate.weights=ema optim.ema_decay=0", ["evaluate.weights", "got ema", "evaluate.weights=model"]),
         ("nothing", ["section.field=value"]),
         ("optim.lr=.nan", ["optim.lr"]),
     ],
 )
 def test_bad_override_is_one_line_with_the_fix(override, words):
     with pytest.raises(UserError) as caught:
-        config.load("quickstart", [override])
+        config.load("quickstart", override.split())
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message

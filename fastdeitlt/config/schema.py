@@ -80,6 +80,11 @@ class Config(Section):
                 f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}, or "
                 "-1 for no re-weighting"
             )
+        if self.evaluate.weights == "ema" and not self.optim.ema_decay:
+            raise ValueError(
+                "evaluate.weights: got ema with optim.ema_decay=0, which keeps no average, expected model or both. Set "
+                "evaluate.weights=model, or optim.ema_decay."
+            )
         return self
 
 
