@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,6 +226,20 @@ def test_a_recipe_that_cannot_work_is_refused_before_work(
 def test_a_batch_larger_than_the_set_is_refused_for_paco(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got 32, expected at most 27, the images of the set"):
         train_teacher(recipe(data, tmp_path, *PACO, "batch_size=32", "paco_queue=64"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loss": "paco", "drw_epoch": 3},
+            r"^teacher_training\.drw_epoch: got 3 with loss=paco, which has no class weights, expected -1$",
+        ),
+    ],
+)
+def test_a_milestone_without_effect_is_refused_before_the_first_step(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_objective(TeacherTrainingConfig(arch="resnet8", **changes), [9, 3, 1], torch.device("cpu"))
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:

@@ -81,8 +81,12 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
     """Build the recipe's loss and new network, channels last, in training mode.
 
     Raises:
-        UserError: unknown architecture.
+        UserError: unknown architecture, or class weights for PaCo.
     """
+    if cfg.loss == "paco" and cfg.drw_epoch >= 0:
+        raise UserError(
+            f"teacher_training.drw_epoch: got {cfg.drw_epoch} with loss=paco, which has no class weights, expected -1"
+        )
     num_classes = len(counts)
     objective: Objective
     if cfg.loss == "paco":
