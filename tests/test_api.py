@@ -164,7 +164,7 @@ def test_fit_trains_evaluate_scores_and_the_run_tells(tmp_path):
 
 def test_fit_teacher_gives_the_folder_that_a_student_takes(tmp_path):
     cfg = tiny_run(tmp_path)
-    settings = {"arch": "resnet8", "img_size": 28, "epochs": 1, "drw_epoch": -1, "batch_size": 16}
+    settings = {"arch": "resnet8", "img_size": 28, "epochs": 1, "drw_epoch": -1, "batch_size": 16, "lr_steps": []}
     run = fastdeitlt.fit_teacher(cfg, name="t", teacher_training=settings)
     assert run.model.kind == "teacher" and run.result.accuracy("TEACHER") >= 0
     assert run.model.classes == fastdeitlt.load(run.folder).classes

@@ -46,7 +46,7 @@ from fastdeitlt.teachers.opening import ORDER_FILE, teacher_of
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.step import Step, build_objective
+from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
@@ -235,11 +235,26 @@ def test_a_batch_larger_than_the_set_is_refused_for_paco(data: Path, tmp_path: P
             {"loss": "paco", "drw_epoch": 3},
             r"^teacher_training\.drw_epoch: got 3 with loss=paco, which has no class weights, expected -1$",
         ),
+        (
+            {"epochs": 170},
+            r"^teacher_training\.lr_steps: got first epoch 180, expected less than teacher_training\.epochs=170\. Use "
+            r"earlier steps, or teacher_training\.schedule=cosine\.$",
+        ),
+        (
+            {"sam_schedule": "step", "sam_rho_steps": [(0, 0.05), (200, 0.1)]},
+            r"^teacher_training\.sam_rho_steps: got first epoch 200, expected less than teacher_training\.epochs=200",
+        ),
     ],
 )
 def test_a_milestone_without_effect_is_refused_before_the_first_step(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_objective(TeacherTrainingConfig(arch="resnet8", **changes), [9, 3, 1], torch.device("cpu"))
+        cfg = TeacherTrainingConfig(arch="resnet8", **changes)
+        build_optimizer(build_objective(cfg, [9, 3, 1], torch.device("cpu")).network, cfg)
+
+
+def test_steps_of_another_schedule_may_be_after_the_end() -> None:
+    unused = {"schedule": "cosine", "sam": "none", "sam_schedule": "step", "sam_rho_steps": [(60, 0.5)]}
+    build_optimizer(torch.nn.Linear(2, 2), TeacherTrainingConfig(epochs=60, **unused))
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from fastdeitlt.config import TeacherTrainingConfig
+from fastdeitlt.errors import UserError
 
 
 def learning_rate(epoch: int, cfg: TeacherTrainingConfig) -> float:
@@ -38,3 +39,20 @@ def stage(epoch: int, steps: Sequence[tuple[int, float]], before: float) -> floa
     """Return the latest reached (first epoch, value) pair's value, else ``before``."""
     values = [(first, value) for first, value in steps if first <= epoch]
     return max(values)[1] if values else before
+
+
+def check_steps(cfg: TeacherTrainingConfig) -> None:
+    """Refuse steps of the learning rate or of rho that the training never reaches.
+
+    Raises:
+        UserError: the first epoch of a step in use is not before the end.
+    """
+    for name, steps, used, other in (
+        ("lr_steps", cfg.lr_steps, cfg.schedule == "step", "schedule=cosine"),
+        ("sam_rho_steps", cfg.sam_rho_steps, cfg.sam_schedule == "step" and cfg.sam != "none", "sam_schedule=constant"),
+    ):
+        if late := [first for first, _ in steps if used and first >= cfg.epochs]:
+            raise UserError(
+                f"teacher_training.{name}: got first epoch {late[0]}, expected less than teacher_training.epochs="
+                f"{cfg.epochs}. Use earlier steps, or teacher_training.{other}."
+            )

@@ -19,6 +19,7 @@ from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers.losses import Loss, build_loss
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import SAM, frozen_batch_stats
+from fastdeitlt.teachers.schedule import check_steps
 from fastdeitlt.teachers.views import StepBatch
 
 
@@ -100,7 +101,12 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
 
 
 def build_optimizer(network: nn.Module, cfg: TeacherTrainingConfig) -> torch.optim.Optimizer:
-    """Build SGD with momentum and L2 on all weights, within SAM if configured."""
+    """Build SGD with momentum and L2 on all weights, within SAM if configured.
+
+    Raises:
+        UserError: a step of the learning rate or of rho after the last epoch.
+    """
+    check_steps(cfg)
     parameters = [p for p in network.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, foreach=True)
     return sgd if cfg.sam == "none" else SAM(parameters, sgd, cfg.sam_rho, adaptive=cfg.sam == "asam")

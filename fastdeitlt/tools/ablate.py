@@ -25,7 +25,7 @@ from fastdeitlt.run.progress import console
 from fastdeitlt.store.checkpoint import step_folders
 from fastdeitlt.store.files import read_json
 from fastdeitlt.teachers.opening import teacher_of
-from fastdeitlt.teachers.step import build_objective
+from fastdeitlt.teachers.step import build_objective, build_optimizer
 from fastdeitlt.tools import ablation_table as table
 from fastdeitlt.tools.demo import train_both
 from fastdeitlt.train import train
@@ -269,7 +269,7 @@ def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
     assert run.teacher
     t = run.teacher.teacher_training
     with torch.device("meta"):
-        build_objective(t, images.counts, torch.device("meta"))
+        build_optimizer(build_objective(t, images.counts, torch.device("meta")).network, t)
     steps = t.epochs * teacher_plan_of(run.teacher, len(images)).steps
     for saved in run.folder.parent.glob(f"{run.teacher.name}-*/config.yaml"):
         cfg = config.load(str(saved))

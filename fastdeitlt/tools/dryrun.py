@@ -2,6 +2,7 @@
 
 # B images in a micro-batch, C channels, H height, W width
 
+import math
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.core.assemble import Data, assemble
-from fastdeitlt.core.optim import peak_learning_rate
+from fastdeitlt.core.optim import learning_rate, peak_learning_rate
 from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import plan_of
@@ -31,6 +32,7 @@ from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run.progress import console
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settle_order, teacher_of
+from fastdeitlt.teachers.schedule import learning_rate as teacher_rate
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, view_recipes
 
@@ -83,10 +85,11 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
         _check_teacher(teacher, images, cfg, size)
     else:
         rows["teacher"] = "none"
+    warm = math.nextafter(min(cfg.optim.warmup_epochs, cfg.train.epochs), 0)  # the run may end within warm-up
     rows |= {
         "effective batch": counted(plan.images_per_step, "image"),
         "optimizer steps": _steps(plan.optimizer_steps, cfg.train.epochs),
-        "peak learning rate": f"{peak_learning_rate(cfg, plan.virtual_ranks):.3g}",
+        "peak learning rate": f"{learning_rate(warm, cfg, plan.virtual_ranks):.3g}",
     }
     width = 2 if autocast_dtype(cfg.train.precision, device) else 4
     for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():
@@ -154,7 +157,7 @@ def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, st
         "teacher's batch": f"{counted(t.batch_size, 'image')}, {len(parts[0].labels_B):,} at a time",
         "teacher's optimizer steps": _steps(plan.steps, t.epochs),
         "teacher's last batch": plan.last_batch or "full, or smaller",
-        "teacher's peak learning rate": f"{t.lr:.3g}",
+        "teacher's peak learning rate": f"{max(teacher_rate(epoch, t) for epoch in range(t.epochs)):.3g}",
         "memory: teacher's weights, gradients, momentum (estimate)": f"{4 * copies * parameters / MIB:,.1f} MiB",
     }
     if device.type == "cuda":

@@ -34,6 +34,7 @@ SHORT = {
     "teacher_training.batch_size": 50,
     "teacher_training.lr": 0.02,
     "teacher_training.warmup_epochs": 0,
+    "teacher_training.schedule": "cosine",
 }
 
 

@@ -25,6 +25,7 @@ TEACHER = {
     "teacher_training.batch_size": 24,
     "teacher_training.lr": 0.02,
     "teacher_training.warmup_epochs": 1,
+    "teacher_training.schedule": "cosine",
 }
 
 

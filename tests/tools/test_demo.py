@@ -1,5 +1,7 @@
 """Teacher and student in one command, and the dry run."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -55,9 +57,11 @@ def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(tra
 def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dryrun.console, "_width", 200)
     overrides = ["train.batch_size=4", f"runs_dir={tmp_path}", "student.depth=1", "train.accumulate=2"]
+    overrides += ["train.epochs=4", "loss.drw_epoch=3", "optim.warmup_epochs=5"]
     assert cli.main(["train", "quickstart", *overrides, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "2,478 in 10 classes" in shown
+    assert re.search(r"peak learning rate\W+0\.00064\W", shown)  # four fifths of the warm-up to 0.0008
     assert "one step on random images" in shown
     assert "first and last bytes of 3,978 files, not decoded (see 'data check')" in shown
     assert list(tmp_path.iterdir()) == []
@@ -90,11 +94,13 @@ def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, 
 def test_the_teachers_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dryrun.console, "_width", 200)
     settings = [f"runs_dir={tmp_path}", "teacher_training.batch_size=413", "teacher_training.accumulate=8"]
+    settings += ["teacher_training.epochs=2", "teacher_training.drw_epoch=1"]
     assert cli.main(["train-teacher", "teacher/quickstart", *settings, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "2,478 in 10 classes" in shown and "first and last bytes of 3,978 files" in shown
     assert "resnet8, 75,280 parameters, ldam, images of 28 pixels" in shown
-    assert "413 images, 52 at a time" in shown and "6 per epoch, 240 in total" in shown
+    assert "413 images, 52 at a time" in shown and "6 per epoch, 12 in total" in shown
+    assert re.search(r"peak learning rate\W+0\.0467\W", shown)  # two thirds of the warm-up to 0.07
     assert "one step on random images: loss" in shown
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["train-teacher", "teacher/quickstart", *settings, "data.root=/absent", "--dry-run"]) == 2
