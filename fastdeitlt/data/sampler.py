@@ -121,7 +121,8 @@ class Plan:
     """The micro-batches of a run and their grouping into optimizer steps.
 
     Raises:
-        UserError: real ranks do not divide virtual ranks, or an epoch has no full micro-batch.
+        UserError: real ranks do not divide virtual ranks, or an epoch has no full micro-batch or fewer of them than one
+            optimizer step.
     """
 
     n: int
@@ -144,6 +145,11 @@ class Plan:
                 f"train.batch_size: got {self.batch_size}, expected at most {len(self._sampler(0))}, the images per "
                 f"epoch ({self.n} in the set) and rank of train.virtual_ranks={self.virtual_ranks}. Use a smaller batch"
                 + (" or fewer train.virtual_ranks" if self.virtual_ranks > self.world else "")
+            )
+        if self.accumulate > self.micro_steps:
+            raise UserError(
+                f"train.accumulate: got {self.accumulate}, expected at most {self.micro_steps}, the micro-batches per "
+                f"epoch and rank of train.batch_size={self.batch_size} ({self.n} images in the set)"
             )
 
     def _sampler(self, virtual_rank: int) -> RepeatedAugmentationSampler:

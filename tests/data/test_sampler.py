@@ -148,3 +148,6 @@ def test_impossible_plans_are_refused():
         Plan(1000, 8, 1, 3, 4, 0, 3)
     with pytest.raises(UserError, match=r"train\.batch_size: got 300, expected at most 256.*Use a smaller batch$"):
         Plan(256, 300, 1, 3, 1)
+    with pytest.raises(UserError, match=r"train\.accumulate: got 4, expected at most 3, the micro-batches per epoch"):
+        Plan(100, 32, 4, 1, 1)
+    assert Plan(100, 32, 3, 1, 1).optimizer_steps == 1
