@@ -101,7 +101,7 @@ def shape_of(path: str | Path) -> tuple[str, int, int, int]:
     check_dimensions(state, _NEEDED, "ViT with a CLS token", what)
     size, patch = size_of(state, what), state["patch_embed.proj.weight"].shape[-1]
     depth = len({found[1] for key in state if (found := _BLOCK.fullmatch(key))})
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)  # one or two tokens precede the square of patches
+    side = math.isqrt(_with_dist(state)[0]["pos_embed"].shape[1] - NUM_PREFIX)
     return size, patch, depth, side * patch
 
 

@@ -15,7 +15,7 @@ from tiny_run import tiny_run
 from fastdeitlt import config
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
-from fastdeitlt.models.start import start_from
+from fastdeitlt.models.start import shape_of, start_from
 from fastdeitlt.run.selection import Selector
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
@@ -92,6 +92,7 @@ def test_both_heads_of_a_student_start_as_a_plain_vit(tmp_path, caplog, kind):
     """CLS and DIST are twins of timm's CLS: with a copied token there is one more of it to attend to."""
     source = timm_model(kind)
     path = save(source, tmp_path / "w.safetensors")
+    assert shape_of(path) == ({"vit": "tiny", "deit3": "small"}[kind], 16, 2, 64)
     name = {"vit": "deit_tiny_distilled_patch16_64", "deit3": "deit_small_distilled_patch16_64"}[kind]
     model = start(student(name, 5, depth=2), path)
     cls_logits, dist_logits = heads(model, images(64))
