@@ -55,7 +55,8 @@ def start_from(
     A plain ViT's CLS token and head initialise the DIST token and head too. Position embeddings and patches are
     resampled as in timm. A shallower student gets the first blocks; in a deeper one further blocks are identities. Head
     rows are matched by class name if both sides have names, else kept if there are as many classes; others are random.
-    A different input normalisation is compensated in the patch embedding.
+    A different input normalisation is compensated in the patch embedding; a file without one is assumed to have the
+    student's.
 
     Args:
         path: run or model folder, a folder with config.json of timm, .safetensors, or .pth.
@@ -87,6 +88,8 @@ def start_from(
         notes.append("input normalisation compensated")
     notes += _fit_depth(state, student)
     notes.append(_fit_heads(state, student, start, class_names))
+    if not (start.mean and start.std):
+        notes.append("input normalisation not stated, assumed to be augment.mean and augment.std")
     load_exact(student, state, what)
     log.info("student: initial weights from %s (%s)", path, ", ".join(notes))
 

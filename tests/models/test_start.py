@@ -128,7 +128,7 @@ def test_a_run_of_ones_own_starts_another_with_the_same_decisions(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_checkpoint_file_starts_a_student(tmp_path, suffix):
+def test_a_checkpoint_file_starts_a_student(tmp_path, caplog, suffix):
     source, path = student(depth=2), tmp_path / f"w{suffix}"
     if suffix == ".pth":
         torch.save({"model": {f"module.{key}": value for key, value in source.state_dict().items()}}, path)
@@ -136,6 +136,7 @@ def test_a_checkpoint_file_starts_a_student(tmp_path, suffix):
         save(source, path)
     torch.manual_seed(77)
     equal(start(create_student(NAME, 4, depth=2).eval(), path), source, images())
+    assert "input normalisation not stated, assumed to be augment.mean and augment.std" in caplog.text
 
 
 def test_a_deeper_student_starts_with_identities_and_a_shallower_with_the_first_blocks(tmp_path, caplog):
@@ -173,7 +174,7 @@ def test_a_folder_of_timm_states_its_normalisation_and_names(tmp_path, caplog):
     assert torch.equal(heads(model, images()), heads(source, images()).flip(-1))
     assert "compensated" not in caplog.text
     start(student(depth=2), tmp_path)
-    assert "input normalisation compensated" in caplog.text
+    assert "input normalisation compensated" in caplog.text and "not stated" not in caplog.text
 
 
 @pytest.mark.parametrize(
