@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdeitlt import config, distributed
-from fastdeitlt.config import Config
+from fastdeitlt.config import Config, Recipe
 from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets.splits import find_splits
 from fastdeitlt.errors import UserError, counted
@@ -26,9 +26,6 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.run.folder import set_up_logging
 from fastdeitlt.run.run_files import RunFiles, read_run
 from fastdeitlt.tools.pictures import Picture, PictureReader
-
-Recipe = str | Path | Config
-"""A shipped recipe by name, a YAML file, or a configuration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +190,8 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
         cfg = config.build({"data.dataset": "folder", "data.root": str(data), **whole})
         split = "train" if [*find_splits(cfg.data).readers] == ["train"] else split
     else:
-        cfg = _config_of(data)
-    cfg = config.merge(cfg, {"train.device": model.device.type, **settings})
+        cfg = data
+    cfg = config.load(cfg, {"train.device": model.device.type, **settings})
     with distributed.group(cfg.train.device, cfg.train.timeout_s):
         return evaluate_saved(model._saved, cfg, split).result
 
@@ -241,19 +238,17 @@ def fit(recipe: Recipe, *, with_teacher: Recipe | None = None, resume: str = "au
         with_teacher: recipe of the teacher to train first.
         resume: auto, never, must, or a run folder.
         settings: over the recipe's: a section's as a mapping (``train={"epochs": 5}``), others by name (``name="a"``),
-            dotted names as ``**{"train.epochs": 5}``.
+            dotted names as ``**{"train.epochs": 5}``. Those of ``teacher_training`` are over ``with_teacher``'s.
 
     Raises:
-        UserError: see ``train``.
+        UserError: see ``train`` and ``config.load_student``.
     """
     from fastdeitlt.tools.demo import train_both
     from fastdeitlt.train import train
 
-    cfg = config.merge(_config_of(recipe), settings)
+    cfg, teacher = config.load_student(recipe, settings, with_teacher)
     set_up_logging()
-    if with_teacher is None:
-        return Run(train(cfg, resume))
-    return Run(train_both(cfg, _config_of(with_teacher), resume))
+    return Run(train_both(cfg, teacher, resume) if teacher else train(cfg, resume))
 
 
 def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run:
@@ -262,12 +257,12 @@ def fit_teacher(recipe: Recipe, *, resume: str = "auto", **settings: Any) -> Run
     Arguments as ``fit``. The student's ``teacher.path`` is its folder.
 
     Raises:
-        UserError: see ``train_teacher``.
+        UserError: see ``train_teacher`` and ``config.load_teacher``.
     """
     from fastdeitlt.train_teacher import train_teacher
 
     set_up_logging()
-    return Run(train_teacher(config.merge(_config_of(recipe), settings), resume).parents[1])
+    return Run(train_teacher(config.load_teacher(recipe, settings), resume).parents[1])
 
 
 def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[Config, Config]:
@@ -275,10 +270,6 @@ def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[
     from fastdeitlt.tools.plan import make_plan
 
     return make_plan(root, hours, **options).choice.configs
-
-
-def _config_of(recipe: Recipe) -> Config:
-    return recipe if isinstance(recipe, Config) else config.load(str(recipe))
 
 
 def _as_pictures(images: Any) -> tuple[list[Picture], bool]:

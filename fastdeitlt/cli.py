@@ -29,16 +29,7 @@ def _set_up_logging() -> None:
 def _train(args: argparse.Namespace) -> int:
     from fastdeitlt import config
 
-    # as in `ablate`: settings of the teacher's training go to the teacher, all others to the student
-    teacher_settings = [word for word in args.overrides if word.startswith("teacher_training.")]
-    cfg = config.load(args.config, [word for word in args.overrides if word not in teacher_settings])
-    if teacher_settings and not args.with_teacher:
-        raise UserError(f"{teacher_settings[0]}: no effect on a student, expected with --with-teacher RECIPE")
-    if cfg.teacher.path and args.with_teacher:
-        raise UserError(
-            f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher. Use one of the two."
-        )
-    teacher = config.load(args.with_teacher, teacher_settings) if args.with_teacher else None
+    cfg, teacher = config.load_student(args.config, args.overrides, args.with_teacher)
     _set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code
@@ -66,7 +57,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _train_teacher(args: argparse.Namespace) -> int:
     from fastdeitlt import config
 
-    cfg = config.load(args.config, args.overrides)
+    cfg = config.load_teacher(args.config, args.overrides)
     _set_up_logging()
     if (code := _as_ranks(cfg, args)) is not None:
         return code

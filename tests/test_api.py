@@ -170,6 +170,14 @@ def test_fit_teacher_gives_the_folder_that_a_student_takes(tmp_path):
     assert run.model.classes == fastdeitlt.load(run.folder).classes
 
 
+def test_fit_passes_settings_of_the_teachers_training_to_the_teacher(monkeypatch):
+    calls = []
+    monkeypatch.setattr("fastdeitlt.tools.demo.train_both", lambda *pair: calls.extend(pair[:2]) or "runs/a")
+    fastdeitlt.fit("quickstart", with_teacher="teacher/quickstart", teacher_training={"lr": 0.5}, name="a")
+    student, teacher = calls
+    assert (student.name, student.teacher_training.lr, teacher.teacher_training.lr) == ("a", 0.1, 0.5)
+
+
 def test_data_of_a_model_without_a_run_must_be_given(saved, tmp_path):
     names = ["cat", "dog", "eel", "fish"]
     save_student(tmp_path / "model", class_names=names)
@@ -213,4 +221,10 @@ def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(save
 def test_settings_are_checked_as_on_the_command_line():
     with pytest.raises(UserError, match=r"unknown config name 'train\.epoch'; did you mean train\.epochs"):
         fastdeitlt.fit("quickstart", train={"epoch": 3})
-    assert config.merge(config.Config(), {"name": "a", "train": {"epochs": 2}}).origins["train.epochs"] == "override"
+    with pytest.raises(UserError, match=r"teacher_training\.epochs: no effect on a student, expected with"):
+        fastdeitlt.fit("quickstart", teacher_training={"epochs": 1})
+    with pytest.raises(UserError, match=r"teacher\.path: got 'runs/a' with --with-teacher"):
+        fastdeitlt.fit("quickstart", with_teacher="teacher/quickstart", teacher={"path": "runs/a"})
+    with pytest.raises(UserError, match=r"optim\.lr: no effect on a teacher\. Use teacher_training\.lr\."):
+        fastdeitlt.fit_teacher("teacher/quickstart", optim={"lr": 0.5})
+    assert config.load(config.Config(), {"name": "a", "train": {"epochs": 2}}).origins["train.epochs"] == "override"

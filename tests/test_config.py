@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeitlt import config
+from fastdeitlt.config.schema import STUDENT_ONLY
 from fastdeitlt.errors import UserError
 
 RECIPES = sorted(str(p) for p in config.find("quickstart").parent.rglob("*.yaml") if p.parent.name != "ablation")
@@ -192,6 +193,31 @@ def test_a_number_of_a_list_has_its_bounds(override):
 def test_a_message_says_what_to_write(override, message):
     with pytest.raises(UserError, match=message):
         config.load("quickstart", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=3", r"^train\.epochs: no effect on a teacher\. Use teacher_training\.epochs\.$"),
+        ("optim.lr=0.5", r"Use teacher_training\.lr\.$"),
+        ("loss.drw_epoch=2", r"Use teacher_training\.drw_epoch\.$"),
+        ("student.img_size=64", r"Use teacher_training\.img_size\.$"),
+        ("mixup.prob=1", r"^mixup\.prob: no effect on a teacher\. Remove it\.$"),
+        ("augment.repeats=3", r"Remove it\.$"),
+        ("train.epoch=3", r"did you mean train\.epochs"),
+    ],
+)
+def test_a_setting_of_students_is_refused_for_a_teacher(override, message):
+    for settings in ([override], {"augment.pad": 3, override.partition("=")[0]: 3}):
+        with pytest.raises(UserError, match=message):
+            config.load_teacher("teacher/quickstart", settings)
+
+
+def test_a_teacher_accepts_what_its_training_reads_and_the_students_settings_of_a_file():
+    read = ["train.seed=3", "train.precision=fp32", "augment.pad=3", "evaluate.every=2", "data.sampling=sqrt"]
+    cfg = config.load_teacher("quickstart", [*read, "teacher_training.epochs=3"])
+    assert (cfg.train.seed, cfg.teacher_training.epochs, cfg.train.epochs) == (3, 3, 60)
+    assert all(any(name.startswith(start) for name in config.FIELDS) for start in STUDENT_ONLY)
 
 
 def test_yaml_that_does_not_parse_is_found_by_line_and_column(tmp_path):

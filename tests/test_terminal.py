@@ -138,7 +138,7 @@ def test_config_show_filters_by_section_setting_and_change(capsys):
 
 
 def _loaded(text):
-    return config.merge(config.Config(), yaml.safe_load(text))
+    return config.load(config.Config(), yaml.safe_load(text))
 
 
 def test_config_show_names_the_nearest_setting(capsys):

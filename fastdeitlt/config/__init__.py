@@ -5,13 +5,15 @@ the source of each value for ``fastdeitlt config show``. Imports only ``errors``
 """
 
 from fastdeitlt.config.files import (
+    Recipe,
     build,
     dump,
     dump_values,
     find,
     flatten,
     load,
-    merge,
+    load_student,
+    load_teacher,
     parse_overrides,
     read_yaml,
     recipes,
@@ -33,7 +35,7 @@ from fastdeitlt.config.teacher_training import TeacherTrainingConfig
 
 __all__ = [
     "FIELDS", "IMAGENET_MEAN", "IMAGENET_STD", "SECTIONS", "AugmentConfig", "Config", "DataConfig", "EvaluateConfig",
-    "LossConfig", "MixupConfig", "OptimConfig", "Section", "StudentConfig", "TeacherConfig", "TeacherTrainingConfig",
-    "TrainConfig", "build", "describe", "dump", "dump_values", "find", "flatten", "load", "merge", "near",
-    "parse_overrides", "read_yaml", "recipes",
+    "LossConfig", "MixupConfig", "OptimConfig", "Recipe", "Section", "StudentConfig", "TeacherConfig",
+    "TeacherTrainingConfig", "TrainConfig", "build", "describe", "dump", "dump_values", "find", "flatten", "load",
+    "load_student", "load_teacher", "near", "parse_overrides", "read_yaml", "recipes",
 ]  # fmt: skip

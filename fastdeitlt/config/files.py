@@ -1,16 +1,21 @@
 """Loading and dumping of configurations: YAML files, recipes and overrides."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from fastdeitlt.config.schema import FIELDS, SECTIONS, TEXTS, Config, field_info, near
+from fastdeitlt.config.schema import FIELDS, SECTIONS, STUDENT_ONLY, TEXTS, Config, field_info, near
 from fastdeitlt.config.section import SHORT
 from fastdeitlt.errors import UserError
+
+Recipe = str | Path | Config
+"""A shipped recipe by name, a YAML file, or a configuration."""
+Settings = Sequence[str] | Mapping[str, Any]
+"""Changes of a recipe: ``section.field=value``, or values by dotted name or by section as a mapping."""
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "", where: str = "") -> dict[str, Any]:
@@ -104,23 +109,71 @@ def find(path: str) -> Path:
     raise UserError(f"config {path}: no such file or recipe{near(name, list(shipped))}; list: fastdeitlt config list")
 
 
-def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Load a YAML file or recipe and apply overrides in order.
-
-    An override is ``section.field=value``.
+def load(recipe: Recipe, settings: Settings = ()) -> Config:
+    """Load a recipe and apply settings in order.
 
     Raises:
         UserError: no such file; not YAML; a name given twice; an unknown name (with the nearest one); a value of the
             wrong type or range.
     """
-    file = find(path)
-    flat = _flatten(read_yaml(file), where=f"config file {file}: ")
-    origins = dict.fromkeys(flat, file.name)
-    settings = parse_overrides(overrides)
-    return build(flat | settings, origins | dict.fromkeys(settings, "override"))
+    return _load(recipe, _by_name(settings))
 
 
-def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def load_student(
+    recipe: Recipe, settings: Settings = (), with_teacher: Recipe | None = None
+) -> tuple[Config, Config | None]:
+    """Load a student's recipe, and that of the teacher to train first.
+
+    Settings of ``teacher_training`` apply to the teacher, all others to the student.
+
+    Raises:
+        UserError: see ``load``; settings of a teacher without one; a teacher's path in addition to a recipe.
+    """
+    values = _by_name(settings)
+    of_teacher = {name: value for name, value in values.items() if name.startswith("teacher_training.")}
+    cfg = _load(recipe, {name: value for name, value in values.items() if name not in of_teacher})
+    if with_teacher is None:
+        if of_teacher:
+            raise UserError(
+                f"{next(iter(of_teacher))}: no effect on a student, expected with --with-teacher RECIPE (Python: "
+                "with_teacher=RECIPE)"
+            )
+        return cfg, None
+    if cfg.teacher.path:
+        raise UserError(
+            f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher. Use one of the two."
+        )
+    return cfg, _load(with_teacher, of_teacher)
+
+
+def load_teacher(recipe: Recipe, settings: Settings = ()) -> Config:
+    """Load a teacher's recipe; its file may have settings of a student, ``settings`` not.
+
+    Raises:
+        UserError: see ``load``; a setting without effect on a teacher.
+    """
+    values = _by_name(settings)
+    if ignored := next((name for name in values if name.startswith(STUDENT_ONLY)), None):
+        own = f"teacher_training.{ignored.partition('.')[2]}"
+        raise UserError(f"{ignored}: no effect on a teacher. {f'Use {own}' if own in FIELDS else 'Remove it'}.")
+    return _load(recipe, values)
+
+
+def _load(recipe: Recipe, values: dict[str, Any]) -> Config:
+    if isinstance(recipe, Config):
+        flat, origins = flatten(recipe), recipe.origins
+    else:
+        file = find(str(recipe))
+        flat = _flatten(read_yaml(file), where=f"config file {file}: ")
+        origins = dict.fromkeys(flat, file.name)
+    return build(flat | values, origins | dict.fromkeys(values, "override"))
+
+
+def _by_name(settings: Settings) -> dict[str, Any]:
+    return _flatten(dict(settings)) if isinstance(settings, Mapping) else parse_overrides(settings)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Parse ``section.field=value`` texts to values by dotted name, without checks.
 
     Raises:
@@ -193,18 +246,6 @@ def build(flat: dict[str, Any], origins: dict[str, str] | None = None) -> Config
 def flatten(config: Config) -> dict[str, Any]:
     """Return the values by dotted field name, in schema order."""
     return _flatten(config.model_dump(mode="json"))
-
-
-def merge(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return a configuration with changed settings.
-
-    The changes are by dotted name or section mapping.
-
-    Raises:
-        UserError: see ``load``.
-    """
-    changes = _flatten(dict(settings))
-    return build(flatten(config) | changes, config.origins | dict.fromkeys(changes, "override"))
 
 
 def dump(config: Config) -> str:

@@ -109,6 +109,13 @@ def field_info(name: str) -> FieldInfo:
 FIELDS = tuple(_field_names(Config))
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name))
 TEXTS = frozenset(name for name in FIELDS if field_info(name).annotation is str)
+STUDENT_ONLY = (
+    "augment.impl", "augment.repeats", "evaluate.analyze_images", "evaluate.baseline_head", "evaluate.weights", "loss.",
+    "mixup.", "optim.", "student.", "teacher.", "train.accumulate", "train.batch_size", "train.cuda_graphs",
+    "train.epochs", "train.measure_kernels", "train.nonfinite_skips", "train.offload", "train.ranks_per_forward",
+    "train.zero_stage",
+)  # fmt: skip
+"""Beginnings of the settings that a teacher's training does not read."""
 
 
 def near(name: str, names: list[str] | tuple[str, ...]) -> str:
