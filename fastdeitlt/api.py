@@ -191,7 +191,7 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
         split = "train" if [*find_splits(cfg.data).readers] == ["train"] else split
     else:
         cfg = data
-    cfg = config.load(cfg, {"train.device": model.device.type, **settings})
+    cfg = config.load_evaluation(cfg, {"train.device": model.device.type, **settings})
     with distributed.group(cfg.train.device, cfg.train.timeout_s):
         return evaluate_saved(model._saved, cfg, split).result
 

@@ -220,6 +220,14 @@ def test_a_teacher_accepts_what_its_training_reads_and_the_students_settings_of_
     assert all(any(name.startswith(start) for name in config.FIELDS) for start in STUDENT_ONLY)
 
 
+@pytest.mark.parametrize("name", ["evaluate.crop_pct=0.5", "augment.mean=[0,0,0]", "data.exif=apply", "student.depth=1"])
+def test_a_finished_models_preprocessing_is_not_a_setting(name):
+    with pytest.raises(UserError, match=rf"^{name.partition('=')[0]}: no effect on a finished model"):
+        config.load_evaluation("quickstart", [name])
+    read = ["data.num_threads=2", "evaluate.batch_size=3", "train.device=cpu", "train.precision=fp32"]
+    assert config.load_evaluation("quickstart", read).evaluate.batch_size == 3
+
+
 def test_yaml_that_does_not_parse_is_found_by_line_and_column(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("data:\n  root: [a\ntrain: {}\n")

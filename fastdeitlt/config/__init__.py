@@ -12,6 +12,7 @@ from fastdeitlt.config.files import (
     find,
     flatten,
     load,
+    load_evaluation,
     load_student,
     load_teacher,
     parse_overrides,
@@ -37,5 +38,5 @@ __all__ = [
     "FIELDS", "IMAGENET_MEAN", "IMAGENET_STD", "SECTIONS", "AugmentConfig", "Config", "DataConfig", "EvaluateConfig",
     "LossConfig", "MixupConfig", "OptimConfig", "Recipe", "Section", "StudentConfig", "TeacherConfig",
     "TeacherTrainingConfig", "TrainConfig", "build", "describe", "dump", "dump_values", "find", "flatten", "load",
-    "load_student", "load_teacher", "near", "parse_overrides", "read_yaml", "recipes",
+    "load_evaluation", "load_student", "load_teacher", "near", "parse_overrides", "read_yaml", "recipes",
 ]  # fmt: skip

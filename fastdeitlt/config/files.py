@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fastdeitlt.config.schema import FIELDS, SECTIONS, STUDENT_ONLY, TEXTS, Config, field_info, near
+from fastdeitlt.config.schema import EVALUATION, FIELDS, SECTIONS, STUDENT_ONLY, TEXTS, Config, field_info, near
 from fastdeitlt.config.section import SHORT
 from fastdeitlt.errors import UserError
 
@@ -156,6 +156,18 @@ def load_teacher(recipe: Recipe, settings: Settings = ()) -> Config:
     if ignored := next((name for name in values if name.startswith(STUDENT_ONLY)), None):
         own = f"teacher_training.{ignored.partition('.')[2]}"
         raise UserError(f"{ignored}: no effect on a teacher. {f'Use {own}' if own in FIELDS else 'Remove it'}.")
+    return _load(recipe, values)
+
+
+def load_evaluation(recipe: Recipe, settings: Settings = ()) -> Config:
+    """Load the images to score a finished model on, and how; its folder states its preprocessing.
+
+    Raises:
+        UserError: see ``load``; a setting without effect on a finished model.
+    """
+    values = _by_name(settings)
+    if ignored := next((name for name in values if name == "data.exif" or not name.startswith(EVALUATION)), None):
+        raise UserError(f"{ignored}: no effect on a finished model, whose folder states its preprocessing. Remove it.")
     return _load(recipe, values)
 
 

@@ -116,6 +116,10 @@ STUDENT_ONLY = (
     "train.zero_stage",
 )  # fmt: skip
 """Beginnings of the settings that a teacher's training does not read."""
+EVALUATION = (
+    "data.", "evaluate.batch_size", "train.device", "train.main_timeout_s", "train.precision", "train.timeout_s",
+)  # fmt: skip
+"""Beginnings of the settings that the evaluation of a finished model reads."""
 
 
 def near(name: str, names: list[str] | tuple[str, ...]) -> str:

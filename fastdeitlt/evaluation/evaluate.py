@@ -196,7 +196,7 @@ def evaluate(
     """
     saved = open_saved(path)
     run = run_of(Path(path))
-    cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
+    cfg = config.load_evaluation(str(run / "config.yaml") if run else "quickstart", list(overrides))
     for out in (json_path, csv_path, predictions_path):
         if out and not Path(out).absolute().parent.is_dir():
             raise UserError(f"eval {out}: no such folder. Create it first.")

@@ -46,14 +46,14 @@ def diagnose(path: str, overrides: Sequence[str], *, images: int) -> dict[str, A
         raise UserError(f"model {path}: got a {saved.kind}, expected a student. Use 'analyze teacher' for teachers.")
     if images < 1:
         raise UserError(f"--images: got {images}, expected at least 1")
-    cfg = config.load(str(run / "config.yaml") if run else "quickstart", list(overrides))
+    cfg = config.load_evaluation(str(run / "config.yaml") if run else "quickstart", list(overrides))
     device = distributed.device_of(cfg.train.device)
     splits = open_splits(cfg.data, () if saved.class_counts else ("train",), SPLITS, saved.classes)
     name, chosen = list(splits.items())[-1]  # test, else validation, else training images
     counts, dataset = saved.class_counts or splits["train"].counts, saved.info.get("dataset", cfg.data.dataset)
     saved.model.to(device)
     data = cfg.data.model_copy(update={"exif": saved.preprocess.exif})
-    with closing(open_source(chosen, data, device)) as source:
+    with closing(open_source(chosen, data, device, scored=True)) as source:
         return {"set": name} | look(saved, source, chosen, counts, dataset, images)
 
 
