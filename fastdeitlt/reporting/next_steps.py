@@ -67,7 +67,7 @@ def _suggested(run: RunFiles) -> list[Step]:
 
 
 def _twice(run: RunFiles) -> str:
-    """Return the settings for twice the epochs, with each milestone at twice its epoch."""
+    """Return the settings for twice the epochs, with all milestones doubled."""
     assert run.cfg
     section, recipe = ("teacher_training", run.cfg.teacher_training) if run.is_teacher else ("loss", run.cfg.loss)
     epochs = run.cfg.teacher_training.epochs if run.is_teacher else run.cfg.train.epochs

@@ -111,10 +111,10 @@ def published_table(cfg: DataConfig) -> tuple[str, tuple[Published, ...]] | None
 
 
 def published_for(run: RunFiles, split: str) -> dict[str, float]:
-    """Return the accuracies of ``published`` by group that are comparable with a run's.
+    """Return the published accuracies, by group, to show beside a run's.
 
-    Those of a shipped recipe are a row of TABLES: they are of one training set, which settings can replace, and head,
-    mid and tail are of one split. Others are the user's own.
+    Figures of a shipped recipe are a row of TABLES. They are left out if the run has another training set, and head,
+    mid and tail are left out under another split. Figures outside TABLES are the user's own and are kept.
     """
     rows = {
         name: row

@@ -1,9 +1,9 @@
 """Export of students and teachers to timm, ONNX and torch.export, with checks.
 
-timm: a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``, with a model card; bit-exact, but
-for LDAM's scale, which is multiplied into the classifier. onnx: one
-file with dynamic batch size and outputs avg, cls and dist, or a teacher's logits. pt2: the same through torch.export.
-Logits are uncalibrated; fitted temperatures, if any, are in ``facts``.
+timm: a folder for ``timm.create_model("local-dir:<folder>", pretrained=True)``, with a model card; bit-exact, but for
+LDAM's scale, which is multiplied into the classifier. onnx: one file with dynamic batch size and outputs avg, cls and
+dist, or a teacher's logits. pt2: the same through torch.export. Logits are uncalibrated; fitted temperatures, if any,
+are in ``facts``.
 """
 
 # B batch, H height, W width, C channels, K classes
