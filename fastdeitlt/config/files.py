@@ -147,7 +147,9 @@ def load_student(
 
 
 def load_teacher(recipe: Recipe, settings: Settings = ()) -> Config:
-    """Load a teacher's recipe; its file may have settings of a student, ``settings`` not.
+    """Load a teacher's recipe.
+
+    Its file may have settings of a student, ``settings`` may not.
 
     Raises:
         UserError: see ``load``; a setting without effect on a teacher.
@@ -160,7 +162,9 @@ def load_teacher(recipe: Recipe, settings: Settings = ()) -> Config:
 
 
 def load_evaluation(recipe: Recipe, settings: Settings = ()) -> Config:
-    """Load the images to score a finished model on, and how; its folder states its preprocessing.
+    """Load the images on which to score a finished model.
+
+    Preprocessing is as the model's folder states.
 
     Raises:
         UserError: see ``load``; a setting without effect on a finished model.

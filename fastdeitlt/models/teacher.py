@@ -197,7 +197,10 @@ class Teacher(nn.Module):
         return teacher.to(next(self.network.parameters()).device)
 
     def alone(self, of_student: Preprocess) -> tuple["Teacher", Preprocess]:
-        """Return the network with the preprocessing that its folder states, and that one; else as it is."""
+        """Return the teacher for the preprocessing that its folder states, and that one.
+
+        Without a folder, itself and the student's.
+        """
         stated = self.manifest.preprocess if self.manifest else None
         if self.manifest is None or stated is None:
             return self, of_student
