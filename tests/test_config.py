@@ -213,6 +213,14 @@ def test_a_setting_of_students_is_refused_for_a_teacher(override, message):
             config.load_teacher("teacher/quickstart", settings)
 
 
+def test_the_recipe_of_the_other_kind_is_refused():
+    with pytest.raises(UserError, match=r"^train: got teacher/quickstart, a recipe of a teacher.* Use train-teacher"):
+        config.load_student("teacher/quickstart")
+    for load in (config.load_teacher, lambda recipe: config.load_student("quickstart", (), recipe)):
+        with pytest.raises(UserError, match="^train-teacher: got quickstart, which sets nothing of teacher_training"):
+            load("quickstart")
+
+
 def test_a_teacher_accepts_what_its_training_reads_and_the_students_settings_of_a_file():
     read = ["train.seed=3", "train.precision=fp32", "augment.pad=3", "evaluate.every=2", "data.sampling=sqrt"]
     cfg = config.load_teacher("quickstart", [*read, "teacher_training.epochs=3"])
@@ -220,7 +228,9 @@ def test_a_teacher_accepts_what_its_training_reads_and_the_students_settings_of_
     assert all(any(name.startswith(start) for name in config.FIELDS) for start in STUDENT_ONLY)
 
 
-@pytest.mark.parametrize("name", ["evaluate.crop_pct=0.5", "augment.mean=[0,0,0]", "data.exif=apply", "student.depth=1"])
+@pytest.mark.parametrize(
+    "name", ["evaluate.crop_pct=0.5", "augment.mean=[0,0,0]", "data.exif=apply", "student.depth=1"]
+)
 def test_a_finished_models_preprocessing_is_not_a_setting(name):
     with pytest.raises(UserError, match=rf"^{name.partition('=')[0]}: no effect on a finished model"):
         config.load_evaluation("quickstart", [name])

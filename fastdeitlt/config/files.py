@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fastdeitlt.config.schema import EVALUATION, FIELDS, SECTIONS, STUDENT_ONLY, TEXTS, Config, field_info, near
 from fastdeitlt.config.section import SHORT
+from fastdeitlt.config.teacher_training import TeacherTrainingConfig
 from fastdeitlt.errors import UserError
 
 Recipe = str | Path | Config
@@ -127,11 +128,14 @@ def load_student(
     Settings of ``teacher_training`` apply to the teacher, all others to the student.
 
     Raises:
-        UserError: see ``load``; settings of a teacher without one; a teacher's path in addition to a recipe.
+        UserError: see ``load``; a recipe of the other kind; settings of a teacher without one; a teacher's path in
+            addition to a recipe.
     """
     values = _by_name(settings)
     of_teacher = {name: value for name, value in values.items() if name.startswith("teacher_training.")}
     cfg = _load(recipe, {name: value for name, value in values.items() if name not in of_teacher})
+    if cfg.is_teachers:
+        raise UserError(f"train: got {_title(recipe)}, a recipe of a teacher, expected a student's. Use train-teacher.")
     if with_teacher is None:
         if of_teacher:
             raise UserError(
@@ -143,7 +147,7 @@ def load_student(
         raise UserError(
             f"teacher.path: got {cfg.teacher.path!r} with --with-teacher, which trains a teacher. Use one of the two."
         )
-    return cfg, _load(with_teacher, of_teacher)
+    return cfg, _teachers(with_teacher, of_teacher)
 
 
 def load_teacher(recipe: Recipe, settings: Settings = ()) -> Config:
@@ -152,13 +156,28 @@ def load_teacher(recipe: Recipe, settings: Settings = ()) -> Config:
     Its file may have settings of a student, ``settings`` may not.
 
     Raises:
-        UserError: see ``load``; a setting without effect on a teacher.
+        UserError: see ``load``; a student's recipe; a setting without effect on a teacher.
     """
     values = _by_name(settings)
     if ignored := next((name for name in values if name.startswith(STUDENT_ONLY)), None):
         own = f"teacher_training.{ignored.partition('.')[2]}"
         raise UserError(f"{ignored}: no effect on a teacher. {f'Use {own}' if own in FIELDS else 'Remove it'}.")
-    return _load(recipe, values)
+    return _teachers(recipe, values)
+
+
+def _teachers(recipe: Recipe, values: dict[str, Any]) -> Config:
+    cfg = _load(recipe, values)
+    origins = {source for name, source in cfg.origins.items() if name.startswith("teacher_training.")}
+    if cfg.teacher_training == TeacherTrainingConfig() and origins <= {"default"}:
+        raise UserError(
+            f"train-teacher: got {_title(recipe)}, which sets nothing of teacher_training, expected a recipe of a "
+            "teacher. List: fastdeitlt config list."
+        )
+    return cfg
+
+
+def _title(recipe: Recipe) -> str:
+    return f"the recipe {recipe.name}" if isinstance(recipe, Config) else str(recipe)
 
 
 def load_evaluation(recipe: Recipe, settings: Settings = ()) -> Config:
