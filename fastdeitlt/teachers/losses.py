@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeitlt.config import TeacherTrainingConfig
+from fastdeitlt.models.classifier import linear_float32
 
 Counts = Sequence[int] | np.ndarray | Tensor
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -135,7 +136,7 @@ def paco_loss(
     prior_K = torch.as_tensor(counts, device=features.device).float()
     prior_K = prior_K / prior_K.sum()
     centres_BK = sup_logits + (prior_K + 1e-9).log()
-    similar_BN = features[:num_queries] @ features.T / temperature
+    similar_BN = linear_float32(features[:num_queries], features) / temperature
     logits = torch.cat((centres_BK, similar_BN), dim=1)
     logits = logits - logits.detach().amax(1, keepdim=True)
 

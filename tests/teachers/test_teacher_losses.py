@@ -1,6 +1,7 @@
 """Losses of the teachers against the references' numbers and against their formulas in float64."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastdeitlt.teachers.losses import build_loss, ldam_margins
 DATA = Path(__file__).parents[1] / "data"
 COUNTS = [500, 120, 33, 12, 7, 2, 1]
 EQUAL = [9] * 7
+LOSSES = ("ce", "focal", "ldam", "vs", "balanced_softmax", "logit_adjustment")
 
 
 def batch(size: int = 5, classes: int = 7) -> tuple[Tensor, Tensor]:
@@ -74,6 +76,22 @@ def test_paco_gives_the_reference_loss_and_gradients(case: dict, arrays: dict[st
     torch.testing.assert_close(sup_logits.grad, torch.tensor(arrays["dlogits"]), rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_changes_neither_loss_nor_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(18, 32, generator=generator)).requires_grad_()
+    logits, labels = batch()
+    paco = partial(paco_loss, features, torch.arange(18) % 7, logits, COUNTS, 0.05, 1.0, 1.0, 0.05, 8)
+    losses = [build_loss(TeacherTrainingConfig(loss=loss), COUNTS, torch.device("cpu")) for loss in LOSSES]
+    others = [(partial(loss, logits, labels, None), [logits]) for loss in losses]
+    for compute, inputs in [(paco, [features, logits]), *others]:
+        plain = compute()
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = compute()
+        assert torch.equal(cast, plain)
+        for got, expected in zip(*(torch.autograd.grad(loss, inputs) for loss in (cast, plain)), strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_ldam_margins_of_cifar10_lt() -> None:
     margins = ldam_margins([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
     expected = [0.158, 0.180, 0.204, 0.232, 0.264, 0.300, 0.341, 0.387, 0.441, 0.5]
@@ -121,7 +139,7 @@ def test_balanced_softmax_is_logit_adjustment_of_one() -> None:
     )
 
 
-@pytest.mark.parametrize("loss", ["ce", "focal", "ldam", "vs", "balanced_softmax", "logit_adjustment"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_class_without_images_and_low_precision_stay_finite(loss: str, dtype: torch.dtype) -> None:
     cfg = TeacherTrainingConfig(loss=loss)
