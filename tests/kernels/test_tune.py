@@ -27,6 +27,7 @@ GPU = torch.cuda.is_available()
 SMALL = [
     "student.name=deit_tiny_distilled_patch16_32", "student.img_size=32", "student.depth=1", "teacher.arch=resnet8",
     "train.batch_size=2", "train.accumulate=1", "train.compile=false", "train.precision=bf16", "augment.impl=triton",
+    "train.measure_kernels=false",
 ]  # fmt: skip
 DEFAULT, FAST, SLOW, WRONG, BROKEN = (LaunchConfig({"BLOCK": block}) for block in (10, 5, 20, 1, 0))
 
