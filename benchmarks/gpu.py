@@ -73,12 +73,14 @@ class Stage:
         until: minute, of ``MINUTES``, at which the stage must end; 0 = a later stage, without its own limit.
         needs: distributions that it requires, besides ``BASE``.
         again: whether it only runs with ``--again``.
+        crowded: whether its processes share the GPU, so that the kernels they time for `auto` are discarded.
     """
 
     commands: Mapping[str, Command]
     until: float = 0.0
     needs: tuple[str, ...] = ()
     again: bool = False
+    crowded: bool = False
 
 
 @dataclass
@@ -120,12 +122,10 @@ def stages(dry: bool, out: Path) -> dict[str, Stage]:
     every = ["--case", "dry", "--check", *only] if dry else []
     train = ["-m", "benchmarks.bench_train", *(["--help"] if dry else [*images, "--images", "8192"])]
     facts = ["-m", "benchmarks.gpu_ops", "facts"]
-    tests = _tests(dry, out)
+    prepare = {"tests": _tests(dry, out), "check": [*step, *only, "--check"], "compile": [*ops, "--check"]}
     stages = {
         "facts": Stage({"facts": facts}, 0.5),
-        "prepare": Stage(
-            {"tests": tests, "check": [*step, *only, "--check"], "compile": [*ops, "--check"]}, 3.5, ("pytest",)
-        ),
+        "prepare": Stage(prepare, 3.5, ("pytest",), crowded=True),
         "step": Stage({"step": [*step, *only, *rounds, "--profile", str(out / "profile.txt")]}, 6.0),
         "ops": Stage({"ops": ops}, 7.75),
         "arrays": Stage({"arrays": arrays}, MINUTES),
@@ -177,13 +177,16 @@ def run(stage: Stage, place: Place, deadline: float) -> None:
         reason = f"{', '.join(absent)} {ABSENT}" if absent else "no time"
         place.results.update(dict.fromkeys(stage.commands, f"skipped, {reason}"))
         return
+    environment = dict(place.environment)
+    if stage.crowded:
+        environment["XDG_CACHE_HOME"] = str(place.scratch / "cache")
     started: dict[str, subprocess.Popen[bytes]] = {}
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         for name, command in stage.commands.items():
             log = stack.enter_context((place.scratch / name).open("wb"))
             started[name] = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=dict(place.environment), stdout=log, stderr=subprocess.STDOUT,
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
         try:

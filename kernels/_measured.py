@@ -22,6 +22,8 @@ from fastdeitlt.store.files import user_cache, write_atomically
 
 Key = tuple[str | int, ...]
 SHIPPED = Path(__file__).parent / "measured"
+FIRST_START = "first start"
+"""Command of the rows that a first start measures."""
 
 
 class Row(BaseModel):
@@ -62,6 +64,11 @@ class Row(BaseModel):
         """Launch setting of the row."""
         return LaunchConfig(self.blocks, self.num_warps, self.num_stages)
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether `tune` measured the row, not a first start."""
+        return self.command != FIRST_START
+
 
 def file_of(gpu: str, folder: Path | None = None) -> Path:
     """Return the path of a GPU's rows in a folder. None = the user cache."""
@@ -99,14 +106,19 @@ def write(path: Path, rows: list[Row]) -> None:
 def rows_of(index: int | None) -> Mapping[tuple[str, str, Key], Row]:
     """Return (kind, op, key) -> the row in effect for a GPU and this Triton.
 
-    By rising precedence: another GPU, another Triton, this GPU and Triton, rows set by ``prefer``; at the same level a
-    user's row replaces a shipped one.
+    By rising precedence: another GPU, another Triton, another torch, a first start's, `tune`'s, rows set by ``prefer``;
+    at the same level a user's row replaces a shipped one.
     """
-    gpu, here, installed = gpu_name(index), capability(index), metadata.version("triton")
+    gpu, here = gpu_name(index), capability(index)
+    triton, torchs = metadata.version("triton"), metadata.version("torch")
     paths = [*sorted(SHIPPED.glob("*.jsonl")), *sorted(user_cache("kernels").glob("*.jsonl"))]
     rows = [row for path in paths for row in read(path) if row.capability == here]
-    rows.sort(key=lambda row: (row.gpu == gpu, row.gpu == gpu and row.triton == installed))
-    return {**by_key(rows), **_shared}
+
+    def precedence(row: Row) -> tuple[bool, ...]:
+        own = row.gpu == gpu
+        return own, own and row.triton == triton, own and row.torch == torchs, row.is_tuned
+
+    return {**by_key(sorted(rows, key=precedence)), **_shared}
 
 
 def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, Key], Row]:

@@ -92,7 +92,7 @@ def tune_ops(
             rows.append(row)
         if part.whole:
             row = saved_rows.get(("fastest", part.op, part.key))
-            if row is None:
+            if row is None or not row.is_tuned:
                 row = fastest(shapes, part, ROUNDS)
                 write(path, [row.model_copy(update={"impl": shapes.torchs(part.op)})])  # until the caller decides
             won[part.op] = row.model_copy(update={"impl": min(row.us, key=row.us.__getitem__)})

@@ -100,6 +100,7 @@ def test_every_kernel_agrees_with_torch_at_its_default_setting_and_the_fastest_i
     assert chosen(rows) == dict.fromkeys(SETTINGS, "triton") | {"adamw_ema": "fastdeitlt"}
     assert all("triton" in names or "fastdeitlt" in names for names in timed)
     assert rows == _measured.read(_measured.file_of("some GPU"))
+    assert {row.command for row in rows} == {_measured.FIRST_START}
     for row in rows:
         if row.op != "attention":
             assert pick(row.op, "auto", row.key, CUDA) == row.impl

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastdeitlt.kernels import _measured, _pick
 from fastdeitlt.kernels._launch import LaunchConfig
-from fastdeitlt.kernels._measured import Row, file_of, prefer, read, setting, trying, use, write
+from fastdeitlt.kernels._measured import FIRST_START, Row, file_of, prefer, read, setting, trying, use, write
 from fastdeitlt.kernels._pick import pick, say_once
 
 from fastdeitlt.errors import UserError
@@ -66,6 +66,20 @@ def test_the_users_rows_win_over_those_that_ship(folders):
     write(file_of(GPU), [setting_row(WON)])
     assert setting("bias_gelu", ("forward", 198), CUDA, DEFAULT) == WON
     assert setting("bias_gelu", ("backward", 198), CUDA, DEFAULT) == OTHER
+
+
+def test_a_tuned_row_wins_over_the_users_of_a_first_start(folders):
+    """As after ``tune --out kernels/measured`` in a checkout."""
+    write(file_of(GPU), [fastest_row("torch", command=FIRST_START)])
+    write(file_of(GPU, folders / "shipped"), [fastest_row("triton")])
+    assert picked() == "triton"
+
+
+def test_a_first_start_of_this_torch_wins_over_a_tuned_row_of_another(folders):
+    """Else every start would measure, because the row in effect is not of this torch."""
+    write(file_of(GPU, folders / "shipped"), [fastest_row("triton", torch="2.0.0")])
+    write(file_of(GPU), [fastest_row("torch", torch=metadata.version("torch"), command=FIRST_START)])
+    assert picked() == "torch"
 
 
 def test_a_second_measurement_replaces_the_first_and_leaves_the_others():

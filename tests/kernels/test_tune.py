@@ -142,6 +142,8 @@ def test_an_interrupted_search_goes_on_where_it_was(shapes, tmp_path, monkeypatc
         _measured.write(path, [first[1][op].model_copy(update=other)])
         assert [kind for kind, _, _ in current()] == ["setting"] + ["fastest"] * ("gpu" in other)
         _measured.write(path, [first[1][op]])
+    _measured.write(path, [first[1][op].model_copy(update={"command": _measured.FIRST_START})])
+    assert tune.tune_ops(shapes, path, current()) == first and len(counted) > calls
 
 
 @pytest.mark.parametrize(

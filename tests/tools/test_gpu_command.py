@@ -103,6 +103,16 @@ def test_commands_run_side_by_side_and_end_with_their_workers_when_the_time_is_u
     assert not alive.exists()
 
 
+def test_what_is_measured_beside_other_processes_is_not_kept(place):
+    """``auto`` measures kernels into the user cache, in the check of the step and in tests that train."""
+    place.environment = {**os.environ, "XDG_CACHE_HOME": "theirs"}
+    assert gpu.stages(False, ROOT)["prepare"].crowded
+    commands = {"cache": ["-c", "from fastdeitlt.store.files import user_cache; print(user_cache('kernels'))"]}
+    for crowded, folder in ((True, place.scratch / "cache"), (False, "theirs")):
+        gpu.run(gpu.Stage(commands, crowded=crowded), place, float("inf"))
+        assert place.results["cache"].endswith(f": {folder}/fastdeitlt/kernels")
+
+
 def test_what_is_not_installed_is_left_out_and_does_not_fail(place, tmp_path):
     stage = gpu.Stage({"decode": ["-c", "1 / 0"]}, needs=("no-such-package",))
     gpu.run(stage, place, float("inf"))

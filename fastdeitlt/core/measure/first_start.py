@@ -21,6 +21,7 @@ from fastdeitlt.core.measure.timer import Call, Timing, capturing_stream, measur
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels._launch import compiling
 from fastdeitlt.kernels._measured import (
+    FIRST_START,
     Key,
     Row,
     capability,
@@ -53,6 +54,7 @@ def current_rows(shapes: Shapes) -> list[Row]:
         generators = [shapes.device] if shapes.device.type == "cuda" else []
         with capturing_stream(shapes.device), torch.random.fork_rng(generators):
             new_rows = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
+        new_rows = [row.model_copy(update={"command": FIRST_START}) for row in new_rows]
         torch.compiler.reset()  # its graphs count against the compiler's limit
         torch.cuda.empty_cache()
         write(file_of(gpu), new_rows)
