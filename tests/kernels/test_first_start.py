@@ -12,7 +12,7 @@ from fastdeitlt.kernels._pick import pick, say_once
 from fastdeitlt import config, distributed
 from fastdeitlt.core import assemble
 from fastdeitlt.core.measure import first_start
-from fastdeitlt.core.measure.parts import SETTINGS, Part
+from fastdeitlt.core.measure.parts import SETTINGS, Part, attention
 from fastdeitlt.core.measure.timer import Timing
 from fastdeitlt.tools import tune
 from fastdeitlt.tools.setup import set_up
@@ -104,6 +104,21 @@ def test_every_kernel_agrees_with_torch_at_its_default_setting_and_the_fastest_i
     for row in rows:
         if row.op != "attention":
             assert pick(row.op, "auto", row.key, CUDA) == row.impl
+
+
+@pytest.mark.parametrize("case", ["attention", "attention_first"])
+def test_attention_is_compared_in_its_outputs_and_in_the_two_rows_of_the_last_block(case, steps, timed, monkeypatch):
+    """The kernel is the fastest, and its gradients are right."""
+    right = getattr(attention, case)
+
+    def wrong(*arguments, impl, **options):
+        out = right(*arguments, impl=impl, **options)
+        return out + out.detach() if impl == "triton" else out
+
+    monkeypatch.setattr(attention, case, wrong)
+    others = [f"student.{op}=torch" for op in ("add_layernorm", "bias_gelu")]
+    (row,) = first_start.current_rows(steps(*others, "loss.impl=torch", "optim.backend=torch"))
+    assert row.op == "attention" and row.impl != "triton" and "triton" not in row.us
 
 
 def test_a_second_start_measures_nothing_and_other_versions_or_shapes_do(steps, timed, monkeypatch, caplog):

@@ -19,7 +19,7 @@ from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.core.flat_adamw import ALIGNMENT
 from fastdeitlt.core.joint import JointForward
 from fastdeitlt.core.loss import joint_loss
-from fastdeitlt.core.measure.timer import Call, passes
+from fastdeitlt.core.measure.timer import Call, passes, tensors_of
 from fastdeitlt.core.optim import Ema, peak_learning_rate
 from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import transform as augmenting
@@ -124,8 +124,14 @@ class Part(NamedTuple):
     passes: Mapping[Key, Pass]
     whole: Mapping[str, Call] = {}
     """Implementation -> forward and backward; empty if another part selects the implementation."""
+    also: Mapping[str, Call] = {}
+    """The same in another case for which this part selects the implementation: verified, not timed."""
     eager: bool = False
     """Whether ``whole`` cannot be captured in a CUDA graph."""
+
+    def results(self, impl: str) -> list[Tensor]:
+        """Return outputs and gradients of an implementation in all cases."""
+        return [tensor for calls in (self.whole, self.also) if impl in calls for tensor in tensors_of(calls[impl]())]
 
 
 def under(op: str, key: Key, setting: LaunchConfig, call: Call) -> Call:
@@ -179,30 +185,33 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
         in_two = next(setting for setting in settings[backward] if not one_program(problem, setting))
         two_launches = under("attention", backward, in_two, launches[keys].call)
         launches[keys] = Pass(two_launches, settings[keys], two_launches)
-    whole = {"triton": calls["whole"]}
+    q, kv = shapes.random(batch, NUM_PREFIX, heads, head), shapes.random(batch, tokens, 2, heads, head)
+    first = partial(attention.attention_first, q, kv, qkv_bias=bias)
+    calls_first = passes(partial(first, impl="triton"), [q, kv, bias])
+    whole, also = {"triton": calls["whole"]}, {"triton": calls_first["whole"]}
     for impl in dict.fromkeys((shapes.torchs("attention"), *TORCHS)):
         try:
             torchs = _summing(passes(partial(attention.attention, qkv, impl=impl), [qkv])["whole"])
+            torchs_first = passes(partial(first, impl=impl), [q, kv, bias])["whole"]
             torchs()
+            torchs_first()
         except (RuntimeError, UserError) as error:  # not installed, or not for this device or shape
             if impl == shapes.torchs("attention"):
                 raise
             log.debug("attention %s: not measured, %s", impl, " ".join(str(error).split())[:120])
             continue
-        whole[impl] = torchs
-    yield Part("attention", (tokens, head), launches, whole)
-    q, kv = shapes.random(batch, NUM_PREFIX, heads, head), shapes.random(batch, tokens, 2, heads, head)
-    first = partial(attention.attention_first, q, kv, qkv_bias=bias, impl="triton")
+        whole[impl], also[impl] = torchs, torchs_first
+    yield Part("attention", (tokens, head), launches, whole, also)
     few = _search.attention(Problem.of(q, kv), shapes.device)
-    yield Part("attention", (tokens, head), _launches(few, passes(first, [q, kv, bias])))
+    yield Part("attention", (tokens, head), _launches(few, calls_first))
 
 
 def _summing(whole: Callable[[], Any]) -> Call:
     """Add the sum for the projection's bias, which only our kernel includes."""
 
-    def run() -> tuple[Tensor, Tensor]:
-        (dqkv_BN3HE,) = whole()
-        return dqkv_BN3HE, dqkv_BN3HE.sum((0, 1), dtype=torch.float32).flatten()
+    def run() -> tuple[Tensor, ...]:
+        out_BND, dqkv_BN3HE = whole()
+        return out_BND, dqkv_BN3HE, dqkv_BN3HE.sum((0, 1), dtype=torch.float32).flatten()
 
     return run
 

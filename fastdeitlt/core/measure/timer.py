@@ -57,7 +57,7 @@ def measure(
 def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, Call]:
     """Return the calls of a differentiable function.
 
-    "forward", "backward" on a kept graph, and "whole" for both.
+    "forward", "backward" on a kept graph, and "whole" for both, with outputs and gradients.
 
     Args:
         function: returns one tensor or several.
@@ -71,10 +71,14 @@ def passes(function: Callable[[], Any], tensors: Sequence[Tensor]) -> dict[str, 
         with torch.no_grad():
             return function()
 
+    def whole() -> list[Tensor]:
+        outputs = tensors_of(function())
+        return [*outputs, *torch.autograd.grad(outputs, tensors, upstream)]
+
     return {
         "forward": forward,
         "backward": lambda: torch.autograd.grad(outputs, tensors, upstream, retain_graph=True),
-        "whole": lambda: torch.autograd.grad(tensors_of(function()), tensors, upstream),
+        "whole": whole,
     }
 
 
