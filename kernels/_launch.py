@@ -175,6 +175,19 @@ def check_launchable(op: str, tensor: Tensor) -> None:
         )
 
 
+def context_failure(device: torch.device) -> str:
+    """Wait for the kernels; return the error that broke the CUDA context, or "".
+
+    After an illegal access every later call of the process on the device fails.
+    """
+    try:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # not the device: another thread may capture a graph
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    return ""
+
+
 @dataclass(frozen=True)
 class AotConfig:
     """One shipped specialisation of a kernel, compiled ahead of time by ``benchmarks.aot`` without a GPU.

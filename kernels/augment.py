@@ -19,7 +19,15 @@ import numpy as np
 import torch
 import triton
 from fastdeitlt.kernels._augment_plan import LaunchPlan, make_plan
-from fastdeitlt.kernels._launch import AotConfig, LaunchConfig, check, check_launchable, interpreted, launch
+from fastdeitlt.kernels._launch import (
+    AotConfig,
+    LaunchConfig,
+    check,
+    check_launchable,
+    context_failure,
+    interpreted,
+    launch,
+)
 from fastdeitlt.kernels._measured import setting
 from fastdeitlt.kernels._pick import refuse
 from torch import Tensor
@@ -107,6 +115,9 @@ def augment_checked(*arguments: Any, **options: Any) -> Tensor:
 
     Both have the same arguments. Only the first batch of a process is checked: computed by both, unmixed and, if even,
     mixed by Mixup and CutMix. If a kernel fails or differs, ``_pick`` refuses the op with one warning.
+
+    Raises:
+        UserError: a kernel broke the CUDA context; or as ``augment``.
     """
     global _agrees
     if _agrees is None:
@@ -125,12 +136,20 @@ def _difference(
     mixes = [MixDraw()] if len(draws) % 2 else [MixDraw(), MixDraw(0.3), MixDraw(0.75, (0, size // 2, 0, size // 2))]
     for mixed in mixes:
         arguments = (pixels, starts_B, sizes_B2, draws, mixed, cfg, size)
+        error = ""
         try:
             got = augment(*arguments, **options)
         except torch.OutOfMemoryError:
             raise
-        except (TritonError, RuntimeError) as error:
-            return f"it failed on the first batch ({' '.join(str(error).split())[:200]})"
+        except (TritonError, RuntimeError) as caught:
+            error = " ".join(str(caught).split())[:200]
+        if failure := context_failure(pixels.device):
+            raise UserError(
+                f"augment.impl=auto: the kernels broke the CUDA context on the first batch ({failure}). Set "
+                "augment.impl=torch. Please report this."
+            )
+        if error:
+            return f"it failed on the first batch ({error})"
         difference = (got.float() - reference(*arguments, **options).float()).abs()
         share_B = (~(difference <= TWO_LEVELS / min(cfg.std))).flatten(1).float().mean(1)
         if share_B.max().item() > 0.01:

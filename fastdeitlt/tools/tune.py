@@ -24,7 +24,7 @@ from fastdeitlt.core.measure.parts import SETTINGS, Pass, Shapes, parts, under
 from fastdeitlt.core.measure.timer import Call, capturing_stream, measure
 from fastdeitlt.data.sets.counts import KNOWN_CLASSES
 from fastdeitlt.errors import UserError
-from fastdeitlt.kernels._launch import compiling
+from fastdeitlt.kernels._launch import compiling, context_failure
 from fastdeitlt.kernels._measured import Key, Row, by_key, file_of, gpu_name, is_current, read, trying, use, write
 from fastdeitlt.tools.setup import Setup, set_up, step_of
 
@@ -113,11 +113,15 @@ def search(shapes: Shapes, op: str, key: Key, launch: Pass) -> Row:
     for number, setting in enumerate(others):
         with trying(op, key, setting):
             try:
-                got = launch.result()
+                agrees = same(launch.result(), expected)
             except (TritonError, RuntimeError) as error:  # too much shared memory, or ptxas fails
                 log.debug("%s %s: %s not measured, %s", op, key, setting, error)
+                if failure := context_failure(shapes.device):
+                    raise UserError(
+                        f"tune: {op} {key}: {setting} broke the CUDA context ({failure}). Please report this."
+                    ) from error
                 continue
-            if not same(got, expected):
+            if not agrees:
                 log.warning("%s %s: %s disagrees with torch, not used; please report this", op, key, setting)
                 continue
             times[number] = measure({op: launch.call}, shapes.device, SEARCH_ROUNDS)[op].median

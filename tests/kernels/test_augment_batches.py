@@ -22,6 +22,7 @@ from fastdeitlt.data.pixels.resident import stage
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.errors import UserError
 
 SIZE = 12
 MICRO_BATCHES = [
@@ -142,6 +143,14 @@ def spoiled(crops: torch.Tensor) -> torch.Tensor:
 
 def failing(crops: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("PTXAS error")
+
+
+def test_a_kernel_that_breaks_the_cuda_context_is_named_with_its_setting(first_start, device, monkeypatch) -> None:
+    """The launch itself succeeds; torch's operations would fail too."""
+    monkeypatch.setattr(module, "context_failure", lambda device: "CUDA error: an illegal memory access")
+    with pytest.raises(UserError, match=r"^augment\.impl=auto: .*illegal memory access.* Set augment\.impl=torch"):
+        auto_batches(device)
+    assert first_start == {"augment": 1, "reference": 0}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The first start on a GPU: what "auto" leaves open is measured once, kept, and the same on all ranks."""
 
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastdeitlt.kernels import _measured, adamw_ema, bias_gelu
-from fastdeitlt.kernels._launch import LaunchConfig
+from fastdeitlt.kernels._launch import LaunchConfig, context_failure
 from fastdeitlt.kernels._pick import pick, say_once
 
 from fastdeitlt import config, distributed
@@ -14,6 +16,7 @@ from fastdeitlt.core import assemble
 from fastdeitlt.core.measure import first_start
 from fastdeitlt.core.measure.parts import SETTINGS, Part, attention
 from fastdeitlt.core.measure.timer import Timing
+from fastdeitlt.errors import UserError
 from fastdeitlt.tools import tune
 from fastdeitlt.tools.setup import set_up
 
@@ -186,6 +189,39 @@ def test_a_kernel_that_fails_before_it_is_timed_does_not_stop_the_run(error, row
         assert chosen(first_start.current_rows(shapes)) == rows
     (record,) = caplog.records
     assert record.message.startswith("bias_gelu: ")
+
+
+def test_a_kernel_that_breaks_the_cuda_context_is_named_and_the_next_start_runs(steps, timed, monkeypatch):
+    """Every later call on the device fails, also those at the end of the stream."""
+    broken = "CUDA error: an illegal memory access was encountered"
+
+    @contextmanager
+    def stream(device):
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(broken) from error
+
+    shapes, kept = steps(), {"attention": "triton", "add_layernorm": "triton", "bias_gelu": "torch"}
+    with monkeypatch.context() as patch:
+        plant(patch, bias_gelu=RuntimeError(broken), joint_loss=RuntimeError(broken))
+        patch.setattr(first_start, "capturing_stream", stream)
+        patch.setattr(first_start, "context_failure", lambda device: broken)
+        with pytest.raises(UserError, match=rf"^student\.bias_gelu=auto: .*{broken}.* set student\.bias_gelu=torch"):
+            first_start.current_rows(shapes)
+    assert chosen(_measured.read(_measured.file_of("some GPU"))) == kept
+    plant(monkeypatch)
+    assert chosen(first_start.current_rows(shapes)) == kept | dict.fromkeys(("joint_loss", "adamw_ema"), "triton")
+
+
+@pytest.mark.parametrize("message", ["", "CUDA error: an illegal memory access\nwas encountered"])
+def test_a_broken_context_fails_at_the_next_wait(message, monkeypatch):
+    def synchronize():
+        if message:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=synchronize))
+    assert context_failure(CUDA) == message.replace("\n", " ") and context_failure(torch.device("cpu")) == ""
 
 
 def test_measuring_leaves_the_random_numbers_as_they_were(steps, timed, monkeypatch):

@@ -108,6 +108,13 @@ def test_the_default_stays_where_nothing_is_faster(shapes, timed):
     assert tune.search(shapes, "op", ("k",), planted([DEFAULT, BROKEN, WRONG])).config == DEFAULT
 
 
+def test_a_setting_that_breaks_the_cuda_context_is_named(shapes, timed, monkeypatch):
+    timed({})
+    monkeypatch.setattr(tune, "context_failure", lambda device: "CUDA error: an illegal memory access")
+    with pytest.raises(UserError, match=r"^tune: op \('k',\): LaunchConfig.*'BLOCK': 0.*illegal memory access"):
+        tune.search(shapes, "op", ("k",), planted([DEFAULT, BROKEN, FAST]))
+
+
 def test_what_was_found_is_kept_when_a_later_part_fails(shapes, tmp_path, monkeypatch, timed):
     def parts(shapes):
         yield tune_parts.Part("op", ("k",), {("k",): planted([DEFAULT, SLOW, FAST])})

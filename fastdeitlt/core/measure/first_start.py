@@ -19,7 +19,7 @@ from triton.runtime.errors import TritonError
 from fastdeitlt.core.measure.parts import SETTINGS, Part, Shapes, parts
 from fastdeitlt.core.measure.timer import Call, Timing, capturing_stream, measure, tensors_of
 from fastdeitlt.errors import UserError
-from fastdeitlt.kernels._launch import compiling
+from fastdeitlt.kernels._launch import compiling, context_failure
 from fastdeitlt.kernels._measured import (
     FIRST_START,
     Key,
@@ -43,6 +43,9 @@ def current_rows(shapes: Shapes) -> list[Row]:
     """Measure "auto" ops without a current row; return all rows in effect.
 
     Measures only if ``measure_kernels``.
+
+    Raises:
+        UserError: an implementation broke the CUDA context.
     """
     index, cfg = shapes.device.index, shapes.cfg
     rows, gpu = rows_of(index), gpu_name(index)
@@ -51,13 +54,9 @@ def current_rows(shapes: Shapes) -> list[Row]:
     missing = auto & shapes.keys.keys() - current
     if missing and cfg.train.measure_kernels:
         start = time.perf_counter()
-        generators = [shapes.device] if shapes.device.type == "cuda" else []
-        with capturing_stream(shapes.device), torch.random.fork_rng(generators):
-            new_rows = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
-        new_rows = [row.model_copy(update={"command": FIRST_START}) for row in new_rows]
+        new_rows = [row for op in SETTINGS if op in missing if (row := _measured_op(shapes, op))]
         torch.compiler.reset()  # its graphs count against the compiler's limit
         torch.cuda.empty_cache()
-        write(file_of(gpu), new_rows)
         choices = ", ".join(f"{row.op}={row.impl}" for row in new_rows)
         log.info(
             "kernels: measured on %s in %.0f s: %s (train.measure_kernels=false skips this, 'fastdeitlt tune' measures "
@@ -67,15 +66,27 @@ def current_rows(shapes: Shapes) -> list[Row]:
 
 
 def _measured_op(shapes: Shapes, op: str) -> Row | None:
-    """Return an op's row: torch's if the kernel fails, None if memory is full."""
+    """Store and return an op's row: torch's if it fails, None if memory is full."""
+    generators, failure = [shapes.device] if shapes.device.type == "cuda" else [], ""
     try:
-        return next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
+        with capturing_stream(shapes.device), torch.random.fork_rng(generators):  # they fail on a broken context
+            row = next(fastest(shapes, part, ROUNDS) for part in parts(shapes, {op}) if part.whole)
     except torch.OutOfMemoryError:
         log.warning("%s: not measured, out of GPU memory", op)
         return None
     except (TritonError, RuntimeError) as error:
         log.warning("%s: kernel failed, using torch: %s", op, " ".join(str(error).split())[:200])
-        return new_row(shapes, op, shapes.keys[op], "fastest", {}, impl=shapes.torchs(op))
+        row = new_row(shapes, op, shapes.keys[op], "fastest", {}, impl=shapes.torchs(op))
+        failure = context_failure(shapes.device)
+    row = row.model_copy(update={"command": FIRST_START})
+    write(file_of(row.gpu), [row])
+    if failure:
+        setting = ".".join(SETTINGS[op])
+        raise UserError(
+            f"{setting}=auto: measuring {op} broke the CUDA context ({failure}). Rerun the command, which now uses "
+            f"{row.impl}, or set {setting}={row.impl} or train.measure_kernels=false. Please report this."
+        )
+    return row
 
 
 def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
@@ -93,6 +104,8 @@ def fastest(shapes: Shapes, part: Part, rounds: int) -> Row:
             raise
         except (TritonError, RuntimeError, UserError) as error:
             log.warning("%s: %s failed, not used: %s", part.op, impl, " ".join(str(error).split())[:200])
+            if context_failure(shapes.device):
+                raise
             continue
         if not agrees:
             log.warning("%s: %s disagrees with torch, not used; please report this", part.op, impl)

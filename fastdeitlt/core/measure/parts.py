@@ -26,7 +26,7 @@ from fastdeitlt.data.augment import transform as augmenting
 from fastdeitlt.errors import UserError
 from fastdeitlt.kernels import _search, adamw_ema, attention, augment
 from fastdeitlt.kernels._attention_launch import Problem, one_program
-from fastdeitlt.kernels._launch import LaunchConfig
+from fastdeitlt.kernels._launch import LaunchConfig, context_failure
 from fastdeitlt.kernels._measured import Key, trying
 from fastdeitlt.kernels._pick import FLASH_MODULES, MAX_TOKENS, torch_backend
 from fastdeitlt.kernels.add_layernorm import add_layernorm
@@ -196,7 +196,7 @@ def _attention(shapes: Shapes) -> Iterator[Part]:
             torchs()
             torchs_first()
         except (RuntimeError, UserError) as error:  # not installed, or not for this device or shape
-            if impl == shapes.torchs("attention"):
+            if impl == shapes.torchs("attention") or context_failure(shapes.device):
                 raise
             log.debug("attention %s: not measured, %s", impl, " ".join(str(error).split())[:120])
             continue
