@@ -137,12 +137,32 @@ def test_the_second_command_takes_what_failed_and_one_kernel_off_at_a_time():
 
 def test_ops_whose_tests_fail_are_known_by_the_report(tmp_path):
     (tmp_path / "test_add_layernorm.py").write_text("def test_a(): assert False\n")
+    (tmp_path / "test_attention.py").write_text("import no_such_package\n")
     (tmp_path / "test_bias_gelu.py").write_text("def test_a(): pass\n")
     junit = tmp_path / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--junitxml={junit}", str(tmp_path)]
+    options = [option for option in gpu._tests(False, tmp_path) if option.startswith(("--junitxml", "--continue"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, *options, str(tmp_path)]
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 1
-    assert gpu.red_ops(junit) == ["add_layernorm"]
-    assert gpu.red_ops(tmp_path / "no such file") == []
+    assert gpu.red_ops(junit, "FAILED by 9 s") == ["add_layernorm", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "all_are"),
+    [
+        ("FAILED by 1 s: No module named 'hypothesis'", True),
+        ("skipped, hypothesis is not installed", True),
+        ("stopped, no time by 180 s", False),
+        ("", False),
+    ],
+)
+def test_without_a_report_no_op_counts_as_tested(outcome, all_are, tmp_path):
+    """Unless the tests were slow, or nobody ran them: then the ops are measured."""
+    red = set(gpu.red_ops(tmp_path / "no such file", outcome))
+    assert red >= set(gpu_ops.OPS) - {"floors"} if all_are else not red
+
+
+def test_the_tests_need_all_that_their_settings_import():
+    assert {"pytest", "hypothesis"} <= set(gpu.stages(False, ROOT)["prepare"].needs)
 
 
 def test_the_checkout_is_importable_without_installing_it(tmp_path):
