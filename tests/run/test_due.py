@@ -12,6 +12,7 @@ from tiny_run import TIMES, tiny_run
 from fastdeitlt import config
 from fastdeitlt.errors import CheckpointError
 from fastdeitlt.evaluation.metrics import Result
+from fastdeitlt.reporting import report
 from fastdeitlt.run.checkpoints import Checkpoints
 from fastdeitlt.run.selection import Selector
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder, step_folders
@@ -137,3 +138,16 @@ def test_a_start_after_the_results_writes_the_report_once(untouched, caplog, mon
     caplog.set_level(logging.INFO, logger="fastdeitlt")
     SPINES[kind](cfg)
     assert "is finished" in caplog.text and "report:" not in caplog.text
+
+
+def test_a_report_made_during_training_is_replaced_by_that_of_the_results(untouched, monkeypatch):
+    kind, cfg, folder = untouched
+    run = folder / "reported"
+    shutil.copytree(folder / EVALUATION[0], run, symlinks=True)
+    assert "No test results yet" in report.write_report(run).read_text()
+    looked_into = []
+    monkeypatch.setattr("fastdeitlt.train.analysis.look_into", lambda *_: looked_into.append(1))
+    SPINES[kind](cfg.model_copy(update={"name": "reported"}))
+    is_student = kind == "student"  # a teacher's run writes no report
+    assert ("No test results yet" in (run / "report.html").read_text()) != is_student
+    assert len(looked_into) == is_student
