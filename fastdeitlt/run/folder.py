@@ -179,7 +179,16 @@ class Run:
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         sweep(folder / "checkpoints")
         if saved.exists() and _has_begun(folder):
-            refuse_changes(config.load(str(saved)), self.cfg, folder)
+            before = config.load(str(saved))
+            refuse_changes(before, self.cfg, folder)
+            if (folder / "results.json").exists():  # these files describe the training of its weights
+                if ignored := _changes(before, self.cfg, ("name", "runs_dir")):
+                    log.warning(
+                        "run folder %s: finished, changed settings are ignored (%s). To score other images: "
+                        "fastdeitlt eval %s SETTING=VALUE", folder, ", ".join(ignored.values()), folder,
+                    )  # fmt: skip
+                self.cfg = before
+                return folder
         write_atomically(saved, config.dump(self.cfg))
         now = environment()
         _warn_of_changes(read_json(folder / "env.json"), now)
@@ -401,6 +410,13 @@ def _has_begun(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
 
 
+def _changes(saved: Config, now: Config, free: Collection[str]) -> dict[str, str]:
+    """Return "setting: old -> new" of each changed setting, except ``free``."""
+    before, after = config.flatten(saved), config.flatten(now)
+    changed = [name for name in before if before[name] != after[name] and name not in free]
+    return {name: f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed}
+
+
 def refuse_changes(
     saved: Config,
     now: Config,
@@ -409,10 +425,9 @@ def refuse_changes(
     remedy: str = "Use --resume never for a new folder, or the saved settings.",
 ) -> None:
     """Raise UserError if settings changed, except MAY_CHANGE and ``free``."""
-    before, after = config.flatten(saved), config.flatten(now)
-    changed = [name for name in before if before[name] != after[name] and name not in (*MAY_CHANGE, "name", *free)]
+    changed = _changes(saved, now, (*MAY_CHANGE, "name", *free))
     if changed:
-        listed = ", ".join(f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed[:4])
+        listed = ", ".join([*changed.values()][:4])
         if "train.epochs" in changed:
             remedy += f" To train longer, start a new run from its weights: name=NEW student.init={folder}."
         raise UserError(f"run folder {folder}: contains a run with other settings ({listed}). {remedy}")

@@ -70,6 +70,20 @@ def test_a_start_that_was_refused_does_not_hold_its_settings(tmp_path):
         assert "seed: 4" in (run.folder / "config.yaml").read_text()
 
 
+def test_a_start_of_a_finished_run_changes_none_of_its_files(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    with Run(_config(tmp_path)) as run:
+        run.record("step", 1, loss=0.5)
+        (run.folder / "results.json").write_text("{}")
+    described = {name: (run.folder / name).read_bytes() for name in ("config.yaml", "env.json")}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with Run(_config(tmp_path, **{"data.test_list": "test2.txt"})) as again:
+        assert again.finished and not again.cfg.data.test_list
+    assert described == {name: (run.folder / name).read_bytes() for name in described}
+    assert "changed settings are ignored (data.test_list: '' -> 'test2.txt')" in caplog.text
+    assert f"fastdeitlt eval {run.folder} SETTING=VALUE" in caplog.text and "threads" not in caplog.text
+
+
 def test_environment_has_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "canary-7f3a")
     monkeypatch.setattr(sys, "argv", ["fastdeitlt", "--token=canary-7f3a"])
