@@ -164,7 +164,7 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
         reason = " ".join(str(error).split())[:160]
         raise RankLostError(
             f"rank {ranks[0]} of {ranks[1]}: lost contact with {_absent()} ({reason}). See the log of that rank, and "
-            "rerun the same command to resume from the last checkpoint."
+            "rerun the same command (--resume FOLDER instead of never) to resume from the last checkpoint."
         ) from error
 
 

@@ -35,7 +35,7 @@ from fastdeitlt.errors import (
     storage_failure,
 )
 from fastdeitlt.run.checkpoints import Checkpoints, sweep
-from fastdeitlt.run.process import STOP, Stopped, stop_code
+from fastdeitlt.run.process import LAUNCH, RERUN, STOP, Stopped, stop_code
 from fastdeitlt.run.progress import console, start_bar
 from fastdeitlt.run.records import Records
 from fastdeitlt.run.trackers import Outcome, TrackedRun, Trackers
@@ -146,6 +146,7 @@ class Run:
         self.cfg = _with_ranks(cfg)
         self.is_main = distributed.rank() == 0
         self.folder = distributed.on_main(lambda: self._take(resume))
+        self.rerun = f"rerun with --resume {self.folder}" if resume == "never" else RERUN
         self._records = Records(self.folder / "metrics.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep, before=self._records.flush)
         self._first = 0
@@ -157,11 +158,11 @@ class Run:
 
     def _take(self, resume: str) -> Path:
         """Choose, create and lock the folder; write config.yaml and env.json (rank 0)."""
-        folder = Path(self.cfg.runs_dir) / self.cfg.name
+        folder, launch = Path(self.cfg.runs_dir) / self.cfg.name, f".launch-{os.environ.get(LAUNCH, '')}"
         if resume not in ("auto", "never", "must"):
             folder = Path(resume)
         elif resume == "never":
-            folder = _unused(folder)
+            folder = _unused(folder, launch)
         saved = folder / "config.yaml"
         if resume not in ("auto", "never") and not saved.is_file():
             raise UserError(f"resume: no run in {folder}. Use --resume auto to start one.")
@@ -177,6 +178,8 @@ class Run:
             by = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
             raise UserError(f"run folder {folder}: in use by another process{by}. Wait, or set name=...") from None
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
+        if LAUNCH in os.environ and resume == "never":
+            (folder / launch).touch()
         sweep(folder / "checkpoints")
         if saved.exists() and _has_begun(folder):
             before = config.load(str(saved))
@@ -201,7 +204,7 @@ class Run:
             write_atomically(self.folder / "env.json", json.dumps(environment(), indent=1))
 
     def __enter__(self) -> "Run":
-        STOP.cleanup = self._leave
+        STOP.cleanup, STOP.rerun = self._leave, self.rerun
         return self
 
     def __exit__(
@@ -221,9 +224,9 @@ class Run:
                 if not self.folder.is_dir():
                     gone = f"run folder {self.folder}: moved or deleted. Restore it, and start again."
                     raise UserError(gone) from error
-                raise StorageError(f"{message} (rerun the same command to resume from the last checkpoint)") from error
+                raise StorageError(f"{message} ({self.rerun} to resume from the last checkpoint)") from error
         finally:
-            STOP.cleanup = None
+            STOP.cleanup, STOP.rerun = None, RERUN
             if self.is_main:
                 if _is_clean(error):
                     (self.folder / "starts.json").unlink(missing_ok=True)
@@ -257,7 +260,7 @@ class Run:
         self._mark(number, step)
         name = signal.Signals(number).name
         return StoppedError(
-            f"{self.folder}: stopped by {name}, saved at step {step}. Rerun the same command to resume.",
+            f"{self.folder}: stopped by {name}, saved at step {step}; {self.rerun} to resume",
             stop_code(number),
         )
 
@@ -396,10 +399,11 @@ def _with_ranks(cfg: Config) -> Config:
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 
 
-def _unused(folder: Path) -> Path:
+def _unused(folder: Path, launch: str) -> Path:
+    """Return the first path without a folder, or the folder of this launch, which restarted its ranks."""
     number = 2
     candidate = folder
-    while candidate.exists():
+    while candidate.exists() and not (candidate / launch).exists():
         candidate = folder.with_name(f"{folder.name}-{number}")
         number += 1
     return candidate

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from uuid import uuid4
 
 import torch
 
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import RankLostError, UserError, counted
-from fastdeitlt.run.process import SIGNALS, STOP, stop_code
+from fastdeitlt.run.process import LAUNCH, SIGNALS, STOP, stop_code
 
 log = logging.getLogger("fastdeitlt")
 PROGRAM = [sys.executable, "-P", "-m", "fastdeitlt.cli"]
@@ -92,7 +93,7 @@ def launch(count: int, arguments: Sequence[str], restarts: int = 0) -> int:
 
 class _Ranks:
     def __init__(self, count: int, arguments: Sequence[str]) -> None:
-        self.count, self.arguments = count, arguments
+        self.count, self.arguments, self.id = count, arguments, uuid4().hex
         self.stop_signal = 0
         self.alive: list[subprocess.Popen[bytes]] = []
 
@@ -110,6 +111,7 @@ class _Ranks:
             threads = max(1, len(os.sched_getaffinity(0)) // self.count)
             shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK}
+        shared |= {LAUNCH: self.id}
         shared |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         command = [*PROGRAM, *self.arguments]
         with socket.create_server(

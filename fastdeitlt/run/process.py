@@ -18,6 +18,9 @@ from typing import Any, NoReturn
 from fastdeitlt.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCH = "FASTDEITLT_LAUNCH"
+"""Environment variable of a rank: id of its launch, the same after a restart."""
+RERUN = "rerun the same command"
 PATIENCE_S = 1.0
 """Seconds after which another Ctrl-C counts as a second one: a terminal and a launcher may both deliver the first."""
 CLOSED_PIPE = 128 + signal.SIGPIPE
@@ -48,7 +51,7 @@ def say_stopped(number: int) -> None:
     """Report a stop without a save, from rank 0."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         name = signal.Signals(number).name
-        line = f"fastdeitlt: stopped by {name}; rerun the same command to resume from the last checkpoint, if any\n"
+        line = f"fastdeitlt: stopped by {name}; {STOP.rerun} to resume from the last checkpoint, if any\n"
         with suppress(OSError):
             os.write(2, SHOW_CURSOR * os.isatty(2) + line.encode())
 
@@ -64,6 +67,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.first = 0
         """First stop signal; 0 = none."""
+        self.rerun = RERUN
+        """How to resume the current run."""
         self.cleanup: Callable[[int], None] | None = None
         """Called before an exit, concurrently with the main thread."""
         self._receiver: Callable[[int], None] | None = None

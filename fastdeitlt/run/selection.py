@@ -145,10 +145,10 @@ class Selector:
             selected = distributed.on_main(lambda: checkpoint.read_manifest(folder)).get("selected")
         except DamagedError as error:
             reason = str(error).rstrip(".")
-            raise CheckpointError(f"{reason}. Rerun the same command to restore the folder.") from None
+            raise CheckpointError(f"{reason}; {self.run.rerun} to restore the folder") from None
         if selected != self.best:
             raise CheckpointError(
-                f"{folder}: got {selected}, expected {self.best}. Rerun the same command to restore the folder."
+                f"{folder}: got {selected}, expected {self.best}; {self.run.rerun} to restore the folder"
             )
         self.scorer.load(checkpoint.load_tensors(folder))
         tested = self.scorer.test()

@@ -124,7 +124,7 @@ def test_flipped_bits_in_best_are_found_before_it_is_loaded(untouched, monkeypat
         real(self, step, epoch)
 
     monkeypatch.setattr(Selector, "finish", finish)
-    with pytest.raises(CheckpointError, match=r"is damaged \(wrong sha256\).*Rerun the same command") as caught:
+    with pytest.raises(CheckpointError, match=r"is damaged \(wrong sha256\).*rerun the same command") as caught:
         resume(untouched, END[0], name)
     assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
     monkeypatch.undo()

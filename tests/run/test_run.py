@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from fastdeitlt.errors import CheckpointError, StorageError, UserError
 from fastdeitlt.run import folder as run_module
 from fastdeitlt.run import launch
 from fastdeitlt.run.folder import Run, environment, set_up_logging
+from fastdeitlt.run.process import RERUN, say_stopped
 from fastdeitlt.run.records import Records
 
 
@@ -46,6 +48,32 @@ def test_resume_never_takes_a_new_folder_and_must_needs_an_old_one(tmp_path):
         assert [r.folder.name for r in (first, second, third)] == ["r", "r-2", "r-3"]
     with Run(_config(tmp_path), str(second.folder)) as again:
         assert again.folder == second.folder
+
+
+def test_a_restart_with_resume_never_continues_in_the_folder_of_its_launch(tmp_path, monkeypatch):
+    note = tmp_path / "note"
+    code = "import os, sys; from fastdeitlt import config; from fastdeitlt.run.folder import Run;"
+    code += f"run = Run(config.build({{'name': 'r', 'runs_dir': {str(tmp_path)!r}}}), 'never');"
+    code += f"print(run.folder.name, file=open({str(note)!r}, 'a')); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(launch, "PROGRAM", [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "RESTARTABLE", (7,))
+    for _ in range(2):
+        assert launch.launch(1, [], restarts=1) == 7
+    assert note.read_text().split() == ["r", "r", "r-2", "r-2"]
+
+
+def test_a_stop_with_resume_never_names_the_folder_to_resume(tmp_path, capfd):
+    for mode, said in (("never", f"rerun with --resume {tmp_path}/r to resume"), ("auto", f"{RERUN} to resume")):
+        with Run(_config(tmp_path), mode) as run:
+            assert said in str(run.stopped(signal.SIGTERM, 3))
+            say_stopped(signal.SIGTERM)
+            assert said in capfd.readouterr().err
+        with pytest.raises(StorageError) as caught, Run(_config(tmp_path), str(run.folder)) as run:
+            run.rewind(0, ended=False)
+            raise OSError(errno.EIO, "failed", "/data/1.png")
+        assert f"{RERUN} to resume" in str(caught.value)
+    say_stopped(signal.SIGTERM)
+    assert RERUN in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "/etc", "", ".", "x\ny"])

@@ -185,8 +185,8 @@ class Stream:
                     break
                 if not left:  # with any data.on_error: no image is at fault
                     raise UserError(
-                        f"image {self._images.name(sample)}: cannot be read after {READ_TRIES} tries ({error}). Rerun "
-                        "the same command when the file system works."
+                        f"image {self._images.name(sample)}: cannot be read after {READ_TRIES} tries ({error}). "
+                        "Start again when the file system works."
                     ) from error.__cause__
                 time.sleep(RETRY_S)
         return None
