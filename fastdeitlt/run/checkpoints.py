@@ -161,7 +161,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def _write_best(self, weights: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        facts = {name: fact for name, fact in manifest.items() if name not in (*self.STATE, "files")}
+        facts = {name: fact for name, fact in manifest.items() if name not in (*self.STATE, "epoch_steps", "files")}
         save_model_folder(self.folder / "best", weights, facts | {"selected": manifest["best"]})
         self._best = manifest["best"]
 

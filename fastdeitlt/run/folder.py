@@ -181,7 +181,7 @@ class Run:
         if LAUNCH in os.environ and resume == "never":
             (folder / launch).touch()
         sweep(folder / "checkpoints")
-        if saved.exists() and _has_begun(folder):
+        if saved.exists() and (folder / "metrics.jsonl").exists():  # without records: a branch, or a refused start
             before = config.load(str(saved))
             refuse_changes(before, self.cfg, folder)
             if (folder / "results.json").exists():  # these files describe the training of its weights
@@ -407,11 +407,6 @@ def _unused(folder: Path, launch: str) -> Path:
         candidate = folder.with_name(f"{folder.name}-{number}")
         number += 1
     return candidate
-
-
-def _has_begun(folder: Path) -> bool:
-    """Return whether the folder has records or checkpoints."""
-    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").iterdir())
 
 
 def _changes(saved: Config, now: Config, free: Collection[str]) -> dict[str, str]:

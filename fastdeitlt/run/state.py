@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fastdeitlt import distributed
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.run.folder import Run
 from fastdeitlt.run.meter import Meter
 from fastdeitlt.run.selection import Selector
@@ -60,6 +61,7 @@ class State:
         tensors, selection, save = self.parts.tensors(), self.selection, self.run.checkpoints.save
         state = {
             "epoch": self.epoch,
+            "epoch_steps": self.steps,
             "best": selection.best,
             "recent": selection.recent,
             "fingerprint": selection.fingerprint,
@@ -72,13 +74,20 @@ class State:
 
         Raises:
             CheckpointError: no checkpoint is intact, or one cannot be read.
-            UserError: the checkpoint has other data.
+            UserError: the checkpoint has other data, or epochs of another length.
         """
         run = self.run
         folder, manifest = distributed.on_main(run.checkpoints.newest) or (None, None)
         if manifest:
             self.selection.check_fingerprint(manifest["fingerprint"], str(run.folder))
             self.step, self.epoch = manifest["step"], manifest["epoch"]
+            steps = manifest.get("epoch_steps")  # None: saved before version 0.3
+            if (steps or self.steps) != self.steps or not 0 <= self.begun <= self.steps:
+                raise UserError(
+                    f"checkpoint {folder}: step {self.step} after {counted(self.epoch, 'epoch')}, got "
+                    f"{counted(self.steps, 'step')} per epoch, expected {steps or 'those of its run'}. "
+                    "Use the batch size, accumulation and ranks of the run that saved it."
+                )
             if distributed.on_main(lambda: run.checkpoints.restore_best(manifest)):
                 self.selection.best, self.selection.recent = manifest["best"], manifest["recent"]
             elif self.begun == 0:

@@ -10,7 +10,7 @@ from snapshots import END, EVALUATION, Snapshots
 from tiny_run import TIMES, tiny_run
 
 from fastdeitlt import config
-from fastdeitlt.errors import CheckpointError
+from fastdeitlt.errors import CheckpointError, UserError
 from fastdeitlt.evaluation.metrics import Result
 from fastdeitlt.reporting import report
 from fastdeitlt.run.checkpoints import Checkpoints
@@ -151,3 +151,22 @@ def test_a_report_made_during_training_is_replaced_by_that_of_the_results(untouc
     is_student = kind == "student"  # a teacher's run writes no report
     assert ("No test results yet" in (run / "report.html").read_text()) != is_student
     assert len(looked_into) == is_student
+
+
+@pytest.mark.parametrize("factor", [2, 4, 0.5])
+def test_a_branch_with_other_steps_per_epoch_is_refused_and_can_be_mended(untouched, factor):
+    kind, cfg, folder = untouched
+    name, point = f"branch-{factor}", f"step-{EPOCH_END:08d}"
+    copy = folder / name / "checkpoints" / point
+    shutil.copytree(folder / EVALUATION[5] / "checkpoints" / point, copy)
+    if factor != 2:  # a checkpoint of an earlier version: detected unless the step can be of such an epoch
+        facts = json.loads((copy / "manifest.json").read_text())
+        assert facts.pop("epoch_steps") == EPOCH_END
+        (copy / "manifest.json").write_text(json.dumps(facts))
+    size = "train.batch_size" if kind == "student" else "teacher_training.batch_size"
+    flat = config.flatten(cfg) | {"name": name}
+    with pytest.raises(UserError, match=r"step 3 after 1 epoch, got \d steps? per epoch, expected .*\. Use the batch"):
+        SPINES[kind](config.build(flat | {size: int(flat[size] * factor)}))
+    SPINES[kind](config.build(flat))
+    last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 * EPOCH_END
