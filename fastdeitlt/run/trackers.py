@@ -40,13 +40,17 @@ class TrackedRun:
     """Dotted name -> value."""
 
     def identity(self, tracker: str, create: Callable[[], str]) -> tuple[str, bool]:
-        """Return the run's id in a tracker, and whether it existed before."""
-        path = self.folder / f".tracker-{tracker}"  # not .wandb, which W&B itself would use
-        if path.is_file():
-            return path.read_text(encoding="utf-8"), True
-        name = create()
-        write_atomically(path, name)
-        return name, False
+        """Return the run's id in a tracker, and whether it existed before.
+
+        The id is stored with the folder's name: a copy of the folder is another run.
+        """
+        path, folder = self.folder / f".tracker-{tracker}", self.folder.resolve().name  # not W&B's own .wandb
+        identity, _, owner = path.read_text(encoding="utf-8").partition("\n") if path.is_file() else ("", "", "")
+        if identity and owner in ("", folder):  # "": stored before version 0.3
+            return identity, True
+        identity = create()
+        write_atomically(path, f"{identity}\n{folder}")
+        return identity, False
 
 
 class Tracker(Protocol):

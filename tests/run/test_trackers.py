@@ -97,6 +97,21 @@ def test_one_name_or_several_or_none(tmp_path, recorded):
     assert len(recorded) == 1
 
 
+def test_a_copied_run_has_its_own_identity(tmp_path, monkeypatch):
+    def identity(name):
+        return trackers.TrackedRun(Path(name), name, 1).identity("wandb", lambda: f"id of {name}")
+
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    assert [identity("a") for _ in range(2)] == [("id of a", False), ("id of a", True)]
+    shutil.copytree("a", "b")
+    assert [identity(name) for name in "bba"] == [("id of b", False), ("id of b", True), ("id of a", True)]
+    Path("b", ".tracker-wandb").write_text("earlier")  # a file of version 0.2
+    assert identity("b") == ("earlier", True)
+    monkeypatch.chdir("a")
+    assert identity(".") == ("id of a", True)
+
+
 def test_the_teacher_of_a_student_is_tracked_alike(monkeypatch):
     trained = []
     monkeypatch.setattr(demo, "train_teacher", lambda cfg: trained.append(cfg) or "best")
@@ -149,7 +164,7 @@ def test_weights_and_biases_offline_gets_all_and_a_resumed_run_continues(tmp_pat
     numbers = [(int(row["step"]), float(row["step/loss"])) for row in rows]
     assert numbers == [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 3, 4)]
     runs = [record.run for record in records if record.run.run_id]
-    assert {r.run_id for r in runs} == {(run.folder / ".tracker-wandb").read_text()}
+    assert {r.run_id for r in runs} == {(run.folder / ".tracker-wandb").read_text().split()[0]}
     assert {(r.project, r.display_name) for r in runs} == {(PROJECT, "r")}
     assert any(
         '"train.seed"' in json.dumps(update.key) and update.value_json == "7"
