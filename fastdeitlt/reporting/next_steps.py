@@ -14,8 +14,8 @@ LEAST_GAP = 1.0
 
 
 def place_of(run: RunFiles) -> str:
-    """Return the run folder by the run's own settings, quoted for a shell."""
-    return shlex.quote(f"{run.cfg.runs_dir if run.cfg else '.'}/{run.name}")
+    """Return the run folder as given to the report, quoted for a shell."""
+    return shlex.quote(str(run.folder))
 
 
 def next_section(run: RunFiles) -> Section:
@@ -28,7 +28,7 @@ def next_section(run: RunFiles) -> Section:
         steps = [*_suggested(run), *_analyses(run), *_uses(run)]
     table = Table("", ["what", "command"], [list(step) for step in steps], text=True, wide=True, commands=True)
     return Section(
-        "Next steps", "Run these commands in the folder that the run was started in.", [table] if steps else []
+        "Next steps", "Run these commands in the folder that this report was made in.", [table] if steps else []
     )
 
 

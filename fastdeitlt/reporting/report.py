@@ -262,7 +262,7 @@ def _set_up(run: RunFiles) -> list[Section]:
         verb = "train-teacher" if run.is_teacher else "train"
         lines.append(f"fastdeitlt {verb} {place_of(run)}/config.yaml name={run.name}-again")
         sections.append(Section("Configuration", f"{title}, with their meaning.", changed))
-        note = "Run these commands in the folder that the run was started in:"
+        note = "Run these commands in the folder that this report was made in:"
         sections.append(Section("Reproduce this run", note, [Code("\n".join(lines))]))
     return [*sections, next_section(run)]
 

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_next_steps_are_commands_that_the_program_accepts(tmp_path):
         words = shlex.split(line)
         args = arguments.parse(words[1:])
         assert words[0] == "fastdeitlt"
-        assert "runs/a run" in " ".join(words) and (args.verb != "eval" or args.model.name == "a run")
+        assert str(folder) in " ".join(words) and (args.verb != "eval" or args.model.name == "a run")
         settings = [word for word in words if "=" in word and "/" not in word]
         config.load("quickstart", settings)
 
@@ -197,7 +198,7 @@ def test_what_the_results_call_for_comes_first(tmp_path, selected, teacher_gain,
     else:
         assert re.match(said, first)
         expected = "evaluate.select_on=val" if "weights" in first else "train.epochs=24 loss.drw_epoch=18"
-        assert expected in command and "runs/run/config.yaml name=run-" in command
+        assert expected in command and f"{folder}/config.yaml name=run-" in command
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_lt_r100", "cifar10_lt_r100_paco", "imagenet_lt"])
@@ -226,16 +227,27 @@ def test_signs_of_failure_have_their_commands(tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     found = commands(read(write_report(folder)))
     assert found["DIST does not lead CLS on the tail. Analyze the teacher's decisions"].startswith(
-        "fastdeitlt analyze teacher runs/run\n"
+        f"fastdeitlt analyze teacher {folder}\n"
     )
     assert any("train.patience=3" in command for command in found.values())
+
+
+def test_commands_of_a_moved_run_have_the_place_of_its_report(tmp_path, monkeypatch):
+    make_run(tmp_path / "kept" / "moved", overrides=["name=run", "runs_dir=/old"])
+    monkeypatch.chdir(tmp_path)
+    page = read(write_report("kept/moved"))
+    found = commands(page)
+    assert found["Score other images"].startswith("fastdeitlt eval kept/moved ")
+    assert "kept/moved/config.yaml name=moved-seed1" in found["Measure the variance over seeds"]
+    html = Path("kept/moved/report.html").read_text()
+    assert "train kept/moved/config.yaml name=moved-again" in html and "/old/" not in html
 
 
 def test_an_unfinished_run_is_told_how_to_finish(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "results.json").unlink()
     found = commands(read(write_report(folder)))
-    assert found == {"Finish the run": "fastdeitlt train runs/run/config.yaml --resume runs/run"}
+    assert found == {"Finish the run": f"fastdeitlt train {folder}/config.yaml --resume {folder}"}
 
 
 def test_behind_the_teacher_is_not_a_negative_lead(tmp_path):
