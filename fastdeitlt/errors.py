@@ -34,7 +34,7 @@ def printable(text: object) -> str:
 
 def counted(number: int, noun: str) -> str:
     """Format a number with its noun: "1 class", "2 classes", "1,000 ranks"."""
-    plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("s", "tch")) else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
 

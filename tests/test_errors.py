@@ -51,6 +51,7 @@ def test_memory_that_is_refused_is_told_from_other_errors(error, full):
         (2, "class", "2 classes"),
         (1, "class", "1 class"),
         (1200, "micro-batch", "1,200 micro-batches"),
+        (399, "epoch", "399 epochs"),
     ],
 )
 def test_one_of_a_thing_is_no_plural(number, noun, text):
