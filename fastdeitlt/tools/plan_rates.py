@@ -58,7 +58,7 @@ def measure_rates(images: LongTailSet, facts: Facts, hours: float, device: torch
     chosen = images.take(sample_N)
     student: dict[Rung, float] = {}
     teacher: dict[Rung, float] = {}
-    cfg, _ = candidate(facts, facts.rungs[0])
+    cfg, _ = candidate(facts, facts.rungs[0], len(chosen))
     with closing(Stream(chosen, cfg.data, device)) as stream:
         source, decode_s = _source(chosen, len(images), cfg, stream, device)
         for rung in facts.rungs:
@@ -66,7 +66,7 @@ def measure_rates(images: LongTailSet, facts: Facts, hours: float, device: torch
             is_late = time.monotonic() - began > LIMIT_S
             if student and (is_late or hours * 3600 * list(student.values())[-1] < rung.needs):
                 break
-            student_cfg, teacher_cfg = candidate(facts, rung)
+            student_cfg, teacher_cfg = candidate(facts, rung, len(chosen))
             student[rung] = _student_rate(student_cfg, source, chosen, device)
             teacher[rung] = _teacher_rate(teacher_cfg, source, chosen, device)
         if source is not stream:
@@ -117,7 +117,7 @@ def _teacher_rate(cfg: Config, source: Source, images: LongTailSet, device: torc
         for epoch in count():
             with closing(teacher_batches(cfg, source, images, plan, epoch)) as batches:
                 # without smaller last batches, which would count as full ones
-                yield from (batch for batch in batches if len(batch.labels_B) == plan.batch_size)
+                yield from (batch for batch in batches if len(batch.labels_B) >= plan.batch_size)
 
     with closing(stream()) as batches:
         return _rate(lambda: step(next(batches), ones_K, 0), plan.batch_size, device)

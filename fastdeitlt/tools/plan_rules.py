@@ -75,14 +75,21 @@ def choose(facts: Facts, rates: Rates, hours: float, name: str) -> Choice:
     return recipes(facts, chosen, hours, name)
 
 
-def candidate(facts: Facts, rung: Rung) -> tuple[Config, Config]:
-    """Return a candidate's recipes for measurement: mild, uncompiled, no SAM."""
+def candidate(facts: Facts, rung: Rung, sample: int) -> tuple[Config, Config]:
+    """Return a candidate's recipes for measurement: mild, uncompiled, no SAM.
+
+    Args:
+        sample: images to measure on, at least 2; both batches are at most as large.
+    """
     batch, accumulate = _batch(facts, rung)
+    batch = min(batch, sample // 2 * 2)
     schedule = Schedule(rung, 10, 10, False, FEW_CHANGES, 1, batch, accumulate, 1, 1, {"teacher": 0.0, "student": 0.0})
     measured = {"train.compile": (False, ""), "train.measure_kernels": (False, "")}
     choice = recipes(facts, schedule, 1.0, "plan")
     student = {name: value for name, value in choice.student.items() if name != "student.init"}
-    return build_settings(student | measured), build_settings(choice.teacher | measured)
+    teacher_batch = min(choice.teacher["teacher_training.batch_size"][0], sample)
+    teacher = choice.teacher | {"teacher_training.batch_size": (teacher_batch, "")}
+    return build_settings(student | measured), build_settings(teacher | measured)
 
 
 def _schedule(facts: Facts, rates: Rates, rung: Rung, budget_s: float) -> Schedule | None:

@@ -184,3 +184,14 @@ def test_rates_are_measured_while_the_hours_are_enough(tmp_path, monkeypatch):
     assert all(5 < rate < 1e6 for rate in (*rates.student.values(), *rates.teacher.values()))
     assert rungs[-1] not in rates.student, "six minutes are too short for the largest student"
     assert not (tmp_path / "cache").exists(), "measuring leaves no decoded set behind"
+
+
+@pytest.mark.parametrize(("total", "sample"), [(108, 13), (65, 65)])
+def test_rates_are_measured_on_fewer_images_than_a_batch_and_on_one_more(tmp_path, monkeypatch, total, sample):
+    for name, value in (("SAMPLE_S", 0.0), ("LEAST_IMAGES", sample), ("MOST_IMAGES", sample)):
+        monkeypatch.setattr(plan_rates, name, value)
+    monkeypatch.setattr(plan_rates, "count", lambda: range(20))  # a stream without full batches ends
+    for split in ("train", "val", "test"):
+        save_images(tmp_path / split, {"cat": 60, "dog": total - 60})
+    rates = make_plan(tmp_path, 0.1, device="cpu").rates
+    assert rates.student and rates.student.keys() == rates.teacher.keys()

@@ -14,7 +14,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.models.vit import SIZES
 from fastdeitlt.tools import plan_rules
 from fastdeitlt.tools.plan_facts import Facts, Rates, Rung
-from fastdeitlt.tools.plan_rules import choose, default_hours, holdout_shares
+from fastdeitlt.tools.plan_rules import candidate, choose, default_hours, holdout_shares
 
 CPU_RATE, GPU_RATE = 400.0, 60_000.0
 """Images a second of the cheapest student: two cores, and more than any GPU."""
@@ -107,6 +107,14 @@ def test_a_faster_machine_never_gives_less(facts, hours, factor):
         return
     fast = choose(facts, rates_of(facts, CPU_RATE * factor), hours, "a")
     assert facts.rungs.index(fast.rung) >= facts.rungs.index(slow.rung)
+
+
+@given(FACTS, st.integers(2, 512))
+def test_candidates_fit_the_sample_that_they_are_measured_on(facts, sample):
+    sample = min(sample, facts.num_images)
+    for rung in facts.rungs:
+        student, teacher = candidate(facts, rung, sample)
+        assert plan_of(student, sample).micro_steps and teacher_plan_of(teacher, sample).steps
 
 
 LONG_TAIL = [200, 118, 69, 41, 24, 14, 8, 5]
