@@ -4,7 +4,7 @@ N training images, K classes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastdeitlt import config
@@ -40,7 +40,7 @@ SMALL_IMAGES = (
     Rung(32, 4, "small", 12, "resnet32", 6_000_000),
     Rung(32, 2, "base", 12, "resnet32", 12_000_000),
 )
-"""Students for images of up to 40 pixels, by ascending cost."""
+"""Students for images of up to 42 pixels, by ascending cost."""
 PHOTOS = (
     Rung(32, 8, "tiny", 3, "resnet8", 0),
     Rung(64, 16, "tiny", 3, "resnet8", 30_000),
@@ -49,7 +49,14 @@ PHOTOS = (
     Rung(160, 16, "small", 12, "resnet34", 5_000_000),
     Rung(224, 16, "base", 12, "resnet50", 14_000_000),
 )
-"""Students for larger images, by ascending cost."""
+"""Students for images above 85 pixels, by ascending cost; the image size is below 1.5 times the short side."""
+MEDIUM_IMAGES = (
+    *PHOTOS[:3],
+    Rung(64, 8, "tiny", 12, "resnet20", 1_500_000),
+    Rung(64, 8, "small", 12, "resnet32", 5_000_000),
+    Rung(64, 4, "base", 12, "resnet32", 14_000_000),
+)
+"""Students for images of 43 to 85 pixels, by ascending cost."""
 
 
 def _teacher_for(side: int) -> str:
@@ -98,7 +105,10 @@ class Facts:
                 for side, need in zip(sides, (0, 100_000, 1_000_000), strict=False)
                 if side <= base.img_size
             )
-        return SMALL_IMAGES if self.short_side <= 40 else tuple(r for r in PHOTOS if r.img_size < 1.5 * self.short_side)
+        if self.short_side <= 85:
+            return SMALL_IMAGES if self.short_side <= 42 else MEDIUM_IMAGES
+        side = max(rung.img_size for rung in PHOTOS if rung.img_size < 1.5 * self.short_side)
+        return tuple(replace(rung, img_size=min(rung.img_size, side)) for rung in PHOTOS)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from fastdeitlt import config
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import UserError
+from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.vit import SIZES
 from fastdeitlt.tools import plan_rules
 from fastdeitlt.tools.plan_facts import Facts, Rates, Rung
@@ -147,6 +149,22 @@ def test_small_images_are_enlarged_no_further_than_32_pixels_and_the_reason_says
     assert choice.rung.img_size == 32
     assert "the images are enlarged (median short side 8 px)" in choice.student["student.name"][1]
     assert all(r.img_size <= 1.5 * 100 for r in facts_of(LONG_TAIL, short_side=100).rungs)
+
+
+def test_larger_images_never_get_a_smaller_student():
+    ladders = {side: facts_of(LONG_TAIL, short_side=side).rungs for side in range(1, 400)}
+    assert {(rungs[-1].width, rungs[-1].depth) for rungs in ladders.values()} == {("base", 12)}
+    sides = [rungs[-1].img_size for rungs in ladders.values()]
+    assert sides == sorted(sides) and sorted(set(sides)) == [32, 64, 128, 160, 224]
+    for side in (42, 43, 86, 107, 150):
+        facts = facts_of([500] * 200, short_side=side, gpu=True)
+        rates = rates_of(facts, GPU_RATE)
+        assert list(rates.student.values()) == sorted(rates.student.values(), reverse=True)
+        assert choose(facts, rates, 1000, "a").rung == facts.rungs[-1]
+        for rung in facts.rungs:
+            image_BCHW = torch.zeros(1, 3, rung.img_size, rung.img_size)
+            for network in (create_student(rung.student, 5, depth=1), create_teacher(rung.teacher, 5)):
+                network.eval()(image_BCHW)
 
 
 def test_equal_classes_are_not_reweighted_and_gray_images_not_mirrored():
