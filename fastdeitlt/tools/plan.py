@@ -223,7 +223,7 @@ def describe(planned: Planned) -> list[str]:
 
 
 def _smallest(sets: Sets) -> list[str]:
-    """Return a line on the three smallest classes, if splits are held out."""
+    """Return lines on the smallest classes and those without held-out images."""
     if not sets.held_out:
         return []
     totals = [
@@ -236,4 +236,11 @@ def _smallest(sets: Sets) -> list[str]:
         + ", ".join(f"{images.counts[k]} {name}" for name, images in sets if name in ("train", *sets.held_out))
         for k in smallest
     ]
-    return [f"smallest   {'; '.join(shown)}"]
+    lines = [f"smallest   {'; '.join(shown)}"]
+    for name, images in sets:
+        absent = sum(total > 0 and not count for total, count in zip(totals, images.counts, strict=True))
+        if name in sets.held_out and absent:
+            lines.append(
+                f"note       no {name} image of {counted(absent, 'class')} of {sets.num_classes:,}: too few to hold out"
+            )
+    return lines

@@ -20,6 +20,8 @@ MOST_EPOCHS, MOST_TEACHER_EPOCHS = 1400, 400
 MOST_EVALUATIONS = 19
 """Most evaluations of any number of epochs, see ``_every``."""
 LEAST_HOURS, MOST_HOURS = 0.14, 12.0
+MOST_CLASSES = 2 / 3
+"""Share of the classes to hold images out of, among those for which a larger share would suffice."""
 
 
 def default_hours(num_images: int) -> float:
@@ -30,18 +32,26 @@ def default_hours(num_images: int) -> float:
 def holdout_shares(counts: Sequence[int], has_val: bool, has_test: bool) -> dict[str, float]:
     """Return split -> share of each class to hold out: val 0.1, test 0.2.
 
-    Larger shares if the largest class is too small for these; none if it has too few images.
+    Larger shares if these leave over a third of the classes without an image; none if no class has enough images.
 
     Args:
         counts: training images of each class [K] before the hold-out.
     """
     shares: dict[str, float] = {}
-    most = max(counts)
+    totals = [count for count in counts if count]
+    left = totals
     for split, there, usual in (("val", has_val, 0.1), ("test", has_test, 0.2)):
-        if not there:
-            fitting = [share for share in (usual, 0.2, 0.3) if int(most * share + 0.5) >= 1 and share >= usual]
-            if fitting and most >= 2 + len(shares):
-                shares[split] = fitting[0]
+        if there:
+            continue
+        # rounded as in hold_out; train keeps an image
+        held = {
+            share: [min(int(total * share + 0.5), rest - 1) for total, rest in zip(totals, left, strict=True)]
+            for share in (usual, 0.2, 0.3)
+        }
+        covered = {share: sum(number > 0 for number in numbers) for share, numbers in held.items()}
+        if most := max(covered.values()):
+            shares[split] = next(share for share, number in covered.items() if number >= MOST_CLASSES * most)
+            left = [rest - number for rest, number in zip(left, held[shares[split]], strict=True)]
     return shares
 
 

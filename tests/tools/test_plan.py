@@ -123,6 +123,7 @@ def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, cap
     shown = capsys.readouterr().out
     assert "fastdeitlt train mine.yaml --with-teacher mine-teacher.yaml" in shown
     assert "smallest   eel 2 train, 0 val, 1 test; dog 4 train, 1 val, 1 test" in shown
+    assert "note       no val image of 1 class of 3: too few to hold out" in shown
     for name, trains in (("mine.yaml", False), ("mine-teacher.yaml", True)):
         text = (tmp_path / name).read_text()
         assert config.load(name).is_teachers is trains

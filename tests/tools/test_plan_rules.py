@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from fastdeitlt import config
 from fastdeitlt.data.sampler import plan_of
+from fastdeitlt.data.sets.opening import hold_out
+from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher
@@ -119,6 +122,16 @@ def test_candidates_fit_the_sample_that_they_are_measured_on(facts, sample):
         assert plan_of(student, sample).micro_steps and teacher_plan_of(teacher, sample).steps
 
 
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=40), st.booleans())
+def test_held_out_images_are_of_most_classes(counts, has_val):
+    images = LongTailSet([""] * sum(counts), np.repeat(np.arange(len(counts)), counts), counts)
+    shares = holdout_shares(counts, has_val, has_test=False)
+    covered = dict(zip(("train", "val", "test"), hold_out(images, **shares), strict=True))
+    assert all(covered.pop("train").counts)
+    for split in shares:  # classes of three images have one for each split
+        assert np.count_nonzero(covered[split].counts) >= 2 / 3 * sum(count >= 3 for count in counts)
+
+
 LONG_TAIL = [200, 118, 69, 41, 24, 14, 8, 5]
 
 
@@ -192,6 +205,13 @@ def test_given_weights_keep_their_architecture():
     [
         ([200, 5], {"val": 0.1, "test": 0.2}),
         ([4, 4], {"val": 0.2, "test": 0.2}),
+        ([5] + [4] * 39, {"val": 0.2, "test": 0.2}),
+        ([5] + [4] * 2999, {"val": 0.2, "test": 0.2}),
+        ([500, 4, 4, 4, 4], {"val": 0.2, "test": 0.2}),
+        ([5, 5, 4], {"val": 0.1, "test": 0.2}),
+        ([200] * 7 + [2] * 3, {"val": 0.1, "test": 0.2}),
+        ([200, 5, 1, 1, 1, 0], {"val": 0.1, "test": 0.2}),
+        ([3] + [2] * 39, {"val": 0.3, "test": 0.2}),
         ([2, 2], {"val": 0.3}),
         ([1, 1], {}),
     ],
