@@ -92,14 +92,15 @@ def layout(root: str | Path) -> dict[str, str]:
     """Return the data settings of a folder or list file: dataset, root and lists.
 
     Lists in the folder take precedence over class folders, the published ones over ``train.txt``, ``train.csv`` and
-    ``train.json``; shards are found in the folder itself or in a split's, if there are no class folders with images.
+    ``train.json``. Lists of validation and test images are found beside the training list. Shards are found in the
+    folder itself or in a split's, if there are no class folders with images.
 
     Raises:
         UserError: no such folder or file.
     """
     place = Path(root).expanduser()
     if place.is_file() and place.suffix in LIST_SUFFIXES:
-        return {"dataset": "list", "root": str(place.parent.resolve()), "train_list": str(place.resolve())}
+        return _lists(place)
     if not place.is_dir():
         raise UserError(
             f"plan {root}: no such folder, expected one with <class>/<image>, train/<class>/<image> or train.txt"
@@ -108,18 +109,28 @@ def layout(root: str | Path) -> dict[str, str]:
     for dataset in ("imagenet_lt", "inat18", "places_lt"):
         if any((place / name).is_file() for name in DEFAULT_LISTS[dataset]["train"]):
             return {"dataset": dataset, "root": whole}
-    lists = {
-        split: name
-        for split in SPLITS
-        for name in [f"{stem}{suffix}" for stem in SPLIT_FOLDERS[split] for suffix in LIST_SUFFIXES][::-1]
-        if (place / name).is_file()
-    }
-    if "train" in lists:
-        paths = {f"{split}_list": str(place.resolve() / name) for split, name in lists.items()}
-        return {"dataset": "list", "root": whole} | paths
+    for train in (place / f"{stem}{suffix}" for stem in SPLIT_FOLDERS["train"] for suffix in LIST_SUFFIXES):
+        if train.is_file():
+            return _lists(train)
     places = [place, *(folder for folder in place.iterdir() if folder.is_dir() and names_split(folder.name))]
     has_shards = any(file.suffix in SHARD_SUFFIXES for folder in places for file in folder.iterdir() if file.is_file())
     return {"dataset": "shards" if has_shards and not _has_class_folders(place) else "folder", "root": whole}
+
+
+def _lists(train: Path) -> dict[str, str]:
+    """Return the settings of a training list and of the lists named alike beside it.
+
+    Those of ``my-train.csv`` are ``my-val.csv`` and ``my-test.csv``, or with another suffix.
+    """
+    folder = train.parent.resolve()
+    settings = {"dataset": "list", "root": str(folder), "train_list": str(folder / train.name)}
+    word = next((word for word in reversed(SPLIT_FOLDERS["train"]) if word in train.stem), "")
+    for split in ("val", "test") if word else ():
+        stems = [train.stem.replace(word, name) for name in SPLIT_FOLDERS[split]]
+        files = [folder / f"{stem}{suffix}" for stem in stems for suffix in (train.suffix, *LIST_SUFFIXES)]
+        if file := next((file for file in files if file.is_file()), None):
+            settings[f"{split}_list"] = str(file)
+    return settings
 
 
 def _has_class_folders(root: Path) -> bool:

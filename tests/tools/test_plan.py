@@ -60,12 +60,30 @@ def test_layouts_are_told_apart(tmp_path):
         "dataset": "list", "root": str(tmp_path), "train_list": str(tmp_path / "train.txt"),
         "val_list": str(tmp_path / "val.csv"),
     }  # fmt: skip
-    expected = {"dataset": "list", "root": str(tmp_path), "train_list": str(tmp_path / "train.txt")}
-    assert layout(tmp_path / "train.txt") == expected
+    assert layout(tmp_path / "train.txt") == layout(tmp_path)
     (tmp_path / "Places_LT_train.txt").write_text("")
     assert layout(tmp_path) == {"dataset": "places_lt", "root": str(tmp_path)}
     with pytest.raises(UserError, match="no such folder"):
         layout(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("train", "beside", "used"),
+    [
+        ("train.csv", ["val.csv", "test.csv", "train.txt", "val.txt"], ["val.csv", "test.csv"]),
+        ("training.txt", ["dev.json", "testing.txt"], ["dev.json", "testing.txt"]),
+        ("my-train.txt", ["my-val.txt", "my-test.csv", "val.txt"], ["my-val.txt", "my-test.csv"]),
+        ("Places_LT_train.txt", ["Places_LT_test.txt"], [None, "Places_LT_test.txt"]),
+        ("photos.csv", ["val.csv", "test.csv"], [None, None]),
+        ("val.csv", ["test.csv"], [None, None]),
+    ],
+)
+def test_lists_beside_a_training_list_are_used(tmp_path, train, beside, used):
+    for name in (train, *beside):
+        (tmp_path / name).write_text("")
+    paths = {f"{split}_list": str(tmp_path / name) for split, name in zip(("val", "test"), used, strict=True) if name}
+    alone = {"dataset": "list", "root": str(tmp_path), "train_list": str(tmp_path / train)}
+    assert layout(tmp_path / train) == alone | paths
 
 
 @pytest.mark.parametrize("splits", [("",), ("train", "test"), ("Training", "dev")])
