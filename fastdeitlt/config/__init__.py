@@ -8,6 +8,7 @@ from fastdeitlt.config.files import (
     Recipe,
     build,
     dump,
+    dump_value,
     dump_values,
     find,
     flatten,
@@ -37,6 +38,6 @@ from fastdeitlt.config.teacher_training import TeacherTrainingConfig
 __all__ = [
     "FIELDS", "IMAGENET_MEAN", "IMAGENET_STD", "SECTIONS", "AugmentConfig", "Config", "DataConfig", "EvaluateConfig",
     "LossConfig", "MixupConfig", "OptimConfig", "Recipe", "Section", "StudentConfig", "TeacherConfig",
-    "TeacherTrainingConfig", "TrainConfig", "build", "describe", "dump", "dump_values", "find", "flatten", "load",
-    "load_evaluation", "load_student", "load_teacher", "near", "parse_overrides", "read_yaml", "recipes",
+    "TeacherTrainingConfig", "TrainConfig", "build", "describe", "dump", "dump_value", "dump_values", "find", "flatten",
+    "load", "load_evaluation", "load_student", "load_teacher", "near", "parse_overrides", "read_yaml", "recipes",
 ]  # fmt: skip

@@ -295,3 +295,9 @@ def dump_values(values: dict[str, Any]) -> str:
         section, _, field = name.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[field] = value
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_value(value: Any) -> str:
+    """Dump the value of a setting as YAML on one line, for ``load``."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

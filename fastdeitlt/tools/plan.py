@@ -5,8 +5,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from fastdeitlt import config, distributed
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
@@ -52,10 +50,11 @@ def make_plan(
         device: auto, cpu or cuda.
 
     Raises:
-        UserError: no images, unreadable images, fewer than two classes, or too few hours.
+        UserError: an invalid name, no images, unreadable images, fewer than two classes, or too few hours.
     """
     if hours is not None and not hours > 0:
         raise UserError(f"--hours: got {hours:g}, expected a number above 0, such as 0.5")
+    config.build({"name": name})  # an invalid name is an error before the measurement
     settings = layout(root)
     sets = open_sets(DataConfig(**settings, val_holdout=0, test_holdout=0))
     if sum(count > 0 for count in sets.train.counts) < 2:
@@ -160,7 +159,8 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
     Raises:
         UserError: see ``make_plan``; or a file exists.
     """
-    name = Path(out).name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(root).resolve().stem).strip("-._") or "plan"
+    default = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(root).resolve().stem).strip("-._") or "plan"
+    name = Path(out).name.removesuffix(".yaml") or default
     folder = Path(out).parent
     files = folder / f"{name}.yaml", folder / f"{name}-teacher.yaml"
     for file in files:
@@ -193,9 +193,7 @@ def to_yaml(title: str, settings: dict[str, Setting]) -> str:
         if part != section:
             lines.append(f"{part}:")
             section = part
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-        indent, value = "  " if part else "", text.removesuffix("...\n").strip()
-        lines.append(f"{indent}{field}: {value} # {reason}")
+        lines.append(f"{'  ' if part else ''}{field}: {config.dump_value(value)} # {reason}")
     return "\n".join(lines) + "\n"
 
 

@@ -154,6 +154,21 @@ def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, cap
     assert "mine.yaml: exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("out", "name"), [("mine.yaml", "mine"), ("1e5", "1e5"), ("2026", "2026")])
+def test_names_can_be_those_of_files_and_look_like_numbers(tmp_path, rates, out, name):
+    save_images(tmp_path / "photos", SIZES)
+    assert main(["plan", str(tmp_path / "photos"), "--hours", "0.1", "--out", str(tmp_path / out)]) == 0
+    assert sorted(file.name for file in tmp_path.glob("*.yaml")) == sorted([f"{name}.yaml", f"{name}-teacher.yaml"])
+    assert config.load(str(tmp_path / f"{name}.yaml")).name == name
+
+
+def test_an_invalid_name_writes_no_files(tmp_path, rates, capsys):
+    save_images(tmp_path / "photos", SIZES)
+    assert main(["plan", str(tmp_path / "photos"), "--hours", "0.1", "--out", str(tmp_path / "my plan")]) == 2
+    assert "name: got 'my plan', expected letters, digits" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.yaml"))
+
+
 def test_values_and_names_survive_the_file():
     settings = {
         "data.root": ("/a: #b/ü 'c'", "odd"), "optim.lr": (5e-05, "small"), "augment.mean": ([0.1, 0.2, 0.3], "m"),
