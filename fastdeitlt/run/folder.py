@@ -422,9 +422,10 @@ def refuse_changes(
     folder: Path,
     free: Collection[str] = (),
     remedy: str = "Use --resume never for a new folder, or the saved settings.",
+    fixed: Collection[str] = (),
 ) -> None:
-    """Raise UserError if settings changed, except MAY_CHANGE and ``free``."""
-    changed = _changes(saved, now, (*MAY_CHANGE, "name", *free))
+    """Raise UserError for changed settings not in ``free`` or MAY_CHANGE - ``fixed``."""
+    changed = _changes(saved, now, {*MAY_CHANGE, "name", *free} - {*fixed})
     if changed:
         listed = ", ".join([*changed.values()][:4])
         if "train.epochs" in changed:

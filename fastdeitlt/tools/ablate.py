@@ -116,7 +116,8 @@ def ablate(
         The folder with results.csv, results.md and results.svg; None after a dry run.
 
     Raises:
-        UserError: an invalid grid, arm, data set, teacher or saved run; before the first step.
+        UserError: an invalid grid, arm, data set, teacher or saved run, or a finished run with other settings; before
+            the first step.
         NonFiniteError: a run diverged; raised after the other runs.
     """
     grid = read_grid(path)
@@ -127,6 +128,9 @@ def ablate(
     if not selected:
         raise UserError(f"--seeds: got {', '.join(map(str, seeds))}, expected some of {grid.seeds} in {path}")
     folder = runs[0].folder.parent
+    for run in runs:
+        if is_finished(run.folder):  # a row of the table
+            _refuse_other_settings(run)
     if not table_only:
         works = check(selected)
         if dry_run:
@@ -255,13 +259,28 @@ def check(runs: Sequence[ArmRun]) -> list[Work]:
 
 
 def _student_work(run: ArmRun, images: LongTailSet) -> Work:
+    _refuse_other_settings(run)
+    return _work(run.folder, plan_of(run.student, len(images)).optimizer_steps * run.student.train.epochs)
+
+
+def _refuse_other_settings(run: ArmRun) -> None:
+    """Raise UserError if the folder has a run with other settings.
+
+    Those of a finished run include its test data, the place of its data and its teacher.
+    """
     cfg, saved = run.student, run.folder / "config.yaml"
-    if saved.is_file():
-        free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
-        free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
-        remedy = "Remove it, or rename the grid."
-        refuse_changes(config.load(str(saved)), cfg, run.folder, free_names, remedy)
-    return _work(run.folder, plan_of(cfg, len(images)).optimizer_steps * cfg.train.epochs)
+    if not saved.is_file():
+        return
+    before = config.load(str(saved))
+    free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
+    free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
+    remedy = f"Use the saved settings, remove {run.folder}, or rename the grid."
+    fixed = ("data.root", "data.test_list") if is_finished(run.folder) else ()
+    refuse_changes(before, cfg, run.folder, free_names, remedy, fixed)
+    teacher = Path(before.teacher.path).parent.parent  # of checkpoints/best
+    if fixed and run.teacher and (teacher / "config.yaml").is_file():
+        now = run.teacher.model_copy(update={"data": cfg.data})
+        refuse_changes(config.load(str(teacher / "config.yaml")), now, teacher, ["train.virtual_ranks"], remedy)
 
 
 def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:

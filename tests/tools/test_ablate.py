@@ -105,7 +105,10 @@ def trained(monkeypatch):
 
     def train_teacher(cfg):
         calls.append(cfg)
-        return f"{cfg.runs_dir}/{cfg.name}/best"
+        folder = Path(cfg.runs_dir) / cfg.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.dump(cfg))
+        return folder / "checkpoints/best"
 
     monkeypatch.setattr(demo, "train_teacher", train_teacher)
     monkeypatch.setattr(demo, "train", train)
@@ -249,6 +252,28 @@ def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
     ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base"])
     with pytest.raises(UserError, match=r"base-seed0: contains a run with other settings \(optim.lr: 0.001 -> 0.002\)"):
         ablate.ablate(grid_file(), [f"runs_dir={tmp_path}", "optim.lr=0.002"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "options", "words"),
+    [
+        ("optim.lr=0.002", ["--arms", "no-drw"], "optim.lr: 0.001 -> 0.002"),
+        ("optim.lr=0.002", ["--table"], "optim.lr: 0.001 -> 0.002"),
+        ("data.root=@", ["--arms", "base", "--dry-run"], "data.root: '' -> "),
+        ("data.test_list=@/test.txt", ["--arms", "no-drw"], "data.test_list: '' -> "),
+        ("teacher_training.lr=0.3", ["--arms", "no-drw"], "(teacher_training.lr: 0.07 -> 0.3)"),
+    ],
+)
+def test_finished_runs_with_other_settings_or_data_are_not_compared(
+    grid_file, trained, tmp_path, capsys, setting, options, words
+):
+    runs = f"runs_dir={tmp_path / 'runs'}"
+    folder = ablate.ablate(grid_file(), [runs], seeds=[0], arms=["base"])
+    trained.clear()
+    before = (folder / "results.csv").read_bytes()
+    assert cli.main(["ablate", grid_file(), runs, setting.replace("@", str(tmp_path)), *options]) == 2
+    assert words in capsys.readouterr().err
+    assert trained == [] and (folder / "results.csv").read_bytes() == before
 
 
 def test_the_dry_run_lists_runs_with_steps_and_states_and_trains_nothing(grid_file, trained, tmp_path, capsys):
