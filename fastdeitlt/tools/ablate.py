@@ -124,9 +124,9 @@ def ablate(
     runs = arm_runs(grid, overrides)
     if unknown := [arm for arm in arms if arm not in grid.arms]:
         raise UserError(f"--arms: no arm {unknown[0]!r} in {path}{config.near(unknown[0], list(grid.arms))}")
+    if unknown_seeds := [seed for seed in seeds if seed not in grid.seeds]:
+        raise UserError(f"--seeds: got {unknown_seeds[0]}, expected some of {grid.seeds}. Add it to `seeds` in {path}.")
     selected = [run for run in runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
-    if not selected:
-        raise UserError(f"--seeds: got {', '.join(map(str, seeds))}, expected some of {grid.seeds} in {path}")
     folder = runs[0].folder.parent
     for run in runs:
         if is_finished(run.folder):  # a row of the table

@@ -166,6 +166,7 @@ def test_a_faulty_grid_is_one_line_and_code_2(grid_file, capsys, changes, words)
     [
         (["--arms", "no-dwr"], "did you mean no-drw"),
         (["--seeds", "7"], "--seeds: got 7, expected some of (0, 1)"),
+        (["--seeds", "0", "1", "2"], "--seeds: got 2, expected some of (0, 1)"),
         (["train.seed=4"], "train.seed is set by the grid"),
         (["data.root=/nowhere", "data.dataset=folder"], "/nowhere"),
         (["student.name=deit_tiny_distilled_patch5_32"], "patch5"),
