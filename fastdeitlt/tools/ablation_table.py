@@ -25,6 +25,8 @@ log = logging.getLogger("fastdeitlt")
 TEACHER_FILE = Path("analysis", "teacher.json")
 """File in a run folder: ``diagnose_teacher`` of its teacher on its images."""
 SPLITS = ("official", "threshold")
+ROUNDING = 1e-9
+"""Largest deviation, in points of accuracy, of differences that are equal but for rounding."""
 
 Metric = tuple[str, str, str]  # head, group, split
 Values = dict[Metric, float]
@@ -41,24 +43,21 @@ class Summary:
     num_pairs: int
     difference: float
     p: float
-    """Two-sided paired t-test; NaN for fewer than two pairs."""
+    """Two-sided paired t-test; NaN if it has none (``paired_t_test``)."""
     corrected: float = math.nan
     """p corrected for all comparisons of the table of differences (``holm``); NaN for numbers that are not in it."""
 
 
 def paired_t_test(differences: Sequence[float]) -> tuple[float, float]:
-    """Return (t, two-sided p) of a paired t-test; NaN for fewer than two differences.
+    """Return (t, two-sided p) of a paired t-test; NaN without spread.
 
-    Equal non-zero differences give p = 0, all zero p = 1.
     Source: Student 1908; the distribution as finite sums, Abramowitz and Stegun 26.7.3 and 26.7.4.
     """
     pairs = len(differences)
-    if pairs < 2:
+    deviation = float(np.std(differences, ddof=1)) if pairs > 1 else 0.0
+    if deviation < ROUNDING:
         return math.nan, math.nan
-    mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    if deviation == 0:
-        return (0.0, 1.0) if mean == 0 else (math.copysign(math.inf, mean), 0.0)
-    t = mean / (deviation / math.sqrt(pairs))
+    t = float(np.mean(differences)) / (deviation / math.sqrt(pairs))
     return t, 1 - _central_probability(abs(t), pairs - 1)
 
 
