@@ -36,7 +36,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from fastdeitlt.tools.dryrun import dry_run
 
-        return dry_run(cfg, teacher)
+        return dry_run(cfg, teacher, args.resume)
     if teacher:
         from fastdeitlt.tools.demo import train_both
 
@@ -64,7 +64,7 @@ def _train_teacher(args: argparse.Namespace) -> int:
     if args.dry_run:
         from fastdeitlt.tools.dryrun import dry_run_teacher
 
-        return dry_run_teacher(cfg)
+        return dry_run_teacher(cfg, args.resume)
     from fastdeitlt.train_teacher import train_teacher
 
     train_teacher(cfg, args.resume)

@@ -47,7 +47,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
     with ExitStack() as stack:
         where, limits = cfg.train.device, (cfg.train.timeout_s, cfg.train.main_timeout_s)
         rank, world = stack.enter_context(distributed.group(where, *limits))
-        run = stack.enter_context(Run(_for_any_ranks(cfg), resume))
+        run = stack.enter_context(Run(for_any_ranks(cfg), resume))
         cfg, t = run.cfg, run.cfg.teacher_training
         best = run.folder / "checkpoints" / "best"
         if run.finished:
@@ -97,7 +97,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
     return best
 
 
-def _for_any_ranks(cfg: Config) -> Config:
+def for_any_ranks(cfg: Config) -> Config:
     """Clear the number of ranks: a batch spans all of them, so any number can resume."""
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": 1})})
 

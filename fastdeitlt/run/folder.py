@@ -158,14 +158,7 @@ class Run:
 
     def _take(self, resume: str) -> Path:
         """Choose, create and lock the folder; write config.yaml and env.json (rank 0)."""
-        folder, launch = Path(self.cfg.runs_dir) / self.cfg.name, f".launch-{os.environ.get(LAUNCH, '')}"
-        if resume not in ("auto", "never", "must"):
-            folder = Path(resume)
-        elif resume == "never":
-            folder = _unused(folder, launch)
-        saved = folder / "config.yaml"
-        if resume not in ("auto", "never") and not saved.is_file():
-            raise UserError(f"resume: no run in {folder}. Use --resume auto to start one.")
+        folder = choose_folder(self.cfg, resume)
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -179,10 +172,9 @@ class Run:
             raise UserError(f"run folder {folder}: in use by another process{by}. Wait, or set name=...") from None
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         if LAUNCH in os.environ and resume == "never":
-            (folder / launch).touch()
+            _mark_of_launch(folder).touch()
         sweep(folder / "checkpoints")
-        if saved.exists() and (folder / "metrics.jsonl").exists():  # without records: a branch, or a refused start
-            before = config.load(str(saved))
+        if before := _begun(folder):
             refuse_changes(before, self.cfg, folder)
             if (folder / "results.json").exists():  # these files describe the training of its weights
                 if ignored := _changes(before, self.cfg, ("name", "runs_dir")):
@@ -192,7 +184,7 @@ class Run:
                     )  # fmt: skip
                 self.cfg = before
                 return folder
-        write_atomically(saved, config.dump(self.cfg))
+        write_atomically(folder / "config.yaml", config.dump(self.cfg))
         now = environment()
         _warn_of_changes(read_json(folder / "env.json"), now)
         write_atomically(folder / "env.json", json.dumps(now, indent=1))
@@ -399,14 +391,41 @@ def _with_ranks(cfg: Config) -> Config:
     return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
 
 
-def _unused(folder: Path, launch: str) -> Path:
+def choose_folder(cfg: Config, resume: str) -> Path:
+    """Return the run folder for a resume mode (see ``Run``).
+
+    Raises:
+        UserError: the mode needs a run, and the folder has none.
+    """
+    folder = Path(cfg.runs_dir) / cfg.name
+    if resume not in ("auto", "never", "must"):
+        folder = Path(resume)
+    elif resume == "never":
+        folder = _unused(folder)
+    if resume not in ("auto", "never") and not (folder / "config.yaml").is_file():
+        raise UserError(f"resume: no run in {folder}. Use --resume auto to start one.")
+    return folder
+
+
+def _mark_of_launch(folder: Path) -> Path:
+    """Return the file that marks the new folder of this launch, for its restarts."""
+    return folder / f".launch-{os.environ.get(LAUNCH, '')}"
+
+
+def _unused(folder: Path) -> Path:
     """Return the first path without a folder, or the folder of this launch, which restarted its ranks."""
     number = 2
     candidate = folder
-    while candidate.exists() and not (candidate / launch).exists():
+    while candidate.exists() and not _mark_of_launch(candidate).exists():
         candidate = folder.with_name(f"{folder.name}-{number}")
         number += 1
     return candidate
+
+
+def _begun(folder: Path) -> Config | None:
+    """Return the settings of the run in a folder; None without records: a branch, or a refused start."""
+    saved = folder / "config.yaml"
+    return config.load(str(saved)) if saved.exists() and (folder / "metrics.jsonl").exists() else None
 
 
 def _changes(saved: Config, now: Config, free: Collection[str]) -> dict[str, str]:
@@ -414,6 +433,12 @@ def _changes(saved: Config, now: Config, free: Collection[str]) -> dict[str, str
     before, after = config.flatten(saved), config.flatten(now)
     changed = [name for name in before if before[name] != after[name] and name not in free]
     return {name: f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed}
+
+
+def refuse_other_run(folder: Path, cfg: Config, free: Collection[str] = ()) -> None:
+    """Raise UserError if the folder has a begun run with other settings."""
+    if before := _begun(folder):
+        refuse_changes(before, _with_ranks(cfg), folder, free)
 
 
 def refuse_changes(

@@ -79,6 +79,23 @@ def data_facts(cfg: Config, train: LongTailSet, img_size: int) -> dict[str, Any]
     }
 
 
+def selection_set(cfg: Config, sets: Sets) -> str:
+    """Return ``evaluate.select_on``, or "last" if there is no such set.
+
+    Raises:
+        UserError: ``train.patience`` without a set.
+    """
+    select_on = cfg.evaluate.select_on
+    if getattr(sets, select_on, None) is not None:
+        return select_on
+    if cfg.train.patience:
+        raise UserError(
+            f"train.patience: got {cfg.train.patience} without a selection set (evaluate.select_on={select_on}), "
+            "expected a validation set. Set data.val_holdout=0.1, or train.patience=0."
+        )
+    return "last"
+
+
 class Selector:
     """Evaluation on the selection set, and the best weights for the next checkpoint.
 
@@ -96,12 +113,7 @@ class Selector:
         self.recent: dict[str, float] = {}
         """Best accuracy since re-weighting began, and evaluations since without improvement ("without")."""
         select_on, self.by = cfg.evaluate.select_on, cfg.evaluate.select_by
-        self.on = select_on if getattr(sets, select_on, None) is not None else "last"
-        if self.on == "last" and cfg.train.patience:
-            raise UserError(
-                f"train.patience: got {cfg.train.patience} without a selection set (evaluate.select_on={select_on}), "
-                "expected a validation set. Set data.val_holdout=0.1, or train.patience=0."
-            )
+        self.on = selection_set(cfg, sets)
         if self.on == "last":
             reason = "" if select_on == "last" else f" (no {select_on} set)"
             log.info("selection: final weights%s", reason)

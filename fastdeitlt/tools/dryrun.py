@@ -4,9 +4,9 @@
 
 import math
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,12 +29,15 @@ from fastdeitlt.models.start import start_from
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.precision import autocast_dtype
+from fastdeitlt.run.folder import choose_folder, refuse_other_run
 from fastdeitlt.run.progress import console
+from fastdeitlt.run.selection import selection_set
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.opening import settle_order, teacher_of
 from fastdeitlt.teachers.schedule import learning_rate as teacher_rate
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, view_recipes
+from fastdeitlt.train_teacher import for_any_ranks
 
 MIB = 2**20
 
@@ -56,17 +59,19 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
     }
 
 
-def dry_run(cfg: Config, recipe: Config | None = None) -> int:
+def dry_run(cfg: Config, recipe: Config | None = None, resume: str = "auto") -> int:
     """Check a student's run, print sizes and steps, run one step on random images.
 
     Args:
         cfg: the student's run.
         recipe: recipe of a teacher to be trained first, which runs a step before the student's, with random weights.
+        resume: resume mode, see ``train``.
 
     Raises:
         UserError: as in training.
     """
-    opened = _open(cfg)
+    opened = _open(cfg, resume, ["teacher.path"] if recipe else [])  # the path is known once the teacher is trained
+    selection_set(cfg, opened.sets)
     images, device, world = opened.sets.train, opened.device, opened.world
     plan = plan_of(cfg, len(images), distributed.rank(), world)
     student = create_student(num_classes=images.num_classes, **cfg.student.architecture)
@@ -104,13 +109,13 @@ def dry_run(cfg: Config, recipe: Config | None = None) -> int:
     return 0
 
 
-def dry_run_teacher(cfg: Config) -> int:
+def dry_run_teacher(cfg: Config, resume: str = "auto") -> int:
     """Check a teacher's run, print sizes and steps, run one step on random images.
 
     Raises:
         UserError: as in training.
     """
-    opened = _open(cfg)
+    opened = _open(for_any_ranks(cfg), resume)
     _, facts = _teacher_step(cfg, opened)
     loss = facts.pop("one step")
     _show_table(cfg, opened.device, opened.rows | facts)
@@ -129,11 +134,11 @@ class _Opened:
     """Table rows on the data."""
 
 
-def _open(cfg: Config) -> _Opened:
+def _open(cfg: Config, resume: str, free: Sequence[str] = ()) -> _Opened:
     _, world = distributed.start(cfg.train.device)
     sets = open_training_sets(cfg.data)
     summary = distributed.on_main(lambda: check_files(sets, cfg.data))
-    distributed.on_main(lambda: _check_folder(Path(cfg.runs_dir) / cfg.name))
+    distributed.on_main(lambda: _check_folder(cfg, resume, free))
     rows = {"training images": f"{len(sets.train):,} in {counted(sets.num_classes, 'class')}", "checked": summary}
     return _Opened(sets, distributed.device_of(cfg.train.device), world, rows)
 
@@ -141,6 +146,7 @@ def _open(cfg: Config) -> _Opened:
 def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, str]]:
     """Build a teacher and run a step on random images; return network and table rows."""
     t, images, device = cfg.teacher_training, opened.sets.train, opened.device
+    selection_set(cfg, opened.sets)
     plan = teacher_plan_of(cfg, len(images), distributed.rank(), opened.world)
     objective = build_objective(t, images.counts, device)
     step = Step(objective, build_optimizer(objective.network, t), cfg, device)
@@ -191,12 +197,14 @@ def _show(content: Table | str) -> None:
         console.print(content)
 
 
-def _check_folder(folder: Path) -> None:
-    """Check that the run folder, or its nearest existing parent, is writable.
+def _check_folder(cfg: Config, resume: str, free: Sequence[str]) -> None:
+    """Check that the run folder is writable, or can be made, and has no other run.
 
     Raises:
-        UserError: it is not.
+        UserError: as in training.
     """
+    folder = choose_folder(cfg, resume)
+    refuse_other_run(folder, cfg, free)
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as file:
