@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeitlt import __version__
+from fastdeitlt.errors import UserError
 from fastdeitlt.tools import examples
 
 if TYPE_CHECKING:
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
 
 EXPORTS = ("timm", "onnx", "pt2", "official_ldam", "official_paco")
 """Export formats; the last two are for teachers."""
+USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "data": {
+        "config": ("prepare", "check", "stats"),
+        "overrides": ("check", "stats"),
+        "root": ("prepare",),
+        "download": ("prepare",),
+        "clear": ("cache",),
+        "json": ("check", "stats"),
+    },
+    "config": dict.fromkeys(("config", "overrides", "changed", "yaml"), ("show",)),
+}
+"""Verb -> argument -> the actions that use it."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -42,6 +55,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         args.overrides += rest
     args.arguments = arguments
     return args
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Raise UserError for an argument that the action does not use."""
+    for name, actions in USED_BY.get(args.verb, {}).items():
+        value = getattr(args, name)
+        if value and args.action not in actions:
+            word = value if name == "config" else value[0] if name == "overrides" else f"--{name}"
+            expected = " or ".join(f"'{args.verb} {action}'" for action in actions)
+            raise UserError(f"{word}: no effect on '{args.verb} {args.action}', expected with {expected}. Remove it.")
 
 
 def _verb(verbs: "Verbs", name: str, text: str) -> argparse.ArgumentParser:

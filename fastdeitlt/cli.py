@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fastdeitlt.arguments import parse
+from fastdeitlt.arguments import parse, refuse_unused
 from fastdeitlt.errors import MemoryFullError, UserError, counted, is_memory_full, printable, storage_failure
 from fastdeitlt.run import process
 
@@ -281,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Run the verb, print an expected error in one line, and return the exit code."""
     try:
+        refuse_unused(args)
         return VERBS[args.verb](args)
     except UserError as error:
         if not getattr(error, "reported", False):  # not reported by another rank
