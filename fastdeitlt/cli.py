@@ -75,6 +75,9 @@ def _as_ranks(cfg: "Config", args: argparse.Namespace) -> int | None:
     """Launch several ranks and return their exit code; None: run in this process."""
     from fastdeitlt.run import launch
 
+    for option in ("processes", "restarts"):
+        if (number := getattr(args, option)) < 0:
+            raise UserError(f"--{option}: got {number}, expected 0 or more")
     count = launch.processes(cfg, args.processes, os.environ)
     restarts = 0 if launch.is_launched(os.environ) else args.restarts
     return launch.launch(count, args.arguments, restarts) if count > 1 or restarts else None

@@ -50,6 +50,8 @@ def test_help_imports_nothing_heavy():
         (["predict", "/nowhere", "x.png"], "/nowhere"),
         (["train", "quickstart", "runs_dir=@", "student.name=deit_tiny_distilled_patch5_32"], "patch5"),
         (["train", "quickstart", "runs_dir=@", "--resume", "must"], "no run in"),
+        (["train", "quickstart", "runs_dir=@", "--dry-run", "--processes", "-3"], "--processes: got -3, expected 0 or"),
+        (["train-teacher", "teacher/quickstart", "--dry-run", "--restarts", "-1"], "--restarts: got -1, expected 0 or"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
