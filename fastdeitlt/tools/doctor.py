@@ -206,7 +206,7 @@ def kernel_choice() -> Row:
         return Row("kernel choice", "missing", "no GPU: auto uses torch")
     works, output = probe(
         "import torch; from fastdeitlt.kernels._measured import gpu_name, rows_of; gpu = gpu_name(0); "
-        "print('measurements on', gpu + ':', sum(row.gpu == gpu for row in rows_of(0).values()))"
+        "print(sum(row.gpu == gpu for row in rows_of(0).values()), 'measurements on', gpu)"
     )
     fix = "measured at the first start of train; 'fastdeitlt tune RECIPE' measures more"
     return verdict("kernel choice", output, works and not output.startswith("0 "), fix)
@@ -259,7 +259,8 @@ def cores() -> Row:
     usable = float(len(os.sched_getaffinity(0)))
     if len(quota := _numbers("/sys/fs/cgroup/cpu.max")) == 2:
         usable = min(usable, quota[0] / quota[1])
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a number for each level of nesting
+    threads = int(first) if first.isdecimal() else os.cpu_count() or 1
     detail = f"{usable:g} usable, {counted(threads, 'thread')} per process"
     return verdict("cores", detail, threads <= max(usable, 1), f"export OMP_NUM_THREADS={max(int(usable), 1)}")
 

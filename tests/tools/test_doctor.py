@@ -6,8 +6,10 @@ import sys
 import tomllib
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fastdeitlt.kernels import _measured
 
 from fastdeitlt.tools import doctor
 from fastdeitlt.tools.doctor import Report, Row
@@ -118,8 +120,26 @@ def test_more_threads_than_cores_is_told(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     row = doctor.cores()
     assert row.status == "warn" and "4,096 threads" in row.detail and row.fix.startswith("export OMP_NUM_THREADS=")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert doctor.cores().status == "ok"
+    for value in ("1", "1,4096", " 1 , 2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert doctor.cores().status == "ok"
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")  # which OpenMP ignores
+    assert doctor.cores().status in ("ok", "warn")
+
+
+@pytest.mark.parametrize(("num_rows", "status"), [(0, "warn"), (10, "ok")])
+def test_a_gpu_without_kernel_measurements_is_told(monkeypatch, capsys, num_rows, status):
+    def probe(code):
+        exec(code, {})  # noqa: S102
+        return True, capsys.readouterr().out.strip()
+
+    rows = dict.fromkeys(range(num_rows), SimpleNamespace(gpu="NVIDIA H200"))
+    monkeypatch.setattr(_measured, "gpu_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(_measured, "rows_of", lambda index: rows)
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "probe", probe)
+    row = doctor.kernel_choice()
+    assert (row.status, row.detail) == (status, f"{num_rows} measurements on NVIDIA H200")
 
 
 def test_the_quick_checks_run_here_and_name_their_row():
