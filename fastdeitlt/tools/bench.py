@@ -109,7 +109,7 @@ def bench(
         gpus = torch.cuda.device_count()
         powers = [2**i for i in range(gpus.bit_length())] if gpus > 1 and not quick else []
         rank_counts = powers if ranks is None else ranks
-        rows += [_at_ranks(config_name, overrides, number, synthetic) for number in rank_counts]
+        rows += [_at_ranks(config_name, overrides, number, quick=quick, synthetic=synthetic) for number in rank_counts]
         if not rank_counts:
             result["left_out"]["scaling over ranks"] = (
                 "needs several GPUs and no --quick; add --ranks 1 2 to measure it here"
@@ -207,14 +207,14 @@ def _at_batch(like: Setup, size: int, rounds: int) -> Row:
     return _row(cfg, name, timing_of, setup.images_per_call)
 
 
-def _at_ranks(config_name: str, overrides: Sequence[str], number: int, synthetic: bool) -> Row:
+def _at_ranks(config_name: str, overrides: Sequence[str], number: int, *, quick: bool, synthetic: bool) -> Row:
     """Return the full step's row on several processes, started by torchrun."""
     torch.cuda.empty_cache()  # rank 0 uses this process's GPU
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m"]
-        command += ["fastdeitlt.cli", "bench", config_name, *overrides, "--quick", "--batches", "--json", str(out)]
-        command += ["--synthetic"] if synthetic else []
+        command += ["fastdeitlt.cli", "bench", config_name, *overrides, "--ranks", "--batches", "--json", str(out)]
+        command += ["--quick"] * quick + ["--synthetic"] * synthetic
         name = counted(number, "rank")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not out.is_file():

@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import bench_step, peers
 from fastdeitlt import config
+from fastdeitlt.arguments import parse
 from fastdeitlt.cli import main
 from fastdeitlt.core.measure import timer
 from fastdeitlt.run.meter import peak_flops
@@ -225,8 +226,27 @@ def test_memory_is_given_back_before_ranks_take_the_gpu(monkeypatch):
     ended = SimpleNamespace(stderr="Error", stdout="", returncode=1)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: happened.append("started") or ended)
-    assert "failed" in _at_ranks("quickstart", [], 2, synthetic=True)
+    assert "failed" in _at_ranks("quickstart", [], 2, quick=True, synthetic=True)
     assert happened == ["given back", "started"]
+
+
+@pytest.mark.parametrize("options", [[], ["--quick"]], ids=" ".join)
+def test_ranks_are_measured_as_one_process_is(options, monkeypatch, tmp_path):
+    """--quick compiles nothing on a CPU."""
+    started = []
+
+    def run(command, **_):
+        if "bench" in command:
+            started.append(parse(command[command.index("bench") :]))
+        return SimpleNamespace(stderr="Error", stdout="", returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("fastdeitlt.tools.bench._calls", lambda *_: {"full step": lambda: None})
+    monkeypatch.setattr("fastdeitlt.tools.bench._facts", lambda *_: {})
+    settings = [*TINY, "train.compile=true"]
+    assert main(["bench", "quickstart", *settings, *options, "--synthetic", "--batches", "--ranks", "2"]) == 0
+    assert [(args.quick, args.ranks, args.batches) for args in started] == [(bool(options), [], [])]
+    assert started[0].overrides == settings
 
 
 @pytest.mark.parametrize(
