@@ -1,6 +1,8 @@
 """Recommendation of a finished run, for the report and the final log lines."""
 
+import json
 import shlex
+from pathlib import Path
 
 from fastdeitlt.evaluation.metrics import cell
 from fastdeitlt.evaluation.recommend import METHOD
@@ -26,10 +28,18 @@ def recommended_lines(run: RunFiles) -> list[str]:
 
 
 def command(run: RunFiles, name: str) -> str:
-    """Return the `predict` command for the teacher or a head of the student."""
+    """Return the `predict` command for the teacher or a head of the student.
+
+    A released teacher, which states no architecture or input, is converted first.
+    """
     place = run.cfg.teacher.path if run.cfg and name == "TEACHER" else str(run.folder)
+    convert = ""
+    if Path(place).is_file():
+        place = str(run.folder / "teacher")
+        call = f"import_teacher({json.dumps(str(run.folder))}, {json.dumps(place)})"
+        convert = f"python -c {shlex.quote(f'from fastdeitlt.teachers.convert import import_teacher; {call}')} && "
     head = f" --head {name}" if name in ("CLS", "DIST") else ""
-    return f"fastdeitlt predict {shlex.quote(place)} IMAGES{head}"
+    return f"{convert}fastdeitlt predict {shlex.quote(place)} IMAGES{head}"
 
 
 def _capital(text: str) -> str:

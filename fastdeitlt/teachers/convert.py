@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from fastdeitlt import config
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.teacher import create_teacher, load_teacher
-from fastdeitlt.store.checkpoint import read_folder, save_model_folder
-from fastdeitlt.store.files import draft_file
+from fastdeitlt.models.teacher import create_teacher, load_teacher, teacher_input
+from fastdeitlt.store.checkpoint import find_model_folder, read_folder, read_manifest, save_model_folder
+from fastdeitlt.store.files import draft_file, read_json
+from fastdeitlt.store.manifest import preprocess_of
+from fastdeitlt.teachers.opening import ORDER_FILE
 
 STYLES = ("official_ldam", "official_paco")
 
@@ -90,5 +94,34 @@ def import_official(
         "model": {"arch": arch, "num_classes": num_classes, "img_size": img_size, "style": "fastdeitlt"},
         "class_map": list(class_map) if class_map is not None else None,
         "preprocess": {"mean": list(mean), "std": list(std), "img_size": img_size, "crop_pct": 1.0},
+    }
+    return save_model_folder(folder, network.state_dict(), manifest)
+
+
+def import_teacher(run_folder: str | Path, folder: str | Path) -> Path:
+    """Convert the released teacher of a student's run to a model folder.
+
+    Its class order, class names and preprocessing are those of the run.
+
+    Args:
+        run_folder: the student's run.
+        folder: the folder to write.
+
+    Raises:
+        UserError: not a finished student's run; see ``load_teacher``.
+    """
+    run = Path(run_folder)
+    cfg, student = config.load(str(run / "config.yaml")), read_manifest(find_model_folder(run))
+    num_classes = student["model"]["num_classes"]
+    own = teacher_input(cfg.teacher, None, cfg.augment.mean, cfg.augment.std, cfg.student.side)
+    network = load_teacher(cfg.teacher.path, cfg.teacher.arch, num_classes, cfg.teacher.style).network
+    order = read_json(run / ORDER_FILE).get("class_map")
+    preprocess = preprocess_of(cfg, own.img_size).model_dump()
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": cfg.teacher.arch, "num_classes": num_classes, "img_size": own.img_size},
+        "class_map": np.argsort(order).tolist() if order else None,
+        "class_names": student.get("class_names"),
+        "preprocess": preprocess | {"mean": list(own.mean), "std": list(own.std)},
     }
     return save_model_folder(folder, network.state_dict(), manifest)

@@ -1,17 +1,23 @@
 """The recommendation: the best of teacher, AVG, CLS and DIST, with an interval that few images widen."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fastdeitlt import cli
 from fastdeitlt.config import build, dump
 from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.evaluation.recommend import Recommendation, balanced_interval, recommend
+from fastdeitlt.models import create_teacher
 from fastdeitlt.reporting.recommended import command, recommendation_section, recommended_lines
 from fastdeitlt.reporting.report import write_report
 from fastdeitlt.run.run_files import read_run
+from fastdeitlt.store.checkpoint import save_model_folder
+from fastdeitlt.teachers.opening import ORDER_FILE
 
 LABELS = torch.arange(4).repeat_interleave(10)
 COUNTS = [100, 50, 20, 5]
@@ -92,6 +98,28 @@ def test_the_report_and_the_log_say_what_to_use_and_how(tmp_path):
     page = write_report(folder).read_text()
     assert page.index("Recommendation") < page.index("Top-1 accuracy in per cent")
     assert "MOVER" in page and "runs/my teacher/checkpoints/best" in page
+
+
+def test_the_command_for_a_released_teacher_works(tmp_path, capsys):
+    folder, released = run_folder(tmp_path, recommend(*results(2, 3, 9))), tmp_path / "a teacher.pth.tar"
+    network = create_teacher("resnet8", 4)
+    with torch.no_grad():
+        network.linear.bias.copy_(torch.tensor([0.0, 0, 1e4, 0]))
+    torch.save({"state_dict": network.state_dict()}, released)
+    cfg = build({"name": "mine", "teacher.path": str(released), "teacher.arch": "resnet8", "augment.mean": [0.2] * 3})
+    (folder / "config.yaml").write_text(dump(cfg))
+    (folder / ORDER_FILE).write_text(json.dumps({"class_map": [1, 2, 3, 0]}))  # the teacher's class 2 is label 3
+    facts = {"kind": "student", "model": {"num_classes": 4}, "class_names": ["ant", "bee", "cat", "dog"]}
+    save_model_folder(folder / "checkpoints/best", {"weight": torch.zeros(1)}, facts)
+    python, flag, code, then, *arguments = shlex.split(command(read_run(folder), "TEACHER"))
+    assert (python, flag, then, arguments[:2]) == ("python", "-c", "&&", ["fastdeitlt", "predict"])
+    exec(code, {})  # noqa: S102
+    Image.new("RGB", (40, 40), "gray").save(tmp_path / "x.png")
+    assert cli.main([*arguments[1:-1], str(tmp_path / "x.png"), "--top-k", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "dog" in shown and "cat" not in shown
+    stated = json.loads((folder / "teacher/manifest.json").read_text())["preprocess"]
+    assert (stated["mean"], stated["crop_pct"]) == ([0.2] * 3, cfg.evaluate.crop_pct)
 
 
 def test_without_validation_images_nothing_is_recommended(tmp_path):
