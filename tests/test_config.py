@@ -217,7 +217,7 @@ def test_the_recipe_of_the_other_kind_is_refused():
     with pytest.raises(UserError, match=r"^train: got teacher/quickstart, a recipe of a teacher.* Use train-teacher"):
         config.load_student("teacher/quickstart")
     for load in (config.load_teacher, lambda recipe: config.load_student("quickstart", (), recipe)):
-        with pytest.raises(UserError, match="^train-teacher: got quickstart, which sets nothing of teacher_training"):
+        with pytest.raises(UserError, match=r"^train-teacher: got quickstart, which sets nothing of teacher_training"):
             load("quickstart")
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,7 @@ from fastdeitlt.errors import (
     storage_failure,
 )
 from fastdeitlt.run.checkpoints import Checkpoints, sweep
+from fastdeitlt.run.choice import begun, changes, choose_folder, mark_of_launch, refuse_changes, with_ranks
 from fastdeitlt.run.process import LAUNCH, RERUN, STOP, Stopped, stop_code
 from fastdeitlt.run.progress import console, start_bar
 from fastdeitlt.run.records import Records
@@ -44,30 +45,6 @@ from fastdeitlt.store.files import read_json, write_atomically
 log = logging.getLogger("fastdeitlt")
 
 # Settings that may change when a run resumes; a change of any other is refused.
-MAY_CHANGE = (
-    "runs_dir",
-    "published",
-    "track",
-    "data.root",
-    "data.test_list",
-    "data.residency",
-    "data.num_threads",
-    "data.jpeg_engine_share",
-    "augment.impl",
-    "train.device",
-    "train.compile",
-    "train.engine",
-    "train.zero_stage",
-    "train.offload",
-    "train.timeout_s",
-    "train.main_timeout_s",
-    "train.keep",
-    "train.log_every",
-    "train.save_every_epochs",
-    "train.save_every_steps",
-    "evaluate.batch_size",
-    "evaluate.analyze_images",
-)
 RESTARTS = 3
 """Failed starts from one step before the run refuses another."""
 STOP_TRACKERS_S = 5.0
@@ -143,7 +120,7 @@ class Run:
     """
 
     def __init__(self, cfg: Config, resume: str = "auto") -> None:
-        self.cfg = _with_ranks(cfg)
+        self.cfg = with_ranks(cfg)
         self.is_main = distributed.rank() == 0
         self.folder = distributed.on_main(lambda: self._take(resume))
         self.rerun = f"rerun with --resume {self.folder}" if resume == "never" else RERUN
@@ -172,12 +149,12 @@ class Run:
             raise UserError(f"run folder {folder}: in use by another process{by}. Wait, or set name=...") from None
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         if LAUNCH in os.environ and resume == "never":
-            _mark_of_launch(folder).touch()
+            mark_of_launch(folder).touch()
         sweep(folder / "checkpoints")
-        if before := _begun(folder):
+        if before := begun(folder):
             refuse_changes(before, self.cfg, folder)
             if (folder / "results.json").exists():  # these files describe the training of its weights
-                if ignored := _changes(before, self.cfg, ("name", "runs_dir")):
+                if ignored := changes(before, self.cfg, ("name", "runs_dir")):
                     log.warning(
                         "run folder %s: finished, changed settings are ignored (%s). To score other images: "
                         "fastdeitlt eval %s SETTING=VALUE", folder, ", ".join(ignored.values()), folder,
@@ -383,76 +360,3 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         listed = ", ".join(f"{name} {flat[0][name]} -> {flat[1][name]}" for name in changed)
         log.warning("resumed with other hardware or software (%s): results may differ in the last bits", listed)
-
-
-def _with_ranks(cfg: Config) -> Config:
-    """Set ``train.virtual_ranks``: a resume on other ranks is equal or refused."""
-    ranks = cfg.train.virtual_ranks or distributed.get_world()
-    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"virtual_ranks": ranks})})
-
-
-def choose_folder(cfg: Config, resume: str) -> Path:
-    """Return the run folder for a resume mode (see ``Run``).
-
-    Raises:
-        UserError: the mode needs a run, and the folder has none.
-    """
-    folder = Path(cfg.runs_dir) / cfg.name
-    if resume not in ("auto", "never", "must"):
-        folder = Path(resume)
-    elif resume == "never":
-        folder = _unused(folder)
-    if resume not in ("auto", "never") and not (folder / "config.yaml").is_file():
-        raise UserError(f"resume: no run in {folder}. Use --resume auto to start one.")
-    return folder
-
-
-def _mark_of_launch(folder: Path) -> Path:
-    """Return the file that marks the new folder of this launch, for its restarts."""
-    return folder / f".launch-{os.environ.get(LAUNCH, '')}"
-
-
-def _unused(folder: Path) -> Path:
-    """Return the first path without a folder, or the folder of this launch, which restarted its ranks."""
-    number = 2
-    candidate = folder
-    while candidate.exists() and not _mark_of_launch(candidate).exists():
-        candidate = folder.with_name(f"{folder.name}-{number}")
-        number += 1
-    return candidate
-
-
-def _begun(folder: Path) -> Config | None:
-    """Return the settings of the run in a folder; None without records: a branch, or a refused start."""
-    saved = folder / "config.yaml"
-    return config.load(str(saved)) if saved.exists() and (folder / "metrics.jsonl").exists() else None
-
-
-def _changes(saved: Config, now: Config, free: Collection[str]) -> dict[str, str]:
-    """Return "setting: old -> new" of each changed setting, except ``free``."""
-    before, after = config.flatten(saved), config.flatten(now)
-    changed = [name for name in before if before[name] != after[name] and name not in free]
-    return {name: f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed}
-
-
-def refuse_other_run(folder: Path, cfg: Config, free: Collection[str] = ()) -> None:
-    """Raise UserError if the folder has a begun run with other settings."""
-    if before := _begun(folder):
-        refuse_changes(before, _with_ranks(cfg), folder, free)
-
-
-def refuse_changes(
-    saved: Config,
-    now: Config,
-    folder: Path,
-    free: Collection[str] = (),
-    remedy: str = "Use --resume never for a new folder, or the saved settings.",
-    fixed: Collection[str] = (),
-) -> None:
-    """Raise UserError for changed settings not in ``free`` or MAY_CHANGE - ``fixed``."""
-    changed = _changes(saved, now, {*MAY_CHANGE, "name", *free} - {*fixed})
-    if changed:
-        listed = ", ".join([*changed.values()][:4])
-        if "train.epochs" in changed:
-            remedy += f" To train longer, start a new run from its weights: name=NEW student.init={folder}."
-        raise UserError(f"run folder {folder}: contains a run with other settings ({listed}). {remedy}")

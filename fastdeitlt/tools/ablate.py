@@ -20,7 +20,7 @@ from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import NonFiniteError, UserError, counted
 from fastdeitlt.models import create_student
 from fastdeitlt.reporting import analysis, report
-from fastdeitlt.run.folder import refuse_changes
+from fastdeitlt.run.choice import refuse_changes
 from fastdeitlt.run.progress import console
 from fastdeitlt.store.checkpoint import step_folders
 from fastdeitlt.store.files import read_json

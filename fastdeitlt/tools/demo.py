@@ -10,7 +10,7 @@ from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
-from fastdeitlt.run.folder import MAY_CHANGE
+from fastdeitlt.run.choice import MAY_CHANGE
 from fastdeitlt.run.progress import heading
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher

@@ -29,7 +29,7 @@ from fastdeitlt.models.start import start_from
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT, num_parameters
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.run.folder import choose_folder, refuse_other_run
+from fastdeitlt.run.choice import choose_folder, refuse_other_run
 from fastdeitlt.run.progress import console
 from fastdeitlt.run.selection import selection_set
 from fastdeitlt.teachers.check import check_decisions

@@ -91,6 +91,19 @@ def test_harmless_settings_may_change_and_others_not(tmp_path):
         pass
 
 
+def test_a_teacher_may_move_with_the_runs_folder(tmp_path):
+    def begin(runs, teacher):
+        with Run(_config(tmp_path / runs, **{"teacher.path": str(tmp_path / teacher)})) as run:
+            run.record("step", 1, loss=0.5)
+
+    begin("runs", "runs/t/best")
+    (tmp_path / "runs").rename(tmp_path / "runs2")
+    begin("runs2", "runs2/t/best")
+    for other in ("runs2/u/best", "t/best"):
+        with pytest.raises(UserError, match=r"teacher\.path: '.*/runs2/t/best' -> "):
+            begin("runs2", other)
+
+
 def test_a_start_that_was_refused_does_not_hold_its_settings(tmp_path):
     with Run(_config(tmp_path)):
         pass  # data that is not there, a wrong teacher
