@@ -120,7 +120,7 @@ def loop_of(parts: Parts) -> Loop:
 
 
 def report_once(run: Run) -> None:
-    """Analyse a tested run and write its report on rank 0, unless one has its results."""
+    """Analyse a tested run and write its report, unless one has its results."""
     page, results = run.folder / "report.html", run.folder / "results.json"
     if run.is_main and not (page.exists() and page.stat().st_mtime >= results.stat().st_mtime):
         analysis.look_into(run.folder, run.cfg.evaluate.analyze_images)
