@@ -218,7 +218,9 @@ def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(save
     assert "model: trained on other images than today's training split" in caplog.text
 
 
-def test_settings_are_checked_as_on_the_command_line():
+def test_settings_are_checked_as_on_the_command_line(monkeypatch):
+    for name in ("train.train", "train_teacher.train_teacher", "tools.demo.train_both"):
+        monkeypatch.setattr(f"fastdeitlt.{name}", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"unknown config name 'train\.epoch'; did you mean train\.epochs"):
         fastdeitlt.fit("quickstart", train={"epoch": 3})
     with pytest.raises(UserError, match=r"teacher_training\.epochs: no effect on a student, expected with"):

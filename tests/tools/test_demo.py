@@ -85,7 +85,7 @@ def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, 
         ([*both, "teacher_training.epoch=3"], "did you mean teacher_training.epochs"),
         ([*student, "teacher_training.epochs=35"], "expected with --with-teacher RECIPE"),
         ([*both, "teacher.path=runs/a"], "Use one of the two"),
-        (["train-teacher", "teacher/quickstart", "train.epochs=3"], "Use teacher_training.epochs"),
+        (["train-teacher", "teacher/quickstart", "train.epochs=3", "--dry-run"], "Use teacher_training.epochs"),
     ):
         assert cli.main(wrong) == 2
         assert words in capsys.readouterr().err
