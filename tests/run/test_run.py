@@ -93,7 +93,7 @@ def test_harmless_settings_may_change_and_others_not(tmp_path):
 
 def test_a_teacher_may_move_with_the_runs_folder(tmp_path):
     def begin(runs, teacher):
-        with Run(_config(tmp_path / runs, **{"teacher.path": str(tmp_path / teacher)})) as run:
+        with Run(_config(tmp_path / runs, track=[], **{"teacher.path": str(tmp_path / teacher)})) as run:
             run.record("step", 1, loss=0.5)
 
     begin("runs", "runs/t/best")
@@ -113,12 +113,12 @@ def test_a_start_that_was_refused_does_not_hold_its_settings(tmp_path):
 
 def test_a_start_of_a_finished_run_changes_none_of_its_files(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
-    with Run(_config(tmp_path)) as run:
+    with Run(_config(tmp_path, track=[])) as run:
         run.record("step", 1, loss=0.5)
         (run.folder / "results.json").write_text("{}")
     described = {name: (run.folder / name).read_bytes() for name in ("config.yaml", "env.json")}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    with Run(_config(tmp_path, **{"data.test_list": "test2.txt"})) as again:
+    with Run(_config(tmp_path, track=[], **{"data.test_list": "test2.txt"})) as again:
         assert again.finished and not again.cfg.data.test_list
     assert described == {name: (run.folder / name).read_bytes() for name in described}
     assert "changed settings are ignored (data.test_list: '' -> 'test2.txt')" in caplog.text
