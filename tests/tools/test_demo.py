@@ -115,19 +115,24 @@ def test_dry_run_refuses_a_teacher_that_training_would_refuse(tmp_path, capsys):
     assert "right (mean over classes) on 483 clean training images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["train", "quickstart"], ["train-teacher", "teacher/quickstart"]], ids=" ".join)
-def test_dry_run_refuses_a_folder_with_another_run_and_patience_without_a_set(command, tmp_path, capsys):
-    small = ["train.batch_size=4", "student.depth=1", "train.virtual_ranks=1", "teacher_training.batch_size=8"]
-    settings = [*small[: 3 if command[0] == "train" else 4], f"runs_dir={tmp_path}", "name=begun"]
+@pytest.mark.parametrize(
+    ("command", "small", "rate"),
+    [
+        (["train", "quickstart"], ["train.batch_size=4", "student.depth=1"], "optim.lr"),
+        (["train-teacher", "teacher/quickstart"], ["teacher_training.batch_size=8"], "teacher_training.lr"),
+    ],
+)
+def test_dry_run_refuses_a_folder_with_another_run_and_patience_without_a_set(command, small, rate, tmp_path, capsys):
+    settings = [*small, "train.virtual_ranks=1", f"runs_dir={tmp_path}", "name=begun"]
     cfg = config.load(command[1], settings)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text(config.dump(cfg))
     (tmp_path / "begun/metrics.jsonl").write_text("")
     dry = [*command, *settings, "--dry-run"]
     assert cli.main(dry) == 0
-    assert cli.main([*dry, "optim.lr=0.5"]) == 2
-    assert "begun: contains a run with other settings (optim.lr: " in capsys.readouterr().err
-    assert cli.main([*dry, "optim.lr=0.5", "--resume", "never"]) == 0
+    assert cli.main([*dry, f"{rate}=0.5"]) == 2
+    assert f"begun: contains a run with other settings ({rate}: " in capsys.readouterr().err
+    assert cli.main([*dry, f"{rate}=0.5", "--resume", "never"]) == 0
     assert cli.main([*dry, "train.patience=3", "evaluate.select_on=last", "--resume", "never"]) == 2
     assert "train.patience: got 3 without a selection set" in capsys.readouterr().err
 
