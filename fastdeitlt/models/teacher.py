@@ -202,11 +202,10 @@ class Teacher(nn.Module):
         Without a folder, itself and the student's.
         """
         stated = self.manifest.preprocess if self.manifest else None
-        if self.manifest is None or stated is None:
+        if stated is None:
             return self, of_student
-        img_size = stated.img_size or self.manifest.model.img_size or of_student.img_size
-        teacher = self.fed(TeacherInput(img_size, stated.mean, stated.std), stated.mean, stated.std)
-        return teacher, stated.model_copy(update={"img_size": img_size})
+        own = teacher_input(TeacherConfig(), self.manifest, stated.mean, stated.std, of_student.img_size)
+        return self.fed(own, own.mean, own.std), stated.model_copy(update={"img_size": own.img_size})
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode, whatever the mode of a parent module."""

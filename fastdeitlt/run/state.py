@@ -82,7 +82,7 @@ class State:
             self.selection.check_fingerprint(manifest["fingerprint"], str(run.folder))
             self.step, self.epoch = manifest["step"], manifest["epoch"]
             steps = manifest.get("epoch_steps")  # None: saved before version 0.3
-            if (steps or self.steps) != self.steps or not 0 <= self.begun <= self.steps:
+            if steps not in (None, self.steps) or not 0 <= self.begun <= self.steps:
                 raise UserError(
                     f"checkpoint {folder}: step {self.step} after {counted(self.epoch, 'epoch')}, got "
                     f"{counted(self.steps, 'step')} per epoch, expected {steps or 'those of its run'}. "
