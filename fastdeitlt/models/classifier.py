@@ -1,7 +1,8 @@
 """Classifiers with float32 logits.
 
-In bfloat16 the two best of 1,000 classes are equal for 3 % of uncertain images, and the decision is then the lower
-label: in most long-tailed sets the more frequent class.
+In bfloat16 the two best logits can be equal: for 3.5 % of random features with 1,000 random classes, and for 0.4 % of a
+quick-start teacher's decisions on mixed images. The decision is then the lower label: in most long-tailed sets the more
+frequent class.
 """
 # B batch, F features, K classes
 
