@@ -3,10 +3,11 @@
     python -m benchmarks.bench_time_to_accuracy FOLDER [--target 60] [--seeds 0 1 2] [--only NAME ...]
 
 The recipe is the quick start's: the embedded images, its teacher (trained once, in FOLDER), network, augmentation,
-optimizer and schedule. A run ends with the first epoch whose average weights reach the target, a balanced accuracy in
-per cent of the validation images. Its time is that of the training epochs, without start and evaluation.
-Each run has a new process, and contestants take turns for each seed. Re-weighting, which timm's task does not support,
-would begin in epoch 44; a run that gets there without reaching the target fails.
+optimizer, schedule, and autocast in bfloat16 where the processor has instructions for it. A run ends with the first
+epoch whose average weights reach the target, a balanced accuracy in per cent of the validation images. Its time is that
+of the training epochs, without start and evaluation. Each run has a new process, and contestants take turns for each
+seed. Re-weighting, which timm's task does not support, would begin in epoch 44; a run that gets there without reaching
+the target fails.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from fastdeitlt.core.optim import learning_rate, parameter_groups
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.models import create_student, load_teacher
 from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.run import process
 from fastdeitlt.teachers.opening import settled_teacher
 from fastdeitlt.tools.export import timm_architecture
@@ -85,7 +87,7 @@ def timm_epochs(folder: Path, teacher: Path, seed: int, workers: int, compiled: 
     optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.0), betas=o.betas, eps=o.eps, fused=True)
     if compiled:
         task.compile()
-    update = _update(task, optimizer, o.clip_norm)
+    update = _update(task, optimizer, o.clip_norm, autocast_dtype(cfg.train.precision, CPU))
     for epoch in range(cfg.loss.drw_epoch):
         task.train()
         begun, done = time.perf_counter(), 0
@@ -101,9 +103,13 @@ def timm_epochs(folder: Path, teacher: Path, seed: int, workers: int, compiled: 
         yield seconds, done, balanced_accuracy(average, sets.val, cfg, sets.train.counts)
 
 
-def _update(task: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> Callable[[Tensor, Tensor], None]:
+def _update(
+    task: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, dtype: torch.dtype | None
+) -> Callable[[Tensor, Tensor], None]:
     def update(images_BCHW: Tensor, target_BK: Tensor) -> None:
-        task(images_BCHW, target_BK)["loss"].backward()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = task(images_BCHW, target_BK)["loss"]
+        loss.backward()
         nn.utils.clip_grad_norm_(task.trainable_module.parameters(), clip_norm)  # type: ignore[union-attr]
         optimizer.step()
         optimizer.zero_grad()
@@ -157,7 +163,9 @@ def run(folder: Path, contestant: str, seed: int, target: float, workers: int) -
     if accuracies[-1] < target:
         raise RuntimeError(f"{contestant}, seed {seed}: got {max(accuracies):.1f} %, expected {target} before epoch 44")
     row = {"op": "time_to_accuracy", "contestant": contestant, "seed": seed, "target": target, "seconds": seconds}
-    return row | {"images": images, "images_per_s": images / seconds, "accuracies": accuracies, "workers": workers}
+    precision = str(autocast_dtype(config.load(RECIPE).train.precision, CPU) or torch.float32).removeprefix("torch.")
+    row |= {"images": images, "images_per_s": images / seconds, "accuracies": accuracies, "workers": workers}
+    return row | {"precision": precision}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
