@@ -31,7 +31,7 @@ from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate, evaluate_saved
 from fastdeitlt.models import create_student
-from fastdeitlt.models.saved import open_saved
+from fastdeitlt.models.saved import open_released_teacher, open_saved
 from fastdeitlt.models.teacher import Paco, Teacher, create_teacher, load_teacher, open_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.reporting.analysis import sections
@@ -395,6 +395,11 @@ def test_folders_and_released_checkpoints_convert_both_ways(data: Path, tmp_path
     back = import_official(released, tmp_path / "back", **facts)
     images = torch.randn(2, 3, 16, 16)
     logits = [load_teacher(path, "resnet8", 3)(images) for path in (folder, released, back)]
+    for size, crop in ((16, 1.0), (32, 1.0), (224, 0.875)):  # of the evaluation in the codes that released them
+        folder = import_official(released, tmp_path / f"of-{size}", **facts | {"img_size": size})
+        loaded = open_released_teacher(released, "resnet8", 3, size)
+        assert open_saved(folder).preprocess.crop_pct == loaded.preprocess.crop_pct == crop
+        assert open_saved(folder).preprocess.mean == (0.3,) * 3 and open_saved(folder).preprocess.img_size == size
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
 

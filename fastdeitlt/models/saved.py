@@ -20,9 +20,6 @@ from fastdeitlt.store.checkpoint import find_model_folder, read_manifest
 from fastdeitlt.store.files import read_json
 from fastdeitlt.store.manifest import Calibration, Preprocess
 
-DEFAULTS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.875}
-"""Preprocessing of a released checkpoint, which has none in its file."""
-
 EXPORTED = (".onnx", ".pt2")
 """Suffixes of exported files; exported timm folders have a config.json."""
 
@@ -68,6 +65,16 @@ class Saved:
         return logits_BK[:, self.class_map.to(logits_BK.device)]
 
 
+def released_preprocess(img_size: int) -> Preprocess:
+    """Return the preprocessing of a released checkpoint, which states none.
+
+    ImageNet's mean and std; above 32 pixels the central 7/8 of the shorter side, else all of it. Source: DeiT-LT
+    datasets.py, ``build_transform_deit``; the crops are those of val-iisc/Saddle-LongTail and PaCo too.
+    """
+    crop_pct = 0.875 if img_size > 32 else 1.0
+    return Preprocess(mean=IMAGENET_MEAN, std=IMAGENET_STD, img_size=img_size, crop_pct=crop_pct)
+
+
 def open_saved(path: str | Path) -> Saved:
     """Open a saved student, or the folder of a teacher.
 
@@ -88,7 +95,8 @@ def open_saved(path: str | Path) -> Saved:
         model = load_teacher(path, "", info.get("model", {}).get("num_classes", 0))
     else:
         model, info = load_student_checkpoint(path)
-    num_classes, stated = info["model"]["num_classes"], DEFAULTS | (info.get("preprocess") or {})
+    num_classes, img_size = info["model"]["num_classes"], info["model"]["img_size"]
+    stated = info.get("preprocess") or released_preprocess(img_size).model_dump()
     map_K = check_class_map(info.get("class_map") or range(num_classes), num_classes)
     names = info.get("class_names") or [f"class {label}" for label in range(num_classes)]
     if len(names) != num_classes:
@@ -106,7 +114,7 @@ def open_saved(path: str | Path) -> Saved:
         classes=Classes(f"model {path}", num_classes, info.get("class_names")),
         class_names=[names[label] for label in map_K.argsort().tolist()],
         class_map=map_K,
-        preprocess=Preprocess(**stated | {"img_size": stated.get("img_size") or info["model"]["img_size"]}),
+        preprocess=Preprocess(**stated | {"img_size": stated.get("img_size") or img_size}),
         calibration=Calibration(**info["calibration"]) if info.get("calibration") else None,
         info=info,
         # only the manifest of the best weights, which were tested, has "selected"
@@ -119,7 +127,7 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
 
     Args:
         arch: see ``load_teacher``.
-        img_size: side of its input in pixels; mean and std are ImageNet's, as in the official code.
+        img_size: side of its input in pixels; see ``released_preprocess``.
 
     Raises:
         UserError: see ``load_teacher``.
@@ -130,7 +138,7 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
         class_names=[f"class {label}" for label in range(num_classes)],
         classes=Classes(f"model {path}", num_classes, None),
         class_map=torch.arange(num_classes),
-        preprocess=Preprocess(**DEFAULTS, img_size=img_size),
+        preprocess=released_preprocess(img_size),
         info={"model": {"arch": arch, "num_classes": num_classes, "img_size": img_size}},
     )
 

@@ -8,6 +8,7 @@ import torch
 
 from fastdeitlt import config
 from fastdeitlt.errors import UserError
+from fastdeitlt.models.saved import released_preprocess
 from fastdeitlt.models.teacher import create_teacher, load_teacher, teacher_input
 from fastdeitlt.store.checkpoint import find_model_folder, read_folder, read_manifest, save_model_folder
 from fastdeitlt.store.files import draft_file, read_json
@@ -81,7 +82,7 @@ def import_official(
         path: the checkpoint; its style is detected from its keys.
         folder: the folder to write.
         arch, num_classes: architecture and number of classes.
-        img_size: side in pixels of its input.
+        img_size: side in pixels of its input; the crop is that of ``released_preprocess``.
         mean, std: normalisation of its input.
         class_map: the teacher's class of each data-set label; None = identical.
 
@@ -93,7 +94,7 @@ def import_official(
         "kind": "teacher",
         "model": {"arch": arch, "num_classes": num_classes, "img_size": img_size, "style": "fastdeitlt"},
         "class_map": list(class_map) if class_map is not None else None,
-        "preprocess": {"mean": list(mean), "std": list(std), "img_size": img_size, "crop_pct": 1.0},
+        "preprocess": released_preprocess(img_size).model_dump() | {"mean": list(mean), "std": list(std)},
     }
     return save_model_folder(folder, network.state_dict(), manifest)
 
