@@ -223,6 +223,9 @@ def test_tensorboard_shows_a_resumed_run_without_what_was_dropped(tmp_path):
     with Run(_config(tmp_path)) as run:
         run.rewind(1, ended=False)
         run.record("step", 2, loss=20.0)
+    files = (run.folder / "tensorboard").iterdir()  # events.out.tfevents.<second>.<host>.<process>.<counter>
+    for second, file in enumerate(sorted(files, key=lambda file: int(file.name.rpartition(".")[2]))):
+        file.rename(file.with_name(f"events.out.tfevents.{second:010d}"))  # as if not started within one second
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(1, 1.0), (2, 20.0)]
 
