@@ -50,8 +50,8 @@ def squares(counts: list[int]) -> LongTailSet:
     return LongTailSet(paths, labels, counts, class_names=names, images_NHWC=pixels.astype(np.uint8))
 
 
-def manifest(**facts: object) -> Manifest:
-    model = {"arch": "resnet8", "num_classes": len(COUNTS)}
+def manifest(num_classes: int, **facts: object) -> Manifest:
+    model = {"arch": "resnet8", "num_classes": num_classes}
     return Manifest.model_validate({"format": "fastdeitlt", "files": {}, "kind": "teacher", "model": model, **facts})
 
 
@@ -67,7 +67,7 @@ def checked(
     images = squares(counts)
     base = {"train.device": "cpu", "evaluate.crop_pct": 1.0, "teacher.path": "folder"}
     cfg = config.build(base | {f"teacher.{name}": value for name, value in (settings or {}).items()})
-    facts = None if stated is None else manifest(**stated)
+    facts = None if stated is None else manifest(len(counts), **stated)
     trained = {"mean": MEAN, "std": STD, "img_size": SIZE} | (expects or {})
     teacher = Teacher(network or Colours(len(counts), **trained, classes=classes), len(counts))
     teacher.manifest = facts
@@ -98,6 +98,16 @@ def test_permuted_tail_classes_are_found_though_nearly_all_images_are_right(stat
 def test_two_exchanged_classes_of_many_are_found_though_little_is_lost():
     with pytest.raises(UserError, match=r"96\.0 % right .*; 100\.0 % are right .* \('colour 20', 'colour 21'\)"):
         checked([*range(20), 21, 20, *range(22, 50)], counts=[6] * 50)
+
+
+@pytest.mark.parametrize(("order", "num_warnings"), [([20, 21], 0), ([21, 20], 1)])
+def test_two_exchanged_classes_within_the_stated_accuracy_are_a_warning(caplog, monkeypatch, order, num_warnings):
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    stated = {"balanced_accuracy": {"train": 100.0}}
+    checked([*range(20), *order, *range(22, 50)], stated, counts=[6] * 50)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == num_warnings
+    assert all("96.0 % right" in text and "order of its classes ('colour 20', 'colour 21')" in text for text in warnings)
 
 
 @pytest.mark.parametrize("stated", [None, NEW, OLD], ids=["released", "folder", "old folder"])
