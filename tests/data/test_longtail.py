@@ -98,7 +98,9 @@ def test_threshold_bounds_are_inclusive_in_the_middle():
         (1000, None, (390, 445, 165)),
         (365, "places_lt", (121, 123, 121)),
         (100, "list", (33, 34, 33)),
-        (2, None, (0, 2, 0)),
+        (3, "folder", (1, 1, 1)),
+        (2, "folder", (1, 0, 1)),
+        (1, None, (0, 1, 0)),
     ],
 )
 def test_official_groups_have_the_codes_sizes(classes, dataset, sizes):

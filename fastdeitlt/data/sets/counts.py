@@ -112,8 +112,8 @@ def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | 
 
     threshold: more than 100 training images, 20 to 100, fewer than 20 (Liu et al. 2019); a class without images is in
     the tail. official: the index ranges of the DeiT-LT code after a stable sort by frequency, by number of classes
-    (``OFFICIAL_BOUNDS``); thirds of the classes for other data sets (``has_official_split``). Published tables use
-    either, so a tail accuracy needs its split.
+    (``OFFICIAL_BOUNDS``); thirds of the classes for other data sets (``has_official_split``), of two classes head and
+    tail. Published tables use either, so a tail accuracy needs its split.
 
     Args:
         counts: training images of each class [K].
@@ -129,8 +129,8 @@ def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | 
     if split != "official":
         raise UserError(f"shot split: got {split!r}, expected 'threshold' or 'official'")
     classes = len(counts_K)
-    thirds = (classes // 3, classes - classes // 3)
-    bounds = OFFICIAL_BOUNDS[classes] if has_official_split(classes, dataset) else thirds
+    third = 1 if classes == 2 else classes // 3
+    bounds = OFFICIAL_BOUNDS[classes] if has_official_split(classes, dataset) else (third, classes - third)
     groups = zip(("head", "mid", "tail"), np.split(class_order(counts_K), bounds), strict=True)
     return {name: torch.from_numpy(np.sort(ids)) for name, ids in groups}
 
