@@ -78,7 +78,7 @@ def check_decisions(teacher: Teacher, images: LongTailSet, source: Source, cfg: 
         )
     log.info("teacher: %s on %d clean training images", got, len(sample_N))
     if is_exchanged:
-        log.warning("teacher %s: %s on clean training images; %s", cfg.teacher.path, got, check.another_order(decisions))
+        log.warning("teacher %s: got %s; %s", cfg.teacher.path, got, check.another_order(decisions))
     if stated is not None and measured < stated - NEAR:
         log.warning(
             "teacher %s: %s on clean training images with the student's preprocessing, %.1f %%%s stated in its folder",
