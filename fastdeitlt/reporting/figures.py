@@ -19,6 +19,8 @@ INK, FAINT, GRID = "#374151", "#9ca3af", "#e5e7eb"
 RUN_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4b5563", "#be185d")
 SIZE_INCHES = (5.2, 3.1)
 MARGINS = {"left": 0.12, "right": 0.98, "bottom": 0.15, "top": 0.93}
+LEGEND_INCHES = 0.18
+"""Height of a legend's row."""
 PERCENT = (0, 103)  # room for a marker at 100
 MAX_POINTS = 400
 MAX_INTERVALS = 40
@@ -140,16 +142,19 @@ def reliability(result: Result, names: Mapping[str, str] | None = None) -> Marku
 
 def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
     """Draw bars in %, grouped by ``groups``, one colour per name; NaN has no bar."""
+    fitting = int(62 / (5 + max(map(len, values), default=0)))  # columns of a legend as wide as the axes
+    columns = min(max(fitting, 1), len(values))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new()
+        figure, axes = _new(LEGEND_INCHES * (-(-len(values) // max(columns, 1)) - 1))
         width = 0.8 / max(len(values), 1)
         for index, (name, heights) in enumerate(values.items()):
             x = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * width
             axes.bar(x, np.nan_to_num(heights), width * 0.92, label=name, color=colours[name])
         axes.set_xticks(range(len(groups)), groups)
         axes.grid(axis="x", visible=False)
-        axes.set(ylim=(0, 120), yticks=range(0, 101, 20), ylabel="accuracy in %")  # room for the legend
-        axes.legend(loc="upper center", ncols=len(values), handlelength=1, columnspacing=1.2)
+        axes.set(ylim=(0, 120), yticks=range(0, 101, 20), ylabel="accuracy in %")  # room for a row of the legend
+        legend = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.87), "ncols": columns}
+        axes.legend(**legend, handlelength=1, columnspacing=1.2)
         return _svg(figure)
 
 
@@ -193,9 +198,13 @@ def distances(distance_LH: Sequence[Sequence[float]], uniform: float) -> Markup:
         return _svg(figure)
 
 
-def _new() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES)
-    return figure, figure.subplots(gridspec_kw=MARGINS)
+def _new(above: float = 0.0) -> tuple[Figure, Axes]:
+    """Return a figure, with ``above`` inches of room above its axes."""
+    width, height = SIZE_INCHES
+    share = height / (height + above)
+    margins = MARGINS | {name: share * MARGINS[name] for name in ("bottom", "top")}
+    figure = Figure(figsize=(width, height + above))
+    return figure, figure.subplots(gridspec_kw=margins)
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

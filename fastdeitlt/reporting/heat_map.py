@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup, escape
+from rich.cells import cell_len, set_cell_size
 
 from fastdeitlt.errors import counted, printable
 from fastdeitlt.reporting.figures import COLOURS, INK
@@ -17,7 +18,7 @@ CELL = (13.0, 44.0)
 FONT = 11.0
 """Smallest font size of the names, in SVG units."""
 NAME_LENGTH = 16
-"""Characters drawn of a class name; the tooltip has all."""
+"""Columns drawn of a class name, of which a CJK character or emoji takes two; the tooltip has all of it."""
 MAX_NUMBERED = 15
 """Most classes with a number in each cell."""
 
@@ -36,8 +37,8 @@ def heat_map(matrix_KK: np.ndarray, names: Sequence[str]) -> Markup:
     cell = float(np.clip(SIDE / num_classes, *CELL))
     font = max(FONT, 0.36 * cell)
     names = [printable(name) for name in names]
-    short = [name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…" for name in names]
-    margin = 0.62 * font * max(map(len, short)) + 8
+    short = [name if cell_len(name) <= NAME_LENGTH else f"{set_cell_size(name, NAME_LENGTH - 1)}…" for name in names]
+    margin = 0.62 * font * max(map(cell_len, short)) + 8
     side = margin + cell * num_classes + 1
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side:.0f} {side:.0f}" font-size="{font:.1f}" '

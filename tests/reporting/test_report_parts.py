@@ -14,6 +14,7 @@ from made_up_run import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, 
 from fastdeitlt import arguments, config
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score, score_heads
+from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.heat_map import NAME_LENGTH, heat_map
 from fastdeitlt.reporting.report import write_report
 from fastdeitlt.teachers.schedule import learning_rate, radius
@@ -77,6 +78,25 @@ def test_rows_of_the_heat_map_are_in_order_of_size_and_long_names_are_cut(tmp_pa
     html = write_report(folder).read_text(encoding="utf-8")
     drawn = re.findall(r"text-anchor=\"end\"[^>]*><title>([^<]*)", html)
     assert drawn[1:] == NAMES[-2::-1]
+
+
+def test_wide_characters_of_a_name_have_room_beside_the_heat_map():
+    for name, shown in (("漢字" * 4, "漢字" * 4), ("漢字" * 20, "漢字" * 3 + "漢 …"), ("🐈" * 9, "🐈" * 7 + " …")):
+        svg = heat_map(np.eye(2, dtype=np.int64), ["a", name])
+        assert f"<title>{name}</title>{shown}</text>" in svg
+        font = float(re.search(r'font-size="([\d.]+)"', svg)[1])
+        right = float(re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end"', svg)[1])
+        assert right > font * sum(1 if letter in " …" else 2 for letter in shown) / 2
+
+
+def test_a_legend_of_long_names_has_rows_within_the_figure():
+    for number, length, rows in ((4, 3, 1), (4, 12, 2), (6, 33, 6)):
+        names = [f"{index}{'m' * (length - 1)}" for index in range(number)]
+        svg = figures.bars(["all", "tail"], {name: [50, 60] for name in names}, dict.fromkeys(names, "#000000"))
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        places = re.findall(r'<text[^>]* x="([-\d.]+)" y="([-\d.]+)"[^>]*>\dm+<', svg)
+        assert len(places) == number and len({y for _, y in places}) == rows
+        assert all(float(x) > 0 and float(x) + 5 * length < width and float(y) > 0 for x, y in places)
 
 
 @pytest.mark.parametrize(("num_classes", "drawn"), [(50, True), (51, False)])
