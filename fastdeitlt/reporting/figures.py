@@ -153,8 +153,8 @@ def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: 
         axes.set_xticks(range(len(groups)), groups)
         axes.grid(axis="x", visible=False)
         axes.set(ylim=(0, 120), yticks=range(0, 101, 20), ylabel="accuracy in %")  # room for a row of the legend
-        legend = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.87), "ncols": columns}
-        axes.legend(**legend, handlelength=1, columnspacing=1.2)
+        where = (0.5, 0.87)
+        axes.legend(loc="lower center", bbox_to_anchor=where, ncols=columns, handlelength=1, columnspacing=1.2)
         return _svg(figure)
 
 
