@@ -62,7 +62,7 @@ class Model:
         self._saved, self.path, self.device = saved, path, device
         self.kind, self.img_size = saved.kind, saved.preprocess.img_size
         self.class_map = saved.class_map
-        self.classes = [saved.class_names[k] for k in saved.class_map.tolist()]
+        self.classes = saved.label_names
         self.module: nn.Module = saved.model.to(device)
         network = OneHead(saved.model, saved.model.logit_scale) if isinstance(saved.model, Teacher) else saved.model
         self._heads = network.eval()

@@ -52,6 +52,11 @@ class Saved:
         return len(self.class_names)
 
     @property
+    def label_names(self) -> list[str]:
+        """Name of each label of the data set [K]."""
+        return [self.class_names[k] for k in self.class_map.tolist()]
+
+    @property
     def class_counts(self) -> list[int] | None:
         """Training images of each label [K], if the model's file has them."""
         return self.info.get("class_counts")

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdeitlt import distributed
 from fastdeitlt.data.pixels.resize import centre_crop
@@ -41,6 +41,7 @@ class Choice:
     """A class and its probability by a head."""
 
     class_id: int
+    """Label of the data set, as in ``eval --predictions``; not the network's output if the model has a class map."""
     name: str
     probability: float
 
@@ -146,10 +147,10 @@ def _predict_batch(
 ) -> list[Prediction]:
     crops_BHWC = centre_crop(images, saved.preprocess.resize, saved.preprocess.img_size).to(device)
     with torch.inference_mode():
-        heads = _heads(saved.model, saved.normalise(crops_BHWC))
+        heads = _heads(saved, saved.normalise(crops_BHWC))
     head = head if head in heads else next(iter(heads))
     best = {
-        name: _best(logits_BK / (temperatures or {}).get(name, 1), top_k if name == head else 1, saved.class_names)
+        name: _best(logits_BK / (temperatures or {}).get(name, 1), top_k if name == head else 1, saved.label_names)
         for name, logits_BK in heads.items()
     }
     cls, dist = ([row[0] for row in best[name]] if name in best else [None] * len(images) for name in ("CLS", "DIST"))
@@ -158,11 +159,11 @@ def _predict_batch(
     ]
 
 
-def _heads(model: nn.Module, images_BCHW: Tensor) -> dict[str, Tensor]:
-    """Return logits [B, K] by head; a teacher's at its training scale."""
-    if isinstance(model, Teacher):
-        return {"TEACHER": model(images_BCHW) * model.logit_scale}
-    cls_logits_BK, dist_logits_BK = model.forward_heads(images_BCHW)  # type: ignore[operator]
+def _heads(saved: Saved, images_BCHW: Tensor) -> dict[str, Tensor]:
+    """Return logits [B, K] of the labels by head; a teacher's at its training scale."""
+    if isinstance(saved.model, Teacher):
+        return {"TEACHER": saved.by_label(saved.model(images_BCHW)) * saved.model.logit_scale}
+    cls_logits_BK, dist_logits_BK = map(saved.by_label, saved.model.forward_heads(images_BCHW))  # type: ignore[operator]
     return {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
 
 

@@ -92,8 +92,11 @@ def test_a_class_map_gives_each_class_of_the_model_its_own_name(saved, tmp_path)
     save_student(tmp_path / "model", class_map=class_map)
     mapped = predict(tmp_path / "model", saved[2], device="cpu")
     for row, mapped_row in zip(predict(saved[0], saved[2], device="cpu"), mapped, strict=True):
-        assert mapped_row.top[0].class_id == row.top[0].class_id
-        assert mapped_row.top[0].name == CLASS_NAMES[class_map.index(row.top[0].class_id)]
+        label = class_map.index(row.top[0].class_id)
+        assert (mapped_row.top[0].class_id, mapped_row.top[0].name) == (label, CLASS_NAMES[label])
+        assert (mapped_row.cls.class_id, mapped_row.dist.class_id) == tuple(
+            class_map.index(choice.class_id) for choice in (row.cls, row.dist)
+        )
 
 
 def test_unreadable_files_get_a_line_each_and_the_rest_an_answer(saved, tmp_path, capsys):

@@ -149,7 +149,7 @@ def _gallery(
         members = [k for k in class_order(counts).tolist() if k in first and k in set(ids.tolist())]
         places = np.linspace(0, len(members) - 1, min(PER_GROUP, len(members))).astype(int)
         chosen += [(group, members[place]) for place in places]
-    names = [saved.class_names[k] for k in saved.class_map.tolist()]
+    names = saved.label_names
     items: list[dict[str, Any]] = []
     for crops_BHWC, weights, (cls_BK, dist_BK) in _batches(saved, source, np.array([first[k] for _, k in chosen])):
         side = round((weights[0].shape[-1] - 2) ** 0.5)
