@@ -286,7 +286,7 @@ def _score_head(
         return calibration_error(reliability_bins(confidence_N[inside_N], hit_N[inside_N]))
 
     bins = reliability_bins(confidence_N, hit_N)
-    f1_K = 2 * correct_K / (support_K + predicted_K)  # NaN for a class neither present nor predicted
+    f1_K = 2 * correct_K / (support_K + predicted_K)
     return HeadResult(
         top1=grouped(hit_N, 100),
         top5=grouped(hit5_N, 100),
@@ -297,7 +297,7 @@ def _score_head(
         nll=grouped(nll_N),
         brier=grouped(brier_N),
         balanced_accuracy=100 * float((correct_K / support_K).nanmean()),
-        macro_f1=100 * float(f1_K.nanmean()),
+        macro_f1=100 * float(f1_K[support_K > 0].mean()),
         correct_K=correct_K.long().tolist(),
         confusions=_confusions(labels_N, predicted_N, num_classes),
         reliability=bins,

@@ -223,6 +223,8 @@ def test_an_absent_class_or_group_is_a_dash_and_never_pulls_a_mean_down():
     logits = torch.nn.functional.one_hot(labels, 4).float()
     result = score(logits, logits, labels, [500, 50, 40, 3])  # classes 2 (mid) and 3 (tail) have no test image
     assert result.accuracy(group="mid") == 100 and result.heads["AVG"].balanced_accuracy == 100
+    three_right = score(*[torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 3]), 4).float()] * 2, labels, [9, 9, 9, 9])
+    assert three_right.heads["AVG"].macro_f1 == pytest.approx(100 * (1 + 2 / 3) / 2)  # of the two classes with images
     assert math.isnan(result.accuracy(group="tail")) and math.isnan(result.class_accuracy("AVG")[3])
     console = Console(width=100)
     with console.capture() as capture:
