@@ -1,7 +1,10 @@
 """Exports: other programs read them, give the same logits, and know the classes and how to prepare images."""
 
 import json
+import re
+import runpy
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from image_files import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_model import CLASS_NAMES, MANIFEST, NAME, SIZE, save_images, save_student, save_teacher
@@ -158,6 +162,26 @@ def test_onnx_has_a_free_batch_three_outputs_and_the_facts(saved):
     assert told["class_names"] == [CLASS_NAMES[label] for label in (1, 3, 0, 2)]  # by class of the model
     assert told["temperatures"] is None  # the run fitted none
     assert told["class_map"] == [2, 0, 3, 1] and told["crop_pct"] == 0.8 and told["mean"] == [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_the_program_of_the_docs_answers_as_predict_does(tmp_path, monkeypatch, capsys, exif):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n([^`]*onnxruntime[^`]*)```", page)
+    Path("program.py").write_text(program)
+    calibration = {"temperatures": {"AVG": 2.5, "CLS": 1.0, "DIST": 1.0}, "num_fitted": 40}
+    preprocess = MANIFEST["preprocess"] | {"exif": exif}
+    save_student(tmp_path / "m", preprocess=preprocess, class_map=[2, 0, 3, 1], calibration=calibration)
+    export("m", "model.onnx", "onnx")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for height, width, mode in ((40, 61, "RGB"), (333, 47, "CMYK"), (5, 9, "L")):
+        picture(height, width).convert(mode).save("photo.jpg", exif=turned)
+        runpy.run_path("program.py")
+        name, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+        choice = predict("m", "photo.jpg", device="cpu")[0].top[0]
+        assert name == choice.name and float(probability) == pytest.approx(choice.probability, abs=1e-4)
 
 
 def test_pt2_loads_without_this_package_s_classes_and_has_the_facts(saved):
