@@ -452,6 +452,18 @@ def test_a_diagnosis_shows_that_harder_images_confuse_the_teacher(trained: tuple
     json.dumps(facts)
 
 
+def test_the_clean_images_of_a_released_teacher_are_prepared_as_the_run_does(
+    trained: tuple[Config, Path], tmp_path: Path
+) -> None:
+    cfg, folder = trained
+    released = export_official(folder, "official_ldam", tmp_path / "released.pth")
+    of_student = student(cfg, released)
+    of_student = of_student.model_copy(update={"teacher": of_student.teacher.model_copy(update={"arch": "resnet8"})})
+    assert cfg.augment.mean != of_student.teacher.mean  # which only normalise=teacher uses
+    clean = [diagnose_teacher(path, of_student, flatness=False)["clean"] for path in (folder, released)]
+    assert clean[0] == clean[1]
+
+
 def test_analyze_prints_writes_and_reports_a_teacher(
     trained: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

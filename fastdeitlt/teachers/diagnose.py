@@ -19,9 +19,9 @@ from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.data.sets.counts import shot_groups
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet
-from fastdeitlt.models.teacher import Teacher, load_teacher
+from fastdeitlt.models.teacher import Teacher, load_teacher, teacher_input
 from fastdeitlt.run.progress import tracked
-from fastdeitlt.store.manifest import Preprocess
+from fastdeitlt.store.manifest import preprocess_of
 from fastdeitlt.teachers.decisions import CLEAN_BATCH, clean_batches
 from fastdeitlt.teachers.flatness import feature_rank, sharpness
 from fastdeitlt.teachers.opening import settle_order, teacher_of
@@ -42,11 +42,11 @@ def diagnose_teacher(
         run_dir: folder of the student's run with the stored class order of ``teacher.map_classes``; None: no run.
 
     Returns:
-        ``clean`` (the teacher's own preprocessing), ``augmented`` and ``mixed`` (the student's recipe at the teacher's
-        size) and ``mixed_resized`` (at the student's size, then resized, as in training), each with ``accuracy``
-        against the label with the larger share in %, ``either`` against any of the two in %, ``entropy``
-        of the softmax in nats, ``agreement`` by head, mid and tail in % (means of class accuracies, official split;
-        None: no image of them).
+        ``clean`` (the preprocessing that the teacher's folder states, else the run's), ``augmented`` and ``mixed`` (the
+        student's recipe at the teacher's size) and ``mixed_resized`` (at the student's size, then resized, as in
+        training), each with ``accuracy`` against the label with the larger share in %, ``either`` against any of the
+        two in %, ``entropy`` of the softmax in nats, ``agreement`` by head, mid and tail in % (means of class
+        accuracies, official split; None: no image of them).
         ``hard_targets``: images of each class by ``labels`` and by ``targets``, the argmax of mixed_resized.
         ``sharpness``: ``loss``, ``gap`` (rise of the loss a radius away along the gradient) by radius, and
         ``top_eigenvalue`` of the Hessian, of clean images with running batch-norm statistics.
@@ -80,7 +80,8 @@ def _diagnose(
 
     sample_N = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64)
     labels_N = torch.from_numpy(images.labels[sample_N])
-    stated = own or Preprocess(mean=cfg.teacher.mean, std=cfg.teacher.std)
+    fed = teacher_input(cfg.teacher, None, cfg.augment.mean, cfg.augment.std, cfg.student.side)
+    stated = own or preprocess_of(cfg, size).model_copy(update={"mean": fed.mean, "std": fed.std})
     prepared = stated.model_copy(update={"img_size": stated.img_size or size})
     groups = shot_groups(images.counts, "official", cfg.data.dataset)
     score = _Scorer(groups, scale, teacher.class_map)
