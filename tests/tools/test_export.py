@@ -74,6 +74,18 @@ def test_timm_loads_the_folder_and_gives_bit_equal_logits(saved, timm_folder, ba
         assert torch.equal(loaded(images(batch_size)), student(images(batch_size)))
 
 
+def test_another_attention_of_timm_is_rounding_and_no_reason_to_refuse(saved, tmp_path):
+    timm.layers.set_fused_attn(False)  # as TIMM_FUSED_ATTN=0
+    try:
+        folder = export(saved[0], tmp_path / "timm", "timm")
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    finally:
+        timm.layers.set_fused_attn(True)
+    with torch.no_grad():
+        got, expected = loaded(images(3)), saved[1](images(3))
+    assert not loaded.blocks[0].attn.fused_attn and torch.allclose(got, expected, atol=1e-4)
+
+
 def test_timm_prepares_images_as_predict_does_and_names_the_same_class(saved, timm_folder, tmp_path):
     from PIL import Image
 
