@@ -303,8 +303,10 @@ class Run:
         """Rewrite summary.csv, one row per evaluation."""
         rows = [line for line in self.records() if line["kind"] == "eval"] if self.is_main else []
         if rows:
-            head = [key for key, value in rows[-1].items() if isinstance(value, int | float | str) and key != "kind"]
-            table = [",".join(head), *(",".join(str(row.get(key, "")) for key in head) for row in rows)]
+            kinds = int | float | str | None
+            head = [key for key, value in rows[-1].items() if isinstance(value, kinds) and key != "kind"]
+            cells = [[row.get(key) for key in head] for row in rows]
+            table = [",".join(head), *(",".join("" if cell is None else str(cell) for cell in row) for row in cells)]
             try:
                 write_atomically(self.folder / "summary.csv", "\n".join(table) + "\n")
             except OSError as error:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -28,13 +29,14 @@ class Records:
         self._lock = threading.Lock()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line.
+        """Append a line; a number that is not finite becomes null, because JSON has no NaN.
 
         Raises:
             FileNotFoundError, NotADirectoryError: the folder was removed.
         """
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with self._lock:
-            self._pending += json.dumps(line) + "\n"
+            self._pending += json.dumps(finite) + "\n"
             try:
                 self._write(wait=False)
             except OSError as error:

@@ -182,6 +182,15 @@ def test_summary_has_one_row_an_evaluation(tmp_path):
     assert (run.folder / "summary.csv").read_text() == "step,epoch,avg_all\n1,0,10.0\n2,1,20.0\n"
 
 
+def test_a_group_without_images_is_null_in_the_records_and_empty_in_the_summary(tmp_path):
+    with Run(_config(tmp_path, track=[])) as run:
+        run.record("eval", 1, avg_all=50.0, avg_mid=float("nan"))
+        run.summarise()
+    (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert line == '{"kind": "eval", "step": 1, "avg_all": 50.0, "avg_mid": null}'
+    assert (run.folder / "summary.csv").read_text() == "step,avg_all,avg_mid\n1,50.0,\n"
+
+
 def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be created"):
