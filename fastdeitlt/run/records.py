@@ -29,7 +29,7 @@ class Records:
         self._lock = threading.Lock()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line; a number that is not finite becomes null, because JSON has no NaN.
+        """Append a line, with null for numbers that are not finite: JSON has no NaN.
 
         Raises:
             FileNotFoundError, NotADirectoryError: the folder was removed.
