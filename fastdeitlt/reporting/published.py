@@ -5,8 +5,9 @@ in val-iisc/DeiT-LT, README.md; the page has its two CIFAR columns swapped, as t
 show. Teachers are in brackets.
 
 LiVT (arXiv 2212.02015) pretrains a ViT-B by masked generation on the same long-tailed images and fine-tunes it; at 224
-px it is the highest number from scratch, above DeiT-LT's. All eight values are those of the results table of
-XuZhengzhuo/LiVT, README.md, not checked against the paper. That table has 63.8 and 81.0 after fine-tuning at 384 px.
+px it is above DeiT-LT's ViT-B. All eight values are those of the results table of XuZhengzhuo/LiVT, README.md, not
+checked against the paper. That table has 63.8 and 81.0 after fine-tuning at 384 px. Higher results of CNNs are not
+listed, such as 63.2 on ImageNet-LT of two ResNeXt-101 (dvlab-research/Parametric-Contrastive-Learning, README.md).
 
 Head, mid and tail of ImageNet-LT rows follow two conventions in one table. ``split`` is the one that reproduces the
 row's overall accuracy; empty if neither does or it cannot be checked.
