@@ -100,6 +100,11 @@ class _Inputs(NamedTuple):
             weights = (weights if class_map is None else weights[class_map]).log()
         return (*self[:3], *self.target[:3], weights, self.spec.cls_weights, self.spec.log_prior, class_map)
 
+    @property
+    def inverse_tau(self) -> float:
+        """Factor on the logits of the DIST loss; hard distillation has no temperature."""
+        return 1 / self.spec.tau if self.spec.soft else 1.0
+
     def constants(self) -> dict[str, int]:
         """Return the constexprs of both kernels.
 
@@ -140,7 +145,7 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     config, target, spec = launch_config(True, num_classes, element_size, stats.device), inputs.target, inputs.spec
     launch(
         joint_loss_fwd_kernel, (batch,), stats,
-        *inputs.pointers(), decision, stats, batch, target.smoothing, 1 / spec.tau,
+        *inputs.pointers(), decision, stats, batch, target.smoothing, inputs.inverse_tau,
         J=teacher_classes, SMOOTH=target.smoothing > 0, **inputs.constants(), **config.options,
     )  # fmt: skip
     launch(
@@ -159,7 +164,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     launch(
         joint_loss_bwd_kernel, (batch, triton.cdiv(num_classes, config.blocks["BLOCK"])), stats,
         *inputs.pointers(), decision, stats, norms, *gradients, grad_cls, grad_dist, batch,
-        inputs.target.smoothing, 1 / inputs.spec.tau, inputs.spec.alpha, **inputs.constants(), **config.options,
+        inputs.target.smoothing, inputs.inverse_tau, inputs.spec.alpha, **inputs.constants(), **config.options,
     )  # fmt: skip
     return grad_cls, grad_dist
 

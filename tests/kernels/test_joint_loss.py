@@ -29,6 +29,7 @@ VARIANTS = {
     "cls_weights": {"mix": True, "smoothing": 0.1, "cls_weights": True},
     "prior": {"log_prior": True, "smoothing": 0.1},
     "normaliser": {"weights": True, "normaliser": True, "alpha": 0.3},
+    "hard_ignores_tau": {"weights": True, "tau": 3.0},
     "soft": {"soft": True, "tau": 3.0},
     "soft_mapped": {"soft": True, "tau": 0.7, "weights": True, "class_map": True},
     "bce": {"mix": True, "smoothing": 0.1, "bce": True},
