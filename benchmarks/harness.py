@@ -5,13 +5,13 @@ The timer is ``fastdeitlt.core.measure.timer``. Rows are appended to
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -73,10 +73,11 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the checkout's commit, or GIT_COMMIT in a copy without history."""
-    if not (shutil.which("git") and (ROOT / ".git").exists()):
-        return os.environ.get("GIT_COMMIT", "unknown")
-    return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
+    """Return the checkout's commit; GIT_COMMIT without history, or where git refuses it as another user's."""
+    if (ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
+    return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _git(*arguments: str) -> str:

@@ -40,9 +40,12 @@ def test_an_op_whose_tests_fail_gets_no_numbers(monkeypatch, capsys):
     assert "failed: not measured" in capsys.readouterr().err
 
 
-def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
+@pytest.mark.parametrize("link", [None, "gitdir: elsewhere"], ids=["no history", "git fails"])
+def test_a_copy_without_history_is_told_its_commit(link, monkeypatch, tmp_path):
     assert harness.machine()["commit"] not in ("", "unknown")
     monkeypatch.setattr(harness, "ROOT", tmp_path)
+    if link:
+        (tmp_path / ".git").write_text(link)
     assert harness.machine()["commit"] == "unknown"
     monkeypatch.setenv("GIT_COMMIT", "abc123")
     assert harness.machine()["commit"] == "abc123"
