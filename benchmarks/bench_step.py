@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_step [--case NAME ...] [--rounds 12] [--only NAME ...] [--check] [--profile FILE]
 
-One process, interleaved rounds, the same weights, batch, precision and work; the losses of three steps are compared
-before timing. The rate is images per second; the ratio is to the baseline. ``--profile`` appends a table of the longest
-operations of one step of each of our contestants to a file.
+One process, interleaved rounds, the same weights, images, precision and work; the losses of three steps are compared
+before timing. A contestant that fails or differs is reported and not timed, and the exit code is 1. The rate is images
+per second; the ratio is to the baseline. ``--profile`` appends a table of the longest operations of one step of each of
+our contestants to a file.
 """
 
 import argparse
@@ -39,15 +40,26 @@ CASES = {
 }
 
 
-def contestants(work: Workload, only: list[str] | None = None) -> dict[str, peers.Step]:
-    """Build the contestants that can run on the workload's device and installation."""
+def contestants(work: Workload, only: list[str] | None = None) -> tuple[dict[str, peers.Step], dict[str, str]]:
+    """Build the contestants that can run on the workload's device and installation.
+
+    Returns:
+        Steps; reasons of those that failed.
+    """
     names = [name for name in KNOWN if name in (peers.LEVERS if only is None else only)]
     if work.device.type != "cuda":
         names = [name for name in names if name not in peers.GPU_ONLY]
     if not harness.installed("deepspeed"):
         print("deepspeed: not installed, not measured")
         names = [name for name in names if "DeepSpeed" not in name]
-    return {name: KNOWN[name](work) for name in names}
+    steps: dict[str, peers.Step] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        try:
+            steps[name] = KNOWN[name](work)
+        except Exception as error:  # noqa: BLE001 - whatever one raises, the others are measured
+            reasons[name] = peers.one_line(error)
+    return steps, reasons
 
 
 def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) -> None:
@@ -58,7 +70,7 @@ def profile(calls: dict[str, harness.Call], device: torch.device, file: Path) ->
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with file.open("a", encoding="utf-8") as out:
         for name, call in calls.items():
-            if name == "official loop" or name.startswith("timm"):
+            if not peers.is_ours(name):
                 continue
             with torch.profiler.profile(activities=activities) as recorded:
                 call()
@@ -85,25 +97,30 @@ def main(arguments: list[str] | None = None) -> int:
     torch._dynamo.config.recompile_limit = harness.RECOMPILES
     device = GPU if torch.cuda.is_available() else CPU
     only = [*options.only, options.baseline] if options.only else None
+    complete = True
     for name in options.case or [name for name, work in CASES.items() if work.device == device and name != "dry"]:
         work = CASES[name]
-        steps = contestants(work, only)
-        losses = peers.check_equal(steps, work)
-        print(f"{name}: equal losses: " + ", ".join(f"{loss:.5f}" for loss in next(iter(losses.values()))))
-        if options.check:
+        steps, not_built = contestants(work, only)
+        losses, not_equal = peers.check_equal(steps, work)
+        for label, reason in (not_built | not_equal).items():
+            print(f"{name} {label}: NOT TIMED, {reason}", flush=True)
+            complete = False
+        for label, values in losses.items():
+            print(f"{name} {label}: losses " + ", ".join(f"{loss:.5f}" for loss in values))
+        if options.check or not losses:
             continue
-        batch = work.batch(0)
-        calls = {label: functools.partial(step, batch) for label, step in steps.items()}
+        calls = {label: functools.partial(steps[label], work.batch(0, label)) for label in losses}
         student = create_student(work.student, work.num_classes, work.img_size)
         case = harness.Case(
-            name, calls, options.baseline, useful_flops=int(3 * flops_per_image(student) * work.batch_size),
+            name, calls, options.baseline if options.baseline in calls else next(iter(calls)),
+            useful_flops=int(3 * flops_per_image(student) * work.batch_size),
             dtype=torch.bfloat16 if work.precision == "bf16" else torch.float32, eager=frozenset(calls),
             images=work.batch_size, facts=work.facts,
         )  # fmt: skip
         print(f"rows appended to {harness.run('step', case, device, options.rounds)}")
         if options.profile:
             profile(calls, device, options.profile)
-    return 0
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

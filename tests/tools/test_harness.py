@@ -10,6 +10,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import harness
+from fastdeitlt.core.measure import timer
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,15 @@ def test_a_candidate_twice_as_fast_as_the_baseline_has_speedup_two(monkeypatch):
     assert (fast["speedup"], slow["speedup"]) == (2.0, 1.0)
     assert fast["floor_ms"] == pytest.approx(1.0) and fast["share_of_floor"] == pytest.approx(1.0)
     assert slow["gb_per_s"] == pytest.approx(1000 / 2e-3 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "calls"),
+    [("cuda", 1e-5, 199), ("cuda", 0.07, 5), ("cuda", 0.2, 3), ("cuda", 1.2, 1), ("cpu", 0.07, 1), ("cpu", 1e-9, 1000)],
+)
+def test_a_sample_has_few_of_long_calls(device, seconds, calls):
+    """A pass over a data set five times a sample took the time of the stages after it."""
+    assert timer._repeats(seconds, torch.device(device)) == pytest.approx(calls, abs=1)
 
 
 def test_an_op_whose_tests_fail_gets_no_numbers(monkeypatch, capsys):

@@ -7,6 +7,7 @@ its forward inside ``capturing_stream`` too.
 """
 
 import functools
+import math
 import os
 import statistics
 import time
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 SAMPLE_MS = 2.0
+GPU_CALLS, GPU_SAMPLE_S = 5, 0.5
+"""Least calls of a sample on a GPU, so that launches overlap; of long calls, those of so many seconds."""
 WARM_UP_CALLS = 3
 Call = Callable[[], object]
 
@@ -114,9 +117,9 @@ def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], fl
     start = time.perf_counter()
     call()
     synchronise(device)
-    repeats = max(1, min(1000, int(SAMPLE_MS / 1e3 / (time.perf_counter() - start))))
+    repeats = _repeats(time.perf_counter() - start, device)
     if device.type == "cuda":
-        return _cuda_sampler(call, max(repeats, 5), capture, device)
+        return _cuda_sampler(call, repeats, capture, device)
 
     def sample() -> float:
         start = time.perf_counter()
@@ -125,6 +128,12 @@ def _sampler(call: Call, device: torch.device, capture: bool) -> Callable[[], fl
         return (time.perf_counter() - start) * 1e3 / repeats
 
     return sample
+
+
+def _repeats(seconds: float, device: torch.device) -> int:
+    """Return the calls of a sample, from the seconds of one."""
+    least = min(GPU_CALLS, math.ceil(GPU_SAMPLE_S / seconds)) if device.type == "cuda" else 1
+    return max(least, min(1000, int(SAMPLE_MS / 1e3 / seconds)))
 
 
 def _cuda_sampler(call: Call, repeats: int, capture: bool, device: torch.device) -> Callable[[], float]:
