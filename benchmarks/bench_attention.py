@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from fastdeitlt.kernels.attention import attention, attention_first
 from torch import Tensor
+from triton.runtime.errors import TritonError
 
 from benchmarks import harness
 from fastdeitlt.core.measure.timer import passes
@@ -38,7 +39,7 @@ def runnable(implementation: Callable[..., Tensor], tensors: list[Tensor]) -> di
             calls = passes(partial(implementation, *tensors, impl=impl), tensors)
             calls["backward"]()
             calls_by_impl[impl] = calls
-        except (RuntimeError, UserError) as error:
+        except (RuntimeError, TritonError, UserError) as error:
             print(f"{impl}: not measured, {' '.join(str(error).split())[:120]}")
     return calls_by_impl
 

@@ -6,7 +6,7 @@ The first stages are planned for nine minutes on an H200 and need only torch, Tr
 safetensors:
 
 - facts: versions, the rates of a copy and a product;
-- prepare: the kernels' tests, while other processes fill the compilers' caches;
+- prepare: the kernels' tests, while a process for each contestant fills the compilers' caches;
 - step: ours beside timm's and the official loop, and a table of its operations;
 - ops: torch's attention beside float64, each kernel beside its peers;
 - arrays: training from images in memory.
@@ -52,6 +52,10 @@ RESERVE_S = 5.0
 """Seconds of ``--minutes`` reserved for the table."""
 IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, DeepSpeed")
 """Contestants of ``bench_step`` for the budget, and "+ kernels" to compare with `auto`."""
+COMPILED = ("timm, compiled", "+ kernels", "as shipped (auto)")
+"""Contestants to compile before they are timed."""
+IN_STEP = {"attention", "add_layernorm", "bias_gelu", "joint_loss", "adamw_ema"}
+"""Ops of "+ kernels"."""
 ONE_OFF = (
     "as shipped, fused teacher",
     *(f"kernels, {op} by torch" for op in ("attention", "add_layernorm", "bias_gelu", "joint_loss")),
@@ -122,9 +126,11 @@ def stages(dry: bool, out: Path) -> dict[str, Stage]:
     every = ["--case", "dry", "--check", *only] if dry else []
     train = ["-m", "benchmarks.bench_train", *(["--help"] if dry else [*images, "--images", "8192"])]
     facts = ["-m", "benchmarks.gpu_ops", "facts"]
-    prepare = {"tests": _tests(dry, out), "check": [*step, *only, "--check"], "compile": [*ops, "--check"]}
+    prepare = {"tests": _tests(dry, out), "compile": [*ops, "--check"]}
+    checked = {"check": only} if dry else {f"check {n}": ["--only", n, "--baseline", n] for n in COMPILED}
+    prepare |= {name: [*step, *contestants, "--check"] for name, contestants in checked.items()}
     stages = {
-        "facts": Stage({"facts": facts}, 0.5),
+        "facts": Stage({"facts": facts}, 0.75),
         "prepare": Stage(prepare, 3.5, ("pytest", "hypothesis"), crowded=True),
         "step": Stage({"step": [*step, *only, *rounds, "--profile", str(out / "profile.txt")]}, 6.0),
         "ops": Stage({"ops": ops}, 7.75),
@@ -154,25 +160,38 @@ def _tests(dry: bool, out: Path) -> Command:
     if not modules.issuperset(WHOLE_TRAINER):
         command += ["--ignore=tests/kernels/test_training.py"]
     if "xdist" in modules and not dry:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "-vv"]  # -vv names each failed test at once
     if "pytest_timeout" not in modules:  # else pytest rejects its option in pyproject.toml
         command += ["-o", "addopts=-q --import-mode=importlib -p no:cacheprovider"]
     return command
 
 
-def red_ops(junit: Path, outcome: str) -> list[str]:
+def red_ops(junit: Path, outcome: str, log: str = "") -> list[str]:
     """Return the ops whose tests failed in pytest's XML report.
 
-    Without a report all failed, unless the ``outcome`` of the tests is that they were not due or out of time.
+    Without a report they are those that the ``log`` names if the ``outcome`` is that the tests were not due or out of
+    time, else all.
     """
     if not junit.exists():
         modules = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-        return [path.stem.removeprefix("test_") for path in modules if outcome.startswith(("FAILED", "skipped"))]
+        failed = set(re.findall(r"\b(?:FAILED|ERROR) tests/kernels/(test_\w+)\.py", log))
+        is_untested = outcome.startswith(("FAILED", "skipped"))
+        return [path.stem.removeprefix("test_") for path in modules if is_untested or path.stem in failed]
     cases = xml.etree.ElementTree.parse(junit).getroot().iter("testcase")
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     names = [f"{case.get('classname')} {case.get('name')}" for case in failed]  # no class: the module did not import
     found = [re.search(r"\btest_(\w+)", name) for name in names]
     return sorted({name[1] for name in found if name})
+
+
+def without_red(stage: Stage, red: Sequence[str]) -> Stage:
+    """Return a stage that neither times ops whose tests failed nor runs the step with all kernels if one failed."""
+    commands = dict(stage.commands)
+    if "ops" in commands and red:
+        commands["ops"] = [*commands["ops"], "--red", *red]
+    if "step" in commands and IN_STEP.intersection(red):  # a kernel may break the CUDA context of all contestants
+        commands["step"] = [word for word in commands["step"] if word != "+ kernels"]
+    return replace(stage, commands=commands)
 
 
 def run(stage: Stage, place: Place, deadline: float) -> None:
@@ -304,10 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             until = start + 60 * options.minutes * (stage.until or MINUTES) / MINUTES if shares else deadline
             if "tests" in stage.commands:
                 (out / "tests.xml").unlink(missing_ok=True)
-            red = red_ops(out / "tests.xml", place.results.get("tests", ""))
-            if "ops" in stage.commands and red:
-                stage = replace(stage, commands={"ops": [*stage.commands["ops"], "--red", *red]})
-            run(stage, place, min(until, deadline))
+            log = out / "log.txt"
+            said = log.read_text(encoding="utf-8") if log.exists() else ""
+            red = red_ops(out / "tests.xml", place.results.get("tests", ""), said)
+            run(without_red(stage, red), place, min(until, deadline))
             save(place)
     lines = list(table(place, gpu))
     text = io.StringIO()

@@ -1,12 +1,14 @@
 """Kernels under test: on a GPU compiled, elsewhere in Triton's interpreter with bfloat16 put right; memory is NaN."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from fastdeitlt.kernels._launch import context_failure
 from triton.runtime import interpreter
 
 ALLOCATORS = ("empty", "empty_like", "empty_strided")
@@ -28,6 +30,20 @@ def free_memory(device) -> Callable[[float], None]:
             pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are free")
 
     return needs
+
+
+@pytest.fixture(autouse=True)
+def own_context_errors(device) -> Iterator[None]:
+    """A kernel's error belongs to the test that launched it.
+
+    After an illegal access every later call of the process fails: a worker of pytest-xdist ends, and another runs the
+    other tests.
+    """
+    yield
+    if failure := context_failure(device):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.fail(failure)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

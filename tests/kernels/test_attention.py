@@ -214,13 +214,17 @@ def errors_beside_float64(impl, tokens, rows, device, dtype):
 def test_gradients_of_every_backend_match_float64(impl, tokens, rows, device):
     """Of the whole sequence, and of the two query rows in the last block."""
     dtype = torch.bfloat16 if GPU else torch.float32
+    chosen_unmeasured = impl in ("triton", torch_backend(dtype, device))  # "auto" first compares the others with these
     try:
         errors = errors_beside_float64(impl, tokens, rows, device, dtype)
     except RuntimeError as error:
-        if impl in ("triton", torch_backend(dtype, device)):  # what "auto" may choose must run
+        if chosen_unmeasured:
             raise
         pytest.skip(f"torch has no {impl} here: {' '.join(str(error).split())[:120]}")
-    assert max(errors) <= TOLERANCES[dtype], errors
+    right = all(error <= TOLERANCES[dtype] for error in errors)
+    if not (right or chosen_unmeasured):
+        pytest.xfail(f"torch's {impl} is wrong here: {errors}")
+    assert right, errors
 
 
 def test_a_wrong_backend_is_found(monkeypatch):
@@ -233,7 +237,7 @@ def test_a_wrong_backend_is_found(monkeypatch):
 
         monkeypatch.setattr(module.F, "scaled_dot_product_attention", scaled)
         errors = errors_beside_float64("math", 66, 2, torch.device("cpu"), torch.float32)
-        assert not max(errors) <= TOLERANCES[torch.float32]
+        assert not all(error <= TOLERANCES[torch.float32] for error in errors)
 
 
 @pytest.mark.skipif(GPU, reason="torch's CPU implementations")

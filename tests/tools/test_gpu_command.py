@@ -42,7 +42,8 @@ def test_it_needs_a_gpu_and_lists_its_stages(monkeypatch, capsys):
     assert "no visible GPU" in capsys.readouterr().err
     assert gpu.main(["--list"]) == 0
     listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed[:7] == ["facts", "tests", "check", "compile", "step", "ops", "arrays"]
+    checks = [f"check {name}" for name in gpu.COMPILED]
+    assert listed[:9] == ["facts", "tests", "compile", *checks, "step", "ops", "arrays"]
     first = [stage for stage in gpu.stages(False, ROOT).values() if stage.until]
     assert [stage.until for stage in first] == sorted(stage.until for stage in first) and first[-1].until == gpu.MINUTES
 
@@ -126,7 +127,7 @@ def test_what_is_not_installed_is_left_out_and_does_not_fail(place, tmp_path):
 
 def test_the_second_command_takes_what_failed_and_one_kernel_off_at_a_time():
     known = gpu.stages(False, ROOT)
-    results = {"facts": "done by 3 s", "tests": "FAILED by 9 s", "check": "done", "step": "stopped, no time by 5 s"}
+    results = {"facts": "done by 3 s", "tests": "FAILED by 9 s", "compile": "done", "step": "stopped, no time by 5 s"}
     results |= {"ops": "skipped, no time", "train": "skipped, nvidia-dali-cuda130 is not installed"}
     chosen = [name for stage in gpu.chosen_stages(known, (), results, True) for name in stage.commands]
     assert chosen == ["tests", "step", "ops", *gpu.ONE_OFF]
@@ -156,9 +157,21 @@ def test_ops_whose_tests_fail_are_known_by_the_report(tmp_path):
     ],
 )
 def test_without_a_report_no_op_counts_as_tested(outcome, all_are, tmp_path):
-    """Unless the tests were slow, or nobody ran them: then the ops are measured."""
+    """Unless the tests were slow, or nobody ran them: then the ops are measured whose tests did not fail until then."""
     red = set(gpu.red_ops(tmp_path / "no such file", outcome))
     assert red >= set(gpu_ops.OPS) - {"floors"} if all_are else not red
+    log = "[gw1] [ 3%] FAILED tests/kernels/test_augment.py::test_a\n[gw0] [ 3%] PASSED tests/kernels/test_attention.py"
+    red = set(gpu.red_ops(tmp_path / "no such file", outcome, log))
+    assert red >= set(gpu_ops.OPS) - {"floors"} if all_are else red == {"augment"}
+
+
+def test_the_step_is_timed_without_kernels_whose_tests_fail():
+    known = gpu.stages(False, ROOT)
+    for red, kernels in (([], True), (["augment"], True), (["joint_loss"], False)):
+        step = gpu.without_red(known["step"], red).commands["step"]
+        assert ("+ kernels" in step) is kernels and "as shipped (auto)" in step
+        options = gpu.without_red(known["ops"], red).commands["ops"]
+        assert options[options.index("ops") + 1 :] == ["--red", *red] * bool(red)
 
 
 def test_the_tests_need_all_that_their_settings_import():
@@ -214,7 +227,7 @@ def test_an_empty_folder_of_wheels_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("rows", [20, gpu_ops.ROWS_OF_LAST_BLOCK])
 def test_a_wrong_gradient_is_seen(rows, monkeypatch):
-    """The kernel's reference agrees with float64; one whose values are 5 % too large does not."""
+    """The kernel's reference agrees with float64; values 5 % too large, and NaN in a gradient alone, do not."""
     monkeypatch.setattr(
         "fastdeitlt.kernels.attention.interpreted", lambda: False
     )  # the interpreter's bfloat16 is wrong
@@ -225,6 +238,15 @@ def test_a_wrong_gradient_is_seen(rows, monkeypatch):
     monkeypatch.setattr(gpu_ops, name, lambda *a, **k: right(*a, **k) * (1.05 if k["impl"] == "triton" else 1))
     errors = dict(gpu_ops.gradient_errors(20, rows, CPU))
     assert errors["triton"] > gpu_ops.TOLERANCE >= errors["sdpa"]
+
+    def with_nan(*tensors, impl):
+        if impl == "triton":
+            tensors[-1].register_hook(lambda gradient: gradient * float("nan"))
+        return right(*tensors, impl=impl)
+
+    monkeypatch.setattr(gpu_ops, name, with_nan)
+    errors = dict(gpu_ops.gradient_errors(20, rows, CPU))
+    assert errors["triton"] != errors["triton"] and errors["sdpa"] <= gpu_ops.TOLERANCE
 
 
 def test_goals_bound_by_memory_move_with_the_copy(capsys):
