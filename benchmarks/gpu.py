@@ -185,7 +185,10 @@ def red_ops(junit: Path, outcome: str, log: str = "") -> list[str]:
 
 
 def without_red(stage: Stage, red: Sequence[str]) -> Stage:
-    """Return a stage that neither times ops whose tests failed nor runs the step with all kernels if one failed."""
+    """Return a stage without the ops whose tests failed.
+
+    If one is of the step, without the contestant that runs all kernels.
+    """
     commands = dict(stage.commands)
     if "ops" in commands and red:
         commands["ops"] = [*commands["ops"], "--red", *red]

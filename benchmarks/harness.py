@@ -73,7 +73,10 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the checkout's commit; GIT_COMMIT without history, or where git refuses it as another user's."""
+    """Return the checkout's commit, or GIT_COMMIT.
+
+    The latter without history, or where git refuses the checkout as another user's.
+    """
     if (ROOT / ".git").exists():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")

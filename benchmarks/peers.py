@@ -78,7 +78,10 @@ class Workload:
         return network.eval().requires_grad_(False)
 
     def batch(self, seed: int, contestant: str) -> Batch:
-        """Return a mixed batch of noise; ours is channels-last, and bfloat16 where the augmentation kernel runs."""
+        """Return a mixed batch of noise.
+
+        Ours is channels-last, and bfloat16 where the augmentation kernel runs.
+        """
         generator = torch.Generator().manual_seed(seed)
         size = (self.batch_size, 3, self.img_size, self.img_size)
         images_BCHW = torch.randn(size, generator=generator).to(self.device)
