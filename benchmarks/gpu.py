@@ -8,7 +8,7 @@ safetensors:
 - facts: versions, the rates of a copy and a product;
 - prepare: the kernels' tests, while a process for each contestant fills the compilers' caches;
 - step: ours beside timm's and the official loop, and a table of its operations;
-- ops: torch's attention beside float64, each kernel beside its peers;
+- ops: each kernel beside its peers, torch's attention beside float64;
 - arrays: training from images in memory.
 
 The later ones need more time: tune-ops, tune, parts, train (from JPEG files), tune-inat18, steps. With ``--minutes``

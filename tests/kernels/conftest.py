@@ -37,7 +37,7 @@ def own_context_errors(device) -> Iterator[None]:
     """A kernel's error belongs to the test that launched it.
 
     After an illegal access every later call of the process fails: a worker of pytest-xdist ends, and another runs the
-    other tests.
+    other tests. The check comes after what a test patches is restored.
     """
     yield
     if failure := context_failure(device):
@@ -58,7 +58,7 @@ def _largest(dtype: torch.dtype) -> int:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_memory(own_context_errors: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory our package allocates holds NaN (integers: a huge value), so a lane left unwritten shows."""
 
     def poisoned(allocate):
