@@ -49,10 +49,9 @@ def reference(q: Tensor, kv: Tensor | None = None) -> Tensor:
 
 def _split(q: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [B, H, M, D], keys and values [B, H, N, D] of either layout."""
-    if kv is None:
-        q, kv = q[:, :, 0], q[:, :, 1:]
-    k, v = kv.permute(2, 0, 3, 1, 4)
-    return q.transpose(1, 2), k, v
+    # unbind: its backward joins the gradients in one pass, those of slices add whole ones
+    queries, keys, values = q.unbind(2) if kv is None else (q, *kv.unbind(2))
+    return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def _run_forward(q: Tensor, kv: Tensor | None, qkv_bias: Tensor | None) -> tuple[Tensor, Tensor]:

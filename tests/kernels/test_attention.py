@@ -15,6 +15,7 @@ from fastdeitlt.kernels.attention import attention, attention_first, reference
 from hypothesis import strategies as st
 
 from fastdeitlt.errors import UserError
+from fastdeitlt.tools.profiling import Costs
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.float32, torch.bfloat16, torch.float16]
@@ -246,6 +247,20 @@ def test_torch_implementations_agree_with_the_reference(impl):
     qkv = packed(2, 21, 2, 32, torch.device("cpu"))
     for tensors in ([qkv], first_rows(qkv, 3)):
         torch.testing.assert_close(attend(tensors, impl=impl), reference(*tensors), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="names of a CPU's operations")
+@pytest.mark.parametrize("rows", [None, 2], ids=["all_rows", "two_rows"])
+def test_torchs_gradients_are_joined_in_one_pass(rows):
+    """Else its backends are timed beside the kernel with passes that a compiled step does not have."""
+    qkv = packed(2, 20, 2, 32, torch.device("cpu"))
+    tensors = [qkv] if rows is None else first_rows(qkv, rows)
+    out = attend(tensors, impl="flash")
+    upstream = torch.ones_like(out)
+    with Costs() as costs:
+        torch.autograd.grad(out, tensors, upstream)
+    assert set(costs.bytes) == {"aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::stack"}
+    assert costs.bytes["aten::stack"] == 2 * tensors[-1].nbytes
 
 
 def test_ops_pass_opcheck(device):

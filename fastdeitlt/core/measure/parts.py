@@ -32,7 +32,7 @@ from fastdeitlt.kernels._pick import FLASH_MODULES, MAX_TOKENS, torch_backend
 from fastdeitlt.kernels.add_layernorm import add_layernorm
 from fastdeitlt.kernels.bias_gelu import bias_gelu
 from fastdeitlt.models.layers import MLP_RATIO, Linear, linear_gelu
-from fastdeitlt.models.residual import BranchSamples, add_norm
+from fastdeitlt.models.residual import add_norm, draw_samples
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import NUM_PREFIX, Block, DistilledViT
 from fastdeitlt.precision import autocast_dtype
@@ -217,7 +217,7 @@ def _summing(whole: Callable[[], Any]) -> Call:
 
 
 def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
-    """Yield add and LayerNorm of a float32 stream and a drop path branch.
+    """Yield add and LayerNorm of a float32 stream and a branch with the run's drop path.
 
     The output has the type of the matrix products. Both implementations are timed with the branch's last product, in
     which torch adds the bias at no cost.
@@ -226,11 +226,10 @@ def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
     x, branch = shapes.random(batch, tokens, width, dtype=torch.float32), shapes.random(batch, tokens, width)
     linear = Linear(width, width).to(shapes.device, shapes.dtype)
     norm = nn.LayerNorm(width, eps=1e-6).to(shapes.device)
-    samples = BranchSamples(torch.rand(batch, 1, 1, device=shapes.device).round() * 2)
+    samples = draw_samples(x, shapes.cfg.student.drop_path / 2, "bernoulli")  # the blocks' mean
+    scale_B = None if samples is None else samples.scale_B11.flatten()
     bias = shapes.random(width, dtype=torch.float32)
-    kernel = partial(
-        add_layernorm, x, branch, norm.weight, norm.bias, samples.scale_B11.flatten(), branch_bias=bias, impl="triton"
-    )
+    kernel = partial(add_layernorm, x, branch, norm.weight, norm.bias, scale_B, branch_bias=bias, impl="triton")
     tensors = [x, branch, norm.weight, norm.bias]
     launches = _launches(_search.add_layer_norm(width, x.dtype), passes(kernel, [*tensors, bias]))
 
