@@ -217,7 +217,7 @@ def _summing(whole: Callable[[], Any]) -> Call:
 
 
 def _add_layernorm(shapes: Shapes) -> Iterator[Part]:
-    """Yield add and LayerNorm of a float32 stream and a branch with the run's drop path.
+    """Yield add and LayerNorm of a float32 stream and a dropped branch.
 
     The output has the type of the matrix products. Both implementations are timed with the branch's last product, in
     which torch adds the bias at no cost.
