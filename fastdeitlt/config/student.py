@@ -250,8 +250,7 @@ class OptimConfig(Section):
     backend: Literal["auto", "fastdeitlt", "torch", "apex", "deepspeed"] = "auto"
     """Implementation of the optimizer step. torch: fused AdamW. fastdeitlt: one kernel over a flat buffer, including
     the EMA. apex: NVIDIA's FusedAdam or FusedLAMB, built from source. deepspeed: FusedAdam, compiled by DeepSpeed. The
-    last two need a GPU. auto: torch, or fastdeitlt if `fastdeitlt tune` measured a faster training step with it on this
-    GPU; for lamb apex."""
+    last two need a GPU. auto: torch, or fastdeitlt where it was measured faster on this GPU; for lamb apex."""
     warmup_epochs: float = Field(5, ge=0)
     """Epochs of linear warm-up."""
     warmup_lr: float = Field(1e-6, ge=0)

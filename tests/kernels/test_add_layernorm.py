@@ -255,17 +255,18 @@ def test_rows_wider_than_4096_are_refused_by_the_kernel_and_taken_by_auto(device
     assert torch.equal(add_layernorm(x, branch, weight, bias)[1], reference(x, branch, weight, bias)[1])
 
 
-def test_a_test_that_does_not_fit_into_the_gpu_is_skipped(free_memory, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 80 * 2**30))
-    free_memory(20)
-    with pytest.raises(pytest.skip.Exception, match="needs 21 GiB of free GPU memory, 20 are free"):
-        free_memory(21)
+def test_a_test_that_does_not_fit_into_the_gpu_is_skipped(request):
+    plugins = request.config.pluginmanager
+    (of_kernels,) = [p for p in plugins.get_plugins() if getattr(p, "poisoned_memory", None)]
+    running = of_kernels.pytest_runtest_call()
+    next(running)
+    with pytest.raises(pytest.skip.Exception, match="out of GPU memory: 20 GiB"):
+        running.throw(torch.OutOfMemoryError("20 GiB"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_offsets_beyond_two_to_the_31_elements_are_right(device, free_memory):
-    free_memory(40)
+def test_offsets_beyond_two_to_the_31_elements_are_right(device):
     batch = 2**31 // (198 * 768) + 2
     x, branch = (torch.randn(batch, 198, 768, device=device, dtype=BRAIN).requires_grad_() for _ in range(2))
     weight, bias = torch.randn(768, device=device).requires_grad_(), torch.zeros(768, device=device).requires_grad_()
