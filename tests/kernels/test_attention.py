@@ -15,7 +15,6 @@ from fastdeitlt.kernels.attention import attention, attention_first, reference
 from hypothesis import strategies as st
 
 from fastdeitlt.errors import UserError
-from fastdeitlt.tools.profiling import Costs
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.float32, torch.bfloat16, torch.float16]
@@ -253,6 +252,8 @@ def test_torch_implementations_agree_with_the_reference(impl):
 @pytest.mark.parametrize("rows", [None, 2], ids=["all_rows", "two_rows"])
 def test_torchs_gradients_are_joined_in_one_pass(rows):
     """Else its backends are timed beside the kernel with passes that a compiled step does not have."""
+    from fastdeitlt.tools.profiling import Costs  # imports rich, which a GPU's image may lack
+
     qkv = packed(2, 20, 2, 32, torch.device("cpu"))
     tensors = [qkv] if rows is None else first_rows(qkv, rows)
     out = attend(tensors, impl="flash")
