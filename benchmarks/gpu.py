@@ -54,6 +54,8 @@ IN_BUDGET = ("official loop", "+ kernels", "as shipped (auto)", "as shipped, Dee
 """Contestants of ``bench_step`` for the budget, and "+ kernels" to compare with `auto`."""
 COMPILED = ("timm, compiled", "+ kernels", "as shipped (auto)")
 """Contestants to compile before they are timed."""
+FILL_CACHES = ("check", "compile")
+"""First words of the commands that only fill the compilers' caches."""
 IN_STEP = {"attention", "add_layernorm", "bias_gelu", "joint_loss", "adamw_ema"}
 """Ops of "+ kernels"."""
 ONE_OFF = (
@@ -64,7 +66,7 @@ ONE_OFF = (
 """Contestants of ``--again``."""
 ONE_BATCH = ("train.batch_size=256", "train.accumulate=1", "train.virtual_ranks=1")
 """Settings for a step of one batch of 256 images."""
-ABSENT = "is not installed"
+ABSENT, NO_TIME = "is not installed", "skipped, no time"
 Command = list[str]
 
 
@@ -201,8 +203,8 @@ def run(stage: Stage, place: Place, deadline: float) -> None:
     """Run a stage's commands until the monotonic ``deadline``; record outcomes."""
     absent = portable.missing((*BASE, *stage.needs), place.wheels)
     if absent or deadline <= time.monotonic():
-        reason = f"{', '.join(absent)} {ABSENT}" if absent else "no time"
-        place.results.update(dict.fromkeys(stage.commands, f"skipped, {reason}"))
+        outcome = f"skipped, {', '.join(absent)} {ABSENT}" if absent else NO_TIME
+        place.results.update(dict.fromkeys(stage.commands, outcome))
         return
     environment = dict(place.environment)
     if stage.crowded:
@@ -239,7 +241,7 @@ def chosen_stages(
 ) -> list[Stage]:
     """Return the stages to run: the named ones, or all.
 
-    With ``again`` unfinished commands, then ``ONE_OFF``.
+    With ``again`` unfinished commands, the tests last of them, then ``ONE_OFF``.
     """
     if named:
         return [stage for name, stage in all_stages.items() if name in named]
@@ -248,10 +250,12 @@ def chosen_stages(
     bad = {name for name, result in results.items() if not result.startswith("done") and ABSENT not in result}
     stages_again = []
     for stage in all_stages.values():
-        commands = {name: command for name, command in stage.commands.items() if stage.again or name in bad}
-        if commands:
-            stages_again.append(replace(stage, commands=commands))
-    return stages_again
+        was_due = stage.until or not any(results.get(name) == NO_TIME for name in stage.commands)  # not a later stage
+        rerun = [n for n in stage.commands if was_due and n in bad and n.partition(" ")[0] not in FILL_CACHES]
+        due = stage.commands if stage.again else rerun
+        if due:
+            stages_again.append(replace(stage, commands={name: stage.commands[name] for name in due}))
+    return sorted(stages_again, key=lambda stage: (stage.again, "tests" in stage.commands))
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:

@@ -129,8 +129,9 @@ def test_the_second_command_takes_what_failed_and_one_kernel_off_at_a_time():
     known = gpu.stages(False, ROOT)
     results = {"facts": "done by 3 s", "tests": "FAILED by 9 s", "compile": "done", "step": "stopped, no time by 5 s"}
     results |= {"ops": "skipped, no time", "train": "skipped, nvidia-dali-cuda130 is not installed"}
+    results |= {f"check {name}": "FAILED by 9 s" for name in gpu.COMPILED} | {"tune-ops": "skipped, no time"}
     chosen = [name for stage in gpu.chosen_stages(known, (), results, True) for name in stage.commands]
-    assert chosen == ["tests", "step", "ops", *gpu.ONE_OFF]
+    assert chosen == ["step", "ops", "tests", *gpu.ONE_OFF]
     assert set(gpu.ONE_OFF) == {"as shipped, fused teacher", "as shipped, fp8", *peers.ONE_OFF}
     first = [name for stage in gpu.chosen_stages(known, (), {}, False) for name in stage.commands]
     assert not set(first) & set(gpu.ONE_OFF) and first[0] == "facts"
