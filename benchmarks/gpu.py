@@ -189,13 +189,16 @@ def red_ops(junit: Path, outcome: str, log: str = "") -> list[str]:
 def without_red(stage: Stage, red: Sequence[str]) -> Stage:
     """Return a stage without the ops whose tests failed.
 
-    If one is of the step, without the contestant that runs all kernels.
+    If one is of the step, with the shipped step in place of the one with all kernels.
     """
     commands = dict(stage.commands)
     if "ops" in commands and red:
         commands["ops"] = [*commands["ops"], "--red", *red]
-    if "step" in commands and IN_STEP.intersection(red):  # a kernel may break the CUDA context of all contestants
-        commands["step"] = [word for word in commands["step"] if word != "+ kernels"]
+    if IN_STEP.intersection(red):  # a kernel may break the CUDA context of all contestants
+        commands = {
+            name: ["as shipped (auto)" if word == "+ kernels" else word for word in command]
+            for name, command in commands.items()
+        }
     return replace(stage, commands=commands)
 
 

@@ -171,6 +171,8 @@ def test_the_step_is_timed_without_kernels_whose_tests_fail():
     for red, kernels in (([], True), (["augment"], True), (["joint_loss"], False)):
         step = gpu.without_red(known["step"], red).commands["step"]
         assert ("+ kernels" in step) is kernels and "as shipped (auto)" in step
+        (one_off,) = gpu.without_red(known[gpu.ONE_OFF[1]], red).commands.values()
+        assert ("+ kernels" in one_off) is kernels and gpu.ONE_OFF[1] in one_off
         options = gpu.without_red(known["ops"], red).commands["ops"]
         assert options[options.index("ops") + 1 :] == ["--red", *red] * bool(red)
 
