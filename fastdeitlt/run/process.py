@@ -29,6 +29,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt`` (malloc.h)."""
 MOST_KEPT = 1 << 28
 """Bytes of the largest block that is kept, and of free memory at the heap's end."""
+MOST_KEPT_BEFORE = 1 << 25
+"""Largest block that glibc 2.34 and earlier versions accept."""
 GC_THRESHOLDS = (50_000, 20, 100)
 """Python's own (700, 10, 10) traverse all of torch several times while it is imported."""
 SPINS = "1000"
@@ -201,9 +203,11 @@ def keep_freed_memory() -> None:
     Returned to the system at each step, its pages are cleared again: 6 % of the quick start's step on one core.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if not hasattr(libc, "mallopt"):
+        return
+    # each call ends glibc's own adjustment, so the second without the first would leave the limit at 128 KiB
+    if any(libc.mallopt(M_MMAP_THRESHOLD, most) for most in (MOST_KEPT, MOST_KEPT_BEFORE)):
         libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
-        libc.mallopt(M_MMAP_THRESHOLD, MOST_KEPT)
 
 
 def start() -> _Stream:
