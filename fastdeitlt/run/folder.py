@@ -44,7 +44,6 @@ from fastdeitlt.store.files import read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
 
-# Settings that may change when a run resumes; a change of any other is refused.
 RESTARTS = 3
 """Failed starts from one step before the run refuses another."""
 STOP_TRACKERS_S = 5.0
@@ -134,7 +133,7 @@ class Run:
         self.started = time.perf_counter()
 
     def _take(self, resume: str) -> Path:
-        """Choose, create and lock the folder; write config.yaml and env.json (rank 0)."""
+        """Choose, create and lock the folder, and open it (rank 0)."""
         folder = choose_folder(self.cfg, resume)
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -147,6 +146,15 @@ class Run:
             owner = folder / ".owner"
             by = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
             raise UserError(f"run folder {folder}: in use by another process{by}. Wait, or set name=...") from None
+        try:
+            self._open(folder, resume)
+        except BaseException:  # a notebook keeps the error, and with it this object
+            self._lock.release()
+            raise
+        return folder
+
+    def _open(self, folder: Path, resume: str) -> None:
+        """Compare the settings with the saved ones; write config.yaml and env.json."""
         write_atomically(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         if LAUNCH in os.environ and resume == "never":
             mark_of_launch(folder).touch()
@@ -160,12 +168,11 @@ class Run:
                         "fastdeitlt eval %s SETTING=VALUE", folder, ", ".join(ignored.values()), folder,
                     )  # fmt: skip
                 self.cfg = before
-                return folder
+                return
         write_atomically(folder / "config.yaml", config.dump(self.cfg))
         now = environment()
         _warn_of_changes(read_json(folder / "env.json"), now)
         write_atomically(folder / "env.json", json.dumps(now, indent=1))
-        return folder
 
     def note_environment(self) -> None:
         """Rewrite env.json with kernel measurements made since the start."""

@@ -39,6 +39,16 @@ def test_second_process_in_the_folder_is_refused(tmp_path):
         pass
 
 
+def test_a_refused_start_releases_the_folder_though_its_error_is_kept(tmp_path):
+    with Run(_config(tmp_path)) as run:
+        run.rewind(0, ended=True)
+        run.record("step", 1, loss=1.0)
+    with pytest.raises(UserError, match="other settings") as kept:  # as a notebook keeps it
+        Run(_config(tmp_path, **{"optim.lr": 0.1}))
+    with Run(_config(tmp_path)):
+        assert kept.traceback
+
+
 def test_resume_never_takes_a_new_folder_and_must_needs_an_old_one(tmp_path):
     with pytest.raises(UserError, match="no run in"), Run(_config(tmp_path), "must"):
         pass
