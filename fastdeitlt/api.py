@@ -94,7 +94,7 @@ class Model:
             raise UserError(f"batch_size: got {batch_size}, expected at least 1")
         answers: list[Answer] = []
         for start in range(0, len(pictures), batch_size):
-            answers += self._answers(self._crops(pictures[start : start + batch_size]), raw)
+            answers += self._answers(self._crops(pictures[start : start + batch_size], start), raw)
         return answers[0] if is_one else answers
 
     def transform(self, image: Picture | Tensor) -> Tensor:
@@ -113,13 +113,17 @@ class Model:
             self._opened.close()
         self._opened = None
 
-    def _crops(self, pictures: list[Picture]) -> Tensor:
+    def _crops(self, pictures: list[Picture], first: int = 0) -> Tensor:
+        """Decode and crop pictures; ``first`` is the number of the first one, for messages."""
         self._opened = self._opened or PictureReader(self._saved.preprocess.exif)
         pixels = self._opened(pictures)
-        if failed := [(number, why) for number, why in enumerate(pixels) if isinstance(why, str)]:
-            named = [(pictures[number], why) for number, why in failed[:3]]
-            lines = [f"{p if isinstance(p, str | Path) else f'image {n}'}: {why}" for n, (p, why) in enumerate(named)]
-            raise UserError("; ".join(lines))
+        failed = [
+            f"{picture if isinstance(picture, str | Path) else f'image {number}'}: {why}"
+            for number, (picture, why) in enumerate(zip(pictures, pixels, strict=True), first)
+            if isinstance(why, str)
+        ]
+        if failed:
+            raise UserError("; ".join(failed[:3]))
         images = [image for image in pixels if isinstance(image, Tensor)]
         return centre_crop(images, self._saved.preprocess.resize, self.img_size)
 

@@ -117,6 +117,14 @@ def test_what_is_no_image_is_refused_in_one_line(model, image, message):
         model.predict(image)
 
 
+def test_an_array_that_is_no_image_is_named_by_its_place_in_the_call(model):
+    images = [np.zeros((4, 4, 3), np.uint8)] * 5
+    images[3] = images[4] = np.zeros((4, 4, 7), np.uint8)
+    for batch_size, words in ((64, "image 3: array .*; image 4: array"), (2, "image 3: array")):
+        with pytest.raises(UserError, match=words):
+            model.predict(images, batch_size=batch_size)
+
+
 def test_labels_and_names_follow_the_class_map_and_temperatures_the_manifest(tmp_path, saved):
     save_student(tmp_path / "m", class_map=[2, 0, 1, 3])
     add_facts(tmp_path / "m", {"calibration": {"temperatures": {"AVG": 3.0}, "num_fitted": 9}})

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -130,7 +129,6 @@ class Run:
         self._progress: Progress | None = None
         self._trackers: Trackers | None = None
         self._restored = 0
-        self.started = time.perf_counter()
 
     def _take(self, resume: str) -> Path:
         """Choose, create and lock the folder, and open it (rank 0)."""
