@@ -287,7 +287,7 @@ def _run(args: argparse.Namespace) -> int:
         refuse_unused(args)
         return VERBS[args.verb](args)
     except UserError as error:
-        if not getattr(error, "reported", False):  # not reported by another rank
+        if not error.reported:
             _report_line(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:

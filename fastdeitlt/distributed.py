@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch import distributed as collective
 
-from fastdeitlt.errors import RankLostError, StoppedError, UserError, counted
+from fastdeitlt.errors import NonFiniteError, RankLostError, StoppedError, UserError, counted
 
 log = logging.getLogger("fastdeitlt")
 T = TypeVar("T")
@@ -43,7 +43,7 @@ PR_SET_PDEATHSIG = 1
 MEETING_S = 300
 """Rendezvous timeout in seconds: on a busy machine or in a queue, ranks start minutes apart."""
 ROLL_CALL_S = 3.0
-"""Seconds that failed ranks wait for each other's reports before naming the missing ranks."""
+"""Seconds that failed ranks wait for each other's reports."""
 LISTENER = "FASTDEITLT_LISTENER"
 """Environment variable: file descriptor of the launcher's listening socket, for rank 0."""
 DRIVER = Path("/dev/nvidiactl")
@@ -153,9 +153,10 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
         if isinstance(error, KeyboardInterrupt):
             raise
         if isinstance(error, UserError):
-            # all ranks stop together and rank 0 reports it; its store may be gone, so the others do not query it
-            is_reported = ranks[0] > 0 if isinstance(error, StoppedError) else _already_reported(str(error))
-            error.reported = is_reported  # type: ignore[attr-defined]
+            if isinstance(error, StoppedError | NonFiniteError):
+                error.reported = ranks[0] > 0  # all ranks raise it; rank 0 reports it
+            elif error.reported is None:
+                error.reported = _already_reported(str(error))
             raise
         of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
         if not of_gloo and not isinstance(error, collective.DistError):
@@ -169,14 +170,18 @@ def group(device_type: str, timeout_s: int = 600, main_timeout_s: int = 3600) ->
 
 
 def _already_reported(message: str) -> bool:
-    """Return whether another rank reported the same message up to its remedy.
+    """Return whether another rank reported the same message.
 
-    Remedies can differ: a rank that does not write checkpoints may know an older one.
+    Rank 0, which hosts the store, waits for the other ranks' reports before it ends.
     """
     try:
         assert _store is not None
         _store.set_timeout(timedelta(seconds=ROLL_CALL_S))
-        return _store.add(f"reported/{hashlib.sha256(message.partition('; ')[0].encode()).hexdigest()}", 1) > 1
+        key = f"reported/{hashlib.sha256(message.encode()).hexdigest()}"
+        number, deadline = _store.add(key, 1), time.monotonic() + ROLL_CALL_S
+        while rank() == 0 and _store.add(key, 0) < get_world() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return number > 1
     except (RuntimeError, collective.DistError):
         return False
 
@@ -371,7 +376,7 @@ def on_main(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 within train.main_timeout_s; return its result on all.
 
     Raises:
-        UserError: raised by ``work``, on every rank.
+        UserError: raised by ``work``, on every rank; rank 0 reports it.
     """
     if get_world() == 1:
         return work()
@@ -383,6 +388,7 @@ def on_main(work: Callable[[], T]) -> T:
             answer[1] = error
     collective.broadcast_object_list(answer, src=0, group=_patient)
     if answer[1] is not None:
+        answer[1].reported = rank() > 0
         raise answer[1]
     return answer[0]
 

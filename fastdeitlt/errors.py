@@ -71,6 +71,8 @@ class UserError(ValueError):
     """Invalid input. One line: what, got, expected, how to fix. Exit code 2."""
 
     exit_code = 2
+    reported: bool | None = None
+    """Whether another rank reports it; None: not known."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))

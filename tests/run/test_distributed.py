@@ -1,5 +1,6 @@
 """The spine on two ranks and two nodes: the one-rank run's results, resume on as many or fewer, one end for all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from fastdeitlt import cli, config, distributed
 from fastdeitlt.arguments import parse
 from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.data.pixels.workers import num_threads
-from fastdeitlt.errors import RankLostError, StorageError, UserError
+from fastdeitlt.errors import NonFiniteError, RankLostError, StorageError, UserError
 from fastdeitlt.run import launch
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
@@ -337,14 +338,41 @@ def test_a_rank_is_told_with_how_many_it_shares_the_machine(monkeypatch, tmp_pat
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["2", "2"]
 
 
-def test_ranks_report_one_error_whose_remedies_differ(monkeypatch):
-    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
-    messages = (
-        "steps 1 to 9: non-finite loss; checkpoint 8 is intact",
-        "steps 1 to 9: non-finite loss; checkpoint 7",
-        "a",
-    )
-    assert [distributed._already_reported(message) for message in messages] == [False, True, False]
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_of_all_ranks_is_reported_by_rank_0(monkeypatch, place):
+    """Without the store, which ends with rank 0."""
+    monkeypatch.setattr(distributed, "_already_reported", pytest.fail)
+    monkeypatch.setattr(distributed, "start", lambda *_: (place, 2))
+    monkeypatch.setattr(distributed, "rank", lambda: place)
+    monkeypatch.setattr(distributed, "get_world", lambda: 2)
+
+    def broadcast(answer, **_):  # what rank 0 raised reaches rank 1
+        answer[1] = answer[1] or UserError("bad input")
+
+    monkeypatch.setattr(distributed.collective, "broadcast_object_list", broadcast)
+
+    def refuse():
+        raise UserError("bad input")
+
+    def diverge():
+        raise NonFiniteError("steps 1 to 9: non-finite loss; checkpoint 8 is intact")
+
+    for work in (lambda: distributed.on_main(refuse), diverge):
+        with pytest.raises(UserError) as found, distributed.group("cpu"):
+            work()
+        assert found.value.reported is (place == 1)
+
+
+def test_ranks_report_an_error_once_and_rank_0_waits_for_the_others(monkeypatch):
+    store, late = torch.distributed.HashStore(), []
+    monkeypatch.setattr(distributed, "_store", store)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "get_world", lambda: 2)
+    key = f"reported/{hashlib.sha256(b'a').hexdigest()}"
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: late.append(store.add(key, 1)))
+    assert not distributed._already_reported("a") and late == [2]
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert [distributed._already_reported(message) for message in ("a", "b", "b")] == [True, False, True]
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
