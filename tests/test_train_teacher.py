@@ -46,7 +46,8 @@ from fastdeitlt.teachers.opening import ORDER_FILE, teacher_of
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
-from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
+from fastdeitlt.teachers.step import LogitObjective, Step, build_objective, build_optimizer
+from fastdeitlt.teachers.views import Part, StepBatch
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
@@ -311,6 +312,27 @@ def test_bfloat16_is_only_used_where_there_are_instructions_for_it(monkeypatch: 
 def test_micro_batches_give_the_step_of_the_whole_batch(loss: str, sam: str) -> None:
     for whole, cut in zip(flat_step(loss, sam, 1), flat_step(loss, sam, 3), strict=True):
         torch.testing.assert_close(cut, whole)
+
+
+def test_an_update_that_is_not_finite_shows_in_its_own_steps_loss() -> None:
+    """Else its weights could be saved before the next step's loss shows it."""
+    losses = iter([1.0, torch.nan])
+
+    def of_passes(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return logits.sum() * next(losses)
+
+    def of_gradient(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return (logits - logits.detach()).sqrt().sum()  # the slope of a root is infinite at 0
+
+    batch = StepBatch([Part([torch.ones(2, 3, 2, 2)], torch.tensor([0, 1]))], torch.tensor([0, 1]))
+    for sam, clip_norm, loss in (("sam", 0, of_passes), ("none", 1, of_gradient)):
+        settings = {"teacher_training.sam": sam, "teacher_training.clip_norm": clip_norm, "train.compile": False}
+        cfg = config.build(settings | {"train.precision": "fp32"})
+        network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        optimizer = build_optimizer(network, cfg.teacher_training)
+        step = Step(LogitObjective(network, loss), optimizer, cfg, torch.device("cpu"))
+        assert not step(batch, torch.ones(3), 0).isfinite()
+        assert not all(p.isfinite().all() for p in network.parameters())
 
 
 def test_ranks_take_the_step_of_the_whole_batch_and_train_one_teacher(data: Path, tmp_path: Path) -> None:

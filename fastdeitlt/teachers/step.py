@@ -153,7 +153,8 @@ class Step:
         """Run one step; ``seed`` makes dropout equal in both passes.
 
         Returns:
-            This rank's share of the loss at the weights before the step, 0-d on the device.
+            This rank's share of the loss at the weights before the step, 0-d on the device; not finite if the loss of
+            SAM's second pass or the clipped norm is not.
         """
         self.objective.begin()
         with self._autocast():
@@ -163,9 +164,9 @@ class Step:
         if isinstance(self.optimizer, SAM):
             self.optimizer.first_step()
             with frozen_batch_stats(self.objective.network, self._freeze_second):
-                self._pass(batch, weights_K, shared, seed)
+                loss = loss + 0 * self._pass(batch, weights_K, shared, seed)  # NaN if this one is not finite
         if self._clip_norm:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            loss = loss + 0 * torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         if isinstance(self.optimizer, SAM):
             self.optimizer.second_step()
         else:
