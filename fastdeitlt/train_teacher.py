@@ -21,6 +21,7 @@ from fastdeitlt.run.preemption import StopRequest
 from fastdeitlt.run.selection import Selector
 from fastdeitlt.run.state import State
 from fastdeitlt.run.teacher_scorer import TeacherScorer
+from fastdeitlt.run.watch import memory_hint
 from fastdeitlt.teachers.sam import SAM
 from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
@@ -43,12 +44,14 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
     Raises:
         UserError: an invalid configuration, data set or saved state, before the first step.
         NonFiniteError: the loss is NaN or infinite.
+        MemoryFullError: out of memory.
     """
     with ExitStack() as stack:
         where, limits = cfg.train.device, (cfg.train.timeout_s, cfg.train.main_timeout_s)
         rank, world = stack.enter_context(distributed.group(where, *limits))
         run = stack.enter_context(Run(for_any_ranks(cfg), resume))
         cfg, t = run.cfg, run.cfg.teacher_training
+        stack.enter_context(memory_hint(cfg, run.folder, "teacher_training"))
         best = run.folder / "checkpoints" / "best"
         if run.finished:
             log.info("%s is finished; use '--resume never' to train again in a new folder", run.folder)

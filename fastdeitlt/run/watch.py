@@ -15,6 +15,7 @@ import torch
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.teacher_plan import MIN_PART
 from fastdeitlt.errors import CheckpointError, MemoryFullError, is_memory_full
 from fastdeitlt.run.checkpoints import Checkpoints
 from fastdeitlt.store.files import write_atomically
@@ -146,8 +147,13 @@ def nonfinite_remedy(checkpoints: Checkpoints, section: str, clip_norm: float) -
 
 
 @contextmanager
-def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
+def memory_hint(cfg: Config, folder: Path, section: str = "train") -> Iterator[None]:
     """Convert an out-of-memory error to one line with settings that need less.
+
+    Args:
+        cfg: the run.
+        folder: its folder, for the memory summary of a GPU.
+        section: configuration section with the batch size: train for a student, teacher_training for a teacher.
 
     Raises:
         MemoryFullError: the device or host is out of memory.
@@ -157,20 +163,38 @@ def memory_hint(cfg: Config, folder: Path) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError, ImportError) as error:
         if not is_memory_full(error):
             raise
-        t, note = cfg.train, ""
+        note = ""
         if torch.cuda.is_initialized():
             path = folder / f"memory.rank{distributed.rank()}.txt"
             path.write_text(torch.cuda.memory_summary(), encoding="utf-8")
             note = f"; {path} has the memory summary"
-        half = t.batch_size // 2
-        less = (
-            f"Use train.batch_size={half} train.virtual_ranks={2 * t.virtual_ranks}, which halves the memory with the "
-            "same learning rate and images per step"
-            if half >= 2 and half % 2 == 0
-            else "Use a smaller student, or train.zero_stage=3"
-        )
         reason = " ".join(str(error).split())[:160]
+        batch = f"{section}.batch_size={getattr(cfg, section).batch_size}"
+        less = _less_for_student(cfg) if section == "train" else _less_for_teacher(cfg)
         raise MemoryFullError(
-            f"out of memory with train.batch_size={t.batch_size} on rank {distributed.rank()} ({reason}). {less} "
-            f"(another run: --resume never){note}"
+            f"out of memory with {batch} on rank {distributed.rank()} ({reason}). {less} (another run: --resume "
+            f"never){note}"
         ) from None
+
+
+def _less_for_student(cfg: Config) -> str:
+    t, half = cfg.train, cfg.train.batch_size // 2
+    if cfg.loss.normalise == "rank" and half >= 2 and half % 2 == 0:
+        ranks = f"train.virtual_ranks={2 * t.virtual_ranks}"
+        return (
+            f"Use train.batch_size={half} {ranks}, which halves the memory with the same learning rate and images per "
+            "step"
+        )
+    sharded = ", or train.zero_stage=3 train.compile=false" if distributed.get_world() > 1 else ""
+    return f"Use a smaller student or train.batch_size{sharded}"
+
+
+def _less_for_teacher(cfg: Config) -> str:
+    t = cfg.teacher_training
+    parts = 2 * t.accumulate
+    if t.batch_size >= MIN_PART * distributed.get_world() * parts:
+        return (
+            f"Use teacher_training.accumulate={parts}, which halves the memory with the same images per step (batch "
+            "norm uses half as many at a time)"
+        )
+    return "Use a smaller teacher_training.arch or teacher_training.img_size"

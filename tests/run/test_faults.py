@@ -25,7 +25,7 @@ from fault_ranks import FAULTS, SLOW_STEPS
 from tiny_run import TIMES, tiny_run
 from torch.distributed import DistBackendError
 
-from fastdeitlt import cli, config
+from fastdeitlt import cli, config, distributed
 from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.data.sampler import MicroBatch
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
@@ -191,6 +191,28 @@ def test_memory_that_the_host_refuses_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(PlainEngine, "forward", huge)
     with pytest.raises(MemoryFullError, match=r"train\.batch_size=4 train\.virtual_ranks=4, which halves the memory"):
         train(tiny_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "words"),
+    [
+        ({"train.batch_size": 12, "train.virtual_ranks": 2}, 1, r"Use train\.batch_size=6 train\.virtual_ranks=4,"),
+        ({"train.batch_size": 2}, 1, r"Use a smaller student or train\.batch_size \("),
+        ({"train.batch_size": 2}, 2, r"train\.batch_size, or train\.zero_stage=3 train\.compile=false \("),
+        ({"loss.normalise": "global"}, 1, r"Use a smaller student or train\.batch_size \("),
+        (
+            {"teacher_training.batch_size": 16},
+            2,
+            r"with teacher_training\.batch_size=16 .*teacher_training\.accumulate=2,",
+        ),
+        ({"teacher_training.batch_size": 4}, 2, r"Use a smaller teacher_training\.arch or teacher_training\.img_size"),
+    ],
+)
+def test_what_needs_less_memory_is_possible_where_it_is_advised(settings, world, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "get_world", lambda: world)
+    cfg, section = config.build(settings), next(iter(settings)).partition(".")[0].replace("loss", "train")
+    with pytest.raises(MemoryFullError, match=words), memory_hint(cfg, tmp_path, section):
+        raise MemoryError
 
 
 @pytest.mark.parametrize(
