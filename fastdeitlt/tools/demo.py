@@ -16,6 +16,8 @@ from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
 log = logging.getLogger("fastdeitlt")
+SHARED = ("data.", "runs_dir", "track", "train.device", "train.main_timeout_s", "train.seed", "train.timeout_s")
+"""Beginnings of the student's settings that its teacher's run has too. The process group has one pair of timeouts."""
 
 
 def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
@@ -23,7 +25,7 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
 
     Args:
         cfg: the student's run.
-        teacher_cfg: the teacher's recipe; its data, seed, device, runs_dir and trackers are the student's.
+        teacher_cfg: the teacher's recipe; its data, seed, device, timeouts, runs_dir and trackers are the student's.
         resume: resume mode of the student, see ``train``; the teacher's is auto.
 
     Returns:
@@ -32,9 +34,7 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
     Raises:
         UserError: see ``train`` and ``train_teacher``.
     """
-    shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith("data.")}
-    shared |= {"train.seed": cfg.train.seed, "train.device": cfg.train.device, "runs_dir": cfg.runs_dir}
-    shared |= {"track": list(cfg.track)}
+    shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith(SHARED)}
     flat = config.flatten(teacher_cfg) | shared
     flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
     heading(f"part 1 of 2: teacher {flat['name']}")

@@ -45,10 +45,10 @@ def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(tra
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
     (tmp_path / "train.txt").write_text("a.png 0\nb.png 1\n")
     data = ["data.dataset=list", f"data.root={tmp_path}", "data.train_list=train.txt", "train.seed=5"]
-    student = config.load("quickstart", data)
+    student = config.load("quickstart", [*data, "track=[]", "train.timeout_s=70", "train.main_timeout_s=80"])
     demo.train_both(student, config.load("teacher/quickstart"))
-    assert trained[0].data == student.data
-    assert trained[0].train.seed == 5
+    assert (trained[0].data, trained[0].track, trained[0].runs_dir) == (student.data, (), student.runs_dir)
+    assert (trained[0].train.seed, trained[0].train.timeout_s, trained[0].train.main_timeout_s) == (5, 70, 80)
     Image.new("RGB", (8, 8), "green").save(tmp_path / "b.png")
     demo.train_both(student, config.load("teacher/quickstart"))
     assert trained[2].name != trained[0].name
