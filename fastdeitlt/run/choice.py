@@ -75,10 +75,10 @@ def _unused(folder: Path) -> Path:
 def begun(folder: Path) -> Config | None:
     """Return the settings of the run in a folder.
 
-    None without records: a branch, or a refused start.
+    None without records and selected weights: a branch, or a refused start.
     """
-    saved = folder / "config.yaml"
-    return config.load(str(saved)) if saved.exists() and (folder / "metrics.jsonl").exists() else None
+    saved, signs = folder / "config.yaml", (folder / "metrics.jsonl", folder / "checkpoints" / "best")
+    return config.load(str(saved)) if saved.exists() and any(sign.exists() for sign in signs) else None
 
 
 def changes(saved: Config, now: Config, free: Collection[str]) -> dict[str, str]:

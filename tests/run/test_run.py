@@ -121,6 +121,13 @@ def test_a_start_that_was_refused_does_not_hold_its_settings(tmp_path):
         assert "seed: 4" in (run.folder / "config.yaml").read_text()
 
 
+def test_selected_weights_hold_the_settings_of_a_run_that_lost_its_log(tmp_path):
+    with Run(_config(tmp_path)) as run:
+        (run.folder / "checkpoints" / "best").mkdir()
+    with pytest.raises(UserError, match=r"other settings \(train\.seed: 0 -> 4\)"):
+        Run(_config(tmp_path, **{"train.seed": 4}))
+
+
 def test_a_start_of_a_finished_run_changes_none_of_its_files(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     with Run(_config(tmp_path, track=[])) as run:
