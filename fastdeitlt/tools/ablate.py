@@ -234,12 +234,17 @@ def is_finished(folder: Path) -> bool:
 def check(runs: Sequence[ArmRun]) -> list[Work]:
     """Check every run and return its progress; each teacher is listed once.
 
+    A finished run needs its images no more.
+
     Raises:
         UserError: an invalid data set, model or teacher, or a folder with another run.
     """
     train_sets: dict[str, LongTailSet] = {}
     works: dict[str, Work] = {}
     for run in runs:
+        if is_finished(run.folder):
+            works[str(run.folder)] = _work(run.folder)
+            continue
         cfg, data = run.student, run.student.data.model_dump_json()
         if data not in train_sets:
             train_sets[data] = open_training_sets(cfg.data).train
@@ -298,10 +303,12 @@ def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
     return Work(f"{run.teacher.name} of {run.folder.name}", steps, 0, False)
 
 
-def _work(folder: Path, steps: int) -> Work:
+def _work(folder: Path, steps: int = 0) -> Work:
+    """Return a run's progress; 0 ``steps``: as many as it made."""
     newest = next(iter(step_folders(folder / "checkpoints")), folder)
     done = read_json(newest / "manifest.json").get("step", 0)
-    return Work(folder.name, steps, steps if is_finished(folder) else done, is_finished(folder))
+    total = steps or done
+    return Work(folder.name, total, total if is_finished(folder) else done, is_finished(folder))
 
 
 def _listing(name: str, works: Sequence[Work]) -> Table:

@@ -277,6 +277,21 @@ def test_finished_runs_with_other_settings_or_data_are_not_compared(
     assert trained == [] and (folder / "results.csv").read_bytes() == before
 
 
+def test_a_finished_grid_needs_its_images_no_more(grid_file, trained, tmp_path, monkeypatch, capsys):
+    arguments = ["ablate", grid_file(), f"runs_dir={tmp_path / 'runs'}", "--arms", "base", "vit"]
+    assert cli.main(arguments) == 0
+    step = tmp_path / "runs/grid/base-seed0/checkpoints/step-00000308"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text('{"step": 308}')
+    trained.clear()
+    monkeypatch.setattr(ablate, "open_training_sets", lambda cfg: pytest.fail("opened"))
+    assert cli.main(arguments) == 0 and trained == []
+    capsys.readouterr()
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 steps left" in shown and shown.count("finished") == 4 and "308" in shown
+
+
 def test_the_dry_run_lists_runs_with_steps_and_states_and_trains_nothing(grid_file, trained, tmp_path, capsys):
     runs = f"runs_dir={tmp_path / 'runs'}"
     ablate.ablate(grid_file(), [runs], seeds=[0], arms=["vit"])
