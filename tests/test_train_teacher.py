@@ -3,9 +3,10 @@
 import json
 import logging
 import socket
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from fastdeitlt.config import Config, MixupConfig, TeacherTrainingConfig
 from fastdeitlt.core import assemble
 from fastdeitlt.core.joint import JointForward
 from fastdeitlt.data.pixels.source import open_source
+from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.data.teacher_plan import TeacherPlan
@@ -42,7 +44,7 @@ from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
 from fastdeitlt.teachers.flatness import feature_rank, sharpness, top_eigenvalue
-from fastdeitlt.teachers.opening import ORDER_FILE, teacher_of
+from fastdeitlt.teachers.opening import ORDER_FILE, settled_teacher, teacher_of
 from fastdeitlt.teachers.paco import PacoObjective
 from fastdeitlt.teachers.sam import frozen_batch_stats
 from fastdeitlt.teachers.schedule import learning_rate, radius
@@ -605,6 +607,27 @@ def test_another_orientation_rule_than_the_teachers_is_a_warning(
         of_student = config.build(config.flatten(small_student(cfg, folder, tmp_path)) | {"data.exif": rule})
         teacher_of(of_student, images, 16, torch.device("cpu"))
         assert [r.getMessage()[:21] for r in caplog.records if r.levelno > 20] == ["data.exif: got apply,"] * warnings
+
+
+def test_images_added_since_the_teacher_was_trained_are_a_warning(
+    trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's hold-out then takes others, and some may have been the teacher's training images."""
+    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+    for name, number in product("abc", range(10)):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    cfg, cpu = config.build({"data.dataset": "folder", "data.root": str(tmp_path / "photos")}), torch.device("cpu")
+    facts = {"data_sha256": fingerprint(open_sets(cfg.data).train), "dataset": "photos", "class_names": list("abc")}
+    manifest = {name: fact for name, fact in read_manifest(trained[1]).items() if name != "files"} | facts
+    folder = save_model_folder(tmp_path / "t", load_tensors(trained[1]), manifest)
+    cfg = config.build(config.flatten(cfg) | {"teacher.path": str(folder)})
+    for extra, warnings in (("a/9.png", 0), ("a/10.png", 1)):
+        Image.new("RGB", (16, 16), (9, 0, 0)).save(tmp_path / "photos" / extra)
+        images = open_sets(cfg.data).train
+        with closing(open_source(images, cfg.data, cpu)) as source:
+            assert settled_teacher(cfg, images, source, 16, cpu)
+        assert caplog.text.count(f"teacher {folder}: trained on other images than today's training split") == warnings
 
 
 def test_a_students_run_scores_its_teacher_with_the_teachers_preprocessing(
