@@ -114,7 +114,7 @@ class Model:
         self._opened = None
 
     def _crops(self, pictures: list[Picture], first: int = 0) -> Tensor:
-        """Decode and crop pictures; ``first`` is the number of the first one, for messages."""
+        """Decode and crop pictures; ``first`` is the first one's number in messages."""
         self._opened = self._opened or PictureReader(self._saved.preprocess.exif)
         pixels = self._opened(pictures)
         failed = [
