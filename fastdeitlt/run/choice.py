@@ -15,12 +15,24 @@ MAY_CHANGE = (
     "track",
     "data.root",
     "data.test_list",
+    "data.on_error",
     "data.residency",
     "data.num_threads",
     "data.jpeg_engine_share",
     "augment.impl",
+    "student.attention",
+    "student.add_layernorm",
+    "student.bias_gelu",
+    "teacher.fuse_epilogues",
+    "teacher.cudnn_benchmark",
+    "loss.impl",
+    "optim.backend",
     "train.device",
     "train.compile",
+    "train.autotune",
+    "train.cuda_graphs",
+    "train.measure_kernels",
+    "train.ranks_per_forward",
     "train.engine",
     "train.zero_stage",
     "train.offload",
@@ -30,9 +42,11 @@ MAY_CHANGE = (
     "train.log_every",
     "train.save_every_epochs",
     "train.save_every_steps",
+    "train.nonfinite_skips",
     "evaluate.batch_size",
     "evaluate.analyze_images",
 )
+"""Settings that may change when a run resumes: places, implementations, and what the run does after a fault."""
 
 
 def with_ranks(cfg: Config) -> Config:

@@ -187,8 +187,10 @@ class Meter:
         since = "" if step is None else f" from step {step}"
         bad = [str(rank) for rank, good in enumerate(good_R) if good < len(losses)]
         where = f" (rank {', '.join(bad)})" if bad and loop.world > 1 else ""
+        skip = "" if step is None or loop.skips else ". To skip that update, resume with train.nonfinite_skips=1"
         raise NonFiniteError(
             f"steps {self.window_done + 1} to {self.done}: non-finite {'loss' if bad else 'gradient'}"
             f"{since}{where}; training stopped{' before that update' if since else ''}; {dumps}"
             + watch.nonfinite_remedy(run.checkpoints, loop.section, loop.clip_norm)
+            + skip
         )

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import pickle
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +29,8 @@ from torch.distributed import DistBackendError
 
 from fastdeitlt import cli, config, distributed
 from fastdeitlt.core.engine.plain import PlainEngine
-from fastdeitlt.data.sampler import MicroBatch
+from fastdeitlt.data.sampler import MicroBatch, plan_of
+from fastdeitlt.data.sets.opening import open_training_sets
 from fastdeitlt.errors import CrashLoopError, MemoryFullError, NonFiniteError, UserError
 from fastdeitlt.run import watch
 from fastdeitlt.run.folder import RESTARTS, Run
@@ -191,6 +194,34 @@ def test_memory_that_the_host_refuses_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(PlainEngine, "forward", huge)
     with pytest.raises(MemoryFullError, match=r"train\.batch_size=4 train\.virtual_ranks=4, which halves the memory"):
         train(tiny_run(tmp_path))
+
+
+def test_a_run_resumes_with_the_settings_that_its_errors_advise(tmp_path, monkeypatch):
+    """An image that is found unreadable late, and a step that is not finite: neither ends a run for good."""
+    cfg, real = tiny_run(tmp_path), PlainEngine.backward
+    root = shutil.copytree(cfg.data.root, tmp_path / "images")
+    flat = config.flatten(cfg) | {"data.root": str(root), "data.residency": "stream"}
+    images = open_training_sets(config.build(flat).data).train
+    plan = plan_of(cfg, len(images), labels_N=images.labels)
+    early, later = ({int(i) for step in plan.steps(e) for m in step.micro_batches for i in m.sample_B} for e in (0, 1))
+    late = min(later - early)
+    content = bytearray((root / images.paths[late]).read_bytes())
+    content[60:-20] = bytes(len(content) - 80)  # its first and last bytes are checked before training
+    (root / images.paths[late]).write_bytes(content)
+    name = re.escape(images.paths[late])
+
+    def backward(self, loss):
+        self.count = getattr(self, "count", 0) + 1
+        real(self, loss * float("nan") if self.count == 1 else loss)  # in the first step of a start
+
+    with pytest.raises(UserError, match=f"{name}: .* set data\\.on_error=skip"):
+        train(config.build(flat))
+    monkeypatch.setattr(PlainEngine, "backward", backward)
+    with pytest.raises(NonFiniteError, match=r"To skip that update, resume with train\.nonfinite_skips=1$"):
+        train(config.build(flat | {"data.on_error": "skip"}))
+    folder = train(config.build(flat | {"data.on_error": "skip", "train.nonfinite_skips": 1}))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted({*steps}) == [*range(1, 10)]
 
 
 @pytest.mark.parametrize(
