@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "published",
     "track",
     "data.root",
+    "data.train_list",
+    "data.val_list",
     "data.test_list",
     "data.on_error",
     "data.residency",
@@ -46,7 +48,10 @@ MAY_CHANGE = (
     "evaluate.batch_size",
     "evaluate.analyze_images",
 )
-"""Settings that may change when a run resumes: places, implementations, and what the run does after a fault."""
+"""Settings that may change when a run resumes: places, implementations, and what the run does after a fault.
+
+Names and labels of training and selection images are compared with the checkpoint's.
+"""
 
 
 def with_ranks(cfg: Config) -> Config:

@@ -34,6 +34,8 @@ log = logging.getLogger("fastdeitlt")
 OOD_IMAGES = 1024
 OWN_SETTINGS = ("name", "runs_dir", "train.seed", "teacher.path")
 """Settings reserved for the grid."""
+PLACES = ("data.root", "data.train_list", "data.val_list", "data.test_list")
+"""Settings that may change when a run resumes, but are compared for the table."""
 
 
 class Arm(Section):
@@ -271,7 +273,7 @@ def _student_work(run: ArmRun, images: LongTailSet) -> Work:
 def _refuse_other_settings(run: ArmRun) -> None:
     """Raise UserError if the folder has a run with other settings.
 
-    Those of a finished run include its test data, the place of its data and its teacher.
+    Those of a finished run include the place of its data, its lists and its teacher.
     """
     cfg, saved = run.student, run.folder / "config.yaml"
     if not saved.is_file():
@@ -280,7 +282,7 @@ def _refuse_other_settings(run: ArmRun) -> None:
     free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
     free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
     remedy = f"Use the saved settings, remove {run.folder}, or rename the grid."
-    fixed = ("data.root", "data.test_list") if is_finished(run.folder) else ()
+    fixed = PLACES if is_finished(run.folder) else ()
     refuse_changes(before, cfg, run.folder, free_names, remedy, fixed)
     teacher = Path(before.teacher.path).parent.parent  # of checkpoints/best
     if fixed and run.teacher and (teacher / "config.yaml").is_file():

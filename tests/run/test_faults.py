@@ -197,7 +197,7 @@ def test_memory_that_the_host_refuses_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_run_resumes_with_the_settings_that_its_errors_advise(tmp_path, monkeypatch):
-    """An image that is found unreadable late, and a step that is not finite: neither ends a run for good."""
+    """An image that is found unreadable late, a step that is not finite, data that moves: none ends a run for good."""
     cfg, real = tiny_run(tmp_path), PlainEngine.backward
     root = shutil.copytree(cfg.data.root, tmp_path / "images")
     flat = config.flatten(cfg) | {"data.root": str(root), "data.residency": "stream"}
@@ -219,7 +219,11 @@ def test_a_run_resumes_with_the_settings_that_its_errors_advise(tmp_path, monkey
     monkeypatch.setattr(PlainEngine, "backward", backward)
     with pytest.raises(NonFiniteError, match=r"To skip that update, resume with train\.nonfinite_skips=1$"):
         train(config.build(flat | {"data.on_error": "skip"}))
-    folder = train(config.build(flat | {"data.on_error": "skip", "train.nonfinite_skips": 1}))
+    moved = {"data.root": shutil.move(root, tmp_path / "moved")}
+    for split in ("train", "val", "test"):
+        moved[f"data.{split}_list"] = shutil.move(flat[f"data.{split}_list"], tmp_path / "moved" / f"{split}.txt")
+    moved = {name: str(path) for name, path in moved.items()}
+    folder = train(config.build(flat | moved | {"data.on_error": "skip", "train.nonfinite_skips": 1}))
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sorted({*steps}) == [*range(1, 10)]
 
