@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import statistics
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
@@ -169,12 +170,21 @@ def memory_hint(cfg: Config, folder: Path, section: str = "train") -> Iterator[N
             path.write_text(torch.cuda.memory_summary(), encoding="utf-8")
             note = f"; {path} has the memory summary"
         reason = " ".join(str(error).split())[:160]
-        batch = f"{section}.batch_size={getattr(cfg, section).batch_size}"
-        less = _less_for_student(cfg) if section == "train" else _less_for_teacher(cfg)
+        if _is_in_evaluation(error):
+            batch = f"evaluate.batch_size={cfg.evaluate.batch_size}"
+            less = f"Resume with evaluate.batch_size={max(1, cfg.evaluate.batch_size // 2)}"
+        else:
+            batch = f"{section}.batch_size={getattr(cfg, section).batch_size}"
+            less = _less_for_student(cfg) if section == "train" else _less_for_teacher(cfg)
+            less += " (another run: --resume never)"
         raise MemoryFullError(
-            f"out of memory with {batch} on rank {distributed.rank()} ({reason}). {less} (another run: --resume "
-            f"never){note}"
+            f"out of memory with {batch} on rank {distributed.rank()} ({reason}). {less}{note}"
         ) from None
+
+
+def _is_in_evaluation(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name == "gather_logits" for frame, _ in frames)
 
 
 def _less_for_student(cfg: Config) -> str:

@@ -228,6 +228,20 @@ def test_a_run_resumes_with_the_settings_that_its_errors_advise(tmp_path, monkey
     assert sorted({*steps}) == [*range(1, 10)]
 
 
+def test_an_evaluation_without_memory_resumes_with_smaller_batches(tmp_path, monkeypatch):
+    def huge(*inputs, **options):
+        torch.empty(2**55)
+
+    cfg = tiny_run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdeitlt.evaluation.evaluate.collect_logits", huge)
+        words = r"with evaluate\.batch_size=16 .*Resume with evaluate\.batch_size=8$"
+        with pytest.raises(MemoryFullError, match=words):
+            train(cfg)
+    smaller = {"evaluate.batch_size": 8}
+    assert (train(config.build(config.flatten(cfg) | smaller)) / "results.json").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "world", "words"),
     [
