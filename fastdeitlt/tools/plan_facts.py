@@ -154,7 +154,8 @@ class Schedule:
     images_seen: int
     repeats: int
     batch: int
-    accumulate: int
+    ranks: int
+    """Virtual ranks, each with one micro-batch per optimizer step."""
     every: int
     teacher_every: int
     seconds: dict[str, float]

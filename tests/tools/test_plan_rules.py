@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdeitlt import config
@@ -72,6 +72,7 @@ def test_recipes_are_valid_fit_the_hours_and_agree(facts, hours, fastest):
     assert student.student.name.endswith(f"_{t.img_size}")
     # what the trainings check before their first step
     n = facts.num_images
+    assert student.train.virtual_ranks, "the number of GPUs must not change the recipe"
     plan = plan_of(student, n)
     teacher_plan = teacher_plan_of(teacher, n)
     # the times are those of the epochs that will be trained
@@ -115,6 +116,9 @@ def test_a_faster_machine_never_gives_less(facts, hours, factor):
 
 
 @given(FACTS, st.integers(2, 512))
+@example(facts_of([20_000] * 3), 512)
+@example(facts_of([20_000] * 3, gpu=True), 512)
+@example(facts_of([5_000] * 3, short_side=4000, gpu=True), 64)
 def test_candidates_fit_the_sample_that_they_are_measured_on(facts, sample):
     sample = min(sample, facts.num_images)
     for rung in facts.rungs:
@@ -152,7 +156,7 @@ def test_days_on_a_gpu_give_the_papers_student_and_augmentation():
     student, teacher = choice.configs
     assert student.student.name == "deit_base_distilled_patch16_224" and teacher.teacher_training.arch == "resnet50"
     assert (student.augment.repeats, student.mixup.prob, student.augment.crop_scale[0]) == (3, 1.0, 0.08)
-    assert student.train.batch_size * student.train.accumulate == 1024
+    assert (student.train.batch_size, student.train.virtual_ranks, student.train.accumulate) == (128, 8, 1)
     assert teacher.teacher_training.sam == "sam" and student.train.compile
 
 
