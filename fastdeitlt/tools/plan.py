@@ -9,6 +9,7 @@ from fastdeitlt import config, distributed
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
 from fastdeitlt.data.check.scan import check_files
+from fastdeitlt.data.sets.findings import opening_findings
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image, split_of, walk
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.shards import SUFFIXES as SHARD_SUFFIXES
@@ -63,7 +64,7 @@ def make_plan(
     none_held = {f"{split}_holdout": 0.0 for split in ("val", "test")}
     cfg = DataConfig(**settings, **none_held | {f"{split}_holdout": share for split, share in holdouts.items()})
     sets = open_sets(cfg)
-    check_files(sets, cfg)
+    check_files(sets, cfg, "Repair or remove them.")
     pixels = pixel_stats(sets.train, cfg)
     where = distributed.device_of(device)
     facts = Facts(
@@ -210,6 +211,7 @@ def describe(planned: Planned) -> list[str]:
         f"{split} {len(images):,}{f' ({held[split]})' if split in held else ''}" for split, images in sets
     )
     lines = [f"data       {facts.root}: {counted(sets.num_classes, 'class')}, {sizes}", *_smallest(sets)]
+    lines += [f"note       {finding}" for finding in opening_findings(sets) if finding.level == "warning"]
     lines.append(
         f"pixels     mean {list(facts.mean)}, deviation {list(facts.std)}, median short side {facts.short_side:,} px"
         + (f", {facts.gray:.0%} gray" if facts.gray else "")
@@ -220,10 +222,11 @@ def describe(planned: Planned) -> list[str]:
         lines.append(f"measured   {what}; teacher {rung.teacher}: {rates.teacher[rung]:,.0f} images/s  {mark}".rstrip())
     t = teacher.teacher_training
     lines.append(f"teacher    {t.arch} at {t.img_size} px, {counted(t.epochs, 'epoch')}, {t.loss}, sam {t.sam}")
+    drw = student.loss.drw_epoch
     lines.append(
         f"student    {student.student.name}, {counted(student.student.depth, 'block')}, "
-        f"{counted(student.train.epochs, 'epoch')}, {choice.images_seen:,} images seen, re-weighting from epoch "
-        f"{student.loss.drw_epoch}"
+        f"{counted(student.train.epochs, 'epoch')}, {choice.images_seen:,} images seen, "
+        + (f"re-weighting from epoch {drw}" if drw >= 0 else "no re-weighting")
     )
     times = ", ".join(f"{part} {seconds / 60:,.1f} min" for part, seconds in choice.seconds.items())
     total = sum(choice.seconds.values()) / 60
@@ -232,24 +235,11 @@ def describe(planned: Planned) -> list[str]:
 
 
 def _smallest(sets: Sets) -> list[str]:
-    """Return lines on the smallest classes and those without held-out images."""
+    """Return a line on the smallest classes, if images are held out of them."""
     if not sets.held_out:
         return []
-    totals = [
-        sum(images.counts[k] for name, images in sets if name in ("train", *sets.held_out))
-        for k in range(sets.num_classes)
-    ]
+    parts = {name: images.counts for name, images in sets if name in ("train", *sets.held_out)}
+    totals = [sum(counts) for counts in zip(*parts.values(), strict=True)]
     smallest = [k for k in sorted(range(sets.num_classes), key=lambda k: totals[k]) if totals[k]][:3]
-    shown = [
-        f"{sets.train.class_name(k)} "
-        + ", ".join(f"{images.counts[k]} {name}" for name, images in sets if name in ("train", *sets.held_out))
-        for k in smallest
-    ]
-    lines = [f"smallest   {'; '.join(shown)}"]
-    for name, images in sets:
-        absent = sum(total > 0 and not count for total, count in zip(totals, images.counts, strict=True))
-        if name in sets.held_out and absent:
-            lines.append(
-                f"note       no {name} image of {counted(absent, 'class')} of {sets.num_classes:,}: too few to hold out"
-            )
-    return lines
+    shown = (", ".join(f"{counts[k]} {name}" for name, counts in parts.items()) for k in smallest)
+    return [f"smallest   {'; '.join(f'{sets.train.class_name(k)} {s}' for k, s in zip(smallest, shown, strict=True))}"]

@@ -3,7 +3,6 @@
 B images in a micro-batch, N images that are measured on.
 """
 
-import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -18,7 +17,7 @@ from fastdeitlt.core.measure.timer import synchronise
 from fastdeitlt.data.pixels.cache import DecodedSet, pack
 from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.resident import Resident
-from fastdeitlt.data.pixels.source import Source
+from fastdeitlt.data.pixels.source import Source, choose
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.data.teacher_plan import teacher_plan_of
@@ -34,8 +33,6 @@ WARM_UP, LEAST_STEPS, SAMPLE_S = 2, 2, 2.0
 """Warm-up steps, fewest measured steps, and seconds of a measurement."""
 LIMIT_S = 45.0
 """Seconds after which no further student is measured."""
-FREE_SHARE = 0.5
-"""Share of the free memory for a decoded set, as data.residency=auto."""
 START_S = 45.0
 """Seconds for two starts, tests, analysis and report (docs/own_images.md)."""
 
@@ -82,11 +79,10 @@ def _source(chosen: LongTailSet, total: int, cfg: Config, stream: Stream, device
     decoded = _decode(stream, len(chosen))
     scale = total / len(chosen)
     decode_s = (time.monotonic() - began) * scale
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if decoded.pixels.numel() * scale > FREE_SHARE * free:
+    residency = choose(chosen, cfg.data, device, int(decoded.pixels.numel() * scale))
+    if residency == "stream":
         return stream, 0.0
-    where = cfg.data.model_copy(update={"residency": "device" if device.type == "cuda" else "host"})
-    return Resident(chosen, where, device, decoded), decode_s
+    return Resident(chosen, cfg.data.model_copy(update={"residency": residency}), device, decoded), decode_s
 
 
 def _decode(stream: Stream, total: int) -> DecodedSet:

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 
 from fastdeitlt import config
 from fastdeitlt.cli import main
+from fastdeitlt.data.pixels import source as source_module
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sets.blobs import Blob
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.errors import UserError
@@ -137,11 +140,13 @@ def test_every_layout_gives_three_splits_and_both_files_agree(tmp_path, rates, k
 def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "photos", SIZES)
+    (tmp_path / "photos" / "cat" / "new.heic").write_bytes(b"")
     assert main(["plan", "photos", "--hours", "0.1", "--out", "mine"]) == 0
     shown = capsys.readouterr().out
     assert "fastdeitlt train mine.yaml --with-teacher mine-teacher.yaml" in shown
     assert "smallest   eel 2 train, 0 val, 1 test; dog 4 train, 1 val, 1 test" in shown
-    assert "note       no val image of 1 class of 3: too few to hold out" in shown
+    assert "note       1 class without val images, not scored (2 (eel))" in shown
+    assert "note       1 file ignored: not in a class folder, or no image suffix (cat/new.heic)" in shown
     for name, trains in (("mine.yaml", False), ("mine-teacher.yaml", True)):
         text = (tmp_path / name).read_text()
         assert config.load(name).is_teachers is trains
@@ -194,7 +199,8 @@ def test_bad_requests_are_one_line(tmp_path, rates, capsys):
         assert words in error and error.count("\n") == 1
     (tmp_path / "two" / "cat" / "0.png").write_text("no image")
     assert main(["plan", str(tmp_path / "two")]) == 2
-    assert "0.png" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "0.png" in error and error.endswith("Repair or remove them.\n"), "plan has no settings"
 
 
 def test_given_weights_set_the_students_start_and_shape(tmp_path, rates):
@@ -229,3 +235,14 @@ def test_rates_are_measured_on_fewer_images_than_a_batch_and_on_one_more(tmp_pat
         save_images(tmp_path / split, {"cat": 60, "dog": total - 60})
     rates = make_plan(tmp_path, 0.1, device="cpu").rates
     assert rates.student and rates.student.keys() == rates.teacher.keys()
+
+
+def test_rates_are_measured_with_the_residency_of_training(tmp_path, monkeypatch):
+    save_images(tmp_path / "photos", SIZES)
+    sources = []
+    monkeypatch.setattr(plan_rates, "_student_rate", lambda cfg, source, *_: sources.append(type(source)) or 100.0)
+    monkeypatch.setattr(plan_rates, "_teacher_rate", lambda *_: 100.0)
+    for free, kind in ((1_000, Stream), (10**9, Resident)):
+        monkeypatch.setattr(source_module, "_free_host_bytes", lambda free=free: free)
+        make_plan(tmp_path / "photos", 0.1, device="cpu")
+        assert sources.pop() is kind

@@ -85,7 +85,7 @@ def scan_files(root: str, names: list[str], cfg: DataConfig, blobs: Blobs | None
             yield from scans
 
 
-def check_files(sets: Sets, cfg: DataConfig) -> str:
+def check_files(sets: Sets, cfg: DataConfig, remedy: str = "Repair or remove them, or set data.on_error=skip.") -> str:
     """Check that every image file of every split is present and whole.
 
     Reads the first and last bytes of files, and all bytes of images in shards; decodes nothing. With
@@ -112,7 +112,7 @@ def check_files(sets: Sets, cfg: DataConfig) -> str:
                 used = "replaced by images of the same class" if split == "train" else "not scored"
                 log.warning("data: %s; %s", problems[-1], used)
     if problems and cfg.on_error == "raise":
-        raise UserError(f"data: {'; '.join(problems)}. Repair or remove them, or set data.on_error=skip.")
+        raise UserError(f"data: {'; '.join(problems)}. {remedy}")
     summary = (
         f"first and last bytes of {counted(total, 'file')}, not decoded (see 'data check')" if total else "decoded"
     )

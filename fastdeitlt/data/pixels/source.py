@@ -80,7 +80,7 @@ def open_source(
                 f"data.residency: got stream for {cfg.dataset}, which is decoded, expected auto, host or device"
             )
         decoded = pack(images.images_NHWC)
-        chosen = _choose(images, cfg, device, decoded.pixels.numel(), tell)
+        chosen = choose(images, cfg, device, decoded.pixels.numel(), tell)
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
     stream = Stream(images, cfg, device, window)
     if cfg.residency == "stream":
@@ -90,7 +90,7 @@ def open_source(
         sizes_N2 = stored_sizes(images, cfg)
         if sizes_N2 is None:
             sizes_N2 = shrunk(stream.sizes(), cfg.stored_short_side)
-        chosen = _choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
+        chosen = choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
         if chosen == "stream":
             stack.pop_all()  # it stays open
             return stream
@@ -98,8 +98,8 @@ def open_source(
     return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
 
 
-def _choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool) -> Residency:
-    """Choose device, host or stream.
+def choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool = False) -> Residency:
+    """Choose device, host or stream for images of ``needed`` decoded bytes.
 
     Raises:
         UserError: the configured memory is too small.

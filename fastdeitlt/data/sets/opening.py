@@ -74,9 +74,8 @@ def open_training_sets(cfg: DataConfig) -> Sets:
     for finding in opening_findings(sets):
         if finding.level == "error":
             raise UserError(f"data {cfg.title}, {finding.split}: {finding.message}")
-        examples = f" ({', '.join(finding.examples)})" if finding.examples else ""
         level = logging.WARNING if finding.level == "warning" else logging.INFO
-        log.log(level, "data %s, %s: %s%s", cfg.title, finding.split, finding.message, examples)
+        log.log(level, "data %s, %s: %s", cfg.title, finding.split, finding)
     return sets
 
 

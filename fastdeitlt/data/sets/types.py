@@ -27,6 +27,9 @@ class Finding:
     message: str
     examples: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.message} ({', '.join(self.examples)})" if self.examples else self.message
+
 
 def class_counts(labels: np.ndarray, num_classes: int) -> list[int]:
     """Count the images of each class [K] from labels int64 [N]."""
