@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +143,22 @@ def test_hold_out_is_stratified_disjoint_complete_and_repeatable():
     assert train.counts == [80, 17, 4, 1, 0, 2]
     assert sorted(train.paths + val.paths) == sorted(images.paths)
     assert [f"{i}.png" for i in val.images_NHWC[:, 0, 0, 0]] == val.paths
-    assert hold_out(images, 0.2)[1].paths == val.paths
-    assert hold_out(images, 0.2, seed=1)[1].paths != val.paths
+    assert hold_out(images, 0.2)[1].paths == val.paths != images.paths[:20]
+
+
+def test_hold_out_depends_on_names_alone():
+    images = make_set([100, 21, 50])
+    parts = [set(part.paths) for part in hold_out(images, 0.1, 0.2)]
+    shuffled = images.take(np.random.default_rng(0).permutation(len(images)))
+    assert [set(part.paths) for part in hold_out(shuffled, 0.1, 0.2)] == parts
+    without = images.take(np.arange(1, len(images)))  # one image of the first class is added later
+    before = [set(part.paths) for part in hold_out(without, 0.1, 0.2)]
+    moved = [path for was, now in zip(before, parts, strict=True) for path in now - was]
+    assert len(moved) <= 3 and all(int(path.removesuffix(".png")) < 100 for path in moved)
+    decomposed = replace(images, paths=[f"\u0065\u0301{path}" for path in images.paths])  # as macOS stores them
+    composed = replace(images, paths=[f"\u00e9{path}" for path in images.paths])
+    held = [[path.lstrip("e\u0301\u00e9") for path in hold_out(part, 0.1)[1].paths] for part in (decomposed, composed)]
+    assert held[0] == held[1]
 
 
 def test_hold_out_leaves_an_image_in_each_class():

@@ -187,10 +187,11 @@ def test_nested_class_folders_give_the_classes_of_folders(tmp_path, top):
     for name, data in members.items():
         (tmp_path / "folders" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folders" / name).write_bytes(data)
-    expected = open_sets(cfg_of(tmp_path / "folders", "folder").data).train
+    whole = {"data.val_holdout": 0, "data.test_holdout": 0}
+    expected = open_sets(cfg_of(tmp_path / "folders", "folder", **whole).data).train
     inside = {f"{top}{name}": data for name, data in members.items()} | {f"__MACOSX/{top}ant/._0.jpg": b"hidden"}
     for root in write_both(tmp_path, inside):
-        train_set = open_sets(cfg_of(root).data).train
+        train_set = open_sets(cfg_of(root, **whole).data).train
         assert train_set.class_names == expected.class_names == NAMES and train_set.counts == expected.counts
         images = [train_set.place(i).read() for i in range(len(train_set))]
         assert images == [members[name] for name in expected.paths]

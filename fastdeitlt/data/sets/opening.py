@@ -3,25 +3,27 @@
 N images in the set, K classes.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from fastdeitlt.config import DataConfig
+from fastdeitlt.data.sets.class_names import normalised
 from fastdeitlt.data.sets.findings import opening_findings
 from fastdeitlt.data.sets.splits import Classes, Places, find_splits, no_training_split, number_alike, renumber
 from fastdeitlt.data.sets.types import SPLITS, LongTailSet, Sets
 from fastdeitlt.errors import UserError, counted
 
 log = logging.getLogger("fastdeitlt")
-HOLDOUT_SEED = 0
 
 
-def hold_out(
-    images: LongTailSet, val: float = 0.0, test: float = 0.0, seed: int = HOLDOUT_SEED
-) -> tuple[LongTailSet, LongTailSet, LongTailSet]:
-    """Split off shares of each class as (train, val, test), deterministic for a seed.
+def hold_out(images: LongTailSet, val: float = 0.0, test: float = 0.0) -> tuple[LongTailSet, LongTailSet, LongTailSet]:
+    """Split off shares of each class as (train, val, test), by the images' names.
+
+    The images of a class are ranked by a hash of their paths; the first are for validation, the last for testing. So
+    neither their order in a list nor other classes matter, and added images move few others.
 
     Shares are rounded to whole images: a class with fewer than 0.5 / share images contributes none, and train keeps at
     least one. All parts keep the list's order. The validation images do not depend on ``test``.
@@ -29,14 +31,15 @@ def hold_out(
     Raises:
         UserError: a share above 0 would hold out no image.
     """
-    generator = np.random.RandomState(seed)
+    names = (normalised(path).encode("utf-8", "surrogateescape") for path in images.paths)
+    key_N = np.frombuffer(b"".join(hashlib.sha256(name).digest()[:8] for name in names), "<u8")
     part_N = np.zeros(len(images), dtype=np.int64)
-    for members in np.split(np.argsort(images.labels, kind="stable"), np.cumsum(images.counts)[:-1]):
-        order, start = generator.permutation(members), 0
-        for part, share in ((1, val), (2, test)):
-            stop = max(start, min(start + int(len(members) * share + 0.5), len(members) - 1))
-            part_N[order[start:stop]] = part
-            start = stop
+    for members in np.split(np.lexsort((key_N, images.labels)), np.cumsum(images.counts)[:-1]):
+        left = max(len(members) - 1, 0)
+        num_val = min(int(len(members) * val + 0.5), left)
+        num_test = min(int(len(members) * test + 0.5), left - num_val)
+        part_N[members[:num_val]] = 1
+        part_N[members[len(members) - num_test :]] = 2
     for part, name, share in ((1, "val", val), (2, "test", test)):
         if share and not (part_N == part).any():
             raise UserError(
