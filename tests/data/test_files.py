@@ -42,6 +42,11 @@ def tiff(values_HWC, photometric=1, planar=1, alpha=None):
     return b"II*\0" + (8).to_bytes(4, "little") + tags.tobytes(8) + stored
 
 
+def premultiplied(values_HWC, alpha_HW):
+    """RGB multiplied by an alpha channel, which follows."""
+    return np.dstack([(values_HWC * (alpha_HW[..., None] / 255)).astype(np.uint8), alpha_HW])
+
+
 KINDS = {
     "cmyk jpeg": encoded(picture(50, 60).convert("CMYK")),
     "gray jpeg": encoded(picture(50, 60).convert("L")),
@@ -62,6 +67,10 @@ KINDS = {
     "palette alpha tiff": encoded(picture(50, 60).convert("P").convert("PA"), "TIFF"),
     "gray tiff with an unspecified second sample": tiff(np.dstack([picture(50, 60).convert("L")] * 2), alpha=0),
     "tiff": encoded(picture(50, 60), "TIFF", compression="tiff_lzw"),
+    "1-bit tiff": encoded(picture(50, 60).convert("1"), "TIFF"),
+    "tiff premultiplied by alpha": tiff(
+        premultiplied(np.asarray(picture(50, 60)), np.asarray(picture(50, 60, 7).convert("L"))), 2, alpha=1
+    ),
     "webp with metadata after pixels of odd length": encoded(picture(50, 60, ODD), "WEBP", lossless=True, exif=b"Exif"),
     "png with a profile of another colour space": encoded(picture(50, 60).convert("L"), "PNG", icc_profile=PROFILE),
 }
@@ -131,6 +140,7 @@ BAD = {
     "tiff cut near its end": (TIFF[:-500], "truncated"),
     "12-bit ppm cut": (pnm(WIDE // 16, 4095)[:-1], "truncated PPM"),
     "12-bit text ppm cut": (pnm(WIDE // 16, 4095, is_text=True)[:-900], "truncated PPM"),
+    "32-bit tiff": (encoded(Image.new("I", (40, 40)), "TIFF"), "TIFF with 32 bits per channel, expected 8 or 16"),
     "lab tiff": (encoded(Image.new("LAB", (40, 40), (150, 20, 40)), "TIFF"), "Lab TIFF, expected RGB"),
     "planar 16-bit tiff": (tiff(WIDE, 2, planar=2), "planar TIFF with 16 bits per channel, expected interleaved"),
     "planar alpha tiff": (

@@ -23,6 +23,7 @@ from fastdeitlt.data.check.scan import check_files
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets import embedded, shards
+from fastdeitlt.data.sets.blobs import Blob
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets, open_training_sets
 from fastdeitlt.errors import UserError
@@ -241,6 +242,20 @@ def test_links_in_a_tar_have_the_bytes_of_their_target(tmp_path, labelled):
     assert read["ant/0.jpg"] == read["ant/1.jpg"] == read["ant/2.jpg"] == data["ant/0.jpg"]
     with pytest.raises(UserError, match=r"1 of 6 train images.*bee/1\.jpg"):
         check_files(open_sets(cfg_of(tmp_path).data), cfg_of(tmp_path).data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_at_the_start_reads_the_ends_of_images_in_shards(tmp_path, monkeypatch, kind):
+    cfg = cfg_of(in_shards(tmp_path, kind)).data
+    sets = open_sets(cfg)
+    with monkeypatch.context() as patch:
+        if kind != "deflated":
+            patch.setattr(Blob, "read", lambda blob: pytest.fail("read whole"))
+        check_files(sets, cfg)
+    file = sets.train.place(0).file
+    os.truncate(file, os.path.getsize(file) // 3)
+    with pytest.raises(UserError, match=r"train images in .* unreadable"):
+        check_files(sets, cfg)
 
 
 def test_entries_that_are_no_images_are_a_warning_as_in_folders(tmp_path, caplog):

@@ -107,20 +107,21 @@ def from_pillow(image: Image.Image, sample: int = 0, *, exif: str = "ignore") ->
 
 
 def glance(place: str | Blob) -> None:
-    """Check the first and last bytes of an image file; fully read one in a shard.
+    """Check the first and last bytes of an image; fully read one of other formats.
+
+    A compressed one in a zip is read as well.
 
     Raises:
         UnreadableError: see ``read_encoded``.
     """
-    if isinstance(place, Blob):
-        read_encoded(place, header_only=True)
-        return
     beginning = end = b""
     with suppress(OSError):  # read_encoded finds the reason
-        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(place.file if isinstance(place, Blob) else place, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            size = os.fstat(descriptor).st_size
-            beginning, end = os.pread(descriptor, 16, 0), os.pread(descriptor, 16, max(0, size - 16))
+            start = place.start if isinstance(place, Blob) else 0
+            size = place.size if isinstance(place, Blob) else os.fstat(descriptor).st_size
+            if size <= MAX_BYTES:
+                beginning, end = os.pread(descriptor, 16, start), os.pread(descriptor, 16, start + max(0, size - 16))
         finally:
             os.close(descriptor)
     if not any(beginning.startswith(mark) and end.endswith(_ENDS[kind]) for kind, mark in _BEGINNINGS.items()):
@@ -171,7 +172,7 @@ def _examine(file: BinaryIO, sample: int, exif: str, header_only: bool) -> Encod
         _refuse_misread(image)
         if _is_cut(file, kind, tags):
             raise UnreadableError(f"truncated {kind}")
-        if kind == "TIFF" and tags.get(277) == 2 and not header_only:  # gray or palette + alpha: DALI expects 3
+        if kind == "TIFF" and not header_only and _needs_pillow(image, tags):
             return from_pillow(image.convert("RGB"), sample)
         data = b"" if header_only and not (kind == "PNG" and exif == "apply") else _contents(file)
         if kind == "PPM" and not header_only:
@@ -201,12 +202,22 @@ def _open_image(file: BinaryIO) -> ImageFile.ImageFile:
     raise UnreadableError(f"{kind}, expected {', '.join(FORMATS)}")
 
 
+def _needs_pillow(image: Image.Image, tags: Any) -> bool:
+    """Return whether DALI 2.4 fails on a TIFF that Pillow decodes.
+
+    Bilevel; gray or palette with alpha; colours premultiplied by alpha.
+    """
+    return image.mode == "1" or tags.get(277) == 2 or 1 in tags.get(338, ())
+
+
 def _refuse_misread(image: Image.Image) -> None:
     """Raise on a TIFF that both DALI 2.4 and Pillow decode to wrong pixels."""
     if image.format != "TIFF":
         return
     tags: Any = getattr(image, "tag_v2", {})
     photometric, bits = tags.get(262), max(tags.get(258, (1,)))
+    if bits > 16:
+        raise UnreadableError(f"TIFF with {bits} bits per channel, expected 8 or 16")
     if photometric == 8:
         raise UnreadableError("Lab TIFF, expected RGB, gray, palette or CMYK")
     if photometric == 0 and bits > 8:
