@@ -173,6 +173,30 @@ def test_shards_that_name_no_split_are_split_by_class(tmp_path):
     assert "named as a split" in sets.remarks[0].message
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("train-0000.tar", "val-0000.tar"), ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"),
+        ("Training/a.tar", "dev/a.tar"), ("photos.train.tar", "photos_val2018.tar"),
+    ],
+)  # fmt: skip
+def test_a_word_of_a_shards_name_is_its_split(tmp_path, train, val):
+    image = encoded(picture(20, 20))
+    (tmp_path / "elsewhere").mkdir()
+    for number, name in enumerate((train, val), 1):
+        file = tmp_path / "elsewhere" / name
+        file.parent.mkdir(exist_ok=True)
+        write_tar(file, {f"{label}/{i}.jpg": image for label in NAMES for i in range(number)})
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    sets = open_sets(cfg_of(root).data)
+    assert (sets.train.counts, sets.val.counts, sets.test) == ([1] * 3, [2] * 3, None)
+    (tmp_path / "elsewhere" / train).unlink()
+    with pytest.raises(UserError, match=r"data\.root .*: no training split, expected train-\*\.tar"):
+        open_sets(cfg_of(root).data)
+
+
 def write_both(root, members, name="photos"):
     """The same entries in a tar and, in another root, a zip."""
     for kind, write in (("tar", write_tar), ("zip", write_zip)):

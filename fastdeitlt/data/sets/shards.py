@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import struct
 import tarfile
 import zipfile
@@ -24,7 +25,7 @@ from filelock import FileLock
 
 from fastdeitlt.data.sets.blobs import Blobs, inflated
 from fastdeitlt.data.sets.class_names import listed, normalised, numbered
-from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image, split_of
+from fastdeitlt.data.sets.folders import is_image, split_of, walk
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 from fastdeitlt.store.files import draft_file, user_cache
@@ -65,19 +66,12 @@ class Shard:
 def split_shards(root: str | Path) -> dict[str, list[str]]:
     """Return the shards of each split, relative to ``root``.
 
-    Without splits all are train.
-
-    The start of a shard's file name (``train-0001.tar``) or a folder name gives its split.
+    Without splits all are train. Linked folders are followed.
 
     Raises:
-        UserError: no shards, or only some shards name a split.
+        UserError: no shards, a folder that cannot be read, or only some shards name a split.
     """
-    names = sorted(
-        os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in os.walk(root)
-        for file in files
-        if file.endswith(SUFFIXES) and not file.startswith(".")
-    )
+    names = sorted(name for name in walk(root) if name.endswith(SUFFIXES))
     if not names:
         raise UserError(f"data.root {root}: got no shards, expected {', '.join(SUFFIXES)} files. Set data.root=FOLDER.")
     splits: dict[str, list[str]] = {}
@@ -94,14 +88,13 @@ def split_shards(root: str | Path) -> dict[str, list[str]]:
 
 
 def names_split(name: str) -> str:
-    """Return the split in a shard's file or folder name, or ""."""
-    *folders, file = Path(name).parts
-    for part in (file, *reversed(folders)):
-        word = part.lower().split(".")[0]
-        for separator in "-_":
-            word = word.split(separator)[0]
-        for split, words in SPLIT_FOLDERS.items():
-            if word.rstrip("0123456789") in words:
+    """Return the split in a shard's file or folder name, or "".
+
+    It is a word of the name, as in ``train-0001.tar`` and ``imagenet1k-validation-00.tar``.
+    """
+    for part in reversed(Path(name).parts):
+        for word in re.split("[-_.]", part.lower()):
+            if split := split_of(word.rstrip("0123456789")):
                 return split
     return ""
 

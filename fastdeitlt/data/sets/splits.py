@@ -108,8 +108,8 @@ def find_splits(cfg: DataConfig, required: Sequence[str] = SPLITS) -> Places:
 def no_training_split(cfg: DataConfig) -> UserError:
     """Return the error for a data set without training split."""
     root = _root(cfg)
-    if cfg.dataset == "folder":
-        return UserError(f"data folder {root}: no training split, expected {LAYOUTS['folder']}")
+    if cfg.dataset in ("folder", "shards"):
+        return UserError(f"data.root {root}: no training split, expected {LAYOUTS[cfg.dataset]}")
     usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
     problem = f"no {usual} in {root}. Copy it there or set" if usual else "empty. Set"
     return UserError(f"data.train_list: {problem} data.train_list=FILE{_hint(cfg)}.")
