@@ -180,6 +180,11 @@ def test_a_number_of_a_list_has_its_bounds(override):
             "augment.mean=[0.5, 0.4]",
             r"augment\.mean: got \[0\.5, 0\.4\], expected a list like \[0\.485, 0\.456, 0\.406\]",
         ),
+        (
+            "augment.mean=[123.7, 116.3, 103.5]",
+            r"augment\.mean: got \[123\.7.*\], expected values for images in 0\.\.1\. Div",
+        ),
+        ("teacher.std=[0.2, 58, 0.2]", r"teacher\.std: got \[0\.2, 58, 0\.2\], expected values for images in 0\.\.1"),
         ("augment.mean=0.5", r"augment\.mean: got 0\.5, expected a list like \[0\.485"),
         ("teacher_training.lr_steps=[[1]]", r"lr_steps: got \[\[1\]\], expected a list like \[\[160, 0\.01\]"),
         ("teacher_training.sam_rho_steps=3", r"sam_rho_steps: got 3, expected a list like \[\[0, 0\.05\]\]"),
@@ -229,10 +234,10 @@ def test_a_teacher_accepts_what_its_training_reads_and_the_students_settings_of_
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluate.crop_pct=0.5", "augment.mean=[0,0,0]", "data.exif=apply", "student.depth=1"]
+    "name", ["evaluate.crop_pct=0.5", "augment.mean=[0,0,0]", "data.exif=apply", "student.depth=1", "train.epochs=3"]
 )
-def test_a_finished_models_preprocessing_is_not_a_setting(name):
-    with pytest.raises(UserError, match=rf"^{name.partition('=')[0]}: no effect on a finished model"):
+def test_settings_without_effect_on_a_finished_model_are_refused(name):
+    with pytest.raises(UserError, match=rf"^{name.partition('=')[0]}: no effect on a finished model, expected data"):
         config.load_evaluation("quickstart", [name])
     read = ["data.num_threads=2", "evaluate.batch_size=3", "train.device=cpu", "train.precision=fp32"]
     assert config.load_evaluation("quickstart", read).evaluate.batch_size == 3

@@ -190,7 +190,10 @@ def load_evaluation(recipe: Recipe, settings: Settings = ()) -> Config:
     """
     values = _by_name(settings)
     if ignored := next((name for name in values if name == "data.exif" or not name.startswith(EVALUATION)), None):
-        raise UserError(f"{ignored}: no effect on a finished model, whose folder states its preprocessing. Remove it.")
+        raise UserError(
+            f"{ignored}: no effect on a finished model, expected data (without data.exif), evaluate.batch_size, "
+            "train.device or train.precision. Remove it."
+        )
     return _load(recipe, values)
 
 

@@ -42,6 +42,12 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+def _of_unit_range(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if max(map(abs, values)) > 1:
+        raise ValueError("expected values for images in 0..1. Divide those for 0..255 by 255.")
+    return values
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -50,4 +56,5 @@ Positive = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
 TrackerNames = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_list)]
-PerChannel = tuple[Positive, Positive, Positive]
+ChannelMeans = Annotated[tuple[float, float, float], AfterValidator(_of_unit_range)]
+ChannelDeviations = Annotated[tuple[Positive, Positive, Positive], AfterValidator(_of_unit_range)]

@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fastdeitlt.config.section import IMAGENET_MEAN, IMAGENET_STD, Below1, PerChannel, Range, Section
+from fastdeitlt.config.section import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Below1,
+    ChannelDeviations,
+    ChannelMeans,
+    Range,
+    Section,
+)
 
 
 class DataConfig(Section):
@@ -100,9 +108,9 @@ class AugmentConfig(Section):
     """Probability of random erasing (per-pixel noise). 0 = off."""
     repeats: int = Field(3, ge=1)
     """Repeated augmentation: copies of an image in an epoch. 1 = off."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Channel means for normalising the student's input (images in 0..1)."""
-    std: PerChannel = IMAGENET_STD
+    mean: ChannelMeans = IMAGENET_MEAN
+    """Channel means for normalising the student's input, in 0..1 as the images."""
+    std: ChannelDeviations = IMAGENET_STD
     """Channel standard deviations for normalising the student's input."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of training augmentation: Triton kernels, or torch operations. auto: the kernels on a GPU for the
@@ -183,9 +191,9 @@ class TeacherConfig(Section):
     normalise: Literal["auto", "student", "teacher"] = "auto"
     """Mean and std of the teacher's input. auto: those stated in its model folder, else the student's, as in the
     official code. teacher: those of its folder, else teacher.mean and teacher.std."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: ChannelMeans = IMAGENET_MEAN
     """Channel means of a teacher without a model folder (used by normalise=teacher)."""
-    std: PerChannel = IMAGENET_STD
+    std: ChannelDeviations = IMAGENET_STD
     """Channel standard deviations of a teacher without a model folder (used by normalise=teacher)."""
     resize_antialias: bool = False
     """Antialias the resize to the teacher's size. false: as in the official environment (torchvision 0.15)."""

@@ -181,6 +181,11 @@ def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     common_teacher = grid.settings.teacher
     if common_teacher == "none":
         raise UserError("grid settings.teacher: got none, expected settings. Remove the grid's teacher recipe.")
+    own = [arm.teacher for arm in grid.arms.values() if arm.teacher != "none"]
+    if not grid.teacher and (
+        unused := next((name for part in (of_teacher, common_teacher, *own) for name in part), "")
+    ):
+        raise UserError(f"{unused}: no effect, because grid {grid.name} has no teacher recipe. Remove it, or add one.")
 
     def built(what: str, seed: int, flat: dict[str, Any], name: str) -> Config:
         own = {"name": name, "runs_dir": str(runs_dir), "train.seed": seed}
@@ -212,8 +217,6 @@ def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taug
     wrong += [key for key in ("name", "train.seed") if key in of_student]
     if wrong:
         raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid. Remove it.")
-    if arm.teacher and arm.teacher != "none" and not grid.teacher:
-        raise UserError(f"grid {grid.name}, arm {name}: got teacher settings, expected a teacher recipe in the grid")
 
 
 def _refuse_equal_arms(runs: list[ArmRun]) -> None:

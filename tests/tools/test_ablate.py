@@ -149,7 +149,7 @@ def test_all_arms_of_a_seed_come_before_the_next_seed_and_settings_win_in_order(
         ({"arms": {"base": {}, "x": {"student": {"teacher.path": "t"}}}}, "teacher.path is set by the grid"),
         ({"arms": {"base": {}, "x": {"student": {"optim.lr": 1e-3}}}}, "arm x: got the settings of arm base"),
         ({"arms": {"base": {}, "a b": {"student": {"optim.lr": 1}}}}, "name: got 'a b-seed0'"),
-        ({"teacher": ""}, "arm sgd: got teacher settings"),
+        ({"teacher": "", "settings": {}}, "teacher_training.sam: no effect, because grid grid has no teacher recipe"),
         ({"settings": {"teacher": "none"}}, "Remove the grid's teacher recipe"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -190,6 +190,15 @@ def test_a_teacher_file_is_opened_before_the_first_run(grid_file, trained, tmp_p
     with pytest.raises(UserError, match=r"arm taught: .*t\.pth"):
         ablate.ablate(grid_file(arms=arms, teacher="", settings={}), [f"runs_dir={tmp_path}"])
     assert trained == []
+
+
+def test_settings_of_a_teacher_need_a_teacher(grid_file):
+    plain = {"teacher": "", "arms": {"vit": {}, "slow": {"student": {"optim.lr": 1e-4}}}}
+    grids = [ablate.read_grid(grid_file(**plain, settings={"teacher": own})) for own in ({}, {"data.root": "a"})]
+    assert len(ablate.arm_runs(grids[0], ["optim.lr=3e-4"])) == 4
+    for grid, settings in ((grids[0], ["teacher_training.lr=0.2"]), (grids[1], [])):
+        with pytest.raises(UserError, match=r"(lr|root): no effect, because grid grid has no teacher recipe"):
+            ablate.arm_runs(grid, settings)
 
 
 def test_equal_teachers_are_shared_and_finished_runs_skipped(grid_file, trained, tmp_path):
