@@ -111,6 +111,17 @@ def test_an_archive_is_unpacked_once_and_again_when_a_file_is_damaged(tmp_path, 
     assert len(cut.open_cut(config(tmp_path)).train) == len(first.train)
 
 
+def test_an_unpacked_archive_is_read_from_a_folder_that_cannot_be_written(tmp_path, make_archive, offline, monkeypatch):
+    make_archive(tmp_path)
+    cut.prepare("cifar10", str(tmp_path))
+
+    def refuse(file):
+        raise PermissionError(f"Permission denied: {file}")
+
+    monkeypatch.setattr(cut, "FileLock", refuse)
+    assert len(cut.open_cut(config(tmp_path)).test) == CLASSES
+
+
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_a_wrong_checksum_is_refused_before_anything_is_unpickled(
     tmp_path, make_archive, offline, monkeypatch, unpacked

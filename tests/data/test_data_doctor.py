@@ -47,8 +47,8 @@ def make_set(root: Path, counts: dict[str, list[int]]) -> Config:
 COUNTS = {"train": [8, 5], "val": [2, 2], "test": [3, 3]}
 
 
-def found(config: Config, **options) -> list[Finding]:
-    return check(config, **options).findings
+def found(config: Config) -> list[Finding]:
+    return check(config).findings
 
 
 def only(findings: list[Finding], text: str) -> Finding:
@@ -167,7 +167,6 @@ def test_images_twice_in_a_split_and_with_two_labels_are_reported(tmp_path):
     assert only(findings, "2 images within the split").level == "note"
     conflict = only(findings, "1 image with several labels")
     assert (conflict.level, conflict.examples) == ("warning", ("train_0_1.png = train_0_1.png",))
-    assert len(found(config, decode=False)) == 2
 
 
 def test_label_gaps_small_classes_and_classes_without_test_images_are_reported(tmp_path):
@@ -199,7 +198,7 @@ def test_incomplete_published_set_is_an_error_with_both_counts(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / f"ImageNet_LT_{split}.txt").write_text("a.jpg 0\nb.jpg 1\n")
     config = build({"data.dataset": "imagenet_lt", "data.root": str(tmp_path), "train.batch_size": 2})
-    finding = next(f for f in found(config, decode=False) if f.split == "train")
+    finding = next(f for f in found(config) if "published" in f.message and f.split == "train")
     assert finding.message == (
         "got 2 images in 2 classes of 1 to 1; the published set has 115,846 images in 1,000 classes of 1,280 to 5"
     )

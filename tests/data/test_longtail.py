@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.sets.counts import cifar_lt_counts, class_map, drw_weights, shot_groups
+from fastdeitlt.data.sets.counts import cifar_lt_counts, drw_weights, shot_groups
 from fastdeitlt.data.sets.opening import hold_out, open_sets, open_splits, open_training_sets
 from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
@@ -121,10 +121,6 @@ def test_official_groups_follow_frequency_and_keep_ties_in_order():
 def test_unknown_shot_split_is_refused():
     with pytest.raises(UserError, match="median"):
         shot_groups([1, 2], "median")
-
-
-def test_class_map_numbers_classes_by_frequency_and_keeps_ties_in_order():
-    assert class_map([3, 9, 3, 50]).tolist() == [2, 1, 3, 0]
 
 
 def make_set(counts: list[int], decoded: bool = False) -> LongTailSet:

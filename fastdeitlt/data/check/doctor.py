@@ -156,11 +156,8 @@ def stats(config: Config) -> Report:
     return replace(_report(config, sets), pixels=pixel_stats(sets.train, config.data))
 
 
-def check(config: Config, decode: bool = True) -> Report:
-    """Report ``stats`` and all findings.
-
-    Args:
-        decode: read and decode every image, which also finds duplicates by content; False: check the lists only.
+def check(config: Config) -> Report:
+    """Decode every image; report class sizes, predicted steps and all findings.
 
     Raises:
         UserError: the data set cannot be opened; see ``open_sets``.
@@ -172,7 +169,7 @@ def check(config: Config, decode: bool = True) -> Report:
     report.findings.extend(class_findings(config, sets))
     digests: dict[str, list[bytes]] = {}
     for split, images in sets:
-        found, digests[split] = image_findings(split, images, config.data, decode)
+        found, digests[split] = image_findings(split, images, config.data)
         report.findings.extend(found)
     report.findings.extend(duplicate_findings(config.data, sets, digests))
     report.findings.sort(key=lambda finding: list(_COLOURS).index(finding.level))

@@ -11,12 +11,10 @@ from fastdeitlt.data.sets.types import Finding, Level, LongTailSet, Sets
 from fastdeitlt.errors import counted
 
 
-def image_findings(split: str, images: LongTailSet, cfg: DataConfig, decode: bool) -> tuple[list[Finding], list[bytes]]:
+def image_findings(split: str, images: LongTailSet, cfg: DataConfig) -> tuple[list[Finding], list[bytes]]:
     """Return findings about single images, and each one's sha256 (else its path)."""
     if images.images_NHWC is not None:
         return [], [hashlib.sha256(image.tobytes()).digest() for image in images.images_NHWC]
-    if not decode:
-        return [], [path.encode() for path in images.paths]
     paths_by_finding: dict[tuple[Level, str], list[str]] = defaultdict(list)
     digests = []
     for path, scan in zip(images.paths, scan_files(images.root, images.paths, cfg, images.blobs), strict=True):

@@ -98,15 +98,6 @@ def class_order(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
 
 
-def class_map(counts: Sequence[int]) -> Tensor:
-    """Return the frequency rank of each class, int64 [K]; ties keep their order.
-
-    The official ImageNet-LT and iNaturalist students number their classes this way, but with an unstable sort, so a
-    checkpoint must store its own map. Source: DeiT-LT datasets.py.
-    """
-    return torch.from_numpy(np.argsort(class_order(counts), kind="stable"))
-
-
 def shot_groups(counts: Sequence[int], split: str = "threshold", dataset: str | None = None) -> dict[str, Tensor]:
     """Return the classes of {"head", "mid", "tail"}, int64 ids in ascending order.
 

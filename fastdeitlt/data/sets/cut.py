@@ -19,7 +19,6 @@ from fastdeitlt.data.sets.counts import CUT_SETS, cifar_lt_counts
 from fastdeitlt.data.sets.types import LongTailSet, Sets, class_counts
 from fastdeitlt.errors import UserError
 
-SELECTION_SEED = 0
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Folder of the IDX files of the Debian package dataset-fashion-mnist."""
 IDX_MD5 = {
@@ -36,13 +35,13 @@ torchvision's md5.
 """
 
 
-def long_tail_indices(labels_N: np.ndarray, counts: Sequence[int], seed: int = SELECTION_SEED) -> np.ndarray:
+def long_tail_indices(labels_N: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Choose ``counts[k]`` images of each class k; return int64 indices by class.
 
     Identical to the reference's subset. Source: LDAM-DRW imbalance_cifar.py (``np.random.seed(0)``, one shuffle per
     class in label order).
     """
-    generator = np.random.RandomState(seed)
+    generator = np.random.RandomState(0)
     chosen = []
     for label, count in enumerate(counts):
         members = np.flatnonzero(labels_N == label)
@@ -98,12 +97,20 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
     if not root:
         raise UserError(f"data.root: empty, expected the folder of {cifar.filename}. Set data.root=FOLDER.")
     folder = Path(root).expanduser()
+
+    def unpacked() -> list[datasets.CIFAR10]:
+        return [cifar(folder, train=is_train) for is_train in (True, False)]
+
     try:
-        if download or check_integrity(folder / cifar.filename, cifar.tgz_md5):
+        try:
+            splits = unpacked()  # also from a folder that cannot be written
+        except RuntimeError:
+            if not (download or check_integrity(folder / cifar.filename, cifar.tgz_md5)):
+                raise
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / f".{cifar.base_folder}.lock"):  # one rank unpacks, the others wait
                 cifar(folder, download=True)  # does not download if the archive exists and is intact
-        splits = [cifar(folder, train=is_train) for is_train in (True, False)]
+            splits = unpacked()
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"{archive} in {folder}: no {cifar.filename} or {cifar.base_folder}/ with the published md5 ({error}). "
