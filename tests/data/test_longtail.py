@@ -263,6 +263,16 @@ def test_folder_splits_share_the_training_classes(tmp_path):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
 
 
+def test_class_folders_and_names_in_a_wrong_place_name_the_right_one(tmp_path):
+    with pytest.raises(UserError, match=r"no train\.txt in .* class folders need data\.dataset=folder"):
+        open_sets(DataConfig(root=str(tmp_path)))
+    write_lists(tmp_path, train="a.jpg cat\n")
+    with pytest.raises(
+        UserError, match=r"line 1: got the label 'cat', expected a class index .* \(names: in a \.csv list"
+    ):
+        open_sets(DataConfig(root=str(tmp_path)))
+
+
 def test_folder_without_images_or_training_split_says_so(tmp_path):
     with pytest.raises(UserError, match=r"no images .* expected train/<class>/<image> or <class>/<image>"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))

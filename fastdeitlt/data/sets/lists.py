@@ -246,6 +246,7 @@ def _number_labels(path: Path, rows: _Rows) -> tuple[list[int], list[str] | None
     elif not rows.names_allowed or any(map(_is_index, distinct)):
         number = {}
         wrong, expected = {label for label in distinct if not _is_index(label)}, "a class index 0, 1, 2, ..."
+        expected += "" if rows.names_allowed else " (names: in a .csv list)"
     else:
         forms = {label: normalised(str(label)) for label in distinct}
         names = sorted(set(forms.values()))

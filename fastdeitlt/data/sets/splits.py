@@ -34,6 +34,7 @@ DEFAULT_LISTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """File names of the published lists under data.root, in search order."""
 LAYOUTS = {
+    "fashion_mnist_lt": "the embedded set needs no data.root; your own class folders need data.dataset=folder",
     "imagenet_lt": "images: ILSVRC 2012 of image-net.org, as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; lists: "
     "ImageNet_LT_{train,val,test}.txt of github.com/zhmiao/OpenLongTailRecognition-OLTR",
     "inat18": "train_val2018/, train2018.json and val2018.json of github.com/visipedia/inat_comp/tree/master/2018",
