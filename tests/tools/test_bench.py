@@ -214,7 +214,8 @@ def test_the_teacher_whose_time_is_measured_is_said(verb, settings, arch, tmp_pa
 
 
 def test_two_ranks_are_started_and_counted_together():
-    result = bench("quickstart", TINY, quick=True, synthetic=True, batches=[], ranks=[2])
+    settings = [*TINY, "train.virtual_ranks=2"]
+    result = bench("quickstart", settings, quick=True, synthetic=True, batches=[], ranks=[2])
     row = result["rows"][-1]
     assert row["candidate"] == "2 ranks" and "failed" not in row, row
     assert row["images_per_s"] == pytest.approx(2 * 1e3 * row["images"] / row["median_ms"])
