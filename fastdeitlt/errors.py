@@ -15,10 +15,8 @@ host and DALI allocators, cuBLAS, cuDNN, library loading, threads."""
 
 
 _REMEDIES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-        "Free space, or write to another folder.",
-    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free space, or write to another folder."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change the permissions, or use another folder."),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "Restore it if it was moved, and start again."),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit on open files (ulimit -n)."),
     errno.EISDIR: "Use the name of a file.",

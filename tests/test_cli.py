@@ -68,7 +68,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, tmp_path, capsys):
     ("number", "cure"),
     [
         (errno.ENOSPC, "Free space, or write to another folder."),
-        (errno.EACCES, "Free space, or write to another folder."),
+        (errno.EACCES, "Change the permissions, or use another folder."),
         (errno.EFBIG, "Free space, or write to another folder."),
         (errno.EMFILE, "Raise the limit on open files (ulimit -n)."),
         (errno.EIO, "Check the system log, and start again."),
