@@ -64,7 +64,8 @@ def open_data(cfg: Config, device: torch.device, rank: int = 0, world: int = 1) 
     distributed.on_main(lambda: check_files(sets, cfg.data))
     plan = plan_of(cfg, len(sets.train), rank, world, sets.train.labels)
     log.log(logging.WARNING if plan.is_partial else logging.INFO, "%s", plan.describe_epoch())
-    source = open_source(sets.train, cfg.data, device, plan.ranks_per_process, tell=True)
+    window = plan.ranks_per_process if plan.repeats > 1 else 1  # virtual ranks share the copies of an image
+    source = open_source(sets.train, cfg.data, device, window, tell=True)
     return OpenData(sets.train.counts, plan, sets, source)
 
 

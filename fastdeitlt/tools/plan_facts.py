@@ -154,8 +154,8 @@ class Schedule:
     images_seen: int
     repeats: int
     batch: int
-    ranks: int
-    """Virtual ranks, each with one micro-batch per optimizer step."""
+    micro_batches: int
+    """Micro-batches per optimizer step: of virtual ranks on a GPU, accumulated on a CPU."""
     every: int
     teacher_every: int
     seconds: dict[str, float]

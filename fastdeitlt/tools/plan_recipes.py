@@ -56,7 +56,8 @@ def _student(facts: Facts, s: Schedule) -> dict[str, Setting]:
     enlarged = f"; the images are enlarged (median short side {facts.short_side} px)"
     why_size = f"{s.images_seen:,} images in the available time, needs {rung.needs:,}"
     why_size += enlarged if facts.short_side < rung.img_size else ""
-    effective = s.batch * s.ranks
+    effective = s.batch * s.micro_batches
+    ranks, accumulate = (s.micro_batches, 1) if facts.gpu else (1, s.micro_batches)
     steps = max(s.epochs * (n // effective), 1)
     settings: dict[str, Setting] = _augmentation(s)
     settings |= {
@@ -82,7 +83,8 @@ def _student(facts: Facts, s: Schedule) -> dict[str, Setting]:
                             f"of {steps:,} steps"),
         "train.epochs": (s.epochs, f"fits the time: {s.seconds['student'] / 60:,.1f} min at the measured rate"),
         "train.batch_size": (s.batch, "small sets need many steps" if n < 10_000 else "for throughput"),
-        "train.virtual_ranks": (s.ranks, f"{counted(effective, 'image')} per step, on up to {counted(s.ranks, 'GPU')}"),
+        "train.accumulate": (accumulate, f"{counted(effective, 'image')} per optimizer step"),
+        "train.virtual_ranks": (ranks, f"the same steps on up to {counted(ranks, 'GPU')}"),
         "train.compile": _compile(facts, s.seconds["student"]),
         "train.save_every_epochs": (s.every, "at each evaluation"),
         "evaluate.every": (s.every, "about ten evaluations, for selection on validation images"),

@@ -91,10 +91,10 @@ def candidate(facts: Facts, rung: Rung, sample: int) -> tuple[Config, Config]:
     Args:
         sample: images to measure on, at least 2; an optimizer step of either has at most as many.
     """
-    batch, ranks = _batch(facts, rung)
+    batch, number = _batch(facts, rung)
     batch = min(batch, sample // 2 * 2)
-    ranks = min(ranks, sample // batch)
-    schedule = Schedule(rung, 10, 10, False, FEW_CHANGES, 1, batch, ranks, 1, 1, {"teacher": 0.0, "student": 0.0})
+    number = min(number, sample // batch)
+    schedule = Schedule(rung, 10, 10, False, FEW_CHANGES, 1, batch, number, 1, 1, {"teacher": 0.0, "student": 0.0})
     measured = {"train.compile": (False, ""), "train.measure_kernels": (False, "")}
     choice = recipes(facts, schedule, 1.0, "plan")
     student = {name: value for name, value in choice.student.items() if name != "student.init"}
@@ -106,7 +106,7 @@ def candidate(facts: Facts, rung: Rung, sample: int) -> tuple[Config, Config]:
 def _schedule(facts: Facts, rates: Rates, rung: Rung, budget_s: float) -> Schedule | None:
     """Return a candidate's schedule within a budget; None for under two epochs."""
     n = facts.num_images
-    batch, ranks = _batch(facts, rung)
+    batch, number = _batch(facts, rung)
     student_rate, teacher_rate = rates.student[rung], rates.teacher[rung]
     # an evaluation is forward passes of weights and EMA, cheaper than a training step per image
     eval_s, teacher_eval_s = facts.num_val / student_rate, facts.num_val / teacher_rate
@@ -132,7 +132,7 @@ def _schedule(facts: Facts, rates: Rates, rung: Rung, budget_s: float) -> Schedu
         "start, decoding, report": rates.start_s,
     }
     seen = epochs * n
-    return Schedule(rung, epochs, teacher_epochs, sam, seen, repeats, batch, ranks, every, teacher_every, seconds)
+    return Schedule(rung, epochs, teacher_epochs, sam, seen, repeats, batch, number, every, teacher_every, seconds)
 
 
 def _every(epochs: int) -> int:
@@ -147,7 +147,7 @@ def _fitting(seconds: float, epoch_s: float, eval_s: float) -> int:
 
 
 def _batch(facts: Facts, rung: Rung) -> tuple[int, int]:
-    """Return images per micro-batch (even) and virtual ranks: micro-batches per step."""
+    """Return images per micro-batch (even) and micro-batches per optimizer step."""
     n = facts.num_images
     effective = 32 if n < 4_000 else 64 if n < 10_000 else 256 if n < 50_000 else 1024
     micro = min(effective, (256 if rung.width == "tiny" else 128) if facts.gpu else 32, max(n // 2 * 2, 2))

@@ -73,6 +73,7 @@ def test_recipes_are_valid_fit_the_hours_and_agree(facts, hours, fastest):
     # what the trainings check before their first step
     n = facts.num_images
     assert student.train.virtual_ranks, "the number of GPUs must not change the recipe"
+    assert (student.train.accumulate if facts.gpu else student.train.virtual_ranks) == 1
     plan = plan_of(student, n)
     teacher_plan = teacher_plan_of(teacher, n)
     # the times are those of the epochs that will be trained
