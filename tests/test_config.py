@@ -1,13 +1,16 @@
 """The schema, its overrides and its error messages."""
 
 import contextlib
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeitlt import config
+from fastdeitlt.config import DataConfig
 from fastdeitlt.config.schema import STUDENT_ONLY
+from fastdeitlt.data.sets.counts import CUT_SETS
 from fastdeitlt.errors import UserError
 
 RECIPES = sorted(str(p) for p in config.find("quickstart").parent.rglob("*.yaml") if p.parent.name != "ablation")
@@ -242,6 +245,23 @@ def test_settings_without_effect_on_a_finished_model_are_refused(name):
         config.load_evaluation("quickstart", [name])
     read = ["data.num_threads=2", "evaluate.batch_size=3", "train.device=cpu", "train.precision=fp32"]
     assert config.load_evaluation("quickstart", read).evaluate.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "setting"),
+    [
+        ("fashion_mnist_lt", "data.imbalance_factor=0.02"), ("imagenet_lt", "data.imbalance_kind=step"),
+        ("folder", "data.train_list=train.txt"), ("cifar10_lt", "data.test_list=test.txt"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_on_the_data_set_are_refused(dataset, setting):
+    name = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^{name}: no effect on data\.dataset={dataset}\. Remove it"):
+        config.load("quickstart", [f"data.dataset={dataset}", setting])
+    assert config.load("cifar10_lt_r50", [f"data.dataset={dataset}", "data.train_list="]).data.imbalance_factor == 0.02
+    cut = [name for name in get_args(DataConfig.model_fields["dataset"].annotation)
+           if "imbalance_factor" not in DataConfig(dataset=name).ignored]  # fmt: skip
+    assert sorted(cut) == sorted(CUT_SETS)
 
 
 def test_yaml_that_does_not_parse_is_found_by_line_and_column(tmp_path):

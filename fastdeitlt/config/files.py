@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fastdeitlt.config.schema import EVALUATION, FIELDS, SECTIONS, STUDENT_ONLY, TEXTS, Config, field_info, near
 from fastdeitlt.config.section import SHORT
+from fastdeitlt.config.student import DataConfig
 from fastdeitlt.config.teacher_training import TeacherTrainingConfig
 from fastdeitlt.errors import UserError
 
@@ -204,7 +205,13 @@ def _load(recipe: Recipe, values: dict[str, Any]) -> Config:
         file = find(str(recipe))
         flat = _flatten(read_yaml(file), where=f"config file {file}: ")
         origins = dict.fromkeys(flat, file.name)
-    return build(flat | values, origins | dict.fromkeys(values, "override"))
+    cfg = build(flat | values, origins | dict.fromkeys(values, "override"))
+    for name in cfg.data.ignored:
+        if f"data.{name}" in values and getattr(cfg.data, name) != getattr(DataConfig(), name):
+            raise UserError(
+                f"data.{name}: no effect on data.dataset={cfg.data.dataset}. Remove it, or set another one."
+            )
+    return cfg
 
 
 def _by_name(settings: Settings) -> dict[str, Any]:

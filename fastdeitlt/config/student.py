@@ -76,6 +76,14 @@ class DataConfig(Section):
         return self.dataset in ("folder", "list", "shards")
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Settings without effect on this data set."""
+        lists, cut = ("train_list", "val_list", "test_list"), ("imbalance_factor", "imbalance_kind")
+        if self.dataset in ("cifar10_lt", "cifar100_lt", "fashion_mnist_full_lt"):
+            return lists
+        return (*lists, *cut) if self.dataset in ("folder", "shards") else cut
+
+    @property
     def title(self) -> str:
         """Display name of the data set: its name, or the folder's name for user data."""
         return (self.is_own and Path(self.root).expanduser().resolve().name) or self.dataset
