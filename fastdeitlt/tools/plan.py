@@ -1,5 +1,6 @@
 """`plan`: recipes of teacher and student for a folder of images, machine and time."""
 
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def make_plan(
     Raises:
         UserError: an invalid name, no images, unreadable images, fewer than two classes, or too few hours.
     """
-    if hours is not None and not hours > 0:
+    if hours is not None and not 0 < hours < math.inf:
         raise UserError(f"--hours: got {hours:g}, expected a number above 0, such as 0.5")
     config.build({"name": name})  # an invalid name is an error before the measurement
     settings = layout(root)

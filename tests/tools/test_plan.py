@@ -190,6 +190,7 @@ def test_bad_requests_are_one_line(tmp_path, rates, capsys):
     for arguments, words in (
         ([str(tmp_path / "one")], "got images of 1 class"),
         ([str(tmp_path / "two"), "--hours", "0"], "expected a number above 0"),
+        ([str(tmp_path / "two"), "--hours", "inf"], "expected a number above 0"),
         ([str(tmp_path / "two"), "--hours", "0.001"], "expected at least"),
         ([str(tmp_path / "two"), "--from", str(tmp_path / "absent.pth")], "no such file"),
         ([str(tmp_path / "two"), "--out", str(tmp_path / "no" / "folder")], "no such folder"),
