@@ -1,6 +1,7 @@
 """Teacher and student in one command, and the dry run."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -49,9 +50,14 @@ def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(tra
     demo.train_both(student, config.load("teacher/quickstart"))
     assert (trained[0].data, trained[0].track, trained[0].runs_dir) == (student.data, (), student.runs_dir)
     assert (trained[0].train.seed, trained[0].train.timeout_s, trained[0].train.main_timeout_s) == (5, 70, 80)
+    moved = (tmp_path / "moved", tmp_path / "moved" / "train.txt")
+    shutil.copytree(tmp_path, moved[0])
+    there = [f"data.root={moved[0]}", f"data.train_list={moved[1]}"]  # as plan names lists
+    demo.train_both(config.load("quickstart", [*data, *there]), config.load("teacher/quickstart"))
+    assert trained[2].name == trained[0].name
     Image.new("RGB", (8, 8), "green").save(tmp_path / "b.png")
     demo.train_both(student, config.load("teacher/quickstart"))
-    assert trained[2].name != trained[0].name
+    assert trained[4].name != trained[0].name
 
 
 def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
