@@ -71,6 +71,7 @@ def test_dumped_config_reads_back_equal(tmp_path):
         ("optim.lr=-1", ["optim.lr", "greater than 0"]),
         ("train.batch_size=7", ["train.batch_size", "7", "even", "6 or 8"]),
         ("loss.drw_epoch=100000", ["loss.drw_epoch", "train.epochs"]),
+        ("loss.tau=3", ["loss.tau", "loss.distillation=hard"]),
         ("train.cuda_graphs=true", ["train.cuda_graphs", "train.compile=false"]),
         ("train.autotune=true", ["train.autotune", "train.compile=false"]),  # as the quick start has it
         ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16', 'fp32' or 'fp8'"]),

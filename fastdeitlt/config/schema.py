@@ -75,6 +75,11 @@ class Config(Section):
                 "train.cuda_graphs: got true with train.compile=false, expected train.compile=true because the "
                 "compiler records the graphs"
             )
+        if self.loss.tau != 1 and self.loss.distillation == "hard":
+            raise ValueError(
+                f"loss.tau: got {self.loss.tau} with loss.distillation=hard, which has no temperature, expected 1 or "
+                "loss.distillation=soft"
+            )
         if self.loss.drw_epoch >= self.train.epochs:
             raise ValueError(
                 f"loss.drw_epoch: got {self.loss.drw_epoch}, expected less than train.epochs={self.train.epochs}, or "
