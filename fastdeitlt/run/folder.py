@@ -33,6 +33,7 @@ from fastdeitlt.errors import (
     printable,
     storage_failure,
 )
+from fastdeitlt.machine import usable_cores
 from fastdeitlt.run.checkpoints import Checkpoints, sweep
 from fastdeitlt.run.choice import begun, changes, choose_folder, mark_of_launch, refuse_changes, with_ranks
 from fastdeitlt.run.process import LAUNCH, RERUN, STOP, Stopped, stop_code
@@ -84,7 +85,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "world": distributed.get_world(),

@@ -19,7 +19,8 @@ import torch
 from fastdeitlt import distributed
 from fastdeitlt.config import Config
 from fastdeitlt.errors import RankLostError, UserError, counted
-from fastdeitlt.run.process import LAUNCH, SIGNALS, STOP, stop_code
+from fastdeitlt.machine import usable_cores
+from fastdeitlt.run.process import LAUNCH, SIGNALS, STOP, THREADS, stop_code
 
 log = logging.getLogger("fastdeitlt")
 PROGRAM = [sys.executable, "-P", "-m", "fastdeitlt.cli"]
@@ -108,8 +109,8 @@ class _Ranks:
         """Run all ranks to their end; return the exit code of the first failure."""
         shared = {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count)}
         if self.count > 1:
-            threads = max(1, len(os.sched_getaffinity(0)) // self.count)
-            shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+            threads = max(1, usable_cores() // self.count)
+            shared["OMP_NUM_THREADS"] = THREADS or str(threads)
         shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK}
         shared |= {LAUNCH: self.id}
         shared |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fastdeitlt.errors import UserError
+from fastdeitlt.machine import usable_cores
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCH = "FASTDEITLT_LAUNCH"
@@ -33,6 +34,8 @@ MOST_KEPT_BEFORE = 1 << 25
 """Largest block that glibc 2.34 and earlier versions accept."""
 GC_THRESHOLDS = (50_000, 20, 100)
 """Python's own (700, 10, 10) traverse all of torch several times while it is imported."""
+THREADS = os.environ.get("OMP_NUM_THREADS")
+"""Threads of each process as the user set them."""
 SPINS = "1000"
 """Turns for which an OpenMP thread waits before it sleeps. With GNU OpenMP's own 300,000 (milliseconds) the threads
 of a busy machine wait for each other's time slices: beside two other trainings on two cores, the quick start makes 15
@@ -215,6 +218,8 @@ def start() -> _Stream:
     keep_freed_memory()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read by the library when torch loads it
+    if (cores := usable_cores()) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # OpenMP does not know a container's quota
     gc.set_threshold(*GC_THRESHOLDS)
     stdout = _replace_streams()  # before any file is opened
     STOP.install()

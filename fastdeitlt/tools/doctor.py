@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdeitlt.errors import counted
+from fastdeitlt.machine import available_memory, usable_cores
 
 GIB = 2**30
 PROBE_TIMEOUT_S = 120
@@ -256,29 +257,18 @@ def kernels_name() -> Row:
 
 def cores() -> Row:
     """Compare this process's usable cores with its threads."""
-    usable = float(len(os.sched_getaffinity(0)))
-    if len(quota := _numbers("/sys/fs/cgroup/cpu.max")) == 2:
-        usable = min(usable, quota[0] / quota[1])
+    usable = usable_cores()
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a number for each level of nesting
     threads = int(first) if first.isdecimal() else os.cpu_count() or 1
-    detail = f"{usable:g} usable, {counted(threads, 'thread')} per process"
-    return verdict("cores", detail, threads <= max(usable, 1), f"export OMP_NUM_THREADS={max(int(usable), 1)}")
+    detail = f"{usable} usable, {counted(threads, 'thread')} per process"
+    return verdict("cores", detail, threads <= usable, f"export OMP_NUM_THREADS={usable}")
 
 
 def memory() -> Row:
     """Check the memory available to this process."""
-    free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
-    room = free["MemAvailable"]
-    if limit := _numbers("/sys/fs/cgroup/memory.max"):
-        room = min(room, int(limit[0] - _numbers("/sys/fs/cgroup/memory.current")[0]))
+    room = available_memory()
     fix = "the demo needs 4 GiB: close programs or use a larger machine"
     return verdict("memory", f"{room / GIB:.1f} GiB free", room > 4 * GIB, fix)
-
-
-def _numbers(path: str) -> list[float]:
-    """Return the numbers in a cgroup file; none without file or limit ("max")."""
-    words = Path(path).read_text().split() if Path(path).is_file() else []
-    return [float(word) for word in words] if all(word.isdigit() for word in words) else []
 
 
 def shared_memory() -> Row:

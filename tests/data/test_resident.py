@@ -296,7 +296,7 @@ def test_resuming_and_other_threads_give_the_same_batches():
     ],
 )
 def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, free, kind, said):
-    monkeypatch.setattr(source, "_free_host_bytes", lambda: free)
+    monkeypatch.setattr(source, "available_memory", lambda: free)
     images = make_set(tmp_path)
     with caplog.at_level(logging.INFO, "fastdeitlt"):
         opened = open_source(images, DataConfig(residency=residency, num_threads=2), CPU, tell=True)
@@ -313,7 +313,7 @@ def test_the_set_goes_where_it_fits(tmp_path, monkeypatch, caplog, residency, fr
 
 
 def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monkeypatch, decodings):
-    monkeypatch.setattr(source, "_free_host_bytes", lambda: 100_000)
+    monkeypatch.setattr(source, "available_memory", lambda: 100_000)
     with pytest.raises(UserError, match=r"data\.residency=host: 11 images need 0\.1 MB .* 0\.1 MB free on host\. Set"):
         open_source(make_set(tmp_path), HOST, CPU)
     assert decodings == []

@@ -244,6 +244,6 @@ def test_rates_are_measured_with_the_residency_of_training(tmp_path, monkeypatch
     monkeypatch.setattr(plan_rates, "_student_rate", lambda cfg, source, *_: sources.append(type(source)) or 100.0)
     monkeypatch.setattr(plan_rates, "_teacher_rate", lambda *_: 100.0)
     for free, kind in ((1_000, Stream), (10**9, Resident)):
-        monkeypatch.setattr(source_module, "_free_host_bytes", lambda free=free: free)
+        monkeypatch.setattr(source_module, "available_memory", lambda free=free: free)
         make_plan(tmp_path / "photos", 0.1, device="cpu")
         assert sources.pop() is kind

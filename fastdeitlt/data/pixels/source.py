@@ -1,11 +1,9 @@
 """Selection of a pixel source: streaming from files, or decoded in memory."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,6 +18,7 @@ from fastdeitlt.data.pixels.request import AnyRequest, Regions
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError, counted
+from fastdeitlt.machine import available_memory
 
 log = logging.getLogger("fastdeitlt")
 Residency = Literal["auto", "stream", "host", "device"]
@@ -104,7 +103,7 @@ def choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: i
     Raises:
         UserError: the configured memory is too small.
     """
-    free = {"host": _free_host_bytes()}
+    free = {"host": available_memory()}
     if device.type == "cuda":
         free = {"device": torch.cuda.mem_get_info(device)[0], **free}
     room = ", ".join(f"{_size(amount)} free on {place}" for place, amount in free.items())
@@ -129,12 +128,3 @@ def choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: i
 
 def _size(amount: int) -> str:
     return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
-
-
-def _free_host_bytes() -> int:
-    """Return the host memory available without swapping, in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from fastdeitlt.machine import usable_cores
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -24,7 +26,7 @@ def num_threads(configured: int = 0) -> int:
     Launchers set the number of local ranks, except srun, which gives each task its own cores.
     """
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # the latter is deepspeed's
-    return configured or max(1, len(os.sched_getaffinity(0)) // int(ranks))
+    return configured or max(1, usable_cores() // int(ranks))
 
 
 def keep_to_one_core() -> None:
