@@ -25,7 +25,8 @@ def usable_cores() -> int:
 
 def available_memory() -> int:
     """Return the bytes available without swapping, which include file caches."""
-    free = _amounts(PROC / "meminfo")["MemAvailable"] * 1024
+    free = _amounts(PROC / "meminfo").get("MemAvailable", 0) * 1024
+    free = free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # some sandboxes do not state it
     for group in _groups("memory"):
         for limit, usage, cache, shared in MEMORY_FILES:
             most, used = _numbers(group / limit), _numbers(group / usage)

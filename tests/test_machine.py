@@ -34,8 +34,12 @@ def host(tmp_path, monkeypatch):
     return write
 
 
-def test_without_limits_all_of_the_machine_is_usable(host):
+def test_without_limits_all_of_the_machine_is_usable(host, monkeypatch):
     assert (machine.usable_cores(), machine.available_memory()) == (64, 500 * GIB)  # no control groups at all
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}[name])
+    (machine.PROC / "meminfo").rename(machine.PROC / "stated")
+    assert machine.available_memory() == 7 * 4096
+    (machine.PROC / "stated").rename(machine.PROC / "meminfo")
     host(V2, **{"cpu.max": "max 100000\n", "memory.max": "max\n", "memory.current": "7\n"})
     assert (machine.usable_cores(), machine.available_memory()) == (64, 500 * GIB)
     unlimited = {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "7"}
