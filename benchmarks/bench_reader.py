@@ -34,6 +34,7 @@ from fastdeitlt.data.pixels.resize import crop_resize
 from fastdeitlt.data.pixels.source import Source, open_source
 from fastdeitlt.data.sampler import MicroBatch, Plan
 from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.run import process
 
 SIZE = 224
 BATCH = 64
@@ -252,6 +253,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="a multiple of 256")
     parser.add_argument("--device", default="cpu", help="device of the crops of our sources")
     args = parser.parse_args()
+    process.keep_freed_memory()  # as every command does
     torch.set_num_threads(1)
     allow_posterize_to_black()
     device, cores = torch.device(args.device), os.sched_getaffinity(0)

@@ -156,14 +156,6 @@ def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dty
         images_BCHW of ``dtype``, channels last in memory.
     """
     images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
-    step = chunk_size(crops_BHWC)  # run all operations while a chunk is in the CPU cache
-    for start in range(0, len(crops_BHWC), step):
-        part = slice(start, start + step)
-        _apply(crops_BHWC[part], draws[part], cfg, images_BHWC[part])
-    return images_BHWC.permute(0, 3, 1, 2)
-
-
-def _apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, images_BHWC: Tensor) -> None:
     pixels_BHWC = crops_BHWC.clone()
     flipped = np.flatnonzero(draws.flip_B)
     put(pixels_BHWC, flipped, take(crops_BHWC, flipped).flip(2))
@@ -171,15 +163,8 @@ def _apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, images_BHWC: Te
         pixels_BHWC = _shift(pixels_BHWC, draws.shift_B2)
     rand_augment(pixels_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
     _normalise(pixels_BHWC, cfg.mean, cfg.std, images_BHWC)
-    erased = np.flatnonzero(draws.erase_B4[:, 2])
-    # box by box on the host, where values beside the smaller boxes would cost more than the calls
-    step = 1 if crops_BHWC.device.type == "cpu" else max(1, len(erased))
-    for part in np.split(erased, range(step, len(erased), step)):
-        boxes = draws.erase_B4[part]
-        values = noise(draws.noise_B[part], boxes, crops_BHWC)
-        for b, box, noise_HWC in zip(part.tolist(), boxes.tolist(), values, strict=True):
-            top, left, height, width = box
-            images_BHWC[b, top : top + height, left : left + width] = noise_HWC[:height, :width]
+    _erase(images_BHWC, draws.erase_B4, draws.noise_B)
+    return images_BHWC.permute(0, 3, 1, 2)
 
 
 def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
@@ -198,9 +183,7 @@ def normalise(
 ) -> Tensor:
     """Return (crop / 255 - mean) / std as images_BCHW, channels last, from float32."""
     images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
-    step = chunk_size(crops_BHWC)
-    for start in range(0, len(crops_BHWC), step):
-        _normalise(crops_BHWC[start : start + step], mean, std, images_BHWC[start : start + step])
+    _normalise(crops_BHWC, mean, std, images_BHWC)
     return images_BHWC.permute(0, 3, 1, 2)
 
 
@@ -208,8 +191,20 @@ def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], 
     width = crops_BHWC.shape[2]
     # a whole row of constants: broadcasting three values would prevent vectorisation
     scale, offset = (value_C.repeat(width) for value_C in affine(mean, std, crops_BHWC.device))
-    scaled = crops_BHWC.flatten(2).float().mul_(scale)
-    torch.add(scaled, offset, out=images_BHWC.flatten(2))
+    step = chunk_size(crops_BHWC)
+    for crops, images in zip(crops_BHWC.split(step), images_BHWC.split(step), strict=True):
+        torch.add(crops.flatten(2).float().mul_(scale), offset, out=images.flatten(2))
+
+
+def _erase(images_BHWC: Tensor, erase_B4: np.ndarray, noise_B: np.ndarray) -> None:
+    """Fill the boxes (top, left, height, width) with noise of their keys, in place."""
+    erased = np.flatnonzero(erase_B4[:, 2])
+    step = max(1, chunk_size(images_BHWC))
+    for part in np.split(erased, range(step, len(erased), step)):
+        boxes = erase_B4[part]
+        values = noise(noise_B[part], boxes, images_BHWC)
+        for b, (top, left, height, width), box in zip(part.tolist(), boxes.tolist(), values, strict=True):
+            images_BHWC[b, top : top + height, left : left + width] = box.view(height, width, 3)
 
 
 @lru_cache(maxsize=8)
@@ -225,24 +220,23 @@ def normal_table(device: torch.device) -> Tensor:
     return torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().to(device)
 
 
-def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Tensor:
-    """Return erasing noise N(0, 1), float32 [B, largest height, largest width, 3].
+def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Sequence[Tensor]:
+    """Return erasing noise N(0, 1), float32 [height * width * 3] for each box.
 
     For boxes (top, left, height, width). A hash of (pixel and channel, key), identical on every device and in the fused
     kernel (the finaliser "lowbias32" of C. Wellons' hash prospector).
     """
-    device, width = images_BHWC.device, images_BHWC.shape[2]
-    key_B11 = torch.from_numpy(key_B.view(np.int32)).to(device)[:, None, None]
-    top_B11, left_B11 = torch.from_numpy(box_B4[:, :2].T.copy()).to(device)[:, :, None, None]
-    height, row = (int(n) for n in box_B4[:, 2:].max(axis=0) * (1, 3)) if len(box_B4) else (0, 0)
-    y = torch.arange(height, dtype=torch.int32, device=device)[:, None]
-    x = torch.arange(row, dtype=torch.int32, device=device)
-    place = (top_B11 + y).mul_(3 * width).add_(3 * left_B11) + x
-    bits = place.mul_(_signed(0x9E3779B1)).bitwise_xor_(key_B11)
+    device, top_B, left_B, height_B, row_B = images_BHWC.device, *box_B4.astype(np.int64).T * [[1], [3], [1], [3]]
+    box_R = np.repeat(np.arange(len(box_B4)), height_B)  # R rows of all boxes, their values one after another
+    length_R, line_R = row_B[box_R], np.arange(len(box_R)) + (top_B - height_B.cumsum() + height_B)[box_R]
+    first_R = line_R * (3 * images_BHWC.shape[2]) + left_B[box_R] - length_R.cumsum() + length_R
+    start, key = (np.repeat(value_R, length_R) for value_R in (first_R.astype(np.int32), key_B.view(np.int32)[box_R]))
+    place = torch.from_numpy(start).to(device).add_(torch.arange(len(start), dtype=torch.int32, device=device))
+    bits = place.mul_(_signed(0x9E3779B1)).bitwise_xor_(torch.from_numpy(key).to(device))
     bits = (bits ^ ((bits >> 16) & 0xFFFF)).mul_(_signed(0x7FEB352D))
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)).mul_(_signed(0x846CA68B))
-    index = (bits >> 16) & 0xFFFF
-    return normal_table(device).index_select(0, index.view(-1)).view(len(box_B4), height, row // 3, 3)
+    values = normal_table(device).index_select(0, (bits >> 16) & 0xFFFF)
+    return values.split((height_B * row_B).tolist())
 
 
 def _signed(word: int) -> int:
