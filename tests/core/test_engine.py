@@ -24,6 +24,7 @@ from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.teacher import Teacher
+from fastdeitlt.models.vit import num_parameters
 
 CPU = torch.device("cpu")
 STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
@@ -141,6 +142,13 @@ def test_every_stage_scales_the_learning_rate_by_layer(stage, offload):
     _assert_same(_state(sharded), _state(whole))
     weight = "patch_embed.proj.weight"
     assert not torch.allclose(whole.weights()[weight], alike.weights()[weight], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_buffer_of_the_exchange_has_the_size_of_the_student(stage):
+    """DeepSpeed's default is 2 GB."""
+    engine = _engine(_config(engine="deepspeed", zero_stage=stage))
+    assert engine.zero.reduce_bucket_size == num_parameters(engine.student)
 
 
 def test_stage_3_gathers_the_weights_that_the_kernels_take(monkeypatch):

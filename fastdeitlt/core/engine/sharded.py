@@ -29,6 +29,7 @@ from fastdeitlt.core.joint import JointForward, LocalSums, step_forward
 from fastdeitlt.core.loss import JointLoss
 from fastdeitlt.data.sampler import Plan
 from fastdeitlt.errors import UserError
+from fastdeitlt.models.vit import num_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -52,7 +53,7 @@ class DeepSpeedEngine:
 
     ``student``, the original one of ``joint``, has all its weights on every rank after every step, so that average,
     evaluation and checkpoint are independent of sharding. At stage 3 the sharded one is a copy, and ``student`` is
-    gathered once per step (float32 weights of extra memory on each rank).
+    gathered once per step, so stage 3 saves no memory.
 
     Args:
         joint: the forward pass; at stage 3 its student is replaced by the sharded copy.
@@ -104,7 +105,8 @@ class DeepSpeedEngine:
         return self.stage == 3 or self.offload
 
     def _settings(self, batch_size: int) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage}
+        # one bucket for all gradients; the default's buffer has 500 M elements (2 GB), whatever the student's size
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": num_parameters(self.student)}
         zero["overlap_comm"] = False  # with it, stages 1 and 2 wait for the device after each backward
         if self.stage == 3:
             zero["stage3_param_persistence_threshold"] = 0
