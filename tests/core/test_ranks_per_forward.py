@@ -31,7 +31,7 @@ def build(ranks_per_forward: int, world: int = 1, teacher: bool = True, **change
     network = Teacher(create_teacher("resnet8", CLASSES), CLASSES) if teacher else None
     joint = JointForward(student, network, [9, 8, 7, 6, 5, 4, 3], cfg, CPU)
     engine = build_engine(joint, cfg, Plan(200, SIZE, ACCUMULATE, 1, RANKS, 0, world))
-    return cfg, student, TrainStep(engine, None, cfg.train, student)
+    return cfg, student, TrainStep(engine, None, cfg.train, joint.student)
 
 
 def batches(mixing: bool = True):
@@ -53,6 +53,7 @@ def batches(mixing: bool = True):
         {"loss__drw_epoch": 0, "loss__reweight_cls": True},
         {"loss__distillation": "soft"},
         {"teacher": False},
+        {"train__engine": "deepspeed", "train__zero_stage": 3},
     ],
     ids=lambda changes: " ".join(changes) or "as it is",
 )
