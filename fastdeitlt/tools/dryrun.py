@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def memory_estimate(student: DistilledViT, batch_size: int, bytes_per_value: int
     return {
         "weights, gradients, AdamW": 16 * parameters / MIB,
         "averaged weights (EMA)": 4 * parameters * with_ema / MIB,
-        "activations of a micro-batch": activations / MIB,
+        "activations of a forward pass": activations / MIB,
     }
 
 
@@ -97,15 +98,15 @@ def dry_run(cfg: Config, recipe: Config | None = None, resume: str = "auto") -> 
         "peak learning rate": f"{learning_rate(warm, cfg, plan.virtual_ranks):.3g}",
     }
     width = 2 if autocast_dtype(cfg.train.precision, device) else 4
-    for name, mib in memory_estimate(student, cfg.train.batch_size, width, cfg.optim.ema_decay > 0).items():
+    together = cfg.train.ranks_per_forward
+    for name, mib in memory_estimate(student, together * plan.batch_size, width, cfg.optim.ema_decay > 0).items():
         rows[f"memory: {name} (estimate)"] = f"{mib:,.0f} MiB"
     _show_table(cfg, device, rows)
 
     parts = assemble(cfg, Data(images.counts, plan), device, lambda size: teacher, student)
     rate = peak_learning_rate(cfg, plan.virtual_ranks)
-    result = parts.step()(iter([parts.noise_batch()]), 1, parts.phase(0), rate)
-    loss = result.losses[0].loss.item()
-    _show(f"one step on random images: loss {loss:.3f}, gradient norm {result.norm.item():.3f}. Ready.")
+    result = parts.step()(repeat(parts.noise_batch()), together, parts.phase(0), rate)
+    _show(f"one step on random images: loss {result.losses[0].loss.item():.3f}. Ready.")
     return 0
 
 

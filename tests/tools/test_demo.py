@@ -62,7 +62,8 @@ def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(tra
 
 def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dryrun.console, "_width", 200)
-    overrides = ["train.batch_size=4", f"runs_dir={tmp_path}", "student.depth=1", "train.accumulate=2"]
+    overrides = ["train.batch_size=2", f"runs_dir={tmp_path}", "student.depth=1", "train.accumulate=2"]
+    overrides += ["train.virtual_ranks=2", "train.ranks_per_forward=2"]
     overrides += ["train.epochs=4", "loss.drw_epoch=3", "optim.warmup_epochs=5"]
     assert cli.main(["train", "quickstart", *overrides, "--dry-run"]) == 0
     shown = capsys.readouterr().out
@@ -164,5 +165,5 @@ def test_memory_of_vit_b_is_near_the_known_58_mb_an_image():
     with torch.device("meta"):
         student = create_student("deit_base_distilled_patch16_224", 1000)
     estimate = dryrun.memory_estimate(student, 1, bytes_per_value=2, with_ema=True)
-    assert estimate["activations of a micro-batch"] == pytest.approx(58e6 / 2**20, rel=0.1)
+    assert estimate["activations of a forward pass"] == pytest.approx(58e6 / 2**20, rel=0.1)
     assert estimate["averaged weights (EMA)"] == pytest.approx(4 * 87.3e6 / 2**20, rel=0.02)
