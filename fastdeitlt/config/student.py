@@ -311,7 +311,8 @@ class TrainConfig(Section):
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     """Backward, accumulation and step. auto: plain on one rank, DeepSpeed on more."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed sharding over ranks: 0 none, 1 moments, 2 also gradients, 3 also weights (needs compile=false)."""
+    """DeepSpeed sharding over ranks: 0 none, 1 moments, 2 also gradients, 3 also weights (needs compile=false; saves no
+    memory, as each rank keeps a whole copy)."""
     offload: bool = False
     """Keep moments and step in host memory (DeepSpeed, zero_stage 1 to 3): less device memory, slower."""
     measure_kernels: bool = True

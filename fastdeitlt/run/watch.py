@@ -195,7 +195,7 @@ def _less_for_student(cfg: Config) -> str:
             f"Use train.batch_size={half} {ranks}, which halves the memory with the same learning rate and images per "
             "step"
         )
-    sharded = ", or train.zero_stage=3 train.compile=false" if distributed.get_world() > 1 else ""
+    sharded = ", or train.zero_stage=2" if distributed.get_world() > 1 and t.zero_stage < 2 else ""
     return f"Use a smaller student or train.batch_size{sharded}"
 
 
