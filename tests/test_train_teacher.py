@@ -255,6 +255,12 @@ def test_a_milestone_without_effect_is_refused_before_the_first_step(changes: di
         build_optimizer(build_objective(cfg, [9, 3, 1], torch.device("cpu")).network, cfg)
 
 
+def test_images_of_a_size_that_the_network_does_not_accept_are_refused_before_the_first_step() -> None:
+    cfg = TeacherTrainingConfig(arch="vit_tiny_patch16_224", img_size=32)
+    with pytest.raises(UserError, match=r"^teacher_training\.img_size: got 32, .*\(Input height \(32\) doesn't match"):
+        build_objective(cfg, [9, 3, 1], torch.device("cpu"))
+
+
 def test_steps_of_another_schedule_may_be_after_the_end() -> None:
     unused = {"schedule": "cosine", "sam": "none", "sam_schedule": "step", "sam_rho_steps": [(60, 0.5)]}
     build_optimizer(torch.nn.Linear(2, 2), TeacherTrainingConfig(epochs=60, **unused))

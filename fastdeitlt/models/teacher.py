@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import TeacherConfig, near
 from fastdeitlt.data.sets.class_names import match_names
-from fastdeitlt.errors import UserError, counted
+from fastdeitlt.errors import UserError, counted, is_memory_full
 from fastdeitlt.models.classifier import Classifier, NormedLinear, with_classifier
 from fastdeitlt.models.epilogue import fuse_epilogues
 from fastdeitlt.models.fold import fold_batchnorm
@@ -76,8 +76,11 @@ def _network(arch: str, num_classes: int) -> Any:
     if timm.is_model(arch):
         options: Any = {"zero_init_last": False} if match else {}  # as in torchvision, which the references train
         network = timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
-        if isinstance(head := network.get_submodule(head_name(network)), nn.Linear):
-            network.set_submodule(head_name(network), with_classifier(head))
+        name = head_name(network)  # several for distilled networks, none for encoders
+        if name not in dict(network.named_modules()):
+            raise UserError(f"teacher {arch}: got classifier {name}, expected a single one. Use another architecture.")
+        if isinstance(head := network.get_submodule(name), nn.Linear):
+            network.set_submodule(name, with_classifier(head))
         return network
     if match and int(match[1]) >= 8 and int(match[1]) % 6 == 2:
         return ResNetCifar(int(match[1]), num_classes)
@@ -93,7 +96,32 @@ def head_name(network: Any) -> str:
 def _norm_head(network: Any, num_classes: int) -> None:
     """Replace the linear classifier by a cosine classifier."""
     name = head_name(network)
-    network.set_submodule(name, NormedLinear(network.get_submodule(name).in_features, num_classes))
+    head = network.get_submodule(name)
+    if not isinstance(head, nn.Linear):
+        kind = type(network).__name__
+        raise UserError(
+            f"teacher {kind}: got a {type(head).__name__} as classifier, expected a linear one to replace by a cosine "
+            "classifier. Use teacher_training.normed_head=false, or another teacher_training.arch."
+        )
+    network.set_submodule(name, NormedLinear(head.in_features, num_classes))
+
+
+def check_size(network: nn.Module, img_size: int, setting: str) -> None:
+    """Refuse an image size that a network in eval mode does not accept.
+
+    Raises:
+        UserError: the network fails on an image of that size, the value of ``setting``.
+    """
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, img_size, img_size, device=next(network.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if is_memory_full(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{setting}: got {img_size}, which the network does not accept ({reason}). Use another size."
+        ) from None
 
 
 def create_teacher(
@@ -340,7 +368,8 @@ def open_teacher(
         class_names: the student's class names [K]; None: unknown.
 
     Raises:
-        UserError: see ``load_teacher``; ``cfg.map_classes`` without a class map; class names that differ.
+        UserError: see ``load_teacher`` and ``check_size``; ``cfg.map_classes`` without a class map; class names that
+            differ.
     """
     state, manifest = _read(Path(cfg.path))
     arch = manifest.model.arch if manifest else cfg.arch
@@ -360,6 +389,7 @@ def open_teacher(
     )
     teacher.manifest = manifest
     own = teacher_input(cfg, manifest, student_mean, student_std, student_img_size)
+    check_size(teacher.network, own.img_size, "teacher.img_size")
     return teacher.fed(own, student_mean, student_std)
 
 

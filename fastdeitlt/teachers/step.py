@@ -14,7 +14,7 @@ from fastdeitlt import distributed
 from fastdeitlt.config import Config, TeacherTrainingConfig
 from fastdeitlt.core.optim import load_optimizer, optimizer_tensors
 from fastdeitlt.errors import UserError
-from fastdeitlt.models.teacher import Paco, create_teacher
+from fastdeitlt.models.teacher import Paco, check_size, create_teacher
 from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.teachers.losses import Loss, build_loss
 from fastdeitlt.teachers.paco import PacoObjective
@@ -82,7 +82,7 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
     """Build the recipe's loss and new network, channels last, in training mode.
 
     Raises:
-        UserError: unknown architecture, or class weights for PaCo.
+        UserError: unknown architecture, an image size that it does not accept, or class weights for PaCo.
     """
     if cfg.loss == "paco" and cfg.drw_epoch >= 0:
         raise UserError(
@@ -96,6 +96,7 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
     else:
         network = create_teacher(cfg.arch, num_classes, normed_head=cfg.normed_head)
         objective = LogitObjective(network, build_loss(cfg, counts, device), per_image=cfg.loss == "focal")
+    check_size(objective.network.eval(), cfg.img_size, "teacher_training.img_size")
     objective.network.to(device).to(memory_format=torch.channels_last).train()
     return objective
 

@@ -22,7 +22,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher, load_teacher
 from fastdeitlt.models.classifier import NormedLinear
 from fastdeitlt.models.fold import fold_batchnorm
-from fastdeitlt.models.teacher import Teacher, open_teacher
+from fastdeitlt.models.teacher import Teacher, check_size, open_teacher
 from fastdeitlt.models.vit import num_parameters
 from fastdeitlt.store.checkpoint import save_model_folder
 
@@ -180,6 +180,8 @@ def test_timm_teacher_with_a_cosine_head_loads_from_safetensors(tmp_path: Path) 
         (("resnet32", 4, "oficial_paco"), "did you mean official_paco"),
         (("resnet32", 0), "got 0 classes"),
         (("mobilenetv3_small_100", 4, "official_paco"), "expected a ResNet"),
+        (("repvit_m0_9", 4), r"got classifier \('head\.head\.l', 'head\.head_dist\.l'\), expected a single one"),
+        (("dla46_c", 4, "fastdeitlt", True), "^teacher DLA: got a Conv2d as classifier, expected a linear one"),
     ],
 )
 def test_bad_teachers_are_refused_by_name(arguments: tuple, message: str) -> None:
@@ -262,6 +264,14 @@ def test_other_files_are_explained(tmp_path: Path) -> None:
 def folder_of(path: Path, network: nn.Module, **facts: object) -> Path:
     model = {"arch": "resnet8", "num_classes": 4, "img_size": 32}
     return save_model_folder(path, network.state_dict(), {"kind": "teacher", "model": model, **facts})
+
+
+def test_an_image_size_that_a_network_does_not_accept_is_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten(), nn.LazyLinear(4))
+    network(torch.zeros(1, 3, 10, 10))
+    check_size(network, 10, "teacher.img_size")
+    with pytest.raises(UserError, match=r"^teacher\.img_size: got 8, which the network does not accept \(Calc.*size"):
+        check_size(network, 8, "teacher.img_size")
 
 
 def test_model_folder_brings_architecture_normalisation_and_class_order(tmp_path: Path) -> None:
