@@ -18,6 +18,15 @@ class Classifier(nn.Linear):
         return super().forward(features_BF) if self.training else linear_float32(features_BF, self.weight, self.bias)
 
 
+class ConvClassifier(nn.Conv2d):
+    """Classifier of pooled features by a 1x1 convolution; in eval mode, in float32 also under autocast."""
+
+    def forward(self, features_BF11: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(features_BF11)
+        return linear_float32(features_BF11.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
+
+
 class NormedLinear(nn.Module):
     """Cosine classifier: unit features times unit class vectors; logits in [-1, 1], float32 also under autocast.
 
@@ -42,8 +51,14 @@ def linear_float32(features_BF: Tensor, weight_KF: Tensor, bias_K: Tensor | None
         return F.linear(features_BF.float(), weight_KF.float(), None if bias_K is None else bias_K.float())
 
 
-def with_classifier(linear: nn.Linear) -> Classifier:
-    """Return a classifier with the parameters of a linear layer."""
-    classifier = nn.utils.skip_init(Classifier, linear.in_features, linear.out_features, bias=linear.bias is not None)
-    classifier.weight, classifier.bias = linear.weight, linear.bias
+def with_classifier(layer: nn.Linear | nn.Conv2d) -> Classifier | ConvClassifier:
+    """Return a classifier with the parameters of a linear layer or a 1x1 convolution."""
+    classifier: Classifier | ConvClassifier
+    if isinstance(layer, nn.Linear):
+        sizes = layer.in_features, layer.out_features
+        classifier = nn.utils.skip_init(Classifier, *sizes, bias=layer.bias is not None)
+    else:
+        sizes = layer.in_channels, layer.out_channels
+        classifier = nn.utils.skip_init(ConvClassifier, *sizes, 1, bias=layer.bias is not None)
+    classifier.weight, classifier.bias = layer.weight, layer.bias
     return classifier

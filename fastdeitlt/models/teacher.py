@@ -79,7 +79,8 @@ def _network(arch: str, num_classes: int) -> Any:
         name = head_name(network)  # several for distilled networks, none for encoders
         if name not in dict(network.named_modules()):
             raise UserError(f"teacher {arch}: got classifier {name}, expected a single one. Use another architecture.")
-        if isinstance(head := network.get_submodule(name), nn.Linear):
+        head = network.get_submodule(name)
+        if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1)):
             network.set_submodule(name, with_classifier(head))
         return network
     if match and int(match[1]) >= 8 and int(match[1]) % 6 == 2:

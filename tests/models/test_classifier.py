@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastdeitlt.models import create_student, create_teacher
-from fastdeitlt.models.classifier import Classifier, NormedLinear
+from fastdeitlt.models.classifier import Classifier, ConvClassifier, NormedLinear
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
 
@@ -14,7 +14,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def nearly_equal_classes(model: nn.Module) -> nn.Module:
     """Give every classifier logits of 4 and 4.001, which are equal in bfloat16."""
-    classifiers = [module for module in model.modules() if isinstance(module, Classifier)]
+    classifiers = [module for module in model.modules() if isinstance(module, Classifier | ConvClassifier)]
     assert classifiers
     for classifier in classifiers:
         nn.init.zeros_(classifier.weight)
@@ -22,7 +22,7 @@ def nearly_equal_classes(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "mobilenetv3_small_050", "dla46_c"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_teachers_decision_between_near_classes_is_not_a_tie(arch: str, fused: bool) -> None:
     network = nearly_equal_classes(create_teacher(arch, 2))

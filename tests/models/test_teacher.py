@@ -181,7 +181,7 @@ def test_timm_teacher_with_a_cosine_head_loads_from_safetensors(tmp_path: Path) 
         (("resnet32", 0), "got 0 classes"),
         (("mobilenetv3_small_100", 4, "official_paco"), "expected a ResNet"),
         (("repvit_m0_9", 4), r"got classifier \('head\.head\.l', 'head\.head_dist\.l'\), expected a single one"),
-        (("dla46_c", 4, "fastdeitlt", True), "^teacher DLA: got a Conv2d as classifier, expected a linear one"),
+        (("dla46_c", 4, "fastdeitlt", True), "^teacher DLA: got a ConvClassifier as classifier, expected a linear one"),
     ],
 )
 def test_bad_teachers_are_refused_by_name(arguments: tuple, message: str) -> None:
