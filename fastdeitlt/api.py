@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fastdeitlt import config, distributed
 from fastdeitlt.config import Config, Recipe
 from fastdeitlt.data.pixels.resize import centre_crop
+from fastdeitlt.data.sets.fingerprint import fingerprint
+from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.splits import find_splits
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.evaluation.evaluate import OneHead, evaluate_saved
@@ -174,7 +176,8 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     Args:
         model: from ``load``, or a path for it.
         data: a folder of images, a recipe or a Config; None: those of the model's run.
-        split: train, val or test. All images of a folder without split folders are scored.
+        split: train, val or test. All images of a folder without split folders are scored, unless its training images
+            are the model's: then those held out, as in training.
         settings: over those of ``data``, see ``fit``.
 
     Raises:
@@ -184,9 +187,10 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     run = run_of(model.path)
     own = config.load(str(run / "config.yaml")) if run else None
     is_folder = data is not None and not isinstance(data, Config) and os.path.isdir(data)
-    is_own = own and own.data.root and is_folder and os.path.realpath(own.data.root) == os.path.realpath(data)
-    if own and (data is None or is_own):
-        cfg = own  # the run's folder is split as in training
+    if own and data is None:
+        cfg = own
+    elif own and is_folder and (same := _training_folder(model, own, str(data))):
+        cfg = same  # split as in training
     elif data is None:
         raise UserError(f"data: {model.path} is not in a run folder, expected a folder of images, recipe or Config")
     elif is_folder:
@@ -198,6 +202,20 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     cfg = config.load_evaluation(cfg, {"train.device": model.device.type, **settings})
     with distributed.group(cfg.train.device, cfg.train.timeout_s):
         return evaluate_saved(model._saved, cfg, split).result
+
+
+def _training_folder(model: Model, own: Config, folder: str) -> Config | None:
+    """Return the settings of the model's run for its images in a folder, which may have moved; None: other images."""
+    if own.data.root and os.path.realpath(own.data.root) == os.path.realpath(folder):
+        return own
+    if own.data.dataset != "folder":
+        return None
+    moved = config.load(own, {"data.root": folder})
+    try:
+        is_same = fingerprint(open_sets(moved.data).train) == model._saved.info.get("data_sha256")
+    except UserError:  # too few images for the hold-out, other classes
+        return None
+    return moved if is_same else None
 
 
 @dataclass(frozen=True)

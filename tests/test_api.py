@@ -1,5 +1,6 @@
 """The Python API: the pixels and logits of predict and eval, whatever an image comes as, and runs from Python."""
 
+import shutil
 import subprocess
 import sys
 
@@ -219,7 +220,11 @@ def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(save
     save_student(run / "checkpoints" / "best", **facts)
     (run / "config.yaml").write_text(config.dump(cfg))
     (run / "results.json").write_text("{}")
-    assert fastdeitlt.evaluate(run / "checkpoints" / "best", tmp_path / "images").support_K == [2] * 4
+    shutil.copytree(tmp_path / "images", tmp_path / "moved")
+    for place in ("images", "moved"):
+        assert fastdeitlt.evaluate(run / "checkpoints" / "best", tmp_path / place).support_K == [2] * 4
+    (tmp_path / "moved" / "dog" / "0.png").unlink()
+    assert sum(fastdeitlt.evaluate(run / "checkpoints" / "best", tmp_path / "moved").support_K) == 39
     assert "trained on other images" not in caplog.text
     (tmp_path / "images" / "cat" / "0.png").unlink()
     assert fastdeitlt.evaluate(run / "checkpoints" / "best").support_K == [2] * 4

@@ -236,7 +236,13 @@ def evaluate_saved(saved: Saved, cfg: Config, split: str) -> Evaluation:
     required = (split,) if counts else (split, "train")
     optional = ("val",) if student and split == "test" else ()
     is_trained_on = cfg.data.is_own and dataset == cfg.data.title  # published archives do not change
-    is_held_out = is_trained_on and split != "train" and split in find_splits(cfg.data, required).shares
+    shares = find_splits(cfg.data, required).shares if cfg.data.is_own and split != "train" else {}
+    is_held_out = is_trained_on and split in shares
+    if split in shares and not is_trained_on:
+        log.warning(
+            "data %s: no %s split, scored are %.0f %% of each class. All images: --split train data.val_holdout=0 "
+            "data.test_holdout=0", cfg.data.title, split, 100 * shares[split],
+        )  # fmt: skip
     splits = open_splits(cfg.data, required, (*optional, *(("train",) if is_held_out else ())), saved.classes)
     if is_held_out:
         distributed.on_main(lambda: warn_of_moved_images("model", saved.info.get("data_sha256"), splits["train"]))

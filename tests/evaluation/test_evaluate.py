@@ -363,6 +363,10 @@ def test_classes_are_matched_by_name_and_grouped_by_the_models_own_counts(tmp_pa
     by_folder = evaluate(tmp_path / "model", [*settings, "data.dataset=folder"], csv_path=tmp_path / "classes.csv")
     assert by_folder.counts_K == MANIFEST["class_counts"] and by_folder.support_K == [0, 3, 3, 3]
     assert "no images for 1 of 4 classes ('ant')" in caplog.text
+    assert "no test split" not in caplog.text
+    flat = [*settings, "data.dataset=folder", f"data.root={tmp_path / 'data' / 'test'}", "data.val_holdout=0"]
+    assert evaluate(tmp_path / "model", flat).support_K == [0, 1, 1, 1]
+    assert "data test: no test split, scored are 20 % of each class. All images: --split train" in caplog.text
     with (tmp_path / "classes.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["ant", "bee", "cow", "dog"]
     rows = [f"test/{name}/{number}.png,{name}" for name in ("dog", "bee", "cow") for number in range(3)]
