@@ -141,7 +141,9 @@ def _timed_settings(args: argparse.Namespace) -> list[str]:
     """Return the overrides of a measurement, with its teacher's architecture."""
     from fastdeitlt import config
 
-    teacher = [f"teacher.arch={config.load(args.with_teacher).teacher_training.arch}"] if args.with_teacher else []
+    teacher = []
+    if args.with_teacher:
+        teacher = [f"teacher.arch={config.load_teacher(args.with_teacher).teacher_training.arch}"]
     return [*teacher, *args.overrides]
 
 

@@ -17,7 +17,7 @@ from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.errors import CheckpointError, DamagedError, UserError, counted
 from fastdeitlt.evaluation import signs
-from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result
+from fastdeitlt.evaluation.metrics import GROUPS, SELECT_BY, Result, cell
 from fastdeitlt.run.folder import Run
 from fastdeitlt.run.progress import console
 from fastdeitlt.store import checkpoint
@@ -234,7 +234,7 @@ class Selector:
         columns = {head: scores[f"{head.lower()}_all"] for head in result.heads}
         if len(columns) == 1:
             columns = {group: scores[f"{result.main.lower()}_{group}"] for group in GROUPS}
-        table = "  ".join(f"{name} {value:.1f}" for name, value in columns.items())
+        table = "  ".join(f"{name} {cell(value)}" for name, value in columns.items())
         log.info("epoch %d: %s accuracy of %s: %s %%, balanced %.1f %%", epoch + 1, split, weights, table, balanced)
 
     def _watch(self, step: int, epoch: int) -> None:

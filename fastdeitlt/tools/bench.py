@@ -33,7 +33,7 @@ from fastdeitlt.core.assemble import Parts
 from fastdeitlt.core.measure.flops import peak_flops
 from fastdeitlt.core.measure.timer import Timing, cpu_name, matmul_rate, measure, synchronise, timing
 from fastdeitlt.data.pixels.source import open_source
-from fastdeitlt.errors import counted
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.run.folder import environment
 from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
@@ -74,8 +74,11 @@ def bench(
         ``rows``, ``facts``, ``left_out`` (part -> reason) and ``environment``.
 
     Raises:
-        UserError: as in training.
+        UserError: as in training; or a number of ranks or images below one.
     """
+    for option, numbers in (("--ranks", ranks), ("--batches", batches)):
+        if wrong := [number for number in numbers or () if number < 1]:
+            raise UserError(f"{option}: got {wrong[0]}, expected at least 1")
     cfg = config.load(config_name, list(overrides))
     rank, world = distributed.start(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s)
     device = distributed.device_of(cfg.train.device)

@@ -57,6 +57,7 @@ def make_plan(
     if hours is not None and not 0 < hours < math.inf:
         raise UserError(f"--hours: got {hours:g}, expected a number above 0, such as 0.5")
     config.build({"name": name})  # an invalid name is an error before the measurement
+    architecture = _architecture(weights) if weights else None
     settings = layout(root)
     sets = open_sets(DataConfig(**settings, val_holdout=0, test_holdout=0))
     if sum(count > 0 for count in sets.train.counts) < 2:
@@ -81,7 +82,7 @@ def make_plan(
         gray=pixels.gray,
         gpu=where.type == "cuda",
         init=str(Path(weights).expanduser().resolve()) if weights else "",
-        architecture=_architecture(weights) if weights else None,
+        architecture=architecture,
         unreadable=pixels.num_unreadable,
     )
     hours = default_hours(facts.num_images) if hours is None else hours
@@ -103,9 +104,8 @@ def layout(root: str | Path) -> dict[str, str]:
     if place.is_file() and place.suffix in LIST_SUFFIXES:
         return _lists(place)
     if not place.is_dir():
-        raise UserError(
-            f"plan {root}: no such folder, expected one with <class>/<image>, train/<class>/<image> or train.txt"
-        )
+        what = f"no list file ({', '.join(LIST_SUFFIXES)})" if place.exists() else "no such folder"
+        raise UserError(f"plan {root}: {what}, expected a folder with <class>/<image>, train/<class>/<image> or train.txt")
     whole = str(place.resolve())
     for dataset in ("imagenet_lt", "inat18", "places_lt"):
         if any((place / name).is_file() for name in DEFAULT_LISTS[dataset]["train"]):

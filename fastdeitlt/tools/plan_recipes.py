@@ -59,6 +59,8 @@ def _student(facts: Facts, s: Schedule) -> dict[str, Setting]:
     effective = s.batch * s.micro_batches
     ranks, accumulate = (s.micro_batches, 1) if facts.gpu else (1, s.micro_batches)
     steps = max(s.epochs * (n // effective), 1)
+    decay = round(min(max(1 - 25 / steps, 0.9), 0.99996), 5)
+    averaged = min(round(1 / (1 - decay)), steps)
     settings: dict[str, Setting] = _augmentation(s)
     settings |= {
         "student.name": (rung.student, why_size),
@@ -79,8 +81,7 @@ def _student(facts: Facts, s: Schedule) -> dict[str, Setting]:
         "optim.betas": ([0.9, 0.98], "faster average for few steps") if steps < 20_000 else ([0.9, 0.999], "default"),
         "optim.warmup_epochs": (round(min(5.0, s.epochs / 20), 2), "5 % of the epochs, at most 5"),
         "optim.clip_norm": (1.0, "for stability in the first steps"),
-        "optim.ema_decay": (round(min(max(1 - 25 / steps, 0.9), 0.99996), 5), f"averages about {steps // 25 or 1:,} "
-                            f"of {steps:,} steps"),
+        "optim.ema_decay": (decay, f"averages about {averaged:,} of {steps:,} steps"),
         "train.epochs": (s.epochs, f"fits the time: {s.seconds['student'] / 60:,.1f} min at the measured rate"),
         "train.batch_size": (s.batch, "small sets need many steps" if n < 10_000 else "for throughput"),
         "train.accumulate": (accumulate, f"{counted(effective, 'image')} per optimizer step"),

@@ -32,7 +32,7 @@ from fastdeitlt import config, distributed
 from fastdeitlt.core.assemble import Parts
 from fastdeitlt.core.measure.timer import bandwidth, matmul_rate, synchronise
 from fastdeitlt.data.pixels.source import open_source
-from fastdeitlt.errors import counted
+from fastdeitlt.errors import UserError, counted
 from fastdeitlt.store.files import write_atomically
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
@@ -125,8 +125,10 @@ def profile(
         The table, longest time first.
 
     Raises:
-        UserError: as in training.
+        UserError: as in training; or fewer than one step.
     """
+    if num_steps < 1:
+        raise UserError(f"--steps: got {num_steps}, expected at least 1")
     cfg = config.load(config_name, list(overrides))
     device = distributed.device_of(cfg.train.device)
     setup = set_up(cfg, device, synthetic=synthetic)

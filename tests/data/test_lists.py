@@ -82,7 +82,7 @@ def test_paths_that_leave_the_root_are_refused_with_their_line(tmp_path, name, s
         "json": json.dumps([{"path": path, "label": label} for path, label in rows]),
     }[suffix]
     where = {"txt": "line 3", "csv": "line 4", "json": "annotation 2"}[suffix]
-    with pytest.raises(UserError, match=f"{where}: got the path .*expected one under data.root") as error:
+    with pytest.raises(UserError, match=f"{where}: got the path .*expected one relative to data.root, with /") as error:
         read_list(write(tmp_path / f"l.{suffix}", content), "/images")
     assert "\n" not in str(error.value)
 

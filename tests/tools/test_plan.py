@@ -68,6 +68,9 @@ def test_layouts_are_told_apart(tmp_path):
     assert layout(tmp_path) == {"dataset": "places_lt", "root": str(tmp_path)}
     with pytest.raises(UserError, match="no such folder"):
         layout(tmp_path / "absent")
+    (tmp_path / "train.tsv").write_text("")
+    with pytest.raises(UserError, match=r"train.tsv: no list file \(.txt, .csv, .json\), expected a folder with"):
+        layout(tmp_path / "train.tsv")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,8 @@ def test_bad_requests_are_one_line(tmp_path, rates, capsys):
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     (tmp_path / "two" / "cat" / "0.png").write_text("no image")
+    assert main(["plan", str(tmp_path / "two"), "--from", str(tmp_path / "absent.pth")]) == 2
+    assert "no such file" in capsys.readouterr().err, "before the images are read"
     assert main(["plan", str(tmp_path / "two")]) == 2
     error = capsys.readouterr().err
     assert "0.png" in error and error.endswith("Repair or remove them.\n"), "plan has no settings"

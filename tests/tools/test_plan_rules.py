@@ -147,6 +147,8 @@ def test_minutes_on_two_cores_give_a_small_student_and_mild_augmentation():
     assert student.student.name.startswith("deit_tiny") and student.student.depth == 3
     assert student.augment.rand_ops == 0 and student.mixup.prob == 0 and student.augment.repeats == 1
     assert student.loss.drw_epoch == student.train.epochs // 2
+    decay, why = choice.student["optim.ema_decay"]
+    assert why.startswith(f"averages about {1 / (1 - decay):,.0f} of ")
     assert teacher.teacher_training.sam == "none" and not student.train.compile
     assert any("may be better than the student" in remark for remark in choice.remarks)
 
