@@ -18,8 +18,8 @@ from fastdeitlt import config, distributed
 from fastdeitlt.config import Config, Recipe
 from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets.fingerprint import fingerprint
+from fastdeitlt.data.sets.folders import split_folders
 from fastdeitlt.data.sets.opening import open_sets
-from fastdeitlt.data.sets.splits import find_splits
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.evaluation.evaluate import OneHead, evaluate_saved
 from fastdeitlt.evaluation.metrics import Result
@@ -196,7 +196,7 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     elif is_folder:
         whole = {"data.val_holdout": 0, "data.test_holdout": 0}
         cfg = config.build({"data.dataset": "folder", "data.root": str(data), **whole})
-        split = "train" if [*find_splits(cfg.data).readers] == ["train"] else split
+        split = split if split_folders(str(data))[0] else "train"
     else:
         cfg = data
     cfg = config.load_evaluation(cfg, {"train.device": model.device.type, **settings})

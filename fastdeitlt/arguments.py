@@ -143,7 +143,7 @@ def _eval(verbs: "Verbs") -> None:
     added.add_argument(
         "overrides", nargs="*", metavar="data.field=value", help="use other images than those of training"
     )
-    added.add_argument("--split", choices=("test", "val", "train"), default="test")
+    added.add_argument("--split", choices=("test", "val", "train"), default="test", help="default: test")
     added.add_argument("--json", type=Path, help="write all scores to this file")
     added.add_argument("--csv", type=Path, help="write one row per class to this file")
     added.add_argument(
@@ -166,7 +166,9 @@ def _export(verbs: "Verbs") -> None:
     added = _verb(verbs, "export", "convert a model to timm, ONNX, torch.export or the format of the official code")
     added.add_argument("model", type=Path, help="run folder or model folder")
     added.add_argument("out", type=Path, help="file or folder to write")
-    added.add_argument("--format", choices=EXPORTS, default="timm")
+    added.add_argument(
+        "--format", choices=EXPORTS, default="timm", help="default: timm; the official ones are for teachers"
+    )
 
 
 def _bench(verbs: "Verbs") -> None:

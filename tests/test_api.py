@@ -203,6 +203,9 @@ def test_data_of_a_model_without_a_run_must_be_given(saved, tmp_path):
     right = sum(label == number % 4 for number, label in enumerate(decided))
     assert result.support_K == [2, 1, 1, 1] and result.accuracy("AVG") == pytest.approx(100 * right / 5)
     model.close()
+    shutil.rmtree(tmp_path / "images" / "test")
+    with pytest.raises(UserError, match=r"split: got 'test', expected a split of images \(train\)"):
+        fastdeitlt.evaluate(model, tmp_path / "images")
 
 
 def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(saved, tmp_path, caplog):

@@ -259,7 +259,7 @@ def cores() -> Row:
     """Compare this process's usable cores with its threads."""
     usable = usable_cores()
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a number for each level of nesting
-    threads = int(first) if first.isdecimal() else os.cpu_count() or 1
+    threads = int(first) if first.isdecimal() else len(os.sched_getaffinity(0))  # as OpenMP
     detail = f"{usable} usable, {counted(threads, 'thread')} per process"
     return verdict("cores", detail, threads <= usable, f"export OMP_NUM_THREADS={usable}")
 

@@ -125,6 +125,9 @@ def test_more_threads_than_cores_is_told(monkeypatch):
         assert doctor.cores().status == "ok"
     monkeypatch.setenv("OMP_NUM_THREADS", "many")  # which OpenMP ignores
     assert doctor.cores().status in ("ok", "warn")
+    monkeypatch.setattr("os.cpu_count", lambda: 4096)  # of which a Slurm job may use some
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    assert doctor.cores().detail == "1 usable, 1 thread per process"
 
 
 @pytest.mark.parametrize(("num_rows", "status"), [(0, "warn"), (10, "ok")])
