@@ -105,7 +105,8 @@ def layout(root: str | Path) -> dict[str, str]:
         return _lists(place)
     if not place.is_dir():
         what = f"no list file ({', '.join(LIST_SUFFIXES)})" if place.exists() else "no such folder"
-        raise UserError(f"plan {root}: {what}, expected a folder with <class>/<image>, train/<class>/<image> or train.txt")
+        expected = "a folder with <class>/<image>, train/<class>/<image> or train.txt"
+        raise UserError(f"plan {root}: {what}, expected {expected}")
     whole = str(place.resolve())
     for dataset in ("imagenet_lt", "inat18", "places_lt"):
         if any((place / name).is_file() for name in DEFAULT_LISTS[dataset]["train"]):

@@ -209,7 +209,8 @@ def _check_paths(path: Path, rows: _Rows) -> None:
     if any(mark in joined for mark in ("\n\n", "\n/", "..", "\\", ":", "\0")):
         for index, name in enumerate(rows.paths):
             if _UNSAFE.search(name):
-                raise _bad(path, rows, index, f"the path {_short(name)}", "one relative to data.root, with / and without '..'")
+                expected = "one relative to data.root, with / and without '..'"
+                raise _bad(path, rows, index, f"the path {_short(name)}", expected)
     try:
         joined.encode()
     except UnicodeEncodeError as error:
