@@ -205,7 +205,10 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
 
 
 def _training_folder(model: Model, own: Config, folder: str) -> Config | None:
-    """Return the settings of the model's run for its images in a folder, which may have moved; None: other images."""
+    """Return the run's settings if a folder has its images, which may have moved.
+
+    None: other images.
+    """
     if own.data.root and os.path.realpath(own.data.root) == os.path.realpath(folder):
         return own
     if own.data.dataset != "folder":

@@ -222,7 +222,11 @@ def _report(verbs: "Verbs") -> None:
     added = _verb(verbs, "report", "write the HTML report of a run, or a comparison of several runs")
     added.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder; several are compared")
     added.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="runs to compare")
-    added.add_argument("--out", type=Path, help="file to write; default: report.html in the run folder")
+    added.add_argument(
+        "--out",
+        type=Path,
+        help="file to write; default: report.html in the run folder, or compare.html beside the first run",
+    )
 
 
 def _data(verbs: "Verbs") -> None:

@@ -186,10 +186,12 @@ def _analyze(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from fastdeitlt.reporting import report
+    from fastdeitlt.store.files import expect_folder
 
     runs = [*args.runs, *args.compare]
     if not runs:
         raise UserError("report: no run folder, expected runs/<name>")
+    expect_folder(args.out)
     several = args.compare or len(runs) > 1
     print(report.compare(runs, args.out) if several else report.write_report(runs[0], args.out))
     return 0

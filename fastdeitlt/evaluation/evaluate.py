@@ -35,7 +35,7 @@ from fastdeitlt.models.saved import Saved, open_saved, run_of
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import DistilledViT
 from fastdeitlt.precision import autocast_dtype
-from fastdeitlt.store.files import write_atomically
+from fastdeitlt.store.files import expect_folder, write_atomically
 from fastdeitlt.store.manifest import Preprocess
 
 log = logging.getLogger("fastdeitlt")
@@ -197,9 +197,7 @@ def evaluate(
     saved = open_saved(path)
     run = run_of(Path(path))
     cfg = config.load_evaluation(str(run / "config.yaml") if run else "quickstart", list(overrides))
-    for out in (json_path, csv_path, predictions_path):
-        if out and not Path(out).absolute().parent.is_dir():
-            raise UserError(f"eval {out}: no such folder. Create it first.")
+    expect_folder(json_path, csv_path, predictions_path)
     if predictions_path and Path(predictions_path).suffix != ".csv":
         raise UserError(f"--predictions: got {predictions_path}, expected a .csv file")
     with distributed.group(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s):

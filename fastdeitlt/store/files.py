@@ -22,6 +22,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def expect_folder(*files: str | Path | None) -> None:
+    """Raise UserError if the folder of a file to be written does not exist."""
+    for file in files:
+        if file and not Path(file).absolute().parent.is_dir():
+            raise UserError(f"{file}: no such folder {Path(file).parent}. Create it first.")
+
+
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` if the block does not raise."""

@@ -35,7 +35,7 @@ from fastdeitlt.core.measure.timer import Timing, cpu_name, matmul_rate, measure
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.run.folder import environment
-from fastdeitlt.store.files import write_atomically
+from fastdeitlt.store.files import expect_folder, write_atomically
 from fastdeitlt.tools.setup import Setup, endless, set_up, step_of
 
 log = logging.getLogger("fastdeitlt")
@@ -74,11 +74,12 @@ def bench(
         ``rows``, ``facts``, ``left_out`` (part -> reason) and ``environment``.
 
     Raises:
-        UserError: as in training; or a number of ranks or images below one.
+        UserError: as in training; or a number of ranks or images below one, or no folder for ``json_path``.
     """
     for option, numbers in (("--ranks", ranks), ("--batches", batches)):
         if wrong := [number for number in numbers or () if number < 1]:
             raise UserError(f"{option}: got {wrong[0]}, expected at least 1")
+    expect_folder(json_path)
     cfg = config.load(config_name, list(overrides))
     rank, world = distributed.start(cfg.train.device, cfg.train.timeout_s, cfg.train.main_timeout_s)
     device = distributed.device_of(cfg.train.device)

@@ -18,7 +18,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.models.saved import run_of
 from fastdeitlt.reporting.page import Fold, Section, Table, for_terminal
 from fastdeitlt.store.checkpoint import find_model_folder
-from fastdeitlt.store.files import read_json, write_atomically
+from fastdeitlt.store.files import expect_folder, read_json, write_atomically
 
 log = logging.getLogger("fastdeitlt")
 REPORTED = ("student", "teacher")
@@ -36,8 +36,9 @@ def main(name: str, runs: Sequence[str], overrides: Sequence[str], *, json: Path
         json: file for the results of all runs, by RUN.
 
     Raises:
-        UserError: see ``diagnose``.
+        UserError: see ``diagnose``; or no folder for ``json``.
     """
+    expect_folder(json)
     analysis, all_facts = _module(name), {}
     for run in runs:
         facts = all_facts[run] = analysis.diagnose(run, overrides, **options)
