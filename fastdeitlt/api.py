@@ -215,9 +215,11 @@ def _training_folder(model: Model, own: Config, folder: str) -> Config | None:
         return None
     moved = config.load(own, {"data.root": folder})
     try:
-        is_same = fingerprint(open_sets(moved.data).train) == model._saved.info.get("data_sha256")
-    except UserError:  # too few images for the hold-out, other classes
+        train = open_sets(moved.data).train
+    except UserError:  # no training split, too few images for the hold-out
         return None
+    saved = model._saved  # counts first: a fingerprint reads the size of each file
+    is_same = train.counts == saved.class_counts and fingerprint(train) == saved.info.get("data_sha256")
     return moved if is_same else None
 
 

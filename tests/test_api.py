@@ -216,7 +216,8 @@ def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(save
         for number in range(10):
             (tmp_path / "images" / name / f"{number}.png").write_bytes(saved[1][0].read_bytes())
     cfg = config.build({"data.dataset": "folder", "data.root": str(tmp_path / "images"), "train.device": "cpu"})
-    facts = {"class_names": names, "dataset": "images", "data_sha256": fingerprint(open_sets(cfg.data).train)}
+    train = open_sets(cfg.data).train
+    facts = {"class_names": names, "class_counts": train.counts, "dataset": "images", "data_sha256": fingerprint(train)}
     save_student(tmp_path / "alone", **facts)
     assert fastdeitlt.evaluate(tmp_path / "alone", tmp_path / "images").support_K == [10] * 4
     run = tmp_path / "run"
