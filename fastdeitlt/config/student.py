@@ -59,7 +59,7 @@ class DataConfig(Section):
     residency: Literal["auto", "stream", "host", "device"] = "auto"
     """Storage of the training images: decoded at each use (stream), or decoded once in host or device memory."""
     stored_short_side: int = Field(0, ge=0)
-    """Resident sets: limit of the stored images' short side in pixels. 0 = full size."""
+    """Limit of the stored training images' short side in pixels; such a set is never streamed. 0 = full size."""
     on_error: Literal["raise", "skip"] = "raise"
     """Unreadable training image: stop with its name, or replace it by one of its class and count it."""
     exif: Literal["ignore", "apply"] = "ignore"

@@ -174,8 +174,8 @@ def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, st
 
 def _check_teacher(teacher: Teacher, images: LongTailSet, cfg: Config, size: int) -> None:
     """Check a teacher as in training, without decoding the whole set."""
-    residency = "stream" if images.images_NHWC is None else cfg.data.residency
-    data = cfg.data.model_copy(update={"residency": residency})
+    streamed = {"residency": "stream", "stored_short_side": 0} if images.images_NHWC is None else {}
+    data = cfg.data.model_copy(update=streamed)
     with closing(open_source(images, data, distributed.device_of(cfg.train.device))) as source:
         settle_order(teacher, images, source, cfg, size)
         if cfg.teacher.check:

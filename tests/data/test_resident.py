@@ -18,7 +18,8 @@ from PIL import Image
 
 from fastdeitlt import cli
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.pixels import cache, source
+from fastdeitlt.data.pixels import cache, reader, source
+from fastdeitlt.data.pixels.files import read_encoded
 from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.pixels.resident import Resident
@@ -94,7 +95,7 @@ def test_a_long_decoding_says_how_far_it_is(tmp_path, monkeypatch, caplog):
     assert said[0].startswith("decoded 0 of 11 images, ") and said[-1].startswith("decoded 10 of 11 images, ")
 
 
-@pytest.mark.parametrize("change", ["content", "time", "stored size", "order", "root"])
+@pytest.mark.parametrize("change", ["content", "time", "permissions", "stored size", "order", "root"])
 def test_a_changed_set_is_decoded_anew(tmp_path, decodings, change):
     images, cfg = make_set(tmp_path), HOST
     hold(images, [request([0])])
@@ -102,6 +103,8 @@ def test_a_changed_set_is_decoded_anew(tmp_path, decodings, change):
         (tmp_path / images.paths[3]).write_bytes(encoded(picture(44, 55, 99)))
     elif change == "time":
         os.utime(tmp_path / images.paths[3], ns=(1, 1))
+    elif change == "permissions":  # an image that could not be read may be readable now
+        (tmp_path / images.paths[3]).chmod(0o400)
     elif change == "stored size":
         cfg = HOST.model_copy(update={"stored_short_side": 30})
     elif change == "order":
@@ -317,6 +320,36 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monke
     with pytest.raises(UserError, match=r"data\.residency=host: 11 images need 0\.1 MB .* 0\.1 MB free on host\. Set"):
         open_source(make_set(tmp_path), HOST, CPU)
     assert decodings == []
+
+
+def test_a_set_stored_smaller_is_never_streamed_at_full_size(tmp_path, monkeypatch):
+    """Else the pixels of a batch would depend on the memory that is free at each start, and on each rank."""
+    images, smaller = make_set(tmp_path), {"stored_short_side": 40, "num_threads": 2}
+    monkeypatch.setattr(source, "AUTO_SHARE", 1e-3)
+    monkeypatch.setattr(source, "available_memory", lambda: 200_000)
+    opened = open_source(images, DataConfig(**smaller), CPU)
+    opened.close()
+    assert type(opened) is Resident
+    monkeypatch.setattr(source, "available_memory", lambda: 1_000)
+    with pytest.raises(UserError, match=r"residency=auto: 11 images need .* decoded at short side 40"):
+        open_source(images, DataConfig(**smaller), CPU)
+    with pytest.raises(UserError, match=r"stored_short_side: got 40 with data\.residency=stream"):
+        open_source(images, DataConfig(residency="stream", **smaller), CPU)
+
+
+def test_a_set_far_too_large_for_memory_is_streamed_after_a_few_headers(tmp_path, monkeypatch, caplog):
+    read = []
+    monkeypatch.setattr(reader, "read_encoded", lambda *a, **k: (read.append(a[1]), read_encoded(*a, **k))[1])
+    monkeypatch.setattr(source, "SAMPLE", 3)
+    images = make_set(tmp_path)
+    for free, kind, headers in ((20_000, Stream, 3), (120_000, Stream, 14), (10**9, Resident, 25)):
+        monkeypatch.setattr(source, "available_memory", lambda free=free: free)
+        read.clear()
+        with caplog.at_level(logging.INFO, "fastdeitlt"):
+            opened = open_source(images, DataConfig(num_threads=1), CPU, tell=True)
+        opened.close()
+        assert (type(opened), len(read)) == (kind, headers)
+        assert ("need about" in caplog.messages[-1]) == (headers == 3)
 
 
 def test_close_leaves_no_thread():

@@ -22,14 +22,15 @@ from torch import Tensor
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels.decoder import decoder_version
 from fastdeitlt.data.pixels.workers import num_threads
+from fastdeitlt.data.sets.fingerprint import file_facts
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.store.files import draft_folder, flush, user_cache
 
 log = logging.getLogger("fastdeitlt")
 
-FORMAT = 3
-"""Format version; increase it when stored pixels or their layout change."""
+FORMAT = 4
+"""Format version; increase it when pixels of any file, the files refused, or the layout change."""
 BLOCK_BYTES = 1 << 26
 """Bytes per checksum."""
 LONG = 10**8
@@ -72,17 +73,17 @@ def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
     return sizes_N2.astype(np.int64).prod(axis=1) * 3
 
 
-def stored_sizes(images: LongTailSet, cfg: DataConfig) -> np.ndarray | None:
-    """Return the cached images' (height, width), int32 [N, 2]; None if not cached."""
+def stored_sizes(path: Path) -> np.ndarray | None:
+    """Return the (height, width) of a cached set's images, int32 [N, 2]; None if not cached."""
     try:
-        with np.load(_path(images, cfg) / "index.npz") as index:
+        with np.load(path / "index.npz") as index:
             return index["sizes_N2"]
     except (OSError, *DAMAGE):
         return None
 
 
 def open_decoded(
-    images: LongTailSet, cfg: DataConfig, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]
+    path: Path, images: LongTailSet, cfg: DataConfig, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]
 ) -> DecodedSet:
     """Map a set from the cache, filling the cache at the first call.
 
@@ -90,6 +91,7 @@ def open_decoded(
     the cache cannot be written, a warning is logged and the set is decoded into the memory of this process.
 
     Args:
+        path: ``cache_path`` of the set.
         sizes_N2: (height, width) of the stored images, int32 [N, 2]; zeros for an unreadable one.
         decoded_N: the images [H, W, 3] to store, None for an unreadable one. Iterated at most once, and only if the
             set is not cached.
@@ -97,7 +99,7 @@ def open_decoded(
     Raises:
         UserError: an image cannot be read, or changes during the call.
     """
-    path, decoded = _path(images, cfg), None
+    decoded = None
     try:
         decoded = _load(path, cfg, tell=False)  # without the lock: ranks verify an intact set in parallel
         if decoded is None:
@@ -124,11 +126,11 @@ def open_decoded(
     return decoded
 
 
-def _path(images: LongTailSet, cfg: DataConfig) -> Path:
+def cache_path(images: LongTailSet, cfg: DataConfig) -> Path:
     """Return the cache folder of a set.
 
-    Its name is a hash of all that determines the pixels: files, their sizes and times, stored size, EXIF handling,
-    versions.
+    Its name is a hash of all that determines the pixels: files, their sizes, times and permissions, stored size, EXIF
+    handling, versions.
     """
     root = os.path.realpath(images.root)
     key = hashlib.sha256(
@@ -138,12 +140,9 @@ def _path(images: LongTailSet, cfg: DataConfig) -> Path:
         blobs = images.blobs
         for values in (blobs.file_N, blobs.start_N, blobs.size_N, blobs.deflated_N):
             key.update(np.ascontiguousarray(values).data)
-    for path in images.blobs.files if images.blobs else images.paths:
-        try:
-            status = os.stat(os.path.join(root, path))
-            key.update(f"\n{path}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
-        except OSError:
-            key.update(f"\n{path}\0missing".encode(errors="surrogateescape"))
+    files = images.blobs.files if images.blobs else images.paths
+    key.update("\0".join(files).encode(errors="surrogateescape"))
+    key.update(file_facts(root, files).data)
     return user_cache("decoded") / key.hexdigest()[:32]
 
 

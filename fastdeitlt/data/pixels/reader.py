@@ -99,13 +99,14 @@ class Stream:
         for decoded in self._workers.map(partial(self._whole, short_side), grouped(sample_N, DECODE_GROUP)):
             yield from decoded
 
-    def sizes(self) -> np.ndarray:
-        """Read (height, width) of every image's header, int32 [N, 2]; 0 if skipped.
+    def sizes(self, sample_N: Iterable[int] | None = None) -> np.ndarray:
+        """Read (height, width) of images' headers, int32 [N, 2]; 0 if skipped. None: all images.
 
         Raises:
             UserError: as ``crops``.
         """
-        sizes = self._workers.map(self._read_sizes, grouped(range(len(self._images)), SIZES_GROUP))
+        chosen = range(len(self._images)) if sample_N is None else sample_N
+        sizes = self._workers.map(self._read_sizes, grouped(chosen, SIZES_GROUP))
         return np.array(list(chain.from_iterable(sizes)), np.int32).reshape(-1, 2)
 
     def close(self) -> None:

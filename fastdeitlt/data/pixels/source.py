@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdeitlt.config import DataConfig
-from fastdeitlt.data.pixels.cache import num_bytes, open_decoded, pack, stored_sizes
+from fastdeitlt.data.pixels.cache import cache_path, num_bytes, open_decoded, pack, stored_sizes
 from fastdeitlt.data.pixels.files import shrunk
 from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import AnyRequest, Regions
@@ -24,6 +24,8 @@ log = logging.getLogger("fastdeitlt")
 Residency = Literal["auto", "stream", "host", "device"]
 AUTO_SHARE = 0.5
 """Share of the free memory that ``residency: auto`` may use; the rest is for the model and activations."""
+SAMPLE = 1024
+"""Image headers from which the memory of a larger set is estimated: reading all of millions takes minutes."""
 
 
 class Source(Protocol):
@@ -68,7 +70,8 @@ def open_source(
             scored and may be of any class.
 
     Raises:
-        UserError: the set does not fit in the chosen memory, or is decoded and cannot stream; see ``Stream``.
+        UserError: the set does not fit in the chosen memory, or cannot stream (decoded, or ``stored_short_side``); see
+            ``Stream``.
     """
     if scored:
         images = replace(images, labels=np.zeros_like(images.labels))
@@ -81,24 +84,54 @@ def open_source(
         decoded = pack(images.images_NHWC)
         chosen = choose(images, cfg, device, decoded.pixels.numel(), tell)
         return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+    if cfg.residency == "stream" and cfg.stored_short_side:
+        raise UserError(
+            f"data.stored_short_side: got {cfg.stored_short_side} with data.residency=stream, which reads images at "
+            "full size, expected 0. Set data.residency=host or device."
+        )
     stream = Stream(images, cfg, device, window)
     if cfg.residency == "stream":
         return stream
     with ExitStack() as stack:
         stack.enter_context(closing(stream))
-        sizes_N2 = stored_sizes(images, cfg)
+        if _is_far_too_large(stream, images, cfg, device, tell):
+            stack.pop_all()  # it stays open
+            return stream
+        path = cache_path(images, cfg)
+        sizes_N2 = stored_sizes(path)
         if sizes_N2 is None:
             sizes_N2 = shrunk(stream.sizes(), cfg.stored_short_side)
         chosen = choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
         if chosen == "stream":
-            stack.pop_all()  # it stays open
+            stack.pop_all()
             return stream
-        decoded = open_decoded(images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
+        decoded = open_decoded(path, images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
     return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
 
 
-def choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool = False) -> Residency:
+def _is_far_too_large(stream: Stream, images: LongTailSet, cfg: DataConfig, device: torch.device, tell: bool) -> bool:
+    """Return whether auto streams even if the set needs half of an estimate from some headers."""
+    if cfg.residency != "auto" or cfg.stored_short_side or len(images) <= 2 * SAMPLE:
+        return False
+    sample_N = np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)
+    estimate = int(num_bytes(stream.sizes(sample_N.tolist())).mean() * len(images))
+    if choose(images, cfg, device, estimate // 2) != "stream":
+        return False
+    choose(images, cfg, device, estimate, tell, about="about ")
+    return True
+
+
+def choose(
+    images: LongTailSet, cfg: DataConfig, device: torch.device, needed: int, tell: bool = False, about: str = ""
+) -> Residency:
     """Choose device, host or stream for images of ``needed`` decoded bytes.
+
+    auto does not stream with ``stored_short_side``: streamed images have their full size, so the pixels of a batch
+    would depend on the memory that is free at each rank's start.
+
+    Args:
+        tell: log the choice.
+        about: word before the bytes in messages.
 
     Raises:
         UserError: the configured memory is too small.
@@ -108,21 +141,21 @@ def choose(images: LongTailSet, cfg: DataConfig, device: torch.device, needed: i
         free = {"device": torch.cuda.mem_get_info(device)[0], **free}
     room = ", ".join(f"{_size(amount)} free on {place}" for place, amount in free.items())
     stored = f"short side {cfg.stored_short_side}" if cfg.stored_short_side else "full size"
-    what = f"{counted(len(images), 'image')} need {_size(needed)} decoded at {stored}, {room}"
-    if cfg.residency == "auto":
+    what = f"{counted(len(images), 'image')} need {about}{_size(needed)} decoded at {stored}, {room}"
+    is_decoded, is_auto = images.images_NHWC is not None, cfg.residency == "auto"
+    chosen: Residency = cfg.residency if cfg.residency in free else "host"
+    if is_auto:
         places: tuple[Residency, ...] = ("device", "host")
         fits = [place for place in places if needed <= AUTO_SHARE * free.get(place, 0)]
-        chosen = fits[0] if fits else "stream" if images.images_NHWC is None else "host"
-        if tell:
-            log.info("data.residency=auto: %s (limit: %.0f %%): %s", what, 100 * AUTO_SHARE, chosen)
-        return chosen
-    chosen = cfg.residency if cfg.residency in free else "host"
-    if needed > free[chosen]:
+        chosen = fits[0] if fits else "host" if is_decoded or cfg.stored_short_side else "stream"
+    if needed > free.get(chosen, needed) and not (is_decoded and is_auto):
         raise UserError(
-            f"data.residency={cfg.residency}: {what}. Set data.residency=stream or a smaller data.stored_short_side."
+            f"data.residency={cfg.residency}: {what}. Set a smaller data.stored_short_side, or data.residency=stream "
+            "without it."
         )
     if tell:
-        log.info("data.residency=%s: %s", cfg.residency, what)
+        limit = f" (limit: {100 * AUTO_SHARE:.0f} %): {chosen}" if is_auto else ""
+        log.info("data.residency=%s: %s%s", cfg.residency, what, limit)
     return chosen
 
 

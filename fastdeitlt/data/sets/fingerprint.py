@@ -5,6 +5,7 @@
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ log = logging.getLogger("fastdeitlt")
 READ_FILES = 256
 """Number of files whose content is part of the fingerprint."""
 THREADS = 16
-"""On a network file system each file size is a round trip."""
+"""On a network file system each file's status is a round trip."""
 
 
 def fingerprint(images: LongTailSet) -> str:
@@ -34,10 +35,9 @@ def fingerprint(images: LongTailSet) -> str:
     if images.blobs:
         digest.update(images.blobs.size_N.tobytes())
     else:
-        parts = [images.paths[start::THREADS] for start in range(THREADS)]
-        with ThreadPoolExecutor(THREADS) as pool:
-            for sizes in pool.map(lambda paths: [_size(images.root, path) for path in paths], parts):
-                digest.update(np.array(sizes, dtype=np.int64).tobytes())
+        size_N = file_facts(images.root, images.paths)[:, 0]
+        for start in range(THREADS):
+            digest.update(size_N[start::THREADS].tobytes())
     for index in np.unique(np.linspace(0, len(images) - 1, READ_FILES).astype(np.int64)).tolist():
         try:
             place = images.place(index)
@@ -66,8 +66,19 @@ def warn_of_moved_images(what: str, trained_on: str | None, train: LongTailSet) 
         )  # fmt: skip
 
 
-def _size(root: str, path: str) -> int:
-    try:
-        return os.stat(os.path.join(root, path)).st_size
-    except OSError:
-        return -1
+def file_facts(root: str, paths: Sequence[str]) -> np.ndarray:
+    """Return (bytes, modification time in ns, mode) of files, int64 [N, 3]; -1 if absent."""
+
+    def read(path: str) -> tuple[int, int, int]:
+        try:
+            status = os.stat(os.path.join(root, path))
+        except OSError:
+            return -1, -1, -1
+        return status.st_size, status.st_mtime_ns, status.st_mode
+
+    facts_N3 = np.empty((len(paths), 3), np.int64)
+    parts = [paths[start::THREADS] for start in range(THREADS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start, part in enumerate(pool.map(lambda some: [read(path) for path in some], parts)):
+            facts_N3[start::THREADS] = np.array(part, np.int64).reshape(-1, 3)
+    return facts_N3
