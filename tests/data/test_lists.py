@@ -141,6 +141,7 @@ def test_label_beyond_the_given_classes_is_refused(tmp_path):
         ("l.json", '[{"path": "a", "label": [0]}]', "annotation 0: TypeError"),
         ("l.json", '[{"path": "a", "label": true}]', "annotation 0: got the label True"),
         ("l.json", '[{"path": "a", "label": 0.5}]', "annotation 0: TypeError"),
+        ("l.json", '[{"path": "a", "label": "b\\ud800"}]', "got the class name .*valid UTF-8"),
         ("l.json", '[{"path": "a\\ud800", "label": 0}]', "annotation 0: got the path .*valid UTF-8"),
         ("l.json", '{"images": [{"id": 1}], "annotations": []}', "KeyError"),
         (

@@ -142,6 +142,15 @@ def test_the_index_is_made_once_and_anew_when_a_shard_changes(tmp_path, monkeypa
     assert fingerprint(changed.train) == fingerprint(first.train) != fingerprint(changed.val)
 
 
+def test_names_and_hold_outs_follow_the_root_whichever_was_opened_first(tmp_path):
+    members = {f"{name}/{i:02d}.jpg": encoded(picture(20, 20, i)) for name in NAMES for i in range(10)}
+    (tmp_path / "below").mkdir()
+    write_zip(tmp_path / "below" / "photos.zip", members)
+    outer = open_sets(cfg_of(tmp_path).data)
+    inner = open_sets(cfg_of(tmp_path / "below").data)
+    assert outer.val.paths[0].startswith("below/photos.zip/") and inner.val.paths[0].startswith("photos.zip/")
+
+
 def test_images_copied_out_of_parquet_are_copied_again_when_they_are_gone(tmp_path):
     root = in_shards(tmp_path / "s", "parquet")
     train_set = open_sets(cfg_of(root).data).train
@@ -340,6 +349,12 @@ def spoil(root, what):
             parquet.write_table(pyarrow.table({"x": [1]}), root / "train.parquet")
         case "rows":
             parquet.write_table(pyarrow.table({"image": [{"bytes": None}], "label": [1]}), root / "train.parquet")
+        case "odd bytes":
+            write_tar(root / "train.tar", {"a/\udcff.jpg": image, "b/0.jpg": image})
+        case "odd class":
+            write_tar(root / "train.tar", {"0.jpg": image, "0.cls": b'"\\ud800"'})
+        case "odd shard":
+            write_zip(root / "train-\udcff.zip", {f"{name}/0.jpg": image for name in NAMES})
         case "no parquet":
             (root / "train.parquet").write_bytes(b"PAR1 nothing PAR1")
 
@@ -365,6 +380,9 @@ def spoil(root, what):
         ("method", "is encrypted or not stored or deflated"),
         ("columns", "got the columns x, expected image and label"),
         ("rows", "row 0 has no image bytes or no label"),
+        ("odd bytes", r"got the name 'train.tar/a/\udcff.jpg', expected UTF-8"),
+        ("odd class", r"got the name '\ud800', expected UTF-8"),
+        ("odd shard", r"got the name 'train-\udcff.zip/ant/0.jpg', expected UTF-8"),
         ("no parquet", "train.parquet: cannot be read"),
     ],
 )

@@ -16,6 +16,11 @@ def normalised(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_utf8(name: str) -> bool:
+    """Return whether a name from a file system, an archive or JSON is valid UTF-8."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def listed(names: Iterable[str], shown: int = SHOWN) -> str:
     """Format the first few names in quotes and the number of the others."""
     names = list(names)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeitlt.data.sets.class_names import normalised, numbered
+from fastdeitlt.data.sets.class_names import is_utf8, normalised, numbered
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
@@ -76,10 +76,8 @@ def read_folder(root: str | Path, folder: str) -> LongTailSet:
         raise UserError(f"data folder {root}: no images ({', '.join(IMAGE_SUFFIXES)}), expected {expected}")
     names = list(numbered(list(images), f"data folder {place}"))
     paths = [file for files in images.values() for file in files]
-    try:
-        "".join(paths).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"data folder {str(place)!r}: got a file name that is not UTF-8. Rename the file.") from None
+    if bad := next((path for path in paths if not is_utf8(path)), None):
+        raise UserError(f"data folder {str(place)!r}: got the file name {bad!r}, expected UTF-8. Rename the file.")
     labels_N = np.repeat(np.arange(len(names)), [len(files) for files in images.values()])
     counts = class_counts(labels_N, len(names))
     return LongTailSet(paths, labels_N, counts, str(root), names, left_out=sorted(others))

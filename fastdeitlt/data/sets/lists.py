@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeitlt.data.sets.class_names import normalised
+from fastdeitlt.data.sets.class_names import is_utf8, normalised
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError, counted
 
@@ -78,6 +78,8 @@ def read_list(path: str | Path, root: str | Path, num_classes: int | None = None
     classes = stated_classes or max(largest + 1, len(names or ()))
     labels_N = np.array(labels, dtype=np.int64)
     names = names if names and len(names) == classes else None
+    if odd := next((name for name in names or () if not is_utf8(name)), None):
+        raise UserError(f"list {path}: got the class name {odd!r}, expected valid UTF-8. Rename the class.")
     return LongTailSet(rows.paths, labels_N, class_counts(labels_N, classes), str(root), names)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock
 
 from fastdeitlt.data.sets.blobs import Blobs, inflated
-from fastdeitlt.data.sets.class_names import listed, normalised, numbered
+from fastdeitlt.data.sets.class_names import is_utf8, listed, normalised, numbered
 from fastdeitlt.data.sets.folders import is_image, split_of, walk
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
@@ -129,7 +129,8 @@ def _index_of(root: str | Path, files: list[str]) -> Path:
     digest = hashlib.sha256(f"{VERSION}".encode())
     for file in files:
         status = os.stat(file)
-        digest.update(f"{os.path.realpath(file)}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+        names = f"{os.path.realpath(file)}\n{os.path.relpath(file, root)}"  # the latter begins the images' names
+        digest.update(f"{names}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     index = user_cache("shards") / f"{digest.hexdigest()[:32]}.npz"
     if not _is_whole(index):
         try:
@@ -167,9 +168,9 @@ def _make_index(root: str | Path, files: list[str], index: Path) -> None:
             label = _folders(entry.name)[level] if entry.label is None else entry.label
             labels.append(shard.class_names[label] if shard.class_names and isinstance(label, int) else label)
         parts.append(np.array([(entry.start, entry.size, entry.is_deflated) for entry in shard.entries], np.int64))
-    if odd := [name for name in names if "\n" in name]:
-        raise UserError(f"shards in {root}: got the name {odd[0]!r}, expected one without line breaks. Rename it.")
     class_names, labels_N = _numbers(labels, names, root)
+    if odd := [name for name in (*names, *(class_names or ())) if "\n" in name or not is_utf8(name)]:
+        raise UserError(f"shards in {root}: got the name {odd[0]!r}, expected UTF-8 without line breaks. Rename it.")
     rows_N3 = np.concatenate(parts)
     with draft_file(index) as draft, draft.open("wb") as out:
         np.savez(
