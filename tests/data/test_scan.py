@@ -98,4 +98,8 @@ def test_a_look_at_all_files_finds_what_is_not_there_or_not_whole(tmp_path, capl
         looked = check_files(Sets(good, images, images), DataConfig(on_error="skip"))
     assert looked.count("7 of 11") == 2
     assert [message.rpartition("; ")[2] for message in caplog.messages] == ["not scored"] * 2
+    # images 0 to 3 are readable: three of class 0, one of class 1, none of class 2
+    with pytest.raises(UserError, match=r"7 of 11 train images .* among them all of 'class 2'\. Repair"):
+        mixed = LongTailSet(names, np.repeat([0, 1, 2], [3, 6, 2]), [3, 6, 2], str(tmp_path))
+        check_files(Sets(mixed), DataConfig(on_error="skip"))
     assert [bool(scan_file(tmp_path, name).problem) for name in names] == [index >= 4 for index in range(len(names))]

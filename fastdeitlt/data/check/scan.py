@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -28,6 +29,7 @@ from fastdeitlt.data.pixels.files import (
 )
 from fastdeitlt.data.pixels.workers import Workers, num_threads
 from fastdeitlt.data.sets.blobs import Blob, Blobs
+from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.errors import UserError, counted
 
@@ -89,7 +91,7 @@ def check_files(sets: Sets, cfg: DataConfig, remedy: str = "Repair or remove the
     """Check that every image file of every split is present and whole.
 
     Reads the first and last bytes of JPEG and PNG files, decodes nothing. With ``data.on_error=skip`` unreadable files
-    are counted in a warning.
+    are counted in a warning, unless they are all training images of a class: none could replace them.
 
     Returns:
         A summary of the check.
@@ -109,6 +111,8 @@ def check_files(sets: Sets, cfg: DataConfig, remedy: str = "Repair or remove the
                 f"{len(faults):,} of {counted(len(images), f'{split} image')} in {images.root} unreadable ({shown})"
             )
             if cfg.on_error == "skip":
+                if split == "train" and (lost := _lost_classes(images, faults)):
+                    raise UserError(f"data: {problems[-1]}, among them all of {lost}. Repair or remove them.")
                 used = "replaced by images of the same class" if split == "train" else "not scored"
                 log.warning("data: %s; %s", problems[-1], used)
     if problems and cfg.on_error == "raise":
@@ -117,6 +121,12 @@ def check_files(sets: Sets, cfg: DataConfig, remedy: str = "Repair or remove the
         f"first and last bytes of {counted(total, 'file')}, not decoded (see 'data check')" if total else "decoded"
     )
     return f"{summary}; {'; '.join(problems)}" if problems else summary
+
+
+def _lost_classes(images: LongTailSet, faults: dict[int, str]) -> str:
+    """Name the classes of which no image can be read; "" if there are none."""
+    bad_K = np.bincount(images.labels[list(faults)], minlength=images.num_classes)
+    return listed(images.class_name(k) for k in np.flatnonzero((bad_K > 0) & (bad_K == images.counts)).tolist())
 
 
 def _faults(images: LongTailSet, split: str) -> dict[int, str]:
