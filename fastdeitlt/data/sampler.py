@@ -121,8 +121,8 @@ class Plan:
     """The micro-batches of a run and their grouping into optimizer steps.
 
     Raises:
-        UserError: real ranks do not divide virtual ranks, or an epoch has no full micro-batch or fewer of them than one
-            optimizer step.
+        UserError: real ranks do not divide virtual ranks, an image per virtual rank is missing, or an epoch has no full
+            micro-batch or fewer of them than one optimizer step.
     """
 
     n: int
@@ -139,6 +139,10 @@ class Plan:
         if self.virtual_ranks % self.world:
             raise UserError(
                 f"train.virtual_ranks: got {self.virtual_ranks}, expected a multiple of {self.world}, the ranks"
+            )
+        if self.n < self.virtual_ranks:
+            raise UserError(
+                f"train.virtual_ranks: got {self.virtual_ranks}, expected at most {self.n}, the images of the set"
             )
         if self.micro_steps == 0:
             raise UserError(

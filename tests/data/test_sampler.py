@@ -148,6 +148,8 @@ def test_impossible_plans_are_refused():
         Plan(1000, 8, 1, 3, 4, 0, 3)
     with pytest.raises(UserError, match=r"train\.batch_size: got 300, expected at most 256.*Use a smaller batch$"):
         Plan(256, 300, 1, 3, 1)
+    with pytest.raises(UserError, match=r"train\.virtual_ranks: got 4, expected at most 3, the images of the set"):
+        Plan(3, 1, 1, 1, 4)
     with pytest.raises(UserError, match=r"train\.accumulate: got 4, expected at most 3, the micro-batches per epoch"):
         Plan(100, 32, 4, 1, 1)
     assert Plan(100, 32, 3, 1, 1).optimizer_steps == 1
