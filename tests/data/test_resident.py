@@ -16,7 +16,7 @@ from filelock import FileLock
 from image_files import CPU, SIZES, deliver, encoded, make_set, picture, request
 from PIL import Image
 
-from fastdeitlt import cli
+from fastdeitlt import cli, distributed
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels import cache, reader, source
 from fastdeitlt.data.pixels.files import read_encoded
@@ -173,6 +173,18 @@ def test_without_a_cache_the_run_goes_on_with_one_message(tmp_path, cache_folder
     assert "memory" in message
     if cache_folder.is_dir():
         assert [path.name for path in cache_folder.glob("*") if not path.name.endswith(".lock")] == []
+
+
+def test_ranks_without_a_cache_stream_instead_of_keeping_a_copy_each(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    monkeypatch.setattr(distributed, "get_world", lambda: 2)
+    images = make_set(tmp_path)
+    for settings, kind in (({}, Stream), ({"residency": "host"}, Resident), ({"stored_short_side": 40}, Resident)):
+        opened = open_source(images, DataConfig(num_threads=1, **settings), CPU)
+        next(opened.crops([request([0])]))
+        opened.close()
+        assert type(opened) is kind
+        assert ("streaming" in caplog.messages[-1]) == (kind is Stream)
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path, cache_folder):

@@ -15,10 +15,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from fastdeitlt import distributed
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.pixels.decoder import decoder_version
 from fastdeitlt.data.pixels.workers import num_threads
@@ -74,7 +76,7 @@ def num_bytes(sizes_N2: np.ndarray) -> np.ndarray:
 
 
 def stored_sizes(path: Path) -> np.ndarray | None:
-    """Return the (height, width) of a cached set's images, int32 [N, 2]; None if not cached."""
+    """Return the cached images' (height, width), int32 [N, 2]; None if not cached."""
     try:
         with np.load(path / "index.npz") as index:
             return index["sizes_N2"]
@@ -84,11 +86,12 @@ def stored_sizes(path: Path) -> np.ndarray | None:
 
 def open_decoded(
     path: Path, images: LongTailSet, cfg: DataConfig, sizes_N2: np.ndarray, decoded_N: Iterable[Tensor | None]
-) -> DecodedSet:
+) -> DecodedSet | None:
     """Map a set from the cache, filling the cache at the first call.
 
     The ranks of a machine share the mapped memory. With concurrent calls one process decodes and the others wait. If
-    the cache cannot be written, a warning is logged and the set is decoded into the memory of this process.
+    the cache cannot be written, a warning is logged and the set is decoded into the memory of this process; None: auto
+    streams instead on several ranks, each of which would need that memory.
 
     Args:
         path: ``cache_path`` of the set.
@@ -111,8 +114,13 @@ def open_decoded(
                         decoded = _fill(torch.from_numpy(pixels), images, sizes_N2, decoded_N)
                         _seal(draft, pixels, decoded, images, cfg)
     except OSError as error:
-        why = error.strerror or error
-        log.warning("cache %s: %s; keeping the pixels in memory for this run", path.parent, why)
+        if streams := cfg.residency == "auto" and not cfg.stored_short_side and distributed.get_world() > 1:
+            instead = "streaming, as each rank would keep all pixels in memory"
+        else:
+            instead = "keeping the pixels in memory for this run"
+        log.warning("cache %s: %s; %s", path.parent, error.strerror or error, instead)
+        if streams:
+            return None
         if decoded is None:
             memory = torch.empty(int(num_bytes(sizes_N2).sum()), dtype=torch.uint8)
             decoded = _fill(memory, images, sizes_N2, decoded_N)
@@ -134,7 +142,7 @@ def cache_path(images: LongTailSet, cfg: DataConfig) -> Path:
     """
     root = os.path.realpath(images.root)
     key = hashlib.sha256(
-        f"{FORMAT} {decoder_version()} torch {torch.__version__} {cfg.stored_short_side} {cfg.exif} {root}".encode()
+        f"{FORMAT} {decoder_version()} pillow {PIL.__version__} {cfg.stored_short_side} {cfg.exif} {root}".encode()
     )
     if images.blobs:
         blobs = images.blobs

@@ -100,7 +100,10 @@ class Stream:
             yield from decoded
 
     def sizes(self, sample_N: Iterable[int] | None = None) -> np.ndarray:
-        """Read (height, width) of images' headers, int32 [N, 2]; 0 if skipped. None: all images.
+        """Read (height, width) of images' headers, int32 [N, 2]; 0 if skipped.
+
+        Args:
+            sample_N: the images; None: all.
 
         Raises:
             UserError: as ``crops``.

@@ -105,12 +105,15 @@ def open_source(
         if chosen == "stream":
             stack.pop_all()
             return stream
-        decoded = open_decoded(path, images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
-    return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded)
+        mapped = open_decoded(path, images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
+        if mapped is None:
+            stack.pop_all()
+            return stream
+    return Resident(images, cfg.model_copy(update={"residency": chosen}), device, mapped)
 
 
 def _is_far_too_large(stream: Stream, images: LongTailSet, cfg: DataConfig, device: torch.device, tell: bool) -> bool:
-    """Return whether auto streams even if the set needs half of an estimate from some headers."""
+    """Return whether auto streams even at half of an estimate from some headers."""
     if cfg.residency != "auto" or cfg.stored_short_side or len(images) <= 2 * SAMPLE:
         return False
     sample_N = np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)

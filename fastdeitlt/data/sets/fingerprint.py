@@ -67,7 +67,7 @@ def warn_of_moved_images(what: str, trained_on: str | None, train: LongTailSet) 
 
 
 def file_facts(root: str, paths: Sequence[str]) -> np.ndarray:
-    """Return (bytes, modification time in ns, mode) of files, int64 [N, 3]; -1 if absent."""
+    """Return (bytes, time in ns, mode) of files, int64 [N, 3]; -1 if absent."""
 
     def read(path: str) -> tuple[int, int, int]:
         try:
