@@ -310,6 +310,13 @@ def make_folders(root: Path, sizes: dict[str, int]) -> dict[str, str]:
     return {"dataset": "folder", "root": str(root)}
 
 
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    config = make_folders(tmp_path, {"train/a": 1, "train/b": 1})
+    (tmp_path / "train" / "b" / "\udcff.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"got the file name 'train/b/\\udcff\.jpg', expected UTF-8"):
+        open_sets(DataConfig(**config))
+
+
 @pytest.mark.parametrize(
     ("train", "val", "test"),
     [("train", "validation", "testing"), ("Train", "Val", "Test"), ("training", "valid", "TEST"), ("train", "dev", "")],

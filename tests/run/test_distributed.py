@@ -222,11 +222,12 @@ def test_the_slurm_script_requeues_what_can_go_on(tmp_path, code, requeued):
     for name, line in (("srun", f'echo "$@"; exit {code}'), ("scontrol", f"echo $@ > {tmp_path}/requeued")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "6"}
     done = subprocess.run(["bash", str(REQUEUE), "imagenet_lt"], env=env, capture_output=True, text=True, check=False)
     asked = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else None
     assert asked == (["requeue", "42"] if requeued else None), done.stderr
     assert done.returncode == (0 if requeued else code)
+    assert "--cpus-per-task=6 " in done.stdout  # srun does not inherit it from sbatch
     assert "fastdeitlt train imagenet_lt" in done.stdout
 
 
