@@ -102,4 +102,6 @@ def test_a_look_at_all_files_finds_what_is_not_there_or_not_whole(tmp_path, capl
     with pytest.raises(UserError, match=r"7 of 11 train images .* among them all of 'class 2'\. Repair"):
         mixed = LongTailSet(names, np.repeat([0, 1, 2], [3, 6, 2]), [3, 6, 2], str(tmp_path))
         check_files(Sets(mixed), DataConfig(on_error="skip"))
+    with pytest.raises(UserError, match=r"7 of 7 test images .* none is left to score\. Repair"):
+        check_files(Sets(good, test=images.take(np.arange(4, 11))), DataConfig(on_error="skip"))
     assert [bool(scan_file(tmp_path, name).problem) for name in names] == [index >= 4 for index in range(len(names))]

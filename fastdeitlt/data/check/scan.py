@@ -91,7 +91,7 @@ def check_files(sets: Sets, cfg: DataConfig, remedy: str = "Repair or remove the
     """Check that every image file of every split is present and whole.
 
     Reads the first and last bytes of JPEG and PNG files, decodes nothing. With ``data.on_error=skip`` unreadable files
-    are counted in a warning, unless they are all training images of a class: none could replace them.
+    are counted in a warning, except if they are all training images of a class (none could replace them) or a split.
 
     Returns:
         A summary of the check.
@@ -111,8 +111,10 @@ def check_files(sets: Sets, cfg: DataConfig, remedy: str = "Repair or remove the
                 f"{len(faults):,} of {counted(len(images), f'{split} image')} in {images.root} unreadable ({shown})"
             )
             if cfg.on_error == "skip":
-                if split == "train" and (lost := _lost_classes(images, faults)):
-                    raise UserError(f"data: {problems[-1]}, among them all of {lost}. Repair or remove them.")
+                lost = _lost_classes(images, faults) if split == "train" else ""
+                if lost or len(faults) == len(images):
+                    what = f", among them all of {lost}" if lost else ", none is left to score"
+                    raise UserError(f"data: {problems[-1]}{what}. Repair or remove them.")
                 used = "replaced by images of the same class" if split == "train" else "not scored"
                 log.warning("data: %s; %s", problems[-1], used)
     if problems and cfg.on_error == "raise":
