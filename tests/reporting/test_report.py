@@ -20,6 +20,12 @@ from fastdeitlt.reporting.published import TABLES, published_for, published_tabl
 from fastdeitlt.reporting.report import write_report
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The page of a run."""
+    return write_report(make_run(tmp_path_factory.mktemp("shown") / "run"))
+
+
 def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
     folder = make_run(tmp_path / "quick", overrides=["data.dataset=cifar10_lt"])
     path = write_report(folder)
@@ -55,14 +61,14 @@ def test_the_page_shows_every_section_and_the_numbers_of_results_json(tmp_path):
     assert "abc123" in html and "loss.drw_epoch" in html and "averaged weights of epoch 12" in html
 
 
-def test_the_page_asks_the_network_for_nothing_and_runs_nothing(tmp_path):
-    page = read(write_report(make_run(tmp_path / "quick")))
+def test_the_page_asks_the_network_for_nothing_and_runs_nothing(shown):
+    page, html = read(shown), shown.read_text()
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.tags.count("img") == 15
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
-    html = (tmp_path / "quick" / "report.html").read_text()
     outside = {a for a in re.findall(r"https?://[^\"'\s<)]+", html) if not a.startswith("http://www.w3.org/")}
-    assert outside == set() and "@import" not in html
+    assert outside == set() and "@import" not in html and '"viewport" content="width=device-width' in html
+    assert all(place.startswith("#") for place in re.findall(r"url\(['\"]?([^)]*)", html))
 
 
 def test_class_names_and_run_names_are_text_and_never_markup(tmp_path):
@@ -229,10 +235,8 @@ def test_a_published_row_s_split_is_the_one_that_gives_back_its_overall_accuracy
     assert checked == 22
 
 
-def test_what_validation_can_fit_and_shifted_classes_are_shown_as_results_json_has_them(tmp_path):
-    folder = make_run(tmp_path / "run")
-    page = read(write_report(folder))
-    fitted = json.loads((folder / "results.json").read_text())["posthoc"]
+def test_what_validation_can_fit_and_shifted_classes_are_shown_as_results_json_has_them(shown):
+    page, fitted = read(shown), json.loads(shown.with_name("results.json").read_text())["posthoc"]
     table = next(table for table in page.tables if [row[0] for row in table[3:]] == list(METHODS))
     top1 = fitted["result"]["heads"]["fusion"]["top1"]["official"]
     assert table[list(METHODS).index("fusion") + 3][1:5] == [f"{top1[g]:.1f}" for g in ("all", "head", "mid", "tail")]
@@ -241,9 +245,8 @@ def test_what_validation_can_fit_and_shifted_classes_are_shown_as_results_json_h
     assert shifted[0][1:] == ["AVG", "CLS", "DIST", "AVG, known prior"] and len(shifted) == 12
 
 
-def test_signs_of_failure_say_how_often_and_what(tmp_path):
-    page = read(write_report(make_run(tmp_path / "run")))
-    table = next(table for table in page.tables if table[0][0] == "sign")
+def test_signs_of_failure_say_how_often_and_what(shown):
+    table = next(table for table in read(shown).tables if table[0][0] == "sign")
     assert table[1][:3] == ["tail expert", "no", "1 of 2, last after epoch 10"] and EVIL in table[1][3]
     assert table[2] == ["head", "no", "0 of 2", "AVG keeps the head accuracy: 90.0 %"]
 
@@ -269,30 +272,25 @@ def test_a_page_without_analyses_names_the_commands_that_make_them(tmp_path):
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium (make test installs one as root with apt-get)")
 def test_in_a_browser_nothing_overflows_breaks_or_fails_at_phone_and_desktop_width(tmp_path):
     runs = [make_run(tmp_path / ("long-name-" * 8), seed=0), make_run(tmp_path / "b", overrides=["loss.alpha=0.7"])]
-    (tmp_path / "bad.html").write_text(
-        "<div style='width: 2000px'>wide</div><img src='absent.png'><script>oops()</script>"
-    )
-    with browser.Browser() as chromium:
-        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        hidden = (  # columns of the teacher's tables that only scrolling would show
-            "[...document.querySelectorAll('section')].filter(s => s.querySelector('h2').textContent == 'Teacher')"
-            ".flatMap(s => [...s.querySelectorAll('.scroll')]).filter(t => t.scrollWidth > t.clientWidth)"
-            ".map(t => t.textContent.trim().split('\\n')[0])"
-        )
-        broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
-        for page in (write_report(runs[0]), compare(runs)):
-            for width in (390, 1280):
-                assert chromium.open(page, width) == []
-                chromium.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
-                assert chromium.evaluate(overflow) <= 0 and chromium.evaluate(broken) == 0
-                small = (
-                    "[...document.querySelectorAll('figure svg')].every(svg => svg.getBoundingClientRect().width > 280)"
-                )
-                assert chromium.evaluate(small)
-                assert chromium.evaluate(hidden) == []
-                assert chromium.requests() == [page.absolute().as_uri()]
-        assert len(chromium.open(tmp_path / "bad.html", 390)) >= 2  # the checks can fail
-        assert chromium.evaluate(overflow) > 0 and chromium.evaluate(broken) == 1
+    bad = tmp_path / "bad.html"
+    bad.write_text("<div style='width: 2000px'>wide</div><img src='absent.png'><script>oops()</script>")
+    find = """({document}) => {
+        const all = selector => [...document.querySelectorAll(selector)], page = document.documentElement
+        all("details").forEach(fold => fold.open = true)
+        const teacher = all("section").find(section => section.querySelector("h2").textContent == "Teacher")
+        return {
+            overflow: Math.max(page.scrollWidth - page.clientWidth, 0),
+            broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length,
+            small: all("figure svg").filter(svg => svg.getBoundingClientRect().width <= 280).length,
+            scrolling: [...teacher?.querySelectorAll(".scroll") ?? []].filter(t => t.scrollWidth > t.clientWidth)
+                .map(table => table.textContent.trim()),
+        }
+    }"""
+    pages = [(page, width) for page in (write_report(runs[0]), compare(runs)) for width in (390, 1280)]
+    found, errors = browser.look([*pages, (bad, 390)], find, tmp_path)
+    assert found[:-1] == [{"overflow": 0, "broken": 0, "small": 0, "scrolling": []}] * 4
+    assert found[-1]["overflow"] > 0 and found[-1]["broken"] == 1  # the checks can fail
+    assert len(errors) == 1 and "oops is not defined" in errors[0]
 
 
 def test_a_page_goes_where_it_is_asked_to(tmp_path, capsys):

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,9 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.reporting import figures
 from fastdeitlt.reporting.heat_map import NAME_LENGTH, heat_map
+from fastdeitlt.reporting.next_steps import next_section
 from fastdeitlt.reporting.report import write_report
+from fastdeitlt.run.run_files import read_run
 from fastdeitlt.teachers.schedule import learning_rate, radius
 from fastdeitlt.tools import ablation_table
 
@@ -25,8 +26,8 @@ def table_of(page, *header):
     return next(table for table in page.tables if table[0] == list(header))
 
 
-def commands(page):
-    return {row[0]: row[1] for row in table_of(page, "what", "command")[1:]}
+def commands(folder):
+    return dict(next_section(read_run(folder)).blocks[0].rows)
 
 
 def matrix_of(labels, predicted, num_classes):
@@ -182,7 +183,7 @@ def test_next_steps_are_commands_that_the_program_accepts(tmp_path):
     folder = make_run(tmp_path / "a run", overrides=["teacher.path=somewhere"])
     for name in ("student", "teacher"):
         (folder / "analysis" / f"{name}.json").unlink()
-    found = commands(read(write_report(folder)))
+    found = commands(folder)
     lines = [line for text in found.values() for line in text.split("\n")]
     assert len(lines) >= 8
     for line in lines:
@@ -212,7 +213,7 @@ def test_what_the_results_call_for_comes_first(tmp_path, selected, teacher_gain,
         {"TEACHER": (cls + dist) / 2 + teacher_gain * onehot}, labels, COUNTS, "fashion_mnist_lt"
     ).to_json()
     change(folder, "results.json", selected=selected, teacher=teacher)
-    first, command = next(iter(commands(read(write_report(folder))).items()))
+    first, command = next(iter(commands(folder).items()))
     if said is None:
         assert first == "List the prediction and probability of every image"
     else:
@@ -229,7 +230,7 @@ def test_a_teacher_trained_twice_as_long_has_the_schedule_of_before_at_half_the_
     last = {"selected": {"epoch": cfg.teacher_training.epochs - 1, "on": "val"}}
     result = score_heads({"TEACHER": torch.eye(10)}, torch.arange(10), COUNTS)
     (folder / "results.json").write_text(json.dumps({"test": result.to_json()} | last))
-    command = next(iter(commands(read(write_report(folder))).values()))
+    command = next(iter(commands(folder).values()))
     words = [word for word in shlex.split(command)[3:] if not word.startswith("name=")]
     old, new = cfg.teacher_training, config.load(f"teacher/{recipe}", words).teacher_training
     assert new.epochs == 2 * old.epochs and new.drw_epoch == (2 * old.drw_epoch if old.drw_epoch >= 0 else -1)
@@ -245,7 +246,7 @@ def test_signs_of_failure_have_their_commands(tmp_path):
     last = json.loads(lines[-1])
     last["signs"] = [{"name": name, "seen": True, "text": ""} for name in ("tail expert", "overfitting")]
     (folder / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
-    found = commands(read(write_report(folder)))
+    found = commands(folder)
     assert found["DIST does not lead CLS on the tail. Analyze the teacher's decisions"].startswith(
         f"fastdeitlt analyze teacher {folder}\n"
     )
@@ -255,19 +256,17 @@ def test_signs_of_failure_have_their_commands(tmp_path):
 def test_commands_of_a_moved_run_have_the_place_of_its_report(tmp_path, monkeypatch):
     make_run(tmp_path / "kept" / "moved", overrides=["name=run", "runs_dir=/old"])
     monkeypatch.chdir(tmp_path)
-    page = read(write_report("kept/moved"))
-    found = commands(page)
+    found = commands("kept/moved")
     assert found["Score other images"].startswith("fastdeitlt eval kept/moved ")
     assert "kept/moved/config.yaml name=moved-seed1" in found["Measure the variance over seeds"]
-    html = Path("kept/moved/report.html").read_text()
+    html = write_report("kept/moved").read_text()
     assert "train kept/moved/config.yaml name=moved-again" in html and "/old/" not in html
 
 
 def test_an_unfinished_run_is_told_how_to_finish(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "results.json").unlink()
-    found = commands(read(write_report(folder)))
-    assert found == {"Finish the run": f"fastdeitlt train {folder}/config.yaml --resume {folder}"}
+    assert commands(folder) == {"Finish the run": f"fastdeitlt train {folder}/config.yaml --resume {folder}"}
 
 
 def test_behind_the_teacher_is_not_a_negative_lead(tmp_path):
