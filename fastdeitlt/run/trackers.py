@@ -192,22 +192,23 @@ class _Feed:
         self._thread.start()
 
     def put(self, numbers: Mapping[str, float], step: int) -> None:
-        if self._disabled.is_set():
-            return
-        try:
-            self._records.put_nowait((numbers, step))
-        except queue.Full:
-            self._give_up(f"too slow, {QUEUE_LENGTH:,} records queued")
+        if not self._disabled.is_set():
+            self._queue((numbers, step))
 
     def end(self, outcome: Outcome) -> None:
         """Request the close for which ``wait`` waits."""
+        self._queue(outcome)
+
+    def _queue(self, record: tuple[Mapping[str, float], int] | Outcome) -> None:
         try:
-            self._records.put_nowait(outcome)
+            self._records.put_nowait(record)
         except queue.Full:
             self._give_up(f"too slow, {QUEUE_LENGTH:,} records queued")
 
     def wait(self, until: float) -> None:
-        self._thread.join(max(0.0, until - time.monotonic()))
+        """Wait for the tracker, unless it was dropped as too slow."""
+        is_too_slow = self._disabled.is_set() and self._records.full()
+        self._thread.join(0.0 if is_too_slow else max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._give_up("not finished in time")
 

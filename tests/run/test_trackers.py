@@ -33,9 +33,8 @@ def _record(run, first, last):
 
 
 @pytest.fixture
-def warnings(monkeypatch, caplog):
+def warnings(caplog):
     """Text of the warnings so far."""
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -221,9 +220,19 @@ def test_a_tracker_that_hangs_holds_up_neither_the_steps_nor_the_end(tmp_path, r
     release = threading.Event()
     monkeypatch.setitem(KINDS, "wandb", type("Hanging", (Recorder,), {"log": lambda *_: release.wait(60)}))
     monkeypatch.setattr(trackers, "QUEUE_LENGTH", 20)
+    real, waited = threading.Thread.join, []
+
+    def join(self, timeout=None):
+        if self.name == "tracker wandb":
+            waited.append(timeout)
+            timeout = 0.0
+        real(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
     with Run(_config(tmp_path, track=["wandb"])) as run:
         _record(run, 1, 50)
     release.set()
+    assert waited == [0.0]
     assert [text.split(";")[0] for text in warnings()] == ["track: wandb: too slow, 20 records queued"]
     assert len(run.records()) == 50
 
