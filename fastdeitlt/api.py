@@ -242,7 +242,7 @@ class Run:
     @property
     def result(self) -> Result | None:
         """Scores of the selected weights on test, else validation images, else None."""
-        return self.files.tested[1] if self.files.tested else None
+        return self.files.tested
 
     @property
     def report(self) -> Path:

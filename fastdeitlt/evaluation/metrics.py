@@ -169,13 +169,13 @@ def cell(value: float | None, digits: int = 1) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def wilson_interval(correct: np.ndarray, total: np.ndarray, z: float = WILSON_Z) -> np.ndarray:
+def wilson_interval(correct: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Return a proportion's Wilson interval in per cent, [..., 2]; NaN for total 0.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = correct / total
+        z, share = WILSON_Z, correct / total
         centre = (share + z * z / (2 * total)) / (1 + z * z / total)
         half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total**2)) / (1 + z * z / total)
     return 100 * np.stack([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], axis=-1)
@@ -318,15 +318,15 @@ def _per_image(logits_NK: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
     return predicted_N, 1 / sum_N, predicted_N == labels_N, (top5_N5 == own_N1).any(dim=1), nll_N, brier_N
 
 
-def reliability_bins(confidence_N: Tensor, hit_N: Tensor, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Bin images by confidence in equal bins of 0..1, without empty ones.
+def reliability_bins(confidence_N: Tensor, hit_N: Tensor) -> list[Bin]:
+    """Bin images by confidence in 15 equal bins of 0..1, without empty ones.
 
     Source: Guo et al. 2017, section 2.
     """
-    index_N = (confidence_N * num_bins).long().clamp(max=num_bins - 1)
-    num_images = torch.bincount(index_N, minlength=num_bins)
-    confidence = torch.bincount(index_N, weights=confidence_N.double(), minlength=num_bins) / num_images
-    accuracy = torch.bincount(index_N, weights=hit_N.double(), minlength=num_bins) / num_images
+    index_N = (confidence_N * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    num_images = torch.bincount(index_N, minlength=NUM_BINS)
+    confidence = torch.bincount(index_N, weights=confidence_N.double(), minlength=NUM_BINS) / num_images
+    accuracy = torch.bincount(index_N, weights=hit_N.double(), minlength=NUM_BINS) / num_images
     rows = zip(confidence.tolist(), accuracy.tolist(), num_images.tolist(), strict=True)
     return [Bin(*row) for row in rows if row[2]]
 

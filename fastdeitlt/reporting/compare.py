@@ -58,7 +58,7 @@ def _results(runs: list[RunFiles]) -> Section:
     )
     blocks: list[Block] = []
     for images in ("test", "validation"):
-        scored = {run.name: run.tested[1] for run in runs if run.tested and run.tested_on == images}
+        scored = {run.name: result for run in runs if run.tested_on == images and (result := run.tested)}
         blocks += _scores(scored, f"{images} images", _colours(runs)) if scored else []
     return Section("Result", note, blocks)
 

@@ -34,10 +34,10 @@ def next_section(run: RunFiles) -> Section:
 
 def _suggested(run: RunFiles) -> list[Step]:
     """Return the steps suggested by the results."""
-    if run.cfg is None or run.tested is None:
+    if run.cfg is None or (result := run.tested) is None:
         return []
     steps: list[Step] = []
-    selected, result = run.results.get("selected") or {}, run.tested[1]
+    selected = run.results.get("selected") or {}
     if selected.get("on") in ("test", "last"):
         why = "The weights were selected on the test images, which overestimates their accuracy"
         why = why if selected["on"] == "test" else "The final weights were kept without selection"

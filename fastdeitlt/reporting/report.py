@@ -70,9 +70,8 @@ def _lead(run: RunFiles) -> str:
     if run.cfg:
         model = f"teacher {run.cfg.teacher_training.arch}" if run.is_teacher else run.cfg.student.name
     what = f"{model} on {dataset}"
-    if run.tested is None:
+    if (result := run.tested) is None:
         return f"{what}. No test results yet."
-    _, result = run.tested
     chosen = run.results.get("selected") or {}
     weights = {"model": "weights", "ema": "averaged weights"}.get(chosen.get("weights", ""), "weights")
     epoch = f" of epoch {chosen['epoch'] + 1}" if "epoch" in chosen else ""
@@ -85,9 +84,8 @@ def _lead(run: RunFiles) -> str:
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
-    if run.tested is None:
+    if (result := run.tested) is None:
         return []
-    _, result = run.tested
     tiles = [
         (f"{cell(result.accuracy())} %", "accuracy" if run.is_teacher else "accuracy, mean of both heads"),
         (f"{cell(result.accuracy(group='tail', split='official'))} %", f"on {_tail_classes(result)}"),
@@ -106,9 +104,8 @@ def _tail_classes(result: Result) -> str:
 
 
 def _headline(run: RunFiles) -> Section:
-    if run.tested is None:
+    if (result := run.tested) is None:
         return Section("Result", "", [])
-    _, result = run.tested
     note = (
         "Top-1 accuracy in per cent. AVG is the mean of the two heads' logits. All is over images; head, mid and tail "
         f"are means of class accuracies. {SPLITS[result.split_name()]} Compare only figures of the same split."

@@ -19,9 +19,8 @@ MAX_CLASS_ROWS = 200
 
 def score_sections(run: RunFiles) -> list[Section]:
     """Return sections on classes, calibration, post-hoc methods and shifts."""
-    if run.tested is None:
+    if (result := run.tested) is None:
         return []
-    _, result = run.tested
     fitted = run.post_hoc
     classes = [_classes(run, result), mistakes_section(run, result)]
     return [*classes, _calibration(result, fitted), *_fitted(fitted), _shifted(result, fitted)]

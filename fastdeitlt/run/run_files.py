@@ -35,12 +35,10 @@ class RunFiles:
     class_names: list[str] | None
 
     @property
-    def tested(self) -> tuple[str, Result] | None:
-        """Set of the final test ("test", else "val") and the scores of selected weights."""
-        for name in ("test", "val"):
-            if self.results.get(name):
-                return name, Result.from_json(self.results[name])
-        return None
+    def tested(self) -> Result | None:
+        """Scores of the selected weights on test images, else on validation images."""
+        scores = self.results.get("test") or self.results.get("val")
+        return Result.from_json(scores) if scores else None
 
     @property
     def tested_on(self) -> str:

@@ -48,17 +48,17 @@ class Summary:
     """p corrected for all comparisons of the table of differences (``holm``); NaN for numbers that are not in it."""
 
 
-def paired_t_test(differences: Sequence[float]) -> tuple[float, float]:
-    """Return (t, two-sided p) of a paired t-test; NaN without spread.
+def paired_t_test(differences: Sequence[float]) -> float:
+    """Return the two-sided p of a paired t-test; NaN without spread.
 
     Source: Student 1908; the distribution as finite sums, Abramowitz and Stegun 26.7.3 and 26.7.4.
     """
     pairs = len(differences)
     deviation = float(np.std(differences, ddof=1)) if pairs > 1 else 0.0
     if deviation < ROUNDING:
-        return math.nan, math.nan
+        return math.nan
     t = float(np.mean(differences)) / (deviation / math.sqrt(pairs))
-    return t, 1 - _central_probability(abs(t), pairs - 1)
+    return 1 - _central_probability(abs(t), pairs - 1)
 
 
 def _central_probability(t: float, degrees: int) -> float:
@@ -90,9 +90,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def read_values(folder: Path) -> Values:
     """Return a finished run's accuracies in %: heads, TEACHER, TEACHER on OOD images."""
     run = read_run(folder)
-    if run.tested is None:
+    if (tested := run.tested) is None:
         raise UserError(f"run folder {folder}: no test or validation scores. Add a test or validation set.")
-    results = [run.tested[1], *([run.teacher] if run.teacher else [])]
+    results = [tested, *([run.teacher] if run.teacher else [])]
     values = {
         (head, group, split): result.accuracy(head, group, split)
         for result in results
@@ -139,7 +139,7 @@ def _summary(metric: Metric, arm: Mapping[int, Values], base: Mapping[int, Value
         deviation=float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan,
         num_pairs=len(pairs),
         difference=float(np.mean(pairs)) if pairs else math.nan,
-        p=paired_t_test(pairs)[1],
+        p=paired_t_test(pairs),
     )
 
 

@@ -63,6 +63,8 @@ EXIF = {
 def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> str:
     """Return the Markdown card of a timm export; missing facts are marked as unknown."""
     arguments = ", ".join(f"{name} {value}" for name, value in model_args.items())
+    split = next((split for split in ("test", "val") if saved.results.get(split)), "")
+    result = Result.from_json(saved.results[split]) if split else None
     return CARD.format(
         name=f"DeiT-LT on {saved.info.get('dataset') or 'an unnamed data set'}",
         what=(TEACHER if saved.kind == "teacher" else STUDENT).format(
@@ -73,8 +75,8 @@ def model_card(saved: Saved, architecture: str, model_args: dict[str, Any]) -> s
         ),
         exif=EXIF[saved.preprocess.exif],
         data=_data(saved),
-        results=_results(saved.results),
-        calibration=_calibration(saved),
+        results=_results(result, split),
+        calibration=_calibration(saved, result, split),
     )
 
 
@@ -90,15 +92,10 @@ def _data(saved: Saved) -> str:
     )
 
 
-def _results(results: dict[str, Any]) -> str:
-    name = next((name for name in ("test", "val") if results.get(name)), None)
-    if name is None:
+def _results(result: Result | None, name: str) -> str:
+    if result is None:
         return "Not available: the model was not tested, or the run has no results.json."
-    result = Result.from_json(results[name])
-    lines = [
-        f"Top-1 accuracy in per cent on {result.size(f'{name} images')}; two splits of the classes by size.",
-        "",
-    ]
+    lines = [f"Top-1 accuracy in per cent on {result.size(f'{name} images')}; two splits of the classes by size.", ""]
     lines += ["| split | head | all | head | mid | tail |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for split in result.num_classes:
         for head, scores in result.heads.items():
@@ -107,7 +104,7 @@ def _results(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _calibration(saved: Saved) -> str:
+def _calibration(saved: Saved, result: Result | None, name: str) -> str:
     """Return text on temperatures and the calibration error without and with them."""
     lines = ["The model returns uncalibrated logits."]
     if fitted := saved.calibration:
@@ -119,10 +116,8 @@ def _calibration(saved: Saved) -> str:
         )
     else:
         lines.append("No temperature was fitted on validation images.")
-    name = next((name for name in ("test", "val") if saved.results.get(name)), None)
-    if name is None:
+    if result is None:
         return " ".join(lines)
-    result = Result.from_json(saved.results[name])
     errors = [f"uncalibrated {cell(result.heads[result.main].ece['threshold']['all'])} %"]
     if saved.results.get("posthoc"):
         after = PostHoc.from_json(saved.results["posthoc"]).result.heads["AVG, temperature"]

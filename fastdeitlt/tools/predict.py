@@ -24,6 +24,7 @@ from fastdeitlt.data.pixels.resize import centre_crop
 from fastdeitlt.data.sets.class_names import listed
 from fastdeitlt.data.sets.folders import is_image, walk
 from fastdeitlt.errors import UserError, counted, csv_name, printable
+from fastdeitlt.evaluation.metrics import heads_of
 from fastdeitlt.models.saved import Saved, open_saved
 from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.store.files import write_atomically
@@ -163,8 +164,7 @@ def _heads(saved: Saved, images_BCHW: Tensor) -> dict[str, Tensor]:
     """Return logits [B, K] of the labels by head; a teacher's at its training scale."""
     if isinstance(saved.model, Teacher):
         return {"TEACHER": saved.by_label(saved.model(images_BCHW)) * saved.model.logit_scale}
-    cls_logits_BK, dist_logits_BK = map(saved.by_label, saved.model.forward_heads(images_BCHW))  # type: ignore[operator]
-    return {"AVG": (cls_logits_BK + dist_logits_BK) / 2, "CLS": cls_logits_BK, "DIST": dist_logits_BK}
+    return heads_of(*map(saved.by_label, saved.model.forward_heads(images_BCHW)))  # type: ignore[operator]
 
 
 def _best(logits_BK: Tensor, top_k: int, names: Sequence[str]) -> list[list[Choice]]:

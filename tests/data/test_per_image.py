@@ -186,8 +186,8 @@ def test_predictions_replace_a_file_whole_or_not_at_all(tmp_path, set_of_files, 
 def test_a_run_leaves_what_its_report_shows_of_single_images(tmp_path):
     run = train(tiny_run(tmp_path))
     facts = json.loads((run / "analysis" / "images.json").read_text())
-    name, result = read_run(run).tested
-    assert name == "test" and facts["heads"] == ["AVG", "CLS", "DIST"] and 0 < len(facts["mistakes"]) <= NUM_MISTAKES
+    result = read_run(run).tested
+    assert facts["heads"] == ["AVG", "CLS", "DIST"] and 0 < len(facts["mistakes"]) <= NUM_MISTAKES
     matrix_KK = np.zeros((10, 10), int)
     for label, predicted, *numbers in facts["confusion"]:
         matrix_KK[label, predicted] = numbers[0]

@@ -270,9 +270,9 @@ def test_wilson_intervals_equal_the_textbook():
 
 def test_calibration_counts_confidence_one_and_skips_empty_bins():
     confidence = torch.tensor([1.0, 1.0, 0.9, 0.1])
-    bins = reliability_bins(confidence, torch.tensor([True, False, True, False]), num_bins=10)
-    assert [b.num_images for b in bins] == [1, 3]
-    assert calibration_error(bins) == pytest.approx(100 * (0.25 * 0.1 + 0.75 * abs(2.9 / 3 - 2 / 3)))
+    bins = reliability_bins(confidence, torch.tensor([True, False, True, False]))
+    assert [b.num_images for b in bins] == [1, 1, 2]
+    assert calibration_error(bins) == pytest.approx(100 * (0.25 * 0.1 + 0.25 * 0.1 + 0.5 * 0.5))
     assert math.isnan(calibration_error([]))
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import math
 from itertools import product
 from pathlib import Path
@@ -225,10 +224,7 @@ def test_equal_teachers_are_shared_and_finished_runs_skipped(grid_file, trained,
     assert trained == [] and len(trained.reported) == 10
 
 
-def test_what_training_left_out_is_looked_into_once_and_missed_plainly(
-    grid_file, trained, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+def test_what_training_left_out_is_looked_into_once_and_missed_plainly(grid_file, trained, tmp_path, caplog):
     only = {"overrides": [f"runs_dir={tmp_path}"], "seeds": [0], "arms": ["base"]}
     folder = ablate.ablate(grid_file(), **only)  # the training above analyses nothing
     file = folder / "base-seed0" / table.TEACHER_FILE
@@ -258,15 +254,10 @@ def test_arms_without_a_finished_run_are_named_under_the_table(grid_file, traine
     assert "No finished run of `no-drw`, `sgd`." in text
 
 
-def test_a_folder_with_other_settings_is_refused(grid_file, trained, tmp_path):
-    ablate.ablate(grid_file(), [f"runs_dir={tmp_path}"], seeds=[0], arms=["base"])
-    with pytest.raises(UserError, match=r"base-seed0: contains a run with other settings \(optim.lr: 0.001 -> 0.002\)"):
-        ablate.ablate(grid_file(), [f"runs_dir={tmp_path}", "optim.lr=0.002"])
-
-
 @pytest.mark.parametrize(
     ("setting", "options", "words"),
     [
+        ("optim.lr=0.002", [], "base-seed0: contains a run with other settings (optim.lr: 0.001 -> 0.002)"),
         ("optim.lr=0.002", ["--arms", "no-drw"], "optim.lr: 0.001 -> 0.002"),
         ("optim.lr=0.002", ["--table"], "optim.lr: 0.001 -> 0.002"),
         ("data.root=@", ["--arms", "base", "--dry-run"], "data.root: '' -> "),
@@ -353,22 +344,22 @@ def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("differences", "t", "p"),
+    ("differences", "p"),
     [  # scipy.stats.ttest_1samp(differences, 0) of scipy 1.17
-        ([0.5, -0.2], 0.4285714285714286, 0.7422378831816868),
-        ([1.2, 0.7, 2.1], 3.2551538350846374, 0.08281966404388959),
-        ([1.2, 0.7, 2.1, -0.3], 1.8476918269240126, 0.16179538047146924),
-        ([3, 1, 4, 1, 5, 9, 2, 6], 3.9878657557711255, 0.005270757241602),
+        ([0.5, -0.2], 0.7422378831816868),
+        ([1.2, 0.7, 2.1], 0.08281966404388959),
+        ([1.2, 0.7, 2.1, -0.3], 0.16179538047146924),
+        ([3, 1, 4, 1, 5, 9, 2, 6], 0.005270757241602),
     ],
 )
-def test_the_paired_test_is_students(differences, t, p):
-    assert paired_t_test(differences) == pytest.approx((t, p), rel=1e-9)
-    assert paired_t_test([-d for d in differences]) == pytest.approx((-t, p), rel=1e-9)
+def test_the_paired_test_is_students(differences, p):
+    assert paired_t_test(differences) == pytest.approx(p, rel=1e-9)
+    assert paired_t_test([-d for d in differences]) == pytest.approx(p, rel=1e-9)
 
 
 def test_the_paired_test_without_spread_or_pairs():
     for equal in ([], [1.0], [0, 0, 0], [2, 2, 2], [70.3 - 70.2, 60.2 - 60.1]):
-        assert all(math.isnan(value) for value in paired_t_test(equal))
+        assert math.isnan(paired_t_test(equal))
 
 
 def test_the_correction_is_holms():
