@@ -74,13 +74,8 @@ def cases(device: torch.device, shapes: Sequence[tuple[int, int, int]] | None = 
     for shape in shapes or SHAPES:
         tensors, scale_B = problem(shape, device)
         calls = {name: passes(partial(peer, *tensors, scale_B), tensors) for name, peer in implementations.items()}
-        for direction, element_bytes in (("forward", 12), ("backward", 16)):
-            yield harness.Case(
-                f"{direction} B={shape[0]} N={shape[1]} D={shape[2]}",
-                {name: call[direction] for name, call in calls.items()},
-                baseline="inductor",
-                useful_bytes=element_bytes * tensors[0].numel(),
-            )
+        useful = {"forward": 12 * tensors[0].numel(), "backward": 16 * tensors[0].numel()}
+        yield from harness.pass_cases("{{}} B={} N={} D={}".format(*shape), calls, useful)
         yield from count_cases(shape, device)
 
 
@@ -93,13 +88,8 @@ def count_cases(shape: tuple[int, int, int], device: torch.device) -> Iterable[h
     calls = {name: passes(partial(peer, *tensors, samples), tensors) for name, peer in peers.items()}
     full, kept = 4 * x.numel(), 2 * tensors[1].numel()
     # stream in and out, branch in, norm out; stream, both gradients in, its gradient out, branch gradient out
-    for direction, useful in (("forward", 2 * full + 2 * kept), ("backward", 3 * full + 2 * kept)):
-        yield harness.Case(
-            f"count {direction} B={shape[0]} N={shape[1]} D={shape[2]}",
-            {name: call[direction] for name, call in calls.items()},
-            baseline="inductor",
-            useful_bytes=useful,
-        )
+    useful = {"forward": 2 * full + 2 * kept, "backward": 3 * full + 2 * kept}
+    yield from harness.pass_cases("count {{}} B={} N={} D={}".format(*shape), calls, useful)
 
 
 if __name__ == "__main__":

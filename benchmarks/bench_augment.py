@@ -10,7 +10,6 @@ from crop to mixed bfloat16 images from the decoded set: the kernels against tor
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 
 from benchmarks import harness
+from benchmarks.bench_reader import allow_posterize_to_black
 from fastdeitlt.config import AugmentConfig, MixupConfig
 from fastdeitlt.data import mixup
 from fastdeitlt.data.augment import transform as augment
@@ -65,6 +65,7 @@ def operation_cases() -> Iterable[harness.Case]:
 def chain_cases() -> Iterable[harness.Case]:
     """Yield the chain from decoded images to the float batch, before Mixup."""
     cfg = AugmentConfig()
+    allow_posterize_to_black()
     for side, batch, size in CHAIN_SHAPES:
         images = photos(batch, *size)
         pillow, sources = [Image.fromarray(image) for image in images], list(torch.from_numpy(images))
@@ -74,15 +75,9 @@ def chain_cases() -> Iterable[harness.Case]:
         )  # fmt: skip
         draws = augment.draw(np.arange(batch), np.zeros(batch, int), seed=0, epoch=0, cfg=cfg, size=side)
         boxes_B4 = draws.boxes(np.array(size))
-        posterize = auto_augment.ImageOps.posterize
 
-        def black_without_bits(image: Image.Image, bits: int, posterize=posterize) -> Image.Image:
-            return posterize(image, bits) if bits else image.point(lambda _: 0)
-
-        def timm(pillow=pillow, transform=transform, posterize=black_without_bits) -> torch.Tensor:
-            # current Pillow refuses the 0 bits of timm's posterize at level 10
-            with mock.patch.object(auto_augment.ImageOps, "posterize", posterize):
-                return torch.stack([transform(image) for image in pillow])
+        def timm(pillow=pillow, transform=transform) -> torch.Tensor:
+            return torch.stack([transform(image) for image in pillow])
 
         def fastdeitlt(sources=sources, boxes_B4=boxes_B4, draws=draws, side: int = side) -> torch.Tensor:
             return augment.apply(crop_resize(sources, boxes_B4, side), draws, cfg)

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks import harness
-from benchmarks.peers import dense_target
+from benchmarks.peers import dense_target, distillation_task
 from fastdeitlt import config
 from fastdeitlt.config import Config
-from fastdeitlt.core.batches import Batch, train_batches
+from fastdeitlt.core.batches import train_batches
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sampler import plan_of
 from fastdeitlt.data.sets import embedded
@@ -201,15 +201,9 @@ def _batches(cfg: Config, source: Any, images: LongTailSet) -> Iterator[tuple[Te
         how: dict[str, Any] = {"mixing": cfg.mixup.on, "size": cfg.student.side}
         with closing(train_batches(micro_batches, source, images, cfg, **how)) as batches:
             for batch in batches:
-                yield batch.images_BCHW, _target(batch, num_classes)
-
-
-def _target(batch: Batch, num_classes: int) -> Tensor:
-    return (
-        nn.functional.one_hot(batch.labels_B, num_classes).float()
-        if batch.partner_B is None
-        else dense_target(batch, num_classes)
-    )
+                is_mixed = batch.partner_B is not None
+                hard_BK = nn.functional.one_hot(batch.labels_B, num_classes).float()
+                yield batch.images_BCHW, dense_target(batch, num_classes) if is_mixed else hard_BK
 
 
 def _cross_entropy(network: nn.Module) -> Update:
@@ -217,13 +211,7 @@ def _cross_entropy(network: nn.Module) -> Update:
 
 
 def _distilled(network: nn.Module, teacher: str) -> Update:
-    from timm.loss import SoftTargetCrossEntropy
-    from timm.task import TokenDistillationTask
-
-    task = TokenDistillationTask(
-        network, open_saved(teacher).model, criterion=SoftTargetCrossEntropy(), distill_type="hard",
-        task_loss_weight=0.5, device=CPU, verbose=False,
-    )  # fmt: skip
+    task = distillation_task(network, open_saved(teacher).model, CPU)
     return lambda images_BCHW, target_BK: task.train()(images_BCHW, target_BK)["loss"]
 
 

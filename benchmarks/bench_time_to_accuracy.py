@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.bench_reader import allow_posterize_to_black
 from benchmarks.bench_small import balanced_accuracy, make_folder
+from benchmarks.peers import distillation_task
 from fastdeitlt import config
 from fastdeitlt.core.assemble import assemble, open_data
 from fastdeitlt.core.optim import learning_rate, parameter_groups
@@ -58,8 +59,6 @@ def timm_epochs(folder: Path, teacher: Path, seed: int, workers: int, compiled: 
     """Train with timm's loader, Mixup, distillation task and moving average."""
     import timm
     from timm.data import ImageDataset, Mixup, create_loader
-    from timm.loss import SoftTargetCrossEntropy
-    from timm.task import TokenDistillationTask
 
     allow_posterize_to_black()
     torch.manual_seed(seed)
@@ -76,11 +75,9 @@ def timm_epochs(folder: Path, teacher: Path, seed: int, workers: int, compiled: 
     )  # fmt: skip
     mix = Mixup(m.mixup_alpha, m.cutmix_alpha, None, m.prob, m.switch_prob, "batch", True, m.smoothing, num_classes)
     architecture, options = timm_architecture(create_student(num_classes=num_classes, **cfg.student.architecture))
-    task = TokenDistillationTask(
-        timm.create_model(architecture, num_classes=num_classes, **options),
-        Teacher(load_teacher(teacher, "", num_classes).network, num_classes, img_size=cfg.teacher.img_size),
-        criterion=SoftTargetCrossEntropy(), distill_type="hard", task_loss_weight=0.5, device=CPU, verbose=False,
-    )  # fmt: skip
+    student = timm.create_model(architecture, num_classes=num_classes, **options)
+    cnn = Teacher(load_teacher(teacher, "", num_classes).network, num_classes, img_size=cfg.teacher.img_size)
+    task = distillation_task(student, cnn, CPU)
     task.setup_ema(decay=o.ema_decay)
     network = task.trainable_module
     groups = parameter_groups(network, o.weight_decay)

@@ -14,17 +14,16 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.portable import ROOT, version_of
 from fastdeitlt.core.measure.timer import Call, Timing, bandwidth, capturing_stream, cpu_name, matmul_rate, measure
 
-ROOT = Path(__file__).resolve().parent.parent
 RECOMPILES = 64
 """Limit of compilations per function, one per shape, pass and contestant; beyond torch's default of 8 it is eager."""
 
@@ -55,6 +54,17 @@ class Case:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def pass_cases(title: str, calls: Mapping[str, Mapping[str, Call]], useful_bytes: Mapping[str, int]) -> Iterator[Case]:
+    """Yield a case per pass, against inductor; ``title`` has ``{}`` for its name.
+
+    Args:
+        calls: peer -> pass -> call, see ``timer.passes``.
+        useful_bytes: pass -> bytes.
+    """
+    for name, moved in useful_bytes.items():
+        yield Case(title.format(name), {peer: call[name] for peer, call in calls.items()}, "inductor", moved)
+
+
 def machine() -> dict[str, Any]:
     """Return the origin of a row: processor, versions, commit, date."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -64,7 +74,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
         "commit": _commit(),
@@ -85,13 +95,6 @@ def _commit() -> str:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def installed(module: str) -> bool:

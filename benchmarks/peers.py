@@ -135,6 +135,17 @@ def dense_target(batch: Batch, num_classes: int) -> Tensor:
     return own * batch.lam + other * (1 - batch.lam)
 
 
+def distillation_task(student: nn.Module, teacher: nn.Module, device: torch.device) -> nn.Module:
+    """Build timm's task of the joint loss: the student's labels and the teacher's decisions, half each."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.task import TokenDistillationTask
+
+    return TokenDistillationTask(
+        student, teacher, criterion=SoftTargetCrossEntropy(), distill_type="hard", task_loss_weight=0.5, device=device,
+        verbose=False,
+    ).train()  # fmt: skip
+
+
 def timm_task(work: Workload, compiled: bool) -> Step:
     """Return ``timm_update`` with the batch's dense target."""
     update = timm_update(work, compiled)
@@ -149,18 +160,8 @@ def timm_update(work: Workload, compiled: bool) -> Callable[[Tensor, Tensor], Te
     Returns:
         Function of images_BCHW and dense target_BK that returns the loss.
     """
-    from timm.loss import SoftTargetCrossEntropy
-    from timm.task import TokenDistillationTask
-
-    task = TokenDistillationTask(
-        timm_student(work),
-        copy.deepcopy(work.network).to(work.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        criterion=SoftTargetCrossEntropy(),
-        distill_type="hard",
-        task_loss_weight=0.5,
-        device=work.device,
-        verbose=False,
-    ).train()
+    teacher = copy.deepcopy(work.network).to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task = distillation_task(timm_student(work), teacher, work.device)
     task.setup_ema(decay=EMA_DECAY)
     groups = parameter_groups(task.trainable_module, DECAY)
     optimizer = torch.optim.AdamW(groups, lr=torch.tensor(RATE, device=work.device), fused=True)
@@ -291,24 +292,18 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def check_equal(
-    steps: Mapping[str, Step], work: Workload, num_steps: int = 3, tolerance: float | None = None
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Run the same steps with every contestant and compare their losses.
-
-    Args:
-        tolerance: largest relative difference from the first contestant's loss; None: 1e-4 in fp32, 2e-2 in bf16.
-            Float8 products are allowed ``FP8_TOLERANCE``.
+def check_equal(steps: Mapping[str, Step], work: Workload) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Run the same three steps with every contestant and compare their losses.
 
     Returns:
         Losses of the contestants that agree with the first; the others' reasons.
     """
-    allowed = tolerance if tolerance is not None else 1e-4 if work.precision == "fp32" else 2e-2
+    allowed = 1e-4 if work.precision == "fp32" else 2e-2
     losses: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     for name, step in steps.items():
         try:
-            got = [float(step(work.batch(i, name))) for i in range(num_steps)]
+            got = [float(step(work.batch(i, name))) for i in range(3)]
         except Exception as error:  # noqa: BLE001 - whatever one raises, the others are measured
             reasons[name] = one_line(error)
             continue

@@ -67,12 +67,12 @@ def fits(wheel: str) -> bool:
 def missing(packages: tuple[str, ...], wheels: Path | None = None) -> list[str]:
     """Return the distributions neither installed nor among the wheels."""
     carried = {file.name.split("-")[0].replace("_", "-").lower() for file in wheels.glob("*.whl")} if wheels else set()
-    return [name for name in packages if name not in carried and not _installed(name)]
+    return [name for name in packages if name not in carried and version_of(name) is None]
 
 
-def _installed(distribution: str) -> bool:
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
     try:
-        importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
