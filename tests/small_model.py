@@ -1,12 +1,19 @@
 """A small student saved as a model folder, and images to show it. Shared by the tests of what reads model folders."""
 
+from contextlib import closing
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from fastdeitlt.config import DataConfig
+from fastdeitlt.data.pixels.reader import Stream
+from fastdeitlt.data.sets.types import LongTailSet
+from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.store.checkpoint import save_model_folder
+from fastdeitlt.store.manifest import Preprocess
 
 NAME, SIZE = "deit_tiny_distilled_patch8_32", 32
 CLASS_NAMES = ["<b>cat</b>", "dog, small", "[red]eel[/red]", "fish"]
@@ -42,6 +49,19 @@ def save_images(folder, shapes=((40, 40), (57, 33), (32, 90), (200, 150), (33, 3
         paths.append(folder / f"{index}.{'jpg' if index % 2 else 'png'}")
         image.save(paths[-1])
     return paths
+
+
+def listed(paths):
+    """The images as a data set, of four classes."""
+    return LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
+
+
+def evaluated(model, paths, batch_size=4):
+    """CLS and DIST logits of the images through the reader of training and evaluation."""
+    images, cpu = listed(paths), torch.device("cpu")
+    with closing(Stream(images, DataConfig(num_threads=1), cpu)) as source:
+        preprocess = Preprocess(**MANIFEST["preprocess"])
+        return collect_logits(model, source, images, preprocess, batch_size=batch_size, device=cpu)[:2]
 
 
 def save_teacher(folder, arch="resnet8", *, loss="ldam", normed_head=True):

@@ -3,11 +3,15 @@
 import shutil
 import threading
 
+import pytest
+
+from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.reporting import report
 from fastdeitlt.run import selection
 from fastdeitlt.run.checkpoints import Checkpoints
 from fastdeitlt.run.selection import Selector
 from fastdeitlt.run.state import State
+from fastdeitlt.train import train
 
 EVALUATION = (
     "before the last step is saved",
@@ -20,6 +24,25 @@ EVALUATION = (
 """Moments at the end of an epoch whose last step is saved before it is evaluated."""
 END = ("trained", "tested", "results written")
 """Moments after the last checkpoint; the last one of students alone."""
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler of the program runs its clean-up on it."""
+
+
+def train_until_killed(cfg, step):
+    """Train on this rank; the start of its ``step``-th optimizer step kills the run."""
+    real, count = PlainEngine.step, [0]
+
+    def dying(self, rate):
+        count[0] += 1
+        if count[0] == step:
+            raise Killed
+        return real(self, rate)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PlainEngine, "step", dying)
+        train(cfg)
 
 
 class Snapshots:

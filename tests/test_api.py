@@ -3,12 +3,13 @@
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student
+from small_model import CLASS_NAMES, SIZE, evaluated, listed, save_images, save_student
 from tiny_run import tiny_run
 
 import fastdeitlt
@@ -19,13 +20,10 @@ from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
-from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
-from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.evaluation.evaluate import evaluate as evaluate_verb
 from fastdeitlt.models import create_teacher
 from fastdeitlt.store.checkpoint import add_facts, save_model_folder
-from fastdeitlt.store.manifest import Preprocess
 from fastdeitlt.tools.predict import predict
 
 MEAN, STD, CPU = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), torch.device("cpu")
@@ -45,16 +43,6 @@ def model(saved):
     opened.close()
 
 
-@pytest.fixture(scope="module")
-def stream(saved):
-    """The images through the reader of training and evaluation."""
-    paths = saved[1]
-    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
-    source = Stream(images, DataConfig(num_threads=1), CPU)
-    yield images, source
-    source.close()
-
-
 def test_importing_the_package_imports_nothing_else():
     code = "import sys\nbefore = set(sys.modules)\nimport fastdeitlt\nprint(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -68,18 +56,16 @@ def test_the_package_offers_the_api_and_nothing_it_lacks():
         _ = fastdeitlt.lod
 
 
-def test_a_transformed_image_has_the_pixels_of_evaluation_bit_for_bit(model, saved, stream):
-    _, source = stream
-    ((_, crops),) = source.crops([CropRequest(np.arange(len(saved[1])), size=SIZE, resize=40)])
+def test_a_transformed_image_has_the_pixels_of_evaluation_bit_for_bit(model, saved):
+    with closing(Stream(listed(saved[1]), DataConfig(num_threads=1), CPU)) as source:
+        ((_, crops),) = source.crops([CropRequest(np.arange(len(saved[1])), size=SIZE, resize=40)])
     expected = normalise(crops, MEAN, STD, torch.float32)
     for path, image_CHW in zip(saved[1], expected, strict=True):
         assert torch.equal(model.transform(path), image_CHW)
 
 
-def test_answers_have_the_logits_of_evaluation_and_the_probabilities_of_predict(model, saved, stream):
-    images, source = stream
-    preprocess = Preprocess(**MANIFEST["preprocess"])
-    cls_logits, dist_logits, _ = collect_logits(model.module, source, images, preprocess, batch_size=64, device=CPU)
+def test_answers_have_the_logits_of_evaluation_and_the_probabilities_of_predict(model, saved):
+    cls_logits, dist_logits = evaluated(model.module, saved[1], batch_size=64)
     answers, rows = model.predict(saved[1]), predict(saved[0], saved[1], device="cpu")
     assert torch.equal(torch.stack([a.cls_logits_K for a in answers]), cls_logits)
     assert torch.equal(torch.stack([a.dist_logits_K for a in answers]), dist_logits)

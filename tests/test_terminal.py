@@ -50,7 +50,6 @@ def test_passes_of_a_command_have_a_bar_on_a_terminal_and_a_line_elsewhere(termi
     assert list(progress.tracked("abc", "clean images", 3)) == ["a", "b", "c"]
     assert any("clean images" in line and "100%" in line for line in terminal())
     monkeypatch.setattr(progress, "console", Console(file=io.StringIO()))
-    progress.log.propagate = True
     with caplog.at_level("INFO", "fastdeitlt"):
         assert list(progress.tracked("abc", "mixed images", 3)) == ["a", "b", "c"]
     assert caplog.messages == ["mixed images"]

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from no_sync import NoSync
-from tiny_run import SMALLEST, tiny_data
+from snapshots import Killed, train_until_killed
+from tiny_run import SMALLEST, records, tensors, tiny_data
+from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config
 from fastdeitlt.core.batches import Batch
@@ -33,7 +35,9 @@ from fastdeitlt.train_teacher import train_teacher
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")
-TINY = SMALLEST | {"train.batch_size": 16, "train.log_every": 3, "mixup.off_in_drw": True}
+TINY = SMALLEST | {
+    "train.batch_size": 16, "train.log_every": 3, "train.save_every_steps": 5, "mixup.off_in_drw": True
+}  # fmt: skip
 
 
 class Fixed(torch.nn.Module):
@@ -116,19 +120,6 @@ def whole(tiny, tmp_path_factory):
     return train(config.build(tiny | {"name": "whole", "runs_dir": str(tmp_path_factory.mktemp("runs"))}))
 
 
-TIMES = ("images_per_s", "data_wait", "eta_s")
-
-
-def _losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def _weights(run):
-    last = run / "checkpoints" / "last"
-    return {f"{part}.{k}": v for part in ("model", "ema", "optimizer") for k, v in load_tensors(last, part).items()}
-
-
 def test_a_run_folder_has_all_its_parts(whole):
     expected = {"config.yaml", "env.json", "metrics.jsonl", "summary.csv", "results.json", "report.html", "tensorboard"}
     assert expected <= {p.name for p in whole.iterdir()}
@@ -169,31 +160,13 @@ def _logits_of(decided_N, labels_N):
     return logits_NK, logits_NK, labels_N
 
 
-class Killed(BaseException):
-    """Stands for kill -9: no handler of the program runs its clean-up on it."""
-
-
 @pytest.mark.parametrize("stop_after", [2, 13, 17, 23], ids=lambda n: f"step{n}")
-def test_a_killed_run_continues_bit_for_bit(whole, tiny, tmp_path, monkeypatch, stop_after):
-    cfg = config.build(tiny | {"name": "killed", "runs_dir": str(tmp_path), "train.save_every_steps": 5})
-    uncut = config.build(tiny | {"name": "uncut", "runs_dir": str(tmp_path), "train.save_every_steps": 5})
-    real, count = PlainEngine.step, [0]
-
-    def dying(self, rate):
-        count[0] += 1
-        if count[0] == stop_after:
-            raise Killed
-        return real(self, rate)
-
-    monkeypatch.setattr(PlainEngine, "step", dying)
-    with pytest.raises(Killed):
-        train(cfg)
-    monkeypatch.setattr(PlainEngine, "step", real)
-    killed, uncut = train(cfg, "must"), train(uncut)
-    assert _losses(killed) == _losses(uncut)
-    expected = _weights(uncut)
-    assert all(torch.equal(value, expected[key]) for key, value in _weights(killed).items())
-    assert all(torch.equal(value, expected[key]) for key, value in _weights(whole).items())
+def test_a_killed_run_continues_bit_for_bit(whole, tiny, tmp_path, stop_after):
+    cfg = config.build(tiny | {"name": "killed", "runs_dir": str(tmp_path)})
+    train_until_killed(cfg, stop_after)
+    killed = train(cfg, "must")
+    assert records(killed) == records(whole)
+    torch.testing.assert_close(tensors(killed), tensors(whole), atol=0, rtol=0)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tiny, tmp_path, monkeypatch, whole):
@@ -209,10 +182,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tiny, tmp_pat
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    assert _weights(train(cfg)).keys() == _weights(whole).keys()
+    torch.testing.assert_close(tensors(train(cfg)), tensors(whole), atol=0, rtol=0)
     assert list((folder / "checkpoints").glob("*.damaged-*"))
-    expected = _weights(whole)
-    assert all(torch.equal(value, expected[key]) for key, value in _weights(folder).items())
 
 
 def test_one_rank_plays_two_and_takes_the_same_steps(tiny):
@@ -255,17 +226,11 @@ def _one_step(cfg, watch=nullcontext()):  # noqa: B008
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_student_teacher_and_loss_compile_to_one_graph(monkeypatch, precision, native_bf16):
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, options=None, **kw: real(module, backend=count, **kw))
+    graphs, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, options=None, **kw: real(module, backend=graphs, **kw))
     compiled, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8}))
     eager, _ = _one_step(config.build({"train.precision": precision, "train.batch_size": 8, "train.compile": False}))
-    assert len(graphs) == 1
+    assert graphs.frame_count == 1
     assert compiled.loss.item() == pytest.approx(eager.loss.item(), abs=1e-5 if precision == "fp32" else 3e-2)
 
 
@@ -285,11 +250,11 @@ def test_the_sync_test_can_fail():
 def test_our_optimizer_takes_the_steps_of_torchs(tiny, whole, tmp_path):
     """Weights and moving average, through the whole spine with its flat buffers, checkpoints and evaluation."""
     run = train(config.build(tiny | {"name": "flat", "runs_dir": str(tmp_path), "optim.backend": "fastdeitlt"}))
-    expected = _weights(whole)
-    for name, value in _weights(run).items():
+    expected = tensors(whole)
+    for name, value in tensors(run).items():
         if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding, which AdamW scales up
             torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-3)
-    losses = [[line["loss"] for line in _losses(r) if line["kind"] == "step"] for r in (run, whole)]
+    losses = [[line["loss"] for line in records(r) if line["kind"] == "step"] for r in (run, whole)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -313,17 +278,11 @@ def test_bfloat16_is_computed_where_there_are_instructions_for_it(tiny, whole, t
     """Elsewhere the whole run, evaluation included, is that of float32, bit for bit."""
     half = {"name": "half", "runs_dir": str(tmp_path), "train.precision": "bf16", "evaluate.analyze_images": 0}
     run = train(config.build(tiny | half))
-    steps, expected = ([r["loss"] for r in _losses(r) if r["kind"] == "step"] for r in (run, whole))
+    steps, expected = ([r["loss"] for r in records(r) if r["kind"] == "step"] for r in (run, whole))
     assert steps == pytest.approx(expected, abs=0.2)  # rounding turns some decisions of an untrained teacher
-    assert (_losses(run) == _losses(whole)) == (not native_bf16)
-    saved = _weights(whole)
-    assert all(value.dtype == saved[name].dtype for name, value in _weights(run).items())
-
-
-def test_other_settings_in_the_same_folder_are_refused(whole, tiny):
-    changed = tiny | {"name": "whole", "runs_dir": str(whole.parent), "optim.lr": 0.123}
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.123.*--resume never"):
-        train(config.build(changed))
+    assert (records(run) == records(whole)) == (not native_bf16)
+    saved = tensors(whole)
+    assert all(value.dtype == saved[name].dtype for name, value in tensors(run).items())
 
 
 def test_without_a_teacher_both_heads_learn_the_labels(tiny, tmp_path):

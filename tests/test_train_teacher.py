@@ -373,10 +373,9 @@ def test_more_parts_than_images_are_refused(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [["batch_size=13"], ["batch_size=12", "accumulate=2"], PACO], ids=str)
 def test_a_network_that_ends_in_one_pixel_trains_whatever_the_last_batch(
-    data: Path, tmp_path: Path, changes: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, changes: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its batch norm has as many values as images: 27 = 13 + 13 + 1 = 12 + 12 + 2 + 1."""
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     caplog.set_level(logging.INFO, "fastdeitlt")
     cfg = recipe(data, tmp_path, *changes, "arch=resnet18", "sam=none", "epochs=1", "drw_epoch=-1", "warmup_epochs=0")
     train_teacher(cfg)
@@ -603,11 +602,10 @@ def test_feature_rank_counts_directions() -> None:
 
 
 def test_another_orientation_rule_than_the_teachers_is_a_warning(
-    trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its pixels are the student's, and where no image states an orientation the rules are the same."""
     cfg, folder = trained
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     images = open_sets(cfg.data).train
     for rule, warnings in (("ignore", 0), ("apply", 1)):
         of_student = config.build(config.flatten(small_student(cfg, folder, tmp_path)) | {"data.exif": rule})
@@ -616,10 +614,9 @@ def test_another_orientation_rule_than_the_teachers_is_a_warning(
 
 
 def test_images_added_since_the_teacher_was_trained_are_a_warning(
-    trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The student's hold-out then takes others, and some may have been the teacher's training images."""
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     for name, number in product("abc", range(10)):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")

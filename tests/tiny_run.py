@@ -1,11 +1,13 @@
 """The smallest run that has everything: a teacher, two virtual ranks, accumulation, re-weighting, odd test images."""
 
+import json
+
 import torch
 
 from fastdeitlt import config
 from fastdeitlt.data.sets import embedded
 from fastdeitlt.models import create_teacher
-from fastdeitlt.store.checkpoint import save_model_folder
+from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
 
 SMALLEST = {
     "data.dataset": "list",
@@ -21,7 +23,6 @@ SMALLEST = {
     "optim.lr_scale": "none",
     "optim.ema_decay": 0.9,
     "optim.warmup_epochs": 1,
-    "teacher.img_size": 28,
     "evaluate.every": 2,
     "evaluate.crop_pct": 1.0,
 }
@@ -42,6 +43,31 @@ TIMES = ("images_per_s", "data_wait", "eta_s")
 """Fields of a log record that no two runs share."""
 
 
+def records(run):
+    """The log of a run, without ``TIMES``."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def tensors(run):
+    """All that a student's newest checkpoint holds, whose files are intact."""
+    last = run / "checkpoints" / "last"
+    read_manifest(last)
+    return {f"{part}.{k}": v for part in ("model", "ema", "optimizer") for k, v in load_tensors(last, part).items()}
+
+
+def random_teacher(folder):
+    """Save a teacher that knows nothing; return the settings that name it."""
+    torch.manual_seed(1)
+    manifest = {
+        "kind": "teacher",
+        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
+        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
+    }
+    path = save_model_folder(folder, create_teacher("resnet8", 10, "fastdeitlt").state_dict(), manifest)
+    return {"teacher.path": str(path), "teacher.img_size": 28, "teacher.check": False}
+
+
 def tiny_data(folder):
     """Settings of 130 of the embedded images, 77 of them to test on, and of a teacher; the files lie in ``folder``."""
     root = embedded.unpack()
@@ -51,15 +77,7 @@ def tiny_data(folder):
         kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
         (folder / f"{split}.txt").write_text("\n".join(kept))
         settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
-    torch.manual_seed(1)
-    network = create_teacher("resnet8", 10, "fastdeitlt")
-    manifest = {
-        "kind": "teacher",
-        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
-        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
-    }
-    path = save_model_folder(folder / "teacher", network.state_dict(), manifest)
-    return settings | {"teacher.path": str(path), "teacher.check": False}  # it knows nothing
+    return settings | random_teacher(folder / "teacher")
 
 
 def tiny_run(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from no_sync import NoSync
+from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config, distributed
 from fastdeitlt.core import optim
@@ -340,16 +341,10 @@ def test_the_sharded_step_never_waits_for_the_device(stage):
 
 
 def test_student_teacher_and_loss_compile_to_one_graph_inside_deepspeed(monkeypatch):
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, options=None, **kw: real(module, backend=count, **kw))
+    graphs, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, options=None, **kw: real(module, backend=graphs, **kw))
     compiled = _run(_engine(_config(engine="deepspeed", zero_stage=2, compile=True)), steps=range(1))
-    assert len(graphs) == 1
+    assert graphs.frame_count == 1
     eager = _run(_engine(_config(engine="deepspeed", zero_stage=2)), steps=range(1))
     assert compiled[0] == pytest.approx(eager[0], abs=1e-6)
 
@@ -508,8 +503,7 @@ def test_stage_0_on_two_ranks_takes_the_plain_steps_of_lamb(several):
     _assert_same(ranks[0][2], _state(engine))
 
 
-def test_auto_is_plain_on_one_rank_and_says_so(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+def test_auto_is_plain_on_one_rank_and_says_so(caplog):
     with caplog.at_level(logging.INFO, "fastdeitlt"):
         assert isinstance(_engine(_config(engine="auto")), PlainEngine)
     assert "engine: plain for 1 rank" in caplog.text

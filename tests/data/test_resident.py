@@ -88,7 +88,6 @@ def test_the_cache_is_used_again_and_gives_the_same_batches(tmp_path, decodings)
 
 def test_a_long_decoding_says_how_far_it_is(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cache, "SAY_EVERY", 0.0)
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     with caplog.at_level(logging.INFO, "fastdeitlt"):
         hold(make_set(tmp_path), requests_of_every_kind())
     said = [message for message in caplog.messages if message.startswith("decoded ")]

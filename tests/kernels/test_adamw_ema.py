@@ -40,8 +40,7 @@ def assert_equals_reference(size, device, *, num_decayed, step=3, seed=0, **on):
         own = {k: v.clone() if k == "ema" else v for k, v in extra.items()}
         run(*state, **clock, **OPTIONS, **own)
         results.append([*state, *(own[k] for k in own if k == "ema")])
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE / 10)
+    torch.testing.assert_close(*results, rtol=TOLERANCE, atol=TOLERANCE / 10)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2]))
-
 from fastdeitlt.kernels._attention_launch import SETTINGS_OF, architecture
 from fastdeitlt.kernels._launch import ARCHITECTURES
 

@@ -106,7 +106,6 @@ def first_start(monkeypatch):
     monkeypatch.setattr(module, "_agrees", None)
     monkeypatch.setattr(_pick, "_refused", set())
     monkeypatch.setattr(data_batches, "use_kernel", lambda cfg, device: "augment" not in _pick._refused)
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     _pick.say_once.cache_clear()
     torchs = module.reference
     for name in calls:

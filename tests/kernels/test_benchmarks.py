@@ -1,12 +1,7 @@
 """Benchmarks of kernels that only a GPU times: every candidate runs here once at a small shape, and they agree."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import bench_add_layernorm, bench_attention, bench_bias_gelu
 

@@ -35,7 +35,6 @@ def place(tmp_path, monkeypatch):
     for module in (_measured, first_start):
         monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
         monkeypatch.setattr(module, "capability", lambda index: (9, 0))
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     _measured.rows_of.cache_clear()
     say_once.cache_clear()
     yield

@@ -41,7 +41,6 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(_measured, "capability", lambda index: (9, 0))
     monkeypatch.setattr(_measured, "_tried", {})
     monkeypatch.setattr(_measured, "_shared", {})
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     _measured.rows_of.cache_clear()
     say_once.cache_clear()
     yield tmp_path

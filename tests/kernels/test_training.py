@@ -1,16 +1,13 @@
 """The whole trainer with every kernel of the step on, in Triton's interpreter, against the same run in torch."""
 
-import json
-
 import pytest
 import torch
 from fastdeitlt.kernels import adamw_ema
 from fastdeitlt.kernels._launch import LaunchConfig
+from tiny_run import SMALLEST, random_teacher, records, tensors
 
 from fastdeitlt import config
 from fastdeitlt.data.sets import embedded
-from fastdeitlt.models import create_teacher
-from fastdeitlt.store.checkpoint import load_tensors, save_model_folder
 from fastdeitlt.train import train
 
 GPU = torch.cuda.is_available()
@@ -28,24 +25,16 @@ TORCH = {
     "loss.impl": "torch",
     "optim.backend": "torch",
 }
-RUN = {
-    "data.dataset": "list",
-    "student.name": "deit_tiny_distilled_patch16_32",
+RUN = SMALLEST | {
     "student.depth": 2,
     "student.drop_path": 0.4,
     "train.batch_size": 4,
     "train.epochs": 2,
-    "train.compile": False,
     "train.precision": "bf16" if GPU else "fp32",
+    "train.device": "auto",
     "train.log_every": 1,
     "loss.drw_epoch": 1,
-    "optim.lr_scale": "none",
-    "optim.ema_decay": 0.9,
-    "optim.warmup_epochs": 1,
     "optim.clip_norm": 1.0,
-    "teacher.img_size": 28,
-    "teacher.check": False,
-    "evaluate.every": 2,
 }
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = (5e-2, 1e-1) if GPU else (2e-5, 2e-3)
 """Relative error of a step's losses; largest error of a weight tensor as a share of its largest value."""
@@ -56,7 +45,7 @@ def base(tmp_path_factory):
     """Lists of 16 training images and a few others, and a random teacher."""
     pytest.importorskip("nvidia.dali", reason="DALI decodes the images")
     folder, root = tmp_path_factory.mktemp("data"), embedded.unpack()
-    settings = {"data.root": str(root), "runs_dir": str(folder / "runs"), "teacher.path": str(folder / "teacher")}
+    settings = {"data.root": str(root), "runs_dir": str(folder / "runs")} | random_teacher(folder / "teacher")
     for split, count in (("train", 16), ("val", 10), ("test", 10)):
         of_class: dict[str, list[str]] = {}
         for line in (root / f"{split}.txt").read_text().splitlines():
@@ -65,13 +54,6 @@ def base(tmp_path_factory):
         chosen = [lines[i] for i in range(2) for lines in of_class.values()][:count]
         (folder / f"{split}.txt").write_text("\n".join(chosen))
         settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
-    torch.manual_seed(1)
-    manifest = {
-        "kind": "teacher",
-        "model": {"arch": "resnet8", "num_classes": 10, "img_size": 28},
-        "preprocess": {"mean": [0.286] * 3, "std": [0.353] * 3, "img_size": 28, "crop_pct": 1.0},
-    }
-    save_model_folder(folder / "teacher", create_teacher("resnet8", 10, "fastdeitlt").state_dict(), manifest)
     return RUN | settings
 
 
@@ -81,14 +63,13 @@ def test_training_with_every_kernel_follows_torch(base, monkeypatch):
     losses, weights = [], []
     for name, choice in (("kernels", KERNELS), ("torch", TORCH)):
         run = train(config.build(base | choice | {"name": name}))
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses.append([[row[key] for key in ("loss", "cls_loss", "dist_loss")] for row in rows if "cls_loss" in row])
-        last = run / "checkpoints" / "last"
-        weights.append({(part, k): v for part in ("model", "ema") for k, v in load_tensors(last, part).items()})
+        keys = ("loss", "cls_loss", "dist_loss")
+        losses.append([[row[key] for key in keys] for row in records(run) if row["kind"] == "step"])
+        weights.append({k: v for k, v in tensors(run).items() if not k.startswith("optimizer")})
     assert len(losses[0]) == 8
     for got, expected in zip(*losses, strict=True):
         assert got == pytest.approx(expected, rel=LOSS_TOLERANCE)
     for name, expected in weights[1].items():
-        if "qkv.bias" not in name[1]:  # the keys' bias has no gradient but rounding, which AdamW scales up
+        if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding, which AdamW scales up
             error = (weights[0][name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
             assert error <= WEIGHT_TOLERANCE, f"{name}: {error}"

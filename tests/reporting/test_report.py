@@ -255,12 +255,13 @@ def test_a_page_without_analyses_names_the_commands_that_make_them(tmp_path):
     folder = make_run(tmp_path / "run", overrides=["teacher.path=somewhere"])
     html = write_report(folder).read_text(encoding="utf-8")
     assert "Teacher teacher-quickstart-1efd5b1b on 2,048 training images" in html and "fastdeitlt analyze" not in html
+    assert "sharpness: increase" in html
     kept = {key: value for key, value in teacher_facts(NAMES).items() if key != "sharpness"}  # what train leaves
     (folder / "analysis" / "teacher.json").write_text(json.dumps(kept))
     html = write_report(folder).read_text(encoding="utf-8")
-    assert (
-        f"fastdeitlt analyze teacher {folder}" in html and "feature rank, by sample" in html and "Hessian" not in html
-    )
+    assert f"fastdeitlt analyze teacher {folder}" in html and "feature rank, by sample" in html
+    assert "Add the teacher&#39;s sharpness to this page" in html
+    assert "sharpness: " not in html and "Hessian" not in html
     (folder / "analysis" / "teacher.json").unlink()
     html = write_report(folder).read_text(encoding="utf-8")
     assert f"fastdeitlt analyze teacher {folder}" in html and "analyze student" not in html

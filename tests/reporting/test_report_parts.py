@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from made_up_run import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, read, teacher_facts
+from made_up_run import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, read
 
 from fastdeitlt import arguments, config
 from fastdeitlt.errors import UserError
@@ -301,12 +301,3 @@ def test_what_is_absent_is_said_in_words_and_splits_are_explained(tmp_path):
         html = write_report(folder).read_text()
         assert f"on the 3 tail classes ({split})" in html and said in html
         assert ("The official split" in html) == (split == "official split")
-
-
-def test_sharpness_is_explained_where_it_is_shown(tmp_path):
-    folder = make_run(tmp_path / "run", overrides=["teacher.path=somewhere"])
-    assert "sharpness: increase" in write_report(folder).read_text()
-    facts = {key: value for key, value in teacher_facts(NAMES).items() if key != "sharpness"}
-    (folder / "analysis" / "teacher.json").write_text(json.dumps(facts))
-    html = write_report(folder).read_text()
-    assert "sharpness: " not in html and "Add the teacher&#39;s sharpness to this page" in html

@@ -13,22 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TIMES, tiny_run
+from snapshots import train_until_killed
+from tiny_run import records, tensors, tiny_run
 
 from fastdeitlt import cli, config, distributed
 from fastdeitlt.arguments import parse
-from fastdeitlt.core.engine.plain import PlainEngine
 from fastdeitlt.data.pixels.workers import num_threads
 from fastdeitlt.errors import NonFiniteError, RankLostError, StorageError, UserError
 from fastdeitlt.run import launch
-from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
 
 KILLED_AT = 5
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no handler of the program runs its clean-up on it."""
 
 
 @pytest.fixture(scope="module")
@@ -91,28 +86,12 @@ def _die_at(number, note):
     DeepSpeedEngine.step = step
 
 
-def _half_on_one_rank(cfg, monkeypatch):
-    real, count = PlainEngine.step, [0]
-
-    def dying(self, rate):
-        count[0] += 1
-        if count[0] == KILLED_AT:
-            raise Killed
-        return real(self, rate)
-
-    monkeypatch.setattr(PlainEngine, "step", dying)
-    with pytest.raises(Killed):
-        train(cfg)
-    monkeypatch.undo()
-
-
 @pytest.fixture(scope="module")
 def runs(cfg):
     """Folders by name: `one` (one rank), `two` (two ranks), and three that were stopped in the middle and continued."""
     folder = Path(cfg.runs_dir)
     train(_named(cfg, "one"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        _half_on_one_rank(_named(cfg, "one_then_two"), monkeypatch)
+    train_until_killed(_named(cfg, "one_then_two"), KILLED_AT)
     code, said = _launch(cfg, "two", "killed!", nodes=2)
     ended = time.time()
     assert code != 0, said
@@ -124,43 +103,28 @@ def runs(cfg):
     return found | {"seconds_to_end": ended - float((folder / "died").read_text())}
 
 
-def _records(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 def _accuracies(record):
     return {k: v for k, v in record.items() if k.startswith(("avg_", "cls_", "dist_"))}
 
 
-def _tensors(run):
-    last = run / "checkpoints" / "last"
-    read_manifest(last)
-    return {f"{part}.{k}": v for part in ("model", "ema", "optimizer") for k, v in load_tensors(last, part).items()}
-
-
 @pytest.mark.parametrize("name", ["two", "one_then_two", "two_then_one"])
 def test_two_ranks_train_the_run_of_one_rank_that_plays_both(runs, name):
-    expected, got = _records(runs["one"]), _records(runs[name])
+    expected, got = records(runs["one"]), records(runs[name])
     assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in expected]
     for ours, theirs in zip(got, expected, strict=True):
         if ours["kind"] == "step":
             assert {**ours, "kind": 0} == pytest.approx({**theirs, "kind": 0}, abs=1e-6, rel=1e-6)
         else:
             assert _accuracies(ours) == _accuracies(theirs)
-    expected, tensors = _tensors(runs["one"]), _tensors(runs[name])
-    assert tensors.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(tensors[key], value, atol=1e-6, rtol=0, msg=key)
+    torch.testing.assert_close(tensors(runs[name]), tensors(runs["one"]), atol=1e-6, rtol=0)
     results = [json.loads((runs[n] / "results.json").read_text()) for n in ("one", name)]
     assert results[0]["test"]["support_K"] == results[1]["test"]["support_K"]
     assert sum(results[1]["test"]["support_K"]) == 77
 
 
 def test_a_run_killed_on_two_ranks_continues_bit_for_bit(runs):
-    assert _records(runs["killed"]) == _records(runs["two"])
-    expected = _tensors(runs["two"])
-    assert all(torch.equal(value, expected[key]) for key, value in _tensors(runs["killed"]).items())
+    assert records(runs["killed"]) == records(runs["two"])
+    torch.testing.assert_close(tensors(runs["killed"]), tensors(runs["two"]), atol=0, rtol=0)
 
 
 def test_the_death_of_one_rank_ends_the_launch_within_seconds(runs):
@@ -257,7 +221,6 @@ def test_gpus_that_torch_cannot_use_start_one_process_and_a_warning(monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(distributed, "DRIVER", tmp_path)
-    monkeypatch.setattr(distributed.log, "propagate", True)
     distributed._warn_unused_gpu.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not wanted
     assert launch.processes(config.build({}), 0, {}) == 1 and not caplog.text

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from snapshots import END, EVALUATION, Snapshots
-from tiny_run import TIMES, tiny_run
+from tiny_run import records, tiny_run
 
 from fastdeitlt import config
 from fastdeitlt.errors import CheckpointError, UserError
@@ -61,9 +61,7 @@ def resume(untouched, moment, name):
 
 def outcome(run):
     """All that a run leaves, without its speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {"log": [{k: v for k, v in line.items() if k not in TIMES} for line in lines]}
-    found |= {name: (run / name).read_text() for name in ("results.json", "summary.csv")}
+    found = {"log": records(run)} | {name: (run / name).read_text() for name in ("results.json", "summary.csv")}
     folders = [p for p in (run / "checkpoints").iterdir() if p.is_dir() and not p.is_symlink()]
     found |= {p.name: read_manifest(p) for p in folders}
     return found | {"files": sorted(p.name for p in run.iterdir())}
@@ -132,9 +130,8 @@ def test_flipped_bits_in_best_are_found_before_it_is_loaded(untouched, monkeypat
     assert (folder / name / "results.json").exists()
 
 
-def test_a_start_after_the_results_writes_the_report_once(untouched, caplog, monkeypatch):
+def test_a_start_after_the_results_writes_the_report_once(untouched, caplog):
     kind, cfg, _ = untouched
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     caplog.set_level(logging.INFO, logger="fastdeitlt")
     SPINES[kind](cfg)
     assert "is finished" in caplog.text and "report:" not in caplog.text
@@ -169,5 +166,4 @@ def test_a_branch_with_other_steps_per_epoch_is_refused_and_can_be_mended(untouc
         accumulate = {"train.accumulate": 2} if factor == 4 else {}  # of two micro-batches
         SPINES[kind](config.build(flat | accumulate | {size: int(flat[size] * factor)}))
     SPINES[kind](config.build(flat))
-    last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 2 * EPOCH_END
+    assert records(folder / name)[-1]["step"] == 2 * EPOCH_END

@@ -1,6 +1,5 @@
 """A teacher's run on two ranks, killed at moments that no hook chooses, ends with the bits of the untouched one."""
 
-import json
 import os
 import random
 import signal
@@ -9,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tiny_run import TIMES, tiny_run
+from tiny_run import records, tiny_run
 
 from fastdeitlt import config
 from fastdeitlt.store.checkpoint import read_manifest
@@ -63,9 +62,7 @@ def test_a_teacher_killed_on_two_ranks_at_random_moments_continues_bit_for_bit(t
     assert launcher.wait() == -signal.SIGKILL
     assert _start_teacher(cfg, "killed").wait() == 0, (tmp_path / "killed.log").read_text()
     assert untouched.wait() == 0, (tmp_path / "whole.log").read_text()
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (killed, whole)]
-    bare = [[{k: v for k, v in line.items() if k not in TIMES} for line in log] for log in logs]
-    assert bare[0] == bare[1]
+    assert records(killed) == records(whole)
     assert (killed / "results.json").read_text() == (whole / "results.json").read_text()
     for place, parts in (("last", ("model", "optimizer")), ("best", ("model",))):
         got, expected = (read_manifest(run / "checkpoints" / place) for run in (killed, whole))

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_run import tiny_run
+from snapshots import Killed
+from tiny_run import records, tiny_run
 
 from fastdeitlt import config
 from fastdeitlt.core.engine.plain import PlainEngine
@@ -20,10 +21,6 @@ ACCURACIES = [9, 1, 2, 5, 4, 5, 8, 8]
 """Of ten validation images, one a class; by epoch. Re-weighting begins in epoch 2."""
 STEPS = 3
 """Of an epoch."""
-
-
-class Killed(BaseException):
-    """Stands for kill -9."""
 
 
 @pytest.fixture
@@ -51,8 +48,7 @@ def run_of(tmp_path, monkeypatch):
 
 
 def epochs(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [r["epoch"] for r in records if r["kind"] == "eval" and r["weights"] == "model"]
+    return [r["epoch"] for r in records(run) if r["kind"] == "eval" and r["weights"] == "model"]
 
 
 def test_training_ends_after_evaluations_without_a_better_accuracy_since_reweighting(run_of):

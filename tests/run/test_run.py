@@ -21,7 +21,7 @@ from fastdeitlt.errors import CheckpointError, StorageError, UserError
 from fastdeitlt.run import folder as run_module
 from fastdeitlt.run import launch
 from fastdeitlt.run.folder import Run, environment, set_up_logging
-from fastdeitlt.run.process import RERUN, say_stopped
+from fastdeitlt.run.process import LAUNCH, RERUN, say_stopped
 from fastdeitlt.run.records import Records
 
 
@@ -61,15 +61,17 @@ def test_resume_never_takes_a_new_folder_and_must_needs_an_old_one(tmp_path):
 
 
 def test_a_restart_with_resume_never_continues_in_the_folder_of_its_launch(tmp_path, monkeypatch):
-    note = tmp_path / "note"
-    code = "import os, sys; from fastdeitlt import config; from fastdeitlt.run.folder import Run;"
-    code += f"run = Run(config.build({{'name': 'r', 'runs_dir': {str(tmp_path)!r}}}), 'never');"
-    code += f"print(run.folder.name, file=open({str(note)!r}, 'a')); os.kill(os.getpid(), 9)"
+    note, folders = tmp_path / "note", []
+    code = f"import os; print(os.environ[{LAUNCH!r}], file=open({str(note)!r}, 'a')); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(launch, "PROGRAM", [sys.executable, "-c", code])
     monkeypatch.setattr(launch, "RESTARTABLE", (7,))
     for _ in range(2):
         assert launch.launch(1, [], restarts=1) == 7
-    assert note.read_text().split() == ["r", "r", "r-2", "r-2"]
+    for start in note.read_text().split():
+        monkeypatch.setenv(LAUNCH, start)
+        with Run(_config(tmp_path), "never") as run:
+            folders.append(run.folder.name)
+    assert folders == ["r", "r", "r-2", "r-2"]
 
 
 def test_a_stop_with_resume_never_names_the_folder_to_resume(tmp_path, capfd):
@@ -97,8 +99,8 @@ def test_harmless_settings_may_change_and_others_not(tmp_path):
         run.record("step", 1, loss=0.5)
     with Run(_config(tmp_path, **{"train.log_every": 3})):
         pass
-    with pytest.raises(UserError, match=r"train\.seed: 0 -> 4"), Run(_config(tmp_path, **{"train.seed": 4})):
-        pass
+    with pytest.raises(UserError, match=r"train\.seed: 0 -> 4.*--resume never"):
+        Run(_config(tmp_path, **{"train.seed": 4}))
 
 
 def test_a_teacher_may_move_with_the_runs_folder(tmp_path):
@@ -129,7 +131,6 @@ def test_selected_weights_hold_the_settings_of_a_run_that_lost_its_log(tmp_path)
 
 
 def test_a_start_of_a_finished_run_changes_none_of_its_files(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     with Run(_config(tmp_path, track=[])) as run:
         run.record("step", 1, loss=0.5)
         (run.folder / "results.json").write_text("{}")
@@ -158,7 +159,6 @@ def test_names_in_messages_cannot_drive_a_terminal(capsys):
 
 
 def test_threads_of_another_number_are_told_at_the_next_start(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     for threads in (2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         with Run(_config(tmp_path)):
@@ -288,8 +288,7 @@ def test_a_run_folder_that_is_moved_in_mid_run_is_not_started_anew(tmp_path):
     assert not run.folder.exists()
 
 
-def test_log_lines_that_the_disk_refuses_are_written_later_and_whole(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+def test_log_lines_that_the_disk_refuses_are_written_later_and_whole(tmp_path, caplog):
     records = Records(tmp_path / "metrics.jsonl")
     records.append({"step": 1, "kind": "step"})
     size = records.path.stat().st_size
@@ -320,7 +319,6 @@ def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_table_of_evaluations_that_cannot_be_written_ends_no_run(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     with Run(_config(tmp_path)) as run:
         run.record("eval", 1, avg_all=50.0)
         monkeypatch.setattr(run_module, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -163,7 +162,6 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
 
 
 def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     found, real = Checkpoints(tmp_path), checkpoint.save_file
 
     def full(*rest):
@@ -253,8 +251,7 @@ BEST = {"step": 1, "epoch": 0, "weights": "model", "accuracy": 50.0}
 
 @pytest.mark.parametrize("harm", ["missing", "flipped bit", "other weights"])
 @pytest.mark.parametrize("there", [True, False], ids=["its step is there", "its step is gone"])
-def test_best_is_made_again_from_its_step_or_given_up(tmp_path, monkeypatch, caplog, harm, there):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+def test_best_is_made_again_from_its_step_or_given_up(tmp_path, caplog, harm, there):
     found = Checkpoints(tmp_path)
     _save(found, 1, 1.0, BEST, wait=True)
     _save(found, 2, 2.0, BEST, wait=True)
@@ -289,7 +286,6 @@ def test_best_is_written_after_a_save_that_failed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), TypeError("a bug"), MemoryError()])
 def test_an_error_of_any_kind_is_a_failed_save(tmp_path, monkeypatch, caplog, error):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     found = Checkpoints(tmp_path)
     monkeypatch.setattr(found, "_write", lambda *_: (_ for _ in ()).throw(error))
     _save(found, 1)
@@ -303,7 +299,6 @@ def test_an_error_of_any_kind_is_a_failed_save(tmp_path, monkeypatch, caplog, er
 
 @pytest.mark.parametrize("reason", ["a folder in its place", "no links"])
 def test_checkpoints_need_no_symbolic_link(tmp_path, monkeypatch, caplog, reason):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     found = Checkpoints(tmp_path / "run" / "checkpoints")
     if reason == "no links":

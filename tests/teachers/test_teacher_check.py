@@ -101,8 +101,7 @@ def test_two_exchanged_classes_of_many_are_found_though_little_is_lost():
 
 
 @pytest.mark.parametrize(("order", "num_warnings"), [([20, 21], 0), ([21, 20], 1)])
-def test_two_exchanged_classes_within_the_stated_accuracy_are_a_warning(caplog, monkeypatch, order, num_warnings):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+def test_two_exchanged_classes_within_the_stated_accuracy_are_a_warning(caplog, order, num_warnings):
     stated = {"balanced_accuracy": {"train": 100.0}}
     checked([*range(20), *order, *range(22, 50)], stated, counts=[6] * 50)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -186,8 +185,7 @@ def counted(plain):
     return fed
 
 
-def test_a_little_below_is_a_warning_with_both_numbers(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
+def test_a_little_below_is_a_warning_with_both_numbers(caplog):
     without_last = [0, 1, 2, 3, 4, 5, 6, 7, 8, -1]
     assert checked(without_last, NEW) == 90.0
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -222,9 +220,8 @@ def test_decisions_are_matched_within_groups_and_doubts_are_named():
     assert mine.tolist() == [1, 0, 2, 3, 4, 5]  # 2 and 3 differ by four images, which is no proof
 
 
-def test_the_order_of_classes_of_equal_size_follows_the_teachers_decisions(tmp_path, caplog, monkeypatch):
+def test_the_order_of_classes_of_equal_size_follows_the_teachers_decisions(tmp_path, caplog):
     """The official code's sort is unstable; the order is stored, so that a resumed run has the same."""
-    monkeypatch.setattr(logging.getLogger("fastdeitlt"), "propagate", True)
     caplog.set_level(logging.INFO, "fastdeitlt")
     counts = [5, 9, 5, 5, 9, 2, 5]
     images, cfg = squares(counts), config.build({"train.device": "cpu", "evaluate.crop_pct": 1.0})

@@ -12,8 +12,6 @@ import pytest
 import torch
 from pynvml import NVMLError
 
-sys.path.append(str(Path(__file__).parents[2]))
-
 from benchmarks import bench_step, peers
 from fastdeitlt import config
 from fastdeitlt.arguments import parse

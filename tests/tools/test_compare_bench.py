@@ -1,12 +1,9 @@
 """The guard against slower code fails past the noise, and only then."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import compare
 

@@ -16,8 +16,6 @@ import pytest
 import torch
 import triton
 
-sys.path.append(str(Path(__file__).parents[2]))
-
 from benchmarks import bench_add_layernorm, bench_attention, budget, gpu, gpu_ops, peers, portable
 from fastdeitlt.models import create_student
 from fastdeitlt.models.vit import num_parameters

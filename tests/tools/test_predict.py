@@ -10,19 +10,16 @@ import torch
 from image_files import encoded, picture
 from PIL import Image
 from rich.console import Console
-from small_model import CLASS_NAMES, MANIFEST, SIZE, save_images, save_student, save_teacher
+from small_model import CLASS_NAMES, MANIFEST, SIZE, evaluated, save_images, save_student, save_teacher
 
 from fastdeitlt.config import DataConfig, build
-from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import evaluate as evaluation
-from fastdeitlt.evaluation.evaluate import collect_logits
 from fastdeitlt.models.saved import open_saved
 from fastdeitlt.store.checkpoint import add_facts
-from fastdeitlt.store.manifest import Preprocess
 from fastdeitlt.tools import predict as predict_module
 from fastdeitlt.tools.predict import Choice, Prediction, main, predict, table, to_csv
 
@@ -36,12 +33,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_predictions_equal_those_of_evaluation_through_the_training_reader(saved, batch_size):
     folder, student, paths = saved
-    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
-    source = Stream(images, DataConfig(num_threads=1), torch.device("cpu"))
-    cls_logits, dist_logits, _ = collect_logits(
-        student, source, images, Preprocess(**MANIFEST["preprocess"]), batch_size=4, device=torch.device("cpu")
-    )
-    source.close()
+    cls_logits, dist_logits = evaluated(student, paths)
     probs = ((cls_logits + dist_logits) / 2).softmax(1)
     rows = predict(folder, [paths[0].parent], top_k=4, batch_size=batch_size, device="cpu")
     assert [row.path for row in rows] == [str(path) for path in paths]
@@ -279,12 +271,7 @@ def test_predictions_interrupted_while_they_are_written_leave_the_old_file(saved
 
 def test_a_teacher_predicts_at_the_scale_it_was_trained_with(saved, tmp_path, capsys, monkeypatch):
     network, paths = save_teacher(tmp_path / "teacher"), saved[2]
-    images = LongTailSet([p.name for p in paths], np.zeros(len(paths), np.int64), [5, 0, 0, 0], str(paths[0].parent))
-    source = Stream(images, DataConfig(num_threads=1), torch.device("cpu"))
-    model, device = evaluation.OneHead(network, 30.0), torch.device("cpu")
-    preprocess = Preprocess(**MANIFEST["preprocess"])
-    logits, _, _ = collect_logits(model, source, images, preprocess, batch_size=4, device=device)
-    source.close()
+    logits, _ = evaluated(evaluation.OneHead(network, 30.0), paths)
     rows = predict(tmp_path / "teacher", paths, top_k=4, device="cpu")
     for row, prob in zip(rows, logits.softmax(1), strict=True):
         assert (row.head, row.cls, row.dist) == ("TEACHER", None, None)
