@@ -136,7 +136,7 @@ def dense_target(batch: Batch, num_classes: int) -> Tensor:
 
 
 def distillation_task(student: nn.Module, teacher: nn.Module, device: torch.device) -> nn.Module:
-    """Build timm's task of the joint loss: the student's labels and the teacher's decisions, half each."""
+    """Build timm's task of the joint loss: half each for labels and teacher."""
     from timm.loss import SoftTargetCrossEntropy
     from timm.task import TokenDistillationTask
 
