@@ -299,7 +299,7 @@ def test_a_page_goes_where_it_is_asked_to(tmp_path, capsys):
     assert cli.main(["report", str(folder), "--out", str(out)]) == 0
     assert out.is_file() and not (folder / "report.html").exists()
     assert cli.main(["report", str(folder), "--out", str(tmp_path / "absent" / "page.html")]) == 2
-    assert "Set another file with --out" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_apart_by_their_places(tmp_path):
