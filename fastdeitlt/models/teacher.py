@@ -108,7 +108,9 @@ def _norm_head(network: Any, num_classes: int) -> None:
 
 
 def check_size(network: nn.Module, img_size: int, setting: str) -> None:
-    """Refuse an image size that a network in eval mode does not accept; one on the meta device is not run.
+    """Refuse an image size that a network in eval mode does not accept.
+
+    A network on the meta device is not run.
 
     Raises:
         UserError: the network fails on an image of that size, the value of ``setting``.
