@@ -110,17 +110,12 @@ def _norm_head(network: Any, num_classes: int) -> None:
 def check_size(network: nn.Module, img_size: int, setting: str) -> None:
     """Refuse an image size that a network in eval mode does not accept.
 
-    A network on the meta device is not run.
-
     Raises:
         UserError: the network fails on an image of that size, the value of ``setting``.
     """
-    device = next(network.parameters()).device
-    if device.type == "meta":
-        return
     try:
         with torch.no_grad():
-            network(torch.zeros(1, 3, img_size, img_size, device=device))
+            network(torch.zeros(1, 3, img_size, img_size, device=next(network.parameters()).device))
     except (RuntimeError, AssertionError, ValueError) as error:
         if is_memory_full(error):
             raise

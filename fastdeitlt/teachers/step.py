@@ -96,7 +96,8 @@ def build_objective(cfg: TeacherTrainingConfig, counts: Sequence[int], device: t
     else:
         network = create_teacher(cfg.arch, num_classes, normed_head=cfg.normed_head)
         objective = LogitObjective(network, build_loss(cfg, counts, device), per_image=cfg.loss == "focal")
-    check_size(objective.network.eval(), cfg.img_size, "teacher_training.img_size")
+    if device.type != "meta":
+        check_size(objective.network.eval(), cfg.img_size, "teacher_training.img_size")
     objective.network.to(device).to(memory_format=torch.channels_last).train()
     return objective
 
