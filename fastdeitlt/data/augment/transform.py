@@ -199,7 +199,7 @@ def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], 
 def _erase(images_BHWC: Tensor, erase_B4: np.ndarray, noise_B: np.ndarray) -> None:
     """Fill the boxes (top, left, height, width) with noise of their keys, in place."""
     erased = np.flatnonzero(erase_B4[:, 2])
-    step = max(1, chunk_size(images_BHWC))
+    step = chunk_size(images_BHWC)
     for part in np.split(erased, range(step, len(erased), step)):
         boxes = erase_B4[part]
         values = noise(noise_B[part], boxes, images_BHWC)
@@ -226,10 +226,11 @@ def noise(key_B: np.ndarray, box_B4: np.ndarray, images_BHWC: Tensor) -> Sequenc
     For boxes (top, left, height, width). A hash of (pixel and channel, key), identical on every device and in the fused
     kernel (the finaliser "lowbias32" of C. Wellons' hash prospector).
     """
-    device, top_B, left_B, height_B, row_B = images_BHWC.device, *box_B4.astype(np.int64).T * [[1], [3], [1], [3]]
+    device, line = images_BHWC.device, 3 * images_BHWC.shape[2]  # values of an image's line
+    top_B, left_B, height_B, row_B = box_B4.astype(np.int64).T * [[1], [3], [1], [3]]
     box_R = np.repeat(np.arange(len(box_B4)), height_B)  # R rows of all boxes, their values one after another
     length_R, line_R = row_B[box_R], np.arange(len(box_R)) + (top_B - height_B.cumsum() + height_B)[box_R]
-    first_R = line_R * (3 * images_BHWC.shape[2]) + left_B[box_R] - length_R.cumsum() + length_R
+    first_R = line_R * line + left_B[box_R] - length_R.cumsum() + length_R
     start, key = (np.repeat(value_R, length_R) for value_R in (first_R.astype(np.int32), key_B.view(np.int32)[box_R]))
     place = torch.from_numpy(start).to(device).add_(torch.arange(len(start), dtype=torch.int32, device=device))
     bits = place.mul_(_signed(0x9E3779B1)).bitwise_xor_(torch.from_numpy(key).to(device))

@@ -94,22 +94,28 @@ def open_source(
         return stream
     with ExitStack() as stack:
         stack.enter_context(closing(stream))
-        if _is_far_too_large(stream, images, cfg, device, tell):
-            stack.pop_all()  # it stays open
+        resident = _resident(stream, images, cfg, device, tell)
+        if resident is None:
+            stack.pop_all()  # the stream stays open
             return stream
-        path = cache_path(images, cfg)
-        sizes_N2 = stored_sizes(path)
-        if sizes_N2 is None:
-            sizes_N2 = shrunk(stream.sizes(), cfg.stored_short_side)
-        chosen = choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
-        if chosen == "stream":
-            stack.pop_all()
-            return stream
-        mapped = open_decoded(path, images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
-        if mapped is None:
-            stack.pop_all()
-            return stream
-    return Resident(images, cfg.model_copy(update={"residency": chosen}), device, mapped)
+    return resident
+
+
+def _resident(
+    stream: Stream, images: LongTailSet, cfg: DataConfig, device: torch.device, tell: bool
+) -> Resident | None:
+    """Decode the set into memory; None if it is streamed."""
+    if _is_far_too_large(stream, images, cfg, device, tell):
+        return None
+    path = cache_path(images, cfg)
+    sizes_N2 = stored_sizes(path)
+    if sizes_N2 is None:
+        sizes_N2 = shrunk(stream.sizes(), cfg.stored_short_side)
+    chosen = choose(images, cfg, device, int(num_bytes(sizes_N2).sum()), tell)
+    if chosen == "stream":
+        return None
+    decoded = open_decoded(path, images, cfg, sizes_N2, stream.decoded(range(len(images)), cfg.stored_short_side))
+    return Resident(images, cfg.model_copy(update={"residency": chosen}), device, decoded) if decoded else None
 
 
 def _is_far_too_large(stream: Stream, images: LongTailSet, cfg: DataConfig, device: torch.device, tell: bool) -> bool:
