@@ -27,7 +27,7 @@ from fastdeitlt.tools.setup import step_of
 
 STEPS = 10
 """Steps between checkpoints."""
-KINDS = {"plain": ("plain", 0)} | {f"ZeRO-{stage}": ("deepspeed", stage) for stage in range(4)}
+KINDS = {"plain": ("plain", 0)} | {f"ZeRO-{stage}": ("deepspeed", stage) for stage in range(3)}
 
 
 def settings(gpu: bool, kind: str, stage: int) -> Config:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -31,11 +30,3 @@ def native_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Whether the CPU reports bfloat16 instructions: what depends on it is tested both ways on every processor."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def own_linear() -> Iterator[None]:
-    """DeepSpeed's stage 3 puts its own function in the place of torch's for the rest of the process."""
-    linear = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = linear

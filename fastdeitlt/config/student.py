@@ -310,11 +310,10 @@ class TrainConfig(Section):
     engine and compile=true; not measured on a GPU."""
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     """Backward, accumulation and step. auto: plain on one rank, DeepSpeed on more."""
-    zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed sharding over ranks: 0 none, 1 moments, 2 also gradients, 3 also weights (needs compile=false; saves no
-    memory, as each rank keeps a whole copy)."""
+    zero_stage: int = Field(1, ge=0, le=2)
+    """DeepSpeed sharding over ranks: 0 none, 1 moments, 2 also gradients."""
     offload: bool = False
-    """Keep moments and step in host memory (DeepSpeed, zero_stage 1 to 3): less device memory, slower."""
+    """Keep moments and step in host memory (DeepSpeed, zero_stage 1 or 2): less device memory, slower."""
     measure_kernels: bool = True
     """At the first start on a GPU, time each kernel set to auto against torch's (about 30 s, estimated). Results are
     kept for this GPU, torch, Triton and shape. false: use earlier measurements, or torch's."""

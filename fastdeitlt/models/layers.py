@@ -62,7 +62,6 @@ def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl
         return _softmax_attention(q_BMHE.transpose(1, 2), *kv_BN2HE.permute(2, 0, 3, 1, 4))
     from fastdeitlt.kernels.attention import attention, attention_first  # Triton is slow to import
 
-    # read the bias only after the projection, at whose end ZeRO stage 3 frees its weights
     bias = qkv.bias if kernel else None
     if num_queries is None:
         return attention(qkv_BN3HE, qkv_bias=bias, impl=impl)

@@ -147,7 +147,7 @@ class DistilledViT(nn.Module):
 
     def draw_drop_path(self, batch: int) -> list[DropPath]:
         """Draw the drop path of every block for a batch."""
-        x_B11, law = self.pos_embed.new_zeros(batch, 1, 1), self.drop_path_law  # outside forward stage 3 frees weights
+        x_B11, law = self.pos_embed.new_zeros(batch, 1, 1), self.drop_path_law
         rates = [block.drop_path if self.training else 0.0 for block in cast(list[Block], list(self.blocks))]
         return [(draw_samples(x_B11, rate, law), draw_samples(x_B11, rate, law)) for rate in rates]
 

@@ -28,7 +28,7 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.models.vit import num_parameters
 
 CPU = torch.device("cpu")
-STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True)]
 STEPS, VIRTUAL_RANKS, ACCUMULATE = 4, 4, 2
 BF16_BOUND = 5e-3
 """On losses of about 2.4 over four steps: gradients are summed in another order, and bfloat16 rounds what follows."""
@@ -132,7 +132,7 @@ def test_every_stage_takes_the_plain_steps_on_one_rank(plain, stage, offload):
     _assert_same(_state(engine), end)
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (1, True), (2, False), (3, False)])
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (1, True), (2, False)])
 def test_every_stage_scales_the_learning_rate_by_layer(stage, offload):
     cfg = _config(engine="deepspeed", zero_stage=stage, offload=offload)
     decayed = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"layer_decay": 0.3})})
@@ -145,23 +145,11 @@ def test_every_stage_scales_the_learning_rate_by_layer(stage, offload):
     assert not torch.allclose(whole.weights()[weight], alike.weights()[weight], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_the_buffer_of_the_exchange_has_the_size_of_the_student(stage):
     """DeepSpeed's default is 2 GB."""
     engine = _engine(_config(engine="deepspeed", zero_stage=stage))
     assert engine.zero.reduce_bucket_size == num_parameters(engine.student)
-
-
-def test_stage_3_gathers_the_weights_that_the_kernels_take(monkeypatch):
-    """Some are read beside the module that holds them."""
-    kernels = dict.fromkeys(("attention", "add_layernorm", "bias_gelu"), "triton")
-    monkeypatch.setattr(f"{__name__}.create_student", functools.partial(create_student, **kernels))
-    plain, sharded = (
-        _engine(_config(engine=engine, zero_stage=stage)) for engine, stage in (("plain", 1), ("deepspeed", 3))
-    )
-    got, expected = (_run(engine, steps=range(2))[0] for engine in (sharded, plain))
-    assert got == pytest.approx(expected, abs=1e-6)
-    _assert_same(_state(sharded), _state(plain))
 
 
 def _one_of_several(rank, world, port, folder):
@@ -171,7 +159,7 @@ def _one_of_several(rank, world, port, folder):
     distributed.start("cpu", timeout_s=120)
     half = torch.load(folder / "half.pt", weights_only=True)
     found = {}
-    for stage, offload in STAGES if world == 2 else [(stage, False) for stage in range(4)]:
+    for stage, offload in STAGES if world == 2 else [(stage, False) for stage in range(3)]:
         engine = _engine(_config(engine="auto", zero_stage=stage, offload=offload), rank, world)
         losses, norms = _run(engine, rank, world)
         end = _state(engine)
@@ -183,12 +171,12 @@ def _one_of_several(rank, world, port, folder):
             with _native_bf16():
                 engine = _engine(_config(engine="auto", zero_stage=stage, precision="bf16"), rank, 2)
                 found["bf16", stage] = (_run(engine, rank, 2)[0], _state(engine))
-        for stage in (1, 3):
-            engine = _engine(_config(engine="auto", zero_stage=stage), rank, 2)
+        for offload in (False, True):
+            engine = _engine(_config(engine="auto", zero_stage=1, offload=offload), rank, 2)
             _run(engine, rank, 2, range(1))
             before = _state(engine)[0]
             norms = _run(engine, rank, 2, range(1, 2), poison=(1, 0, 0))[1]
-            found["nan", stage] = (norms, before, _state(engine)[0])
+            found["nan", offload] = (norms, before, _state(engine)[0])
         engine = _lamb_engine("auto", rank, 2)
         found["lamb"] = (*_run(engine, rank, 2), _state(engine))
         found["global"] = _run_globally(rank)
@@ -227,7 +215,7 @@ def several(plain, tmp_path_factory):
     return found
 
 
-STAGES_AND_RANKS = [(2, *place) for place in STAGES] + [(4, stage, False) for stage in range(4)]
+STAGES_AND_RANKS = [(2, *place) for place in STAGES] + [(4, stage, False) for stage in range(3)]
 
 
 @pytest.mark.parametrize(("world", "stage", "offload"), STAGES_AND_RANKS)
@@ -291,10 +279,10 @@ def test_a_hidden_step_would_break_the_bounds_of_bf16(plain_bf16):
     assert max((engine.weights()[n] - value).abs().max() for n, value in weights.items()) > 5 * BF16_WEIGHT_BOUND
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_of_any(several, stage):
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_of_any(several, offload):
     for found in several(2):
-        norms, before, after = found["nan", stage]
+        norms, before, after = found["nan", offload]
         assert not torch.tensor(norms).isfinite().any()
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -371,11 +359,6 @@ def test_the_teacher_is_neither_sharded_nor_saved():
             {"engine": "plain", "virtual_ranks": 2},
             2,
             r"train\.engine=plain: .* one rank, got 2. Use train\.engine=auto",
-        ),
-        (
-            {"engine": "deepspeed", "zero_stage": 3, "compile": True},
-            1,
-            r"train\.zero_stage: got 3 .*train\.compile=false",
         ),
         (
             {"engine": "auto", "offload": True},

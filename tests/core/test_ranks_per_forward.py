@@ -53,7 +53,7 @@ def batches(mixing: bool = True):
         {"loss__drw_epoch": 0, "loss__reweight_cls": True},
         {"loss__distillation": "soft"},
         {"teacher": False},
-        {"train__engine": "deepspeed", "train__zero_stage": 3},
+        {"train__engine": "deepspeed", "train__zero_stage": 2},
     ],
     ids=lambda changes: " ".join(changes) or "as it is",
 )

@@ -94,7 +94,7 @@ def build_engine(joint: JointForward, cfg: Config, plan: Plan) -> Engine:
     if t.offload and (kind == "plain" or t.zero_stage == 0):
         raise UserError(
             f"train.offload: got true with the {kind} engine and train.zero_stage={t.zero_stage}, expected DeepSpeed "
-            "with stage 1 to 3. Use train.engine=deepspeed train.zero_stage=1, or train.offload=false."
+            "with stage 1 or 2. Use train.engine=deepspeed train.zero_stage=1, or train.offload=false."
         )
     device = next(joint.student.parameters()).device
     if t.cuda_graphs and (kind == "deepspeed" or device.type != "cuda"):

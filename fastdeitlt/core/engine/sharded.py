@@ -1,14 +1,14 @@
 """Engine for several ranks: DeepSpeed ZeRO around the joint forward.
 
-DeepSpeed partitions gradients, moments and (stage 3) weights over ranks and communicates them. The loss, its autocast,
+DeepSpeed partitions moments (stage 1) and gradients (stage 2) over ranks and communicates them. The loss, its autocast,
 the end of a step, clipping and checkpoints are ours; checkpoints contain whole tensors, so that a run saved by two
-ranks resumes on one.
+ranks resumes on one. Stage 3 is not offered: average, evaluation and checkpoint need whole weights on each rank, so
+sharded ones would be a second copy, gathered by hooks that a compiled graph cannot contain.
 
 Weights are float32 and the forward pass autocasts itself. DeepSpeed's `bf16` mode is never on: at stage 0 it runs a
 hidden optimizer step before training, which makes Adam's bias correction off by one and decays every weight once.
 """
 
-import copy
 import logging
 import os
 import warnings
@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeitlt import distributed
@@ -49,34 +48,25 @@ class _Compiled(nn.Module):
 
 
 class DeepSpeedEngine:
-    """Engine of one rank of several, ZeRO stage 0 to 3.
+    """Engine of one rank of several, ZeRO stage 0 to 2.
 
-    ``student``, the original one of ``joint``, has all its weights on every rank after every step, so that average,
-    evaluation and checkpoint are independent of sharding. At stage 3 the sharded one is a copy, and ``student`` is
-    gathered once per step, so stage 3 saves no memory.
+    The student has all its weights on every rank after every step, so that average, evaluation and checkpoint are
+    independent of sharding.
 
     Args:
-        joint: the forward pass; at stage 3 its student is replaced by the sharded copy.
+        joint: the forward pass.
         cfg: the run.
         plan: plan of this rank.
 
     Raises:
-        UserError: stage 3 with train.compile, or an optimizer that cannot be sharded.
+        UserError: an optimizer that cannot be sharded.
     """
 
     def __init__(self, joint: JointForward, cfg: Config, plan: Plan) -> None:
         self.stage, self.offload = cfg.train.zero_stage, cfg.train.offload
-        if self.stage == 3 and cfg.train.compile:
-            raise UserError(
-                "train.zero_stage: got 3 with train.compile=true, expected 0 to 2, because hooks gather the weights "
-                "inside the graph. Set train.compile=false, or train.zero_stage=2."
-            )
         self.student = joint.student
         device = next(self.student.parameters()).device
-        if self.stage == 3:
-            joint.student = copy.deepcopy(self.student)
-        self.sharded = joint.student
-        self.optimizer = optim.build_optimizer(self.sharded, _shardable(cfg))
+        self.optimizer = optim.build_optimizer(self.student, _shardable(cfg))
         if self.offload:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]))  # beside the moments
@@ -94,30 +84,20 @@ class DeepSpeedEngine:
         if self.stage:
             self._start_moments(torch.zeros(()))
 
-    @property
-    def _clips_itself(self) -> bool:
-        """Whether DeepSpeed clips, with a host sync.
-
-        It does if its gradients are not accessible.
-
-        It then also skips steps with gradients that are not finite, like ``FiniteGuard`` otherwise.
-        """
-        return self.stage == 3 or self.offload
-
     def _settings(self, batch_size: int) -> dict[str, Any]:
         # one bucket for all gradients; the default's buffer has 500 M elements (2 GB), whatever the student's size
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": num_parameters(self.student)}
         zero["overlap_comm"] = False  # with it, stages 1 and 2 wait for the device after each backward
-        if self.stage == 3:
-            zero["stage3_param_persistence_threshold"] = 0
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
-        if not self._clips_itself and self.stage:
+        elif self.stage:
             zero["compute_grad_norm"] = False
         return {
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_accumulation_steps": 1,  # counted here: an epoch's last step may have fewer micro-batches
-            "gradient_clipping": self.clip_norm if self._clips_itself else 0.0,
+            # offloaded gradients are not accessible: DeepSpeed clips them, with a host sync, and skips steps with
+            # gradients that are not finite, like FiniteGuard otherwise
+            "gradient_clipping": self.clip_norm if self.offload else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler
@@ -141,17 +121,15 @@ class DeepSpeedEngine:
             self.engine.allreduce_gradients()
         else:
             self.zero.finalize_gradient_accumulation_boundary()
-        norm = None if self._clips_itself else self._clip()
+        norm = None if self.offload else self._clip()
         self.engine.step()
         self.engine.set_gradient_accumulation_boundary(False)
-        if self.stage == 3:
-            self._gather()
         return torch.as_tensor(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip(self) -> Tensor:
         """Clip this rank's gradients by the norm over all ranks, without a host sync."""
         if self.stage == 0:
-            gradients = [p.grad for p in self.sharded.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         else:
             gradients = [part for parts in self.zero.averaged_gradients.values() for part in parts]
@@ -167,10 +145,10 @@ class DeepSpeedEngine:
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Collect whole moments of each parameter on rank 0; every rank must call it."""
         if self.stage == 0:
-            return optim.optimizer_tensors(self.sharded, self.optimizer)
+            return optim.optimizer_tensors(self.student, self.optimizer)
         step = next(iter(self.optimizer.state.values()))["step"].cpu()
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.sharded.named_parameters():
+        for name, parameter in self.student.named_parameters():
             for key in MOMENTS:
                 whole = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
                 if distributed.rank() == 0:
@@ -181,13 +159,10 @@ class DeepSpeedEngine:
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         self.student.load_state_dict(weights)
         if self.stage == 0:
-            optim.load_optimizer(self.sharded, self.optimizer, optimizer)
+            optim.load_optimizer(self.student, self.optimizer, optimizer)
             return
-        if self.stage == 3:
-            with self._deepspeed.zero.GatheredParameters(list(self.sharded.parameters()), modifier_rank=0):
-                self.sharded.load_state_dict(weights)
         self.zero.refresh_fp32_params()
-        optim.check_optimizer(self.sharded, optimizer)
+        optim.check_optimizer(self.student, optimizer)
         if optimizer:
             self._load_moments(optimizer)
 
@@ -196,44 +171,20 @@ class DeepSpeedEngine:
 
         If the first step created it, DeepSpeed would link only the first group's state to its parameters.
         """
-        flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
-        for flat in flats:
+        for flat in self.zero.single_partition_of_fp32_groups:
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
             # separate counters: a shared one would be incremented once a part
             self.optimizer.state[flat] = {"step": step.clone().to(flat.device), **moments}
-        if self.stage < 3:
-            self.zero._hp_optimizer_states_linked = False
-            self.zero._lazy_init_hp_params_optimizer_state()
+        self.zero._hp_optimizer_states_linked = False
+        self.zero._lazy_init_hp_params_optimizer_state()
 
     def _load_moments(self, optimizer: dict[str, Tensor]) -> None:
         """Load this rank's parts of whole moments."""
         self._start_moments(next(value for key, value in optimizer.items() if key.endswith("/step")))
-        utils = self._deepspeed.utils
-        for name, parameter in self.sharded.named_parameters():
+        for name, parameter in self.student.named_parameters():
             for key in MOMENTS:
                 whole = optimizer[f"{name}/{key}"].to(parameter.device)
-                if self.stage < 3:
-                    utils.safe_set_full_optimizer_state(parameter, whole, key)
-                else:
-                    utils.safe_set_local_optimizer_state(parameter, _partition(whole, parameter), key)
-
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Gather the whole weights of all ranks into ``student`` (stage 3)."""
-        parts = list(self.sharded.parameters())
-        with self._deepspeed.zero.GatheredParameters(parts):
-            torch._foreach_copy_(list(self.student.parameters()), [part.data for part in parts])
-
-
-def _partition(whole: Tensor, parameter: Any) -> Tensor:
-    """Return this rank's part of a stage 3 parameter's tensor.
-
-    The last rank's part is padded with zeros.
-    """
-    size = parameter.ds_tensor.numel()
-    flat = whole.flatten()
-    part = flat[distributed.rank() * size : (distributed.rank() + 1) * size]
-    return F.pad(part, (0, size - part.numel()))
+                self._deepspeed.utils.safe_set_full_optimizer_state(parameter, whole, key)
 
 
 def _shardable(cfg: Config) -> Config:
