@@ -121,7 +121,7 @@ def collect_logits(
     try:
         with torch.inference_mode(), autocast:
             for _, crops_BHWC in source.crops(requests):
-                images_BCHW = normalise(crops_BHWC, preprocess.mean, preprocess.std, torch.float32)
+                images_BCHW = normalise(crops_BHWC, preprocess.mean, preprocess.std)
                 outputs.append(model.forward_heads(images_BCHW))  # type: ignore[operator]
     finally:
         model.train(was_training)

@@ -63,7 +63,7 @@ class Saved:
 
     def normalise(self, crops_BHWC: Tensor) -> Tensor:
         """Normalise uint8 crops to the model's input images_BCHW, float32."""
-        return normalise(crops_BHWC, self.preprocess.mean, self.preprocess.std, torch.float32)
+        return normalise(crops_BHWC, self.preprocess.mean, self.preprocess.std)
 
     def by_label(self, logits_BK: Tensor) -> Tensor:
         """Reorder logits from the model's classes to the data set's labels."""

@@ -144,7 +144,7 @@ def _draw_erase(key_B: np.ndarray, prob: float, size: int) -> np.ndarray:
     return np.where(applied_B1, np.concatenate([place_B2, box_B2], axis=1), 0).astype(np.int32)
 
 
-def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig) -> Tensor:
     """Augment uint8 crops as drawn: flip, shift, RandAugment, normalise, erase.
 
     Args:
@@ -153,9 +153,9 @@ def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig, dtype: torch.dty
         cfg: mean and std.
 
     Returns:
-        images_BCHW of ``dtype``, channels last in memory.
+        images_BCHW, float32, channels last in memory.
     """
-    images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
+    images_BHWC = buffers.empty(crops_BHWC.shape, torch.float32, crops_BHWC.device)
     pixels_BHWC = crops_BHWC.clone()
     flipped = np.flatnonzero(draws.flip_B)
     put(pixels_BHWC, flipped, take(crops_BHWC, flipped).flip(2))
@@ -178,11 +178,9 @@ def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
     return shifted_BHWC
 
 
-def normalise(
-    crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Return (crop / 255 - mean) / std as images_BCHW, channels last, from float32."""
-    images_BHWC = buffers.empty(crops_BHWC.shape, dtype, crops_BHWC.device)
+def normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (crop / 255 - mean) / std as images_BCHW, float32, channels last."""
+    images_BHWC = buffers.empty(crops_BHWC.shape, torch.float32, crops_BHWC.device)
     _normalise(crops_BHWC, mean, std, images_BHWC)
     return images_BHWC.permute(0, 3, 1, 2)
 
