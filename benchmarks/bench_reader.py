@@ -11,6 +11,7 @@ with other distributions. The stages are timed in one thread.
 import argparse
 import dataclasses
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
@@ -55,8 +56,8 @@ TIMM_RECIPE: dict[str, Any] = {
 
 
 def make_photos(folder: Path, num_images: int) -> LongTailSet:
-    """Write JPEGs of crops of sample photos (else of noise) in class folders."""
-    photos = sample_photos() if harness.installed("skimage") else [noise(seed) for seed in range(8)]
+    """Write JPEGs of crops of sample photos in class folders."""
+    photos = sample_photos()
     random = np.random.default_rng(0)
     paths = []
     for i in range(num_images):
@@ -74,7 +75,13 @@ def make_photos(folder: Path, num_images: int) -> LongTailSet:
 
 
 def sample_photos() -> list[Image.Image]:
-    """Return the sample photos of scikit-image and scikit-learn."""
+    """Return the sample photos of scikit-image and scikit-learn.
+
+    Raises:
+        SystemExit: one of them is not installed.
+    """
+    if not (harness.installed("skimage") and harness.installed("sklearn")):
+        sys.exit("photos: scikit-image or scikit-learn is not installed. pip install scikit-image scikit-learn")
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -82,14 +89,6 @@ def sample_photos() -> list[Image.Image]:
     names = ("coffee.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg")
     photos = [Image.open(samples / name).convert("RGB") for name in names]
     return photos + [Image.fromarray(pixels) for pixels in load_sample_images().images]
-
-
-def noise(seed: int, side: int = 600) -> Image.Image:
-    """Return noise with about the spectrum, and so the JPEG size, of photos."""
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)) + 1 / side
-    spectrum = np.fft.rfft2(np.random.default_rng(seed).standard_normal((3, side, side))) / frequency**1.3
-    pixels = np.fft.irfft2(spectrum, (side, side)).transpose(1, 2, 0)
-    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
 
 
 def one_pass(num_images: int, batch: int) -> list[MicroBatch]:
