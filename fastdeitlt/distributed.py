@@ -281,7 +281,7 @@ def _launcher_int(name: str, default: int) -> int:
 def _number(env: Any, name: str, default: int) -> int:
     text = env.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected an integer. Unset it.")
+        raise UserError(f"{name}: got {text[:40]!r} in the environment, expected an integer from 0. Unset it.")
     return int(text)
 
 
@@ -297,6 +297,14 @@ def rank() -> int:
 def local_rank() -> int:
     """Return this process's rank on its machine; 0 when alone."""
     return _launcher_int("LOCAL_RANK", 0)
+
+
+def local_world() -> int:
+    """Return the ranks on this machine as its launcher states them, else 1.
+
+    srun does not state them: it gives each task its own cores.
+    """
+    return max(1, _number(os.environ, "LOCAL_WORLD_SIZE", _number(os.environ, "LOCAL_SIZE", 1)))  # deepspeed's
 
 
 def get_world() -> int:

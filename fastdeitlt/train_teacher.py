@@ -54,7 +54,7 @@ def train_teacher(cfg: Config, resume: str = "auto") -> Path:
         stack.enter_context(memory_hint(cfg, run.folder, "teacher_training"))
         best = run.folder / "checkpoints" / "best"
         if run.finished:
-            log.info("%s is finished; use '--resume never' to train again in a new folder", run.folder)
+            log.info("%s is finished; 'train-teacher --resume never' trains again in a new folder", run.folder)
             return best
         torch.compiler.reset()  # graphs of earlier runs in this process count towards the compiler's limit
         device = distributed.device_of(cfg.train.device)

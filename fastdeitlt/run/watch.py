@@ -173,6 +173,10 @@ def memory_hint(cfg: Config, folder: Path, section: str = "train") -> Iterator[N
         if _is_in_evaluation(error):
             batch = f"evaluate.batch_size={cfg.evaluate.batch_size}"
             less = f"Resume with evaluate.batch_size={max(1, cfg.evaluate.batch_size // 2)}"
+        elif section == "train" and (together := cfg.train.ranks_per_forward) > 1:
+            batch = f"train.batch_size={cfg.train.batch_size} train.ranks_per_forward={together}"
+            fewer = next(n for n in range(together // 2, 0, -1) if together % n == 0)
+            less = f"Resume with train.ranks_per_forward={fewer}"
         else:
             batch = f"{section}.batch_size={getattr(cfg, section).batch_size}"
             less = _less_for_student(cfg) if section == "train" else _less_for_teacher(cfg)

@@ -347,6 +347,11 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch, name):
     assert num_threads() == 16
     monkeypatch.setenv(name, "8")
     assert num_threads() == 2 and num_threads(5) == 5
+    monkeypatch.setenv(name, "0")
+    assert num_threads() == 16
+    monkeypatch.setenv(name, "eight")
+    with pytest.raises(UserError, match=f"{name}: got 'eight' in the environment, expected an integer from 0"):
+        num_threads()
 
 
 def test_a_crash_is_started_again_and_bad_input_is_not(monkeypatch, tmp_path):

@@ -239,6 +239,11 @@ def test_an_evaluation_without_memory_resumes_with_smaller_batches(tmp_path, mon
     ("settings", "world", "words"),
     [
         ({"train.batch_size": 12, "train.virtual_ranks": 2}, 1, r"Use train\.batch_size=6 train\.virtual_ranks=4,"),
+        (
+            {"train.ranks_per_forward": 9},
+            1,
+            r"with train\.batch_size=128 train\.ranks_per_forward=9 .*Resume with train\.ranks_per_forward=3$",
+        ),
         ({"train.batch_size": 2}, 1, r"Use a smaller student or train\.batch_size \("),
         ({"train.batch_size": 2}, 2, r"train\.batch_size, or train\.zero_stage=2 \("),
         ({"train.batch_size": 2, "train.zero_stage": 2}, 2, r"Use a smaller student or train\.batch_size \("),

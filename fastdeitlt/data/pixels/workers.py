@@ -1,6 +1,5 @@
 """Threads of a source: one per core, each for whole batches."""
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from fastdeitlt import distributed
 from fastdeitlt.machine import usable_cores
 
 T = TypeVar("T")
@@ -21,12 +21,8 @@ GPU_BATCHES = 8
 
 
 def num_threads(configured: int = 0) -> int:
-    """Return the threads of one rank: ``configured``, or for 0 the cores per rank.
-
-    Launchers set the number of local ranks, except srun, which gives each task its own cores.
-    """
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # the latter is deepspeed's
-    return configured or max(1, usable_cores() // int(ranks))
+    """Return the threads of one rank: ``configured``, or for 0 the cores per rank."""
+    return configured or max(1, usable_cores() // distributed.local_world())
 
 
 def keep_to_one_core() -> None:
