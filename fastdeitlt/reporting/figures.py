@@ -3,6 +3,7 @@
 # K classes
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def curves(
         for name, (x, y) in lines.items():
             style = "--" if name.endswith(" tail") else "-"
             marker = "o" if len(x) == 1 else None
-            axes.plot(*_thin(x, y), style, marker=marker, markersize=3, label=name, color=colours[name])
+            axes.plot(*_thin(x, y), style, marker=marker, markersize=3, color=colours[name])
         if percent:
             axes.set_ylim(*PERCENT)
         if from_zero:
@@ -84,7 +85,9 @@ def curves(
             _label_above(axes, drw_epoch, "DRW")
         axes.set(xlim=(0, None), xlabel="epoch", ylabel=ylabel)
         if len(lines) > 1:
-            axes.legend(loc="best", ncols=2 if len(lines) > 3 else 1)
+            columns = 2 if len(lines) > 3 else 1
+            names = [_folded(name, 40 // columns) for name in lines]
+            axes.legend(axes.get_lines()[: len(lines)], names, loc="best", ncols=columns)
         return _svg(figure)
 
 
@@ -142,19 +145,24 @@ def reliability(result: Result, names: Mapping[str, str] | None = None) -> Marku
 
 def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> Markup:
     """Draw bars in %, grouped by ``groups``, one colour per name; NaN has no bar."""
+    names = [_folded(name, 40) for name in values]
     fitting = int(62 / (5 + max(map(len, values), default=0)))  # columns of a legend as wide as the axes
     columns = min(max(fitting, 1), len(values))
+    rows = -(-len(values) // max(columns, 1)) + sum(name.count("\n") for name in names)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(LEGEND_INCHES * (-(-len(values) // max(columns, 1)) - 1))
+        figure, axes = _new(LEGEND_INCHES * (rows - 1))
         width = 0.8 / max(len(values), 1)
         for index, (name, heights) in enumerate(values.items()):
             x = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * width
-            axes.bar(x, np.nan_to_num(heights), width * 0.92, label=name, color=colours[name])
+            axes.bar(x, np.nan_to_num(heights), width * 0.92, color=colours[name])
         axes.set_xticks(range(len(groups)), groups)
         axes.grid(axis="x", visible=False)
         axes.set(ylim=(0, 120), yticks=range(0, 101, 20), ylabel="accuracy in %")  # room for a row of the legend
         where = (0.5, 0.87)
-        axes.legend(loc="lower center", bbox_to_anchor=where, ncols=columns, handlelength=1, columnspacing=1.2)
+        axes.legend(
+            axes.containers, names, loc="lower center", bbox_to_anchor=where, ncols=columns, handlelength=1,
+            columnspacing=1.2,
+        )  # fmt: skip
         return _svg(figure)
 
 
@@ -196,6 +204,11 @@ def distances(distance_LH: Sequence[Sequence[float]], uniform: float) -> Markup:
         top = 1.15 * max(uniform, *(max(heads) for heads in distance_LH))
         axes.set(xlim=(0.5, len(distance_LH) + 0.5), ylim=(0, top), xlabel="block", ylabel="pixels")
         return _svg(figure)
+
+
+def _folded(name: str, width: int) -> str:
+    """Break a legend's name into lines of at most ``width`` characters."""
+    return "\n".join(textwrap.wrap(name, width, drop_whitespace=False)) or name
 
 
 def _new(above: float = 0.0) -> tuple[Figure, Axes]:

@@ -100,6 +100,18 @@ def test_a_legend_of_long_names_has_rows_within_the_figure():
         assert all(float(x) > 0 and float(x) + 5 * length < width and float(y) > 0 for x, y in places)
 
 
+def test_legends_show_long_names_whole_and_names_with_a_leading_underscore():
+    names = [f"{'m' * 80}{end}" for end in "ab"] + ["_c"]
+    colours = dict.fromkeys(names, "#000000")
+    bars = figures.bars(["all", "tail"], {name: [50, 60] for name in names}, colours)
+    for svg in (bars, figures.curves({name: ([1, 2], [50, 60]) for name in names}, "loss", colours)):
+        place = r'<text[^>]*(?: x="|translate\()([-\d.]+)(?:" y="| )([-\d.]+)[^>]*>'
+        parts = re.findall(rf"{place}(m*[ab]|m+|_c)<", svg)
+        assert "".join(text for _, _, text in parts) == "".join(names)
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        assert all(float(x) > 0 and float(x) + 5 * len(text) < width and float(y) > 0 for x, y, text in parts)
+
+
 @pytest.mark.parametrize(("num_classes", "drawn"), [(50, True), (51, False)])
 def test_beyond_fifty_classes_the_worst_pairs_take_the_matrix_s_place(tmp_path, num_classes, drawn):
     folder = tmp_path / "run"
