@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from fastdeitlt.store.files import read_json
 from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.step import build_objective, build_optimizer
 from fastdeitlt.tools import ablation_table as table
-from fastdeitlt.tools.demo import train_both
+from fastdeitlt.tools.demo import SHARED, train_both
 from fastdeitlt.train import train
 
 log = logging.getLogger("fastdeitlt")
@@ -175,9 +175,9 @@ def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     settings = config.parse_overrides(tuple(overrides))
     of_teacher = {name: value for name, value in settings.items() if name.startswith("teacher_training.")}
     of_student = {name: value for name, value in settings.items() if name not in of_teacher}
-    recipe = config.flatten(config.load(grid.student))
-    teacher_recipe = config.flatten(config.load(grid.teacher)) if grid.teacher else {}
-    runs_dir = Path(str(of_student.get("runs_dir", recipe["runs_dir"]))) / grid.name
+    recipe, _ = config.load_student(grid.student)
+    teacher_recipe = config.load_teacher(grid.teacher) if grid.teacher else None
+    runs_dir = Path(str(of_student.get("runs_dir", recipe.runs_dir))) / grid.name
     common_teacher = grid.settings.teacher
     if common_teacher == "none":
         raise UserError("grid settings.teacher: got none, expected settings. Remove the grid's teacher recipe.")
@@ -187,36 +187,47 @@ def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     ):
         raise UserError(f"{unused}: no effect, because grid {grid.name} has no teacher recipe. Remove it, or add one.")
 
-    def built(what: str, seed: int, flat: dict[str, Any], name: str) -> Config:
-        own = {"name": name, "runs_dir": str(runs_dir), "train.seed": seed}
+    def built(what: str, load: Callable[..., Config], base: Config, values: dict[str, Any]) -> Config:
         try:
-            return config.build(flat | own)
+            return load(base, values)
         except UserError as error:
             raise UserError(f"grid {grid.name}, {what}: {error}") from None
 
     runs = []
     for seed in grid.seeds:
         for name, arm in grid.arms.items():
-            student = recipe | grid.settings.student | of_student | arm.student
-            taught = bool(grid.teacher) and arm.teacher != "none"
-            _check_own(grid, name, arm, of_student, taught)
-            if arm.teacher == "none":
-                student |= {"teacher.path": ""}
+            own = {"runs_dir": str(runs_dir), "train.seed": seed}
+            values = {**grid.settings.student, **of_student, **arm.student, **own, "name": f"{name}-seed{seed}"}
             teacher_cfg = None
-            if taught:
-                flat = teacher_recipe | common_teacher | of_teacher | arm.teacher  # type: ignore[operator]
-                teacher_cfg = built(f"arm {name}, teacher", seed, flat, str(teacher_recipe["name"]))
-            runs.append(ArmRun(name, seed, built(f"arm {name}", seed, student, f"{name}-seed{seed}"), teacher_cfg))
+            if arm.teacher == "none":
+                values["teacher.path"] = ""
+            _check_own(grid, name, arm, of_student)
+            if teacher_recipe and arm.teacher != "none":
+                taught = {**common_teacher, **of_teacher, **arm.teacher, **own}
+                teacher_cfg = built(f"arm {name}, teacher", config.load_teacher, teacher_recipe, taught)
+            runs.append(ArmRun(name, seed, built(f"arm {name}", config.load, recipe, values), teacher_cfg))
     _refuse_equal_arms(runs[: len(grid.arms)])
     return runs
 
 
-def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any], taught: bool) -> None:
+def _check_own(grid: Grid, name: str, arm: Arm, of_student: dict[str, Any]) -> None:
+    """Raise UserError for settings that the grid sets, or of the other model."""
+    where = f"grid {grid.name}, arm {name}"
+    parts = [part for part in (grid.settings.teacher, arm.teacher) if part != "none"]
+    of_teacher = [key for part in parts for key in part]
+    taught = bool(grid.teacher) and arm.teacher != "none"
     own = {**grid.settings.student, **arm.student}
     wrong = [key for key in OWN_SETTINGS if key in own and (key != "teacher.path" or taught)]
     wrong += [key for key in ("name", "train.seed") if key in of_student]
+    wrong += [key for key in OWN_SETTINGS if key in of_teacher]
     if wrong:
-        raise UserError(f"grid {grid.name}, arm {name}: {wrong[0]} is set by the grid. Remove it.")
+        raise UserError(f"{where}: {wrong[0]} is set by the grid. Remove it.")
+    if wrong := [key for key in (*own, *of_teacher) if key in config.SECTIONS]:
+        raise UserError(f"{where}: {wrong[0]}: got a section, expected a dotted name such as train.epochs.")
+    if wrong := [key for key in own if key.startswith("teacher_training.")]:
+        raise UserError(f"{where}: {wrong[0]}: no effect on a student. Move it to `teacher`.")
+    if wrong := [key for key in of_teacher if key.startswith(SHARED)]:
+        raise UserError(f"{where}, teacher: {wrong[0]}: a teacher has the student's. Move it to `student`.")
 
 
 def _refuse_equal_arms(runs: list[ArmRun]) -> None:
