@@ -56,6 +56,12 @@ def test_texts_may_be_quoted_and_emptied():
     assert config.load("quickstart", ["teacher.path=x", "teacher.path="]).teacher.path == ""
 
 
+def test_a_place_in_the_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = config.load("quickstart", ["runs_dir=~/runs", "teacher.path=~/t", "student.init=~/w"])
+    assert (cfg.runs_dir, cfg.teacher.path, cfg.student.init) == ("/home/me/runs", "/home/me/t", "/home/me/w")
+
+
 def test_dumped_config_reads_back_equal(tmp_path):
     cfg = config.load("quickstart", ["name=x"])
     (tmp_path / "c.yaml").write_text(config.dump(cfg))

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from pydantic.fields import FieldInfo
 
-from fastdeitlt.config.section import Section, TrackerNames
+from fastdeitlt.config.section import Place, Section, TrackerNames
 from fastdeitlt.config.student import (
     AugmentConfig,
     DataConfig,
@@ -26,7 +26,7 @@ class Config(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run's folder under runs_dir: letters, digits, dot, dash, underscore."""
-    runs_dir: str = "runs"
+    runs_dir: Place = "runs"
     """Folder of the run folders."""
     track: TrackerNames = ("tensorboard",)
     """Trackers for the numbers of metrics.jsonl: tensorboard, wandb, mlflow, one or several. [] = none. A failing

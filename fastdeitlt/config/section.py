@@ -1,5 +1,6 @@
 """Base class and number types of configuration sections."""
 
+import os
 import reprlib
 from typing import Annotated, Literal
 
@@ -52,6 +53,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 Positive = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]

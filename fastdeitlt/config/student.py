@@ -11,6 +11,7 @@ from fastdeitlt.config.section import (
     Below1,
     ChannelDeviations,
     ChannelMeans,
+    Place,
     Range,
     Section,
 )
@@ -153,7 +154,7 @@ class StudentConfig(Section):
     """deit_{tiny,small,base,large}_distilled_patch{2,4,8,16}_<size>."""
     img_size: int = Field(0, ge=0)
     """Input height and width in pixels. 0 = the size in the name."""
-    init: str = ""
+    init: Place = ""
     """Initial weights: a run or model folder, or a .pth or .safetensors file of a plain or distilled ViT with timm's
     names. Other image sizes, patches, depths and classes are adapted. Empty: random weights."""
     depth: int = Field(0, ge=0)
@@ -187,7 +188,7 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     """The frozen CNN teacher of the DIST token."""
 
-    path: str = ""
+    path: Place = ""
     """Model folder or released checkpoint of the teacher. Empty: no distillation (a plain ViT)."""
     arch: str = "resnet32"
     """resnet<6n+2> (CIFAR, option A), resnet50, or any timm CNN name. A model folder's own takes precedence."""

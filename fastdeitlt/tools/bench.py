@@ -108,7 +108,8 @@ def bench(
         result["facts"]["data wait, share of the end-to-end time"] = share
     if world == 1:
         own = cfg.train.batch_size
-        sizes = batches if batches is not None else [own // 2 // 2 * 2 or 2, own] if quick else [own // 2, own, 2 * own]
+        usual = {own // 2 or 1, own, *(() if quick else (2 * own,))}
+        sizes = sorted(usual) if batches is None else batches
         rows += [_at_batch(setup, size, rounds) for size in sizes]
         gpus = torch.cuda.device_count()
         powers = [2**i for i in range(gpus.bit_length())] if gpus > 1 and not quick else []

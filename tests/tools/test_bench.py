@@ -233,6 +233,17 @@ def test_memory_is_given_back_before_ranks_take_the_gpu(monkeypatch):
     assert happened == ["given back", "started"]
 
 
+@pytest.mark.parametrize(("images", "sizes"), [(1, [1, 2]), (6, [3, 6, 12])])
+def test_usual_batch_sizes_are_half_one_and_two_times_the_recipe_s(images, sizes, monkeypatch):
+    measured = []
+    monkeypatch.setattr("fastdeitlt.tools.bench._at_batch", lambda setup, size, rounds: measured.append(size) or {})
+    monkeypatch.setattr("fastdeitlt.tools.bench._calls", lambda *_: {"full step": lambda: None})
+    monkeypatch.setattr("fastdeitlt.tools.bench._facts", lambda *_: {})
+    monkeypatch.setattr("fastdeitlt.tools.bench.show", lambda _: None)
+    bench("quickstart", [*TINY, f"train.batch_size={images}", "mixup.prob=0"], synthetic=True, ranks=[])
+    assert measured == sizes
+
+
 @pytest.mark.parametrize("options", [[], ["--quick"]], ids=" ".join)
 def test_ranks_are_measured_as_one_process_is(options, monkeypatch, tmp_path):
     """--quick compiles nothing on a CPU."""
