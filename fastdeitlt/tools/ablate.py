@@ -14,7 +14,8 @@ from rich.table import Table
 from fastdeitlt import config
 from fastdeitlt.config import Config, Section
 from fastdeitlt.data.sampler import plan_of
-from fastdeitlt.data.sets.opening import open_training_sets
+from fastdeitlt.data.sets.fingerprint import fingerprint
+from fastdeitlt.data.sets.opening import open_sets, open_training_sets
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import teacher_plan_of
 from fastdeitlt.errors import NonFiniteError, UserError, counted
@@ -287,7 +288,7 @@ def _student_work(run: ArmRun, images: LongTailSet) -> Work:
 def _refuse_other_settings(run: ArmRun) -> None:
     """Raise UserError if the folder has a run with other settings.
 
-    Those of a finished run include the place of its data, its lists and its teacher.
+    Those of a finished run include its teacher, and the place of its data and its lists unless they were moved.
     """
     cfg, saved = run.student, run.folder / "config.yaml"
     if not saved.is_file():
@@ -296,12 +297,23 @@ def _refuse_other_settings(run: ArmRun) -> None:
     free = {"teacher.path": run.teacher is not None, "train.virtual_ranks": not cfg.train.virtual_ranks}
     free_names = [name for name, is_found in free.items() if is_found]  # resolved only in training
     remedy = f"Use the saved settings, remove {run.folder}, or rename the grid."
-    fixed = PLACES if is_finished(run.folder) else ()
+    finished = is_finished(run.folder)
+    fixed = PLACES if finished and not _were_moved(before, run) else ()
     refuse_changes(before, cfg, run.folder, free_names, remedy, fixed)
     teacher = Path(before.teacher.path).parent.parent  # of checkpoints/best
-    if fixed and run.teacher and (teacher / "config.yaml").is_file():
+    if finished and run.teacher and (teacher / "config.yaml").is_file():
         now = run.teacher.model_copy(update={"data": cfg.data})
         refuse_changes(config.load(str(teacher / "config.yaml")), now, teacher, ["train.virtual_ranks"], remedy)
+
+
+def _were_moved(before: Config, run: ArmRun) -> bool:
+    """Return whether the training images and list names are a finished run's."""
+    data = run.student.data
+    names = [[Path(x.val_list).name, Path(x.test_list).name] for x in (before.data, data)]
+    trained_on = read_json(run.folder / "checkpoints" / "best" / "manifest.json").get("data_sha256")
+    if before.data == data or names[0] != names[1] or not trained_on:
+        return False
+    return trained_on == fingerprint(open_sets(data).train)
 
 
 def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from fastdeitlt import cli, config
 from fastdeitlt.data.sets import embedded
+from fastdeitlt.data.sets.fingerprint import fingerprint
+from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.metrics import score, score_heads
 from fastdeitlt.reporting import report
@@ -281,6 +284,31 @@ def test_finished_runs_with_other_settings_or_data_are_not_compared(
     assert cli.main(["ablate", grid_file(), runs, setting.replace("@", str(tmp_path)), *options]) == 2
     assert words in capsys.readouterr().err
     assert trained == [] and (folder / "results.csv").read_bytes() == before
+
+
+def test_a_grid_continues_with_images_that_were_moved(grid_file, trained, tmp_path, capsys):
+    for name, number in product("ab", range(9)):
+        path = tmp_path / "here" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    settings = {"student": SHORT["student"] | {"data.dataset": "folder", "train.batch_size": 2}}
+    grid = grid_file(
+        teacher="", settings=settings, arms={"vit": {}, "fast": {"student": {"optim.lr": 1e-2}}}, seeds=[0]
+    )
+
+    def ablated(place, *options):
+        root = tmp_path / place
+        return cli.main(["ablate", grid, f"data.root={root}", f"runs_dir={tmp_path / 'runs'}", *options])
+
+    assert ablated("here", "--arms", "vit") == 0
+    best = tmp_path / "runs/grid/vit-seed0/checkpoints/best"
+    best.mkdir(parents=True)
+    images = open_sets(config.DataConfig(dataset="folder", root=str(tmp_path / "here"))).train
+    (best / "manifest.json").write_text(json.dumps({"data_sha256": fingerprint(images)}))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert ablated("there", "--dry-run") == 0
+    (tmp_path / "there/a").rename(tmp_path / "there/c")
+    assert ablated("there") == 2 and "other settings (data.root" in capsys.readouterr().err
 
 
 def test_a_finished_grid_needs_its_images_no_more(grid_file, trained, tmp_path, monkeypatch, capsys):
