@@ -180,7 +180,7 @@ def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     teacher_recipe = config.load_teacher(grid.teacher) if grid.teacher else None
     runs_dir = Path(str(of_student.get("runs_dir", recipe.runs_dir))) / grid.name
     common_teacher = grid.settings.teacher
-    if common_teacher == "none":
+    if isinstance(common_teacher, str):
         raise UserError("grid settings.teacher: got none, expected settings. Remove the grid's teacher recipe.")
     own = [arm.teacher for arm in grid.arms.values() if arm.teacher != "none"]
     if not grid.teacher and (
@@ -203,7 +203,7 @@ def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
             if arm.teacher == "none":
                 values["teacher.path"] = ""
             _check_own(grid, name, arm, of_student)
-            if teacher_recipe and arm.teacher != "none":
+            if teacher_recipe and isinstance(arm.teacher, dict):
                 taught = {**common_teacher, **of_teacher, **arm.teacher, **own}
                 teacher_cfg = built(f"arm {name}, teacher", config.load_teacher, teacher_recipe, taught)
             runs.append(ArmRun(name, seed, built(f"arm {name}", config.load, recipe, values), teacher_cfg))
@@ -313,7 +313,7 @@ def _were_moved(before: Config, run: ArmRun) -> bool:
     trained_on = read_json(run.folder / "checkpoints" / "best" / "manifest.json").get("data_sha256")
     if before.data == data or names[0] != names[1] or not trained_on:
         return False
-    return trained_on == fingerprint(open_sets(data).train)
+    return fingerprint(open_sets(data).train) == trained_on
 
 
 def _teacher_work(run: ArmRun, images: LongTailSet) -> Work:
