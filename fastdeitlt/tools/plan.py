@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from fastdeitlt import config, distributed
 from fastdeitlt.config import DataConfig
 from fastdeitlt.data.check.pixel_stats import PixelStats, pixel_stats
 from fastdeitlt.data.check.scan import check_files
+from fastdeitlt.data.pixels.files import UnreadableError, read_encoded
 from fastdeitlt.data.sets.findings import opening_findings
 from fastdeitlt.data.sets.folders import SPLIT_FOLDERS, is_image, split_of, walk
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.data.sets.shards import SUFFIXES as SHARD_SUFFIXES
 from fastdeitlt.data.sets.shards import names_split
 from fastdeitlt.data.sets.splits import DEFAULT_LISTS
-from fastdeitlt.data.sets.types import SPLITS, Sets
+from fastdeitlt.data.sets.types import SPLITS, LongTailSet, Sets
 from fastdeitlt.errors import UserError, counted, printable
 from fastdeitlt.models.start import shape_of
 from fastdeitlt.models.vit import PATCHES
@@ -218,6 +220,7 @@ def describe(planned: Planned) -> list[str]:
         f"pixels     mean {list(facts.mean)}, deviation {list(facts.std)}, median short side {facts.short_side:,} px"
         + (f", {facts.gray:.0%} gray" if facts.gray else "")
     )
+    lines += _turned(sets.train)
     for rung, rate in rates.student.items():
         mark = "selected" if rung == choice.rung else ""
         what = f"{rung.student}, {counted(rung.depth, 'block')}: {rate:,.0f} images/s"
@@ -234,6 +237,20 @@ def describe(planned: Planned) -> list[str]:
     total = sum(choice.seconds.values()) / 60
     lines.append(f"time       {times}; together {total:,.1f} of {planned.hours * 60:,.1f} min")
     return lines + [f"note       {remark}" for remark in choice.remarks]
+
+
+def _turned(images: LongTailSet) -> list[str]:
+    """Return a line on EXIF orientations, if some of 512 images have one."""
+    if images.images_NHWC is not None:
+        return []
+    sample = range(0, len(images), -(-len(images) // 512))
+    number = 0
+    for place in map(images.place, sample):
+        with suppress(UnreadableError):
+            upright, stored = (read_encoded(place, exif=exif, header_only=True) for exif in ("apply", "ignore"))
+            number += upright.orientation != stored.orientation
+    found = f"{number} of {counted(len(sample), 'sampled image')} with an EXIF orientation"
+    return [f"note       {found}, ignored; data.exif=apply in both recipes turns them upright"] if number else []
 
 
 def _smallest(sets: Sets) -> list[str]:

@@ -144,12 +144,15 @@ def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, cap
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "photos", SIZES)
     (tmp_path / "photos" / "cat" / "new.heic").write_bytes(b"")
+    for file in (tmp_path / "photos" / "dog").iterdir():
+        Image.open(file).save(file, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06" + bytes(7))
     assert main(["plan", "photos", "--hours", "0.1", "--out", "mine"]) == 0
     shown = capsys.readouterr().out
     assert "fastdeitlt train mine.yaml --with-teacher mine-teacher.yaml" in shown
     assert "smallest   eel 2 train, 0 val, 1 test; dog 4 train, 1 val, 1 test" in shown
     assert "note       1 class without val images, not scored (2 (eel))" in shown
     assert "note       1 file ignored: not in a class folder, or no image suffix (cat/new.heic)" in shown
+    assert "note       4 of 15 sampled images with an EXIF orientation, ignored; data.exif=apply" in shown
     for name, trains in (("mine.yaml", False), ("mine-teacher.yaml", True)):
         text = (tmp_path / name).read_text()
         assert config.load(name).is_teachers is trains
