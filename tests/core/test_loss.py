@@ -1,10 +1,7 @@
 """The joint loss against golden vectors of the official code and against torch's own losses."""
 
-import json
-from pathlib import Path
-
+import golden
 import hypothesis
-import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -17,8 +14,6 @@ from fastdeitlt.core.loss import decision_weight, joint_loss
 from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.errors import UserError
 
-DATA = Path(__file__).parents[1] / "data"
-GOLDEN = json.loads((DATA / "joint_loss.json").read_text())
 B, K = 6, 11
 
 
@@ -43,25 +38,9 @@ def dense_target(labels, partner, lam, smoothing, num_classes=K):
     return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['case']}-{c['distillation']}-K{c['C']}")
-def test_official_losses_and_gradients_are_reproduced(case, impl):
-    with np.load(DATA / "joint_loss.npz") as file:
-        g = {k.split("_", 1)[1]: torch.from_numpy(file[k]) for k in file if k.startswith(f"c{case['case']}_")}
-    share = 1 - case["beta"] ** g["counts"].double()
-    weights = (1 / share / (1 / share).sum() * case["C"]).float()
-    heads = [g["cls"].requires_grad_(), g["dist"].requires_grad_()]
-    losses = joint_loss(
-        *heads, g["labels"], g["teacher"], partner=g["labels"].flip(0) if case["mixed"] else None, lam=case["lam"],
-        smoothing=case["smoothing"], weights=weights if case["weighted"] else None, tau=case["tau"],
-        class_map=g["class_map"] if case["map_teacher_classes"] else None, distillation=case["distillation"],
-        impl=impl,
-    )  # fmt: skip
-    expected = [case["loss"], 2 * case["half_cls"], 2 * case["half_dist"]]
-    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
-    losses.loss.backward()
-    for head, gradient in zip(heads, (g["dcls"], g["ddist"]), strict=True):
-        torch.testing.assert_close(head.grad, gradient, rtol=0, atol=1e-6)
+@golden.JOINT_LOSSES
+def test_official_losses_and_gradients_are_reproduced(case):
+    golden.assert_joint_loss(case, "torch")
 
 
 @hypothesis.given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 0.5), st.integers(0, 99))

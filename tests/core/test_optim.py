@@ -1,10 +1,9 @@
 """Schedule, parameter groups and moving average against the reference; optimizer state comes back whole."""
 
-import json
 import sys
 import types
-from pathlib import Path
 
+import golden
 import pytest
 import timm
 import torch
@@ -20,10 +19,9 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student
 
 LARGE = ("imagenet_lt", "inat18", "places_lt")
-DATA = Path(__file__).parents[1] / "data"
 
 
-@pytest.mark.parametrize("case", json.loads((DATA / "lr_schedule.json").read_text()), ids=lambda c: f"{c['epochs']}ep")
+@pytest.mark.parametrize("case", golden.load("lr_schedule"), ids=lambda c: f"{c['epochs']}ep")
 def test_learning_rate_is_the_references(case):
     cfg = config.build(
         {
@@ -55,14 +53,14 @@ def test_learning_rate_ends_at_min_lr():
 
 
 def test_parameter_groups_are_the_references():
-    golden = json.loads((DATA / "trajectory.json").read_text())
-    student = create_student("deit_base_distilled_patch16_224", golden["arch"]["classes"], depth=2)
+    official = golden.load("trajectory")
+    student = create_student("deit_base_distilled_patch16_224", official["arch"]["classes"], depth=2)
     groups = optim.parameter_groups(student, 0.05)
     got = [
         {"weight_decay": g["weight_decay"], "n": len(g["params"]), "numel": sum(p.numel() for p in g["params"])}
         for g in groups
     ]
-    assert got == golden["optimizer"]["param_groups"]
+    assert got == official["optimizer"]["param_groups"]
 
 
 def test_layer_decay_gives_the_groups_of_timm():

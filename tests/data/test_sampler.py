@@ -1,18 +1,16 @@
 """Which image when: the reference's order, and the same steps on any number of ranks."""
 
-import json
-from pathlib import Path
-
+import golden
 import numpy as np
 import pytest
 
 from fastdeitlt.data.sampler import Plan, RepeatedAugmentationSampler
 from fastdeitlt.errors import UserError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "repeated_augmentation.json").read_text())
 
-
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"n{c['n']}-world{c['replicas']}-rank{c['rank']}")
+@pytest.mark.parametrize(
+    "case", golden.load("repeated_augmentation"), ids=lambda c: f"n{c['n']}-world{c['replicas']}-rank{c['rank']}"
+)
 def test_order_is_the_references(case):
     sampler = RepeatedAugmentationSampler(case["n"], case["replicas"], case["rank"])
     sampler.set_epoch(case["epoch"])

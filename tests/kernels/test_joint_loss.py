@@ -1,10 +1,7 @@
 """The joint loss kernel against the float32 reference and golden vectors, losses and both gradients."""
 
-import json
-from pathlib import Path
-
+import golden
 import hypothesis
-import numpy as np
 import pytest
 import torch
 from fastdeitlt.kernels.joint_loss import gathered, joint_loss, reference
@@ -14,8 +11,6 @@ from fastdeitlt.core.loss import joint_loss as public_joint_loss
 from fastdeitlt.data.sets.counts import drw_weights
 from fastdeitlt.errors import UserError
 
-DATA = Path(__file__).parents[1] / "data"
-GOLDEN = json.loads((DATA / "joint_loss.json").read_text())
 GPU = torch.cuda.is_available()
 TOLERANCES = {torch.float32: (1e-5, 3e-6 if GPU else 1e-6), torch.float16: (1e-5, 2e-3), torch.bfloat16: (1e-5, 1e-2)}
 """Type -> relative error of the losses (float32 inside), error of a gradient as a share of the largest."""
@@ -85,26 +80,9 @@ def assert_matches(arguments, options, upstream=(1.0, 0.0, 0.0)):
         torch.testing.assert_close(got.float(), expected, rtol=0, atol=gradient_error * max(largest, SMALLEST_GRADIENT))
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['case']}-{c['distillation']}-K{c['C']}")
+@golden.JOINT_LOSSES
 def test_golden_vectors_through_the_kernel(case, device):
-    with np.load(DATA / "joint_loss.npz") as file:
-        g = {
-            k.split("_", 1)[1]: torch.from_numpy(file[k]).to(device) for k in file if k.startswith(f"c{case['case']}_")
-        }
-    share = 1 - case["beta"] ** g["counts"].double()
-    weights = (1 / share / (1 / share).sum() * case["C"]).float()
-    heads = [g["cls"].requires_grad_(), g["dist"].requires_grad_()]
-    losses = public_joint_loss(
-        *heads, g["labels"], g["teacher"], partner=g["labels"].flip(0) if case["mixed"] else None, lam=case["lam"],
-        smoothing=case["smoothing"], weights=weights if case["weighted"] else None, tau=case["tau"],
-        class_map=g["class_map"] if case["map_teacher_classes"] else None, distillation=case["distillation"],
-        impl="triton",
-    )  # fmt: skip
-    expected = [case["loss"], 2 * case["half_cls"], 2 * case["half_dist"]]
-    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5, abs=LOSS_ATOL)
-    losses.loss.backward()
-    for head, gradient in zip(heads, (g["dcls"], g["ddist"]), strict=True):
-        torch.testing.assert_close(head.grad, gradient, rtol=0, atol=1e-6)
+    golden.assert_joint_loss(case, "triton", device, LOSS_ATOL)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -247,13 +225,6 @@ def test_ops_are_registered_correctly(variant, device):
     one = torch.ones((), device=device)
     backward = (one, None, one, *outputs[3:], *(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs))
     torch.library.opcheck(torch.ops.fastdeitlt.joint_loss_backward, backward)
-
-
-def test_the_compiled_loss_is_one_graph_and_equal(device):
-    arguments, options = example(4, 10, device, **VARIANTS["drw"])
-    compiled = torch.compile(joint_loss, fullgraph=True, backend="aot_eager")
-    got, expected = (with_gradients(loss, arguments, options) for loss in (compiled, joint_loss))
-    torch.testing.assert_close((*got[0], *got[1]), (*expected[0], *expected[1]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """The student with its kernels on against the student in torch: forward, backward, golden vectors, one graph."""
 
-import json
-from pathlib import Path
-
-import numpy as np
+import golden
 import pytest
 import torch
 
@@ -13,7 +10,6 @@ from fastdeitlt.models import create_student, create_teacher
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher
 
-DATA = Path(__file__).parents[1] / "data"
 TRITON = {"attention": "triton", "add_layernorm": "triton", "bias_gelu": "triton"}
 TORCH = {"attention": "sdpa", "add_layernorm": "torch", "bias_gelu": "torch"}
 GPU = torch.cuda.is_available()
@@ -52,22 +48,19 @@ def test_forward_and_backward_equal_torchs(law, shortcut, device):
 
 
 def test_golden_logits_and_gradient_norms_through_add_layernorm(device):
-    golden = json.loads((DATA / "student_forward.json").read_text())
+    expected = golden.load("student_forward")
     model = create_student("deit_base_distilled_patch16_224", 17, depth=2, drop_path=0.0, add_layernorm="triton")
-    with torch.no_grad():
-        for j, (_, tensor) in enumerate(sorted(model.state_dict().items())):
-            values = np.random.default_rng([golden["seed"], j]).standard_normal(tuple(tensor.shape)) * 0.05
-            tensor.copy_(torch.from_numpy(values.astype(np.float32)))
-    images = np.random.default_rng([golden["seed"], 999]).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    golden.fill(model, expected["seed"])
+    images = golden.images(expected["seed"], (2, 3, 224, 224)).to(device)
     model.to(device)
     with torch.autocast("cuda", torch.bfloat16, enabled=GPU):
-        cls_logits, dist_logits = (logits.float() for logits in model(torch.from_numpy(images).to(device)))
+        cls_logits, dist_logits = (logits.float() for logits in model(images))
     tolerance = 6e-2 if GPU else 2e-4
-    for logits, expected in ((cls_logits, golden["cls"]), (dist_logits, golden["dist"])):
-        torch.testing.assert_close(logits.cpu(), torch.tensor(expected), rtol=tolerance, atol=tolerance / 100)
+    for logits, values in ((cls_logits, expected["cls"]), (dist_logits, expected["dist"])):
+        torch.testing.assert_close(logits.cpu(), torch.tensor(values), rtol=tolerance, atol=tolerance / 100)
     (cls_logits.square().mean() + dist_logits.square().mean()).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad.norm().item() == pytest.approx(golden["grad_norms"][name], rel=tolerance), name
+        assert parameter.grad.norm().item() == pytest.approx(expected["grad_norms"][name], rel=tolerance), name
 
 
 def test_the_compiled_student_is_one_graph_and_equal(device):

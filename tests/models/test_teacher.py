@@ -1,11 +1,8 @@
 """The teacher against golden vectors and torchvision; whose files it takes and refuses."""
 
-import argparse
-import json
-import os
 from pathlib import Path
 
-import numpy as np
+import golden
 import pytest
 import torch
 import torchvision
@@ -26,7 +23,7 @@ from fastdeitlt.models.teacher import Teacher, check_size, open_teacher
 from fastdeitlt.models.vit import num_parameters
 from fastdeitlt.store.checkpoint import save_model_folder
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "teachers.json").read_text())
+GOLDEN = golden.load("teachers")
 TEACHERS = list(GOLDEN["teachers"])
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,12 +35,8 @@ def golden_teacher(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     case, seed = GOLDEN["teachers"][name], GOLDEN["seed"]
     logits = torch.tensor(case["logits"])
     network = create_teacher(arch, logits.shape[1], f"official_{style}").eval()
-    for j, (key, tensor) in enumerate(sorted(network.state_dict().items())):
-        if tensor.is_floating_point():
-            values = np.random.default_rng([seed, j]).standard_normal(tuple(tensor.shape)).astype(np.float32) * 0.05
-            tensor.copy_(torch.from_numpy(np.abs(values) + 1 if key.endswith("running_var") else values))
-    images = np.random.default_rng([seed, 999]).standard_normal(case["input_shape"]).astype(np.float32)
-    return network, torch.from_numpy(images), logits
+    golden.fill(network, seed)
+    return network, golden.images(seed, case["input_shape"]), logits
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["linear", "cosine"])
@@ -214,26 +207,6 @@ def test_paco_class_count_and_style_are_checked(tmp_path: Path) -> None:
         load_teacher(path, "resnet8", 4, "official_ldam")
 
 
-class Canary:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_teacher_never_runs(tmp_path: Path, zipped: bool) -> None:
-    content = {
-        "state_dict": create_teacher("resnet8", 4).state_dict(),
-        "args": argparse.Namespace(x=Canary(tmp_path / "c")),
-    }
-    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"contains (posix|nt)\.system, expected only tensors \(nothing was executed\)"):
-        load_teacher(tmp_path / "evil.pth", "resnet8", 4)
-    assert not (tmp_path / "c").exists()
-
-
 @pytest.mark.parametrize("keep", [0, 1, 300, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["pth", "legacy.pth", "safetensors"])
 def test_truncated_teachers_are_named(tmp_path: Path, kind: str, keep: float) -> None:
@@ -249,16 +222,10 @@ def test_truncated_teachers_are_named(tmp_path: Path, kind: str, keep: float) ->
 
 
 def test_other_files_are_explained(tmp_path: Path) -> None:
-    (tmp_path / "page.pth").write_text("<html>Not found</html>")
-    with pytest.raises(UserError, match="not torch's pickle"):
-        load_teacher(tmp_path / "page.pth", "resnet8", 4)
     with pytest.raises(UserError, match="no such file"):
         load_teacher(tmp_path / "absent.pth", "resnet8", 4)
     with pytest.raises(UserError, match=r"no manifest\.json"):
         load_teacher(tmp_path, "resnet8", 4)
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match="no state_dict"):
-        load_teacher(tmp_path / "empty.pth", "resnet8", 4)
 
 
 def folder_of(path: Path, network: nn.Module, **facts: object) -> Path:

@@ -1,10 +1,8 @@
 """The student against golden vectors, timm and itself."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
+import golden
 import pytest
 import timm
 import torch
@@ -16,19 +14,8 @@ from fastdeitlt.models import create_student
 from fastdeitlt.models.residual import BranchSamples, draw_samples
 from fastdeitlt.models.vit import DistilledViT, flops_per_image, num_parameters
 
-DATA = Path(__file__).parents[1] / "data"
-GOLDEN = json.loads((DATA / "student_forward.json").read_text())
+GOLDEN = golden.load("student_forward")
 TINY32 = "deit_tiny_distilled_patch8_32"
-
-
-def golden_fill(model: nn.Module, seed: int) -> None:
-    for j, (_, tensor) in enumerate(sorted(model.state_dict().items())):
-        values = np.random.default_rng([seed, j]).standard_normal(tuple(tensor.shape)).astype(np.float32) * 0.05
-        tensor.copy_(torch.from_numpy(values))
-
-
-def golden_images(seed: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(np.random.default_rng([seed, 999]).standard_normal(shape).astype(np.float32))
 
 
 def small(drop_path: float = 0.0, **options: object) -> DistilledViT:
@@ -58,9 +45,8 @@ def test_golden_logits_and_gradient_norms(last_block_shortcut: bool) -> None:
         "deit_base_distilled_patch16_224", 17, depth=2, drop_path=0.0, last_block_shortcut=last_block_shortcut
     )
     assert sorted(model.state_dict()) == GOLDEN["keys"]
-    with torch.no_grad():
-        golden_fill(model, GOLDEN["seed"])
-    cls_logits, dist_logits = model(golden_images(GOLDEN["seed"], (2, 3, 224, 224)))
+    golden.fill(model, GOLDEN["seed"])
+    cls_logits, dist_logits = model(golden.images(GOLDEN["seed"], (2, 3, 224, 224)))
     torch.testing.assert_close(cls_logits, torch.tensor(GOLDEN["cls"]), rtol=2e-4, atol=1e-6)
     torch.testing.assert_close(dist_logits, torch.tensor(GOLDEN["dist"]), rtol=2e-4, atol=1e-6)
     (cls_logits.square().mean() + dist_logits.square().mean()).backward()
@@ -196,11 +182,6 @@ def test_the_attention_kernels_operator_gives_the_same_model() -> None:
     assert_same_gradients(got[1], expected[1], 1e-5)
 
 
-def test_unknown_attention_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean triton"):
-        small(attention="tritn")
-
-
 def test_initial_weights_follow_timm() -> None:
     torch.manual_seed(0)
     model = create_student("deit_small_distilled_patch16_224", 10, depth=1)
@@ -245,6 +226,7 @@ def test_bad_students_are_refused_by_name(arguments: tuple, message: str) -> Non
     ("option", "message"),
     [
         ({"add_layernorm": "trition"}, "expected one of auto, torch, triton; did you mean triton"),
+        ({"attention": "tritn"}, "did you mean triton"),
         ({"bias_gelu": "gelu"}, "expected one of auto, torch, triton"),
         ({"drop_path_law": "batch"}, "expected one of bernoulli, count"),
     ],

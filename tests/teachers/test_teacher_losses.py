@@ -1,9 +1,8 @@
 """Losses of the teachers against the references' numbers and against their formulas in float64."""
 
-import json
 from functools import partial
-from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,6 @@ from fastdeitlt.teachers import (
 )
 from fastdeitlt.teachers.losses import build_loss, ldam_margins
 
-DATA = Path(__file__).parents[1] / "data"
 COUNTS = [500, 120, 33, 12, 7, 2, 1]
 EQUAL = [9] * 7
 LOSSES = ("ce", "focal", "ldam", "vs", "balanced_softmax", "logit_adjustment")
@@ -35,45 +33,27 @@ def batch(size: int = 5, classes: int = 7) -> tuple[Tensor, Tensor]:
     return logits, torch.randint(classes, (size,), generator=generator)
 
 
-def golden(name: str) -> list[tuple[dict, dict[str, np.ndarray]]]:
-    arrays = np.load(DATA / f"{name}.npz")
-    cases = json.loads((DATA / f"{name}.json").read_text())
-    prefixes = [f"c{case['case']}_" for case in cases]
-    return [
-        (case, {k.removeprefix(p): arrays[k] for k in arrays.files if k.startswith(p)})
-        for case, p in zip(cases, prefixes, strict=True)
-    ]
-
-
-@pytest.mark.parametrize(("case", "arrays"), golden("ldam"))
-def test_ldam_gives_the_reference_loss_and_gradient(case: dict, arrays: dict[str, np.ndarray]) -> None:
-    logits = torch.tensor(arrays["logits"], requires_grad=True)
+@pytest.mark.parametrize("case", golden.load("ldam"))
+def test_ldam_gives_the_reference_loss_and_gradient(case: dict) -> None:
+    arrays = golden.arrays("ldam", case)
+    logits = arrays["logits"].requires_grad_()
     weights = drw_weights(arrays["counts"].tolist(), case["beta"]) if case["drw"] else None
-    loss = ldam_loss(logits, torch.tensor(arrays["labels"]), arrays["counts"], case["max_m"], case["s"], weights)
+    loss = ldam_loss(logits, arrays["labels"], arrays["counts"], case["max_m"], case["s"], weights)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
-    torch.testing.assert_close(logits.grad, torch.tensor(arrays["grad"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.grad, arrays["grad"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "arrays"), golden("paco"))
-def test_paco_gives_the_reference_loss_and_gradients(case: dict, arrays: dict[str, np.ndarray]) -> None:
-    features = torch.tensor(arrays["features"], requires_grad=True)
-    sup_logits = torch.tensor(arrays["sup_logits"], requires_grad=True)
-    loss = paco_loss(
-        features,
-        torch.tensor(arrays["labels"]),
-        sup_logits,
-        arrays["counts"],
-        case["alpha"],
-        case["beta"],
-        case["gamma"],
-        case["temperature"],
-        case["K"],
-    )
+@pytest.mark.parametrize("case", golden.load("paco"))
+def test_paco_gives_the_reference_loss_and_gradients(case: dict) -> None:
+    arrays = golden.arrays("paco", case)
+    features, sup_logits = (arrays[name].requires_grad_() for name in ("features", "sup_logits"))
+    constants = [case[name] for name in ("alpha", "beta", "gamma", "temperature", "K")]
+    loss = paco_loss(features, arrays["labels"], sup_logits, arrays["counts"], *constants)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
-    torch.testing.assert_close(features.grad, torch.tensor(arrays["dfeatures"]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sup_logits.grad, torch.tensor(arrays["dlogits"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features.grad, arrays["dfeatures"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sup_logits.grad, arrays["dlogits"], rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_changes_neither_loss_nor_gradient() -> None:
