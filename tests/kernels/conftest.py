@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from fastdeitlt.kernels import _measured
 from fastdeitlt.kernels._launch import context_failure
+from fastdeitlt.kernels._pick import say_once
 from triton.runtime import interpreter
 
 ALLOCATORS = ("empty", "empty_like", "empty_strided")
@@ -141,6 +143,22 @@ def _write_in_place() -> None:
 _correct_bfloat16()
 if not torch.cuda.is_available():
     _write_in_place()
+
+
+@pytest.fixture
+def some_gpu(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of the name "some GPU", for which nothing was measured; what a test measures stays its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("kernels._measured", "core.measure.first_start", "tools.tune"):
+        if module := sys.modules.get(f"fastdeitlt.{name}"):
+            monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
+            monkeypatch.setattr(module, "capability", lambda index: (9, 0), raising=False)
+    for cache in ("_tried", "_shared"):
+        monkeypatch.setattr(_measured, cache, {})
+    _measured.rows_of.cache_clear()
+    say_once.cache_clear()
+    yield
+    _measured.rows_of.cache_clear()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdeitlt.kernels import bias_gelu as module
-from fastdeitlt.kernels.bias_gelu import bias_gelu, reference
+from fastdeitlt.kernels.bias_gelu import bias_gelu
 from hypothesis import strategies as st
 
 from fastdeitlt.errors import UserError
@@ -102,28 +102,11 @@ def test_the_cpu_reference_of_the_op_matches_float64(monkeypatch):
     check_against_float64(*example((3, 5, 40), torch.device("cpu")))
 
 
-def test_auto_on_a_cpu_is_the_torch_reference():
-    u, bias = example((3, 40), torch.device("cpu"))
-    assert torch.equal(bias_gelu(u, bias), reference(u, bias))
-
-
 def test_ops_pass_opcheck(device):
     u, bias = example((3, 16), device)
     torch.library.opcheck(torch.ops.fastdeitlt.bias_gelu.default, (u, bias))
     detached = (torch.ones_like(u), u.detach(), bias.detach())
     torch.library.opcheck(torch.ops.fastdeitlt.bias_gelu_backward.default, detached)
-
-
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_compiles_without_a_graph_break(impl, device):
-    u, bias = example((3, 16), device)
-
-    def layer(u, bias):
-        return bias_gelu(u * 2, bias, impl=impl).square().sum()
-
-    losses = [run(u, bias) for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer)]
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, (u, bias)) for loss in losses))
 
 
 @pytest.mark.parametrize(

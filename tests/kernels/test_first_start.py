@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastdeitlt.kernels import _measured, adamw_ema, bias_gelu
 from fastdeitlt.kernels._launch import LaunchConfig, context_failure
-from fastdeitlt.kernels._pick import pick, say_once
+from fastdeitlt.kernels._pick import pick
 
 from fastdeitlt import config, distributed
 from fastdeitlt.core import assemble
@@ -20,25 +20,12 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.tools import tune
 from fastdeitlt.tools.setup import set_up
 
+pytestmark = pytest.mark.usefixtures("some_gpu")
 GPU, CUDA = torch.cuda.is_available(), torch.device("cuda", 0)
 SMALL = [
     "student.name=deit_tiny_distilled_patch16_32", "student.img_size=32", "student.depth=1", "teacher.arch=resnet8",
     "train.batch_size=2", "train.accumulate=1", "train.compile=false", "optim.ema_decay=0.9", "optim.clip_norm=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """A GPU by name and an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_measured, "_shared", {})
-    for module in (_measured, first_start):
-        monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
-        monkeypatch.setattr(module, "capability", lambda index: (9, 0))
-    _measured.rows_of.cache_clear()
-    say_once.cache_clear()
-    yield
-    _measured.rows_of.cache_clear()
 
 
 @pytest.fixture(scope="module")

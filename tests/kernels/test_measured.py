@@ -8,11 +8,11 @@ import torch
 from fastdeitlt.kernels import _measured, _pick
 from fastdeitlt.kernels._launch import LaunchConfig
 from fastdeitlt.kernels._measured import FIRST_START, Row, file_of, prefer, read, setting, trying, use, write
-from fastdeitlt.kernels._pick import pick, say_once
+from fastdeitlt.kernels._pick import pick
 
 from fastdeitlt.errors import UserError
 
-GPU = "NVIDIA Some-GPU 80GB"
+GPU = "some GPU"
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 DEFAULT, WON, OTHER = (LaunchConfig({"BLOCK": block}, 4, 1) for block in (64, 128, 256))
 HERE = {"torch": "2.14.1", "triton": metadata.version("triton"), "date": "2026-11-25", "command": "tune"}
@@ -33,18 +33,10 @@ def picked(device=CUDA, **options):
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
-    """An empty cache, nothing shipped, and a GPU by name."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def folders(some_gpu, tmp_path, monkeypatch):
+    """Nothing shipped."""
     monkeypatch.setattr(_measured, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(_measured, "gpu_name", lambda index: GPU)
-    monkeypatch.setattr(_measured, "capability", lambda index: (9, 0))
-    monkeypatch.setattr(_measured, "_tried", {})
-    monkeypatch.setattr(_measured, "_shared", {})
-    _measured.rows_of.cache_clear()
-    say_once.cache_clear()
-    yield tmp_path
-    _measured.rows_of.cache_clear()
+    return tmp_path
 
 
 def test_what_is_measured_is_taken_and_the_rest_is_the_default():

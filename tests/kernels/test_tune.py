@@ -23,6 +23,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.tools import tune
 from fastdeitlt.tools.setup import set_up
 
+pytestmark = pytest.mark.usefixtures("some_gpu")
 GPU = torch.cuda.is_available()
 SMALL = [
     "student.name=deit_tiny_distilled_patch16_32", "student.img_size=32", "student.depth=1", "teacher.arch=resnet8",
@@ -30,20 +31,6 @@ SMALL = [
     "train.measure_kernels=false",
 ]  # fmt: skip
 DEFAULT, FAST, SLOW, WRONG, BROKEN = (LaunchConfig({"BLOCK": block}) for block in (10, 5, 20, 1, 0))
-
-
-@pytest.fixture(autouse=True)
-def measured(tmp_path, monkeypatch):
-    """A GPU by name and an empty cache; the search keeps its finds out of other tests."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for module in (_measured, first_start, tune):
-        monkeypatch.setattr(module, "gpu_name", lambda index: "some GPU")
-    for module in (_measured, first_start):
-        monkeypatch.setattr(module, "capability", lambda index: (9, 0))
-    monkeypatch.setattr(_measured, "_tried", {})
-    _measured.rows_of.cache_clear()
-    yield
-    _measured.rows_of.cache_clear()
 
 
 @pytest.fixture
