@@ -1,5 +1,6 @@
 """Image files for the tests of readers: pictures, sets of them, and what Pillow makes of them."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -32,15 +33,38 @@ def encoded(image, kind="JPEG", **options):
     return buffer.getvalue()
 
 
+@functools.cache
+def _jpeg(*picture_of):
+    return encoded(picture(*picture_of), quality=92)
+
+
 def make_set(folder, contents=()):
     """Eleven JPEGs of odd sizes in three classes (labels 0, 1, 2, 0, ...), some with other contents by index."""
     paths = [f"{i:02d}.jpg" for i in range(len(SIZES))]
     for i, (height, width) in enumerate(SIZES):
-        data = dict(contents).get(i, encoded(picture(height, width, i), quality=92))
+        data = contents[i] if i in contents else _jpeg(height, width, i)
         if data is not None:
             (folder / paths[i]).write_bytes(data)
     labels = np.arange(len(SIZES)) % CLASSES
     return LongTailSet(paths, labels, np.bincount(labels).tolist(), str(folder))
+
+
+def decoded_set(number=20, side=28, classes=4):
+    """Noise that comes decoded; labels 0, 1, 2, ... in turn."""
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (number, side, side, 3), dtype=np.uint8)
+    labels = np.arange(number) % classes
+    return LongTailSet([str(i) for i in range(number)], labels, np.bincount(labels).tolist(), images_NHWC=images_NHWC)
+
+
+def class_folders(root, sizes, side=20):
+    """``sizes[place]`` images in each folder of ``root``; the settings that open them."""
+    generator = np.random.default_rng(len(str(root)))
+    for label, (place, number) in enumerate(sizes.items()):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            pixels = generator.integers(40 * label, 40 * label + 50, (side, side + index, 3)) % 256
+            Image.fromarray(pixels.astype(np.uint8)).save(root / place / f"{index}.png")
+    return {"dataset": "folder", "root": str(root)}
 
 
 def request(samples, size=24, epoch=0, copies=None):

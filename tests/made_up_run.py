@@ -1,5 +1,6 @@
 """A run folder as ``train`` leaves it, with made-up numbers, for the tests of reports."""
 
+import functools
 import json
 from html.parser import HTMLParser
 
@@ -40,6 +41,19 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
     (folder / "env.json").write_text(
         json.dumps({"python": "3.11", "gpu": None, "cpus": 2, "packages": {"torch": "2.14.1"}, "commit": "abc123"})
     )
+    for file, text in _numbers(seed).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text)
+    write_analysis("student", analysis_facts(names), folder)
+    (folder / "analysis" / "teacher.json").write_text(json.dumps(teacher_facts(names)))
+    (folder / "checkpoints" / "best").mkdir(parents=True)
+    (folder / "checkpoints" / "best" / "manifest.json").write_text(json.dumps({"class_names": names}))
+    return folder
+
+
+@functools.cache
+def _numbers(seed):
+    """Files of a run, by name."""
     records = []
     for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
         progress = step / (EPOCHS * STEPS_PER_EPOCH)
@@ -60,24 +74,20 @@ def make_run(folder, *, names=NAMES, seed=0, overrides=()):
                 {"name": "head", "seen": False, "text": "AVG keeps the head accuracy: 90.0 %"},
             ]
             records.append({"kind": "signs", "step": step, "epoch": epoch, "weights": "ema", "signs": signs})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cls, dist, labels = logits(3.2, 2.6, seed)
+    noise = torch.randn(dist.shape, generator=torch.Generator().manual_seed(seed))
     results = {
         "test": score(cls, dist, labels, COUNTS, "fashion_mnist_lt").to_json(),
-        "teacher": score_heads(
-            {"TEACHER": dist * 0.8 + torch.randn_like(dist) * 0.2}, labels, COUNTS, "fashion_mnist_lt"
-        ).to_json(),
+        "teacher": score_heads({"TEACHER": dist * 0.8 + noise * 0.2}, labels, COUNTS, "fashion_mnist_lt").to_json(),
         "posthoc": post_hoc(logits(3.2, 2.6, seed + 1), (cls, dist, labels), COUNTS, "fashion_mnist_lt").to_json(),
         "published": {"all": 87.5, "head": 94.5, "mid": 84.1, "tail": 85.0},
         "selected": {"step": 60, "epoch": 11, "weights": "ema", "accuracy": 70.0, "on": "val"},
     }
-    (folder / "results.json").write_text(json.dumps(results))
-    write_analysis("student", analysis_facts(names), folder)
-    (folder / "analysis" / "teacher.json").write_text(json.dumps(teacher_facts(names)))
-    (folder / "analysis" / "images.json").write_text(json.dumps(facts_of_images(cls, dist, labels)))
-    (folder / "checkpoints" / "best").mkdir(parents=True)
-    (folder / "checkpoints" / "best" / "manifest.json").write_text(json.dumps({"class_names": names}))
-    return folder
+    return {
+        "metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records),
+        "results.json": json.dumps(results),
+        "analysis/images.json": json.dumps(facts_of_images(cls, dist, labels)),
+    }
 
 
 def facts_of_images(cls, dist, labels, paths="images/deep/folder/{}.png"):

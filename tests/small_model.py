@@ -1,5 +1,6 @@
 """A small student saved as a model folder, and images to show it. Shared by the tests of what reads model folders."""
 
+import csv
 from contextlib import closing
 
 import numpy as np
@@ -49,6 +50,11 @@ def save_images(folder, shapes=((40, 40), (57, 33), (32, 90), (200, 150), (33, 3
         paths.append(folder / f"{index}.{'jpg' if index % 2 else 'png'}")
         image.save(paths[-1])
     return paths
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def listed(paths):

@@ -8,6 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from image_files import class_folders
 from PIL import Image
 from small_model import CLASS_NAMES, SIZE, evaluated, listed, save_images, save_student
 from tiny_run import tiny_run
@@ -146,7 +147,7 @@ def test_a_teacher_answers_with_its_own_logits(tmp_path, saved):
 
 def test_fit_trains_evaluate_scores_and_the_run_tells(tmp_path):
     cfg = tiny_run(tmp_path)
-    short = {"train": {"epochs": 1}, "loss": {"drw_epoch": -1}, "evaluate": {"analyze_images": 0}}
+    short = {"train": {"epochs": 1}, "loss": {"drw_epoch": -1}}
     run = fastdeitlt.fit(cfg, name="fitted", **{"optim.warmup_epochs": 0}, **short)
     assert run.folder == tmp_path / "fitted" and run.report.exists()
     assert (run.config.train.epochs, run.config.optim.warmup_epochs) == (1, 0)
@@ -194,13 +195,10 @@ def test_data_of_a_model_without_a_run_must_be_given(saved, tmp_path):
         fastdeitlt.evaluate(model, tmp_path / "images")
 
 
-def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(saved, tmp_path, caplog):
+def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(tmp_path, caplog):
     """After a training image was removed, the images held out today may be others: a warning."""
     names = ["cat", "dog", "eel", "fish"]
-    for name in names:
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(10):
-            (tmp_path / "images" / name / f"{number}.png").write_bytes(saved[1][0].read_bytes())
+    class_folders(tmp_path / "images", dict.fromkeys(names, 10))
     cfg = config.build({"data.dataset": "folder", "data.root": str(tmp_path / "images"), "train.device": "cpu"})
     train = open_sets(cfg.data).train
     facts = {"class_names": names, "class_counts": train.counts, "dataset": "images", "data_sha256": fingerprint(train)}

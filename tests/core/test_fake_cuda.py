@@ -18,6 +18,7 @@ from fake_cuda import CUDA, HostWaitError, fake_cuda, outside, run_backward
 from fastdeitlt.kernels import _measured
 from fastdeitlt.kernels._measured import capability, gpu_name, rows_of
 from functorch.compile import make_boxed_func
+from image_files import decoded_set
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -36,7 +37,6 @@ from fastdeitlt.data.mixup import MixDraw
 from fastdeitlt.data.pixels.cache import pack
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.sampler import MicroBatch, Plan
-from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.data.teacher_plan import TeacherPlan
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import metrics
@@ -364,17 +364,8 @@ def data_in_a_row(monkeypatch):
     return place
 
 
-def long_tail(num_images=24, size=40):
-    """Images that come decoded, of two classes."""
-    images_NHWC = np.random.default_rng(0).integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
-    labels = np.arange(num_images) % 2
-    return LongTailSet(
-        [str(i) for i in range(num_images)], labels, np.bincount(labels).tolist(), images_NHWC=images_NHWC
-    )
-
-
 def resident_set(where):
-    images = long_tail()
+    images = decoded_set(24, 40, 2)
     return Resident(images, config.DataConfig(residency=where, num_threads=1), CUDA, pack(images.images_NHWC))
 
 
@@ -392,7 +383,7 @@ def test_batches_made_by_torch_wait_on_their_own_stream_alone(recipe, where, dat
         data_in_a_row(cuda)
         source = resident_set(where)
         with cuda.step():
-            (batch,) = train_batches(micro, source, long_tail(), cfg, mixing=True, size=SIZE)
+            (batch,) = train_batches(micro, source, decoded_set(24, 40, 2), cfg, mixing=True, size=SIZE)
         source.close()
     assert {t.device for t in (batch.images_BCHW, batch.labels_B, batch.partner_B, batch.lam)} == {CUDA}
     assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
@@ -411,7 +402,7 @@ def test_a_teachers_views_wait_on_their_own_stream_alone(view, data_in_a_row):
         data_in_a_row(cuda)
         source = resident_set("device")
         with cuda.step():
-            (batch,) = teacher_batches(cfg, source, long_tail(), TeacherPlan(24, 24, 0, True), 0)
+            (batch,) = teacher_batches(cfg, source, decoded_set(24, 40, 2), TeacherPlan(24, 24, 0, True), 0)
         source.close()
     (part,) = batch.parts
     assert {t.device for t in (*part.views, part.labels_B, batch.labels_B)} == {CUDA} and len(part.views) == 2
@@ -444,9 +435,9 @@ def test_evaluation_waits_once_for_all_batches(data_in_a_row):
             seen, forward = [], model.forward_heads
             model.forward_heads = lambda x, seen=seen, forward=forward: seen.append(len(x)) or forward(x)
             with cuda.step(), pytest.raises(HostWaitError, match="to the host"):
-                collect_logits(model, source, long_tail(), autocast_dtype=torch.bfloat16, **how)
+                collect_logits(model, source, decoded_set(24, 40, 2), autocast_dtype=torch.bfloat16, **how)
             assert seen == [5, 5, 5, 5, 4]
-            cls_NK, dist_NK, labels_N = collect_logits(model, source, long_tail(), **how)
+            cls_NK, dist_NK, labels_N = collect_logits(model, source, decoded_set(24, 40, 2), **how)
             source.close()
         assert cls_NK.shape == dist_NK.shape == (24, K) and cls_NK.device.type == labels_N.device.type == "cpu"
 
@@ -458,6 +449,6 @@ def test_a_teacher_is_diagnosed_on_batches_of_the_fused_kernel(monkeypatch):
     teacher = small_teacher()
     with fake_cuda():
         ((logits_BK, labels_B, *_),) = diagnose._teach(
-            teacher.to(CUDA), None, long_tail(), cfg, np.arange(B), mixing=True, size=SIZE
+            teacher.to(CUDA), None, decoded_set(24, 40, 2), cfg, np.arange(B), mixing=True, size=SIZE
         )
     assert logits_BK.dtype is torch.float32 and logits_BK.device == CUDA and labels_B.device.type == "cpu"

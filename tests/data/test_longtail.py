@@ -5,9 +5,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
+from image_files import class_folders
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
@@ -17,17 +19,17 @@ from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "cifar_lt_counts.json").read_text())
 
-
-@pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{g['classes']}-{g['imb_factor']}-{g['kind']}")
-def test_counts_and_weights_are_the_reference_codes(golden):
-    counts = cifar_lt_counts(golden["n"], golden["classes"], golden["imb_factor"], golden["kind"])
-    assert counts == golden["counts"]
-    assert sum(counts) == golden["total"]
+@pytest.mark.parametrize(
+    "case", golden.load("cifar_lt_counts"), ids=lambda c: f"{c['classes']}-{c['imb_factor']}-{c['kind']}"
+)
+def test_counts_and_weights_are_the_reference_codes(case):
+    counts = cifar_lt_counts(case["n"], case["classes"], case["imb_factor"], case["kind"])
+    assert counts == case["counts"]
+    assert sum(counts) == case["total"]
     weights = drw_weights(counts, 0.9999)
     assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights, torch.tensor(golden["drw_weights"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights, torch.tensor(case["drw_weights"]), rtol=0, atol=1e-6)
 
 
 def test_balanced_factor_keeps_every_image():
@@ -301,17 +303,8 @@ def test_missing_data_is_named_with_the_field_to_set(config, message, tmp_path, 
         open_sets(DataConfig(**config))
 
 
-def make_folders(root: Path, sizes: dict[str, int]) -> dict[str, str]:
-    """Images under root, ``sizes[place]`` in each class folder; the settings that open them."""
-    for place, count in sizes.items():
-        (root / place).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            Image.new("RGB", (2, 2)).save(root / place / f"{number}.png")
-    return {"dataset": "folder", "root": str(root)}
-
-
 def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
-    config = make_folders(tmp_path, {"train/a": 1, "train/b": 1})
+    config = class_folders(tmp_path, {"train/a": 1, "train/b": 1})
     (tmp_path / "train" / "b" / "\udcff.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"got the file name 'train/b/\\udcff\.jpg', expected UTF-8"):
         open_sets(DataConfig(**config))
@@ -323,23 +316,23 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
 )
 def test_usual_names_of_split_folders_are_taken(tmp_path, train, val, test):
     splits = [split for split in (train, val, test) if split]
-    config = make_folders(tmp_path, {f"{split}/{name}": 1 for split in splits for name in "ab"})
+    config = class_folders(tmp_path, {f"{split}/{name}": 1 for split in splits for name in "ab"})
     sets = open_sets(DataConfig(**config))
     assert [images.paths[0] for _, images in sets] == [f"{split}/a/0.png" for split in splits]
     assert sets.remarks == ()
 
 
 def test_two_folders_for_one_split_are_refused_and_other_folders_are_named(tmp_path):
-    config = make_folders(tmp_path, {"train/a": 1, "train/b": 1, "extra/a": 1, ".hidden/a": 1})
+    config = class_folders(tmp_path, {"train/a": 1, "train/b": 1, "extra/a": 1, ".hidden/a": 1})
     (remark,) = open_sets(DataConfig(**config)).remarks
     assert remark.level == "warning" and "'extra'" in remark.message and "hidden" not in remark.message
-    make_folders(tmp_path, {"val/a": 1, "Validation/a": 1})
+    class_folders(tmp_path, {"val/a": 1, "Validation/a": 1})
     with pytest.raises(UserError, match="got 'Validation' and 'val' for the val split, expected one"):
         open_sets(DataConfig(**config))
 
 
 def test_class_folders_without_splits_are_split_by_class_and_always_alike(tmp_path):
-    config = make_folders(tmp_path, {"ant": 40, "bee/deep": 10, "cow": 3, "dog": 1, "docs": 0})
+    config = class_folders(tmp_path, {"ant": 40, "bee/deep": 10, "cow": 3, "dog": 1, "docs": 0})
     sets = open_sets(DataConfig(**config))
     assert [images.counts for _, images in sets] == [[28, 7, 2, 1], [4, 1, 0, 0], [8, 2, 1, 0]]
     assert sets.train.class_names == ["ant", "bee", "cow", "dog"] and sets.train.left_out == ["docs/"]
@@ -364,7 +357,7 @@ def test_test_images_are_held_out_of_a_list_and_do_not_move_the_validation_image
 
 
 def test_linked_folders_are_followed_once_and_after_the_others(tmp_path):
-    config = make_folders(tmp_path, {"train/a/z": 2, "train/b": 1, "elsewhere/deep": 3})
+    config = class_folders(tmp_path, {"train/a/z": 2, "train/b": 1, "elsewhere/deep": 3})
     (tmp_path / "train" / "a" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train" / "a" / "again").symlink_to("z")
     (tmp_path / "train" / "a" / "z" / "loop").symlink_to(tmp_path / "train" / "a")
@@ -374,7 +367,7 @@ def test_linked_folders_are_followed_once_and_after_the_others(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
-    config = make_folders(tmp_path, {"train/a": 1, "train/b": 1, "train/a/closed": 1})
+    config = class_folders(tmp_path, {"train/a": 1, "train/b": 1, "train/a/closed": 1})
     scandir = os.scandir
 
     def closed(path):
@@ -389,10 +382,10 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, mo
 
 def test_unicode_forms_of_a_class_folder_are_one_class(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    config = make_folders(tmp_path, {f"train/{composed}": 1, "train/tea": 1, f"test/{decomposed}": 1, "test/tea": 2})
+    config = class_folders(tmp_path, {f"train/{composed}": 1, "train/tea": 1, f"test/{decomposed}": 1, "test/tea": 2})
     sets = open_sets(DataConfig(**config))
     assert sets.test.counts == [1, 2] and sets.train.class_names == [composed, "tea"]
-    make_folders(tmp_path, {f"train/{decomposed}": 1})
+    class_folders(tmp_path, {f"train/{decomposed}": 1})
     with pytest.raises(UserError, match="several classes are named"):
         open_sets(DataConfig(**config))
 
@@ -426,13 +419,13 @@ def test_labels_beyond_the_named_classes_are_refused(tmp_path):
 
 
 def test_one_class_is_refused_before_training(tmp_path):
-    config = make_folders(tmp_path, {"train/a": 4, "train/b": 0})
+    config = class_folders(tmp_path, {"train/a": 4, "train/b": 0})
     with pytest.raises(UserError, match=r"got 1 class with training images \('a'\), expected at least 2"):
         open_training_sets(DataConfig(**config))
 
 
 def test_what_is_odd_about_the_data_is_logged_before_training(tmp_path, caplog):
-    config = make_folders(tmp_path, {"train/a": 4, "train/b": 3, "train/c": 0, "test/a": 1, "other/a": 1})
+    config = class_folders(tmp_path, {"train/a": 4, "train/b": 3, "train/c": 0, "test/a": 1, "other/a": 1})
     (tmp_path / "train" / "a" / "film.gif").write_bytes(b"")
     with caplog.at_level("INFO", "fastdeitlt"):
         open_training_sets(DataConfig(**config))
@@ -444,14 +437,14 @@ MODEL = Classes("model m", 3, ["a", "b", "c"])
 
 
 def test_a_split_alone_is_opened_in_the_order_of_a_models_classes(tmp_path):
-    config = DataConfig(**make_folders(tmp_path, {"test/c": 1, "test/b": 2}))
+    config = DataConfig(**class_folders(tmp_path, {"test/c": 1, "test/b": 2}))
     images = open_splits(config, ("test",), ("val",), MODEL)["test"]
     assert images.counts == [0, 2, 1] and images.class_names == MODEL.names
     with pytest.raises(UserError, match=r"split: got 'val', expected a split of .* \(test\)\. Use --split test"):
         open_splits(config, ("val",), (), MODEL)
     with pytest.raises(UserError, match="got 2 classes, expected the 3 of model n"):
         open_splits(config, ("test",), (), Classes("model n", 3))
-    make_folders(tmp_path, {"test/d": 1})
+    class_folders(tmp_path, {"test/d": 1})
     with pytest.raises(UserError, match="got 'd', not in model m; expected 'a' of model m"):
         open_splits(config, ("test",), (), MODEL)
 

@@ -1,7 +1,6 @@
 """What a test leaves image by image, and `eval --predictions`."""
 
 import base64
-import csv
 import io
 import json
 import shutil
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_model import CLASS_NAMES, save_images, save_student
+from small_model import CLASS_NAMES, read_csv, save_images, save_student
 from tiny_run import tiny_run
 
 from fastdeitlt import cli
@@ -123,11 +122,6 @@ def set_of_files(tmp_path):
     (tmp_path / "test.csv").write_text("path,label\n" + "\n".join(rows))
     settings = ["train.precision=fp32", "train.device=cpu", "data.dataset=list", f"data.root={tmp_path}"]
     return [*settings, f"data.test_list={tmp_path / 'test.csv'}"]
-
-
-def read_csv(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_predictions_are_those_of_predict_for_every_image_and_head(tmp_path, set_of_files):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from image_files import CPU, SIZES, deliver, encoded, make_set, picture, request
+from image_files import CPU, SIZES, decoded_set, deliver, encoded, make_set, picture, request
 from PIL import Image
 
 from fastdeitlt import cli, distributed
@@ -24,7 +24,6 @@ from fastdeitlt.data.pixels.reader import Stream
 from fastdeitlt.data.pixels.request import CropRequest
 from fastdeitlt.data.pixels.resident import Resident
 from fastdeitlt.data.pixels.source import open_source
-from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 
 HOST = DataConfig(residency="host", num_threads=2)
@@ -275,11 +274,6 @@ def test_images_that_are_scored_are_not_stored_smaller(tmp_path):
         crops.append(next(source.crops([CropRequest(np.arange(len(SIZES)), 24, resize=40)]))[1])
         source.close()
     assert torch.equal(*crops)
-
-
-def decoded_set(num=20, side=28):
-    pixels = np.random.default_rng(0).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
-    return LongTailSet([str(i) for i in range(num)], np.arange(num) % 4, [num // 4] * 4, images_NHWC=pixels)
 
 
 def test_a_set_that_comes_decoded_is_held_as_it_is(cache_folder):

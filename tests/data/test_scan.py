@@ -1,11 +1,11 @@
 """Single image files: what is odd about them is noted, what cannot be trained on is a problem."""
 
-import io
 import logging
 import os
 
 import numpy as np
 import pytest
+from image_files import encoded
 from PIL import Image
 
 from fastdeitlt.config import DataConfig
@@ -14,12 +14,6 @@ from fastdeitlt.data.sets.types import LongTailSet, Sets
 from fastdeitlt.errors import UserError
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (9, 13, 3)).astype(np.uint8)
-
-
-def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def scan_file(folder, name: str, **options) -> Scan:
@@ -31,20 +25,20 @@ def rotated() -> bytes:
     image = Image.fromarray(PIXELS)
     exif = image.getexif()
     exif[0x0112] = 6
-    return encode(image, "JPEG", exif=exif)
+    return encoded(image, "JPEG", exif=exif)
 
 
 @pytest.mark.parametrize(
     ("data", "notes"),
     [
-        (encode(Image.fromarray(PIXELS).convert("L")), ["gray"]),
-        (encode(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"), ["CMYK"]),
-        (encode(Image.fromarray(PIXELS).convert("RGBA")), ["an alpha channel (dropped)"]),
-        (encode(Image.fromarray(PIXELS).convert("LA")), ["gray", "an alpha channel (dropped)"]),
-        (encode(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11))), ["16 or 32 bits per channel"]),
+        (encoded(Image.fromarray(PIXELS).convert("L"), "PNG"), ["gray"]),
+        (encoded(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"), ["CMYK"]),
+        (encoded(Image.fromarray(PIXELS).convert("RGBA"), "PNG"), ["an alpha channel (dropped)"]),
+        (encoded(Image.fromarray(PIXELS).convert("LA"), "PNG"), ["gray", "an alpha channel (dropped)"]),
+        (encoded(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11)), "PNG"), ["16 or 32 bits per channel"]),
         (rotated(), ["an EXIF orientation (ignored; data.exif=apply"]),
-        (encode(Image.fromarray(PIXELS).convert("P")), []),
-        (encode(Image.fromarray(PIXELS), "WEBP"), []),
+        (encoded(Image.fromarray(PIXELS).convert("P"), "PNG"), []),
+        (encoded(Image.fromarray(PIXELS), "WEBP"), []),
     ],
     ids=["gray", "cmyk", "rgba", "gray-alpha", "16-bit", "exif", "palette", "webp"],
 )
@@ -57,8 +51,8 @@ def test_odd_images_are_noted_but_no_error(tmp_path, data, notes):
 
 
 def test_huge_images_are_noted_and_bombs_refused(tmp_path):
-    (tmp_path / "huge.png").write_bytes(encode(Image.new("1", (9000, 6000))))
-    (tmp_path / "bomb.png").write_bytes(encode(Image.new("1", (20_000, 10_000))))
+    (tmp_path / "huge.png").write_bytes(encoded(Image.new("1", (9000, 6000)), "PNG"))
+    (tmp_path / "bomb.png").write_bytes(encoded(Image.new("1", (20_000, 10_000)), "PNG"))
     assert "more than 50 megapixels" in scan_file(tmp_path, "huge.png").notes
     assert "exceeds limit" in scan_file(tmp_path, "bomb.png").problem
 
@@ -66,19 +60,19 @@ def test_huge_images_are_noted_and_bombs_refused(tmp_path):
 def test_results_come_in_the_order_of_the_names_and_alike_files_have_one_digest(tmp_path):
     names = [f"{i}.png" for i in range(700)]
     for i in range(0, 700, 7):
-        (tmp_path / names[i]).write_bytes(encode(Image.fromarray(PIXELS)))
+        (tmp_path / names[i]).write_bytes(encoded(Image.fromarray(PIXELS), "PNG"))
     scans = list(scan_files(str(tmp_path), names, DataConfig(num_threads=3)))
     assert [scan.problem for scan in scans] == ["No such file or directory" if i % 7 else "" for i in range(700)]
     assert len({scan.digest for scan in scans if not scan.problem}) == 1
 
 
 def test_a_look_at_all_files_finds_what_is_not_there_or_not_whole(tmp_path, caplog):
-    jpeg, png = encode(Image.fromarray(PIXELS), "JPEG"), encode(Image.fromarray(PIXELS))
+    jpeg, png = encoded(Image.fromarray(PIXELS), "JPEG"), encoded(Image.fromarray(PIXELS), "PNG")
     kinds = {
         "good.jpg": jpeg,
         "good.png": png,
         "followed.jpg": jpeg + b"tail" * 9,
-        "good.webp": encode(Image.fromarray(PIXELS), "WEBP"),
+        "good.webp": encoded(Image.fromarray(PIXELS), "WEBP"),
         "cut.jpg": jpeg[:-9],
         "cut.png": png[:-9],
         "text.jpg": b"<html>404</html>",

@@ -9,7 +9,7 @@ import torch
 from fastdeitlt.kernels import _pick
 from fastdeitlt.kernels import augment as module
 from fastdeitlt.kernels.augment import augment
-from image_files import make_set
+from image_files import decoded_set, make_set
 
 from fastdeitlt.config import AugmentConfig, Config, DataConfig, TrainConfig
 from fastdeitlt.core import batches as data_batches
@@ -113,15 +113,8 @@ def first_start(monkeypatch):
     return calls
 
 
-def decoded() -> LongTailSet:
-    """Images that come decoded, of two classes."""
-    images_NHWC = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), dtype=np.uint8)
-    labels = np.arange(12) % 2
-    return LongTailSet([str(i) for i in range(12)], labels, np.bincount(labels).tolist(), images_NHWC=images_NHWC)
-
-
 def auto_batches(device: torch.device) -> list[Batch]:
-    images = decoded()
+    images = decoded_set(12, 20, 2)
     with closing(open_source(images, DataConfig(residency="device", num_threads=1), device)) as source:
         return batches(source, images, config("auto"))
 
@@ -168,7 +161,7 @@ def test_a_wrong_kernel_is_replaced_by_torch_with_one_warning(wrong, said, first
     with caplog.at_level(logging.WARNING, "fastdeitlt"):
         got = [auto_batches(device) for _ in range(2)]
     assert len(resized) == 1  # the second epoch leaves the kernels to themselves
-    images = decoded()
+    images = decoded_set(12, 20, 2)
     with closing(open_source(images, DataConfig(residency="device", num_threads=1), device)) as source:
         expected = batches(source, images, config("torch"))
     for epoch in got:

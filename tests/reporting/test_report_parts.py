@@ -1,6 +1,5 @@
 """The report's mistakes, baselines and next steps, and its wording."""
 
-import csv
 import json
 import re
 import shlex
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from made_up_run import COUNTS, EVIL, NAMES, facts_of_images, logits, make_run, read
+from small_model import read_csv
 
 from fastdeitlt import arguments, config
 from fastdeitlt.errors import UserError
@@ -50,8 +50,7 @@ def test_the_heat_map_shows_every_cell_and_the_csv_file_the_same_for_every_head(
     names[-1] = names[-1].replace(" & ", " &amp; ")
     for label, predicted, number, total in shown:
         assert expected["AVG"][names.index(label), names.index(predicted)] == int(number) and total == "40"
-    with (folder / "report-confusion.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder / "report-confusion.csv")
     for head in ("AVG", "CLS"):
         matrix_KK = torch.zeros(10, 10, dtype=torch.int64)
         for row in rows:
@@ -173,7 +172,7 @@ def test_a_run_of_a_grid_stands_beside_the_grid_s_arms(tmp_path):
     table = table_of(page, "", "seeds", "all", "head", "mid", "tail")
     assert [row[:2] for row in table[1:]] == [["this run", "1"], ["base", "2"], ["vit (its arm)", "1"]]
     assert table[1][2:] == table[3][2:] and re.fullmatch(r"\d+\.\d ± \d+\.\d", table[2][2])
-    means = {(r["arm"], r["group"]): r for r in csv.DictReader((tmp_path / "grid" / "results.csv").open())
+    means = {(r["arm"], r["group"]): r for r in read_csv(tmp_path / "grid" / "results.csv")
              if (r["head"], r["split"]) == ("AVG", "official")}  # fmt: skip
     assert table[2][5] == "{:.1f} ± {:.1f}".format(*(float(means["base", "tail"][c]) for c in ("mean", "deviation")))
     assert "Arms of the grid grid" in (runs["vit-seed0"] / "report.html").read_text()

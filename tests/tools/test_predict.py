@@ -10,7 +10,7 @@ import torch
 from image_files import encoded, picture
 from PIL import Image
 from rich.console import Console
-from small_model import CLASS_NAMES, MANIFEST, SIZE, evaluated, save_images, save_student, save_teacher
+from small_model import CLASS_NAMES, MANIFEST, SIZE, evaluated, read_csv, save_images, save_student, save_teacher
 
 from fastdeitlt.config import DataConfig, build
 from fastdeitlt.data.pixels.request import CropRequest
@@ -64,8 +64,7 @@ def test_fitted_temperatures_are_applied_and_told_and_leave_the_order(saved, tmp
         assert main(tmp_path / "model", paths, top_k=2, out=tmp_path / "rows.json", strict=True, **options) == 0
         assert [row["temperatures"] for row in json.loads((tmp_path / "rows.json").read_text())] == [told] * len(paths)
         assert main(tmp_path / "model", paths, top_k=2, out=tmp_path / "rows.csv", strict=True, **options) == 0
-        with (tmp_path / "rows.csv").open(newline="") as file:
-            lines = list(csv.DictReader(file))
+        lines = read_csv(tmp_path / "rows.csv")
         assert {float(line["cls_temperature"]) for line in lines} == {told["CLS"] if told else 1.0}
         monkeypatch.setenv("COLUMNS", "200")
         main(tmp_path / "model", paths, top_k=2, out=None, strict=True, **options)
@@ -124,8 +123,7 @@ def test_csv_and_json_hold_the_same_rows(saved, tmp_path):
     for name in ("rows.csv", "rows.json"):
         assert main(folder, [*paths, bad], top_k=2, out=tmp_path / name, strict=False) == 2
     from_json = json.loads((tmp_path / "rows.json").read_text())
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        from_csv = list(csv.DictReader(file))
+    from_csv = read_csv(tmp_path / "rows.csv")
     assert len(from_csv) == len(from_json) == 6 and from_csv[5]["error"] == from_json[5]["error"] != ""
     for line, row in zip(from_csv[:5], from_json[:5], strict=True):
         assert [line["class1"], line["class2"]] == [choice["name"] for choice in row["top"]]
@@ -282,8 +280,7 @@ def test_a_teacher_predicts_at_the_scale_it_was_trained_with(saved, tmp_path, ca
     shown = capsys.readouterr().out
     assert "TEACHER" in shown and "CLS" not in shown
     assert main(tmp_path / "teacher", paths, top_k=1, out=tmp_path / "rows.csv", strict=True) == 0
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        assert all(line["class1"] and not line["cls_class"] for line in csv.DictReader(file))
+    assert all(line["class1"] and not line["cls_class"] for line in read_csv(tmp_path / "rows.csv"))
     with pytest.raises(UserError, match="which has one head"):
         predict(tmp_path / "teacher", paths, device="cpu", head="CLS")
 
