@@ -55,6 +55,12 @@ def test_help_imports_nothing_heavy():
         (["train", "quickstart", "runs_dir=@", "--resume", "must"], "no run in"),
         (["train", "quickstart", "runs_dir=@", "--dry-run", "--processes", "-3"], "--processes: got -3, expected 0 or"),
         (["train-teacher", "teacher/quickstart", "--dry-run", "--restarts", "-1"], "--restarts: got -1, expected 0 or"),
+        (["bench", "imagenet_lt"], "Use --synthetic to measure"),
+        (["bench", "imagenet_lt", "--synthetic", "data.dataset=folder"], "data.dataset=folder"),
+        (["bench", "quickstart", "--synthetic", "--batches", "8", "0"], "--batches: got 0, expected at least 1"),
+        (["bench", "quickstart", "--synthetic", "--ranks", "-1"], "--ranks: got -1, expected at least 1"),
+        (["bench", "quickstart", "--with-teacher", "imagenet_lt"], "got imagenet_lt, which sets nothing of teacher_"),
+        (["profile", "quickstart", "--steps", "0"], "--steps: got 0, expected at least 1"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -1,6 +1,7 @@
 """The schema, its overrides and its error messages."""
 
 import contextlib
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -19,6 +20,7 @@ RECIPES = sorted(str(p) for p in config.find("quickstart").parent.rglob("*.yaml"
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.rpartition("configs/")[2])
 def test_every_shipped_recipe_loads_and_opens_with_its_command(path):
     cfg = config.load(path)
+    assert cfg.is_teachers == (Path(path).parent.name == "teacher")
     assert cfg.is_teachers or cfg.train.virtual_ranks, "the number of GPUs must not change the recipe"
     with open(path, encoding="utf-8") as file:
         header = "".join(line for line in file if line.startswith("#"))
@@ -71,27 +73,45 @@ def test_dumped_config_reads_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epoch=3", ["train.epoch", "did you mean train.epochs"]),
-        ("epochs=3", ["did you mean train.epochs"]),
-        ("optim.lr=fast", ["optim.lr", "'fast'", "number"]),
-        ("optim.lr=-1", ["optim.lr", "greater than 0"]),
-        ("train.batch_size=7", ["train.batch_size", "7", "even", "6 or 8"]),
-        ("loss.drw_epoch=100000", ["loss.drw_epoch", "train.epochs"]),
-        ("loss.tau=3", ["loss.tau", "loss.distillation=hard"]),
-        ("train.cuda_graphs=true", ["train.cuda_graphs", "train.compile=false"]),
-        ("train.autotune=true", ["train.autotune", "train.compile=false"]),  # as the quick start has it
-        ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16', 'fp32' or 'fp8'"]),
-        ("evaluate.weights=ema optim.ema_decay=0", ["evaluate.weights", "got ema", "evaluate.weights=model"]),
-        ("nothing", ["section.field=value"]),
-        ("optim.lr=.nan", ["optim.lr"]),
+        ("train.epoch=3", r"train\.epoch.*did you mean train\.epochs"),
+        ("epochs=3", r"did you mean train\.epochs"),
+        ("optim.lr=fast", r"optim\.lr: got 'fast'.*number"),
+        ("optim.lr=-1", r"optim\.lr.*greater than 0"),
+        ("optim.lr=.nan", r"optim\.lr"),
+        ("train.batch_size=7", r"train\.batch_size.*7.*even.*6 or 8"),
+        ("loss.drw_epoch=100000", r"loss\.drw_epoch.*train\.epochs"),
+        ("loss.tau=3", r"loss\.tau.*loss\.distillation=hard"),
+        ("train.cuda_graphs=true", r"train\.cuda_graphs.*train\.compile=false"),
+        ("train.autotune=true", r"train\.autotune.*train\.compile=false"),  # as the quick start has it
+        ("train.precision=fp16", r"train\.precision: got 'fp16', expected 'bf16', 'fp32' or 'fp8'"),
+        (["evaluate.weights=ema", "optim.ema_decay=0"], r"evaluate\.weights: got ema.*evaluate\.weights=model"),
+        ("nothing", r"section\.field=value"),
+        ("augment.crop_scale=[2, 1]", r"crop_scale: got \[2, 1\], expected a range \(low, high\)\. Use \[1\.0, 2\.0\]"),
+        ("augment.crop_ratio=[2, 1]", r"crop_ratio: got \[2, 1\], expected a range \(low, high\)\. Use \[1\.0, 2\.0\]"),
+        ("augment.std=[0,1,1]", "expected (greater|less) than"),
+        ("optim.betas=[0.9,1]", "expected (greater|less) than"),
+        ("augment.crop_scale=[0,1]", "expected (greater|less) than"),
+        (
+            "augment.mean=[0.5, 0.4]",
+            r"mean: got \[0\.5, 0\.4\], expected a list like \[0\.485, 0\.456, 0\.406\]",
+        ),
+        ("augment.mean=[123.7, 116.3, 103.5]", r"mean: got \[123\.7.*\], expected values for images in 0\.\.1\. Div"),
+        ("teacher.std=[0.2, 58, 0.2]", r"teacher\.std: got \[0\.2, 58, 0\.2\], expected values for images in 0\.\.1"),
+        ("augment.mean=0.5", r"augment\.mean: got 0\.5, expected a list like \[0\.485"),
+        ("teacher_training.lr_steps=[[1]]", r"lr_steps: got \[\[1\]\], expected a list like \[\[160, 0\.01\]"),
+        ("teacher_training.sam_rho_steps=3", r"sam_rho_steps: got 3, expected a list like \[\[0, 0\.05\]\]"),
+        ("name=a b", "name: got 'a b', expected letters, digits, dots, dashes and underscores, beginning with a l"),
+        ("data=folder", r"data: got 'folder', expected a section of settings, such as data\.dataset='folder'"),
     ],
 )
 def test_bad_override_is_one_line_with_the_fix(override, words):
-    with pytest.raises(UserError) as caught:
-        config.load("quickstart", override.split())
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(word in message for word in words), message
+    with pytest.raises(UserError, match=words) as caught:
+        config.load("quickstart", [override] if isinstance(override, str) else override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_range_may_be_one_value():
+    assert config.load("quickstart", ["augment.crop_scale=[0.5, 0.5]", "augment.crop_ratio=[1, 1]"])
 
 
 @pytest.mark.parametrize(
@@ -122,11 +142,6 @@ def test_a_name_given_twice_is_refused(tmp_path, text, words):
 def test_merge_keys_may_be_overridden(tmp_path):
     (tmp_path / "c.yaml").write_text("data: &a {num_threads: 1}\ndata2: {<<: *a, num_threads: 2}\n")
     assert config.read_yaml(tmp_path / "c.yaml")["data2"] == {"num_threads": 2}
-
-
-def test_unknown_recipe_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean quickstart"):
-        config.load("quickstrat")
 
 
 @given(st.dictionaries(st.sampled_from(config.FIELDS), st.none() | st.integers() | st.floats() | st.text(max_size=5)))
@@ -169,46 +184,6 @@ def test_numbers_that_tensors_cannot_hold_are_refused(override, words, tmp_path)
     (tmp_path / "c.yaml").write_text(f"{section}:\n  {field}: {value}\n")
     with pytest.raises(UserError):
         config.load(str(tmp_path / "c.yaml"))
-
-
-@pytest.mark.parametrize("name", ["augment.crop_scale", "augment.crop_ratio"])
-def test_a_range_upside_down_is_refused_with_the_right_one(name):
-    with pytest.raises(UserError, match=rf"{name}: got \[2, 1\], expected a range \(low, high\)\. Use \[1.0, 2.0\]"):
-        config.load("quickstart", [f"{name}=[2, 1]"])
-    assert config.load("quickstart", [f"{name}=[0.5, 0.5]"])
-
-
-@pytest.mark.parametrize("override", ["augment.std=[0,1,1]", "optim.betas=[0.9,1]", "augment.crop_scale=[0,1]"])
-def test_a_number_of_a_list_has_its_bounds(override):
-    with pytest.raises(UserError, match=r"expected (greater|less) than"):
-        config.load("quickstart", [override])
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "augment.mean=[0.5, 0.4]",
-            r"augment\.mean: got \[0\.5, 0\.4\], expected a list like \[0\.485, 0\.456, 0\.406\]",
-        ),
-        (
-            "augment.mean=[123.7, 116.3, 103.5]",
-            r"augment\.mean: got \[123\.7.*\], expected values for images in 0\.\.1\. Div",
-        ),
-        ("teacher.std=[0.2, 58, 0.2]", r"teacher\.std: got \[0\.2, 58, 0\.2\], expected values for images in 0\.\.1"),
-        ("augment.mean=0.5", r"augment\.mean: got 0\.5, expected a list like \[0\.485"),
-        ("teacher_training.lr_steps=[[1]]", r"lr_steps: got \[\[1\]\], expected a list like \[\[160, 0\.01\]"),
-        ("teacher_training.sam_rho_steps=3", r"sam_rho_steps: got 3, expected a list like \[\[0, 0\.05\]\]"),
-        (
-            "name=a b",
-            "name: got 'a b', expected letters, digits, dots, dashes and underscores, beginning with a letter",
-        ),
-        ("data=folder", r"data: got 'folder', expected a section of settings, such as data\.dataset='folder'"),
-    ],
-)
-def test_a_message_says_what_to_write(override, message):
-    with pytest.raises(UserError, match=message):
-        config.load("quickstart", [override])
 
 
 @pytest.mark.parametrize(

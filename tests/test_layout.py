@@ -106,20 +106,6 @@ def test_few_files_lie_at_the_top():
     assert len(list((ROOT / "fastdeitlt").glob("*.py"))) <= 12
 
 
-ONE_PLACE = {
-    r"\bbuild_engine\(joint": {"fastdeitlt/core/assemble.py"},
-    r"\bengine\.forward\(batch": {"fastdeitlt/core/step.py"},
-}
-"""A call -> where alone it is made outside the tests: a run is assembled in one place, and a step is taken in one."""
-
-
-@pytest.mark.parametrize("call", ONE_PLACE)
-def test_a_run_is_assembled_and_stepped_in_one_place(call):
-    files = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
-    found = {str(p.relative_to(ROOT)) for p in files if re.search(rf"(?<!def ){call}", p.read_text(encoding="utf-8"))}
-    assert found == ONE_PLACE[call]
-
-
 def long_signatures(source: str) -> set[str]:
     """Names of the functions with more parameters than allowed, ``self`` and Triton's device code aside."""
     found = set()

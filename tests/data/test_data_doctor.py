@@ -1,15 +1,15 @@
 """The data set doctor: every fault that is put in is found, and a good set has none."""
 
-import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encoded
 from PIL import Image
 
-from fastdeitlt.config import Config, build, flatten, load
+from fastdeitlt.config import Config, build, flatten
 from fastdeitlt.data.check.doctor import check, gini, stats
 from fastdeitlt.data.sets import cut
 from fastdeitlt.data.sets.counts import cifar_lt_counts
@@ -24,12 +24,6 @@ def pixels(height: int = 9, width: int = 13) -> np.ndarray:
     return np.random.RandomState(next(SEEDS)).randint(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def make_set(root: Path, counts: dict[str, list[int]]) -> Config:
     """A good list data set under root; its config."""
     for split, sizes in counts.items():
@@ -37,7 +31,7 @@ def make_set(root: Path, counts: dict[str, list[int]]) -> Config:
         for label, size in enumerate(sizes):
             for number in range(size):
                 name = f"{split}_{label}_{number}.png"
-                (root / name).write_bytes(encode(Image.fromarray(pixels())))
+                (root / name).write_bytes(encoded(Image.fromarray(pixels()), "PNG"))
                 rows.append(f"{name} {label}\n")
         (root / f"{split}.txt").write_text("".join(rows))
     lists = {f"data.{split}_list": f"{split}.txt" for split in counts}
@@ -77,8 +71,8 @@ def test_embedded_set_is_good(embedded_cache):
     assert {finding.message.split(": ")[1] for finding in report.findings} == {"gray"}
 
 
-JPEG = encode(Image.fromarray(pixels(60, 60)), "JPEG")
-PNG = encode(Image.fromarray(pixels(60, 60)))
+JPEG = encoded(Image.fromarray(pixels(60, 60)), "JPEG")
+PNG = encoded(Image.fromarray(pixels(60, 60)), "PNG")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +84,7 @@ PNG = encode(Image.fromarray(pixels(60, 60)))
         (JPEG[: len(JPEG) // 2], "truncated JPEG"),
         (PNG[: len(PNG) // 2], "truncated PNG"),
         (PNG[:60] + b"\xff" * 200 + PNG[260:], "truncated or damaged"),
-        (encode(Image.fromarray(pixels()), "GIF"), "GIF image, expected JPEG, PNG"),
+        (encoded(Image.fromarray(pixels()), "GIF"), "GIF image, expected JPEG, PNG"),
     ],
     ids=["missing", "empty", "text", "half-jpeg", "half-png", "damaged-png", "gif"],
 )
@@ -118,7 +112,7 @@ def test_folder_and_pipe_in_an_images_place_do_not_stop_the_check(tmp_path):
 def test_files_that_class_folders_pass_over_are_told(tmp_path):
     for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):
         (tmp_path / split / name).mkdir(parents=True)
-        (tmp_path / split / name / "0.png").write_bytes(encode(Image.fromarray(pixels())))
+        (tmp_path / split / name / "0.png").write_bytes(encoded(Image.fromarray(pixels()), "PNG"))
     for stray in ("train/ant/1.gif", "train/bee/.hidden", "train/2.png", "train/.DS_Store", "notes.txt"):
         (tmp_path / stray).write_bytes(b"")
     finding = only(found(build({"data.dataset": "folder", "data.root": str(tmp_path)})), "ignored")
@@ -129,7 +123,7 @@ def test_files_that_class_folders_pass_over_are_told(tmp_path):
 def test_folders_without_a_split_and_single_classes_are_found(tmp_path):
     for place in ("train/ant", "train/bee", "Validierung/ant"):
         (tmp_path / place).mkdir(parents=True)
-    (tmp_path / "train" / "ant" / "0.png").write_bytes(encode(Image.fromarray(pixels())))
+    (tmp_path / "train" / "ant" / "0.png").write_bytes(encoded(Image.fromarray(pixels()), "PNG"))
     findings = found(build({"data.dataset": "folder", "data.root": str(tmp_path)}))
     assert only(findings, "'Validierung'").level == "warning"
     assert only(findings, "got 1 class with training images ('ant')").level == "error"
@@ -333,12 +327,6 @@ def test_faulty_list_stops_the_check_with_its_line(tmp_path):
     (tmp_path / "test.txt").write_text("a.png 0\n../b.png 1\n")
     with pytest.raises(UserError, match=r"test\.txt, line 2"):
         check(config)
-
-
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml")))
-def test_a_recipe_is_a_teachers_or_a_students(recipe):
-    if recipe.parent.name != "ablation":
-        assert load(str(recipe)).is_teachers == (recipe.parent.name == "teacher")
 
 
 def test_a_teachers_recipe_shows_the_plan_of_the_teacher(tmp_path, capsys):

@@ -176,24 +176,6 @@ def test_what_decodes_and_shards_nothing_runs_without_those_packages(code, said,
     assert done.returncode == 0 and said in done.stdout, done.stdout[-1000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["bench", "imagenet_lt"], "Use --synthetic to measure"),
-        (["bench", "imagenet_lt", "--synthetic", "data.dataset=folder"], "data.dataset=folder"),
-        (["bench", "quickstart", "train.batchsize=4"], "batch_size"),
-        (["bench", "quickstart", "--synthetic", "--batches", "8", "0"], "--batches: got 0, expected at least 1"),
-        (["bench", "quickstart", "--synthetic", "--ranks", "-1"], "--ranks: got -1, expected at least 1"),
-        (["bench", "quickstart", "--with-teacher", "imagenet_lt"], "got imagenet_lt, which sets nothing of teacher_"),
-        (["profile", "quickstart", "--steps", "0"], "--steps: got 0, expected at least 1"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_line(arguments, words, capsys):
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
-
-
 @pytest.mark.parametrize("verb", ["bench", "profile"])
 @pytest.mark.parametrize(
     ("settings", "arch"),
