@@ -2,11 +2,9 @@
 
 import json
 import logging
-import socket
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_files import class_folders
 from PIL import Image
-from teacher_ranks import as_rank, flat_step
+from ranks import SGD, flat_step, problem, spawn, train_teachers
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -28,8 +27,7 @@ from fastdeitlt.core.joint import JointForward
 from fastdeitlt.data.pixels.source import open_source
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
-from fastdeitlt.data.sets.types import LongTailSet, class_counts
-from fastdeitlt.data.teacher_plan import TeacherPlan
+from fastdeitlt.data.sets.types import class_counts
 from fastdeitlt.errors import NonFiniteError, UserError
 from fastdeitlt.evaluation.evaluate import evaluate, evaluate_saved
 from fastdeitlt.models import create_student
@@ -39,7 +37,7 @@ from fastdeitlt.precision import autocast_dtype
 from fastdeitlt.reporting.analysis import sections
 from fastdeitlt.run.student_scorer import StudentScorer
 from fastdeitlt.store.checkpoint import load_tensors, read_manifest, save_model_folder
-from fastdeitlt.teachers import flatness
+from fastdeitlt.teachers import SAM, flatness
 from fastdeitlt.teachers.check import check_decisions
 from fastdeitlt.teachers.convert import export_official, import_official
 from fastdeitlt.teachers.diagnose import diagnose_teacher
@@ -141,32 +139,6 @@ def test_the_folder_gives_the_accuracy_it_claims(trained: tuple[Config, Path]) -
     assert evaluated.heads["TEACHER"].nll["threshold"]["all"] == pytest.approx(nll, abs=1e-3)
 
 
-@pytest.mark.parametrize(("select_by", "epoch"), [("balanced", 0), ("micro", 1)])
-def test_the_best_teacher_is_chosen_by_class_or_by_image(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select_by: str, epoch: int
-) -> None:
-    """On a long-tailed validation set the first evaluation knows the tail classes, the second the head class."""
-    cfg = recipe(data, tmp_path, "epochs=2", "drw_epoch=-1", "evaluate.every=1", f"evaluate.select_by={select_by}")
-    sets = open_sets(cfg.data)
-    labels = torch.tensor([0] * 6 + [1, 2])
-    val = replace(sets.val, labels=labels.numpy(), paths=sets.val.paths[:8])
-    knows_tail, knows_head = torch.where(labels == 0, 1, labels), torch.zeros_like(labels)
-    decisions = chain([knows_tail, knows_head])
-
-    def logits(model: nn.Module, source: object, images: LongTailSet, *_: object, **how: object) -> tuple[Tensor, ...]:
-        seen_N = torch.from_numpy(images.labels)
-        decided_N = next(decisions, knows_head) if images is val else seen_N
-        logits_NK = F.one_hot(decided_N, 3).float()
-        return logits_NK, logits_NK, seen_N
-
-    monkeypatch.setattr("fastdeitlt.train_teacher.open_training_sets", lambda _: replace(sets, val=val))
-    monkeypatch.setattr("fastdeitlt.run.teacher_scorer.gather_logits", logits)
-    monkeypatch.setattr("fastdeitlt.run.teacher_scorer.image_facts", lambda *_: {})  # some images are not there
-    run = train_teacher(cfg).parents[1]
-    selected = json.loads((run / "results.json").read_text())["selected"]
-    assert (selected["epoch"], selected["by"], selected["on"]) == (epoch, select_by, "val")
-
-
 @pytest.mark.parametrize("changes", [["sam_schedule=linear", "clip_norm=1.0"], PACO], ids=["ldam", "paco"])
 @pytest.mark.parametrize("stop", [3, 7])
 def test_a_stopped_run_continues_exactly(
@@ -266,16 +238,6 @@ def test_steps_of_another_schedule_may_be_after_the_end() -> None:
     build_optimizer(torch.nn.Linear(2, 2), TeacherTrainingConfig(epochs=60, **unused))
 
 
-def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:
-    plan = TeacherPlan(n=27, batch_size=8, seed=0, drop_last=False)
-    first, second = (np.concatenate(list(plan.samples(epoch))) for epoch in (0, 1))
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(27))
-    assert first.tolist() != second.tolist()
-    assert [len(part) for part in plan.samples(0, start=2)] == [8, 3]
-    assert np.concatenate(list(plan.samples(0, start=2))).tolist() == first[16:].tolist()
-    assert [len(part) for part in TeacherPlan(27, 8, 0, drop_last=True).samples(0)] == [8, 8, 8]
-
-
 def test_schedules_are_the_references() -> None:
     ldam = config.load("teacher/cifar10_lt_r100").teacher_training
     rates = [learning_rate(epoch, ldam) for epoch in (0, 4, 5, 159, 160, 179, 180)]
@@ -344,20 +306,24 @@ def test_an_update_that_is_not_finite_shows_in_its_own_steps_loss() -> None:
 
 
 def test_ranks_take_the_step_of_the_whole_batch_and_train_one_teacher(data: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     cfgs = [
         recipe(data, tmp_path / "runs", "epochs=6", "drw_epoch=5", "name=two", "batch_size=8", "accumulate=2"),
         recipe(data, tmp_path / "runs", *PACO, "epochs=2", "name=paco"),
     ]
-    torch.multiprocessing.spawn(as_rank, (port, str(tmp_path), cfgs), nprocs=2)
-    flat = [torch.load(tmp_path / f"flat-{rank}", weights_only=True) for rank in (0, 1)]
-    for scope in ("global", "rank"):
-        assert all(torch.equal(a, b) for a, b in zip(flat[0][scope], flat[1][scope], strict=True))
-    for got, whole in zip(flat[0]["global"], flat_step("ldam", "sam", 1), strict=True):
-        torch.testing.assert_close(got, whole)
-    assert not torch.allclose(flat[0]["rank"][1], flat[0]["global"][1])
+    spawn(train_teachers, str(tmp_path), cfgs)
+    model, x, y = problem()
+    sam = SAM(model.parameters(), torch.optim.SGD, 0.5, **SGD)
+    for _ in range(2):
+        sam.step(lambda: F.cross_entropy(model(x), y).backward())
+    alone = {"sam": [p.detach() for p in model.parameters()], "flat": flat_step("ldam", "sam", 1)}
+    for kind, whole in alone.items():
+        first, second = (torch.load(tmp_path / f"{kind}-{rank}", weights_only=True) for rank in (0, 1))
+        for scope, after in first.items():
+            assert all(torch.equal(a, b) for a, b in zip(after, second[scope], strict=True)), (kind, scope)
+            if scope == "rank":
+                assert not torch.allclose(after[1], whole[1])
+            else:
+                torch.testing.assert_close(after, whole)
     for index in (0, 1):
         first, second = (torch.load(tmp_path / f"run{index}-{rank}", weights_only=True) for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -520,6 +486,7 @@ def small_student(cfg: Config, folder: Path, runs: Path, **teacher: object) -> C
     flat = config.flatten(student(cfg, folder)) | {
         "runs_dir": str(runs), "name": "s", "student.name": "deit_tiny_distilled_patch8_16", "student.img_size": 16,
         "student.depth": 1, "train.epochs": 1, "loss.drw_epoch": -1, "augment.repeats": 1,
+        "evaluate.analyze_images": 0,
     }  # fmt: skip
     return config.build(flat | {f"teacher.{name}": value for name, value in teacher.items()})
 
@@ -617,20 +584,18 @@ def test_images_added_since_the_teacher_was_trained_are_a_warning(
     trained: tuple[Config, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The student's hold-out then takes others, and some may have been the teacher's training images."""
-    for name, number in product("abc", range(10)):
-        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    class_folders(tmp_path / "photos", dict.fromkeys("abc", 10))
     cfg, cpu = config.build({"data.dataset": "folder", "data.root": str(tmp_path / "photos")}), torch.device("cpu")
     facts = {"data_sha256": fingerprint(open_sets(cfg.data).train), "dataset": "photos", "class_names": list("abc")}
     manifest = {name: fact for name, fact in read_manifest(trained[1]).items() if name != "files"} | facts
     folder = save_model_folder(tmp_path / "t", load_tensors(trained[1]), manifest)
     cfg = config.build(config.flatten(cfg) | {"teacher.path": str(folder)})
-    for extra, warnings in (("a/9.png", 0), ("a/10.png", 1)):
-        Image.new("RGB", (16, 16), (9, 0, 0)).save(tmp_path / "photos" / extra)
+    for warnings in (0, 1):
         images = open_sets(cfg.data).train
         with closing(open_source(images, cfg.data, cpu)) as source:
             assert settled_teacher(cfg, images, source, 16, cpu)
         assert caplog.text.count(f"teacher {folder}: trained on other images than today's training split") == warnings
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "a" / "10.png")
 
 
 def test_a_students_run_scores_its_teacher_with_the_teachers_preprocessing(

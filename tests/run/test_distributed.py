@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import free_port, spawn
 from snapshots import train_until_killed
 from tiny_run import records, tensors, tiny_run
 
@@ -28,7 +29,8 @@ KILLED_AT = 5
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("spine"))
+    flat = config.flatten(tiny_run(tmp_path_factory.mktemp("spine")))
+    return config.build(flat | {"evaluate.analyze_images": 8})
 
 
 def _named(cfg, name):
@@ -42,9 +44,7 @@ def _launch(cfg, *jobs, nodes=1):
     """
     path = Path(cfg.runs_dir) / "config.yaml"
     path.write_text(config.dump(cfg))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
+    meeting = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         environment.pop(name, None)
@@ -385,9 +385,7 @@ def test_alone_there_is_nothing_to_exchange():
     assert distributed.on_main(lambda: "done") == "done"
 
 
-def _wait_for_main(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _wait_for_main(rank, folder):
     distributed.start("cpu", timeout_s=1)
     found = distributed.on_main(lambda: time.sleep(2.5) or "saved")
     Path(folder, str(rank)).write_text(found)
@@ -396,16 +394,11 @@ def _wait_for_main(rank, port, folder):
 
 def test_ranks_wait_for_what_rank_0_does_alone(tmp_path):
     """Longer than the time-out of a collective: a slow disk is no lost rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_wait_for_main, (port, str(tmp_path)), nprocs=2)
+    spawn(_wait_for_main, str(tmp_path))
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["saved", "saved"]
 
 
-def _lose_main(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _lose_main(rank, folder):
     if rank == 0:
         distributed.start("cpu", timeout_s=1, main_timeout_s=2)
         with pytest.raises(RuntimeError):  # when the other one has left
@@ -418,10 +411,7 @@ def _lose_main(rank, port, folder):
 
 
 def test_a_rank_0_that_hangs_in_what_it_does_alone_is_noticed(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_lose_main, (port, str(tmp_path)), nprocs=2)
+    spawn(_lose_main, str(tmp_path))
     assert (tmp_path / "noticed").exists()
 
 

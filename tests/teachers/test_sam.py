@@ -1,22 +1,17 @@
 """SAM against the reference's numbers, and what a step must and must not change."""
 
 import io
-import json
-from pathlib import Path
 
-import numpy as np
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
-from sam_ranks import SGD, distributed_steps, problem
+from ranks import SGD, problem
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdeitlt.teachers import SAM
 from fastdeitlt.teachers.sam import frozen_batch_stats
-
-DATA = Path(__file__).parents[1] / "data"
-CASES = json.loads((DATA / "sam.json").read_text())
 
 
 def steps(model: nn.Module, sam: SAM, x: Tensor, y: Tensor, count: int) -> None:
@@ -27,12 +22,12 @@ def steps(model: nn.Module, sam: SAM, x: Tensor, y: Tensor, count: int) -> None:
         sam.second_step()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", golden.load("sam"))
 @pytest.mark.parametrize("way", ["closure", "two steps", "ready optimizer"])
 def test_sam_gives_the_reference_weights(case: dict, way: str) -> None:
-    arrays = {k.split("_", 1)[1]: v for k, v in np.load(DATA / "sam.npz").items() if k.startswith(f"c{case['case']}_")}
-    w1, w2 = (torch.tensor(arrays[name], requires_grad=True) for name in ("w1", "w2"))
-    x, y = torch.tensor(arrays["x"]), torch.tensor(arrays["y"])
+    arrays = golden.arrays("sam", case)
+    w1, w2, x, y = (arrays[name] for name in ("w1", "w2", "x", "y"))
+    w1.requires_grad_(), w2.requires_grad_()
     options = {name: case[name] for name in ("lr", "momentum", "weight_decay")}
     if way == "ready optimizer":
         sam = SAM([w1, w2], torch.optim.SGD([w1, w2], **options), case["rho"], case["adaptive"])
@@ -54,8 +49,8 @@ def test_sam_gives_the_reference_weights(case: dict, way: str) -> None:
             closure()
             sam.second_step()
     assert losses == pytest.approx(case["losses"], rel=1e-5)
-    torch.testing.assert_close(w1.detach(), torch.tensor(arrays["w1_after"]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(w2.detach(), torch.tensor(arrays["w2_after"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(w1.detach(), arrays["w1_after"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(w2.detach(), arrays["w2_after"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -230,17 +225,3 @@ def test_a_step_never_waits_for_the_device(adaptive: bool) -> None:
             with frozen_batch_stats(model):
                 F.cross_entropy(model(x), labels).backward()
             sam.second_step()
-
-
-def test_ranks_share_a_step_with_the_global_or_their_own_perturbation(tmp_path: Path) -> None:
-    results = str(tmp_path / "result")
-    torch.multiprocessing.spawn(distributed_steps, (str(tmp_path / "meet"), results), nprocs=2)
-    first, second = (torch.load(f"{results}-{rank}", weights_only=True) for rank in (0, 1))
-    for scope in ("global", "rank", "zero"):
-        assert all(torch.equal(a, b) for a, b in zip(first[scope], second[scope], strict=True)), scope
-    model, x, y = problem()
-    steps(model, SAM(model.parameters(), torch.optim.SGD, 0.5, **SGD), x, y, 2)
-    for scope in ("global", "zero"):
-        for got, expected in zip(first[scope], model.parameters(), strict=True):
-            torch.testing.assert_close(got, expected.detach())
-    assert not all(torch.allclose(a, b) for a, b in zip(first["rank"], first["global"], strict=True))
