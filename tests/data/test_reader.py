@@ -95,17 +95,6 @@ def test_a_missing_decoder_is_one_line_that_says_what_to_install(tmp_path, monke
         decoder.decoder_version()
 
 
-def test_resuming_in_mid_epoch_gives_the_same_batches(tmp_path):
-    images = make_set(tmp_path)
-    generator = np.random.default_rng(0)
-    wanted = [request(generator.integers(0, 11, 6), epoch=e) for e in range(8)]
-    whole, _ = deliver(images, wanted)
-    resumed = reader.Stream(images, DataConfig(num_threads=1), CPU)
-    for (_, got), expected in zip(resumed.crops(wanted[5:]), whole[5:], strict=True):
-        assert torch.equal(got, expected)
-    resumed.close()
-
-
 def test_copies_in_one_group_are_read_once_and_differ_only_in_their_crop(tmp_path, monkeypatch):
     images = make_set(tmp_path)
     wanted = [request([0, 1, 2], copies=[c] * 3) for c in range(4)] + [request([3, 4])]

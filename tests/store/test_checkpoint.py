@@ -185,11 +185,12 @@ def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp
     assert read_manifest(tmp_path / "last")["step"] == 4
 
 
-def test_a_milestone_is_kept_when_its_checkpoint_goes(tmp_path):
-    found = Checkpoints(tmp_path, keep=3)
-    for step in range(1, 6):
+def test_the_two_newest_checkpoints_are_kept_and_a_milestone_whose_checkpoint_goes(tmp_path):
+    found = Checkpoints(tmp_path)
+    for step in (1, 2, 3, 10):
         _save(found, step, float(step), wait=True, milestone="before-drw" if step == 1 else "")
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (3, 4, 5)]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003", "step-00000010"]
+    assert read_manifest(tmp_path / "last")["step"] == found.newest()[1]["step"] == 10
     assert read_manifest(tmp_path / "before-drw")["step"] == 1
     assert torch.equal(load_tensors(tmp_path / "before-drw")["w"], torch.ones(3))
 
@@ -335,12 +336,3 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_no_draft(tmp_path, monke
         save_model_folder(tmp_path / "m", STATE, {"step": 2})
     assert read_manifest(tmp_path / "m")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
-
-
-def test_only_the_two_newest_checkpoints_are_kept_and_last_points_at_the_newest(tmp_path):
-    found = Checkpoints(tmp_path)
-    for step in (1, 2, 10):
-        found.save(step, {"model": STATE}, FACTS, wait=True)
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000010"]
-    assert read_manifest(tmp_path / "last")["step"] == 10
-    assert found.newest()[1]["step"] == 10
