@@ -73,7 +73,7 @@ def recorded(request, tmp_path_factory):
         "name": "recorded", "train.epochs": EPOCHS, "loss.drw_epoch": DRW_EPOCH, "train.batch_size": BATCH,
         "train.accumulate": ACCUMULATE, "train.virtual_ranks": RANKS, "train.save_every_steps": 0,
         "augment.recipe": "none", "augment.repeats": 1, "mixup.prob": 1.0, "mixup.cutmix_alpha": 0.0,
-        "mixup.smoothing": 0.2, "loss.alpha": 0.3, "optim.warmup_epochs": 1, "evaluate.analyze_images": 0,
+        "mixup.smoothing": 0.2, "loss.alpha": 0.3, "optim.warmup_epochs": 1,
         "teacher.path": str(_in_another_order(folder)),
     }  # fmt: skip
     run = Recording(config.build(flat | recipe | RECIPES[request.param]))
@@ -351,7 +351,6 @@ def recorded_teacher(request, tmp_path_factory):
     recipe = {
         "name": "recorded", "runs_dir": str(folder), "train.precision": "fp32", "train.compile": False,
         "train.device": "cpu", "augment.recipe": "none", "evaluate.every": 2, "evaluate.crop_pct": 1.0,
-        "evaluate.analyze_images": 0,
     }  # fmt: skip
     training = {
         "arch": "resnet8", "img_size": 28, "loss": "ldam", "epochs": EPOCHS, "drw_epoch": DRW_EPOCH, "lr": 0.05,

@@ -79,7 +79,7 @@ def _on_a_terminal(arguments, folder):
 
 def test_teacher_and_student_have_headings_bars_and_evaluations_that_stay(tmp_path):
     (tmp_path / "s.yaml").write_text(config.dump(tiny_run(tmp_path)))
-    short = ["train.epochs=2", "loss.drw_epoch=1", "teacher.path=", "evaluate.every=1", "evaluate.analyze_images=0"]
+    short = ["train.epochs=2", "loss.drw_epoch=1", "teacher.path=", "evaluate.every=1"]
     short += ["teacher_training.epochs=1", "teacher_training.drw_epoch=-1", "teacher_training.arch=resnet8"]
     short += ["teacher_training.img_size=28", "name=s"]
     code, lines = _on_a_terminal(["train", "s.yaml", *short, "--with-teacher", "teacher/quickstart"], tmp_path)

@@ -4,8 +4,8 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, repeat
-from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -33,7 +33,6 @@ from fastdeitlt.store.checkpoint import load_tensors, read_manifest
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
-DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")
 TINY = SMALLEST | {
     "train.batch_size": 16, "train.log_every": 3, "train.save_every_steps": 5, "mixup.off_in_drw": True
@@ -55,34 +54,30 @@ def _engine(student, teacher, counts, cfg, micro_batches=1):
 
 
 def test_twelve_steps_follow_the_official_loop():
-    golden = json.loads((DATA / "trajectory.json").read_text())
-    schedule, arch, seed = golden["schedule"], golden["arch"], golden["seed"]
+    official = golden.load("trajectory")
+    schedule, arch, seed = official["schedule"], official["arch"], official["seed"]
     cfg = config.build(
         {
             "train.epochs": schedule["epochs"],
             "train.batch_size": 2,
-            "train.accumulate": golden["accumulate"],
+            "train.accumulate": official["accumulate"],
             "train.precision": "fp32",
             "train.compile": False,
-            "loss.drw_epoch": golden["drw_from_epoch"],
+            "loss.drw_epoch": official["drw_from_epoch"],
             "optim.lr": schedule["base_lr"],
             "optim.lr_scale": "none",
             "optim.warmup_epochs": schedule["warmup_epochs"],
         }
     )
     student = create_student("deit_base_distilled_patch16_224", arch["classes"], drop_path=0.0, depth=arch["depth"])
-    state = student.state_dict()
-    for j, key in enumerate(sorted(state)):
-        value = np.random.default_rng([seed, j]).standard_normal(state[key].shape).astype(np.float32) * 0.05
-        state[key] = torch.from_numpy(value)
-    student.load_state_dict(state)
+    golden.fill(student, seed)
     start = {name: p.detach().clone() for name, p in student.named_parameters()}
     teacher = Fixed()
-    engine = _engine(student.train(), teacher, golden["counts"], cfg, golden["accumulate"])
-    weights_K = drw_weights(golden["counts"], golden["beta"])
-    plan = Plan(8, 2, golden["accumulate"], 1, 1)
+    engine = _engine(student.train(), teacher, official["counts"], cfg, official["accumulate"])
+    weights_K = drw_weights(official["counts"], official["beta"])
+    plan = Plan(8, 2, official["accumulate"], 1, 1)
     assert plan.micro_steps == schedule["iterations_per_epoch"]
-    expected = iter(golden["trajectory"])
+    expected = iter(official["trajectory"])
     for epoch in range(3):
         reweight = epoch >= cfg.loss.drw_epoch
         for step in plan.steps(epoch):
@@ -103,9 +98,9 @@ def test_twelve_steps_follow_the_official_loop():
             assert rate == pytest.approx(row["lr"], abs=1e-9)
             engine.step(rate)
     for name, parameter in student.named_parameters():
-        assert parameter.norm().item() == pytest.approx(golden["final_param_norms"][name], rel=1e-3)
+        assert parameter.norm().item() == pytest.approx(official["final_param_norms"][name], rel=1e-3)
         moved = (parameter.detach() - start[name]).norm().item()
-        assert moved == pytest.approx(golden["update_norms"][name], rel=1e-3), name
+        assert moved == pytest.approx(official["update_norms"][name], rel=1e-3), name
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +126,12 @@ def test_a_run_folder_has_all_its_parts(whole):
     assert not list((whole / "checkpoints").glob("*tmp*"))
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """It is half of so small a run's time."""
+    monkeypatch.setattr("fastdeitlt.train.report.write_report", lambda folder: folder)
+
+
 @pytest.mark.parametrize(("select_by", "epoch"), [("balanced", 0), ("micro", 1)])
 def test_the_best_weights_are_chosen_by_class_or_by_image(tiny, tmp_path, monkeypatch, select_by, epoch):
     """On a long-tailed validation set the first evaluation knows the tail classes, the second the head class."""
@@ -141,7 +142,7 @@ def test_the_best_weights_are_chosen_by_class_or_by_image(tiny, tmp_path, monkey
     cfg = config.build(
         tiny
         | {"evaluate.every": 1, "evaluate.weights": "model", "evaluate.select_by": select_by, "teacher.path": ""}
-        | {"train.epochs": 2, "loss.drw_epoch": -1, "evaluate.analyze_images": 0, "runs_dir": str(tmp_path)}
+        | {"train.epochs": 2, "loss.drw_epoch": -1, "runs_dir": str(tmp_path)}
     )
     sets = open_sets(cfg.data)
     val = replace(sets.val, labels=labels.numpy(), paths=sets.val.paths[:15])
@@ -160,8 +161,8 @@ def _logits_of(decided_N, labels_N):
     return logits_NK, logits_NK, labels_N
 
 
-@pytest.mark.parametrize("stop_after", [2, 13, 17, 23], ids=lambda n: f"step{n}")
-def test_a_killed_run_continues_bit_for_bit(whole, tiny, tmp_path, stop_after):
+@pytest.mark.parametrize("stop_after", [2, 13, 23], ids=lambda n: f"step{n}")
+def test_a_killed_run_continues_bit_for_bit(whole, tiny, tmp_path, stop_after, no_report):
     cfg = config.build(tiny | {"name": "killed", "runs_dir": str(tmp_path)})
     train_until_killed(cfg, stop_after)
     killed = train(cfg, "must")
@@ -247,7 +248,7 @@ def test_the_sync_test_can_fail():
         torch.ones(2).sum().item()
 
 
-def test_our_optimizer_takes_the_steps_of_torchs(tiny, whole, tmp_path):
+def test_our_optimizer_takes_the_steps_of_torchs(tiny, whole, tmp_path, no_report):
     """Weights and moving average, through the whole spine with its flat buffers, checkpoints and evaluation."""
     run = train(config.build(tiny | {"name": "flat", "runs_dir": str(tmp_path), "optim.backend": "fastdeitlt"}))
     expected = tensors(whole)
@@ -274,9 +275,9 @@ def test_a_loss_that_is_not_finite_stops_with_code_5_and_leaves_a_sound_checkpoi
     assert all(value.isfinite().all() for value in last.values() if value.is_floating_point())
 
 
-def test_bfloat16_is_computed_where_there_are_instructions_for_it(tiny, whole, tmp_path, native_bf16):
+def test_bfloat16_is_computed_where_there_are_instructions_for_it(tiny, whole, tmp_path, native_bf16, no_report):
     """Elsewhere the whole run, evaluation included, is that of float32, bit for bit."""
-    half = {"name": "half", "runs_dir": str(tmp_path), "train.precision": "bf16", "evaluate.analyze_images": 0}
+    half = {"name": "half", "runs_dir": str(tmp_path), "train.precision": "bf16"}
     run = train(config.build(tiny | half))
     steps, expected = ([r["loss"] for r in records(r) if r["kind"] == "step"] for r in (run, whole))
     assert steps == pytest.approx(expected, abs=0.2)  # rounding turns some decisions of an untrained teacher
@@ -297,7 +298,7 @@ def test_without_a_teacher_both_heads_learn_the_labels(tiny, tmp_path):
     assert json.loads((run / "results.json").read_text())["teacher"] is None
 
 
-def test_runs_of_one_process_do_not_use_up_the_compilers_limit(tiny, tmp_path, monkeypatch):
+def test_runs_of_one_process_do_not_use_up_the_compilers_limit(tiny, tmp_path, monkeypatch, no_report):
     """As the runs of a grid: one graph may have so many variants, and whole graphs fail beyond."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, options, **how: compile(module, backend="eager", **how))

@@ -25,6 +25,7 @@ SMALLEST = {
     "optim.warmup_epochs": 1,
     "evaluate.every": 2,
     "evaluate.crop_pct": 1.0,
+    "evaluate.analyze_images": 0,
 }
 # 8 micro-steps of a virtual rank in an epoch, three to an optimizer step: the third has two. 77 test images: odd.
 SETTINGS = SMALLEST | {
@@ -68,16 +69,21 @@ def random_teacher(folder):
     return {"teacher.path": str(path), "teacher.img_size": 28, "teacher.check": False}
 
 
-def tiny_data(folder):
-    """Settings of 130 of the embedded images, 77 of them to test on, and of a teacher; the files lie in ``folder``."""
+def embedded_lists(folder, **steps):
+    """Settings of every so many-th of the embedded images of each split; the lists lie in ``folder``."""
     root = embedded.unpack()
-    settings = {"data.root": str(root)}
-    for split, every in (("train", 19), ("val", 11), ("test", 13)):
+    settings = {"data.dataset": "list", "data.root": str(root)}
+    for split, every in steps.items():
         lines = (root / f"{split}.txt").read_text().splitlines()
         kept = lines[::every] if split != "train" else sorted({*lines[::every], *lines[-20::2]}, key=lines.index)
         (folder / f"{split}.txt").write_text("\n".join(kept))
         settings[f"data.{split}_list"] = str(folder / f"{split}.txt")
-    return settings | random_teacher(folder / "teacher")
+    return settings
+
+
+def tiny_data(folder):
+    """Settings of 130 of the embedded images, 77 of them to test on, and of a teacher; the files lie in ``folder``."""
+    return embedded_lists(folder, train=19, val=11, test=13) | random_teacher(folder / "teacher")
 
 
 def tiny_run(folder):

@@ -434,7 +434,7 @@ def test_a_run_from_shards_ends_with_the_weights_of_the_run_from_folders(tmp_pat
         place = tmp_path / ("folders" if dataset == "folder" else "shards")
         flat = SETTINGS | {"data.dataset": dataset, "data.root": str(place), "runs_dir": str(tmp_path / "runs")}
         flat |= {"name": dataset, "train.epochs": 1, "train.virtual_ranks": 1, "train.accumulate": 1}
-        flat |= {"loss.drw_epoch": -1, "evaluate.analyze_images": 0, "data.residency": "stream"}
+        flat |= {"loss.drw_epoch": -1, "data.residency": "stream"}
         weights[dataset] = load_tensors(train(config.build(flat)) / "checkpoints" / "last", "model")
     assert all(torch.equal(value, weights["folder"][name]) for name, value in weights["shards"].items())
     results = [json.loads((tmp_path / "runs" / name / "results.json").read_text())["test"] for name in weights]

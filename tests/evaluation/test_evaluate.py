@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from small_model import MANIFEST, NAME, save_student
+from small_model import MANIFEST, NAME, read_csv, save_student
+from tiny_run import embedded_lists
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
@@ -23,7 +24,6 @@ from torchmetrics.functional.classification import (
 )
 
 from fastdeitlt.data.pixels.request import CropRequest
-from fastdeitlt.data.sets import embedded
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation import evaluate as evaluation
@@ -367,8 +367,7 @@ def test_classes_are_matched_by_name_and_grouped_by_the_models_own_counts(tmp_pa
     flat = [*settings, "data.dataset=folder", f"data.root={tmp_path / 'data' / 'test'}", "data.val_holdout=0"]
     assert evaluate(tmp_path / "model", flat).support_K == [0, 1, 1, 1]
     assert "data test: no test split, scored are 20 % of each class. All images: --split train" in caplog.text
-    with (tmp_path / "classes.csv").open(newline="") as file:
-        assert [row["name"] for row in csv.DictReader(file)] == ["ant", "bee", "cow", "dog"]
+    assert [row["name"] for row in read_csv(tmp_path / "classes.csv")] == ["ant", "bee", "cow", "dog"]
     rows = [f"test/{name}/{number}.png,{name}" for name in ("dog", "bee", "cow") for number in range(3)]
     (tmp_path / "test.csv").write_text("path,label\n" + "\n".join(rows))
     settings += ["data.dataset=list", f"data.test_list={tmp_path / 'test.csv'}"]
@@ -385,16 +384,9 @@ def test_class_counts_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
-    """61 test and 33 validation images on two ranks: one has an image more, and the last batches are smaller."""
-    root = embedded.unpack()
-    lists = []
-    for split, number in (("train", 300), ("val", 33), ("test", 61)):
-        lines = (root / f"{split}.txt").read_text().splitlines()
-        chosen = [lines[i] for i in np.linspace(0, len(lines) - 1, number).astype(int)]
-        (tmp_path / f"{split}.txt").write_text("\n".join(chosen))
-        lists.append(f"data.{split}_list={tmp_path / split}.txt")
-    settings = ["train.precision=fp32", "train.device=cpu", "data.residency=host", "data.dataset=list"]
-    settings += [f"data.root={root}", "evaluate.batch_size=8", *lists]
+    """77 test and 39 validation images on two ranks: one has an image more, and the last batches are smaller."""
+    settings = ["train.precision=fp32", "train.device=cpu", "data.residency=host", "evaluate.batch_size=8"]
+    settings += [f"{name}={value}" for name, value in embedded_lists(tmp_path, train=9, val=13, test=13).items()]
     model = save_ten(tmp_path / "model")
     paths = {"json_path": tmp_path / "one.json", "csv_path": tmp_path / "one.csv"}
     evaluate(model, settings, **paths, predictions_path=tmp_path / "one-images.csv")
@@ -407,7 +399,7 @@ def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("threshold split") == 1  # one rank prints
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert sum(one["support_K"]) == 61 and one["posthoc"]["num_fitted"] == 33
+    assert sum(one["support_K"]) == 77 and one["posthoc"]["num_fitted"] == 39
     assert two["support_K"] == one["support_K"]
     for head, scores in one["heads"].items():
         assert two["heads"][head]["correct_K"] == scores["correct_K"]
@@ -417,7 +409,7 @@ def test_several_ranks_score_as_one_does_whatever_is_left_over(tmp_path):
     first, second = (list(csv.reader((tmp_path / f"{name}-images.csv").open())) for name in ("one", "two"))
     texts = [[[row[i] for i in (0, 1, 2, 3, 6, 9)] for row in table] for table in (first, second)]
     assert (
-        len(first) == 62 and texts[0] == texts[1]
+        len(first) == 78 and texts[0] == texts[1]
     )  # paths, labels and answers; probabilities differ in their last bits
     rows = list(csv.reader((tmp_path / "two.csv").open()))
     assert rows == list(csv.reader((tmp_path / "one.csv").open()))

@@ -207,7 +207,7 @@ def test_another_width_names_the_student_to_use(tmp_path):
 
 def test_a_finished_run_starts_a_longer_one_at_a_larger_size(tmp_path, monkeypatch):
     """Its weights are read at the first start alone: a resumed run has its own."""
-    short = {"train.epochs": 1, "loss.drw_epoch": -1, "evaluate.analyze_images": 0, "optim.warmup_epochs": 0}
+    short = {"train.epochs": 1, "loss.drw_epoch": -1, "optim.warmup_epochs": 0}
     cfg = config.build(config.flatten(tiny_run(tmp_path)) | short | {"name": "short"})
     source = train(cfg)
     started = load_tensors(source / "checkpoints" / "best")

@@ -16,6 +16,7 @@ from PIL import Image
 from small_model import MANIFEST, SIZE, save_images, save_student
 from tiny_run import tiny_run
 
+from fastdeitlt import config
 from fastdeitlt.data.sets.types import LongTailSet
 from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.per_image import data_uri
@@ -229,7 +230,8 @@ def trained(tmp_path_factory, made):
             patch.setattr(parts, name, watched(parts, name))
         for name in ("settled_teacher", "Selector", "Meter", "Run"):
             patch.setattr(spine, name, watched(spine, name))
-        return train(tiny_run(tmp_path_factory.mktemp("trained")))
+        cfg = tiny_run(tmp_path_factory.mktemp("trained"))
+        return train(config.build(config.flatten(cfg) | {"evaluate.analyze_images": 1024}))
 
 
 def test_a_process_that_trains_many_runs_keeps_none_of_them(trained, made):

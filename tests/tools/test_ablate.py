@@ -1,6 +1,5 @@
 """The grid: what is trained, with which settings, in which order, what is trained again, and what the table says."""
 
-import csv
 import json
 import math
 from itertools import product
@@ -10,9 +9,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from small_model import read_csv
+from tiny_run import embedded_lists
 
 from fastdeitlt import cli, config
-from fastdeitlt.data.sets import embedded
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
 from fastdeitlt.errors import NonFiniteError, UserError
@@ -251,7 +251,7 @@ def test_a_diverged_run_is_told_at_the_end_and_stops_no_other(grid_file, trained
     trained.diverging = ("vit-seed0",)
     assert cli.main(["ablate", grid_file(), f"runs_dir={tmp_path / 'runs'}"]) == 5
     assert "1 run diverged" in capsys.readouterr().err
-    rows = list(csv.DictReader((tmp_path / "runs/grid/results.csv").open()))
+    rows = read_csv(tmp_path / "runs/grid/results.csv")
     seeds = {row["arm"]: row["seeds"] for row in rows if row["head"] == "AVG"}
     assert seeds == {"base": "2", "vit": "1", "no-drw": "2", "sgd": "2"}
 
@@ -357,7 +357,7 @@ def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
     table.write(tmp_path, ["base", "better", "alone"], finished)
     rows = {
         row["arm"]: row
-        for row in csv.DictReader((tmp_path / "results.csv").open())
+        for row in read_csv(tmp_path / "results.csv")
         if (row["head"], row["group"], row["split"]) == ("AVG", "tail", "official")
     }
     base, better = rows["base"], rows["better"]
@@ -427,14 +427,7 @@ def test_shipped_grids_are_valid(path):
 
 
 def test_a_grid_cut_off_continues_and_ends_with_its_table(tmp_path, grid_file, monkeypatch):
-    root, lists = embedded.unpack(), tmp_path / "lists"
-    lists.mkdir()
-    data = {"data.dataset": "list", "data.root": str(root)}
-    for split, every in (("train", 19), ("val", 25), ("test", 25)):
-        lines = (root / f"{split}.txt").read_text().splitlines()
-        kept = lines[::every] + (lines[-20::5] if split == "train" else [])  # every class has some
-        (lists / f"{split}.txt").write_text("\n".join(kept))
-        data[f"data.{split}_list"] = str(lists / f"{split}.txt")
+    data = embedded_lists(tmp_path, train=19, val=25, test=25)
     arms = {name: GRID["arms"][name] for name in ("base", "vit")}
     student = SHORT["student"] | data | {"teacher.check": False}  # its teacher has learnt nothing in so few steps
     settings = {"student": student, "teacher": SHORT["teacher"]}
@@ -451,7 +444,7 @@ def test_a_grid_cut_off_continues_and_ends_with_its_table(tmp_path, grid_file, m
     before = done.stat().st_mtime_ns
     assert cli.main(["ablate", path, *overrides]) == 0
     assert done.stat().st_mtime_ns == before
-    rows = list(csv.DictReader((tmp_path / "runs/grid/results.csv").open()))
+    rows = read_csv(tmp_path / "runs/grid/results.csv")
     arms_and_heads = {(row["arm"], row["head"]) for row in rows}
     assert arms_and_heads == {*product(("base", "vit"), ("AVG", "CLS", "DIST")), ("base", "TEACHER")}
     assert [row["mean"] for row in rows if row["group"] == "OOD"] != []
