@@ -182,9 +182,9 @@ def arm_runs(grid: Grid, overrides: Sequence[str] = ()) -> list[ArmRun]:
     common_teacher = grid.settings.teacher
     if isinstance(common_teacher, str):
         raise UserError("grid settings.teacher: got none, expected settings. Remove the grid's teacher recipe.")
-    own = [arm.teacher for arm in grid.arms.values() if arm.teacher != "none"]
+    of_arms = [arm.teacher for arm in grid.arms.values() if arm.teacher != "none"]
     if not grid.teacher and (
-        unused := next((name for part in (of_teacher, common_teacher, *own) for name in part), "")
+        unused := next((name for part in (of_teacher, common_teacher, *of_arms) for name in part), "")
     ):
         raise UserError(f"{unused}: no effect, because grid {grid.name} has no teacher recipe. Remove it, or add one.")
 
