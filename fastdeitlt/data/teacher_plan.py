@@ -16,6 +16,9 @@ ORDER, STEP = 210, 211
 """Streams of the generator."""
 MIN_PART = 2
 """Fewest images in a micro-batch: batch norm has no variance of one value."""
+LEAST_SHARE = 1 / 8
+"""Smallest last batch, as a share of a whole one, so that an epoch has equally many steps on up to batch_size / 16
+ranks (times micro-batches)."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class TeacherPlan:
     """The batches of an epoch, a permutation that depends on (seed, epoch) alone.
 
     A batch is split in order into nearly equal parts: over ranks, then over a rank's micro-batches. Batch norm needs
-    two images in each, so a last batch too small for that is merged into the one before. PaCo drops an incomplete last
-    batch, because a batch replaces a fixed part of its queue.
+    two images in each, so a last batch too small for that, or smaller than ``LEAST_SHARE``, is merged into the one
+    before. PaCo drops an incomplete last batch, because a batch replaces a fixed part of its queue.
     """
 
     n: int
@@ -41,7 +44,8 @@ class TeacherPlan:
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
         whole, rest = divmod(self.n, self.batch_size)
-        return whole + (rest >= MIN_PART * self.world * self.accumulate and not self.drop_last)
+        least = max(LEAST_SHARE * self.batch_size if whole else 0, MIN_PART * self.world * self.accumulate)
+        return whole + (rest >= least and not self.drop_last)
 
     @property
     def last_batch(self) -> str:
@@ -52,7 +56,7 @@ class TeacherPlan:
         if self.drop_last:
             return f"PaCo uses full batches: each epoch skips {left} of {self.n} images, others in each"
         images = f"{self.batch_size + left} images"
-        return f"the last batch of an epoch has {images}: {left} alone would be too few for batch norm"
+        return f"the last batch of an epoch has {images}: {left} alone would be too few for a step"
 
     def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield the image indices of each batch from number ``start`` on, int64 [B]."""
