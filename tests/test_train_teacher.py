@@ -397,6 +397,18 @@ def test_folders_and_released_checkpoints_convert_both_ways(data: Path, tmp_path
         assert open_saved(folder).preprocess.mean == (0.3,) * 3 and open_saved(folder).preprocess.img_size == size
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+    for wrong, message in (
+        ({"mean": (0.3,)}, r"mean\.1: Field required, expected three numbers"),
+        ({"std": (0.0,) * 3}, r"std\.0: Input should be greater than 0"),
+        ({"img_size": 0}, "img_size: got 0, expected at least 1"),
+        ({"class_map": [0, 0, 1]}, "class map: got 3 classes, 2 of them distinct"),
+    ):
+        with pytest.raises(UserError, match=message):
+            import_official(released, tmp_path / "wrong", **facts | wrong)
+    import_official(released, back, **facts)  # replaces a model folder
+    with pytest.raises(UserError, match="exists and is not a model folder"):
+        import_official(released, tmp_path, **facts)
+    assert released.is_file() and not (tmp_path / "wrong").exists()
 
 
 def test_a_plain_cnn_can_be_wrapped_for_pacos_loader_but_a_cosine_head_cannot(

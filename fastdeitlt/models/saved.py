@@ -75,7 +75,12 @@ def released_preprocess(img_size: int) -> Preprocess:
 
     ImageNet's mean and std; above 32 pixels the central 7/8 of the shorter side, else all of it. Source: DeiT-LT
     datasets.py, ``build_transform_deit``; the crops are those of val-iisc/Saddle-LongTail and PaCo too.
+
+    Raises:
+        UserError: no pixel.
     """
+    if img_size < 1:
+        raise UserError(f"img_size: got {img_size}, expected at least 1 pixel")
     crop_pct = 0.875 if img_size > 32 else 1.0
     return Preprocess(mean=IMAGENET_MEAN, std=IMAGENET_STD, img_size=img_size, crop_pct=crop_pct)
 

@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
+from torch import nn
 
 from fastdeitlt import config
-from fastdeitlt.errors import UserError
+from fastdeitlt.errors import UserError, first_fault
 from fastdeitlt.models.saved import released_preprocess
-from fastdeitlt.models.teacher import create_teacher, load_teacher, teacher_input
-from fastdeitlt.store.checkpoint import find_model_folder, read_folder, read_manifest, save_model_folder
+from fastdeitlt.models.teacher import check_class_map, create_teacher, load_teacher, teacher_input
+from fastdeitlt.store.checkpoint import MANIFEST, find_model_folder, read_folder, read_manifest, save_model_folder
 from fastdeitlt.store.files import draft_file, read_json
-from fastdeitlt.store.manifest import preprocess_of
+from fastdeitlt.store.manifest import Preprocess, preprocess_of
 from fastdeitlt.teachers.opening import ORDER_FILE
 
 STYLES = ("official_ldam", "official_paco")
@@ -80,23 +83,27 @@ def import_official(
 
     Args:
         path: the checkpoint; its style is detected from its keys.
-        folder: the folder to write.
+        folder: the folder to write: a new one, an empty one, or a model folder, which is replaced.
         arch, num_classes: architecture and number of classes.
         img_size: side in pixels of its input; the crop is that of ``released_preprocess``.
         mean, std: normalisation of its input.
         class_map: the teacher's class of each data-set label; None = identical.
 
     Raises:
-        UserError: see ``load_teacher``.
+        UserError: see ``load_teacher``; an invalid size, mean, std or class map; ``folder`` has other files.
     """
-    network = load_teacher(path, arch, num_classes).network
+    stated = released_preprocess(img_size).model_dump() | {"mean": list(mean), "std": list(std)}
+    try:
+        Preprocess.model_validate(stated)
+    except ValidationError as error:
+        raise UserError(f"import {path}: {first_fault(error)}, expected three numbers each, std above 0") from None
     manifest = {
         "kind": "teacher",
         "model": {"arch": arch, "num_classes": num_classes, "img_size": img_size, "style": "fastdeitlt"},
-        "class_map": list(class_map) if class_map is not None else None,
-        "preprocess": released_preprocess(img_size).model_dump() | {"mean": list(mean), "std": list(std)},
+        "class_map": check_class_map(class_map, num_classes).tolist() if class_map is not None else None,
+        "preprocess": stated,
     }
-    return save_model_folder(folder, network.state_dict(), manifest)
+    return _save(folder, load_teacher(path, arch, num_classes).network, manifest)
 
 
 def import_teacher(run_folder: str | Path, folder: str | Path) -> Path:
@@ -106,10 +113,10 @@ def import_teacher(run_folder: str | Path, folder: str | Path) -> Path:
 
     Args:
         run_folder: the student's run.
-        folder: the folder to write.
+        folder: the folder to write, as for ``import_official``.
 
     Raises:
-        UserError: not a finished student's run; see ``load_teacher``.
+        UserError: not a finished student's run; see ``load_teacher``; ``folder`` has other files.
     """
     run = Path(run_folder)
     cfg, student = config.load(str(run / "config.yaml")), read_manifest(find_model_folder(run))
@@ -125,4 +132,12 @@ def import_teacher(run_folder: str | Path, folder: str | Path) -> Path:
         "class_names": student.get("class_names"),
         "preprocess": preprocess | {"mean": list(own.mean), "std": list(own.std)},
     }
+    return _save(folder, network, manifest)
+
+
+def _save(folder: str | Path, network: nn.Module, manifest: dict[str, Any]) -> Path:
+    """Write a model folder, which replaces only another model folder."""
+    place = Path(folder)
+    if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / MANIFEST).is_file()):
+        raise UserError(f"teacher folder {folder}: exists and is not a model folder, expected a new name")
     return save_model_folder(folder, network.state_dict(), manifest)
