@@ -8,7 +8,7 @@ settings and no seed. No method is fitted on test images.
 # N images, K classes, F features of a method
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdeitlt.errors import UserError, first_fault
-from fastdeitlt.evaluation.metrics import GROUPS, Number, Result, cell, readable, score_heads
+from fastdeitlt.evaluation.metrics import GROUPS, Number, Result, cell, heads_of, readable, score_heads
 from fastdeitlt.evaluation.shift import SHIFTS, accuracy_under, shifted_prior
 
 CHUNK = 2048
@@ -221,20 +221,38 @@ def post_hoc(
     weights = {method: fit(method, cls_NK, dist_NK, labels_N, log_prior_K) for method in METHODS}
     num_fitted = len(labels_N)
     cls_NK, dist_NK, labels_N = readable(*test)
-    logits = {method: apply(method, w, cls_NK, dist_NK, log_prior_K) for method, w in weights.items()}
-    average_NK = (cls_NK.float() + dist_NK.float()) / 2
-    heads = {"AVG": average_NK, "AVG, class prior, tau = 1": average_NK - log_prior_K.float()}
+    results: dict[str, Result] = {}
     prior_known: dict[str, float] = {}
-    for name, rho in SHIFTS.items():
-        prior_K = torch.from_numpy(shifted_prior(counts, rho))
-        predicted_N = (logits["AVG, class prior"] + prior_K.log().float()).argmax(1)
-        correct_K = labels_N[predicted_N == labels_N].bincount(minlength=len(counts))
-        support_K = labels_N.bincount(minlength=len(counts))
-        prior_known[name] = accuracy_under(prior_K.numpy(), correct_K.numpy(), support_K.numpy())
+    for name, logits_NK in _corrected(cls_NK, dist_NK, weights, log_prior_K):  # one matrix [N, K] at a time
+        results[name] = score_heads({name: logits_NK}, labels_N, counts, dataset)
+        if name == "AVG, class prior":
+            prior_known = _with_prior_known(logits_NK, labels_N, counts)
     return PostHoc(
         num_fitted=num_fitted,
         weights=weights,
         meaning={method: describe(method, w) for method, w in weights.items()},
-        result=score_heads(heads | logits, labels_N, counts, dataset),
+        result=replace(results["AVG"], heads={name: result.heads[name] for name, result in results.items()}),
         prior_known=prior_known,
     )
+
+
+def _corrected(
+    cls_NK: Tensor, dist_NK: Tensor, weights: dict[str, list[float]], log_prior_K: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield AVG and each method with its logits_NK."""
+    yield "AVG", heads_of(cls_NK, dist_NK)["AVG"]
+    yield "AVG, class prior, tau = 1", heads_of(cls_NK, dist_NK)["AVG"] - log_prior_K.float()
+    for method, w in weights.items():
+        yield method, apply(method, w, cls_NK, dist_NK, log_prior_K)
+
+
+def _with_prior_known(logits_NK: Tensor, labels_N: Tensor, counts: Sequence[int]) -> dict[str, float]:
+    """Return shifted prior -> accuracy in per cent of logits without a prior, adjusted to it."""
+    support_K = labels_N.bincount(minlength=len(counts)).numpy()
+    accuracies = {}
+    for name, rho in SHIFTS.items():
+        prior_K = torch.from_numpy(shifted_prior(counts, rho))
+        predicted_N = (logits_NK + prior_K.log().float()).argmax(1)
+        correct_K = labels_N[predicted_N == labels_N].bincount(minlength=len(counts))
+        accuracies[name] = accuracy_under(prior_K.numpy(), correct_K.numpy(), support_K)
+    return accuracies
