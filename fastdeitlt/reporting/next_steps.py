@@ -20,12 +20,12 @@ def place_of(run: RunFiles) -> str:
 
 def next_section(run: RunFiles) -> Section:
     """Return the section: steps suggested by the results, then general ones."""
-    if run.tested is None:
+    if run.results:
+        steps = [*_suggested(run), *_analyses(run), *_uses(run)]
+    else:
         verb = "train-teacher" if run.is_teacher else "train"
         steps = [("Finish the run", f"fastdeitlt {verb} {place_of(run)}/config.yaml --resume {place_of(run)}")]
         steps = steps if run.cfg else []
-    else:
-        steps = [*_suggested(run), *_analyses(run), *_uses(run)]
     table = Table("", ["what", "command"], [list(step) for step in steps], text=True, wide=True, commands=True)
     return Section(
         "Next steps", "Run these commands in the folder that this report was made in.", [table] if steps else []
@@ -104,7 +104,7 @@ def _analyses(run: RunFiles) -> list[Step]:
 
 
 def _uses(run: RunFiles) -> list[Step]:
-    """Return the steps for any tested run."""
+    """Return the steps for any finished run."""
     place, seed = place_of(run), run.cfg.train.seed + 1 if run.cfg else 1
     steps: list[Step] = [
         (

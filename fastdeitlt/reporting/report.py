@@ -71,7 +71,7 @@ def _lead(run: RunFiles) -> str:
         model = f"teacher {run.cfg.teacher_training.arch}" if run.is_teacher else run.cfg.student.name
     what = f"{model} on {dataset}"
     if (result := run.tested) is None:
-        return f"{what}. No test results yet."
+        return f"{what}. {'No test or validation images.' if run.results else 'No test results yet.'}"
     chosen = run.results.get("selected") or {}
     weights = {"model": "weights", "ema": "averaged weights"}.get(chosen.get("weights", ""), "weights")
     epoch = f" of epoch {chosen['epoch'] + 1}" if "epoch" in chosen else ""

@@ -280,6 +280,13 @@ def test_an_unfinished_run_is_told_how_to_finish(tmp_path):
     assert commands(folder) == {"Finish the run": f"fastdeitlt train {folder}/config.yaml --resume {folder}"}
 
 
+def test_a_run_that_ended_without_images_to_score_is_finished(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "results.json").write_text(json.dumps({"selected": {"on": "last"}, "published": {}}))
+    assert "Finish the run" not in commands(folder) and "Use the model in another program" in commands(folder)
+    assert "No test or validation images." in write_report(folder).read_text()
+
+
 def test_behind_the_teacher_is_not_a_negative_lead(tmp_path):
     folder = make_run(tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())
