@@ -187,6 +187,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
             r"^teacher_training\.drw_epoch: got 4, expected less than epochs=4, or -1 for no re-weighting",
         ),
         (["sam_schedule=step"], r"^teacher_training\.sam_rho_steps: got \[\], expected"),
+        (["sam_rho_steps=[[2,-0.5]]"], r"^teacher_training\.sam_rho_steps: got \[2, -0\.5\], expected a first epoch"),
+        (["lr_steps=[[-1,0.1]]"], r"^teacher_training\.lr_steps: got \[-1, 0\.1\], expected a first epoch"),
         (["loss=paco", "normed_head=false"], r"^teacher_training\.paco_queue: got 1024, expected a multiple of "),
         (["loss=ce"], r"^teacher_training\.normed_head: got true with loss=ce, expected false"),
     ],

@@ -98,6 +98,9 @@ class TeacherTrainingConfig(Section):
             )
         if self.sam_schedule == "step" and not self.sam_rho_steps:
             raise ValueError("sam_rho_steps: got [], expected (first epoch, rho) pairs with sam_schedule=step")
+        for name, steps in (("lr_steps", self.lr_steps), ("sam_rho_steps", self.sam_rho_steps)):
+            if negative := [list(step) for step in steps if min(step) < 0]:
+                raise ValueError(f"{name}: got {negative[0]}, expected a first epoch and a value of at least 0")
         if self.loss == "paco" and self.paco_queue % self.batch_size:
             raise ValueError(f"paco_queue: got {self.paco_queue}, expected a multiple of batch_size={self.batch_size}")
         return self

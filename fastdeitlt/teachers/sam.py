@@ -73,6 +73,13 @@ class SAM(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with the base optimizer's defaults, such as layers that begin to train later."""
+        if self.param_groups is not self.base_optimizer.param_groups:  # in the constructor of Optimizer
+            return super().add_param_group(param_group)
+        self.base_optimizer.add_param_group(param_group)
+        self._link_state()
+
     def set_rho(self, rho: float) -> None:
         """Set the radius of every group."""
         for group in self.param_groups:

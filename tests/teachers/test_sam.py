@@ -160,6 +160,17 @@ def test_schedules_reach_the_base_optimizer_and_each_group_has_its_radius() -> N
     assert [group["rho"] for group in sam.base_optimizer.param_groups] == [0.7, 0.7]
 
 
+def test_layers_added_later_train_with_the_defaults_of_both_optimizers() -> None:
+    model, x, y = problem()
+    sam = SAM(model[2].parameters(), torch.optim.SGD, 0.4, **SGD)
+    sam.add_param_group({"params": model[0].parameters(), "lr": 0.01})
+    reference, *_ = problem()
+    both = [{"params": reference[2].parameters()}, {"params": reference[0].parameters(), "lr": 0.01}]
+    steps(model, sam, x, y, 2)
+    steps(reference, SAM(both, torch.optim.SGD, 0.4, **SGD), x, y, 2)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=0, atol=0)
+
+
 def test_a_zero_gradient_moves_nothing_and_unused_weights_are_left() -> None:
     model, x, _ = problem()
     unused = nn.Parameter(torch.ones(3))
