@@ -3,7 +3,7 @@
 # B images, K classes, C H W channels, height and width
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ from fastdeitlt.models.teacher import Teacher
 from fastdeitlt.run.folder import set_up_logging
 from fastdeitlt.run.run_files import RunFiles, read_run
 from fastdeitlt.tools.pictures import Picture, PictureReader
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +163,13 @@ def load(path: str | Path, *, device: str = "auto", arch: str = "", num_classes:
         arch, num_classes, img_size: of a released teacher's checkpoint alone, which does not state them.
 
     Raises:
-        UserError: no such file or folder, damaged, holds code, or not a model.
+        UserError: no such file or folder, damaged, holds code, or not a model; another device; ``arch`` for a folder.
     """
     where = Path(path).expanduser()
+    if device not in DEVICES:
+        raise UserError(f"device: got {device!r}, expected {', '.join(DEVICES)}. Set CUDA_VISIBLE_DEVICES for one GPU.")
+    if arch and where.is_dir():
+        raise UserError(f"arch: got {arch!r} for folder {path}, which states its own and its input. Remove arch.")
     saved = open_released_teacher(where, arch, num_classes, img_size) if arch else open_saved(where)
     return Model(saved, where, distributed.device_of(device))
 
@@ -301,7 +307,12 @@ def plan(root: str | Path, hours: float | None = None, **options: Any) -> tuple[
 
 def _as_pictures(images: Any) -> tuple[list[Picture], bool]:
     """(pictures, whether one was given)."""
-    images = images.numpy() if isinstance(images, Tensor) else images
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+    images = _as_array(images)
+    is_many = images.ndim > 3 if isinstance(images, np.ndarray) else isinstance(images, Iterable)
+    if not is_many or isinstance(images, str | bytes | Path | Image.Image):
         return [images], True
-    return [image.numpy() if isinstance(image, Tensor) else image for image in images], False
+    return [_as_array(image) for image in images], False
+
+
+def _as_array(image: Any) -> Any:
+    return image.detach().cpu().numpy() if isinstance(image, Tensor) else image

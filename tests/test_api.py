@@ -98,6 +98,10 @@ def test_an_image_is_the_same_as_path_pillow_image_or_array(model, saved):
         (np.zeros((3, 4, 5), np.uint8), r"array of uint8 with shape \(3, 4, 5\), expected uint8 \[height, width\]"),
         (np.zeros((4, 4, 3), np.float32), "image 0: array of float32"),
         (np.zeros((0, 4, 3), np.uint8), "expected at least one pixel"),
+        (torch.zeros(4, 4, 3, requires_grad=True), "image 0: array of float32"),
+        (None, "image 0: got NoneType, expected a path, a Pillow image or a uint8 array"),  # of cv2.imread
+        ([None], "image 0: got NoneType"),
+        (b"\xff\xd8", "image 0: got bytes"),
     ],
 )
 def test_what_is_no_image_is_refused_in_one_line(model, image, message):
@@ -143,6 +147,13 @@ def test_a_teacher_answers_with_its_own_logits(tmp_path, saved):
         expected = network(released.transform(saved[1][0])[None])[0]
     torch.testing.assert_close(released.predict(saved[1][0]).logits_K, expected)
     model.close(), released.close()
+    for path, options, message in (
+        (folder, {"arch": "resnet8", "num_classes": 3}, "arch: got 'resnet8' for folder .*, which states its own"),
+        (tmp_path / "t.pth", {"arch": "resnet8"}, "num_classes: got 0, expected the number of classes of .*t.pth"),
+        (folder, {"device": "cuda:1"}, "device: got 'cuda:1', expected auto, cpu, cuda"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fastdeitlt.load(path, **options)
 
 
 def test_fit_trains_evaluate_scores_and_the_run_tells(tmp_path):

@@ -140,8 +140,10 @@ def open_released_teacher(path: Path, arch: str, num_classes: int, img_size: int
         img_size: side of its input in pixels; see ``released_preprocess``.
 
     Raises:
-        UserError: see ``load_teacher``.
+        UserError: no class; see ``load_teacher``.
     """
+    if num_classes < 1:
+        raise UserError(f"num_classes: got {num_classes}, expected the number of classes of {path}")
     return Saved(
         model=load_teacher(path, arch, num_classes),
         kind="teacher",

@@ -55,6 +55,8 @@ def _read(picture: Picture, exif: str) -> Encoded | str:
             picture = _from_array(picture)
         if isinstance(picture, Image.Image):
             return from_pillow(picture, exif=exif)
+        if not isinstance(picture, str | Path):
+            return f"got {type(picture).__name__}, expected a path, a Pillow image or a uint8 array"
         return read_encoded(str(picture), exif=exif)
     except UnreadableError as error:
         return str(error)
