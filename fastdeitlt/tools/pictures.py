@@ -2,6 +2,7 @@
 
 # H height, W width, C channels, B images
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -55,7 +56,7 @@ def _read(picture: Picture, exif: str) -> Encoded | str:
             picture = _from_array(picture)
         if isinstance(picture, Image.Image):
             return from_pillow(picture, exif=exif)
-        if not isinstance(picture, str | Path):
+        if not isinstance(picture, str | os.PathLike):
             return f"got {type(picture).__name__}, expected a path, a Pillow image or a uint8 array"
         return read_encoded(str(picture), exif=exif)
     except UnreadableError as error:
