@@ -25,6 +25,12 @@ def fresh_logging() -> None:
     log.propagate, log.handlers = True, []
 
 
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """A test's random numbers do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[True, False], ids=["bf16", "no-bf16"])
 def native_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the CPU reports bfloat16 instructions: what depends on it is tested both ways on every processor."""

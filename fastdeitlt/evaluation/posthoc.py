@@ -247,7 +247,10 @@ def _corrected(
 
 
 def _with_prior_known(logits_NK: Tensor, labels_N: Tensor, counts: Sequence[int]) -> dict[str, float]:
-    """Return shifted prior -> accuracy in per cent of logits without a prior, adjusted to it."""
+    """Return the accuracy in per cent of logits without a prior under each of ``SHIFTS``.
+
+    The logits are adjusted to it.
+    """
     support_K = labels_N.bincount(minlength=len(counts)).numpy()
     accuracies = {}
     for name, rho in SHIFTS.items():

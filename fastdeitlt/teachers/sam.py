@@ -74,7 +74,7 @@ class SAM(Optimizer):
                 group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with the base optimizer's defaults, such as layers that begin to train later."""
+        """Add a group with the base optimizer's defaults."""
         if self.param_groups is not self.base_optimizer.param_groups:  # in the constructor of Optimizer
             return super().add_param_group(param_group)
         self.base_optimizer.add_param_group(param_group)
