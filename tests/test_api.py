@@ -60,7 +60,7 @@ def test_the_package_offers_the_api_and_nothing_it_lacks():
 def test_a_transformed_image_has_the_pixels_of_evaluation_bit_for_bit(model, saved):
     with closing(Stream(listed(saved[1]), DataConfig(num_threads=1), CPU)) as source:
         ((_, crops),) = source.crops([CropRequest(np.arange(len(saved[1])), size=SIZE, resize=40)])
-    expected = normalise(crops, MEAN, STD, torch.float32)
+    expected = normalise(crops, MEAN, STD)
     for path, image_CHW in zip(saved[1], expected, strict=True):
         assert torch.equal(model.transform(path), image_CHW)
 

@@ -247,9 +247,9 @@ def _corrected(
 
 
 def _with_prior_known(logits_NK: Tensor, labels_N: Tensor, counts: Sequence[int]) -> dict[str, float]:
-    """Return the accuracy in per cent of logits without a prior under each of ``SHIFTS``.
+    """Return the accuracy in per cent under each prior of ``SHIFTS``.
 
-    The logits are adjusted to it.
+    ``logits_NK`` are without a prior, and are adjusted to each.
     """
     support_K = labels_N.bincount(minlength=len(counts)).numpy()
     accuracies = {}
