@@ -164,7 +164,9 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
     Raises:
         UserError: see ``make_plan``; or a file exists.
     """
-    default = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(root).resolve().stem).strip("-._") or "plan"
+    place = Path(root).resolve()
+    title = place.name if place.is_dir() else place.stem
+    default = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-._") or "plan"
     name = Path(out).name.removesuffix(".yaml") or default
     folder = Path(out).parent
     files = folder / f"{name}.yaml", folder / f"{name}-teacher.yaml"

@@ -22,7 +22,7 @@ from fastdeitlt.errors import UserError
 from fastdeitlt.evaluation.per_image import data_uri
 from fastdeitlt.models import create_student
 from fastdeitlt.models.saved import open_saved
-from fastdeitlt.reporting.analysis import attention, look_into, main, overlay, sections, write
+from fastdeitlt.reporting.analysis import attention, look_into, main, overlay, sections, teacher, write
 from fastdeitlt.reporting.analysis.features import patch_similarity, watch_tokens
 from fastdeitlt.reporting.analysis.student import diagnose, look, section
 from fastdeitlt.train import train
@@ -250,6 +250,11 @@ def test_training_leaves_a_report_with_attention_and_teacher_and_fitted_temperat
     fitted = open_saved(trained).calibration
     weights = json.loads((trained / "results.json").read_text())["posthoc"]["weights"]
     assert fitted.temperatures == {head: 1 / weights[f"{head}, temperature"][0] for head in ("AVG", "CLS", "DIST")}
+
+
+def test_classes_of_one_name_have_a_row_each():
+    facts = {"class_names": ["eel", "eel"], "hard_targets": {"labels": [3, 1], "targets": [2, 2]}}
+    assert teacher._target_table(facts).rows == [["eel", "75.0", "50.0", "0.7"], ["eel", "25.0", "50.0", "2.0"]]
 
 
 def test_an_analysis_that_fails_is_told_and_spoils_nothing(trained, tmp_path, caplog):

@@ -155,10 +155,14 @@ def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, cap
     assert "mine.yaml: exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("out", "name"), [("mine.yaml", "mine"), ("1e5", "1e5"), ("2026", "2026")])
-def test_names_can_be_those_of_files_and_look_like_numbers(tmp_path, rates, out, name):
-    class_folders(tmp_path / "photos", SIZES)
-    assert main(["plan", str(tmp_path / "photos"), "--hours", "0.1", "--out", str(tmp_path / out)]) == 0
+@pytest.mark.parametrize(
+    ("out", "name"),
+    [(["--out", "mine.yaml"], "mine"), (["--out", "1e5"], "1e5"), (["--out", "2026"], "2026"), ([], "photos.v2")],
+)
+def test_names_can_be_those_of_files_and_folders_and_look_like_numbers(tmp_path, rates, monkeypatch, out, name):
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "photos.v2", SIZES)
+    assert main(["plan", "photos.v2", "--hours", "0.1", *out]) == 0
     assert sorted(file.name for file in tmp_path.glob("*.yaml")) == sorted([f"{name}.yaml", f"{name}-teacher.yaml"])
     assert config.load(str(tmp_path / f"{name}.yaml")).name == name
 

@@ -114,9 +114,10 @@ def _target_table(facts: dict[str, Any]) -> page.Table:
     counts = facts["hard_targets"]
     totals = {kind: max(sum(counts[kind]), 1) for kind in counts}
     names = facts["class_names"] or [f"class {k}" for k in range(len(counts["labels"]))]
-    bins = {name: [k] for k, name in enumerate(names)} if len(names) <= MAX_CLASS_ROWS else facts["groups"]
+    classes = [(name, [k]) for k, name in enumerate(names)]  # names may be equal
+    bins = classes if len(names) <= MAX_CLASS_ROWS else facts["groups"].items()
     rows = []
-    for name, ids in bins.items():
+    for name, ids in bins:
         number = {kind: sum(counts[kind][k] for k in ids) for kind in ("labels", "targets")}
         share = {kind: 100 * number[kind] / totals[kind] for kind in number}
         ratio = f"{share['targets'] / share['labels']:.1f}" if share["labels"] else "-"
