@@ -120,7 +120,12 @@ def allow_posterize_to_black() -> None:
     """Replace timm's posterize, whose 0 bits at level 10 are refused by Pillow 13."""
     from timm.data import auto_augment
 
-    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **_: ImageOps.posterize(image, max(bits, 1))
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep ``bits`` bits, at least 1."""
+    return ImageOps.posterize(image, max(bits, 1))
 
 
 def timm_loader(
