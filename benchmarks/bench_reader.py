@@ -10,6 +10,7 @@ with other distributions. The stages are timed in one thread.
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -260,6 +261,7 @@ def main() -> None:
     process.keep_freed_memory()  # as every command does
     torch.set_num_threads(1)
     allow_posterize_to_black()
+    multiprocessing.set_start_method("fork")  # Python 3.14's fork server would keep its workers on the first core
     device, cores = torch.device(args.device), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
