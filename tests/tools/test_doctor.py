@@ -50,6 +50,16 @@ def test_the_doctor_accepts_the_python_versions_of_the_package(monkeypatch):
     assert accepted == list(range(accepted[0], accepted[-1] + 1))
 
 
+def test_a_free_threaded_python_is_told_how_to_stay_so(monkeypatch):
+    monkeypatch.setattr(doctor.sysconfig, "get_config_var", {"Py_GIL_DISABLED": 1}.get)
+    rows = []
+    for lock in (None, 1, 0):  # not said, turned on, turned off
+        monkeypatch.setattr(doctor.sys, "flags", SimpleNamespace(gil=lock))
+        rows.append(doctor.python())
+    assert [row.status for row in rows] == ["warn", "warn", "ok"]
+    assert "PYTHON_GIL=0" in rows[0].fix and rows[2].fix == ""
+
+
 def test_a_probe_survives_an_exception_a_crash_and_silence(monkeypatch):
     assert doctor.probe("print('noise'); print('4.2')") == (True, "4.2")
     assert doctor.probe("import absent_package") == (False, "ModuleNotFoundError: No module named 'absent_package'")
