@@ -260,6 +260,11 @@ def test_an_empty_section_is_one_without_settings(tmp_path):
     assert config.flatten(config.load(str(file))) == config.flatten(config.build({"train.epochs": 3}))
 
 
+def test_a_grid_in_place_of_a_recipe_names_its_command():
+    with pytest.raises(UserError, match=r"got a grid, expected a recipe\. Use fastdeitlt ablate ablation/embedded\.$"):
+        config.load("ablation/embedded")
+
+
 def test_an_unknown_recipe_names_the_command_that_lists_them():
     with pytest.raises(UserError, match=r"config zz: no such file or recipe; list: fastdeitlt config list$"):
         config.load("zz")

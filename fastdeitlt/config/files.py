@@ -115,8 +115,8 @@ def load(recipe: Recipe, settings: Settings = ()) -> Config:
     """Load a recipe and apply settings in order.
 
     Raises:
-        UserError: no such file; not YAML; a name given twice; an unknown name (with the nearest one); a value of the
-            wrong type or range.
+        UserError: no such file; not YAML; a grid; a name given twice; an unknown name (with the nearest one); a value
+            of the wrong type or range.
     """
     return _load(recipe, _by_name(settings))
 
@@ -203,7 +203,10 @@ def _load(recipe: Recipe, values: dict[str, Any]) -> Config:
         flat, origins = flatten(recipe), recipe.origins
     else:
         file = find(str(recipe))
-        flat = _flatten(read_yaml(file), where=f"config file {file}: ")
+        tree = read_yaml(file)
+        if "arms" in tree:
+            raise UserError(f"config file {file}: got a grid, expected a recipe. Use fastdeitlt ablate {recipe}.")
+        flat = _flatten(tree, where=f"config file {file}: ")
         origins = dict.fromkeys(flat, file.name)
     cfg = build(flat | values, origins | dict.fromkeys(values, "override"))
     for name in cfg.data.ignored:

@@ -106,8 +106,23 @@ class Result:
         return "thirds by class size" if self.thirds and split == "official" else f"{split} split"
 
     def accuracy(self, head: str | None = None, group: str = "all", split: str = "threshold") -> float:
-        """Return a head's top-1 accuracy in per cent; NaN for a group without images."""
-        return self.heads[head or self.main].top1[split][group]
+        """Return a head's top-1 accuracy in per cent; NaN for a group without images.
+
+        Args:
+            head: default: the predicting one.
+            group: all, head, mid or tail.
+            split: threshold or official.
+
+        Raises:
+            UserError: the result lacks this head, group or split.
+        """
+        try:
+            return self.heads[head or self.main].top1[split][group]
+        except KeyError as error:
+            top1 = self.heads[self.main].top1
+            known = (self.heads, top1, next(iter(top1.values())))
+            expected = "; ".join(", ".join(names) for names in known)
+            raise UserError(f"accuracy: got {error.args[0]!r}, expected names of {expected}") from None
 
     def selection_accuracy(self, select_by: str) -> float:
         """Return the main head's accuracy in per cent for ``evaluate.select_by``."""

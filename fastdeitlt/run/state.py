@@ -86,7 +86,7 @@ class State:
                 raise UserError(
                     f"checkpoint {folder}: step {self.step} after {counted(self.epoch, 'epoch')}, got "
                     f"{counted(self.steps, 'step')} per epoch, expected {steps or 'those of its run'}. "
-                    "Use the batch size, accumulation and ranks of the run that saved it."
+                    "Use the batch size, accumulation, ranks and version of fastdeitlt of the run that saved it."
                 )
             if distributed.on_main(lambda: run.checkpoints.restore_best(manifest)):
                 self.selection.best, self.selection.recent = manifest["best"], manifest["recent"]

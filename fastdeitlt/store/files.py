@@ -96,5 +96,14 @@ def user_cache(name: str) -> Path:
     """Return the path of ``name`` in the cache that all runs share.
 
     The cache is the folder fastdeitlt of $XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises:
+        UserError: the user has no home folder.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeitlt" / name
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and a user id without an account, as in some containers
+        raise UserError(
+            "home folder: none, expected one for the cache. export HOME=FOLDER or XDG_CACHE_HOME=FOLDER."
+        ) from None
+    return cache / "fastdeitlt" / name

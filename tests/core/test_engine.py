@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from no_sync import NoSync
+from ranks import free_port
 from torch._dynamo.testing import CompileCounter
 
 from fastdeitlt import config, distributed
@@ -206,10 +206,7 @@ def several(plain, tmp_path_factory):
     def found(world):
         folder = tmp_path_factory.mktemp(f"ranks{world}")
         torch.save(plain[2], folder / "half.pt")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(_one_of_several, (world, port, folder), nprocs=world)
+        torch.multiprocessing.spawn(_one_of_several, (world, free_port(), folder), nprocs=world)
         return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
     return found

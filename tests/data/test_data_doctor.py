@@ -179,6 +179,16 @@ def test_missing_splits_are_warnings(tmp_path):
     only(findings, "data.val_holdout=0")
 
 
+def test_a_holdout_beside_a_split_of_its_own_is_a_warning(tmp_path):
+    config = make_set(tmp_path, COUNTS)
+    shares = config.data.model_copy(update={"val_holdout": 0.2, "test_holdout": 0.0})
+    (finding,) = found(config.model_copy(update={"data": shares}))
+    assert (finding.level, finding.split) == ("warning", "val") and "data.val_holdout=0.2" in finding.message
+    alone = make_set(tmp_path, {"train": [8, 7], "test": [3, 3]})
+    shares = alone.data.model_copy(update={"val_holdout": 0.2})
+    assert found(alone.model_copy(update={"data": shares})) == []
+
+
 def test_config_that_does_not_fit_is_an_error(tmp_path):
     config = make_set(tmp_path, COUNTS)
     config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 64})})

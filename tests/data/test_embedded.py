@@ -108,6 +108,14 @@ def test_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         embedded.unpack()
 
 
+def test_a_user_without_a_home_folder_is_told_to_set_one(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # no account
+    with pytest.raises(UserError, match=r"export HOME=FOLDER"):
+        embedded.unpack()
+
+
 def write_idx(folder: Path, name: str, per_class: int, seed: int) -> None:
     labels = np.tile(np.arange(10, dtype=np.uint8), per_class)
     images = np.random.RandomState(seed).randint(0, 256, (len(labels), 28, 28)).astype(np.uint8)

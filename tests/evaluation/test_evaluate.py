@@ -180,6 +180,9 @@ def test_avg_is_the_mean_of_the_logits_not_of_the_probabilities():
     dist_logits = torch.tensor([[0.0, 9.0, 5.5]])
     result = score(cls_logits, dist_logits, torch.tensor([2]), [200, 50, 5])
     assert [result.accuracy(head) for head in ("AVG", "CLS", "DIST")] == [100, 0, 0]
+    for wrong in (("TEACHER",), ("AVG", "rare"), ("AVG", "all", "paper")):
+        with pytest.raises(UserError, match=f"got '{wrong[-1]}', expected names of AVG, CLS, DIST; threshold, "):
+            result.accuracy(*wrong)
 
 
 def test_groups_are_means_over_classes_and_all_is_over_images():

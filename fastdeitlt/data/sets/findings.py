@@ -71,6 +71,10 @@ def class_findings(config: Config, sets: Sets) -> list[Finding]:
     elif len({n for n in sets.test.counts if n}) > 1:
         message = "the test set is unbalanced: the overall accuracy favours frequent classes"
         findings.append(Finding("note", "test", message))
+    for split, share in {"val": config.data.val_holdout, "test": config.data.test_holdout}.items():
+        if share and getattr(sets, split) is not None and split not in sets.held_out:
+            message = f"data.{split}_holdout={share:g} has no effect: the data set has its own {split} split"
+            findings.append(Finding("warning", split, message))
     if sets.val is None and config.evaluate.select_on == "val":
         message = "evaluate.select_on=val without a validation list and with data.val_holdout=0: keeping the last epoch"
         findings.append(Finding("warning", "val", message))
