@@ -10,6 +10,7 @@ import resource
 from fastdeitlt.run import process
 
 libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
 libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make faults rare on some kernels
 
 class OldLibc:
@@ -26,7 +27,11 @@ if {of_libc!r}:
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def use():
-    [bytes([1]) * (1 << 24) for _ in range(5)]  # freed at once
+    blocks = [libc.malloc(1 << 24) for _ in range(5)]  # as torch's: a free-threaded Python's own allocator is another
+    for block in blocks:
+        libc.memset(ctypes.c_void_p(block), 1, 1 << 24)
+    for block in blocks:
+        libc.free(ctypes.c_void_p(block))
 
 use()
 before = faults()
