@@ -107,8 +107,8 @@ def _training(verbs: "Verbs") -> None:
             added.add_argument(
                 "--with-teacher",
                 metavar="RECIPE",
-                help="first train a teacher by this recipe (such as teacher/quickstart) with the student's data, seed "
-                "and device; override it by teacher_training.field=value",
+                help="first train a teacher by this recipe (such as teacher/quickstart) with the student's data, seed, "
+                "device and precision; override it by teacher_training.field=value",
             )
         added.add_argument("--dry-run", action="store_true", help="check everything and run one step on random data")
         added.add_argument(

@@ -28,7 +28,7 @@ from fastdeitlt.store.files import read_json
 from fastdeitlt.teachers.opening import teacher_of
 from fastdeitlt.teachers.step import build_objective, build_optimizer
 from fastdeitlt.tools import ablation_table as table
-from fastdeitlt.tools.demo import SHARED, train_both
+from fastdeitlt.tools.demo import SHARED, train_both, with_shared
 from fastdeitlt.train import train
 
 log = logging.getLogger("fastdeitlt")
@@ -109,8 +109,8 @@ def ablate(
     Args:
         path: grid file, or a shipped one such as ``ablation/embedded``.
         overrides: ``section.field=value`` over the grid's settings, with lower precedence than an arm's own. Names of
-            ``teacher_training`` apply to the teacher, all others to the student, whose data, seed and device the
-            teacher inherits.
+            ``teacher_training`` apply to the teacher, all others to the student, whose data, seed, device and
+            precision the teacher inherits.
         arms, seeds: train these only. The table has all finished runs.
         dry_run: check everything, list the runs with their steps, and stop.
         table_only: train nothing.
@@ -302,8 +302,8 @@ def _refuse_other_settings(run: ArmRun) -> None:
     refuse_changes(before, cfg, run.folder, free_names, remedy, fixed)
     teacher = Path(before.teacher.path).parent.parent  # of checkpoints/best
     if finished and run.teacher and (teacher / "config.yaml").is_file():
-        now = run.teacher.model_copy(update={"data": cfg.data})
-        refuse_changes(config.load(str(teacher / "config.yaml")), now, teacher, ["train.virtual_ranks"], remedy)
+        now, trained = with_shared(run.teacher, cfg), config.load(str(teacher / "config.yaml"))
+        refuse_changes(trained, now, teacher, ["train.virtual_ranks"], remedy)
 
 
 def _were_moved(before: Config, run: ArmRun) -> bool:

@@ -16,7 +16,10 @@ from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
 
 log = logging.getLogger("fastdeitlt")
-SHARED = ("data.", "runs_dir", "track", "train.device", "train.main_timeout_s", "train.seed", "train.timeout_s")
+SHARED = (
+    "data.", "runs_dir", "track", "train.device", "train.main_timeout_s", "train.precision", "train.seed",
+    "train.timeout_s",
+)  # fmt: skip
 """Beginnings of the student's settings that its teacher's run has too. The process group has one pair of timeouts."""
 
 
@@ -25,7 +28,8 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
 
     Args:
         cfg: the student's run.
-        teacher_cfg: the teacher's recipe; its data, seed, device, timeouts, runs_dir and trackers are the student's.
+        teacher_cfg: the teacher's recipe; its data, seed, device, precision, timeouts, runs_dir and trackers are
+            the student's.
         resume: resume mode of the student, see ``train``; the teacher's is auto.
 
     Returns:
@@ -34,14 +38,19 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
     Raises:
         UserError: see ``train`` and ``train_teacher``.
     """
-    shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith(SHARED)}
-    flat = config.flatten(teacher_cfg) | shared
+    flat = config.flatten(with_shared(teacher_cfg, cfg))
     flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
     heading(f"part 1 of 2: teacher {flat['name']}")
     teacher = train_teacher(config.build(flat))
     log.info("teacher: %s", teacher)
     heading(f"part 2 of 2: student {cfg.name}")
     return train(config.build(config.flatten(cfg) | {"teacher.path": str(teacher)}), resume)
+
+
+def with_shared(teacher_cfg: Config, cfg: Config) -> Config:
+    """Return a teacher's recipe with the settings that it takes from its student."""
+    shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith(SHARED)}
+    return config.build(config.flatten(teacher_cfg) | shared)
 
 
 def _teacher_key(flat: dict[str, Any], cfg: Config) -> str:

@@ -38,6 +38,7 @@ from fastdeitlt.teachers.opening import settle_order, teacher_of
 from fastdeitlt.teachers.schedule import learning_rate as teacher_rate
 from fastdeitlt.teachers.step import Step, build_objective, build_optimizer
 from fastdeitlt.teachers.views import Part, StepBatch, view_recipes
+from fastdeitlt.tools.demo import with_shared
 from fastdeitlt.train_teacher import for_any_ranks
 
 MIB = 2**20
@@ -83,7 +84,7 @@ def dry_run(cfg: Config, recipe: Config | None = None, resume: str = "auto") -> 
     rows = opened.rows | {"student": f"{cfg.student.name}, {num_parameters(student):,} parameters"}
     teacher: Teacher | None
     if recipe:
-        network, facts = _teacher_step(recipe, opened)
+        network, facts = _teacher_step(with_shared(recipe, cfg), opened)
         teacher = Teacher(network, images.num_classes, img_size=cfg.teacher.img_size or size)
         rows |= {f"{name}, trained first" if name == "teacher" else f"  {name}": text for name, text in facts.items()}
     elif teacher := teacher_of(cfg, images, size, device):

@@ -85,7 +85,9 @@ def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, 
     both = [*student, "--with-teacher", "teacher/quickstart", "teacher_training.epochs=35"]
     assert cli.main(both) == 0
     taught, learnt = trained
+    assert cli.main([*both, "train.precision=fp32"]) == 0
     own = config.load("quickstart")
+    assert [cfg.train.precision for cfg in trained] == [own.train.precision] * 2 + ["fp32"] * 2
     assert (taught.teacher_training.epochs, learnt.train, learnt.teacher_training) == (
         35, own.train.model_copy(update={"batch_size": 4}), own.teacher_training
     )  # fmt: skip
@@ -99,7 +101,7 @@ def test_settings_of_the_teachers_training_go_to_the_teacher(trained, tmp_path, 
     ):
         assert cli.main(wrong) == 2
         assert words in capsys.readouterr().err
-    assert len(trained) == 2
+    assert len(trained) == 4
 
 
 def test_the_teachers_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
