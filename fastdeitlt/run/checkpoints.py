@@ -117,20 +117,23 @@ class Checkpoints:
             except BaseException as error:  # noqa: BLE001 - reported by finish
                 self._failed = error
 
-        self._writer = threading.Thread(target=write, name="checkpoint")
-        self._writer.start()
+        writer = threading.Thread(target=write, name="checkpoint")
+        writer.start()
+        self._writer = writer  # not before it can be joined: ``finish`` may run in another thread
         if wait:
             self.finish(must=True)
 
     def finish(self, must: bool = False) -> None:
         """Wait for the current save, and log its failure.
 
+        Several threads may call it: a stop signal's waits while the main thread may do the same.
+
         Raises:
             CheckpointError: it was the third consecutive failure, or ``must`` is set.
         """
-        if self._writer is None:
+        if (writer := self._writer) is None:
             return
-        self._writer.join()
+        writer.join()
         error, self._writer, self._failed = self._failed, None, None
         if error is None:
             return

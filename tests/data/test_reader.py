@@ -188,6 +188,18 @@ def test_every_operator_of_the_graph_exists_for_its_device(device):
     assert [name for name, where in operators if name not in registered[where]] == []
 
 
+def test_another_thread_may_take_the_last_idle_graph(tmp_path):
+    class TakenInBetween(list):
+        def __len__(self):
+            return 1
+
+    (tmp_path / "good.jpg").write_bytes(GOOD)
+    decode = decoder.Decoder(1, CPU)
+    decode._idle = TakenInBetween()
+    (pixels,) = decode.whole([files.read_encoded(str(tmp_path / "good.jpg"))])
+    assert pixels.shape == (60, 80, 3)
+
+
 def test_large_images_are_decoded_in_more_than_one_run(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "MAX_DECODE", 4)
     images = make_set(tmp_path)

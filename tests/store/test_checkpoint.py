@@ -161,6 +161,13 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
     assert most == [1, 1, 1, 1] and read_manifest(tmp_path / "last")["step"] == 3
 
 
+def test_a_stop_signals_thread_may_wait_while_a_save_begins(tmp_path, monkeypatch):
+    found, start = Checkpoints(tmp_path), threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (found.finish(), start(thread)))
+    _save(found, 1, wait=True)
+    assert read_manifest(tmp_path / "last")["step"] == 1
+
+
 def test_failed_saves_are_told_at_the_next_call_and_the_third_in_a_row_stops(tmp_path, monkeypatch, caplog):
     found, real = Checkpoints(tmp_path), checkpoint.save_file
 

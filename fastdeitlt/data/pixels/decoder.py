@@ -113,7 +113,10 @@ class Decoder:
                 if file.orientation != 1:
                     stored_B4[i] = _stored(file, *stored_B4[i].tolist())
             with self._turn:
-                graph = self._idle.pop() if self._idle else self._new_graph()
+                try:
+                    graph = self._idle.pop()  # no check before: another thread may take the last one in between
+                except IndexError:
+                    graph = self._new_graph()
                 (out,) = graph.run(encoded=[file.data for file in files[part]], region=stored_B4)
                 self._idle.append(graph)  # unless it raised: then it is unusable
             pixels += [_turned(torch.from_dlpack(out[i]), file.orientation) for i, file in enumerate(files[part])]
