@@ -243,13 +243,12 @@ def _aot(kind: str, problem: Problem, sm: int, sums: bool) -> list[AotConfig]:
     architectures = tuple(compiled for compiled, takes in SETTINGS_OF.items() if takes == sm)
     configs = []
     for kernel, constexprs, config in launches[: 2 if one_program(problem, backward) else 3]:
-        pointers = [name for name in kernel.arg_names if name not in constexprs]
-        signature = {name: "*fp32" if name in ("p_lse", "p_delta", "p_sums") else f"*{kind}" for name in pointers}
-        warps, stages = config.num_warps, config.num_stages
+        floats = ("p_lse", "p_delta", "p_sums")
+        types = {name: f"*{kind}" for name in kernel.arg_names if name not in floats}
         blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
         note = f"N={problem.tokens} R={problem.rows} D={problem.width}{' packed' * problem.packed} {blocks}"
         note += "" if sums or kernel is not attention_bwd_kernel else " without p_sums"
         narrow = 0 if kernel is attention_bwd_keys_kernel else 4  # log-sum-exp or delta of a row
         options: dict[str, Any] = {"mma": True, "narrow_stores": narrow, "architectures": architectures, "note": note}
-        configs.append(AotConfig(kernel, signature, constexprs, warps, stages, **options))
+        configs.append(AotConfig.of(kernel, config, constexprs, types, **options))
     return configs

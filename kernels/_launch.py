@@ -218,3 +218,22 @@ class AotConfig:
     narrow_stores: int | None = None
     architectures: tuple[int, ...] = ARCHITECTURES
     note: str = field(default="", compare=False)
+
+    @classmethod
+    def of(
+        cls, kernel: Any, config: LaunchConfig, constexprs: Mapping[str, Any], types: Mapping[str, str], **options: Any
+    ) -> "AotConfig":
+        """Return the specialisation of a kernel at a launch setting.
+
+        Args:
+            constexprs: those that the kernel does not have are left out.
+            types: Triton types by argument; of the others, ``p_...`` is "*fp32" and a number "fp32".
+            options: further fields.
+        """
+        own = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+        signature = {
+            name: types.get(name, "*fp32" if name.startswith("p_") else "fp32")
+            for name in kernel.arg_names
+            if name not in own
+        }
+        return cls(kernel, signature, own, config.num_warps, config.num_stages, **options)

@@ -219,14 +219,9 @@ def adamw_ema(
 def aot_configs() -> list[AotConfig]:
     """Return the shipped kernels: all options, and none; sizes are multiples of 64."""
     integers = {"P": "i32", "num_decayed": "i32"}
-    configs = []
-    for note, absent in (("all", ()), ("plain", ("p_ema", "p_scale"))):
-        constexprs = {"BLOCK": DEFAULT.blocks["BLOCK"], **dict.fromkeys(absent)}
-        signature = {
-            name: integers.get(name, "*fp32" if name.startswith("p_") else "fp32")
-            for name in _adamw_ema_kernel.arg_names
-            if name not in constexprs
-        }
-        options: dict[str, Any] = {"divisible_by_16": tuple(integers), "narrow_stores": 0, "note": note}
-        configs.append(AotConfig(_adamw_ema_kernel, signature, constexprs, DEFAULT.num_warps, **options))
-    return configs
+    options: dict[str, Any] = {"divisible_by_16": tuple(integers), "narrow_stores": 0}
+    blocks = DEFAULT.blocks
+    return [
+        AotConfig.of(_adamw_ema_kernel, DEFAULT, {**blocks, **dict.fromkeys(absent)}, integers, note=note, **options)
+        for note, absent in (("all", ()), ("plain", ("p_ema", "p_scale")))
+    ]

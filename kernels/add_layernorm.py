@@ -340,19 +340,12 @@ def _aot(kernel: Any, width: int, types: dict[str, str], absent: tuple[str, ...]
     forward = kernel is add_layernorm_fwd_kernel
     stream = torch.float32 if "p_x" in types else torch.bfloat16
     config = launch_config(forward, width, stream, torch.device("cpu"))
-    constexprs: dict[str, Any] = {"TOKENS": 198, "D": width, "ROWS": config.blocks["ROWS"]}
-    constexprs |= {"BLOCK_D": config.blocks["BLOCK_D"]} | ({} if forward else {"STAGES": config.num_stages})
-    if not forward:
-        constexprs["BRANCH_BIAS"] = "p_branch_bias" not in absent
-    constexprs |= {name: None for name in absent if name in kernel.arg_names}
-    names = ("p_scale", "p_weight", "p_bias", "p_branch_bias", "p_mean", "p_rstd", "p_sums", "eps")
-    full = dict.fromkeys(names, "*fp32")
+    constexprs = {"TOKENS": 198, "D": width, "ROWS": config.blocks["ROWS"], "BLOCK_D": config.blocks["BLOCK_D"]}
+    constexprs |= {"STAGES": config.num_stages, "BRANCH_BIAS": "p_branch_bias" not in absent}
+    names = ("p_x", "p_branch", "p_residual", "p_normed", "p_dresidual", "p_dnormed", "p_dx", "p_dbranch")
     integers = {"M": "i32", "p_branch_rows": "*i32", "p_normed_rows": "*i32"}
-    types = full | types | integers | {"eps": "fp32"}
-    signature = {name: types.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
+    types = dict.fromkeys(names, "*bf16") | types | integers
     blocks = " ".join(f"{name}={size}" for name, size in config.blocks.items())
     note = f"D={width} {blocks}" + (f" without {', '.join(absent)}" if absent else "")
     narrow = 2 * config.blocks["ROWS"] if forward else 0  # mean and rstd
-    return AotConfig(
-        kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=narrow, note=note
-    )
+    return AotConfig.of(kernel, config, constexprs | dict.fromkeys(absent), types, narrow_stores=narrow, note=note)

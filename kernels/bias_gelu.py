@@ -217,7 +217,5 @@ def aot_configs() -> list[AotConfig]:
 def _aot(kernel: Any, kind: str, width: int) -> AotConfig:
     config = FORWARD if kernel is bias_gelu_fwd_kernel else BACKWARD
     constexprs = {"WIDTH": width, **config.blocks, "STAGES": config.num_stages}
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    types = {"p_bias": "*fp32", "p_sums": "*fp32", "M": "i32"}
-    signature = {name: types.get(name, f"*{kind}") for name in kernel.arg_names if name not in constexprs}
-    return AotConfig(kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=0)
+    types = {"M": "i32", **dict.fromkeys(("p_u", "p_h", "p_dh", "p_du"), f"*{kind}")}
+    return AotConfig.of(kernel, config, constexprs, types, narrow_stores=0)

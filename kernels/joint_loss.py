@@ -284,8 +284,8 @@ def aot_configs() -> list[AotConfig]:
     cases += [("fp32", 1000, {}), ("fp16", 1000, {}), ("bf16", 1000, {"BCE": True}), ("bf16", 1000, {"SOFT": True})]
     cases += [("bf16", 8142, {}), ("bf16", 21841, {})]
     backward = [_aot_config(joint_loss_bwd_kernel, *case) for case in cases]
-    types = {name: "*fp32" for name in joint_loss_reduce_kernel.arg_names if name.startswith("p_")} | {"alpha": "fp32"}
-    reduce = AotConfig(joint_loss_reduce_kernel, types, {"B": REDUCE_BLOCK, "BLOCK": REDUCE_BLOCK})
+    blocks = {"B": REDUCE_BLOCK, "BLOCK": REDUCE_BLOCK}
+    reduce = AotConfig.of(joint_loss_reduce_kernel, LaunchConfig(blocks), blocks, {})
     return [*(_aot_config(joint_loss_fwd_kernel, *case) for case in cases), *backward, reduce]
 
 
@@ -293,20 +293,11 @@ def _aot_config(kernel: Any, kind: str, num_classes: int, variant: dict[str, boo
     forward = kernel is joint_loss_fwd_kernel
     config = launch_config(forward, num_classes, 4 if kind == "fp32" else 2, torch.device("cpu"))
     strides = dict.fromkeys(("CLS_STRIDE", "DIST_STRIDE", "TEACHER_STRIDE"), num_classes)
-    constexprs = {**strides, "K": num_classes, "SOFT": False, "BCE": False, **variant, **config.blocks}
-    if forward:
-        constexprs |= {"J": num_classes, "SMOOTH": True}
+    constexprs = {**strides, "K": num_classes, "J": num_classes, "SMOOTH": True}
+    constexprs |= {"SOFT": False, "BCE": False, **variant, **config.blocks}
     integers = dict.fromkeys(("p_labels", "p_partner", "p_class_map"), "*i64") | {"p_decision": "*i32", "B": "i32"}
     logits = dict.fromkeys(("p_cls", "p_dist", "p_teacher", "p_grad_cls", "p_grad_dist"), f"*{kind}")
-    types = integers | logits
-    signature = {
-        name: types.get(name, "*fp32" if name.startswith("p_") else "fp32")
-        for name in kernel.arg_names
-        if name not in constexprs
-    }
     note = " ".join([f"K={num_classes}", *variant, f"BLOCK={config.blocks['BLOCK']}"])
     # rows of an odd number of classes are not aligned, and soft distillation stores in the teacher's order
     narrow = 0 if not forward and num_classes % 8 == 0 and "SOFT" not in variant else None
-    return AotConfig(
-        kernel, signature, constexprs, config.num_warps, config.num_stages, narrow_stores=narrow, note=note
-    )
+    return AotConfig.of(kernel, config, constexprs, integers | logits, narrow_stores=narrow, note=note)
