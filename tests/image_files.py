@@ -95,7 +95,7 @@ def pillow_crops(images, wanted):
     crops = []
     for b, sample in enumerate(wanted.sample_B):
         image = Image.open(Path(images.root) / images.paths[sample]).convert("RGB")
-        top, left, height, width = wanted.draws[b : b + 1].boxes(np.array([image.size[::-1]]))[0].tolist()
+        top, left, height, width = wanted.draws.boxes(np.array(image.size[::-1]))[b].tolist()
         box = image.crop((left, top, left + width, top + height))
         crops.append(np.asarray(box.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)))
     return np.stack(crops)

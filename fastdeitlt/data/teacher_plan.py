@@ -58,13 +58,11 @@ class TeacherPlan:
         images = f"{self.batch_size + left} images"
         return f"the last batch of an epoch has {images}: {left} alone would be too few for a step"
 
-    def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Yield the image indices of each batch from number ``start`` on, int64 [B]."""
-        for sample_B, _ in self.batches(epoch, start):
-            yield sample_B
-
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each batch's image indices and their occurrence so far, two int64 [B]."""
+        """Yield image indices and their occurrence so far, two int64 [B] a batch.
+
+        Begins at batch number ``start``.
+        """
         if self.sampling:
             order_N, before_N = self.sampling.draw(epoch)
         else:

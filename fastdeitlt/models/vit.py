@@ -261,18 +261,14 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def flops_per_image(model: DistilledViT, executed: bool = False) -> float:
+def flops_per_image(model: DistilledViT) -> float:
     """Return the FLOPs of one image's forward pass.
 
-    Matrix products only, 2 per multiply-add; training is three times.
-
-    Args:
-        executed: whether to subtract the last-block shortcut. Off by default, so that MFU compares across programs.
+    Matrix products only, 2 per multiply-add; training is three times. The last-block shortcut is not subtracted, so
+    that MFU compares across programs.
     """
     width, tokens = model.width, model.pos_embed.shape[1]
     patches = 2 * (tokens - NUM_PREFIX) * 3 * model.patch**2 * width
     row = 2 * (2 + 2 * MLP_RATIO) * width**2 + 4 * tokens * width  # query, proj, MLP and the attention of one token
     keys_values = 2 * 2 * width**2
-    total = patches + len(model.blocks) * tokens * (row + keys_values) + 4 * width * model.num_classes
-    saved = (tokens - NUM_PREFIX) * row if executed and model.last_block_shortcut else 0
-    return float(total - saved)
+    return float(patches + len(model.blocks) * tokens * (row + keys_values) + 4 * width * model.num_classes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from fastdeitlt.config import Config
 from fastdeitlt.run.folder import Run
 from fastdeitlt.run.meter import Meter
 from fastdeitlt.run.preemption import StopRequest
@@ -56,8 +55,7 @@ class EpochLoop:
         Raises:
             StoppedError: stopped by a signal; the state is saved.
         """
-        cfg: Config = self.cfg
-        epoch = self.state.epoch
+        cfg, epoch = self.cfg, self.state.epoch
         last, every = epoch + 1 == self._epochs, cfg.train.save_every_epochs
         evaluates = last or (epoch + 1) % cfg.evaluate.every == 0
         with self.meter.paused():

@@ -85,5 +85,5 @@ def teacher_batches(
                 ready = []
 
     with closing(prefetch(prepare(), depth=2 * plan.accumulate)) as parts:
-        for batch_B in plan.samples(epoch, start):
+        for batch_B, _ in plan.batches(epoch, start):
             yield StepBatch([next(parts) for _ in range(plan.accumulate)], labels_of(batch_B))

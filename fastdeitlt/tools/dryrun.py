@@ -152,7 +152,7 @@ def _teacher_step(cfg: Config, opened: _Opened) -> tuple[nn.Module, dict[str, st
     plan = teacher_plan_of(cfg, len(images), distributed.rank(), opened.world)
     objective = build_objective(t, images.counts, device)
     step = Step(objective, build_optimizer(objective.network, t), cfg, device)
-    labels_B = torch.arange(len(next(plan.samples(0))), device=device) % images.num_classes
+    labels_B = torch.arange(len(next(plan.batches(0))[0]), device=device) % images.num_classes
     parts = []
     for part_B in plan.parts(np.arange(len(labels_B))):
         views = [torch.randn(len(part_B), 3, t.img_size, t.img_size, device=device) for _ in view_recipes(cfg)]

@@ -246,21 +246,19 @@ def test_flops_are_those_of_the_performance_notes() -> None:
         model = create_student("deit_base_distilled_patch16_224", 1000)
         cifar = create_student("deit_base_distilled_patch16_224", 10)
     assert flops_per_image(model) / 1e9 == pytest.approx(35.31, abs=0.01)
-    assert 1 - flops_per_image(model, executed=True) / flops_per_image(model) == pytest.approx(0.07, abs=0.002)
     assert num_parameters(cifar) / 1e6 == pytest.approx(85.8, abs=0.05)
 
 
-@pytest.mark.parametrize("last_block_shortcut", [True, False])
-def test_flops_are_what_torch_counts(last_block_shortcut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_are_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     monkeypatch.setattr("fastdeitlt.models.layers._softmax_attention", explicit)
-    model = small(last_block_shortcut=last_block_shortcut, attention="sdpa").train()
+    model = small(last_block_shortcut=False, attention="sdpa").train()
     with (
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         model(torch.zeros(1, 3, 32, 32))
-    assert flops_per_image(model, executed=True) == counter.get_total_flops()
+    assert flops_per_image(model) == counter.get_total_flops()

@@ -31,7 +31,7 @@ def test_no_part_has_one_image_and_an_epoch_has_every_image(world: int, accumula
     least = 2 * world * accumulate
     for n, batch_size in itertools.product(range(least, 60), range(least, 20)):
         plans = [TeacherPlan(n, batch_size, 0, False, rank, world, accumulate) for rank in range(world)]
-        batches = list(plans[0].samples(0))
+        batches = [batch for batch, _ in plans[0].batches(0)]
         assert len(batches) == plans[0].steps >= 1
         assert sorted(np.concatenate(batches).tolist()) == list(range(n))
         assert all(len(part) >= 2 for batch in batches for plan in plans for part in plan.parts(batch))
@@ -49,12 +49,12 @@ def test_an_epoch_has_as_many_steps_on_any_number_of_ranks(n: int) -> None:
 
 def test_the_last_image_joins_the_batch_before_and_paco_leaves_it_out() -> None:
     plan = TeacherPlan(121, 24, 0, drop_last=False)
-    assert [len(batch) for batch in plan.samples(0)] == [24, 24, 24, 24, 25]
-    whole, (last,) = list(plan.samples(0)), plan.samples(0, start=4)
-    assert len(last) == 25 and last.tolist() == whole[-1].tolist()
+    assert [len(batch) for batch, _ in plan.batches(0)] == [24, 24, 24, 24, 25]
+    whole, ((last, _),) = list(plan.batches(0)), plan.batches(0, start=4)
+    assert len(last) == 25 and last.tolist() == whole[-1][0].tolist()
     assert plan.last_batch == "the last batch of an epoch has 25 images: 1 alone would be too few for a step"
     paco = TeacherPlan(121, 24, 0, drop_last=True)
-    assert [len(batch) for batch in paco.samples(0)] == [24] * 5
+    assert [len(batch) for batch, _ in paco.batches(0)] == [24] * 5
     assert paco.last_batch == "PaCo uses full batches: each epoch skips 1 of 121 images, others in each"
 
 

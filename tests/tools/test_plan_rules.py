@@ -81,7 +81,7 @@ def test_recipes_are_valid_fit_the_hours_and_agree(facts, hours, fastest):
     evaluations = math.ceil(student.train.epochs / student.evaluate.every)
     seconds = (student.train.epochs * plan.images_per_epoch + evaluations * facts.num_val) / rates.student[chosen]
     evaluations = math.ceil(t.epochs / teacher.evaluate.every)
-    trained = sum(len(sample_B) for sample_B in teacher_plan.samples(0)) * t.epochs * passes
+    trained = sum(len(sample_B) for sample_B, _ in teacher_plan.batches(0)) * t.epochs * passes
     assert seconds <= choice.seconds["student"] * 1.0001
     assert (trained + evaluations * facts.num_val) / rates.teacher[chosen] <= choice.seconds["teacher"] * 1.0001
 

@@ -9,7 +9,7 @@ rand-m9-mstd0.5-inc1; RandAugment arXiv 1909.13719, random erasing arXiv 1708.04
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -29,7 +29,7 @@ CROP, FLIP, OP, LEVEL, ERASE, NOISE, SHIFT = range(7)
 
 @dataclass(frozen=True)
 class Draws:
-    """Drawn parameters of B images; index with a slice or an index array for a subset.
+    """Drawn parameters of B images.
 
     ``flip_B`` bool. ``op_B2`` int8 indices into ``OPS``, -1 = not applied. ``level_B2`` magnitude 0..10, ``sign_B2``
     +1 or -1. ``erase_B4`` int32 (top, left, height, width) at the output size, height 0 = none; ``noise_B`` uint32 key
@@ -51,10 +51,6 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.flip_B)
-
-    def __getitem__(self, index: slice | np.ndarray) -> "Draws":
-        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "ratio_range"}
-        return Draws(**arrays, ratio_range=self.ratio_range)
 
     def boxes(self, sizes_B2: np.ndarray) -> np.ndarray:
         """Return RandomResizedCrop boxes (top, left, height, width), int32 [B, 4].

@@ -243,7 +243,7 @@ def _schedule(config: Config, plan: Plan) -> dict[str, int]:
 
 def _teacher_schedule(config: Config, num_images: int) -> dict[str, int]:
     plan, epochs = teacher_plan_of(config, num_images), config.teacher_training.epochs
-    images_per_epoch = sum(len(sample_B) for sample_B in plan.samples(epoch=0))
+    images_per_epoch = sum(len(sample_B) for sample_B, _ in plan.batches(epoch=0))
     return {
         "optimizer_steps_an_epoch": plan.steps,
         "images_an_optimizer_step": plan.batch_size,
