@@ -285,14 +285,6 @@ def test_a_set_that_comes_decoded_is_held_as_it_is(cache_folder):
         open_source(images, DataConfig(dataset="cifar10_lt", residency="stream"), CPU)
 
 
-def test_resuming_and_other_threads_give_the_same_batches():
-    images = decoded_set()
-    wanted = [request([i, 3, 19 - i], size=32, epoch=i) for i in range(9)]
-    whole, _ = hold(images, wanted)
-    resumed, _ = hold(images, wanted[6:], DataConfig(residency="host", num_threads=1))
-    assert same(whole[6:], resumed)
-
-
 @pytest.mark.parametrize(
     ("residency", "free", "kind", "said"),
     [
