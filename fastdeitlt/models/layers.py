@@ -55,7 +55,9 @@ def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl
     if num_queries is None:
         qkv_BN3HE = qkv(x_BND, train_bias=not kernel).unflatten(-1, (3, heads, -1))
     else:
-        q_BMHE, kv_BN2HE = _apart(x_BND, qkv, heads, num_queries, not kernel)
+        width = x_BND.shape[-1]
+        q_BMHE = qkv(x_BND[:, :num_queries], slice(width), train_bias=not kernel).unflatten(-1, (heads, -1))
+        kv_BN2HE = qkv(x_BND, slice(width, None), train_bias=not kernel).unflatten(-1, (2, heads, -1))
     if impl == "sdpa":
         if num_queries is None:
             return _softmax_attention(*qkv_BN3HE.permute(2, 0, 3, 1, 4).unbind(0))
@@ -66,14 +68,6 @@ def attend(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int | None, impl
     if num_queries is None:
         return attention(qkv_BN3HE, qkv_bias=bias, impl=impl)
     return attention_first(q_BMHE, kv_BN2HE, qkv_bias=bias, impl=impl)
-
-
-def _apart(x_BND: Tensor, qkv: Linear, heads: int, num_queries: int, train_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return q_BMHE and kv_BN2HE."""
-    width = x_BND.shape[-1]
-    q_BMD = qkv(x_BND[:, :num_queries], slice(width), train_bias=train_bias)
-    kv_BNF = qkv(x_BND, slice(width, None), train_bias=train_bias)
-    return q_BMD.unflatten(-1, (heads, -1)), kv_BNF.unflatten(-1, (2, heads, -1))
 
 
 def _softmax_attention(q_BHME: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:

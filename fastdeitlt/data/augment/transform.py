@@ -151,16 +151,15 @@ def apply(crops_BHWC: Tensor, draws: Draws, cfg: AugmentConfig) -> Tensor:
     Returns:
         images_BCHW, float32, channels last in memory.
     """
-    images_BHWC = buffers.empty(crops_BHWC.shape, torch.float32, crops_BHWC.device)
     pixels_BHWC = crops_BHWC.clone()
     flipped = np.flatnonzero(draws.flip_B)
     put(pixels_BHWC, flipped, take(crops_BHWC, flipped).flip(2))
     if draws.shift_B2.any():
         pixels_BHWC = _shift(pixels_BHWC, draws.shift_B2)
     rand_augment(pixels_BHWC, draws.op_B2, draws.level_B2, draws.sign_B2)
-    _normalise(pixels_BHWC, cfg.mean, cfg.std, images_BHWC)
-    _erase(images_BHWC, draws.erase_B4, draws.noise_B)
-    return images_BHWC.permute(0, 3, 1, 2)
+    images_BCHW = normalise(pixels_BHWC, cfg.mean, cfg.std)
+    _erase(images_BCHW.permute(0, 2, 3, 1), draws.erase_B4, draws.noise_B)
+    return images_BCHW
 
 
 def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
@@ -177,17 +176,12 @@ def _shift(images_BHWC: Tensor, shift_B2: np.ndarray) -> Tensor:
 def normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (crop / 255 - mean) / std as images_BCHW, float32, channels last."""
     images_BHWC = buffers.empty(crops_BHWC.shape, torch.float32, crops_BHWC.device)
-    _normalise(crops_BHWC, mean, std, images_BHWC)
-    return images_BHWC.permute(0, 3, 1, 2)
-
-
-def _normalise(crops_BHWC: Tensor, mean: Sequence[float], std: Sequence[float], images_BHWC: Tensor) -> None:
-    width = crops_BHWC.shape[2]
     # a whole row of constants: broadcasting three values would prevent vectorisation
-    scale, offset = (value_C.repeat(width) for value_C in affine(mean, std, crops_BHWC.device))
+    scale, offset = (value_C.repeat(crops_BHWC.shape[2]) for value_C in affine(mean, std, crops_BHWC.device))
     step = chunk_size(crops_BHWC)
     for crops, images in zip(crops_BHWC.split(step), images_BHWC.split(step), strict=True):
         torch.add(crops.flatten(2).float().mul_(scale), offset, out=images.flatten(2))
+    return images_BHWC.permute(0, 3, 1, 2)
 
 
 def _erase(images_BHWC: Tensor, erase_B4: np.ndarray, noise_B: np.ndarray) -> None:
