@@ -125,7 +125,6 @@ class Run:
         self.rerun = f"rerun with --resume {self.folder}" if resume == "never" else RERUN
         self._records = Records(self.folder / "metrics.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.train.keep, before=self._records.flush)
-        self._first = 0
         self._begun = False
         self._progress: Progress | None = None
         self._trackers: Trackers | None = None
@@ -218,7 +217,7 @@ class Run:
         Raises:
             CrashLoopError: too many starts from this state died.
         """
-        self._first = step
+        self._restored = step
         path, state = self.folder / "starts.json", {"step": step, "epoch": epoch}
         before = read_json(path)
         died = before.get("died", 0) + 1 if before.items() >= state.items() else 0
@@ -246,7 +245,7 @@ class Run:
         self.checkpoints.finish()
         if self._trackers:
             self._trackers.close("stopped", STOP_TRACKERS_S)
-        self._mark(number, max(self.checkpoints.step, self._first))
+        self._mark(number, max(self.checkpoints.step, self._restored))
         if self.is_main:
             (self.folder / "starts.json").unlink(missing_ok=True)
 

@@ -111,8 +111,7 @@ class _Ranks:
         if self.count > 1:
             threads = max(1, usable_cores() // self.count)
             shared["OMP_NUM_THREADS"] = THREADS or str(threads)
-        shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK}
-        shared |= {LAUNCH: self.id}
+        shared |= {"FASTDEITLT_LAUNCHER": str(os.getpid()), "MASTER_ADDR": LOOPBACK, LAUNCH: self.id}
         shared |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         command = [*PROGRAM, *self.arguments]
         with socket.create_server(
