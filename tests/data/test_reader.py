@@ -40,15 +40,6 @@ def test_evaluation_crops_are_those_of_timm(tmp_path):
         assert torch.equal(crop_HWC, expected_HWC), images.paths[sample]
 
 
-def test_a_smaller_last_batch_is_exact(tmp_path):
-    images = make_set(tmp_path)
-    parts = [CropRequest(np.arange(11)[start : start + 4], 24, resize=27) for start in (0, 4, 8)]
-    crops, _ = deliver(images, parts)
-    assert [len(part) for part in crops] == [4, 4, 3]
-    whole, _ = deliver(images, [CropRequest(np.arange(11), 24, resize=27)])
-    assert torch.equal(torch.cat(crops), whole[0])
-
-
 def test_what_fails_after_decoding_is_no_images_fault(tmp_path, monkeypatch):
     """As memory of the device that is full: the images are not decoded one by one to find a damaged one."""
     decoded = []
