@@ -14,7 +14,7 @@ import triton.language as tl
 
 START, STRIDE, HEIGHT, WIDTH, COLUMNS_FIRST, FLIP = (tl.constexpr(i) for i in range(6))
 """Byte offset of the crop's corner in the set, bytes of a source row, crop size, order of passes, mirror."""
-FIRST, SECOND, OP_COLUMNS = tl.constexpr(6), tl.constexpr(15), tl.constexpr(9)
+FIRST, SECOND = tl.constexpr(6), tl.constexpr(15)
 """Two operations of nine columns: kind, argument, matrix (6), index of the lookup table."""
 SEPARATE, TOP, LEFT, ERASE_HEIGHT, ERASE_WIDTH, KEY = (tl.constexpr(i) for i in range(24, 30))
 """Whether the first operation is a separate pass; the erased box and the key of its noise."""
