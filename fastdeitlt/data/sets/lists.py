@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from fastdeitlt.data.sets.class_names import is_utf8, normalised
+from fastdeitlt.data.sets.class_names import is_utf8, listed, normalised
 from fastdeitlt.data.sets.types import LongTailSet, class_counts
 from fastdeitlt.errors import UserError, counted
 
 MAX_CLASSES = 1_000_000
 """Labels from here on are refused: memory is allocated for every class up to the largest label."""
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "fpath")
+SPLIT_COLUMNS = ("split", "subset", "partition")
 LABEL_COLUMNS = ("label", "class", "category", "category_id", "target")
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|\0|(^|/)\.\.(/|$)")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -124,15 +125,19 @@ def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
     for name in names:
         if name in header:
             return header.index(name)
-    raise UserError(f"list {path}, line 1: got the header {_short(header)}, expected a column {' or '.join(names)}")
+    commas = ", separated by commas" if len(header) == 1 else ""
+    expected = f"a column {' or '.join(names)}{commas}"
+    raise UserError(f"list {path}, line 1: got the header {_short(header)}, expected {expected}")
 
 
 def _read_csv(path: Path, text: str) -> _Rows:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    splits: set[str] = set()
     paths, labels, where = [], [], []
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         path_column, label_column = _column(path, header, PATH_COLUMNS), _column(path, header, LABEL_COLUMNS)
+        split_columns = [index for index, name in enumerate(header) if name in SPLIT_COLUMNS]
         for row in reader:
             if not row:
                 continue
@@ -144,8 +149,10 @@ def _read_csv(path: Path, text: str) -> _Rows:
             paths.append(row[path_column].strip())
             labels.append(row[label_column].strip())
             where.append(reader.line_num)
+            splits.update(row[column].strip() for column in split_columns)
     except csv.Error as error:
         raise UserError(f"list {path}, line {reader.line_num}: not valid csv ({error})") from None
+    _refuse_several(path, splits)
     return _Rows(paths, labels, where)
 
 
@@ -158,20 +165,30 @@ def _read_json(path: Path, text: str) -> _Rows:
     records = tree.get("annotations") if isinstance(tree, dict) else None
     if not isinstance(records, list):
         raise UserError(f"list {path}: expected a list of {{path, label}} or an object with 'annotations'")
+    splits: set[str] = set()
     paths, labels = [], []
     try:
         files = {image["id"]: _value(image, PATH_COLUMNS, str) for image in tree.get("images", ())}
         for record in records:
             paths.append(files[record["image_id"]] if files else _value(record, PATH_COLUMNS, str))
             labels.append(_value(record, LABEL_COLUMNS, (int, str)))
+            splits.update(str(record[name]) for name in SPLIT_COLUMNS if name in record)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"list {path}, annotation {len(labels)}: {type(error).__name__} {error}; expected image_id of an image "
             "with id and file_name, or path (fpath), and label (category_id)"
         ) from None
+    _refuse_several(path, splits)
     classes, categories = tree.get("num_classes"), _categories(path, tree.get("categories"))
     classes = classes if type(classes) is int and 0 < classes <= MAX_CLASSES else None
     return _Rows(paths, labels, range(len(paths)), "annotation", num_classes=classes, categories=categories)
+
+
+def _refuse_several(path: Path, splits: set[str]) -> None:
+    """Raise UserError for a list of several splits: all would be read as one."""
+    if len(splits) > 1:
+        found = listed(sorted(splits))
+        raise UserError(f"list {path}: got images of the splits {found}, expected one. Write a list for each.")
 
 
 def _value(record: dict[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
