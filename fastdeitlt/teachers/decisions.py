@@ -21,8 +21,8 @@ MOST = 64
 """Most images per class in a sample."""
 CLEAN_BATCH = 256
 """Images in a batch of ``clean_batches``."""
-CYCLE_IMAGES = 6
-"""Smallest gain, in images, of exchanging classes."""
+CYCLE_IMAGES = 4
+"""Smallest gain of exchanging classes, in images beyond one for each class, which chance matches too."""
 CYCLE_SHARE = 0.3
 """Smallest gain as a share of the classes' images."""
 
@@ -105,8 +105,8 @@ class Decisions:
     def exchanged(self) -> np.ndarray:
         """Return label_K: matched labels of clearly exchanged classes, else the decision.
 
-        A cycle of classes is exchanged if the matched labels are right on ``CYCLE_IMAGES`` more images in all, and on
-        average on ``CYCLE_SHARE`` more of a class's images, than the classes' own labels.
+        A cycle of classes is exchanged if the matched labels are right on one more image for each class and
+        ``CYCLE_IMAGES`` in all, and on average on ``CYCLE_SHARE`` more of a class's images, than the classes' own.
         """
         matched_K, _ = self.matched()
         images_K, label_K = self._images(), np.arange(self.num_classes)
@@ -121,7 +121,7 @@ class Decisions:
                 seen_K[start] = True
                 cycle.append(start)
                 start = matched_K[start]
-            if cycle and gain_K[cycle].sum() >= CYCLE_IMAGES and share_K[cycle].mean() >= CYCLE_SHARE:
+            if cycle and gain_K[cycle].sum() - len(cycle) >= CYCLE_IMAGES and share_K[cycle].mean() >= CYCLE_SHARE:
                 label_K[cycle] = matched_K[cycle]
         return label_K
 

@@ -220,6 +220,12 @@ def test_decisions_are_matched_within_groups_and_doubts_are_named():
     assert mine.tolist() == [1, 0, 2, 3, 4, 5]  # 2 and 3 differ by four images, which is no proof
 
 
+def test_random_decisions_on_many_small_classes_are_no_exchange():
+    """Each class has an image by which chance matches it with another."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(300), [1, 2, 3] * 100)
+    assert Decisions(rng.integers(0, 300, len(labels)), labels, 300).exchanged().tolist() == list(range(300))
+
+
 def test_the_order_of_classes_of_equal_size_follows_the_teachers_decisions(tmp_path, caplog):
     """The official code's sort is unstable; the order is stored, so that a resumed run has the same."""
     caplog.set_level(logging.INFO, "fastdeitlt")
