@@ -62,7 +62,7 @@ def check(readings: Sequence[Reading], drw_epoch: int, baseline_head: float = 0.
 
     Returns:
         The signs that can be judged: none about the head classes without a reading before re-weighting or a baseline,
-        none about a group without images.
+        none about a group without images, none about DIST's lead where both heads are right on the whole tail.
     """
     now, after = readings[-1], [reading for reading in readings if reading.epoch >= drw_epoch]
     before = [reading for reading in readings if reading.epoch < drw_epoch]
@@ -72,7 +72,7 @@ def check(readings: Sequence[Reading], drw_epoch: int, baseline_head: float = 0.
 
 def _tail_expert(now: Reading) -> Sign | None:
     cls, dist = (now.scores.accuracy(head, "tail", SPLIT) for head in ("CLS", "DIST"))
-    if np.isnan(cls):
+    if np.isnan(cls) or dist == cls == 100:
         return None
     if dist > cls:
         return Sign("tail expert", False, f"DIST leads CLS on the tail: {dist:.1f} to {cls:.1f} %")

@@ -52,6 +52,10 @@ def test_a_dist_head_that_is_no_better_on_the_tail(dist_tail):
     assert list(found) == ["tail expert"] and f"{dist_tail:.1f} to 30.0 %" in found["tail expert"]
 
 
+def test_two_heads_that_are_right_on_the_whole_tail_are_no_sign():
+    assert seen([reading(9), reading(10, cls_tail=100, dist_tail=100, avg_tail=100)]) == {}
+
+
 def test_a_head_far_below_its_own_best_or_a_given_baseline():
     found = seen([reading(4, head=95), reading(9, head=93), reading(11, head=80)])
     assert list(found) == ["head"] and "lost 15.0 points" in found["head"] and "95.0 %" in found["head"]
