@@ -279,11 +279,17 @@ def test_folder_without_images_or_training_split_says_so(tmp_path):
     with pytest.raises(UserError, match=r"no images .* expected train/<class>/<image> or <class>/<image>"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
     (tmp_path / "test").mkdir()
-    with pytest.raises(UserError, match="no training split, expected train/<class>/<image>"):
+    with pytest.raises(UserError, match=r"no training split \('test' is the test split; .* expected train/<class>/"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images"):
         open_sets(DataConfig(dataset="folder", root=str(tmp_path)))
+    (tmp_path / "test").rmdir()
+    for folder, fix in (("train", "Rename 'train' if it is a class"), ("train/a", "Move it into a class folder")):
+        Image.new("RGB", (2, 2)).save(tmp_path / folder / "1.jpg")
+        root = tmp_path if folder == "train" else tmp_path / folder
+        with pytest.raises(UserError, match=rf"got '[a-z/]*1\.jpg' outside a class folder, expected .*{fix}"):
+            open_sets(DataConfig(dataset="folder", root=str(root)))
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,13 @@ def read_folder(root: str | Path, folder: str) -> LongTailSet:
         others += [f"{name}/" for name, files in images.items() if not files]
         images = {name: files for name, files in images.items() if files}
     if not any(images.values()):
-        expected = f"{folder}/<class>/<image>" if folder != os.curdir else "train/<class>/<image> or <class>/<image>"
-        raise UserError(f"data folder {root}: no images ({', '.join(IMAGE_SUFFIXES)}), expected {expected}")
+        is_split = folder != os.curdir
+        got, fix = f"no images ({', '.join(IMAGE_SUFFIXES)})", ""
+        if loose := min((file for file in others if is_image(file)), default=""):
+            got = f"got {loose!r} outside a class folder"
+            fix = f". Rename {folder!r} if it is a class, not a split" if is_split else ". Move it into a class folder"
+        expected = f"{folder}/<class>/<image>" if is_split else "train/<class>/<image> or <class>/<image>"
+        raise UserError(f"data folder {root}: {got}, expected {expected}{fix}")
     names = list(numbered(list(images), f"data folder {place}"))
     paths = [file for files in images.values() for file in files]
     if bad := next((path for path in paths if not is_utf8(path)), None):

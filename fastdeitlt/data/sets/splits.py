@@ -110,7 +110,11 @@ def no_training_split(cfg: DataConfig) -> UserError:
     """Return the error for a data set without training split."""
     root = _root(cfg)
     if cfg.dataset in ("folder", "shards"):
-        return UserError(f"data.root {root}: no training split, expected {LAYOUTS[cfg.dataset]}")
+        others = split_folders(root)[0] if cfg.dataset == "folder" else {}
+        found = "".join(
+            f" ({name!r} is the {split} split; rename it if it is a class)" for split, name in others.items()
+        )
+        return UserError(f"data.root {root}: no training split{found}, expected {LAYOUTS[cfg.dataset]}")
     usual = " or ".join(DEFAULT_LISTS.get(cfg.dataset, {}).get("train", ()))
     problem = f"no {usual} in {root}. Copy it there or set" if usual else "empty. Set"
     return UserError(f"data.train_list: {problem} data.train_list=FILE{_hint(cfg)}.")
