@@ -68,7 +68,8 @@ def make_plan(
     none_held = {f"{split}_holdout": 0.0 for split in ("val", "test")}
     cfg = DataConfig(**settings, **none_held | {f"{split}_holdout": share for split, share in holdouts.items()})
     sets = open_sets(cfg)
-    check_files(sets, cfg, "Repair or remove them.")
+    data = shlex.join(f"data.{name}={value}" for name, value in settings.items())
+    check_files(sets, cfg, f"Repair or remove them; to list all: fastdeitlt data check quickstart {data}")
     pixels = pixel_stats(sets.train, cfg)
     where = distributed.device_of(device)
     facts = Facts(

@@ -101,6 +101,14 @@ def test_unreadable_image_is_an_error_with_its_name(tmp_path, data, problem):
     assert report.exit_code == 2
 
 
+def test_all_unreadable_images_are_listed(tmp_path):
+    config = make_set(tmp_path, COUNTS)
+    names = tuple(f"train_0_{i}.png" for i in range(5))
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert only(found(config), "empty file").examples == names
+
+
 def test_folder_and_pipe_in_an_images_place_do_not_stop_the_check(tmp_path):
     config = make_set(tmp_path, COUNTS)
     for name, make in (("train_0_0.png", os.mkdir), ("train_0_1.png", os.mkfifo)):

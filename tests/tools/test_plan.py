@@ -1,6 +1,7 @@
 """`plan` on real folders: every layout, the smallest classes, rates of this machine, files that train reads."""
 
 import io
+import shlex
 import shutil
 from pathlib import Path
 
@@ -203,7 +204,9 @@ def test_bad_requests_are_one_line(tmp_path, rates, capsys):
     assert "no such file" in capsys.readouterr().err, "before the images are read"
     assert main(["plan", str(tmp_path / "two")]) == 2
     error = capsys.readouterr().err
-    assert "0.png" in error and error.endswith("Repair or remove them.\n"), "plan has no settings"
+    assert "0.png" in error and "set data.on_error" not in error, "plan has no settings"
+    assert main(shlex.split(error[error.index("data check") :])) == 2
+    assert "0.png" in capsys.readouterr().out
 
 
 def test_given_weights_set_the_students_start_and_shape(tmp_path, rates):

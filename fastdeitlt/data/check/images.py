@@ -26,7 +26,7 @@ def image_findings(split: str, images: LongTailSet, cfg: DataConfig) -> tuple[li
             paths_by_finding["note", note].append(path)
         digests.append(scan.digest or path.encode())
     findings = [
-        Finding(level, split, f"{counted(len(paths), 'image')}: {what}", tuple(paths[:NUM_EXAMPLES]))
+        _finding(level, split, f"{counted(len(paths), 'image')}: {what}", paths)
         for (level, what), paths in paths_by_finding.items()
     ]
     return findings, digests
@@ -64,4 +64,9 @@ def duplicate_findings(cfg: DataConfig, sets: Sets, digests: dict[str, list[byte
 
 
 def _named(level: Level, split: str, what: str, names: list[str]) -> Finding:
-    return Finding(level, split, f"duplicate: {counted(len(names), 'image')} {what}", tuple(names[:NUM_EXAMPLES]))
+    return _finding(level, split, f"duplicate: {counted(len(names), 'image')} {what}", names)
+
+
+def _finding(level: Level, split: str, message: str, names: list[str]) -> Finding:
+    """Return a finding with all names of an error, which are to be corrected."""
+    return Finding(level, split, message, tuple(names if level == "error" else names[:NUM_EXAMPLES]))
