@@ -192,17 +192,18 @@ def evaluate(model: Model | str | Path, data: Any = None, split: str = "test", *
     model = model if isinstance(model, Model) else load(model)
     run = run_of(model.path)
     own = config.load(str(run / "config.yaml")) if run else None
-    is_folder = data is not None and not isinstance(data, Config) and os.path.isdir(data)
+    data = os.path.expanduser(data) if isinstance(data, str | Path) else data
+    is_folder = isinstance(data, str) and os.path.isdir(data)
     if own and data is None:
         cfg = own
-    elif own and is_folder and (same := _training_folder(model, own, str(data))):
+    elif own and is_folder and (same := _training_folder(model, own, data)):
         cfg = same  # split as in training
     elif data is None:
         raise UserError(f"data: {model.path} is not in a run folder, expected a folder of images, recipe or Config")
     elif is_folder:
         whole = {"data.val_holdout": 0, "data.test_holdout": 0}
-        cfg = config.build({"data.dataset": "folder", "data.root": str(data), **whole})
-        split = split if split_folders(str(data))[0] else "train"
+        cfg = config.build({"data.dataset": "folder", "data.root": data, **whole})
+        split = split if split_folders(data)[0] else "train"
     else:
         cfg = data
     cfg = config.load_evaluation(cfg, {"train.device": model.device.type, **settings})

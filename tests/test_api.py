@@ -206,7 +206,7 @@ def test_data_of_a_model_without_a_run_must_be_given(saved, tmp_path):
         fastdeitlt.evaluate(model, tmp_path / "images")
 
 
-def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(tmp_path, caplog):
+def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(tmp_path, caplog, monkeypatch):
     """After a training image was removed, the images held out today may be others: a warning."""
     names = ["cat", "dog", "eel", "fish"]
     class_folders(tmp_path / "images", dict.fromkeys(names, 10))
@@ -215,6 +215,8 @@ def test_all_images_of_another_flat_folder_and_the_held_out_ones_of_its_own(tmp_
     facts = {"class_names": names, "class_counts": train.counts, "dataset": "images", "data_sha256": fingerprint(train)}
     save_student(tmp_path / "alone", **facts)
     assert fastdeitlt.evaluate(tmp_path / "alone", tmp_path / "images").support_K == [10] * 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fastdeitlt.evaluate("~/alone", "~/images").support_K == [10] * 4
     run = tmp_path / "run"
     save_student(run / "checkpoints" / "best", **facts)
     (run / "config.yaml").write_text(config.dump(cfg))

@@ -103,8 +103,9 @@ def find(path: str) -> Path:
     Raises:
         UserError: neither exists; the message has the nearest recipe.
     """
-    if Path(path).is_file():
-        return Path(path)
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
     name, shipped = path.removesuffix(".yaml"), recipes()
     if name in shipped:
         return shipped[name]
@@ -231,7 +232,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"override {override!r}: no equals sign, expected section.field=value")
+            fix = f". For these images: data.root={override}" if Path(override).is_dir() else ""
+            raise UserError(f"override {override!r}: no equals sign, expected section.field=value{fix}")
         if name in TEXTS and text.strip()[:1] not in ("'", '"'):
             values[name] = text.strip()  # text fields verbatim: a run may be called nan or 2026
             continue
