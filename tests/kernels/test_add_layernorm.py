@@ -105,31 +105,29 @@ def test_with_all_samples_dropped_nothing_but_the_norm_remains(device):
     assert torch.equal(outputs[0], tensors[0]) and (gradients["branch"] == 0).all()
 
 
-@pytest.mark.parametrize("interpret", [True, False], ids=["kernel", "cpu_reference"])
-@pytest.mark.parametrize("keep", [0.6, 1.0], ids=["scaled", "unscaled"])
-@pytest.mark.parametrize(("branch", "normed"), [([0, 3, 4], None), (None, [1, 4]), ([4, 0], [2, 0, 1]), ([2], [2])])
-def test_branch_and_output_may_hold_some_samples_only(branch, normed, keep, interpret, device, monkeypatch):
-    if not interpret:
+@pytest.fixture(params=["kernel", "cpu_reference"])
+def implementation(request, monkeypatch):
+    if request.param == "cpu_reference":
         if GPU:
             pytest.skip("the reference of the op runs on a CPU")
         monkeypatch.setattr(module, "interpreted", lambda: False)
+
+
+@pytest.mark.parametrize("keep", [0.6, 1.0], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize(("branch", "normed"), [([0, 3, 4], None), (None, [1, 4]), ([4, 0], [2, 0, 1]), ([2], [2])])
+def test_branch_and_output_may_hold_some_samples_only(branch, normed, keep, implementation, device):
     (x, y, weight, bias), scale = example((5, 3, 40), device, keep=keep)
     samples = [None if s is None else torch.tensor(s, device=device) for s in (branch, normed)]
     y = y if branch is None else y[: len(branch)].detach().requires_grad_()
     check_against_float64([x, y, weight, bias], scale, *samples)
 
 
-@pytest.mark.parametrize("interpret", [True, False], ids=["kernel", "cpu_reference"])
 @pytest.mark.parametrize("keep", [0.6, 1.0], ids=["scaled", "unscaled"])
 @pytest.mark.parametrize("branch", [None, [4, 0, 3]], ids=["all", "some"])
 @pytest.mark.parametrize("kinds", [(FULL, BRAIN), (FULL, FULL)], ids=str)
 def test_the_branchs_bias_is_added_to_what_the_branch_has_and_its_gradient_summed(
-    kinds, branch, keep, interpret, device, monkeypatch
+    kinds, branch, keep, implementation, device
 ):
-    if not interpret:
-        if GPU:
-            pytest.skip("the reference of the op runs on a CPU")
-        monkeypatch.setattr(module, "interpreted", lambda: False)
     (x, y, weight, bias), scale = example((5, 3, 40), device, kinds, keep=keep)
     samples = None if branch is None else torch.tensor(branch, device=device)
     y = y if branch is None else y[: len(branch)].detach().requires_grad_()

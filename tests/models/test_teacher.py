@@ -17,7 +17,6 @@ from fastdeitlt.core.joint import JointForward
 from fastdeitlt.core.loss import joint_loss
 from fastdeitlt.errors import UserError
 from fastdeitlt.models import create_student, create_teacher, load_teacher
-from fastdeitlt.models.classifier import NormedLinear
 from fastdeitlt.models.fold import fold_batchnorm
 from fastdeitlt.models.teacher import Teacher, check_size, open_teacher
 from fastdeitlt.models.vit import num_parameters
@@ -99,13 +98,6 @@ def test_resnet32_has_the_papers_size_and_resnet50_is_torchvisions() -> None:
     with torch.no_grad():
         torch.testing.assert_close(ours(images), oracle(images))
     assert all(bool(block.bn3.weight.all()) for block in ours.layer1)
-
-
-def test_cosine_head_gives_cosines() -> None:
-    head = NormedLinear(6, 3)
-    features = torch.randn(4, 6) * 100
-    expected = torch.nn.functional.cosine_similarity(features[:, :, None], head.weight[None], dim=1)
-    torch.testing.assert_close(head(features), expected)
 
 
 @pytest.mark.parametrize(
