@@ -36,8 +36,14 @@ class PictureReader:
         self._read = partial(_read, exif=exif)
 
     def __call__(self, pictures: Sequence[Picture]) -> list[Tensor | str]:
-        """Return the pixels of each picture, uint8 [H, W, 3], or why it is unreadable."""
-        return list(chain.from_iterable(self._workers.map(self._decode, grouped(pictures, GROUP))))
+        """Return the pixels of each picture, uint8 [H, W, 3], or why it is unreadable.
+
+        A picture given several times is read once, because two threads cannot load one Pillow image.
+        """
+        once = {id(picture): picture for picture in pictures}
+        decoded = chain.from_iterable(self._workers.map(self._decode, grouped(once.values(), GROUP)))
+        pixels = dict(zip(once, decoded, strict=True))
+        return [pixels[id(picture)] for picture in pictures]
 
     def _decode(self, pictures: list[Picture]) -> list[Tensor | str]:
         read = [self._read(picture) for picture in pictures]

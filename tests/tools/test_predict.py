@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastdeitlt.evaluation import evaluate as evaluation
 from fastdeitlt.models.saved import open_saved
 from fastdeitlt.store.checkpoint import add_facts
 from fastdeitlt.tools import predict as predict_module
+from fastdeitlt.tools.pictures import PictureReader
 from fastdeitlt.tools.predict import Choice, Prediction, main, predict, table, to_csv
 
 
@@ -236,6 +238,13 @@ def test_one_path_one_image_or_a_list_of_either(saved, tmp_path):
     assert [row.path for row in mixed] == [str(paths[2]), "image 1", str(paths[1]), "image 3"]
     assert [row.top for row in mixed[:3]] == [whole[index].top for index in (2, 0, 1)]
     assert mixed[3].error == "mode F, expected 8 or 16 bits per channel"
+
+
+def test_an_image_given_often_is_loaded_by_one_thread(saved):
+    """Two threads that load one file of Pillow's read it in turns: errors, or wrong pixels."""
+    with closing(PictureReader("ignore")) as read:
+        first, *others = read([Image.open(saved[2][0])] * 40)
+    assert isinstance(first, torch.Tensor) and all(pixels is first for pixels in others)
 
 
 def test_hidden_files_of_a_folder_are_left_out(saved, tmp_path):
