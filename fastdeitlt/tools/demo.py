@@ -10,7 +10,7 @@ from fastdeitlt import config
 from fastdeitlt.config import Config
 from fastdeitlt.data.sets.fingerprint import fingerprint
 from fastdeitlt.data.sets.opening import open_sets
-from fastdeitlt.run.choice import MAY_CHANGE
+from fastdeitlt.run.choice import MAY_CHANGE, begun, choose_folder, refuse_changes
 from fastdeitlt.run.progress import heading
 from fastdeitlt.train import train
 from fastdeitlt.train_teacher import train_teacher
@@ -40,6 +40,8 @@ def train_both(cfg: Config, teacher_cfg: Config, resume: str = "auto") -> Path:
     """
     flat = config.flatten(with_shared(teacher_cfg, cfg))
     flat["name"] = f"{teacher_cfg.name}-{_teacher_key(flat, cfg)}"
+    if resume != "never":
+        _refuse_another_teacher(cfg, Path(cfg.runs_dir) / flat["name"] / "checkpoints" / "best", resume)
     heading(f"part 1 of 2: teacher {flat['name']}")
     teacher = train_teacher(config.build(flat))
     log.info("teacher: %s", teacher)
@@ -51,6 +53,18 @@ def with_shared(teacher_cfg: Config, cfg: Config) -> Config:
     """Return a teacher's recipe with the settings that it takes from its student."""
     shared = {name: value for name, value in config.flatten(cfg).items() if name.startswith(SHARED)}
     return config.build(config.flatten(teacher_cfg) | shared)
+
+
+def _refuse_another_teacher(cfg: Config, teacher: Path, resume: str) -> None:
+    """Raise UserError if the student's run began with another teacher or settings."""
+    folder = choose_folder(cfg, resume)
+    if before := begun(folder):
+        remedy = (
+            "Use --resume never for a new folder, or the saved settings; a teacher's folder is named by its settings "
+            "and images."
+        )
+        now = config.build(config.flatten(cfg) | {"teacher.path": str(teacher)})
+        refuse_changes(before, now, folder, ["train.virtual_ranks"], remedy)
 
 
 def _teacher_key(flat: dict[str, Any], cfg: Config) -> str:

@@ -60,6 +60,18 @@ def test_the_teacher_takes_the_students_images_and_other_pixels_need_another(tra
     assert trained[4].name != trained[0].name
 
 
+def test_a_run_of_another_teacher_is_refused_before_one_is_trained(trained, tmp_path):
+    student = config.load("quickstart", [f"runs_dir={tmp_path}", "name=a"])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(config.dump(config.load(student, {"teacher.path": "before"})))
+    (tmp_path / "a" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"teacher\.path: 'before' -> .* named by its settings and images"):
+        demo.train_both(student, config.load("teacher/quickstart"))
+    assert not trained
+    demo.train_both(student, config.load("teacher/quickstart"), "never")
+    assert len(trained) == 2
+
+
 def test_dry_run_takes_one_step_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dryrun.console, "_width", 200)
     overrides = ["train.batch_size=2", f"runs_dir={tmp_path}", "student.depth=1", "train.accumulate=2"]
