@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdeitlt.config import IMAGENET_MEAN, IMAGENET_STD
 from fastdeitlt.data.augment.transform import normalise
+from fastdeitlt.data.sets.folders import is_image
 from fastdeitlt.data.sets.splits import Classes
 from fastdeitlt.errors import UserError, counted
 from fastdeitlt.models import load_teacher
@@ -100,6 +101,8 @@ def open_saved(path: str | Path) -> Saved:
             f"model {path}: exported for other programs, expected a run or model folder. Use the run it was exported "
             "from."
         )
+    if path.is_file() and (path.suffix in (".yaml", ".yml") or is_image(path.name)):
+        raise UserError(f"model {path}: got a {path.suffix} file, expected a run folder such as runs/NAME, or a model")
     model: nn.Module
     if path.is_dir() and (info := read_manifest(find_model_folder(path))).get("kind") == "teacher":
         model = load_teacher(path, "", info.get("model", {}).get("num_classes", 0))

@@ -164,6 +164,8 @@ def test_bad_requests_are_refused_before_the_model_is_read(saved, tmp_path):
         main(folder, paths, top_k=1, out=tmp_path / "absent" / "rows.csv", strict=False)
     with pytest.raises(UserError, match="manifest"):
         predict(tmp_path, paths)
+    with pytest.raises(UserError, match=r"got a \.png file, expected a run folder such as runs/NAME"):
+        predict(next(path for path in paths if path.suffix == ".png"), paths)
 
 
 def test_class_names_that_do_not_fit_are_named(saved, tmp_path):
