@@ -49,17 +49,21 @@ def processes(cfg: Config, requested: int, env: Mapping[str, str]) -> int:
         env: os.environ.
 
     Raises:
-        UserError: --processes within another launcher, or train.device=cuda without a GPU.
+        UserError: --processes within another launcher, or no divisor of train.virtual_ranks; or train.device=cuda
+            without a GPU.
     """
     if is_launched(env):
         if requested and "FASTDEITLT_LAUNCHER" not in env:
             raise UserError("--processes: got a value under another launcher, expected none. Use one of the two.")
         return 1
+    ranks = cfg.train.virtual_ranks
     if requested:
+        if ranks % requested:  # before a teacher is trained
+            raise UserError(f"--processes: got {requested}, expected a divisor of train.virtual_ranks={ranks}")
         return requested
     if cfg.train.engine == "plain" or distributed.device_of(cfg.train.device).type == "cpu":
         return 1
-    gpus, ranks = torch.cuda.device_count(), cfg.train.virtual_ranks
+    gpus = torch.cuda.device_count()
     count = next((n for n in range(gpus, 0, -1) if not ranks or ranks % n == 0), 1)
     if count < gpus:
         log.info("using %d of %d GPUs, which divides train.virtual_ranks=%d", count, gpus, ranks)

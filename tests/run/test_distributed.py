@@ -374,9 +374,11 @@ def test_one_process_is_started_again_too(monkeypatch, env, launched):
     assert cli._as_ranks(config.load("quickstart", ["train.device=cpu"]), parse(arguments)) == launched
 
 
-def test_two_launchers_at_once_are_refused():
+def test_two_launchers_at_once_and_undivided_virtual_ranks_are_refused():
     with pytest.raises(UserError, match="another launcher"):
         launch.processes(config.build({}), 2, {"RANK": "0"})
+    with pytest.raises(UserError, match=r"--processes: got 2, expected a divisor of train\.virtual_ranks=1"):
+        launch.processes(config.build({"train.virtual_ranks": 1}), 2, {})
 
 
 def test_alone_there_is_nothing_to_exchange():
