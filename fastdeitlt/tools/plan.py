@@ -168,7 +168,7 @@ def main(root: str, *, hours: float | None, weights: str, out: str) -> int:
     place = Path(root).resolve()
     title = place.name if place.is_dir() else place.stem
     default = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-._") or "plan"
-    name = Path(out).name.removesuffix(".yaml") or default
+    name = Path(out).name.removesuffix(".yaml").removesuffix(".yml") or default
     folder = Path(out).parent
     files = folder / f"{name}.yaml", folder / f"{name}-teacher.yaml"
     for file in files:

@@ -158,7 +158,13 @@ def test_the_verb_writes_two_files_whose_lines_have_reasons(tmp_path, rates, cap
 
 @pytest.mark.parametrize(
     ("out", "name"),
-    [(["--out", "mine.yaml"], "mine"), (["--out", "1e5"], "1e5"), (["--out", "2026"], "2026"), ([], "photos.v2")],
+    [
+        (["--out", "mine.yml"], "mine"),
+        (["--out", "mine.yaml"], "mine"),
+        (["--out", "1e5"], "1e5"),
+        (["--out", "2026"], "2026"),
+        ([], "photos.v2"),
+    ],
 )
 def test_names_can_be_those_of_files_and_folders_and_look_like_numbers(tmp_path, rates, monkeypatch, out, name):
     monkeypatch.chdir(tmp_path)
