@@ -3,6 +3,7 @@
 K classes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,8 +43,13 @@ class Recommendation:
 
     @property
     def alike(self) -> tuple[str, ...]:
-        """Others within the best one's interval, so not distinguishable from it."""
-        return tuple(other.name for other in self.scored[1:] if other.accuracy >= self.best.low)
+        """Others whose difference from the best has an interval with zero (MOVER)."""
+        below = self.best.accuracy - self.best.low
+        return tuple(
+            other.name
+            for other in self.scored[1:]
+            if self.best.accuracy - other.accuracy <= math.hypot(below, other.high - other.accuracy)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of results.json."""

@@ -11,7 +11,7 @@ from PIL import Image
 from fastdeitlt import cli
 from fastdeitlt.config import build, dump
 from fastdeitlt.evaluation.metrics import score, score_heads
-from fastdeitlt.evaluation.recommend import Recommendation, balanced_interval, recommend
+from fastdeitlt.evaluation.recommend import Recommendation, Scored, balanced_interval, recommend
 from fastdeitlt.models import create_teacher
 from fastdeitlt.reporting.recommended import command, recommendation_section, recommended_lines
 from fastdeitlt.reporting.report import write_report
@@ -62,6 +62,12 @@ def test_others_within_the_interval_are_named():
     near = recommend(*results(7, 8, 8))
     assert "TEACHER" in near.alike and "Not distinguishable on these images: " in near.sentence()
     assert recommend(None, None) is None
+
+
+def test_the_worse_ones_interval_counts_too():
+    """One of two images right is no proof against none."""
+    few = Recommendation((Scored("TEACHER", 50.0, 10.3, 89.7), Scored("AVG", 0.0, 0.0, 56.0)), 2)
+    assert few.alike == ("AVG",)
 
 
 def test_the_interval_covers_and_does_not_vanish_where_every_image_is_right():
