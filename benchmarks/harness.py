@@ -77,6 +77,7 @@ def machine() -> dict[str, Any]:
         "triton": version_of("triton"),
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
+        "allocator": os.environ.get("GLIBC_TUNABLES"),
         "interpreter_lock": getattr(sys, "_is_gil_enabled", lambda: True)(),  # False: free-threaded Python
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
