@@ -120,10 +120,12 @@ def loop_of(parts: Parts) -> Loop:
 
 
 def report_once(run: Run) -> None:
-    """Analyse a tested run and write its report, unless one has its results."""
+    """Report a tested run, unless its report is done; log its recommendation."""
+    if not run.is_main:
+        return
     page, results = run.folder / "report.html", run.folder / "results.json"
-    if run.is_main and not (page.exists() and page.stat().st_mtime >= results.stat().st_mtime):
+    if not (page.exists() and page.stat().st_mtime >= results.stat().st_mtime):
         analysis.look_into(run.folder, run.cfg.evaluate.analyze_images)
         log.info("report: %s", report.write_report(run.folder))
-        for line in recommended_lines(read_run(run.folder)):
-            log.info("%s", line)
+    for line in recommended_lines(read_run(run.folder)):
+        log.info("%s", line)

@@ -136,6 +136,7 @@ def test_a_start_after_the_results_writes_the_report_once(untouched, caplog):
     caplog.set_level(logging.INFO, logger="fastdeitlt")
     SPINES[kind](cfg)
     assert "is finished" in caplog.text and "report:" not in caplog.text
+    assert ("fastdeitlt predict" in caplog.text) == (kind == "student")
 
 
 def test_a_report_made_during_training_is_replaced_by_that_of_the_results(untouched, monkeypatch):
