@@ -165,7 +165,7 @@ def load(path: str | Path, *, device: str = "auto", arch: str = "", num_classes:
     Raises:
         UserError: no such file or folder, damaged, holds code, or not a model; another device; ``arch`` for a folder.
     """
-    where = Path(path).expanduser()
+    where = Path(os.path.expanduser(path))
     if device not in DEVICES:
         raise UserError(f"device: got {device!r}, expected {', '.join(DEVICES)}. Set CUDA_VISIBLE_DEVICES for one GPU.")
     if arch and where.is_dir():

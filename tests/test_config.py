@@ -269,3 +269,6 @@ def test_a_grid_in_place_of_a_recipe_names_its_command():
 def test_an_unknown_recipe_names_the_command_that_lists_them():
     with pytest.raises(UserError, match=r"config zz: no such file or recipe; list: fastdeitlt config list$"):
         config.load("zz")
+    for path in ("~nobody-has-this-name/a.yaml", "a" * 5000):
+        with pytest.raises(UserError, match="no such file or recipe"):
+            config.load(path)

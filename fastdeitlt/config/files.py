@@ -1,5 +1,6 @@
 """Loading and dumping of configurations: YAML files, recipes and overrides."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,9 +104,9 @@ def find(path: str) -> Path:
     Raises:
         UserError: neither exists; the message has the nearest recipe.
     """
-    file = Path(path).expanduser()
-    if file.is_file():
-        return file
+    file = os.path.expanduser(path)
+    if os.path.isfile(file):
+        return Path(file)
     name, shipped = path.removesuffix(".yaml"), recipes()
     if name in shipped:
         return shipped[name]
@@ -232,7 +233,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            fix = f". For these images: data.root={override}" if Path(override).is_dir() else ""
+            fix = f". For these images: data.root={override}" if os.path.isdir(override) else ""
             raise UserError(f"override {override!r}: no equals sign, expected section.field=value{fix}")
         if name in TEXTS and text.strip()[:1] not in ("'", '"'):
             values[name] = text.strip()  # text fields verbatim: a run may be called nan or 2026

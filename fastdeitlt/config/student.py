@@ -1,5 +1,6 @@
 """Configuration sections of student training, from data to evaluation."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ class DataConfig(Section):
     @property
     def title(self) -> str:
         """Display name of the data set: its name, or the folder's name for user data."""
-        return (self.is_own and Path(self.root).expanduser().resolve().name) or self.dataset
+        return (self.is_own and Path(os.path.expanduser(self.root)).resolve().name) or self.dataset
 
 
 class AugmentConfig(Section):

@@ -102,10 +102,11 @@ def python() -> Row:
     """Check the Python version and that a free-threaded one has no lock."""
     version = sys.version_info
     detail = f"{version.major}.{version.minor}.{version.micro}"
-    if sysconfig.get_config_var("Py_GIL_DISABLED") and getattr(sys.flags, "gil", None) != 0:
+    supported = (3, 11) <= version[:2] < (3, 15)
+    if supported and sysconfig.get_config_var("Py_GIL_DISABLED") and getattr(sys.flags, "gil", None) != 0:
         detail += ", free-threaded, but Triton turns the interpreter's lock on"
         return Row("python", "warn", detail, "export PYTHON_GIL=0, so that data threads do not wait for the lock")
-    return verdict("python", detail, (3, 11) <= version[:2] < (3, 15), "use Python 3.11 to 3.14", "broken")
+    return verdict("python", detail, supported, "use Python 3.11 to 3.14", "broken")
 
 
 def packages() -> Row:

@@ -1,6 +1,7 @@
 """`plan`: recipes of teacher and student for a folder of images, machine and time."""
 
 import math
+import os
 import re
 import shlex
 from contextlib import suppress
@@ -84,7 +85,7 @@ def make_plan(
         short_side=pixels.short_side,
         gray=pixels.gray,
         gpu=where.type == "cuda",
-        init=str(Path(weights).expanduser().resolve()) if weights else "",
+        init=str(Path(os.path.expanduser(weights)).resolve()) if weights else "",
         architecture=architecture,
         unreadable=pixels.num_unreadable,
     )
@@ -103,7 +104,7 @@ def layout(root: str | Path) -> dict[str, str]:
     Raises:
         UserError: no such folder or file.
     """
-    place = Path(root).expanduser()
+    place = Path(os.path.expanduser(root))
     if place.is_file() and place.suffix in LIST_SUFFIXES:
         return _lists(place)
     if not place.is_dir():

@@ -5,6 +5,7 @@ N images, H height, W width, C channels.
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ def prepare(dataset: str, root: str, download: bool = False) -> Path:
         names = f"{', '.join(archives[:-1])} or {archives[-1]}"
         raise UserError(f"data prepare: got {dataset!r}, expected {names}; other sets need no preparation")
     _read(archive, root, download)
-    return _idx_folder(root) if archive == "fashion_mnist" else Path(root).expanduser() / _cifar(archive).base_folder
+    return (
+        _idx_folder(root) if archive == "fashion_mnist" else Path(os.path.expanduser(root), _cifar(archive).base_folder)
+    )
 
 
 def _read(archive: str, root: str, download: bool = False) -> tuple[LongTailSet, LongTailSet]:
@@ -96,7 +99,7 @@ def _read_cifar(archive: str, root: str, download: bool) -> tuple[LongTailSet, L
     cifar = _cifar(archive)
     if not root:
         raise UserError(f"data.root: empty, expected the folder of {cifar.filename}. Set data.root=FOLDER.")
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))
 
     def unpacked() -> list[datasets.CIFAR10]:
         return [cifar(folder, train=is_train) for is_train in (True, False)]
@@ -129,7 +132,7 @@ def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSe
     folder = _idx_folder(root)
     try:
         if download and not all((folder / name).is_file() for name in IDX_MD5):
-            fashion(Path(root).expanduser(), download=True)
+            fashion(Path(os.path.expanduser(root)), download=True)
             folder = _idx_folder(root)
         images_NHW, labels_N, test_images_NHW, test_labels_N = (
             _read_idx(folder / name) for name, _ in fashion.resources
@@ -146,7 +149,7 @@ def _read_idx_files(archive: str, root: str, download: bool) -> tuple[LongTailSe
 
 def _idx_folder(root: str) -> Path:
     """Return the IDX files' folder: root, torchvision's below it, or Debian's."""
-    folder = Path(root).expanduser() if root else DEBIAN_FOLDER
+    folder = Path(os.path.expanduser(root)) if root else DEBIAN_FOLDER
     downloaded = folder / "FashionMNIST" / "raw"
     return downloaded if downloaded.is_dir() else folder
 

@@ -222,7 +222,7 @@ def _find_shards(cfg: DataConfig) -> Places:
 def _find_list(cfg: DataConfig, root: str, split: str, required: bool) -> Path | None:
     """Return a split's list file: the configured one, else the default if it exists."""
     if named := getattr(cfg, f"{split}_list"):
-        places = [place for place in (Path(root) / named, Path(named).expanduser()) if place.is_file()]
+        places = [place for place in (Path(root) / named, Path(os.path.expanduser(named))) if place.is_file()]
         file = next(iter(places), None)
         if len(places) == 2 and not places[0].samefile(places[1]):
             raise UserError(
